@@ -34,7 +34,7 @@ _PAIR = re.compile(r"\s*(\d{1,5}(?:\.\d{1,4})?)\s*,\s*(\d{1,5}(?:\.\d{1,4})?)\s*
 
 
 class CropFacesOptions(Options, title="what to do"):
-    """Options of tools/detect_face_rotate.py."""
+    """Options for cutting faces out of images."""
 
     src_dir: Path = option("folder of images", place="folder", required=True, by_place=True)
     dst_dir: Path = option("folder to write to", place="new folder", required=True, by_place=True)
@@ -106,7 +106,7 @@ def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float]
 
 @dataclass
 class Portrait:
-    """An image, and where its face is."""
+    """An image with the position and size of one face in it."""
 
     image: Frame  # H W 3
     center: tuple[float, float]  # x, y of the face in pixels

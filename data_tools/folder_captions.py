@@ -73,10 +73,10 @@ _WRITTEN = (
 
 
 def caption_folder(options: FolderCaptionOptions) -> None:
-    """Write a caption for each image of a folder that has none.
+    """Write captions for the images in a folder that have none.
 
     Raises:
-        UserError: If something is unusable, or captions failed.
+        UserError: If the folder or the model cannot be used, or if captions failed.
     """
     _caption_dataset(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
 

@@ -38,7 +38,7 @@ class TextsToMetadataOptions(Options, title="what to do"):
 
 
 class CaptionsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
-    """Options of finetune/merge_captions_to_metadata.py."""
+    """Options for merging captions into a metadata file."""
 
     caption_extension: str = option(
         "suffix of the caption files",

@@ -33,7 +33,7 @@ HELP = {"-h", "--help"}
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: its names, its options, and its suffix for file names."""
+    """A postprocessing tool: its names, its options, and its suffix for file names."""
 
     name: str
     aliases: tuple[str, ...]  # other names, in lower case
@@ -81,12 +81,13 @@ class Chain:
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
-    """Parse the command line of a tool's script, including the tools that follow after `--then`.
+    """Parse the command line of a postprocessing script, including the tools after each `--then`.
 
     Invalid options end the program as in argparse. Raises OptionError if two options contradict each other.
     """
     if argv is None:
         argv = sys.argv[1:]
+    # --then starts the arguments of the next tool
     first, *later_tools = split_by_mark(split_assigned(argv, THEN), THEN)
     parser = Parser(description=description)
     before = f"{parser.prog} {THEN}"
@@ -142,7 +143,7 @@ class NamedTools:
 
     @property
     def in_words(self) -> str:
-        """Tools and settings for metadata, joined by "--then"."""
+        """Tools and settings as text for metadata, joined by "--then"."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
@@ -208,7 +209,7 @@ def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a tool's options; --model defaults to the downloaded model.
+    """Parse the options of one postprocessing tool; --model defaults to the downloaded model.
 
     Raises OptionError if the model is neither given nor downloaded.
     """

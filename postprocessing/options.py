@@ -154,12 +154,12 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def part(self) -> Fraction:
-        """Scale at which motion is estimated, as an exact fraction."""
+        """Scale at which motion is estimated (--ds_factor), as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
-        """Number that image sides must be a multiple of, so that --ds_factor gives multiples of 32."""
+        """Number that image sides must be divisible by, so that --ds_factor yields multiples of 32."""
         step = ALIGNMENT / self.part
         return step.numerator  # the smallest whole multiple of the step
 

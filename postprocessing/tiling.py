@@ -56,9 +56,10 @@ def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
 
 
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
-    """Return (start, end) of equal tiles that cover 0..length and overlap by at least `overlap`.
+    """Split a length into the smallest number of equal tiles; return their (start, end).
 
-    The number of tiles is minimal, then their size, because overlaps are computed twice. All numbers are
+    Tiles cover 0..length and overlap by at least `overlap`. They are as small as their number allows,
+    because overlaps are computed twice. All numbers are
     multiples of `step` if `length` is; `overlap` is rounded up to a multiple.
 
     Args:
@@ -72,6 +73,7 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
     if length <= tile:
         return [(0, length)]
     num_tiles = ceil_div(length - overlap, tile - overlap)
+    # n tiles cover n * size - (n - 1) * overlap
     size = round_up(ceil_div(length + (num_tiles - 1) * overlap, num_tiles), step)
     last = length - size  # start of the last tile, which ends at `length`
     starts = [index * last // (num_tiles - 1) // step * step for index in range(num_tiles - 1)]
@@ -264,7 +266,11 @@ class Guarded:
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Run images, B C H W float32. Raises CheckpointError if a result is not finite in float32 either."""
+        """Run the network on images, B C H W float32, again in float32 where results are not finite.
+
+        Raises:
+            CheckpointError: If results are not finite in float32 either.
+        """
         result = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return result
@@ -278,14 +284,14 @@ class Guarded:
                 str(self.dtype).removeprefix("torch."),
             )
             self._exact = self._load_exact()
-        bad = (~is_good).nonzero().flatten()
-        again = self._exact(images[bad]).float()
-        if not bool(again.isfinite().all()):
+        bad_indices = (~is_good).nonzero().flatten()
+        exact_result = self._exact(images[bad_indices]).float()
+        if not bool(exact_result.isfinite().all()):
             raise CheckpointError(
                 f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
                 "Download or copy it again."
             )
-        result[bad] = again
+        result[bad_indices] = exact_result
         return result
 
 

@@ -91,7 +91,7 @@ class Choice:
 
     @property
     def folder(self) -> Path:
-        """The described folder, with links resolved."""
+        """Path of the dataset folder, with links resolved."""
         return real_path(self.options.folder)
 
     @property
@@ -133,7 +133,7 @@ class Choice:
 
     @property
     def needs_float32(self) -> bool:
-        """Return whether the run is on a CPU, where bfloat16 is many times slower than float32."""
+        """Return whether the run uses a CPU on which bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
 
     @property
@@ -164,9 +164,9 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
-    """Return the reason for the size that `select_size` chooses; "" for sounds, which have none."""
-    middle = _find_middle_by_area(model, media)
-    if middle is None:
+    """Return why `select_size` has chosen its size; "" for audio, which has none."""
+    typical = _find_middle_by_area(model, media)
+    if typical is None:
         return ""
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
@@ -174,10 +174,10 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
         span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
     default = model.data["resolution"]
     reduced = ""
-    if _area(middle.size) > _area(default):
+    if _area(typical.size) > _area(default):
         reduced = f", reduced to the area of {as_shape(default)} that the model's page has"
     return (
-        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every "
+        f"the size of a typical file, {typical.path.name} ({as_shape(typical.size)}){span}{reduced}. Every "
         "file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
@@ -248,12 +248,12 @@ def is_too_short(item: Media, model: ModelSet) -> bool:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return the number of frames of a clip at the model's frame rate, rounded down."""
+    """Return how many frames a clip has at the model's frame rate, rounded down."""
     return int((clip.seconds or 0) * model.data["fps"])
 
 
 def describe_dataset(choice: Choice) -> str:
-    """Return the text of dataset.toml: for each folder, a table for its clips, its images or its sounds."""
+    """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _format_toml_table("[general]", _make_general_keys(choice))
@@ -262,6 +262,7 @@ def describe_dataset(choice: Choice) -> str:
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
     for folder, kind in folders_and_kinds:
+        # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
         if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
@@ -329,7 +330,7 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _clip_keys(choice: Choice) -> dict[str, Any]:
-    """Return the keys that select which frames of the clips are used."""
+    """Return the dataset.toml keys that select frames of clips."""
     frames = choice.frames
     single_length = frames == 1 or not learns_stills_of_clips(choice.model)
     keys: dict[str, Any] = {
@@ -417,7 +418,7 @@ def describe_samples(choice: Choice) -> str:
 
 
 def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
-    """Return prompt lines for two edits of the dataset, the first and a middle one, and for a new edit."""
+    """Return prompt lines for the first and a middle edit of the dataset, and for a new edit."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not choice.kind.learns_word:
@@ -430,7 +431,7 @@ def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_value
 
 
 def _describe_control_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last pair: caption, size and control image."""
+    """Return prompt lines for the first, a middle and the last control pair of the dataset."""
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
@@ -489,7 +490,7 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions share, joined as in a prompt."""
+    """Return the trigger word and the tags that all captions share, in prompt form."""
     words = [] if trigger is None or trigger in tags.shared else [trigger]
     length = 0
     for tag in map(as_words, tags.shared):
@@ -566,9 +567,9 @@ def _write_frames(choice: Choice) -> str:
 
 
 def list_commands(choice: Choice) -> list[list[str]]:
-    """Return the commands of a run, in the folder: download, two checks, latents, texts, training.
+    """Return the commands of a run: download, two checks, caching of latents and texts, training.
 
-    Texts that vary are not cached: the training encodes them.
+    Captions that vary from step to step are not cached: the training encodes them.
     """
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}  # by placeholder, such as {vae}
@@ -598,7 +599,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the arguments of a model's command, with its audio-only option if the folder has only audio."""
+    """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()
@@ -610,9 +611,10 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
-    """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
+    """Return the text of run.toml: the training options and the commands of the run."""
     # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
     values = choice.kind.change(_model_values(choice), choice.memory)
+    # the switch selects the kind of run on the command line, so it is not in run.toml
     own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
     values |= _read_options(own_options, {"word": choice.trigger or ""})
     values |= _run_values(choice)
@@ -696,7 +698,7 @@ def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, A
 
 
 def _read_number(word: str) -> int | float | str:
-    """Return a word as a number if possible, else unchanged."""
+    """Convert a word to a number if possible; otherwise return it unchanged."""
     number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
     if number is None:
         return word

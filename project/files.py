@@ -228,7 +228,7 @@ def _gather_choice(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Read the folder, check the typed model files, and return everything that the three files depend on.
+    """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
 
     `kind` is what the run trains.
     """
@@ -238,13 +238,14 @@ def _gather_choice(
         model = next(
             entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
         )
-    typed = typed_files(options)
-    inside = find_inside(model, typed)
+    typed_paths = typed_files(options)
+    # components inside a typed checkpoint need no file of their own
+    inside = find_inside(model, typed_paths)
     if inside:
         model = without_files(model, inside)
     files = name_files(options, model)
     info = ask_family(model, files)
-    check_model_files(model, {name: files[name] for name in typed})
+    check_model_files(model, {name: files[name] for name in typed_paths})
     content = _collect_content(options, model, info, kind)
     if kind.makes_adapter:
         use_prompts_as_captions(content)
@@ -271,12 +272,13 @@ def _gather_choice(
         frames=describing.select_frames(model, content.media, memory),
         files=files,
         embedded_files=inside,
-        provided=[*typed, *inside],
+        provided=[*typed_paths, *inside],
         trigger=model_choice.trigger,
         tags=tags,
         data=data,
         folder_keys=_find_keys_of_folders(foreign, options.folder, content.media),
         training={} if foreign is None else foreign.training,
+        # a foreign project decides itself about validation
         holds_back=foreign is None,
     )
     if foreign is None:
@@ -430,20 +432,20 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
 
 
 def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
-    """Return the line with the training command, or with the steps that come before it."""
+    """Return the closing line of `new`: the training command, after any steps that must come first."""
     command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
         command += download_options(choice.options.models)
         downloads = "downloads the model, "
-    does = f"{own_command(*command)} {downloads}checks, caches and trains"
+    run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
     if has_errors:
         first.append("correct what is listed above")
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
     kind = MEND if has_errors else NEXT
-    return KindLine(kind, f"First {', and '.join(first)}. Then {does}" if first else does)
+    return KindLine(kind, f"First {', and '.join(first)}. Then {run_text}" if first else run_text)
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
@@ -543,7 +545,7 @@ def _describe_model(choice: describing.Choice) -> str:
 
 
 def _describe_lengths(choice: describing.Choice) -> list[str]:
-    """Return lines about clips that are too short, and about images if the model is not trained on images."""
+    """Return lines about clips that are too short, and about images that the model does not use."""
     model = choice.model
     frames = choice.frames
     clips = [item for item in choice.media if item.is_clip]
@@ -577,31 +579,31 @@ def _find_bare(choice: describing.Choice) -> list[Path]:
 
 
 def _describe_captions(choice: describing.Choice) -> list[str]:
-    """Return lines about media without captions: what is used instead, or two ways to get captions."""
+    """Return lines about media without captions: their substitute, or two ways to get captions."""
     trigger = choice.trigger
     suffix = choice.content.captions
-    bare = _find_bare(choice)
+    uncaptioned = _find_bare(choice)
     lines = []
     empty = [item.path for item in choice.media if item.caption == ""]
     if empty:
-        what = "an empty caption" if len(empty) == 1 else "empty captions"
+        noun = "an empty caption" if len(empty) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
-        lines.append(warning(f"{name_some(empty)}: {what}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(choice, bare)
+        lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
+    by_trigger = _find_replaced_by_trigger(choice, uncaptioned)
     if by_trigger:
         names = name_some(by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
-    if bare:
-        write_words = make_caption_argv([shlex.split(choice.model.commands["latents"])])
-        kind_setting = (
-            f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
-            f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
+    if uncaptioned:
+        captioning_argv = make_caption_argv([shlex.split(choice.model.commands["latents"])])
+        problem = (
+            f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
+            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
             f"{choice.folder}:"
         )
         lines += [
-            KindLine(CAPTIONS, kind_setting),
-            f"  {typed_in(write_words, choice.folder)}",
+            KindLine(CAPTIONS, problem),
+            f"  {typed_in(captioning_argv, choice.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
             f"  {_describe_again(choice, trigger_word='WORD')}",
         ]

@@ -59,7 +59,7 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return the content of the user's file about a folder; {} if another folder took its place.
+    """Return the stored information about a folder; {} if the path now leads to another folder.
 
     Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
     """

@@ -35,7 +35,7 @@ TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
 
 @dataclass
 class ListedCaptions:
-    """Captions of a folder's files, read from lists."""
+    """Captions of media files that were found in lists, such as CSV or JSON."""
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class ListedCaptions:
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
-    """Read the captions in the lists of some folders.
+    """Read the captions for media files from lists (JSON or tables) in the same folders.
 
     Args:
         files: The media of each folder.
@@ -59,6 +59,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
         names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
             listed.paths.add(path)
+            # cat.json may hold the caption of cat.png without naming the file
             subject = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
             try:
@@ -104,10 +105,9 @@ def _add_rows(
     rows: Sequence[tuple[str, Any]],
     by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list.
+    """Add the captions of a list to `listed`, with lines about rows that cannot be used.
 
-    `rows` are pairs of a file name, as the list spells it, and a caption. `by_name` is the result of
-    `_by_name`.
+    `rows` are pairs (file name, caption). `by_name` maps paths with and without suffix to media files.
     """
     missing: list[str] = []
     without_text: list[str] = []
@@ -119,6 +119,7 @@ def _add_rows(
         elif not _is_text(caption, f"{path}: {media.name}"):
             without_text.append(media.name)
         else:
+            # of several lists, the first one decides
             listed.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
@@ -159,7 +160,7 @@ def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]])
 def _read_rows(
     path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the file names and captions in a list.
+    """Yield (file name, caption) for each row of a list of captions.
 
     Args:
         path: The list.
@@ -168,7 +169,7 @@ def _read_rows(
         remarks: Lines about rows that are left out or read in another way are appended to it.
 
     Raises:
-        DatasetError: If a table lacks a column.
+        DatasetError: If a table has no column of file names or captions.
         OSError: If the file cannot be read.
         ValueError: If its content cannot be parsed.
     """

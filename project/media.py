@@ -63,7 +63,7 @@ AUDIO_HELP = (
 
 @dataclass(frozen=True)
 class Media:
-    """A clip, an image or an audio file."""
+    """A clip, image or audio file in the dataset folder, with its size, duration and caption."""
 
     path: Path
     kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
@@ -106,7 +106,7 @@ class FolderContent:
 
 @dataclass
 class SortedFolders:
-    """Subfolders, grouped by how their media are used."""
+    """Subfolders of the dataset folder, grouped by use."""
 
     training_folders: list[Path]  # the folder itself comes first
     sources: list[Path]  # folders of references, the sources of edited images
@@ -222,9 +222,10 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control images that belongs to the media folder or a training folder.
+    """Return a line for each folder of control images that belongs to the media folder.
 
-    Folders of control images are inside the media folder or next to it.
+    Folders of control images are inside the media folder, inside a training folder, or next to the media
+    folder.
 
     Args:
         folder: The media folder.
@@ -254,9 +255,9 @@ def _describe_control_pairs(
 def _describe_unused_sources(
     folders_by_use: SortedFolders, name: str, edits: str, described: Collection[Path]
 ) -> list[str]:
-    """Return lines about folders of references, for a model that does not edit images.
+    """Return lines about folders of reference images, which a model that does not edit cannot use.
 
-    `described` are folders about which there is a line already.
+    Folders in `described` already have a line.
     """
     inner_sources = [
         source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
@@ -320,7 +321,8 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularization images next to a folder whose subfolders have kohya's names."""
+    """Return folders of regularization images next to `folder`, if its subfolders follow kohya's naming."""
+    # only kohya's layout has such a neighbor: img/10_cat next to reg/1_cat
     if not content.names or _name_of(folder) is not None:
         return {}
     outer: dict[Path, str] = {}
@@ -340,7 +342,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 def _describe_regularising(
     subfolder: Path, reason: str, content: FolderContent, model_info: "ModelInfo", kind: RunKind
 ) -> list[str]:
-    """Return a line about a folder of regularization images, and note the folder if it is used.
+    """Return a line about a folder of regularization images, and record the folder if it is used.
 
     `reason` explains why its images are for regularization. `kind` is the kind of run.
     """
@@ -357,17 +359,19 @@ def _describe_regularising(
             f"takes them (docs/image_datasets.md). {rename}"
         )
         return [warning(text)]
-    named = content.names.get(subfolder)
-    bare = [path for path in images if not caption_path(path, content.captions).exists()]
-    if bare and named is None:
+    class_name = content.names.get(subfolder)
+    uncaptioned = [path for path in images if not caption_path(path, content.captions).exists()]
+    if uncaptioned and class_name is None:
         text = (
-            f"{subfolder}: left out: {name_some(bare)}: regularization pictures without a caption, in a "
-            "folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
+            f"{subfolder}: left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
+            "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
         )
         return [warning(text)]
     content.regularization.append(subfolder)
     count = count_of(len(images), "regularization picture")
-    caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
+    caption = ""
+    if uncaptioned and class_name is not None:
+        caption = f", `{class_name.words}` for those without a caption"
     return [f"{subfolder}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
 
@@ -573,9 +577,9 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return the line that makes dataset.toml use the masks in a folder.
+    """Return the line for dataset.toml that makes a training use the masks in a folder.
 
-    `folder` is the folder of dataset.toml.
+    `folder` contains dataset.toml.
     """
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
@@ -613,7 +617,7 @@ def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "Model
 
 
 def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
-    """Add a line about captions that are not UTF-8, if there are any."""
+    """Add a line about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
         content.lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
@@ -641,13 +645,13 @@ def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
 def _describe_other_files(
     other_files: Mapping[str, Sequence[Path]], media: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about captions without a media file, and about files that are left out.
+    """Return lines about caption files without media, and about files of other kinds that are not used.
 
     `other_files` holds all files except media, by suffix. `media` are the files that captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
-    handled = {*content.listed.paths, *media}
+    used_files = {*content.listed.paths, *media}
     lines = []
     for suffix, paths in other_files.items():
         if suffix == content.captions.lower():
@@ -656,7 +660,7 @@ def _describe_other_files(
                 owners = CaptionOwners(path.name for path in media)
                 lines.append(warning(_describe_ownerless(ownerless, content.captions, owners)))
             continue
-        unread = [path for path in paths if path not in handled]
+        unread = [path for path in paths if path not in used_files]
         if unread:
             reason = _why_left_out(unread, stems, content.captions)
             lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
@@ -709,7 +713,7 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "Mod
 
 
 def _measure(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:
-    """Return a clip or an image with its size and caption.
+    """Return the size, duration and caption of a clip or an image.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -748,7 +752,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
 
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
-    """Replace each clip by its first frame, as an image that `new` writes.
+    """Replace each clip by its first frame, which `new` writes as an image.
 
     `name` is the name of the model.
     """
@@ -925,13 +929,14 @@ def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
 
 
 def find_equal(media: Iterable[Media]) -> list[list[Path]]:
-    """Return groups of files with identical content."""
+    """Return groups of media files with identical content; files that cannot be read are ignored."""
     by_size: dict[int, list[Path]] = {}
     for item in media:
         with contextlib.suppress(OSError):
             by_size.setdefault(item.path.stat().st_size, []).append(item.path)
     by_digest: dict[str, list[Path]] = {}
     for paths in by_size.values():
+        # only files of equal size are hashed
         if len(paths) == 1:
             continue
         for path in paths:
@@ -950,7 +955,7 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
 
 
 def why_unused(path: Path) -> str:
-    """Return the reason why a reference cannot be read; "" if it can."""
+    """Return why a reference image cannot be used; "" if it can."""
     try:
         image_size(path)
     except MediaError as error:
@@ -998,7 +1003,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 
 def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
-    """Return lines about media that are used but may be unsuitable."""
+    """Return lines about used media that may be unsuitable: few, small, transparent or silent."""
     minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
@@ -1007,6 +1012,7 @@ def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
         files = count_of(len(content.media), "file")
         lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
     images = [item.path for item in visible if item.kind == "image"]
+    # first frames of clips are not written yet, and have no alpha
     originals = [path for path in images if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
@@ -1058,7 +1064,7 @@ def _describe_equal(media: Sequence[Media]) -> list[str]:
 
 
 def _name_among(paths: Sequence[Path]) -> list[str]:
-    """Return the names of some files, with their folders if they are not all in one."""
+    """Return file names, with their folders unless all files share one folder."""
     if len({path.parent for path in paths}) == 1:
         return [path.name for path in paths[:SHOWN]]
     return [f"{path.parent.name}/{path.name}" for path in paths[:SHOWN]]

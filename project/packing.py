@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file of the packed folder."""
+    """A file in the archive."""
 
     name: str
     path: Path
@@ -72,7 +72,7 @@ class PackMember:
 
 
 def pack_folder(options: PackOptions) -> None:
-    """Write the archive; print its content, what is left out, and the command for the other machine.
+    """Pack a training folder into a zip archive for another machine; print what it contains and omits.
 
     Raises:
         OptionError: If the folder is not described, or if its texts contain paths outside of it.
@@ -147,7 +147,7 @@ def read_described(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the folder that the commands download into, exactly as written in run.toml."""
+    """Return the download folder in the commands, exactly as written in run.toml."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -182,7 +182,7 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
             name = f"{MODELS_PART}/{number}/{path.name}"
             number += 1
         names[file] = name
-        # a file outside of the download folder has to be copied by hand
+        # files outside of the download folder are not downloaded
         own.append(name)
     return names, own
 
@@ -240,7 +240,7 @@ def _find_state(described: PackSource) -> list[PackMember]:
 def _relocate_texts(
     described: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Return the members with relocated paths in their texts, and the secret options that were removed.
+    """Make the paths in the packed texts relative; also return the secret options that were removed.
 
     Raises:
         OptionError: If a text contains other paths of this machine.
@@ -261,6 +261,7 @@ def _relocate_texts(
             text, paths_outside, _ = _relocate_file(relocate_prompts, described.machine_paths, member.path)
         elif member.path.parent == described.output and member.path.suffix == ".jsonl":
             text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.machine_paths)
+        # lists are not rewritten: paths of this machine in them are an error
         elif member.path.suffix.lower() in LISTS:
             paths_outside = find_own_names(member.path, described.machine_paths)
         outside += [f"{member.path}: {path}" for path in paths_outside]

@@ -38,7 +38,7 @@ else:
 
 
 class RunOptions(Options):
-    """Which described folder to train on."""
+    """Which dataset folder is trained, and what `run` may download or start."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 

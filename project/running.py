@@ -84,7 +84,7 @@ class Project:
 
 
 class MediaCheck(NamedTuple):
-    """Result of checking the media."""
+    """Outcome of checking the media files."""
 
     fault_kinds: list[str]  # kinds of errors that end the run; empty if it can start
     left_out: list[str]  # files that the run leaves out
@@ -152,7 +152,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
 
 
 def _has_state(project: Project) -> bool:
-    """Return whether the training can continue from a complete state."""
+    """Return whether a complete saved state exists from which the training can resume."""
     recover_states(project.output, project.name)
     pattern = state_pattern(project.name)
     names = [path.name for path in project.output.iterdir()] if project.output.is_dir() else []
@@ -173,9 +173,9 @@ def _print_ending(project: Project, left_out: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the message about missing files of the model.
+    """Return the error message about missing model files, with the options that download them.
 
-    `models` is explained in `_download_words`.
+    `models` is the default folder of --download.
     """
     size = _download_size(project.download)
     options = _download_words(project, models)
@@ -347,7 +347,10 @@ def _find_described_folder(place: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, Any]) -> Project:
-    """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
+    """Make the record of a run from the tables of run.toml, with typed options in place of its own.
+
+    Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
+    """
     project_table = tables[OTHERS_TABLE]
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
@@ -426,7 +429,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return the model in a trained file's metadata if it differs from the project's, else None."""
+    """Return the model named in a trained file's metadata if it is not the project's model."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -479,7 +482,7 @@ def _is_check_of_media(argv: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files before the long caching.
+    """Run the training script's check of its options and files, before hours of caching.
 
     Raises OptionError if the script rejects them.
     """
@@ -533,7 +536,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
 
 
 def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print what to do after a check has failed.
+    """Print how to correct what a failed check has found.
 
     `kinds` are the kinds of errors that it found.
     """
@@ -594,7 +597,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     """
     script = _require_script(argv)
     interrupts: list[int] = []
-    # tells the script that the run goes on after it
+    # the script prints no hint about the next command, which this process starts
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:
         variables[installation.PROGRESS] = str(progress)

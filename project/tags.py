@@ -90,7 +90,7 @@ def as_words(tag: str) -> str:
 
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
-    """Return the tags in a caption; empty if the caption is not a list of tags."""
+    """Split a caption into tags; empty if it does not look like a list of tags."""
     tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
     if len(tags) < LEAST or SENTENCE.search(text):
         return ()

@@ -45,7 +45,7 @@ def describe_step(argv: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Describe a progress: `11.2 GB of 34.8 GB`, `40 of 120`."""
+    """Describe how much is done, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"
@@ -133,7 +133,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Record how the run ended, unless its training does so itself.
+        """Record in the run's history how the run ended, unless its training records that itself.
 
         `kind` is the kind of the history's end.
         """
@@ -141,6 +141,7 @@ class RunTrace:
             return
         with self._guarded():
             if not reason or self._has_training():
+                # a run that ended well, or whose training writes a history, needs no entry here
                 self._history.path.unlink(missing_ok=True)
                 return
             ended = f"ended while {self._step}" + (f": {reason}" if reason else "")

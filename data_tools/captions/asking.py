@@ -49,7 +49,7 @@ class NoCaptionError(Exception):
 
 
 def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
-    """Return the indices of at most `maximum` frames to show, the middle ones of as many equal parts.
+    """Return the indices of at most `maximum` frames: the middle frame of each of as many equal segments.
 
     All frames of a shorter clip are shown.
 
@@ -97,7 +97,7 @@ def answer_in_batches(
     item_bytes: int,
     answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionLocation, str | Exception]]],
 ) -> Answers:
-    """Yield the answer of a local model for each image or clip, in order, while threads read files ahead.
+    """Caption images and clips in batches with a local model, while threads read files ahead.
 
     `item_bytes` is the memory that the frames of a location take. `answer_batch` answers for at most
     `batch_size` images or clips.

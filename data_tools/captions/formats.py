@@ -46,7 +46,7 @@ class ObjectAsker:
     unsaid: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
     def make_question(self, location: CaptionLocation) -> str:
-        """Return the model's prompt for an image or clip: the request, and a line about each JSON key."""
+        """Return the prompt for an image or clip: the request, with a line about each JSON key."""
         what = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _QUESTION.format(what=what)]
         for key in self.format.keys:
@@ -118,7 +118,7 @@ def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocat
 
 
 def write_object(caption: dict[str, Any]) -> str:
-    """Return a caption that is a JSON object as one line of text."""
+    """Serialize a JSON caption in one line."""
     return json.dumps(caption, ensure_ascii=False)
 
 
@@ -131,7 +131,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:
-        """Return a value of the object with its texts reworded, at any depth."""
+        """Reword all texts in a JSON value, at any depth."""
         if isinstance(value, str):
             return reword(value, replacements)
         if isinstance(value, list):

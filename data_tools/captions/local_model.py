@@ -155,7 +155,7 @@ class LocalModel:
         return inputs.to(self.model.device, self.model.dtype)
 
     def _end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end an answer."""
+        """Return the IDs of the tokens that end a generated text."""
         ends = self.model.generation_config.eos_token_id
         if ends is None:
             return frozenset()

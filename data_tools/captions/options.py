@@ -19,7 +19,7 @@ KEY = "the key of this name in the dataset's TOML does the same without touching
 
 
 class CaptionModelOptions(Options, title="a model that runs here"):
-    """Options of a vision-language model that runs on this machine."""
+    """Options of a captioning model that runs on this machine."""
 
     model: str | None = option(
         "folder of a vision-language model for transformers (config.json, safetensors), or the name of "
@@ -70,7 +70,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
 
 
 class AskOptions(Options, title="what is asked"):
-    """What the model is shown and asked, and how its answer is sampled."""
+    """Prompt, frames and sampling settings for captioning."""
 
     prompt: str | None = option(
         "what the model is asked about each image or clip; default: to describe it in one paragraph"

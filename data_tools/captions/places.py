@@ -52,6 +52,7 @@ class CaptionList:
         self._numbers: dict[str, int] = {}  # index of the line, by the path in it
         self._stamp: _Stamp | None = None
         self._has_backup = False  # whether the state before this run is backed up
+        # fills _lines and _numbers
         self._read()
         self.entries: dict[Path, str] = {}  # path in the line, by path of the source
         rows = RowReader(table, self.path, self._key, is_list=True)
@@ -92,7 +93,7 @@ class CaptionList:
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
-        """Write values into lines, except lines that have changed on disk meanwhile.
+        """Write captions into lines of the list, except lines that have changed on disk meanwhile.
 
         The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
         all the replaced values.
@@ -109,6 +110,7 @@ class CaptionList:
         """
         for _ in range(TRIES):
             try:
+                # another program has written the list: read it again before changing lines
                 if _stamp_of(self.path) != self._stamp:
                     self._read()
                 lines, count = self._change_lines(changes)
@@ -173,7 +175,7 @@ class CaptionList:
 
 
 class _ListChanged(Exception):
-    """Raised if a list has changed since it was read."""
+    """The list was changed by another program after it was read."""
 
 
 class _Stamp(NamedTuple):
@@ -222,7 +224,7 @@ class CaptionLocation:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
 
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
-        """Write a caption atomically and return True; return False if the caption has changed meanwhile.
+        """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
         `is_foreign` says that a person wrote the replaced caption. `record` is the record of the folder.
 
@@ -236,6 +238,7 @@ class CaptionLocation:
         try:
             has_changed = read_caption(self.file) != self.caption
         except DatasetError:
+            # the file cannot be read any more
             has_changed = True
         if has_changed:
             return False
@@ -247,7 +250,7 @@ class CaptionLocation:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
-    """Return where each caption of a dataset is, or will be.
+    """Return where each caption of a dataset is, or would be written: in a text file or in a line of a list.
 
     Sources are listed as for caching, without control media and masks. A caption that several tables share is
     returned once. With `texts`, the captions in files are read, too.
@@ -272,6 +275,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
         else:
             assert source.table.jsonl_file is not None  # else the source would have a caption file
             location = _locate_in_list(source, lists[source.table.jsonl_file])
+        # tables may share files; each caption is located once
         locations.setdefault((location.file, location.entry), location)
     return list(locations.values())
 
@@ -297,7 +301,7 @@ def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> Captio
 
 
 def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
-    """Return the location of a caption in a line of a list.
+    """Return the location of a caption that is in a line of a list.
 
     Raises:
         DatasetError: If the list has changed since the source was found.
@@ -331,7 +335,7 @@ class MadeCaptions:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the record of a folder, if there is one.
+        """Read the record of which captions in a folder this program has written.
 
         Raises:
             DatasetError: If the record cannot be read.
@@ -365,7 +369,7 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
-        """Return whether this program wrote `text` as the caption with the name `name`."""
+        """Return whether this program wrote `text` as the caption called `name`."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -423,7 +427,7 @@ def plan_captions(
     rewritten: WhichCaptions,
     pass_id: str,
 ) -> tuple[dict[CaptionLocation, str], int]:
-    """Select the captions to make.
+    """Select the captions to make, with the reason for each.
 
     Args:
         locations: Locations of all captions.

@@ -82,7 +82,7 @@ class CaptionMaker:
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Write or edit captions.
+    """Caption the files of a dataset, or edit their existing captions.
 
     Raises:
         UserError: If an option or the dataset is invalid, or if captions failed.
@@ -90,6 +90,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(options.wording, name).strip()
+            # training would add the text a second time
             if text and getattr(table, name) == text:
                 raise OptionError(
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
@@ -209,7 +210,7 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_
 
 
 def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
-    """Make captions for `count` files and print each below the path of its file; write nothing.
+    """Caption `count` files as a trial: print the captions and write nothing.
 
     Files without a caption come first.
 
@@ -333,7 +334,7 @@ def _make_captions(
 
 
 class _Rejections:
-    """Count readable sources that get no caption, to stop the run if nearly all of them fail."""
+    """Count sources without a caption in order to end a run in which nearly all fail."""
 
     def __init__(self) -> None:
         self._has_answer = False
@@ -346,7 +347,7 @@ class _Rejections:
         self._of_server = 0
 
     def add(self, error: NoCaptionError) -> None:
-        """Count a source without a caption.
+        """Count a source that got no caption, and end the run if nearly all fail.
 
         Raises:
             UserError: If the server fails many times in a row, or if the first sources all get no caption.
@@ -447,7 +448,7 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
 def _list_edits(
     locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_Edit]:
-    """Yield an edit for each caption that `wording` changes."""
+    """Yield the old and the new text of each caption that the wording options change."""
 
     def reword_text(location: CaptionLocation, caption: str) -> str:
         """Apply the wording options to a plain caption, or to each text in a JSON caption."""
@@ -465,6 +466,7 @@ def _list_edits(
                 yield edit
         elif location.caption is not None:
             lines = lines_of(location.caption) if is_several else [location.caption]
+            # a caption that becomes empty loses its line
             text = "\n".join(filter(None, (reword_text(location, line) for line in lines)))
             if text != location.caption:
                 yield _Edit(location, location.caption, text)

@@ -57,7 +57,7 @@ OTHER_NAMES: Mapping[str, str | None] = {
 
 
 class _TryAgain(Exception):
-    """The server could not answer: (reason, seconds that it asks to wait, else NaN)."""
+    """A request that may be repeated: (reason, seconds to wait; NaN if the server names none)."""
 
 
 class _Session(requests.Session):
@@ -69,7 +69,7 @@ class _Session(requests.Session):
 
 
 class ApiServer:
-    """Settings and state of requests to a server, shared by the threads that send them."""
+    """Sends requests to a caption server; threads share its settings and state."""
 
     def __init__(
         self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
@@ -232,7 +232,7 @@ class ApiServer:
         raise NoCaptionError(f"the server answers {status}: {message}")
 
     def _explain_connection_error(self, error: BaseException) -> UserError | _TryAgain:
-        """Return the exception for a failed connection: fatal if the server has never answered."""
+        """Return the exception for a failed connection: fatal if the server never answered, else a retry."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
@@ -281,9 +281,9 @@ class ApiServer:
             return answer.status_code, server_seconds, content.decode("utf-8", "replace")
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the key to a request.
+        """Add the API key to a request.
 
-        Passed as `auth`, because the library sends a password of the user's netrc file if it gets none.
+        This is passed as `auth`, because without it requests sends a password from the user's netrc file.
         """
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"

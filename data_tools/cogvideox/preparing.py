@@ -89,7 +89,7 @@ def prepare(options: PrepareOptions) -> None:
 
 
 def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
-    """Print what is prepared, and how much of it is still to do."""
+    """Print what will be prepared, and how much of it is not done yet."""
     who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
@@ -121,7 +121,7 @@ def _find_work(
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
-    """Write the lists that name the finished items."""
+    """Write the list files with the names of all finished items."""
     for name, text in clips.list_texts([(item, item.read_info()) for item in items]).items():
         write_text(folder / name, text)
     logger.info("%s in the lists of %s", count_of(len(items), "item"), folder)
@@ -229,7 +229,7 @@ def _encode_captions(
     batch_size = options.encoding.batch_size
 
     def write(item: clips.PreparedItem, conditions: Conditions, *, is_first: bool, is_last: bool) -> None:
-        """Add what an encoder made to the file of a caption."""
+        """Add one encoder's embeddings to the file of a caption."""
         tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
         if not is_first:
             earlier = load_pickled(item.file(EMBEDS))
@@ -264,7 +264,7 @@ def _encode_captions(
 
 
 def _own_copy(tensor: Tensor | list[Tensor]) -> Tensor:
-    """Return a tensor, or the only one of a list, on the CPU; a view would be stored with its whole base."""
+    """Copy a tensor, or a list's only tensor, to the CPU; a view would be saved with all of its base."""
     if isinstance(tensor, list):
         tensor = tensor[0]
     return tensor.detach().cpu().clone()

@@ -27,7 +27,7 @@ FOLDER_NAME = "conditioning"  # of the control images, in the folder of the imag
 
 
 class ControlImageOptions(Options, title="what to make"):
-    """Options for making control images: the images, the kind of control image, and the output folder."""
+    """Which images get control images, of which kind, and where they are written."""
 
     folder: Path = option("folder of images", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
@@ -83,12 +83,12 @@ class Plan:
 
 
 def make_control_images(options: ControlImageOptions) -> None:
-    """Write a control image for each image of a folder that has none.
+    """Draw a control image for each image in a folder that does not have one yet.
 
-    Each one is written completely or not at all, so the same command continues an interrupted run.
+    Files are written atomically, so the same command continues an interrupted run.
 
     Raises:
-        UserError: If nothing can be done.
+        UserError: If an option or the folder cannot be used.
         DatasetError: At the end, if images could not be read.
     """
     folder = real_path(options.folder)
@@ -147,7 +147,7 @@ def _describe_method(options: ControlImageOptions) -> str:
 
 
 def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
-    """Return the function from an image to its control image, both H W 3."""
+    """Return the function that draws the control image of an image, both H W 3."""
     if options.depth is not None:
         from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
 

@@ -115,9 +115,10 @@ class PlannedClip:
 
 
 def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
-    """Return all clips of a video in order, including those to leave out."""
+    """Plan the clips of a video in order; clips that are left out have a reason in `dropped`."""
     clips = []
     for scene, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
+        # the ends of a scene may show a transition to another scene
         trimmed_begin = begin + lengths.trim_frames
         trimmed_end = end - lengths.trim_frames
         if trimmed_begin >= trimmed_end:
@@ -157,7 +158,7 @@ def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) 
 
 
 def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
-    """Divide a scene into as few pieces of equal duration as possible; [] if no division fits the limits."""
+    """Divide a scene into as few clips of equal duration as possible; [] if no division meets the limits."""
     seconds = look.time(end) - look.time(first)
     num_frames = end - first
     minimum = 1
@@ -169,8 +170,9 @@ def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions
     for count in range(minimum, num_frames + 1):
         # equal in time, not in frames, because the rate may vary
         times = [look.time(first) + seconds * index / count - ROUNDING for index in range(1, count)]
-        inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
-        borders = [first, *(border for border in inner if first < border < end), end]
+        # without duplicates: short times may fall on one frame
+        cut_frames = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
+        borders = [first, *(border for border in cut_frames if first < border < end), end]
         pieces = list(zip(borders, borders[1:], strict=False))
         if all(_is_short_enough(look, begin, stop, lengths) for begin, stop in pieces):
             return pieces
@@ -178,7 +180,7 @@ def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
-    """Return whether frames fit the greatest lengths."""
+    """Return whether frames from `first` to `end` exceed neither maximum length."""
     num_frames = end - first
     if num_frames == 1:  # a single frame cannot be split further
         return True

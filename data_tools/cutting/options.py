@@ -54,7 +54,7 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Options that exclude clips because of their content."""
+    """Options that exclude clips by their content."""
 
     static_threshold: float = option(
         "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
@@ -81,7 +81,7 @@ class ChoiceOptions(Options, title="what is left out"):
 
 
 class ClipFormat(CodecOptions, title="video format"):
-    """How clips are written."""
+    """File format and codec of the clips."""
 
     crf: int = option(
         "quality of h264 and h265, 0 to 51: a lower one is better and larger",

@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """Record of the cutting of a source, finished or not."""
+    """How a source was cut into clips, recorded before and after cutting."""
 
     stem: str  # beginning of its clips' names
     source: str
@@ -115,7 +115,7 @@ def read_records(output: Path) -> dict[str, CutRecord]:
 
 
 def _parse_record(text: str) -> CutRecord:
-    """Parse the text of a record; a damaged one raises many kinds of errors."""
+    """Parse a cutting record. A damaged record raises ValueError, KeyError or TypeError."""
     content = parse_json(text)
     if content.pop("version") != VERSION:
         raise ValueError("it is of another version")
@@ -125,8 +125,8 @@ def _parse_record(text: str) -> CutRecord:
     )
     lists = tuple(content.pop("lists"))
     record = CutRecord(**content, clips=clips, lists=lists)
-    # a changed record could name files elsewhere, which cutting again would remove
     names = [record.stem, *(clip.name for clip in clips)]
+    # a changed record could name files elsewhere, which cutting again would remove
     if any(Path(name).name != name or name == ".." for name in names):
         raise ValueError("it names files in other folders")
     return record
@@ -162,7 +162,7 @@ class ClipList:
 
     @property
     def captioned(self) -> set[str]:
-        """Return the clips that have a caption in their line of the list.
+        """Return the paths of the clips whose line in the list contains a caption.
 
         Raises:
             OutputError: If the list cannot be read.

@@ -105,7 +105,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
-    """Raise DatasetError for the sources that could not be cut; for a single source its own error."""
+    """Raise DatasetError about all sources that failed; a single source raises its own error."""
     if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error

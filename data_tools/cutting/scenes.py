@@ -78,7 +78,7 @@ class SceneDetector:
         self._dissolves.see(now, number, is_break)
 
     def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
-        """Return whether two frames look like different scenes."""
+        """Return whether two frames differ enough to belong to different scenes."""
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:

@@ -19,7 +19,7 @@ FINDERS = ("what", "watermark", "background", "faces", "colour")
 
 
 class FinderOptions(Options, title="what to find"):
-    """Options that select the method of finding what the masks show."""
+    """What the masks should cover, and how it is found."""
 
     what: tuple[str, ...] | None = option(
         'find this, in a few words, such as "the person"; may be given several times: what fits any of them '

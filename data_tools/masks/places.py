@@ -58,7 +58,7 @@ class MaskPlace:
 
     @property
     def mask(self) -> Path | None:
-        """Return the mask's path; None if there is no mask."""
+        """Path of the existing mask; None if there is none."""
         return self.masks[0] if self.masks else None
 
     @property
@@ -136,7 +136,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
 
 
 def _kind_of(path: Path) -> Kind:
-    """Return whether a file is a clip or an image; an animation is a clip."""
+    """Return whether a file counts as an image or as a clip, which animations do."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
     try:
@@ -146,7 +146,7 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskPlace]:
-    """Return each image or clip with the masks in a folder, and the name that a new mask gets."""
+    """Return for each image or clip which masks exist in a folder, and what a new mask is called."""
     entries: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
@@ -234,6 +234,7 @@ def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Map
             write_png(target, gray, texts)
     except _AllBlackError:
         return False
+    # an old mask of another form, such as a folder of frames
     if place.mask is not None and place.mask != target:
         _delete(place.mask)
     return True

@@ -101,7 +101,7 @@ def make_masks(options: MaskOptions) -> None:
 
 
 def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: int, method: str) -> None:
-    """Log the files without a mask, and show how many masks were made and the lines for dataset.toml."""
+    """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
     _warn_of_files("Nothing is found in %s (without a mask a file is learned whole): %s", outcome.empty)
     _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.black)
     masked = [place for place in places if place.mask is not None]
@@ -302,7 +302,7 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 
 def _warn_of_kept(plan: MaskPlan) -> None:
-    """Warn of masks that are kept although this run would have made different ones."""
+    """Warn about existing masks that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",

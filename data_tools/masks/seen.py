@@ -55,10 +55,10 @@ class BackgroundFinder:
 
 
 def load_background_finder(path: Path) -> BackgroundFinder:
-    """Load an ONNX file whose network is like U2Net.
+    """Load a background remover: an ONNX file of a network like U2Net.
 
     Raises:
-        CheckpointError: If it is not such a file or cannot be run.
+        CheckpointError: If the network does not take square RGB images of one size.
     """
     _require_file("--background", path)
     model = load_onnx(path)
@@ -80,7 +80,7 @@ def _require_file(option: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class FaceFinder:
-    """A loaded detector of boxes."""
+    """Finds faces with a loaded detector, as boxes."""
 
     detector: Detector
     least_score: float

@@ -93,8 +93,8 @@ def read_kind(folder: Path) -> str:
     """
     path = folder / "config.json"
     if not path.is_file():
-        download_folder = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
-        command = [
+        models = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        argv = [
             "python",
             "tools/download.py",
             "--family",
@@ -102,10 +102,10 @@ def read_kind(folder: Path) -> str:
             "--task",
             "clipseg",
             "--to",
-            str(download_folder),
+            str(models),
         ]
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {as_typed(command)} downloads CLIPSeg, "
+            f"--model {folder}: there is no config.json in this folder. {as_typed(argv)} downloads CLIPSeg, "
             "after its size and license",
             folder,
         )
@@ -125,7 +125,7 @@ def read_kind(folder: Path) -> str:
 def load_word_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
 ) -> WordFinder:
-    """Load CLIPSeg or SAM 3, which find words in images, from a folder.
+    """Load CLIPSeg or SAM 3, which segment what a prompt describes.
 
     Args:
         folder: Folder of the model, as transformers saves it.

@@ -67,7 +67,7 @@ def listen(source: MediaSource) -> Heard:
 
 
 def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
-    """Return the warnings about an audio track that does not fit its clip.
+    """Return in which ways an audio track does not fit its clip.
 
     `seconds` is the duration of the clip; None means unknown.
     """
@@ -87,7 +87,7 @@ def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
 
 @dataclass(frozen=True)
 class AudioFindings:
-    """Findings about the sound of a table."""
+    """Findings about the audio of a table."""
 
     lines: list[str]  # about the sound and its caches
     faults: list[Fault]

@@ -182,7 +182,7 @@ def check_caching(
     folders = TableFolders(config)
 
     def check_table(table: DatasetTable) -> TableFindings:
-        """Return the findings of a table."""
+        """Check a table of the dataset, as far as `scope` says, and return the findings."""
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
@@ -346,9 +346,9 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 def _check_table_audio(
     findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
-    """Add the findings about the audio of a table's clips.
+    """Check the audio of a table's clips, and add the results to `findings`.
 
-    `plans` are the plans for caching their latents.
+    `plans` say how the latents of the clips are cached.
     """
     table = findings.table
     work = AudioWork(family, [table], recipe.stores, torch.device("cpu"))
@@ -390,7 +390,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan the caches of all sources; sources without recorded sizes are decoded, and their plans come last."""
+    """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
     existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
@@ -528,7 +528,7 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
 
 
 def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
-    """Return a line about the items, batches and steps of an epoch."""
+    """Return a line with the number of items, batches and steps in an epoch."""
     order = BatchOrder(items, seed=0)
     num_steps = ceil_div(order.num_batches, batches_per_step)
     steps = count_of(num_steps, "step")

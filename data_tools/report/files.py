@@ -38,12 +38,13 @@ States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TE
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[Numbers]:
-    """Return all files as JSON values, table by table. `tables` have been measured."""
+    """Return findings and cache states of all media files as JSON values, table by table."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
         errors = findings.texts_by_stem("faults", with_kind=True)
         warnings = findings.texts_by_stem("remarks", with_kind=True)
+        # without decoding there are no looks
         looks = findings.looks or [Look()] * len(findings.sources)
         for source, look in zip(findings.sources, looks, strict=True):
             findings_of_file = {
@@ -77,7 +78,7 @@ def _describe_source(source: MediaSource) -> Numbers:
 
 
 def _describe_look(look: Look) -> Numbers:
-    """Return the measured values of a source as JSON values."""
+    """Return the measurements of a source as JSON values."""
     fit = look.fit
     return {
         "size": look.size,
@@ -203,7 +204,7 @@ def _compare_media(
 
 
 def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | None:
-    """Return the first record in these files of latents; None if no file has one that can be read."""
+    """Return the first readable record in the headers of cached latents; None if there is none."""
     for name in names:
         with contextlib.suppress(CacheError):
             record = latent_record(store.read(name, is_full=False))
@@ -275,7 +276,7 @@ def _compare_texts(
 def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return stand-ins for the encoders in records, with their recorded identities; they cannot encode."""
+    """Return placeholders for the text encoders named in cache records, with their recorded identities."""
     encoders = []
     for name, record in records.items():
         keys = frozenset(map(tensor_key, record.crc32))

@@ -65,7 +65,7 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # one per source, if sources were measured
 
     def unusable(self, error: DatasetError) -> None:
-        """Add the error that makes the entire table unusable."""
+        """Add the error that prevents all use of the table."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
@@ -83,13 +83,13 @@ class TableFindings:
         return texts
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Count items of one bucket, by the stems of their sources."""
+        """Count the items that sources have in one bucket."""
         self.buckets[bucket] += len(stems)
         self.places += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
-        """Number of items in all buckets."""
+        """Total number of items in all buckets."""
         return self.buckets.total()
 
     def bucket_rows(self) -> list[BucketRow]:
@@ -104,7 +104,7 @@ class TableFindings:
         return rows
 
     def lines(self) -> list[str]:
-        """Return all findings as lines to print."""
+        """Return all findings as printable lines."""
         size = self.table.batch_size
         repeats = self.table.num_repeats * self.times
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
@@ -133,7 +133,7 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Counters:
-    """Token counters of the text encoders, and lines about those that are missing."""
+    """Token counters of the text encoders, and lines about encoders that are not available."""
 
     by_name: tuple[tuple[str, CountTokens], ...] = ()
     missing: tuple[str, ...] = ()  # report lines
@@ -163,7 +163,7 @@ class CheckResult:
 
     @property
     def num_faults(self) -> int:
-        """Number of faults in all tables."""
+        """Total number of faults in all tables."""
         return sum(len(findings.faults) for findings in self.tables)
 
     @property
@@ -225,7 +225,7 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` of regularization images so that they are as many as other images in an epoch.
+    """Set how often regularization images repeat, so that an epoch has as many of them as of other images.
 
     Args:
         tables: Findings for all tables of a configuration.
@@ -237,6 +237,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
         counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
     for findings in tables:
         group = findings.table.batch_group
+        # batches only mix tables of one batch group
         if findings.table.is_reg and regularization[group]:
             findings.times = learned[group] / regularization[group]
 
@@ -381,7 +382,7 @@ def is_unused(source: MediaSource) -> bool:
 
 
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Convert the captions of all tables that are not UTF-8; old files are kept as .bak.
+    """Convert caption files that are not UTF-8; the old files are kept as .bak.
 
     `encoding` is a Python codec name, or GUESS, which does not change files of uncertain encoding. Returns
     report lines.
@@ -390,7 +391,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         OutputError: If a file cannot be written.
     """
     converted: list[str] = []
-    left: list[str] = []
+    left_unchanged: list[str] = []
     for table in config.datasets:
         try:
             sources = find_sources(table, captions=False, faults=[])
@@ -400,9 +401,9 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         paths = [path for path in sorted(caption_paths) if _is_other_encoding(path)]
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
-            _repair_caption(path, guess, converted, left)
+            _repair_caption(path, guess, converted, left_unchanged)
     counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
-    return [f"{counts}, {len(left)} left unchanged", *converted, *left]
+    return [f"{counts}, {len(left_unchanged)} left unchanged", *converted, *left_unchanged]
 
 
 def _is_other_encoding(path: Path) -> bool:

@@ -23,7 +23,7 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
 
 
 def _read_all(plan: SourcePlan) -> Failure | None:
-    """Return a failure if the layers of an image cannot be used."""
+    """Read all layers of an image; return a failure if they cannot be used."""
     try:
         read_layers(plan.source, image_size(plan.source.path), fit_image=_keep_corner)
     except MediaError as error:

@@ -63,7 +63,7 @@ class StripSize:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Measures of the used frames of a source; for a clip, means over some frames."""
+    """Brightness, motion, sharpness and hashes of a media file; for a clip, from some of its frames."""
 
     brightness: float  # 0..1
     motion: float  # 0..1; 0 for an image
@@ -112,7 +112,7 @@ class Look:
 
     @property
     def seconds(self) -> float | None:
-        """Duration; None if the rate is not known."""
+        """Duration in seconds; None if the frame rate is unknown."""
         return self.frames / self.fps if self.frames and self.fps else None
 
 
@@ -122,7 +122,7 @@ def cut_percent(fit: Fit) -> float:
 
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Decode a source as caching does, with its control media and mask, and measure the frames it uses."""
+    """Decode a media file as caching does, and measure the frames that training would use."""
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
@@ -140,6 +140,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         look = _check_companions(look, source, fps, latent)
     measures: Measures | None = None
     if look.problem is None and sample.frames:
+        # EvenFrames collects up to twice as many
         frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
@@ -147,7 +148,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the look with the problem that caching would have with control media or the mask, if any.
+    """Return the look of a source with the error that its control media or its mask would cause in caching.
 
     The source is decoded again, because only caching's own function reads it together with them.
     """
@@ -168,7 +169,7 @@ def _check_companions(look: Look, source: MediaSource, fps: float, latent: Laten
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
-    """Return the (width, height) at which a frame is measured."""
+    """Return the (width, height) to which a frame is reduced for measuring."""
     height, width = frame.shape[:2]
     factor = min(1.0, SHARP_SIDE / max(height, width))
     return max(1, round(width * factor)), max(1, round(height * factor))
@@ -184,7 +185,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     height = sizes.clip_height if is_clip else sizes.image_height
 
     def reduce(frame: Frame) -> Frame:
-        """Scale a frame to the size of its thumbnail."""
+        """Scale a frame to thumbnail size."""
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return _scale(frame, height, sizes.width, method)
 
@@ -346,7 +347,7 @@ class EvenFrames:
     """Collect at most 2 * MAX_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
-        """Prepare to collect; `reduce` makes the small version of a frame, only for frames that are kept."""
+        """Start without frames; `reduce` scales down each frame that is collected."""
         self.frames: list[Frame] = []
         self._num_seen = 0
         self._reduce = reduce
@@ -373,7 +374,7 @@ def select_evenly(items: Sequence[T], maximum: int) -> list[T]:
 
 
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
-    """Return a copy of a frame (H W 3, of any scale) whose cropped part is dark, outside of a line."""
+    """Return a copy of a frame (H W 3) in which the area that cropping removes is darkened."""
     height, width = frame.shape[:2]
     left = fit.crop[0] / fit.resized[0] * width
     top = fit.crop[1] / fit.resized[1] * height
@@ -388,12 +389,12 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 
 def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
-    """Return the measures of an image or a clip from its frames, all of one size."""
+    """Measure brightness, motion, sharpness and hashes of an image or a clip, from frames of one size."""
     are_black = all(map(is_black, frames))
-    flat = [is_flat(frame) for frame in frames]
+    are_flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
     num_blurred = 0
-    for frame_is_flat, frame_sharpness in zip(flat, sharpnesses, strict=True):
+    for frame_is_flat, frame_sharpness in zip(are_flat, sharpnesses, strict=True):
         num_blurred += not frame_is_flat and frame_sharpness < BLURRED
     brightnesses = [brightness(frame) for frame in frames]
     small_colors = [_small_colors(frame) for frame in hashed_frames(frames)]
@@ -404,8 +405,9 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         sharpness=round(float(np.median(sharpnesses)), DIGITS),
         is_black=are_black,
         is_static=can_move and is_static(frames),
+        # more than half of the frames
         is_blurred=2 * num_blurred > len(frames),
-        is_flat=all(flat),
+        is_flat=all(are_flat),
         hashes=clip_hash(frames),
         colors=b"".join(small_colors),
     )

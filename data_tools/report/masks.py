@@ -46,7 +46,7 @@ class MaskShare:
 def check_masks(
     findings: TableFindings, plans: Sequence[SourcePlan], latent: LatentSpec, workers: int
 ) -> None:
-    """Report which fraction of latents the masks of a table allow to be learned; warn of useless masks.
+    """Report which share of the latents the masks of a table include in the loss; warn about empty masks.
 
     At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """

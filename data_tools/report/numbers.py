@@ -90,7 +90,7 @@ def collect_numbers(
 
 
 def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
-    """Return the number of items of each size in all tables, ascending by size."""
+    """Return the number of items of each bucket size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
         for bucket, count in findings.buckets.items():
@@ -112,7 +112,7 @@ def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
 
 
 def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
-    """List (table, source, look) for all sources that were looked at."""
+    """List (table, source, look) for all measured sources."""
     looks = []
     for findings in tables:
         for source, look in zip(findings.sources, findings.looks, strict=False):
@@ -151,16 +151,16 @@ def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
 
 
 def _items_per_epoch(findings: TableFindings) -> int:
-    """Return how many items of a table an epoch trains on; none of a validation table."""
+    """Return how many items of a table are trained per epoch; 0 for a validation table."""
     if findings.table.validation:
         return 0
     return round(findings.num_items * findings.table.num_repeats * findings.times)
 
 
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
-    """Return the statistics of a table.
+    """Return the statistics of a dataset table as JSON values.
 
-    `epoch` is the number of items in an epoch, of all tables together.
+    `epoch` is the number of items in an epoch, in all tables together.
     """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
@@ -192,7 +192,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
-    """Return the items and batches of each bucket of a table, and how much is cut off."""
+    """Return the items, batches and crop of each bucket in a table."""
     cuts: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
@@ -307,7 +307,7 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
 
 
 def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
-    """Return the edges of bins of equal width from `low` to `end`; the last bin is extended to `high`."""
+    """Return edges of equally wide bins from `low` to `end`; the last bin extends to `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     if high >= start + count * width:
@@ -390,14 +390,14 @@ class _CaptionCounts:
             paths.setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
-        """Count a caption for its trigger word, and whether it has the word."""
+        """Count a caption of a table with a trigger word, and whether it contains the word."""
         if trigger:
             self.triggers[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
             self.present[trigger] += is_present
 
     def list_trigger_words(self) -> list[Numbers]:
-        """List the trigger words, and how many captions of their tables contain them."""
+        """List the trigger words, with the number of captions that contain them in their tables."""
         return [
             {"word": word, "captions": count, "present": self.present[word]}
             for word, count in sorted(self.triggers.items())

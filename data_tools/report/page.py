@@ -114,8 +114,8 @@ def write_report_page(
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
     cards = _make_cards(tables, options.items, workers, drawing)
-    table_  # per table: its numbers, drawings, the number of drawings left out, and its cards
-    sections = []
+    # per table: its numbers, drawings, the number of drawings left out, and its cards
+    table_sections = []
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
         cards_of_table = _select_cards(cards, findings.table)
@@ -132,7 +132,7 @@ def write_report_page(
 
 
 def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
-    """Return the cards of a table's sources."""
+    """Return the report cards of the files in a table."""
     return [card for card in cards if card.source.table is table]
 
 
@@ -318,7 +318,7 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
 
 
 def _shorten(text: str, maximum: int) -> str:
-    """Return at most `maximum` characters of a text, and how many are left out."""
+    """Truncate a text to `maximum` characters, and add how many characters are missing."""
     if len(text) <= maximum:
         return text
     return f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
@@ -361,7 +361,7 @@ def _describe_settings(table: DatasetTable) -> str:
 
 
 def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers], int]:
-    """Draw what the largest buckets cut off; return the drawings, and the number of sizes not drawn.
+    """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
@@ -379,7 +379,7 @@ def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers],
 
 
 def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
-    """Draw the most frequent outlines of sources around a bucket of `size`."""
+    """Return the data of a drawing: the most frequent image outlines around a bucket of `size`."""
     # left, top, width, height of each source relative to the bucket's corner, and its number of files
     outlines = [
         (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MAX_OUTLINES)
@@ -388,6 +388,7 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     top = min(y for _, y, *_ in outlines)
     width = max(x + outline_width for x, _, outline_width, _, _ in outlines) - left
     height = max(y + outline_height for _, y, _, outline_height, _ in outlines) - top
+    # MARGIN is in percent
     pad = MARGIN * max(width, height) / 100
     text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
     return {

@@ -224,7 +224,7 @@ def _list_warnings(look: Look) -> dict[str, str | None]:
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of near duplicates among files of a kind, and add a warning to each file of a group.
+    """Return groups of near duplicates of one kind, and add a warning to each file in a group.
 
     A file that several tables name, by absolute or relative paths, counts once.
     """
@@ -237,6 +237,7 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
             group = group_of.get(path, [])
             copies = [copy for copy in group if copy.absolute() != path]
             if copies:
+                # one is this file, one is named
                 and_others = f" and {len(group) - 2} more" if len(group) > 2 else ""
                 text = f"nearly the same as {copies[0].name}{and_others}"
                 findings.remarks.append(Fault("are nearly the same as another", text, source.stem))
@@ -297,13 +298,14 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     they look alike without being copies.
     """
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
-    for index, measured in enumerate(measures):
-        if not measured.is_black:
-            key = (measured.hashes, measured.colors, measured.is_flat)
+    for index, file_measures in enumerate(measures):
+        if not file_measures.is_black:
+            key = (file_measures.hashes, file_measures.colors, file_measures.is_flat)
             by_key.setdefault(key, []).append(index)
     exact_copies = list(by_key.values())
     if not exact_copies:
         return []
+    # one measure stands for all its exact copies
     labels = _label_matches([measures[indices[0]] for indices in exact_copies])
     groups: dict[int, list[int]] = {}
     for label, indices in zip(labels, exact_copies, strict=True):
@@ -338,7 +340,7 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
 
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
-    """Stack the colors of measured sources, to compare all at once."""
+    """Stack the colors of all measured files in one array."""
     num_frames = len(measures[0].hashes)
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])

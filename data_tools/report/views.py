@@ -60,9 +60,9 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         )
 
     def show_items(media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` items of a source, until the user answers something other than NEXT.
+        """Show at most `maximum` items of a source; return the last answer of the user.
 
-        Returns that answer.
+        Any answer other than NEXT ends the loop.
         """
         for span in media.spans[:maximum]:
             _log_item(media, span)
@@ -204,6 +204,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.
     """
+    # a terminal character is twice as high as wide
     rows = max(round(frame.shape[0] / frame.shape[1] * columns / 2), 1)
     lines = []
     if background is None:
@@ -224,9 +225,9 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
-    """Return a pixel as a character of SHADES in its color.
+    """Return a character of SHADES for a pixel, in the pixel's color.
 
-    `back` is the terminal code of the background.
+    `background_code` is the ANSI code of the background color.
     """
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
     return f"\033[{background_code};38;2;{_rgb(pixel)}m{shade}"

@@ -32,7 +32,7 @@ class Label:
 
 
 def read_labels(folder: Path) -> tuple[Label, ...]:
-    """Read the tags of a tagger's folder from its CSV table, else from its JSON mapping.
+    """Read a tagger's labels from the CSV table in its folder, otherwise from the JSON mapping.
 
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.

@@ -91,7 +91,7 @@ def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answere
     """Wrap an answerer so that the tags in its answers are counted in `found`."""
 
     def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Yield the answers, and count the tags in each."""
+        """Yield the tags of each location, and count how often each tag occurs."""
         with contextlib.closing(answerer(locations, look)) as answers:
             for location, text in answers:
                 if isinstance(text, str):

@@ -16,7 +16,7 @@ _LONG_FACES = frozenset({"(o)_(o)", "<o>_<o>", "<|>_<|>", "||_||"})
 
 @dataclass(frozen=True)
 class TagChoice:
-    """Which tags are written, and how."""
+    """Which tags are written, and in which spelling and order."""
 
     thresholds: Mapping[str, float]  # least probability by category
     ends: Mapping[str, str | None]  # where rating and quality stand: "first", "last" or None: nowhere
@@ -64,7 +64,7 @@ class TagChoice:
         return [*characters, *general]
 
     def _spell(self, label: Label) -> list[str]:
-        """Return a label as it is written: one tag, or name and series; none if it is undesired."""
+        """Return the tags written for a label: one, or name and series separately; [] if undesired."""
         if label.name in self.undesired:
             return []
         names = [label.name]
@@ -82,7 +82,7 @@ def remove_underscores(tag: str) -> str:
 
 
 def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
-    """Return the choice that options ask for.
+    """Return which tags are written, and how, from the options of the command line.
 
     Raises:
         OptionError: For a bad --tag_replacement.

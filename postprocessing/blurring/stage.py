@@ -111,7 +111,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 def _measure_from_ellipse(
     x: NDArray[np.float32], y: NDArray[np.float32], ellipse: Box
 ) -> NDArray[np.floating[Any]]:
-    """Return the distance of pixels from an ellipse, approximately; 0 inside of it."""
+    """Return the approximate distance of pixels from an ellipse; 0 inside of it."""
     left, top, right, bottom = ellipse
     half_width = max((right - left) / 2, 0.5)
     half_height = max((bottom - top) / 2, 0.5)
@@ -179,7 +179,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Find, track and cover objects; images without anything to cover pass unchanged."""
+    """Stage that finds, tracks and covers objects; other images pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -251,7 +251,7 @@ class BlurStage:
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Clamp found boxes to at most one image size outside of the image.
+    """Return the boxes of faces, clamped to at most one image size beyond the image.
 
     A box with NaN becomes the whole image: covering too much is safer than covering nothing.
     """

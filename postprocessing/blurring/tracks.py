@@ -43,7 +43,7 @@ class Track:
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        """Return the box where the object is expected in an image, extrapolated from its recent motion."""
+        """Return where the object is expected in image `index`, extrapolated from its recent motion."""
         motion = _measure_motion(list(self.sightings)[-MOTION:])
         return _move_box(self.last.box, motion, index - self.last.number)
 
@@ -80,9 +80,10 @@ class Track:
 
 @dataclass
 class Tracks:
-    """All tracks of a stream of images.
+    """Track detected objects through a stream of images.
 
-    Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
+    Call `see` for each image in order, and `boxes` for an image once the `hold` and `lookback` images after
+    it have been seen.
     """
 
     hold: int  # number of images in which an object stays covered after its last sighting
@@ -198,7 +199,7 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
 
 
 def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
-    """Return the mean motion per image in pixels, to the right and down."""
+    """Return the mean motion per image of a tracked object in pixels: (right, down)."""
     first = sightings[0]
     last = sightings[-1]
     images = last.number - first.number

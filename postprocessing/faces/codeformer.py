@@ -252,7 +252,7 @@ class CodeFormer(nn.Module):
         return self._generate(x, encoded, fidelity).float()
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
-        """Run the generator on x, B C h w, with the encoder's features to fuse, by size."""
+        """Run the generator on x, B C h w, and fuse the encoder's features, which are keyed by their size."""
         size = self.config.side
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
@@ -296,7 +296,7 @@ def _measure_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return the index of the encoder's last block before the next halving, by the size of its features."""
+    """Map each feature size to the index of the encoder's last block with that size."""
     blocks = {}
     size = config.size
     for number, block in enumerate(config.encoder):

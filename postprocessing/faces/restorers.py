@@ -56,7 +56,7 @@ class ParseNetConfig:
 
 
 class ConvLayer(nn.Module):
-    """A 3 x 3 convolution with reflection padding; with a norm it has no bias."""
+    """3 x 3 convolution with reflection padding, without bias if a normalization follows."""
 
     def __init__(self, width_in: int, width: int, has_norm: bool, stride: int = 1) -> None:
         super().__init__()

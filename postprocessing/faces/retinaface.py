@@ -138,6 +138,7 @@ class RetinaFace(nn.Module):
         classes = run_heads(self.ClassHead)
         boxes = run_heads(self.BboxHead)
         landmarks = run_heads(self.LandmarkHead)
+        # class 0 is the background, class 1 a face
         return classes.softmax(dim=-1)[..., 1], boxes, landmarks
 
 
@@ -161,14 +162,14 @@ def anchors(height: int, width: int) -> Tensor:
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
-    """Return left, top, right, bottom (N 4) from the network's output and the anchors (both N 4)."""
+    """Convert network outputs and anchors (both N 4) to boxes (left, top, right, bottom)."""
     center = priors[:, :2] + CENTER_SCALE * values[:, :2] * priors[:, 2:]
     half = priors[:, 2:] * torch.exp(SIZE_SCALE * values[:, 2:]) / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
-    """Return points (N 5 2) from the network's output (N 10) and the anchors (N 4)."""
+    """Convert network outputs (N 10) and anchors (N 4) to landmarks (N 5 2)."""
     offsets = rearrange(values, "n (p d) -> n p d", d=2)
     return priors[:, None, :2] + CENTER_SCALE * offsets * priors[:, None, 2:]
 
@@ -287,7 +288,7 @@ def load_retinaface(
 
 
 def _make_conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
-    """Build a convolution and its norm, followed by a leaky ReLU unless `slope` is None."""
+    """Return a convolution with its normalization, and a leaky ReLU unless `slope` is None."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
         batch_norm(wider),

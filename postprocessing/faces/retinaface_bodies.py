@@ -34,18 +34,18 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class MobileNetConfig:
-    """Output channels of each block of a MobileNet, for each of three stages."""
+    """Output channels of each block in the three stages of a MobileNet."""
 
     stages: tuple[tuple[int, ...], ...]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the three scales of features that the detector uses."""
+        """Channel counts of the three feature maps that the detector uses."""
         return tuple(stage[-1] for stage in self.stages)
 
 
 class Bottleneck(nn.Module):
-    """A residual block: 1x1 to fewer channels, 3x3, and 1x1 back."""
+    """Residual block of a ResNet: 1x1 convolution to fewer channels, 3x3, and 1x1 back."""
 
     def __init__(self, width: int, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class ResNet(nn.Module):
     """ResNet without its classifier."""
 
     def __init__(self, config: ResNetConfig) -> None:
+        """Create the layers of a ResNet, with torchvision's module names."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, config.stem, 7, 2, padding=3, bias=False)
         self.bn1 = batch_norm(config.stem)
@@ -82,6 +83,7 @@ class ResNet(nn.Module):
             # the first block of each stage halves the size, except in the first stage
             strides = [1 if stage == 0 else 2] + [1] * (count - 1)
             blocks = [
+                # only the first block changes the number of channels
                 Bottleneck(width if block == 0 else outer, inner, outer, stride)
                 for block, stride in enumerate(strides)
             ]

@@ -73,7 +73,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _our_name(name: str) -> str:
-    """Return the name of a tensor in our network, which consists of two parts."""
+    """Return our name for a tensor, in a network that consists of two modules."""
     if name == "g_filter" or name.startswith(ESTIMATOR):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
@@ -181,7 +181,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
         )
     names_of_kind = tuple(
         f"{kind}_arb{perceptual}{ending}"
-        # models trained with LPIPS look sharper, and are preferred
+        # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
@@ -215,7 +215,7 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return the first file with a known name, else the only model with a name beginning with `start`.
+    """Return a model file with a released name, else the only one whose name begins with `start`, or None.
 
     Returns None if there is neither.
     """

@@ -34,7 +34,7 @@ COSTS = SIDE**2  # number of costs that each position reads per iteration
 
 @dataclass(frozen=True)
 class FlowDecoderConfig:
-    """Dimensions of the decoder."""
+    """Channel counts of FlowFormer's decoder."""
 
     memory: int  # D
     query: int
@@ -165,7 +165,7 @@ class MemoryDecoder(nn.Module):
 
 
 def _flatten_rows(x: Tensor) -> Tensor:
-    """Reshape 1 C H W to N C."""
+    """Reshape a feature map, 1 C H W, to rows N C."""
     return x[0].flatten(1).T
 
 
@@ -235,7 +235,7 @@ class FlowFormer(nn.Module):
             return EncodedImage(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
+        """Return the optical flow from the first to the second image, 1 2 H W (x, y) in pixels."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # depends on the size only, so that an image gives the same flow on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes

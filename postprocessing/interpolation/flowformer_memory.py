@@ -213,7 +213,7 @@ class VerticalLayer(nn.Module):
         self.global_block = TwinsBlock(CoarseContextAttention(config), config.width, eps=1e-5)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return the new tokens, K H W D.
+        """Return the tokens after attention within windows and to a coarse grid, K H W D.
 
         Args:
             x: Tokens, K H W D.
@@ -257,7 +257,7 @@ class CostPerceiver(nn.Module):
         return x + first
 
     def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
-        """Return N K D: the learned tokens after attention to the cost map of each position."""
+        """Return the first memory tokens: learned tokens that attend to each position's cost map, N K D."""
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
@@ -266,6 +266,7 @@ class CostPerceiver(nn.Module):
 
         # the largest number of float32 bytes that one position takes at a time, for the size of a part
         first, second, _ = self.config.costs
+        # both sides rounded up to multiples of PATCH
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
         convolved = 2 * 16 + 4 * first + second

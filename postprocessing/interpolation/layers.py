@@ -28,7 +28,7 @@ class FlowEstimator(Protocol):
     """Estimator of the motion between two images, in float32."""
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single image.
+        """Compute the features of one image.
 
         Args:
             image: Image, 1 3 H W, 0..255, float32, with sides that are multiples of 32.
@@ -176,12 +176,13 @@ def _weigh_neighbor(
     height, width = size
     weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
     is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    # positions outside are clamped to a valid index; their weight is 0
     index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
     return index, torch.where(is_inside, weight, 0.0)
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, of the positions that a flow points to; outside if they are not finite."""
+    """Return x and y, H*W each, of where the flow moves each pixel; outside if the flow is not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -327,7 +328,7 @@ class Correlation:
 
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:
-    """Return the bytes of the products of all pairs of positions, at all scales."""
+    """Return the memory of the correlations of all pairs of positions, at all scales."""
     positions = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * positions
 

@@ -70,7 +70,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def coordinates_at(self, like: Tensor, time: float) -> Tensor:
-        """Return 1 3 H W: the time, and the center's y and x, of each pixel of `like`."""
+        """Return the time and the pixel center (y, x) at each pixel of `like`, 1 3 H W."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -100,7 +100,7 @@ class HypoNet(nn.Module):
 
 
 class MotionField(nn.Module):
-    """The motion between two images, encoded once from both flows and then evaluated at any time."""
+    """Motion between two images: encoded once from both flows, evaluated at any time between them."""
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class GimmConfig:
 
 
 class GimmVfi(nn.Module):
-    """The network without its optical flow."""
+    """GIMM-VFI without its optical flow network."""
 
     def __init__(self, config: GimmConfig) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class GimmVfi(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """An image and its features."""
+    """An image with its encoded features."""
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same, scaled to the size at which flow is computed

@@ -126,7 +126,7 @@ class RecurrentTurn(NamedTuple):
 
 
 class SeparableGru(nn.Module):
-    """A recurrent unit whose convolutions run along rows first, then along columns."""
+    """Convolutional GRU that runs along rows first, then along columns."""
 
     def __init__(self, hidden: int, inputs: int) -> None:
         """Create the layers.

@@ -42,7 +42,7 @@ class RefinementConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """Widths of an update."""
+    """Channel counts of an update block."""
 
     correlation: tuple[int, int]
     flow: tuple[int, int]
@@ -162,12 +162,12 @@ class SynthesisConfig:
 
     @property
     def feature(self) -> int:
-        """Number of feature channels that the first stage passes on, in addition to its flows and mask."""
+        """Number of feature channels that the first decoder outputs besides its flows and mask."""
         return self.first.outputs - FLOWS - 1
 
     @property
     def blends(self) -> int:
-        """Number of blended images whose mean is the result."""
+        """Number of blended images that are averaged for the result."""
         return self.last.outputs // PER_BLEND
 
 
@@ -194,7 +194,7 @@ class Blend:
     colors: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":
-        """Return the blend for images that are larger by a factor."""
+        """Return the blend, resized for images that are `factor` times as large."""
         if factor == 1:
             return self
         return Blend(
@@ -254,7 +254,7 @@ class Synthesis(nn.Module):
         correlations: "PairCorrelations",
         time: float,
     ) -> Blend:
-        """Return the blend that produces the image at a time, 0..1.
+        """Return the blend of two images that produces the image at a time between them.
 
         Args:
             images: The first and the second image, 2 3 H W, -1..1.
@@ -269,7 +269,7 @@ class Synthesis(nn.Module):
         return self._end(images, refined, first.quarter, second.quarter)
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
-        """Make the first estimate at a quarter of the size, from feature maps at an eighth."""
+        """Return the first estimate of flow, mask and features at a quarter of the size."""
         flow = 0.25 * resize(flow, 0.25)
         images = resize(images, 0.25)
         decoder = self.amt_init_decoder
@@ -294,7 +294,7 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Make the estimate at full size, from flows and feature maps at a quarter of it.
+        """Predict the final flows, masks and colors at full size from estimates at a quarter of the size.
 
         Args:
             images: Both images, 2 3 H W.
@@ -304,6 +304,7 @@ class Synthesis(nn.Module):
         """
         decoder = self.amt_final_decoder
         flow, mask, feature = refined
+        # flows are in pixels, so their values grow with the size
         both_flows = 4 * resize(flow, 4)
         mask = resize(mask, 4)
         flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
@@ -343,7 +344,7 @@ class PairCorrelations:
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, at the positions that the flow from `time` to both images points to."""
+        """Return correlations, 1 648 h w, where the flow from `time` to both images points to."""
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forward, self._backward.lookup(self._grid + to_first / time)], dim=1)

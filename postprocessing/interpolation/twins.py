@@ -53,7 +53,7 @@ class TwinsBlock(nn.Module):
         self.mlp = TwinsMlp(width)
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the new features, B H W C.
+        """Return features after attention and MLP, B H W C.
 
         Args:
             x: Features, B H W C.
@@ -73,7 +73,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attention result, B H W C."""
+        """Return features after windowed attention, B H W C."""
 
         def run(windows: Tensor) -> Tensor:
             q, k, v = self.qkv(windows).chunk(3, dim=-1)
@@ -110,7 +110,7 @@ class TwinsPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the merged features, B H/patch W/patch C.
+        """Return features with `patch` x `patch` positions merged, B H/patch W/patch C.
 
         Args:
             x: Features, B channels H W.
@@ -126,12 +126,12 @@ class Neighbors(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the new features, B H W C."""
+        """Return features with position information added, B H W C."""
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Twins(nn.Module):
-    """Features of images at the resolutions of all stages."""
+    """Twins transformer that returns features of every stage."""
 
     def __init__(self, stages: tuple[StageConfig, ...]) -> None:
         """Create the encoder's layers, with the module names of the released FlowFormer file."""

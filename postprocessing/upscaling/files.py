@@ -76,7 +76,7 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return a file's kind and config from its header.
+    """Return the kind and the configuration of an upscaler file, from its header.
 
     Raises:
         CheckpointError: If the file is not an upscaler.
@@ -116,7 +116,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    """Plan how to load an ESRGAN or Real-ESRGAN, whose names differ between releases.
+    """Plan the loading of an ESRGAN or Real-ESRGAN, whose tensor names differ between releases.
 
     Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
     """
@@ -128,6 +128,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     num_doublings = 0
     while f"conv_up{num_doublings + 1}.weight" in sources:
         num_doublings += 1
+    # pixel unshuffle by r multiplies the color channels by r * r
     unshuffle = isqrt(channels // COLOURS)
     factors = [2**power for power in range(num_doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
@@ -201,7 +202,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         depths=depths,
         window=window,
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
-        # a file with three convolutions numbers them: conv_after_body.0.weight
+        # three convolutions form a sequence, whose names contain an index
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=end.upsampler,
         ups=tuple(end.ups),
@@ -258,7 +259,7 @@ def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The shapes of a file's tensors under our names."""
+    """Shapes of a checkpoint's tensors, by the names of our modules."""
 
     checkpoint: Checkpoint
     shape: Callable[[str], tuple[int, ...]]

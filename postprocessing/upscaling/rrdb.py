@@ -36,7 +36,7 @@ class RrdbConfig:
 
     @property
     def step(self) -> int:
-        """Number that image sides must be a multiple of."""
+        """Number that image sides must be divisible by."""
         return self.unshuffle
 
     @property

@@ -94,7 +94,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
 
 @dataclass(frozen=True)
 class UpscalerStage:
-    """Upscale each image with the network, resize it to the requested size, and round once."""
+    """Stage that upscales each image, resizes it to the requested size, and rounds once."""
 
     upscaler: Upscaler
     network: tiling.Guarded

@@ -31,7 +31,7 @@ CUDA_WIDTH = 8  # CUDA's fused attention needs a multiple of this as head width;
 
 @dataclass(frozen=True)
 class SwinirConfig:
-    """Dimensions of a SwinIR."""
+    """Sizes and upsampling method of a SwinIR, as read from its file."""
 
     dim: int  # C
     heads: tuple[int, ...]  # of each layer
@@ -104,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tens
 
 
 class SwinMlp(nn.Module):
-    """Two linear layers."""
+    """MLP of a Swin block: two linear layers with an activation."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -209,9 +209,10 @@ def _split_windows(count: int, shift: int) -> list[_WindowRange]:
 
 
 def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Divide a batch of grids of windows into pieces of at most `maximum` windows (batch, rows, columns)."""
+    """Divide a batch of grids of windows into blocks of at most `maximum` windows; yield their slices."""
     if not rows or not columns:
         return
+    # as many whole rows as possible, then as many whole grids
     max_columns = min(len(columns), maximum)
     max_rows = max(1, min(len(rows), maximum // max_columns))
     max_batch = max(1, min(batch, maximum // (max_columns * max_rows)))
@@ -261,7 +262,7 @@ class Layer(nn.Module):
 
 
 def as_map(x: Tensor) -> Tensor:
-    """Return B H W C as B C H W, a view with channels last."""
+    """View a feature map B H W C as B C H W, in channels-last memory format."""
     return rearrange(x, "b h w c -> b c h w")
 
 

@@ -24,7 +24,7 @@ def check_run(
     folder: Path,
     write: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
-    """Drop values that the script rejects, each with the script's message as the reason.
+    """Remove options that the training script rejects, one by one, with its message as the reason.
 
     Args:
         project: The project to check.
@@ -32,12 +32,14 @@ def check_run(
         folder: The described folder.
         write: Returns the run's files (name -> text) with the given training options.
     """
+    # a script reports one bad option at a time
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
         if message is None or NOT_THERE.search(message):
             return
         blamed = _find_blamed(project, message)
         if blamed is None:
+            # the message is about none of the project's options
             project.omitted.append(f"this run would not begin: {message}")
             return
         project.drop(blamed, message)

@@ -67,12 +67,12 @@ class Parts:
 
     @property
     def trains_texts(self) -> bool:
-        """Whether any text encoder learns."""
+        """Whether any text encoder is trained."""
         return any(rate != 0 for rate in self.text_rates)
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
-    """Return a LoRA run, for a program whose files only train LoRAs."""
+    """Return a LoRA run; used for programs whose project files only train LoRAs."""
     return ForeignRun("lora", "")
 
 
@@ -87,7 +87,7 @@ def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
 
 
 def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return no guess of the model."""
+    """Return None: this trainer's files cannot reveal the model by other keys."""
     return None
 
 
@@ -155,7 +155,7 @@ def read_rate(value: Any) -> float | None:
 
 
 def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
-    """Return a reader of numbers within limits."""
+    """Return a function that reads a number between `minimum` and `maximum`."""
 
     def read(value: Any) -> float:
         if isinstance(value, str):  # YAML reads 1e-4 as a text, and web forms send texts
@@ -171,7 +171,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 
 def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
-    """Return a function that reads an integer within limits."""
+    """Return a function that reads an integer between `minimum` and `maximum`."""
     of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
@@ -206,9 +206,9 @@ def read_switch(value: Any) -> bool:
 
 
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
-    """Return a reader of names in any spelling.
+    """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    `instead` is the remedy in the error about other names.
+    Other names raise an error, whose remedy is `instead`.
     """
 
     def read(value: Any) -> str:
@@ -282,7 +282,7 @@ def read_adapter(value: Any) -> str:
 
 
 def read_trigger(value: Any) -> str:
-    """Return a trigger word, without the brackets around placeholders of embeddings."""
+    """Return a trigger word without the <> of an embedding placeholder."""
     word = str(value or "").strip()
     if re.fullmatch(r"<[^<>]+>", word):
         word = word[1:-1]

@@ -57,7 +57,7 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of training the settings describe, with the setting that shows it."""
+    """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
     kind = values.get("LoRA_type")
     slider = next((key for key in _OF_SLIDER if key in values), None)
     if slider is not None:
@@ -79,9 +79,9 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
             return ForeignRun("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
         return ForeignRun("lora", "network_dim")
-    mark = next((key for key in _OF_FINE_TUNING if key in values), None)
+    tuning_key = next((key for key in _OF_FINE_TUNING if key in values), None)
     return ForeignRun(
-        "whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})"
+        "whole", f"no LoRA_type ({'DreamBooth' if tuning_key is None else f'fine-tuning, by {tuning_key}'})"
     )
 
 

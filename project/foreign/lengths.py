@@ -77,10 +77,10 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the number of steps that applies: the project's own number, or the steps of its epochs."""
+    """Return the training length that a project sets: its number of steps, or the steps of its epochs."""
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
-    counted = project.key_of("max_train_steps") if chosen is None else chosen.key
-    reason = f"{counted} counts, as in {project.title}"
+    deciding_key = project.key_of("max_train_steps") if chosen is None else chosen.key
+    reason = f"{deciding_key} counts, as in {project.title}"
     for file_epochs in epochs:
         if file_epochs is not chosen:
             project.leave_value(file_epochs.key, file_epochs.number, reason)

@@ -52,7 +52,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 
 
 def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Take over a key of dataset.toml. Raises Unfit or ValueError if the key cannot have the value."""
+    """Adopt a dataset.toml key unchanged. Raises Unfit or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
     project.data[key] = fact.form.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)

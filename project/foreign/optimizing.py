@@ -48,7 +48,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return arguments with pairs of numbers joined: betas of Adam, eps of Adafactor."""
+    """Return the optimizer arguments, with the numbers of betas (Adam) or eps (Adafactor) combined."""
     arguments = {name: value for name, value in project.arguments.items() if value is not None}
     for name in project.arguments.keys() - arguments.keys():
         project.empty.append(project.key_of(name))
@@ -112,7 +112,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _leave_rates(project: ForeignProject) -> None:
-    """Drop rates, schedule and warm-up for an Adafactor that determines them itself."""
+    """Remove learning rates, schedule and warm-up for an Adafactor that sets its rate itself."""
     training = project.training
     for name in ("learning_rate", "unet_lr"):
         if name in training:

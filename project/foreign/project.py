@@ -91,9 +91,9 @@ class ForeignProject:
         self.omitted.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
-        """Note a key whose value differs in our files.
+        """Record a key of the foreign file whose value is changed for this program.
 
-        `result` is what it became.
+        `result` describes the new setting.
         """
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
@@ -187,12 +187,12 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 
 def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
-    """Return whether a project's folder is the described one, or contains it, or lies in it."""
+    """Return whether a project's folder is the dataset folder, or one is inside the other."""
     found = find_beside(file, str(place))
     there, here = real_path(file.parent / place if found is None else found), real_path(folder)
     return there == here or there in here.parents or here in there.parents
 
 
 def show(value: Any) -> str:
-    """Return a value on one line of at most 120 characters."""
+    """Format a value on one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)

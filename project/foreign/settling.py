@@ -65,9 +65,10 @@ def resolve_project(
     memory: float,
     forms: Forms,
 ) -> None:
-    """Keep the values in `training` and `data` that the run accepts, and note why others are left out.
+    """Reduce a foreign project's values to those that the run accepts, and report why others are omitted.
 
-    `memory` is the card's memory in GiB; 0 means a CPU. `forms` states which keys dataset.toml can have.
+    `memory` is the graphics card's memory in GiB; 0 means a CPU. `forms` says which keys dataset.toml can
+    have.
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)
@@ -87,13 +88,13 @@ def resolve_project(
 
 
 def _list_chosen(model: ModelSet) -> set[str]:
-    """Return the options that `new` writes for a model."""
+    """Return the names of the options that `new` sets itself for a model."""
     words = f"{model.commands['train']} {model.data.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write rank, alpha and arguments of the network, or leave them if none is trained."""
+    """Write the network's rank, alpha and arguments; omit them if the run trains no network of that kind."""
     if kind is LORA:
         _leave_of_lora_alone(project)
         _write_network_arguments(project)

@@ -43,7 +43,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that do nothing: rank and alpha of a LyCORIS, whose file has its own."""
+    """Return the keys without effect: rank and alpha of a LyCORIS, which its own file sets."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
     return set()

@@ -159,7 +159,7 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 def _set(
     project: ForeignProject, target: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
-    """Set an option or key, unless another key of the file has set it to something else.
+    """Set an option or dataset key, unless another key of the foreign file has set another value.
 
     `keys` maps each target that is set to the key of the file that set it.
     """
@@ -170,6 +170,7 @@ def _set(
         keys[name] = setting.key
     if target.setdefault(name, value) != value:
         project.leave_value(setting.key, setting.value, f"{name} is {target[name]} already, from another key")
+    # a default of the other program is not reported as a key of the file
     elif setting.key in project.assumed:
         return
     elif _is_same(value, setting.value):

@@ -64,20 +64,20 @@ class TrainingRecipe:
 
     @property
     def values_text(self) -> str:
-        """The values in a line, as run.toml has them: `network_dim = 16, learning_rate = 0.001`."""
+        """The [training] options in one line: `network_dim = 16, learning_rate = 0.001`."""
         return ", ".join(f"{name} = {value}" for name, value in self.training.items())
 
     @property
     def figures_text(self) -> str:
-        """The figures in a line."""
+        """The measured figures in one line."""
         return "; ".join(f"{name}: {value}" for name, value in self.figures.items())
 
 
 def find_recipe(name: str) -> TrainingRecipe:
-    """Return a recipe by its name, own ones first, or by the path of its file.
+    """Return a recipe by name, preferring the user's own, or by file path.
 
     Raises:
-        OptionError: If there is no such recipe, or if it holds anything but values.
+        OptionError: If there is no such recipe, or if it contains something that a recipe must not set.
     """
     if name.endswith(".toml"):
         return read_recipe(Path(name))
@@ -183,10 +183,10 @@ def _show(key: str) -> str:
 
 
 def _read_text(key: str, value: Any) -> str:
-    """Return a text that pages and tables can show.
+    """Return a single line of text that pages and tables can show.
 
     Raises:
-        ValueError: If the value is no text of one line, or an address.
+        ValueError: If the value is not one line of text, or is an address.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or no text")

@@ -46,7 +46,7 @@ def run_recipe_command(options: RecipeOptions) -> None:
 
 
 def find_history(path: Path) -> Path:
-    """Return the history of a run in a folder, or in the folder `output` in it.
+    """Return the history file of a run: `path` itself, or the only one in the folder or its `output`.
 
     Raises:
         OptionError: If there is none, or if there are several.
@@ -54,19 +54,20 @@ def find_history(path: Path) -> Path:
     if path.name.endswith(END):
         return path
     for folder in (path, path / "output"):
-        found = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(map(str, found))
-            raise OptionError(f"{path} has {len(found)} runs. Give the history of one: {names}")
+        # .run files are histories of `run`, not of a training
+        histories = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        if len(histories) == 1:
+            return histories[0]
+        if histories:
+            names = ", ".join(map(str, histories))
+            raise OptionError(f"{path} has {len(histories)} runs. Give the history of one: {names}")
     raise OptionError(
         f"{path} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
     )
 
 
 def save_recipe(options: RecipeOptions, history: Path) -> None:
-    """Write the recipe of a finished run, and print how to use it.
+    """Write the recipe of a finished training, and print how to use it.
 
     Raises:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
@@ -96,9 +97,9 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read
-    given = name if options.to == OWN else path.as_posix()
+    operand = name if options.to == OWN else path.as_posix()
     lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
-    lines.append(f"{own_command('new', 'FOLDER', '--recipe', given)} trains another folder with it")
+    lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
     print_lines(lines)
 
 
@@ -143,7 +144,7 @@ def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[
 
 
 def _read_commands(history: Path) -> list[list[str]]:
-    """Return the commands in the run.toml next to a run, or in the folder around it; none without one."""
+    """Return the commands of the run.toml next to a run or in its parent folder; [] if there is none."""
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
         if path.is_file():
