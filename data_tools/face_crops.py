@@ -75,7 +75,7 @@ class CropFacesOptions(Options, title="what to do"):
             )
 
     def crop_pixels(self) -> tuple[int, int] | None:
-        """Return width and height of --crop_size. Raises OptionError if it is no such pair."""
+        """Return width and height of --crop_size. Raises OptionError if it is not a pair of integers."""
         pair = _read_pair("--crop_size", self.crop_size, "512,512")
         if pair is None:
             return None
@@ -140,7 +140,7 @@ class Portrait:
         self.size = (self.size[0] * across, self.size[1] * down)
 
     def crop(self, width: int, height: int) -> None:
-        """Cut a rectangle around the face. At an edge it is moved inwards; it ends where the image ends."""
+        """Crop a rectangle around the face, moved inside the image where possible."""
         image_height, image_width = self.image.shape[:2]
         width, height = min(width, image_width), min(height, image_height)
         left = min(max(0, round(self.center[0] - width / 2)), image_width - width)
@@ -149,7 +149,7 @@ class Portrait:
         self.center = (self.center[0] - left, self.center[1] - top)
 
     def draw_frame(self) -> None:
-        """Draw a rectangle around the face."""
+        """Draw a rectangle around the face in the image."""
         (x, y), (width, height) = self.center, self.size
         corners = (round(x - width / 2), round(y - height / 2)), (round(x + width / 2), round(y + height / 2))
         image = np.ascontiguousarray(self.image)

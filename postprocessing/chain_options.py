@@ -54,7 +54,7 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 @dataclass(frozen=True)
 class Chain:
-    """Options of one run: its files, and the tools in order with their options."""
+    """Options of one postprocessing run: its files, and its tools in order."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
@@ -133,7 +133,7 @@ class NamedTools:
 
     @property
     def labels(self) -> list[str]:
-        """Labels for progress bars, which name the option with the tools."""
+        """Labels for progress bars: the option's name with each tool's name."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
@@ -236,7 +236,7 @@ def find_tool(name: str) -> Tool:
 
 
 def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
-    """Return the name of the first tool that hides something, such as faces; None if no tool does."""
+    """Return the name of the first tool that hides image content, such as faces; None if none does."""
     return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
@@ -248,7 +248,7 @@ def tool_names() -> str:
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Prefix a UserError of the block with the tool's name, unless it has the prefix or the name is empty."""
+    """Prefix UserErrors in the `with` block with the tool's name, unless they have the prefix already."""
     try:
         yield
     except UserError as error:

@@ -75,7 +75,7 @@ def auto_or_number(text: str) -> int | None:
 
 
 class UpscalerOptions(Options, title="upscaling"):
-    """How images are upscaled."""
+    """Upscaling mode, scale and tiles."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
@@ -170,7 +170,7 @@ _BLUR = "blur"
 
 
 class BlurOptions(Options, title="what is blurred"):
-    """What to blur, and the shape of the blur."""
+    """What is blurred, and with which shape and strength."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a detector: YuNet or YOLO as .onnx, RetinaFace as .pth or .safetensors"}}

@@ -18,7 +18,7 @@ LAST_WAIT = 3.0  # seconds that a writer gets to finish after Ctrl-C if it has r
 
 
 class Closed(Exception):
-    """Raised by a queue if its reader has stopped, so that nothing more can be added."""
+    """The reader of a queue has stopped, so nothing can be added."""
 
 
 class StreamStopped(Exception):

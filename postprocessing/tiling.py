@@ -48,7 +48,7 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
 
 
 def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
-    """Return the source index of each of `length` positions in a row of `size` with mirrored ends."""
+    """Return the source index for each of `length` positions of a row that is reflected at its ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
     rising = torch.arange(length) % period
     falling = period - rising - (1 if repeats_edge else 0)
@@ -120,14 +120,16 @@ class _Joined(NamedTuple):
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result from position `start` of an axis."""
+    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`."""
     end = start + tile.shape[axis]
     if joined is None:
+        # a single tile covers the whole axis
         if end == length:
             return _Joined(tile, length)
         size = list(tile.shape)
         size[axis] = length
         joined = _Joined(tile.new_empty(size), start)
+    # the overlap with the tiles before is faded, the remainder is copied
     shared = joined.filled - start
     if shared > 0:
         _fade_in(tile.narrow(axis, 0, shared), joined.room.narrow(axis, start, shared), axis)

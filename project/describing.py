@@ -142,7 +142,7 @@ class Choice:
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def inside(self, path: Path) -> str:
-        """Return a path relative to the folder, with forward slashes."""
+        """Return a path relative to the dataset folder, with forward slashes."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
@@ -530,7 +530,7 @@ def _write_start_options(choice: Choice) -> str:
 
 
 def _list_edits(choice: Choice) -> list[Edit]:
-    """Return the edits of the dataset all of whose references can be read."""
+    """Return the edits in the dataset whose reference images can all be read."""
     references = choice.content.references
     edits = []
     for item in choice.media:

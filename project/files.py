@@ -204,7 +204,7 @@ def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str,
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return the differences between the texts and the present files in the format of `diff -u`."""
+    """Return the changes to the existing files in the format of `diff -u`."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -375,7 +375,7 @@ def _collect_content(
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and the captions from lists into caption files.
+    """Write first frames of clips, and caption files for captions from lists.
 
     Existing caption files are not changed.
     """
@@ -569,7 +569,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return the media that have no caption, no trigger word and no folder name as a replacement."""
+    """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
     if choice.trigger:
         return []
     content = choice.content
@@ -598,8 +598,8 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
         captioning_argv = make_caption_argv([shlex.split(choice.model.commands["latents"])])
         problem = (
             f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
-            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
-            f"{choice.folder}:"
+            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
+            f"folder {choice.folder}:"
         )
         lines += [
             KindLine(CAPTIONS, problem),

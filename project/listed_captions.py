@@ -148,7 +148,7 @@ def _is_text(caption: Any, place: str) -> bool:
 
 
 def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
-    """Find the file that a list means by a path, a file name, or a name without suffix."""
+    """Return the media file that a list names by path, by file name or without suffix; None if none."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
         candidates = by_name.get(path, ())
@@ -266,9 +266,9 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Return the text of a table, with a first line of column names added if it is missing.
+    """Add a first line with column names to a table's text, if the line is missing.
 
-    `names` are the names of the media in its folder.
+    `names` are the media files in the table's folder.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text

@@ -392,7 +392,7 @@ def _name_of(folder: Path) -> FolderName | None:
 
 
 def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return the reason to use a folder's images for regularization; None if there is none."""
+    """Return why a folder's images count as regularization images; None if they do not."""
     if subfolder == folder:
         return None
     for path in (subfolder, subfolder.parent):
@@ -403,6 +403,7 @@ def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, Fold
         return None
     class_words = name.words.strip().lower()
     for subject in names.values():
+        # `man` is the class of `ohwx man`
         if subject.words.strip().lower().endswith(f" {class_words}"):
             return (
                 f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
@@ -792,7 +793,7 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
 
 
 def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
-    """Return a path for the first frame of a clip that no other clip uses."""
+    """Return a path for a clip's first frame that no other clip uses."""
     inside = clip.parent.relative_to(folder)
     path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
     while path in content.first_frames:
@@ -947,7 +948,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
-    """Return a file's references in a folder; empty if there are none or their names do not fit."""
+    """Return the reference images of a file in a folder; () if none has a fitting name."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -964,7 +965,7 @@ def why_unused(path: Path) -> str:
 
 
 def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
-    """Return lines about references of a folder's images that cannot be read."""
+    """Return lines about reference images that cannot be used."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":
@@ -988,7 +989,7 @@ def _find_numbered(media: Sequence[Media]) -> list[Path]:
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return the message that shows where images and their references have to be stored."""
+    """Return a message that shows where images and their references should be stored."""
     numbered = _find_numbered(media)
     advice = ""
     if numbered:

@@ -183,7 +183,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(kind: RunKind, word: str | None) -> None:
-    """Raise OptionError if the training would reject the trigger word of a run that learns it."""
+    """Raise OptionError if a run that learns a trigger word has none, or an unusable one."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -361,7 +361,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask on a terminal which of a family's models is meant."""
+    """Ask the user on a terminal for one of a family's models."""
     tasks = [model.task for model in models]
 
     def read(text: str) -> str:
@@ -389,7 +389,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the default task if there is no terminal to ask on.
+    """Return the task to train without asking: the typed one, else the only one that suits a first LoRA.
 
     `text` is the value of --task, which matches all of `tasks`; None if it is not set.
 

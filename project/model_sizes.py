@@ -22,7 +22,7 @@ def needs_image(model: ModelSet) -> bool:
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size in bytes of a model's transformers during a training; 0 if it is unknown."""
+    """Return the size in bytes of the transformers that a training loads; 0 if it is unknown."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 

@@ -21,7 +21,7 @@ class EndCommand:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        """Store the arguments of the command; if there are none, nothing is started."""
+        """Store the arguments of the command; without arguments, nothing is started."""
         self._words = words
         self._info: Callable[[], EndedRun] | None = None
 

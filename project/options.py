@@ -41,7 +41,7 @@ WRITE_CAPTIONS = [
 
 
 def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
-    """Return the family whose JSON captions the model of these commands expects; "" for plain sentences."""
+    """Return the model family whose JSON captions these commands expect; "" for plain sentences."""
     scripts = {Path(word).name for words in commands for word in words if word.endswith(".py")}
     for name in caption_formats():
         entry = FAMILIES[name]
@@ -51,7 +51,7 @@ def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
 
 
 def make_caption_argv(commands: Iterable[Sequence[str]]) -> list[str]:
-    """Return the command that writes captions in a run's folder, in the form that its model expects."""
+    """Return the command that captions a folder in the form that a model expects."""
     format = find_caption_format(commands)
     return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS
 

@@ -30,13 +30,14 @@ class MachinePaths:
     models: Mapping[str, str] = field(default_factory=dict)  # path in the texts -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Return a text for the packed folder: a path becomes relative, other texts are unchanged.
+        """Make a path relative to the packed folder; other texts are returned unchanged.
 
         Returns None for a path of this machine to something that is not packed.
         """
         if text in self.models:
             return self.models[text]
         is_rooted = _ROOTED.match(text) is not None
+        # not a path that could leave the folder
         if not is_rooted and ".." not in text:
             return text
         if is_rooted and not text.startswith("~") and not Path(text).is_absolute():

@@ -79,7 +79,7 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
-        """Model files that the run needs and that do not exist."""
+        """Model files that the run needs and that are missing."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -97,7 +97,7 @@ def run_project(options: RunOptions) -> None:
 
 
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
-    """Check, download, cache and train; finally print the path of the training's page.
+    """Run the commands of a project: check, download, cache and train; then print the path of its page.
 
     Files that cannot be read are left out and listed at the end. Exits with the code of the first command
     that fails.
@@ -109,11 +109,12 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     typed = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
-    writing = {"output_dir", *options_reaching("writes")}
-    folders += [value for name, value in options.typed_for_training.items() if name in writing]
+    writing_options = {"output_dir", *options_reaching("writes")}
+    folders += [value for name, value in options.typed_for_training.items() if name in writing_options]
     folders += options.may_write
     if options.download:
         folders.append(options.models)
+    # run.toml may come from a stranger: its commands can only write into these folders
     with limit_run(folders, typed.keys(), own_command(*options.words)):
         _run_within_limits(options, _read_project(options.folder, typed), trace, end)
 
@@ -192,7 +193,7 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands; return lines about the files that the check of media leaves out.
+    """Run the commands in order, except checks that have passed before; return lines about skipped files.
 
     Exits with the code of the first command that fails.
 
@@ -290,7 +291,7 @@ def _run_or_exit(
 
 
 def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
-    """Read the run.toml of a folder.
+    """Read the training described by a folder's run.toml, and check its paths.
 
     Args:
         place: The folder, or its run.toml.
@@ -315,6 +316,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
     option = f"{path}: output_name"
+    # before history_path, which makes a path of the name
     check_output_name(option, project.name, is_new=False)
     reject_outside("output_dir", project.output)
     has_begun = history_path(project.output, project.name).exists()
@@ -328,7 +330,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
-    """Return the project with more words added to its last command, the training."""
+    """Append arguments to the training command, which is the project's last command."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *argv]])
 
@@ -508,7 +510,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Print what the check of the media finds, in place of caching, and collect the errors."""
+        """Check the media instead of caching them; print the findings and collect the errors."""
         # imported here because they load torch, which most project commands do not need
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of
@@ -522,6 +524,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
             verify=options.verify,
             validation=validation,
         )
+        # captions are checked by the command that encodes texts
         findings = replace(findings, counters=TOKENS_ELSEWHERE)
         print_check(findings, family, config, page=options.page, workers=workers)
         for table in findings.tables:
@@ -562,10 +565,10 @@ def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> No
 
 
 def _require_script(argv: Sequence[str]) -> Path:
-    """Return the script of a command.
+    """Return the path of a command's script.
 
     Raises:
-        OptionError: If no run uses this script: run.toml may come from somebody else.
+        OptionError: If no run uses this script; run.toml may come from a stranger.
     """
     script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():

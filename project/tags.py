@@ -23,7 +23,7 @@ WRITE_BLANKS = ["--replace_regex", UNDERSCORE.pattern, " "]
 
 @dataclass(frozen=True)
 class TagLists:
-    """Captions of a folder that are lists of tags."""
+    """The captions of a folder, split into tags."""
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "

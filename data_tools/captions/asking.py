@@ -43,7 +43,7 @@ class NoCaptionError(Exception):
     """The reason why an image or clip gets no caption. The run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
-        """Keep the reason; `server_failed` says that repeated attempts got no answer from the server."""
+        """Store the reason; `server_failed` says that the server answered none of several requests."""
         super().__init__(reason)
         self.server_failed = server_failed
 
@@ -120,7 +120,7 @@ def answer_in_batches(
 
 
 def prompt_for(location: CaptionLocation, ask: AskOptions) -> str:
-    """Return the question for a source: its own, else that of the options, else the default for its kind."""
+    """Return the prompt for a source: its own, else the option's, else the default for its kind."""
     if location.question is not None:
         return location.question
     return ask.prompt if ask.prompt is not None else PROMPTS[location.source.table.kind]

@@ -113,7 +113,7 @@ class ObjectAsker:
 
 
 def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
-    """Return the location with a question that also says what was wrong with the last answer."""
+    """Return the location with a prompt that also explains the error in the last answer."""
     return dataclasses.replace(location, question=f"{location.question}\n{_WRONG.format(fault=error)}")
 
 

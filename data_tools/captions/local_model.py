@@ -58,7 +58,7 @@ class LocalModel:
     takes_text: bool = True  # False: it describes a single image, and no question can be asked
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Return a caption, or the reason why there is none, for each image or clip, in order.
+        """Yield (location, caption or error) for each image or clip, in order.
 
         If a batch fails, its images and clips are processed one by one.
 
@@ -223,7 +223,7 @@ class RowNoise:
 
 
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
-    """Load the model that --model names.
+    """Load the captioning model that --model names, from a folder or a repository.
 
     Raises:
         CheckpointError: If the folder holds an unusable model.
@@ -275,7 +275,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
-    """Load the processor, which turns texts and images into a model's inputs.
+    """Load the processor that prepares a model's texts and images.
 
     Raises:
         CheckpointError: If the processor takes no images.
@@ -286,6 +286,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, **LOCAL)
     except ImportError as error:
+        # only its video part may need the missing package
         processor = _without_videos(folder, model_type)
         if processor is None:
             raise InstallationError(
@@ -351,7 +352,7 @@ def _reject_quantized(folder: Path, config: Any) -> None:
 
 
 def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
-    """Load a model with sdpa, or with its plain attention if it has no other."""
+    """Load a model with scaled-dot-product attention, or with eager attention if that is unsupported."""
     from transformers import AutoModelForImageTextToText
 
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}

@@ -152,7 +152,7 @@ class WordingOptions(Options, title="the text that is written"):
 
     @property
     def changes_something(self) -> bool:
-        """Whether any of these options is given."""
+        """Whether any of the wording options is set."""
         return any(
             (self.trigger_word, self.caption_prefix, self.caption_suffix, self.replace, self.replace_regex)
         )
@@ -182,7 +182,7 @@ class WritingOptions(Options, title="what to do"):
 
 
 class CaptioningOptions(WritingOptions, title="what to do"):
-    """Options of captioning: which captions to write, which model writes them, and how they are changed."""
+    """Which captions are written, by which model, and how they are reworded."""
 
     key_files = (DATASET_FILE,)
 

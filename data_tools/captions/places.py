@@ -133,7 +133,7 @@ class CaptionList:
         )
 
     def _change_lines(self, changes: Mapping[str, Change]) -> tuple[list[str], int]:
-        """Return all lines with the changes applied, and the number of changed lines.
+        """Return all lines of the list after the changes, and the number of changed lines.
 
         A change applies only if its line still has the old values.
         """
@@ -148,6 +148,7 @@ class CaptionList:
                 text = json.dumps(values | new)
             index = self._numbers[entry]
             line = lines[index]
+            # the line break and a byte order mark remain
             lines[index] = line.replace(line.strip("\ufeff\r\n"), text)
             count += 1
         return lines, count
@@ -281,7 +282,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
 
 
 def _with_media_only(table: DatasetTable) -> DatasetTable:
-    """Return a table without control media, masks and audio, and with a caption_extension."""
+    """Return a copy of a table without control media, masks and audio, so that only media are listed."""
     return dataclasses.replace(
         table,
         caption_extension=table.caption_extension or EXTENSION,
@@ -358,7 +359,7 @@ class MadeCaptions:
             ) from None
 
     def _apply(self, entry: Any) -> None:
-        """Apply a line of the journal: a pass begins or ends, or a caption was written."""
+        """Apply a line of the record file: a pass begins or ends, or a caption was written."""
         if "begin" in entry:
             self._pass = entry["begin"]
             self._of_pass = set()
@@ -395,7 +396,7 @@ class MadeCaptions:
             self._append({"end": True})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        """Append an entry to the file, and apply it."""
+        """Append an entry to the record file, and apply it."""
         append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
         self._start = ""
         self._apply(entry)
@@ -413,7 +414,7 @@ def read_made(locations: Iterable[CaptionLocation]) -> dict[Path, MadeCaptions]:
 
 
 class WhichCaptions(NamedTuple):
-    """Which existing captions to make again, in addition to the missing ones."""
+    """Which existing captions are made again, in addition to missing ones."""
 
     ours: bool  # captions that this program wrote and nobody has edited since
     all: bool  # all captions, also hand-written and empty ones

@@ -263,7 +263,7 @@ def _show_start(
     num_kept: int,
     num_done: int,
 ) -> None:
-    """Show the plan: data, numbers of captions, and the model.
+    """Show what a captioning run will do: dataset, numbers of captions, and model.
 
     `num_done` is the number of captions that an interrupted run has already replaced.
     """
@@ -366,7 +366,7 @@ class _Rejections:
 
 
 def _print(lines: Sequence[str]) -> None:
-    """Print lines. Control codes, which a caption may hold, are made visible."""
+    """Print lines with control codes made visible, since captions may contain some."""
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
@@ -417,7 +417,7 @@ def edit_captions(
 
 
 def _print_edits(edits: Sequence[_Edit]) -> None:
-    """Print which captions would be changed, for --dry_run."""
+    """Print the captions before and after editing, for --dry_run."""
     lines = [f"{edit.location.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
     head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
     _print([head, *first_lines(lines, LISTED_EDITS)])
@@ -442,6 +442,7 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
         else:
             changes[location.lines][location.entry] = edit.change
     for captions, by_entry in changes.items():
+        # the old list is always backed up, as its captions may be a person's
         captions.write(by_entry, is_foreign=True)
 
 

@@ -64,7 +64,7 @@ class _Session(requests.Session):
     """A session that follows no redirects, because the other address would get the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Return no address, so that the library follows none."""
+        """Return None, so that requests follows no redirect."""
         return
 
 
@@ -105,28 +105,28 @@ class ApiServer:
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Yield a caption, or the reason why there is none, for each location, in the order of arrival.
+        """Yield (location, caption or error) for each location, in the order in which answers arrive.
 
         The caller can stop at any time: requests that are still pending are then abandoned.
         """
-        done: queue.SimpleQueue[tuple[CaptionLocation, Any]] = queue.SimpleQueue()
-        waiting: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
+        results_queue: queue.SimpleQueue[tuple[CaptionLocation, Any]] = queue.SimpleQueue()
+        open_locations: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
 
         def work() -> None:
             """Caption locations from the queue until it is empty or the run is stopped."""
             with contextlib.suppress(queue.Empty):
                 while not self._stop.is_set():
-                    location = waiting.get_nowait()
+                    location = open_locations.get_nowait()
                     try:
-                        done.put((location, self.describe(location, look(location))))
+                        results_queue.put((location, self.describe(location, look(location))))
                     except BaseException as error:
                         if not isinstance(error, (MediaError, NoCaptionError)):
                             self._stop.set()  # such an error ends the run: no more requests are sent
-                        done.put((location, error))
+                        results_queue.put((location, error))
 
         self._stop.clear()
         for location in locations:
-            waiting.put(location)
+            open_locations.put(location)
         for number in range(min(self._workers, len(locations))):
             threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
@@ -134,7 +134,7 @@ class ApiServer:
             while num_left:
                 try:
                     # a limited wait, because Ctrl-C on Windows is noticed only between two calls
-                    location, result = done.get(timeout=0.5)
+                    location, result = results_queue.get(timeout=0.5)
                 except queue.Empty:
                     continue
                 num_left -= 1
@@ -143,10 +143,9 @@ class ApiServer:
             self._stop.set()
 
     def describe(self, location: CaptionLocation, frames: Frames) -> str:
-        """Return the caption of an image or clip.
+        """Request the caption of an image or clip, up to TRIES times.
 
-        A failed request is sent again after a wait that doubles each time, unless the server asks for
-        another.
+        The wait before the next try doubles each time, unless the server demands another wait.
 
         Raises:
             NoCaptionError: If the server returns no caption.
@@ -159,6 +158,7 @@ class ApiServer:
                 return self._request(body)
             except _TryAgain as error:
                 reason, server_seconds = error.args
+            # NaN compares as false: the server demands nothing
             seconds = server_seconds if server_seconds >= 0 else self.first_wait * 2**number
             seconds = min(seconds, MAX_WAIT_SECONDS)
             is_last = number + 1 == TRIES

@@ -183,7 +183,7 @@ def usable_frames(frames: int) -> int:
 
 
 class CogTextEncoder:
-    """T5 with its tokenizer, as the shared loops use it: load, encode, free."""
+    """T5 text encoder with its tokenizer; shared loops call load, encode and free."""
 
     name = "t5_xxl"
     keys = frozenset({KEY})
@@ -239,7 +239,7 @@ class CogTextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"prompt_embeds": T C} on the CPU for each prompt; T is `max_tokens`, including padding."""
+        """Encode prompts to {"prompt_embeds": T C} on the CPU, padded to T = `max_tokens`."""
         ids = self._tokenizer(
             [prompt.text for prompt in prompts],
             padding="max_length",
@@ -272,7 +272,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _import_packages() -> tuple[Any, Any]:
-    """Return diffusers and transformers. Only work that needs a network waits for them."""
+    """Import diffusers and transformers, which takes seconds, only when a network is needed."""
     with hide_packages("bitsandbytes"):  # imported if it is installed, but unused here
         import diffusers  # slow
         import transformers

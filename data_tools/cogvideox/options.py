@@ -136,7 +136,7 @@ class WorkerOptions(Options):
 
 
 class PrepareOptions(Options, title="output and threads"):
-    """Options of prepare_dataset.py."""
+    """Output folder and number of threads of the preparation."""
 
     source: ClipSourceOptions
     shape: ShapeOptions

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(options: PrepareOptions) -> None:
-    """Prepare missing files, write the lists, and show the results.
+    """Prepare a dataset for CogVideoX trainers: encode missing files, and write the lists of all files.
 
     A clip that cannot be read does not stop the run; it is reported at the end.
 
@@ -66,6 +66,7 @@ def prepare(options: PrepareOptions) -> None:
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
+        # each process takes every n-th item
         work = _find_work(items[share.rank :: share.count], options, maker)
         if is_main:
             _show_start(options, share, num_items=len(items), num_to_do=work.num_items)
@@ -75,6 +76,7 @@ def prepare(options: PrepareOptions) -> None:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
+        # items whose files all exist now, from this run or earlier ones
         # items whose files all exist now, from this run or earlier ones
         complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
@@ -98,7 +100,7 @@ def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do
 
 @dataclass(frozen=True)
 class _Work:
-    """The items of a process whose files are missing."""
+    """The items of one process that lack files."""
 
     without_texts: Sequence[clips.PreparedItem]
     without_media: Sequence[clips.PreparedItem]

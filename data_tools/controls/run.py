@@ -74,7 +74,7 @@ class ControlImageOptions(Options, title="what to make"):
 
 @dataclass
 class Plan:
-    """What to do for each image of a folder."""
+    """Which images of a folder get a control image, and which existing ones stay."""
 
     jobs: list[tuple[Path, Path]] = field(default_factory=list)  # image, its control image to write
     done: list[Path] = field(default_factory=list)  # made before, in the same way

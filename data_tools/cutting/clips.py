@@ -25,7 +25,7 @@ BLACK_PART = 0.5  # part of the frames that are black in a clip that is left out
 
 @dataclass(frozen=True, slots=True)
 class ImageMeasures:
-    """Measures of one frame."""
+    """Brightness, sharpness and uniformity of one video frame."""
 
     number: int
     brightness: float
@@ -51,7 +51,7 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
-        """Return the measures of the sampled frames from number `begin` up to, but not including, `end`."""
+        """Return the measures of sampled frames with `begin` <= number < `end`."""
         first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
         last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]

@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class WrittenClip:
-    """A clip that is, or will be, written, with its file name and size."""
+    """A clip to write, with its file name and, once written, its size."""
 
     name: str
     clip: PlannedClip
@@ -95,7 +95,7 @@ def _list_deciding_options(options: CuttingOptions) -> dict[str, Any]:
 
 
 def read_records(output: Path) -> dict[str, CutRecord]:
-    """Read the records of an output folder, by the path of the source.
+    """Read the cutting records of an output folder, keyed by the path of the source.
 
     Raises:
         DatasetError: If a record is damaged.
@@ -232,7 +232,7 @@ class ClipList:
 
 
 def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return the list entry of a clip: its path and its properties. Captions are added later."""
+    """Return a clip's entry in the list: path and properties. Captions are added by other programs."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),

@@ -64,10 +64,10 @@ class CutResult:
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Cut all videos that the options name, write the list of clips, and show the numbers.
+    """Cut all videos that the options name into clips, and write the list of clips.
 
     Raises:
-        UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
+        UserError: If an option or the folder cannot be used; at the end, if sources could not be cut.
     """
     started = time.monotonic()
     sources = find_videos(options.input, options.output)
@@ -88,13 +88,13 @@ def cut_footage(options: CuttingOptions) -> None:
     try:
         for source, result in _cut_all(jobs, cutter, failures):
             results.append(result)
-            words = f"{source}: {_count_in_words(result.clips)}"
+            summary = f"{source}: {_count_in_words(result.clips)}"
             if result.record is None:
-                lines = [words, *map(_format_scene_line, result.clips)]
+                lines = [summary, *map(_format_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
             if result.is_new:
-                logger.info("%s", words)
+                logger.info("%s", summary)
             clip_list.add(result.record, result.is_new)
     finally:
         clip_list.write()
@@ -363,11 +363,12 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 def _cut_all(
     jobs: Sequence[CuttingJob], cutter: Cutter, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
-    """Yield each source and its result, in order; collect errors in `failures`, and log them."""
+    """Cut all jobs in threads; yield (source, result) in order, and collect errors in `failures`."""
     pool = ThreadPoolExecutor(cutter.options.num_workers, thread_name_prefix="cut")
     try:
         futures = [pool.submit(cutter.cut, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
+            # short waits, so that Ctrl-C is noticed on Windows
             while not future.done():
                 wait([future], WAIT_SECONDS)
             error = future.exception()
@@ -385,7 +386,7 @@ def _cut_all(
 
 
 def _format_scene_line(clip: PlannedClip) -> str:
-    """Describe a clip, or what is left out, in a line of --dry_run."""
+    """Return a line about a planned clip, with its times and the reason if it is left out."""
     start = clock_time(Fraction(clip.start))
     end = clock_time(Fraction(clip.start + clip.seconds))
     status = f"left out: {clip.dropped}" if clip.dropped else "clip"

@@ -82,7 +82,7 @@ class SceneDetector:
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
-        """Return the changes, in order, after the last frame."""
+        """Return all scene changes in order, after the last frame."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._num_seen, is_other=True)
@@ -146,7 +146,7 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Take the next frame into account, which has the index `number`.
+        """Examine the next frame, whose index is `number`, for a dissolve.
 
         `is_break` says that the frame follows a cut or has a single color.
         """

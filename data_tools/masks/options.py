@@ -133,7 +133,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
 
 
 class MaskOptions(Options, title="what to do"):
-    """Options for making masks: the media, the folder of masks, and what happens to existing masks."""
+    """Which media get masks, where the masks are written, and what happens to existing ones."""
 
     folder: Path = option("folder of images and clips", positional=True, place="folder")
     recursive: bool = option("also make masks for the folders below, each in its own")
@@ -166,5 +166,5 @@ class MaskOptions(Options, title="what to do"):
 
     @property
     def inverts(self) -> bool:
-        """Return whether the found regions are excluded from learning instead of selected for it."""
+        """Return whether the found regions are excluded from the loss instead of selected for it."""
         return self.shape.invert != self.finder.watermark

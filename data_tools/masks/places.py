@@ -48,7 +48,7 @@ MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 
 @dataclass(frozen=True)
 class MaskPlace:
-    """An image or clip and the location of its mask, as found when the folder was listed."""
+    """An image or clip with the path of its mask, as found when the folder was listed."""
 
     medium: Path
     kind: Kind

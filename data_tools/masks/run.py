@@ -194,7 +194,7 @@ def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
 
 
 def _describe_finder(finder: FinderOptions, kind: str) -> str:
-    """Describe how masks are found, for the record of each mask."""
+    """Return a text about how masks are found, which is stored in each mask."""
     if finder.background is not None:
         return f"foreground by {real_path(finder.background).name}"
     if finder.faces is not None:
@@ -206,7 +206,7 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 
 
 def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -> MaskPlan:
-    """Decide for each place whether its mask is made, kept or changed."""
+    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason."""
     plan = MaskPlan()
     for place in places:
         texts = place.texts()
@@ -220,6 +220,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -
             continue  # the last line of the text in the mask names its last method: it is this one
         elif options.mode != "fill":
             plan.jobs.append(place)
+        # a person has drawn or accepted the mask
         elif not made_by or ACCEPTED in texts:
             plan.by_hand.append(place)
         elif options.overwrite:

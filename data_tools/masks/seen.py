@@ -108,7 +108,7 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """Finds a color, given in 0..1, and all colors within a distance of it."""
+    """Finds all pixels whose color is within a distance of a color, 0..1."""
 
     colour: tuple[float, float, float]
     distance: float

@@ -21,7 +21,7 @@ Values = NDArray[np.float32]  # h w, 0..1
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How found values become a mask; the fields are the values of the options of the same names."""
+    """How the values of a finder become a mask; each field is the option of the same name."""
 
     threshold: float
     smooth_pixels: int

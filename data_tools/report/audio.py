@@ -44,7 +44,7 @@ def is_heard(table: DatasetTable) -> bool:
 
 
 def listen(source: MediaSource) -> Heard:
-    """Return information about the audio of a clip, without decoding it.
+    """Return what the headers of a clip say about its audio, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -142,7 +142,7 @@ def check_audio(
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
-    """Describe the formats of tracks as ": 3 with 2 channels at 48000 Hz, ..."; "" if there are none."""
+    """Return the formats of audio tracks as ": 3 with 2 channels at 48000 Hz, ..."; "" without tracks."""
     words = [
         f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
         for rate, channels, count in count_tracks(tracks)

@@ -157,7 +157,7 @@ def check_caching(
     validation: tuple[float, int] = (0.0, 0),
     counters: Counters | None = None,
 ) -> CheckResult:
-    """Report what caching would do, without encoding or writing anything and without loading encoders.
+    """Report what caching would do, without loading encoders and without writing anything.
 
     Args:
         family: Family that would cache.
@@ -218,10 +218,7 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return the settings with which caching would make latents.
-
-    `identity` identifies the media encoders.
-    """
+    """Return the settings with which caching would encode latents; `identity` is that of the encoders."""
 
     def sections(table: MediaTable, frames: int) -> int | None:
         """Return the number of sections into which a family divides an item; None if it is unknown."""
@@ -272,7 +269,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
 
 
 def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add faults for folders whose caches are not in the cache_format of the table."""
+    """Add faults for cache folders in another format than the table's cache_format."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
@@ -297,7 +294,7 @@ def _check_text_caches(
 
 
 def _check_objects(findings: TableFindings, family: Caches) -> None:
-    """Add faults for captions that are invalid JSON objects."""
+    """Add a fault for each caption that has to be a JSON object and is not valid."""
     if not fits_captions(family):
         return
     for source in findings.sources:
@@ -329,7 +326,7 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check the media of a table.
+    """Run the family's own check of a table's media.
 
     Raises:
         DatasetError: If the family cannot cache them.
@@ -566,7 +563,7 @@ def _check_caches(
 
 
 def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
-    """Add a fault for each cache of a table that is missing or unfinished."""
+    """Add a fault for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
         "text caches are missing": (*cached.missing_text, *cached.missing_empty),

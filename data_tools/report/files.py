@@ -145,7 +145,7 @@ def _find_tags(names: Iterable[str]) -> list[str]:
 
 
 def _count_sections(caches: Iterable[tuple[str, str, LatentName]]) -> dict[int, int]:
-    """Return, by length, into how many sections (one file each) a model divides an item."""
+    """Map the number of frames of an item to the number of its sections, each cached in one file."""
     num_files: Counter[tuple[str, tuple[int, int]]] = Counter()  # by item: stem and span
     for _, stem, name in caches:
         if name.span is not None and name.section is not None:
@@ -166,7 +166,7 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's latent caches, by the stem of their source.
+    """Return the state of a model's latent caches, by the stem of the media file.
 
     No model is loaded: the options and the encoder of the first caches count as those of the model, so caches
     that differ from them are outdated.
@@ -178,6 +178,7 @@ def _compare_media(
         return {}
     record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
     sections = _count_sections(caches)
+    # other programs' caches have no record
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,
@@ -295,7 +296,7 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 
 
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
-    """Return the state of the cache of one caption.
+    """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
     `records` are the records of some caption of the dataset, by encoder; they show which encoders are used.
     """
@@ -305,6 +306,7 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return UNKNOWN, "made by another program, without a record of its caption"
     if not plan.missing:
         return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+    # the first encoder whose embeddings have to be computed again
     encoder = plan.missing[0]
     try:
         record = text_records(store.read(plan.file_name, is_full=False)).get(encoder)

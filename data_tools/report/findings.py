@@ -118,7 +118,7 @@ class TableFindings:
         return [self.title, *indent([*lines, *self.caches, *errors])]
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
-        """Describe the size of items, and their frames or references."""
+        """Describe a bucket: image size, and the number of frames or the references."""
         frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_of_audio:
             return frames.removeprefix(", ")
@@ -183,7 +183,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """0 if nothing is wrong, else 1; SOURCES_LEFT_OUT if the run continues without the faulty sources."""
+        """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
         errors = [error for findings in self.tables for error in findings.faults]
         if os.environ.get(RUN_GOES_ON) and not any(error.ends_run for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
@@ -203,7 +203,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _PlacedItem:
-    """Table and source of an item, for `split_validation`."""
+    """An item with its table and source, in the form that `split_validation` takes."""
 
     table: DatasetTable
     source_stem: str
@@ -301,7 +301,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Count reference images; if only some images have references, add a warning for each other image."""
+    """Count reference images; add a warning for each image without any if other images have some."""
     counts = count_references(findings.sources)
     if not counts:
         return
@@ -416,7 +416,7 @@ def _is_other_encoding(path: Path) -> bool:
 
 
 def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
-    """Convert a caption to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
+    """Convert a caption file to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
     if guess is None or bad_character(guess.text):
         left.append(f"  {path}: unchanged: it is not text in that encoding")
         return

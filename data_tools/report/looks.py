@@ -78,7 +78,7 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Facts from reading a source; None or empty if unreadable. Kept small, as there may be a million."""
+    """What reading a source reveals; empty if it is unreadable. Small, as there may be a million."""
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height
@@ -102,7 +102,7 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
-        """Percentage of the resized image that the bucket cuts off."""
+        """Percentage of the resized image that cropping to the bucket removes."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
@@ -263,7 +263,7 @@ def _listen(source: MediaSource) -> Heard | None:
 def _collect_facts(
     source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
 ) -> Look:
-    """Pass each used frame of a source to `take`, at its own size; return what can be found out about it."""
+    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals."""
     facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
@@ -335,7 +335,7 @@ def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
 
 
 def _read_file_size(source: MediaSource) -> int | None:
-    """Return the size of a source's file; None for a folder, or if it cannot be read."""
+    """Return the size of a source's file in bytes; None for a folder or an unreadable file."""
     try:
         path = source.path if source.tensors is None else source.tensors.moments
         return None if path.is_dir() else path.stat().st_size
@@ -425,7 +425,7 @@ def _small_colors(frame: Frame) -> bytes:
 
 @dataclass(frozen=True)
 class ShownReference:
-    """A reference image, or another control image, as a card shows it."""
+    """A reference or control image as it is shown on a card."""
 
     name: str
     picture: Markup | None = None

@@ -72,7 +72,7 @@ def check_masks(
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
-    """Measure the learned fraction of a mask; None if it cannot be read, which caching reports."""
+    """Measure which fraction of the latents a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]

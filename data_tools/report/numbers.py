@@ -49,10 +49,9 @@ def collect_numbers(
     pixel_step: int,
     decodes: bool,
 ) -> Numbers:
-    """Return the report as JSON values.
+    """Return all results of the report as JSON values.
 
-    `tables` have been measured. `copies` are groups of near duplicates. `decodes` is False if only headers
-    were read.
+    `copies` are groups of near duplicates. `decodes` is False if only headers were read.
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]
@@ -281,10 +280,10 @@ def summarize(values: Sequence[float]) -> Numbers | None:
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
-    """Return a histogram: `from` (included), `to` (excluded except in the last bin), `count` of each bin.
+    """Return the histogram of values as a list of bins: `from` (inclusive), `to` (exclusive), `count`.
 
-    All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. A few
-    outliers share the last bin, so that they do not squeeze the remaining values into one.
+    All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. The last
+    bin includes its `to`, and any outliers.
     """
     if not len(values):
         return []
@@ -292,8 +291,8 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     low = float(numbers.min())
     high = float(numbers.max())
     # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
-    usual_high = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * usual_high - low else usual_high
+    high_without_outliers = float(np.quantile(numbers, 0.98))
+    end = high if high <= 2 * high_without_outliers - low else high_without_outliers
     are_integers = bool((numbers == np.floor(numbers)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     edges = _place_edges(width, low, end, high)
@@ -357,7 +356,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
 
 
 class _CaptionCounts:
-    """Counts about captions, added source by source."""
+    """Statistics about captions, updated with each source."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()

@@ -75,7 +75,7 @@ def write_check_page(
     workers: int,
     hears: bool = False,
 ) -> None:
-    """Write the page of a check: at most `maximum` files, each read once, in `workers` threads.
+    """Write the HTML page of a dataset check with at most `maximum` files.
 
     `hears` says that the model is trained with audio.
 
@@ -86,11 +86,11 @@ def write_check_page(
     drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
     cards = _make_cards(tables, maximum, workers, drawing)
     num_files = sum(len(findings.sources) for findings in tables)
-    sections = [
+    table_sections = [
         (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
         for findings in tables
     ]
-    values = {"result": result, "sections": sections, "files": num_files}
+    values = {"result": result, "sections": table_sections, "files": num_files}
     title = f"{config.path.name}: {count_of(num_files, 'file')} checked"
     _write_page(path, title, values, cards=cards, fps=fps)
 
@@ -268,7 +268,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
 
 
 def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
-    """Select at most `maximum` sources: those with errors first, then those with warnings, then the others.
+    """Select at most `maximum` media files to show: first those with errors, then those with warnings.
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
@@ -306,7 +306,7 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text at each point where one of its encoders stops reading."""
+    """Split a text wherever one of the text encoders reaches its maximum length."""
     ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(ends, ends[1:], strict=False):

@@ -104,7 +104,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _reject_downloads(config: DatasetConfig) -> None:
-    """Raise DatasetError if the sources of a table can be listed only after a download."""
+    """Raise DatasetError if a table's files can be listed only after downloading a list."""
     for table in config.datasets:
         for address in form_of(table).list_addresses(table):
             text = f"{hide_secrets(address)} is downloaded to be listed: leave out --no_download"
@@ -120,7 +120,7 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
-    """Write the report's numbers to a file, or print them."""
+    """Write the report as JSON into a file, or print it."""
     # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
@@ -131,7 +131,7 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 
 
 def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return the warnings that headers and listings alone can reveal.
+    """Return warnings that follow from file headers and folder listings alone.
 
     `fps` is the frame rate of the model.
     """
@@ -163,7 +163,7 @@ def _measure_table(
         return findings
 
     def read(source: MediaSource) -> Look:
-        """Read the header of a source, or measure it, as the options ask."""
+        """Read only the headers of a source, or decode and measure it, depending on the options."""
         remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
@@ -384,7 +384,7 @@ def _center(pictures: NDArray[np.float32]) -> _Centered:
 
 
 def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return N bool: which `copies` (N K C) are `pictures` (1 K C) at other brightness and contrast."""
+    """Compare images, 1 K C, with N copies, N K C: which copies differ in brightness or contrast only?"""
     first = _center(pictures)
     second = _center(copies)
     # least squares: the image of less contrast is `gain` times the other, plus the misfit

@@ -132,7 +132,7 @@ class Tagger:
         """Return the probability of each tag for each image, B T; NaN becomes 0.
 
         Raises:
-            CheckpointError: If the network has another number of tags than the list.
+            CheckpointError: If the network does not return one value per tag of the list.
         """
         output = self.model.run(pictures)[0]
         if output.shape != (len(pictures), len(self.labels)):

@@ -15,7 +15,7 @@ from modules.media.reading import Frame
 
 @dataclass(frozen=True)
 class TagProbabilities:
-    """A tagger whose vector of an image has the probability of each tag."""
+    """A tagger that represents an image by the vector of its tag probabilities."""
 
     tagger: Tagger
     identity: str  # equal for folders with the same tagger

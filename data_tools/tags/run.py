@@ -39,7 +39,7 @@ def tag_folder(options: TaggingOptions) -> None:
     choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
 
     def load() -> Answerer:
-        """Load the tagger and return the function that answers with its tags."""
+        """Load the tagger, and return its function that answers with tags."""
         tagger = options.tagger
         loaded = load_tagger(
             tagger.model_dir,
@@ -88,7 +88,7 @@ def tag_folder(options: TaggingOptions) -> None:
 
 
 def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
-    """Wrap an answerer so that the tags in its answers are counted in `found`."""
+    """Wrap an answerer in order to count the tags in its answers in `found`."""
 
     def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
         """Yield the tags of each location, and count how often each tag occurs."""

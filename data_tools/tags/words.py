@@ -76,7 +76,7 @@ class TagChoice:
 
 
 def remove_underscores(tag: str) -> str:
-    """Return a tag with spaces in place of underscores, except those of faces such as ^_^."""
+    """Replace underscores in a tag by spaces, except in emoticons such as ^_^."""
     is_face = len(tag) <= _LONGEST_FACE or tag in _LONG_FACES
     return tag if is_face else tag.replace("_", " ")
 

@@ -34,7 +34,7 @@ COARSE = 48  # pixels: larger blurs are computed on a copy that is downscaled to
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a copy of an image (H W 3) with the boxes covered; pixels outside of them are bit-identical.
+    """Return a copy of an image (H W 3) with the boxes covered; other pixels remain bit-identical.
 
     `pixels` itself is not changed.
     """
@@ -66,7 +66,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
-    """Return an area of an image, blurred or black.
+    """Return a rectangle of an image, blurred or black.
 
     Args:
         pixels: The image, H W 3.
@@ -79,6 +79,7 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     # the requested size, but at least half of the box, which leaves a few spots of color at any resolution;
     # more than the whole box would only mix in its surroundings
     longer = max(core.right - core.left, core.bottom - core.top)
+    # OpenCV's kernel sizes are odd, hence all the | 1
     strength = options.strength | 1
     size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
     sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)

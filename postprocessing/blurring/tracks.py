@@ -48,7 +48,7 @@ class Track:
         return _move_box(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return the box to cover in an image; None if the image is too far before or after the sightings.
+        """Return the box to cover in an image; None if no detection is close enough in time.
 
         Args:
             index: Index of the image.
@@ -71,6 +71,7 @@ class Track:
             if num_images > hold:
                 return None
             return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
+        # the image lies between two detections
         before = [sighting for sighting in self.sightings if sighting.number <= index]
         if before[-1].number == index:
             return before[-1].box
@@ -176,7 +177,7 @@ def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
-    """Return a box that covers an object between two sightings.
+    """Return a box that covers an object in an image between two detections.
 
     It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
     them.
@@ -195,6 +196,7 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
     else:
         num_images = last.number - index
         extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+    # the position is less certain the farther the image is from a detection
     return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
 
 

@@ -101,7 +101,7 @@ class Area:
         )
 
     def slices(self, origin: "Area | None" = None) -> tuple[slice, slice]:
-        """Return the slices of its rows and columns, relative to the corner of `origin` or the image."""
+        """Return the slices of the rectangle's rows and columns, relative to `origin` or to the image."""
         x, y = (origin.left, origin.top) if origin else (0, 0)
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 

@@ -96,7 +96,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let all positions of B C H W attend to each other."""
+        """Return features after self-attention over all positions, B C H W."""
         normed = self.norm(x)
         # float32: in float16 the products of wide features may be beyond the range
         q, k, v = (
@@ -114,7 +114,7 @@ class Halving(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve height and width."""
+        """Return features of half the height and width, B C h w."""
         return self.conv(pad(x, (0, 1, 0, 1)))
 
 
@@ -126,7 +126,7 @@ class Doubling(nn.Module):
         self.conv = _make_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Double height and width."""
+        """Return features of twice the height and width."""
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -173,7 +173,7 @@ class CodeFormerAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and two linear layers, each after a norm and with a residual connection."""
+    """Transformer layer: attention and an MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def _make_steering(width: int) -> nn.Sequential:
 
 
 class CodeFormer(nn.Module):
-    """Restore faces that are aligned to the template."""
+    """CodeFormer: restores faces that are aligned to the face template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class CodeFormer(nn.Module):
         self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
-        """Return restored faces, about -1..1, float32, not clamped.
+        """Restore aligned faces: replace latents by codebook entries, and decode them, B 3 S S.
 
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
@@ -272,7 +272,7 @@ class CodeFormer(nn.Module):
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the latents, B C h w, and the features to fuse, by size."""
+        """Return the latents, B C h w, and the encoder features to fuse, keyed by their size."""
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         fused = {}

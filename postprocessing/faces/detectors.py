@@ -48,7 +48,7 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a detector, whose type follows from the content of its file.
+    """Load a face or object detector; the content of its file shows which kind it is.
 
     Many YOLO files accept only one size; those that accept any size get squares
     of `side`.

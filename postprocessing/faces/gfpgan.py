@@ -49,7 +49,7 @@ def _resize(x: Tensor, factor: float) -> Tensor:
 
 
 class StyleResidualBlock(nn.Module):
-    """Two convolutions with a resize between them, and a residual connection."""
+    """Residual block with two convolutions and a resize between them."""
 
     def __init__(self, width_in: int, width: int, factor: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyleConv(nn.Module):
-    """A modulated convolution with noise, bias and activation, optionally after doubling the size."""
+    """Modulated convolution with noise, bias and activation, optionally at twice the size."""
 
     def __init__(self, width_in: int, width: int, style: int, doubles: bool) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """Number of pixels per position of the coarsest features."""
+        """Number of pixels per position of the coarsest feature map."""
         return 1 << (len(self.down) - 1)
 
 
@@ -95,7 +95,7 @@ class ParsingBlock(nn.Module):
 
 
 class ParseNet(nn.Module):
-    """Segment faces: predict a score for each part of a face at each pixel."""
+    """Face segmentation network: a score for each part of a face at each pixel."""
 
     def __init__(self, config: ParseNetConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ParseNet(nn.Module):
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Return the scores, B 19 h w float32.
+        """Return class scores of each pixel, B 19 h w float32.
 
         Args:
             faces: Faces, B 3 h w, -1..1, with sides that are multiples of the stride.
@@ -163,7 +163,7 @@ PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial
 
 @dataclass(frozen=True)
 class Restorer:
-    """Two loaded networks and the size of their faces in pixels."""
+    """The face restoration network, ParseNet, and the size of their faces in pixels."""
 
     restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
     parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
@@ -283,7 +283,7 @@ ORIGINS = {
 
 
 class FacefixFiles(NamedTuple):
-    """The files needed to restore faces."""
+    """Paths of the model files for face restoration."""
 
     model: Path
     parsenet: Path
@@ -366,7 +366,7 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
 
 
 def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
-    """Return the error for a missing file; `task` is its name in tools/download.py, if it has one."""
+    """Return the error for a missing model file; `task` is its task in tools/download.py, if any."""
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(

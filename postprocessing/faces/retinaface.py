@@ -110,7 +110,7 @@ class AnchorHead(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """The whole network; its parts are named as in the published files."""
+    """RetinaFace network with the module names of the published files."""
 
     def __init__(self, config: RetinaFaceConfig) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RetinaFaceDetector:
-    """A loaded network. Images whose short side exceeds `side` are searched in a smaller copy."""
+    """Finds faces with a loaded RetinaFace; large images are reduced to a short side of `side`."""
 
     network: RetinaFace
     side: int | None  # None: every image at its full size
@@ -229,7 +229,7 @@ class RetinaFaceDetector:
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
-    """Plan how to load a RetinaFace of any width.
+    """Plan the loading of a RetinaFace with either body, of any width.
 
     Raises:
         CheckpointError: If the file is not a RetinaFace file.
@@ -241,11 +241,11 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
         raise other_kind(checkpoint, "a detector of faces", option, FILES)
     sources = plain_sources(checkpoint)
-    wrong = CheckpointError(
+    shape_error = CheckpointError(
         f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {FILES} to {option}.",
         checkpoint.path,
     )
-    shape = shapes_of(checkpoint, sources, wrong)
+    shape = shapes_of(checkpoint, sources, shape_error)
     body: ResNetConfig | MobileNetConfig = (
         _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
     )

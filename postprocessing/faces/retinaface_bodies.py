@@ -19,7 +19,7 @@ MOBILE_SLOPE = 0.1
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Widths of a ResNet made of bottleneck blocks."""
+    """Channel counts and numbers of blocks of a ResNet with bottleneck blocks."""
 
     stem: int
     blocks: tuple[int, ...]  # number of blocks of each of the four layers
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return three features, B C h w, finest first.
+        """Return three feature maps, B C h w, the largest first.
 
         Args:
             x: Images, B 3 H W.

@@ -83,7 +83,7 @@ class YoloDetector:
         return faces
 
     def _take_boxes(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
+        """Return the box rows of the output, without the mask output (four axes) of segmentation models."""
         for output in outputs:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
@@ -132,7 +132,7 @@ class YoloDetector:
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
-    """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
+    """Return the layout of a YOLO's output rows; None if the model does not look like a YOLO.
 
     Raises CheckpointError for a YOLO without boxes.
 
@@ -252,9 +252,9 @@ PADDED = 32  # pixels: sides are multiples of it
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """A loaded YuNet. Images whose long side exceeds `side` are searched in a smaller copy.
+    """Finds faces with a loaded YuNet; large images are reduced to a long side of `side`.
 
-    It was trained for faces of about 10 to 300 pixels.
+    YuNet was trained for faces of about 10 to 300 pixels.
     """
 
     path: Path

@@ -251,11 +251,10 @@ def read_settings(path: Path | None) -> ModeSettings:
 
 
 def _parse_settings(path: Path) -> ModeSettings:
-    """Parse the settings in a YAML file.
+    """Read the settings of a GIMM-VFI model from its YAML file.
 
     Raises:
-        CheckpointError: If they ask for an unsupported computation. Any other error means that the file
-            cannot be read.
+        CheckpointError: If a setting is not supported. Any other error means that the file cannot be read.
     """
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))

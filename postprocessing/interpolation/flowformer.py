@@ -97,7 +97,7 @@ class Aggregator(nn.Module):
 
 
 class FlowFormerUpdate(nn.Module):
-    """One refinement of the flow."""
+    """Layers of one refinement step of the optical flow."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class FlowFormerUpdate(nn.Module):
 
 
 class MemoryDecoder(nn.Module):
-    """Decode the flow of the first image from the cost memory."""
+    """Decode the optical flow of the first image from the cost memory."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class MemoryDecoder(nn.Module):
     def forward(
         self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
     ) -> Tensor:
-        """Return the flow, 1 2 8H 8W.
+        """Refine the optical flow iteratively, and return it at full size, 1 2 8H 8W.
 
         Args:
             costs: Costs of the pair of images.
@@ -153,6 +153,7 @@ class MemoryDecoder(nn.Module):
             motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
             hidden = block.gru(hidden, motion_and_mean, turns)
             positions = positions + block.flow_head(hidden)
+        # 0.25: as trained
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:

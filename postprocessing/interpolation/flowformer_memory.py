@@ -81,7 +81,7 @@ COARSE = 4  # side of the square of positions that becomes one key, as trained
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Dimensions of the encoder."""
+    """Sizes of the cost memory encoder."""
 
     tokens: int  # K
     width: int  # D
@@ -92,9 +92,10 @@ class MemoryConfig:
 
 
 class CostEmbed(nn.Module):
-    """Embed patches of cost maps as tokens."""
+    """Embed patches of cost maps as tokens, together with their positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
+        """Create the layers that embed 8 x 8 patches of cost maps, with FlowFormer's module names."""
         super().__init__()
         first, second, third = config.costs
         self.proj = nn.Sequential(

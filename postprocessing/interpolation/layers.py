@@ -25,7 +25,7 @@ class EncodedImage:
 
 
 class FlowEstimator(Protocol):
-    """Estimator of the motion between two images, in float32."""
+    """Estimates the optical flow between two images, in float32."""
 
     def encode(self, image: Tensor) -> EncodedImage:
         """Compute the features of one image.
@@ -102,7 +102,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Sample the image where the flow of each pixel points to; outside of the image the edge is repeated.
+    """Sample an image where the flow of each pixel points; outside of the image, its edge is repeated.
 
     Args:
         image: Image, B C H W.
@@ -114,6 +114,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     height, width = flow.shape[-2:]
     # float32: half precision has no exact columns above 2048
     x, y = flow.float().unbind(1)
+    # grid_sample takes coordinates from -1 to 1, so pixels are divided by half the size
     x = torch.linspace(-1, 1, width, device=x.device) + x / ((width - 1) / 2)
     y = torch.linspace(-1, 1, height, device=y.device)[:, None] + y / ((height - 1) / 2)
     grid = torch.stack([x, y], dim=-1)
@@ -292,7 +293,7 @@ class Correlation:
         return mixed.transpose(1, 2).flatten(1)
 
     def _from_volume(self, level: int, start: Tensor) -> Tensor:
-        """Return products P 10 10 (y, x), gathered from the stored volume."""
+        """Gather correlations P 10 10 (y, x) around positions from the stored volume."""
         height, width = self._sizes[level]
         steps = torch.arange(REACH, device=start.device)
         x = start[:, :1] + steps  # P 10

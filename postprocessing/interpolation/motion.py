@@ -81,7 +81,7 @@ class HypoNet(nn.Module):
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Return the normalized flow, 1 2 H W, about 0..1.
+        """Evaluate the implicit network at each position; return the normalized flow, 1 2 H W, about 0..1.
 
         Args:
             features: Features, 1 C H W.
@@ -90,6 +90,7 @@ class HypoNet(nn.Module):
         values = torch.cat([features, positions], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
+            # rows of weights, and the bias as the last row
             both = self.params_dict[f"linear_wb{number}"]
             # as a 1x1 convolution, which needs no other memory layout
             weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
@@ -163,7 +164,7 @@ class MotionField(nn.Module):
 
 @dataclass(frozen=True)
 class Motion:
-    """Tensors of a pair of images that all times between them share."""
+    """Encoded motion of a pair of images, shared by all times between them."""
 
     forward_flow: Tensor
     backward_flow: Tensor

@@ -64,7 +64,7 @@ class RaftResidual(nn.Module):
 
 
 class RaftEncoder(nn.Module):
-    """Encode an image into features of an eighth of its size."""
+    """Encode an image into features at an eighth of its size."""
 
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class UpdateBlock(nn.Module):
 
 
 class Raft(nn.Module):
-    """The network: a `FlowEstimator`."""
+    """RAFT, a `FlowEstimator`."""
 
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Raft(nn.Module):
         return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion (x, y) of each pixel from the first image to the second."""
+        """Return the optical flow from the first to the second image, 1 2 H W (x, y) in pixels."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)

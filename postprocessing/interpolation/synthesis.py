@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
 
 class Update(nn.Module):
-    """Refine the flow and the feature once."""
+    """One update block of AMT, which refines the flow and the feature."""
 
     def __init__(self, feature: int, config: UpdateConfig) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Maps:
-    """An image's features for the synthesis."""
+    """Feature maps of one image, at two scales, for synthesizing frames."""
 
     quarter: Tensor  # in the dtype of the layers
     eighth: Tensor
@@ -335,7 +335,7 @@ class Synthesis(nn.Module):
 
 
 class PairCorrelations:
-    """Correlations between the features of two images, in both directions."""
+    """Correlations between the features of two images, from each image to the other."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers

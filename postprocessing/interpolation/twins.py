@@ -18,7 +18,7 @@ HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Dimensions of one stage."""
+    """Sizes of one Twins stage."""
 
     patch: int  # side of the square of positions that is merged into one
     width: int

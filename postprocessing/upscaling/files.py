@@ -86,7 +86,7 @@ def check_file(path: Path) -> tuple[UpscalerKind, Config]:
 
 
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    """Load the network of a file; its kind and dimensions follow from its tensors.
+    """Load an upscaler; its kind and dimensions follow from the names and shapes of its tensors.
 
     Norms and attention biases stay in float32.
 
@@ -97,6 +97,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         names = checkpoint.tensors
         read: Callable[[Checkpoint], LoadPlan[Any]]
+        # HAT has SwinIR's names too, and is not supported
         if SWINIR_NAME in names and HAT_NAME not in names:
             kind, read = SWINIR, _read_swinir
         elif "body.0.weight" in names:

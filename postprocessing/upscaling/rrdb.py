@@ -72,7 +72,7 @@ class DenseBlock(nn.Module):
 
 
 class DenseResidualBlock(nn.Module):
-    """Three dense blocks in a row."""
+    """Three consecutive dense blocks with a residual connection around them."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Parts of equal shape, which share one compilation."""
+        """Submodules of equal shape, which share one compilation."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class CompactConfig:
 
     @property
     def short(self) -> "CompactConfig":
-        """Return the same network with one block of each kind, which needs as much memory per pixel."""
+        """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, depth=1)
 
 

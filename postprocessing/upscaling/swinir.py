@@ -92,9 +92,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
-    """Compute attention; returns G heads N D. The head width is zero-padded to a multiple of `multiple`.
+    """Compute attention with a bias; return G heads N D.
 
-    Torch's kernels compute scores and softmax in float32, whatever the dtype.
+    The head width is zero-padded to a multiple of `multiple`. Torch's kernels compute scores and softmax in
+    float32, whatever the dtype.
     """
     width = q.shape[-1]
     if width % multiple:
@@ -117,7 +118,7 @@ class SwinMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on windows; its layer divides feature maps into windows."""
+    """Transformer block on windows; the layer around it divides feature maps into windows."""
 
     def __init__(self, config: SwinirConfig, heads: int) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class _WindowRange(NamedTuple):
 
 
 def _split_windows(count: int, shift: int) -> list[_WindowRange]:
-    """Return the rows or columns of windows; with a shift, the last one is separate."""
+    """Return the ranges of windows along an axis; with a shift, the last window is a range of its own."""
     if not shift:
         return [_WindowRange(range(count), 0)]
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
@@ -267,7 +268,7 @@ def as_map(x: Tensor) -> Tensor:
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """Return B C H W as B H W C, a view if the channels are last in memory."""
+    """View a feature map B C H W as B H W C, without a copy if its memory format is channels last."""
     return rearrange(x, "b c h w -> b h w c").contiguous()
 
 

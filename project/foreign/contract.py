@@ -33,7 +33,7 @@ MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """How to handle a key. `read` converts its value to ours, or raises ValueError with a reason."""
+    """How a key of a foreign file is handled; `read` converts its value or raises ValueError."""
 
     to: str
     name: str = ""  # name of the option or key; for OMITTED, the reason
@@ -57,7 +57,7 @@ class NoRun(Exception):
 
 @dataclass(frozen=True)
 class Parts:
-    """Which networks of a model learn, and how fast."""
+    """Which networks of a model a foreign project trains, and at which learning rates."""
 
     keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
@@ -135,12 +135,12 @@ def omitted(reason: str) -> KeyRule:
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value means yes; the programs' pages also write it as a text or a number."""
+    """Return whether a value means yes; some programs write yes as a text or as a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value means "not set": an empty text or list, false or none."""
+    """Return whether a value means "not set": empty text, empty list, false or none."""
     return (
         value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
     )
@@ -195,10 +195,10 @@ def read_warmup(value: Any) -> float:
 
 
 def read_switch(value: Any) -> bool:
-    """Return a value as true or false.
+    """Convert a value to True or False.
 
     Raises:
-        ValueError: If the value is neither.
+        ValueError: If the value means neither.
     """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
@@ -338,7 +338,7 @@ def read_network(value: Any) -> str | None:
 
 
 def read_arguments(value: Any) -> dict[str, str]:
-    """Return an optimizer's arguments by name, from texts KEY=VALUE separated by blanks or commas."""
+    """Parse optimizer arguments: KEY=VALUE texts, separated by spaces or commas."""
     texts = value if isinstance(value, list) else re.split(r"\s+|,(?=\s*[A-Za-z_]\w*\s*=)", str(value))
     stripped = [str(text).strip("\"' ") for text in texts]
     return split_pairs("arguments of an optimizer", [text for text in stripped if text])

@@ -111,7 +111,7 @@ def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoc
 
 
 def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
-    """Note that the project's number of steps is not used."""
+    """Report that the project's number of steps is not used."""
     key = project.key_of("max_train_steps")
     project.forget(key)
     project.assumed.pop(key, None)

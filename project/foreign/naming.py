@@ -16,7 +16,7 @@ _VARIANT, _FILE, _KIND = range(3)
 
 
 class FileModel(NamedTuple):
-    """A model that a key names."""
+    """The model that a key of a foreign file names."""
 
     source: int  # _VARIANT, _FILE or _KIND
     family: str

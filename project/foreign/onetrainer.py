@@ -68,7 +68,7 @@ def _read_noise(value: Any) -> int:
 
 
 def _read_every(value: Any) -> int:
-    """Return the number of steps in `10 STEP`; 0 for never."""
+    """Return the number of steps in a text such as `10 STEP`; 0 for NEVER."""
     count, _, unit = str(value).partition(" ")
     if unit == "NEVER":
         return 0

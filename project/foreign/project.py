@@ -87,7 +87,7 @@ class ForeignProject:
         self.reasons.setdefault(reason, []).append(show(key))
 
     def leave_value(self, key: str, value: Any, reason: str) -> None:
-        """Note a key that is left out, on a line with its value."""
+        """Record a key that is omitted, on a line with its value."""
         self.omitted.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
@@ -98,7 +98,7 @@ class ForeignProject:
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
     def forget(self, key: str) -> None:
-        """Remove a key from the notes about kept and changed values."""
+        """Remove a key from the lists of adopted and changed values."""
         self.adopted = [name for name in self.adopted if name != key]
         self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
 

@@ -85,10 +85,10 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert the values of a file, or report why not; return the rules of the keys that name a model."""
+    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model."""
     program = project.program
     without_effect = program.find_idle(values)
-    of_models: dict[str, KeyRule] = {}
+    model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
             continue  # the additional file was read before
@@ -101,13 +101,14 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
             _note_unknown(project, key, value)
         elif is_empty(value):
             project.empty.append(show(key))
+        # a default of the trainer is not reported as omitted
         elif key in project.assumed and rule.to == contract.OMITTED:
             continue
         elif rule.to in {contract.MODEL, contract.FILE}:
-            of_models[key] = rule
+            model_rules[key] = rule
         else:
             convert_value(project, rule, key, value)
-    return of_models
+    return model_rules
 
 
 def is_empty(value: Any) -> bool:
@@ -128,7 +129,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Join numbers and their units into one value such as `10 MINUTE`; counts of epochs get another key."""
+    """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
     for key, unit_key in program.units.items():
         if key not in values or unit_key not in values:
             continue

@@ -29,7 +29,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 
 
 class Forms(NamedTuple):
-    """Which keys the tables of dataset.toml can have."""
+    """Which keys the tables of the new dataset.toml may have."""
 
     step: int  # sides are multiples of this
     takes_subsets: bool  # the model supports [[datasets.subsets]]

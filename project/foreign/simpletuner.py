@@ -23,7 +23,7 @@ from project.foreign.contract import (
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of training the settings describe, with the setting that shows it."""
+    """Return what kind of run a SimpleTuner file describes, with the key that shows it."""
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")

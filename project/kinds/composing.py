@@ -44,7 +44,7 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return the default kind of run for a folder with control images."""
+    """Return which kind of run a model trains on a folder with control images; None if it has none."""
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
 
 

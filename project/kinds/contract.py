@@ -48,7 +48,7 @@ def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains, and how it differs from the run of a LoRA."""
+    """What a run trains, and how its options differ from those of a LoRA training."""
 
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"

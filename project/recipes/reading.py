@@ -134,7 +134,7 @@ def describe_recipe(recipe: TrainingRecipe) -> list[str]:
 
 @cache
 def list_shipped() -> tuple[TrainingRecipe, ...]:
-    """Return the recipes of this program, sorted by name."""
+    """Return the recipes that come with this program, sorted by name."""
     return tuple(read_recipe(path) for path in sorted(SHIPPED.glob("*.toml")))
 
 

@@ -33,7 +33,7 @@ DIGITS = 4  # significant digits of figures
 
 
 def run_recipe_command(options: RecipeOptions) -> None:
-    """List all recipes, or make one of a run.
+    """List all recipes, or save the recipe of a run.
 
     Raises:
         UserError: If the run has not ended, or if its recipe cannot be written.
