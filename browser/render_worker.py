@@ -67,7 +67,7 @@ KILLED = say(
 
 @dataclass
 class LoadedModel:
-    """A running process with a loaded model, and its answers."""
+    """A running process with a loaded model, and the answers that it has sent."""
 
     argv: list[str]
     title: str
@@ -294,9 +294,9 @@ class RenderWorker:
                         stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()
-                    is_made = self._make_next()
+                    has_worked = self._make_next()
                     self.problem = ""
-                    if is_made:
+                    if has_worked:
                         continue
                     if self._has_ended():
                         return
@@ -444,6 +444,7 @@ class RenderWorker:
         elif event == "failed":
             self._end_render_job(render_job, DIED, str(answer["reason"]))
         elif event == "cancelled":
+            # it may have been written before the stop arrived
             self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
     def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
@@ -458,7 +459,7 @@ class RenderWorker:
                 return session.next_answer(LOOKED_EVERY)  # it may have answered before it ended
 
     def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
-        """Record that a process has ended while it worked on a render job."""
+        """Record that the model's process has ended unexpectedly during a render job."""
         session.process.wait()
         if self._cancels:
             self._end_render_job(render_job, STOPPED)

@@ -106,7 +106,7 @@ class ResultFolders:
         return replace(result, changed=status.st_mtime, size_bytes=status.st_size)
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
-        """Add a folder and its subfolders. Links are not followed."""
+        """Collect a folder and its subfolders into `folders`, without following links."""
         if folder in folders or len(folders) >= MAX_FOLDERS:
             return
         try:

@@ -170,7 +170,7 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
 
 
 def _hexadecimal(host: Address) -> str:
-    """Return an address as Linux lists it: 32-bit words in the byte order of the machine."""
+    """Return an IP address in the hexadecimal form of /proc/net: 32-bit words in the machine's byte order."""
     packed = host.packed
     words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
