@@ -431,7 +431,7 @@ class Datasets:
         options = _report_options(dataset, measured)
         report: dict[str, Any] = {}
         error = ""
-        with self._measuring:
+        with self._measuring:  # one measurement at a time
             try:
                 report = self._report(options, dataset.folder)
             except (OSError, ValueError, OptionError) as problem:

@@ -204,6 +204,7 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a field that holds a number."""
+        # an input of the network is not negative, a CFG scale may be
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {

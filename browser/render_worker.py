@@ -195,6 +195,7 @@ class RenderWorker:
             if session is None:
                 return
             current.doing = CANCELLING
+            # a process that is still loading, or runs on Windows, does not react to SIGINT
             if self._cancels > 1 or not session.is_ready or os.name == "nt":
                 launch.kill_processes(session.process.pid)
             else:
@@ -239,7 +240,7 @@ class RenderWorker:
             session = self._detach_session()
         self._end_process(session)
         with self._lock:
-            if self.session is None:
+            if self.session is None:  # no model was loaded meanwhile
                 self._end_orphan()
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
@@ -404,17 +405,17 @@ class RenderWorker:
         if session is None:
             return
         self._send(session, render_job)
-        written = time.monotonic()
+        last_write = time.monotonic()
         while True:
             answer = self._wait_for_answer(session, render_job)
             if answer is None:
                 self._note_lost(session, render_job)
                 return
-            if answer.get("event") == "ready":
+            if answer.get("event") == "ready":  # the render job is done
                 break
             self._follow(render_job, answer)
-            if time.monotonic() - written > WRITTEN_EVERY and render_job.state == RUNNING:
-                written = time.monotonic()
+            if time.monotonic() - last_write > WRITTEN_EVERY and render_job.state == RUNNING:
+                last_write = time.monotonic()
                 values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
                 with contextlib.suppress(UserError):  # only its final state matters
                     self.store.change(render_job.id, [RUNNING], **values)

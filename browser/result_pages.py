@@ -296,6 +296,7 @@ class Remaker:
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
             has_file = any((folder / name).is_file() for name in names)
+            # False sorts first: the result's own run, then runs that have its files, then newer runs
             return not result.path.is_relative_to(folder), not has_file, -run.changed
 
         with self.site.runs.lock:
@@ -329,6 +330,7 @@ class Remaker:
             runs = self.site.runs.list_all()
         for run in sorted(runs, key=lambda run: not result.path.is_relative_to(run.history.parent)):
             file = run.history.parent / name
+            # a name in metadata may be a path that leads to another folder
             if Path(name).name == name and self.site.runs.is_inside(file):
                 return str(file)
         raise OptionError(say("%(name)s: no run here has this file (any more).", name=name))
@@ -600,7 +602,7 @@ class ResultPages:
     def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Queue the render job of a result. Raises OptionError or OutputError if that fails."""
         remade = self.remaker.remake(result, settings, seed)
-        suffixes = (".safetensors", ".pth", ".gguf", ".sft")
+        suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
         files = [word for word in remade.session if Path(word).suffix in suffixes]
         missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:
@@ -852,6 +854,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
         return False
     newline = b"\r\n" if b"\r\n" in before else b"\n"
     start = newline if before and not before.endswith((b"\n", b"\r")) else b""
+    # writing replaces the file: the new one gets the old one's permissions
     mode = None
     with contextlib.suppress(OSError):
         mode = path.stat().st_mode & 0o777

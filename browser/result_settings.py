@@ -292,6 +292,7 @@ def remake(
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
             continue
+        # the LoRA of an expert has options of its own, named after it
         for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
             fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
     if settings.embeddings:

@@ -302,7 +302,7 @@ class TrackedRuns:
             preparation = runs_by_history.pop(plan.preparation, None)
             shown.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
         shown += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
-        return sorted(shown, key=lambda one: -one.summary.changed)
+        return sorted(shown, key=lambda shown_run: -shown_run.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""

@@ -450,7 +450,7 @@ def make_app(
     render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
 ) -> ASGIApp:
-    """Return the application.
+    """Return the ASGI application that serves all pages.
 
     Args:
         runs: Runs below the roots.
@@ -499,6 +499,7 @@ def make_app(
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
         *share_routes(shares),
+        # last of a run's routes: it matches every path
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
         *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),

@@ -311,16 +311,17 @@ def _read_commits(root: Path) -> UpdateRecord:
     return UpdateRecord(before=commits[0], after=commits[1] if commits[1:] else None)
 
 
-def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
+def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
-    if _git(root, "rev-parse", "HEAD") == note.after:
+    if _git(root, "rev-parse", "HEAD") == record.after:
         return
     branch = _git(root, "branch", "--show-current")
-    others = [f"--exclude={branch}"] if branch else []
-    others += ["--branches", "--remotes", "--tags"]
-    known = [note.before, *([] if note.after is None else [note.after])]
+    other_refs = [f"--exclude={branch}"] if branch else []
+    # commits that another branch or a tag also has are not lost
+    other_refs += ["--branches", "--remotes", "--tags"]
+    known = [record.before, *([] if record.after is None else [record.after])]
     own_commits = _git(
-        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *others
+        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *other_refs
     ).splitlines()
     location = f"the branch {branch}" if branch else "this folder"
     if own_commits:
@@ -331,9 +332,9 @@ def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
             "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
             "again; or leave this branch with git switch for the one that was updated"
         )
-    if note.before not in _git(root, "rev-list", "HEAD").splitlines():
+    if record.before not in _git(root, "rev-list", "HEAD").splitlines():
         raise UserError(
-            f"{location} does not come from the version before the update ({note.before[:9]}). Nothing was "
+            f"{location} does not come from the version before the update ({record.before[:9]}). Nothing was "
             "changed. Type git switch with the name of the branch that was updated, and run back again"
         )
 
@@ -364,6 +365,7 @@ def _git(root: Path, *arguments: str) -> str:
             f"{root} is a clone of git, and git is not installed here. Install it (git-scm.com), or download "
             "the zip file of the newer version into a folder of its own"
         )
+    # fail instead of asking for a password; messages in English, as OFFLINE expects
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     process = subprocess.run(
         [program, *arguments],
