@@ -163,7 +163,7 @@ def cache_family_texts(
 def _text_caching_command(
     config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, without the options that all families have.
+    """Return the command that caches captions, without the options that all families share.
 
     Options are taken from an earlier command of that kind in the cache folders, and from this command.
 

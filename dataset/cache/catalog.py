@@ -246,7 +246,7 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard that a process writes. It stays locked until it is finished, so that nobody adopts it.
+    """The shard that a process writes, locked until it is finished, so that no other process adopts it.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.
@@ -321,7 +321,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _give_final_name(path: Path) -> None:
-    """Rename a shard that is no longer written, so that all processes may read it without locks."""
+    """Rename a finished shard, so that all processes may read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)
@@ -332,7 +332,7 @@ def _give_final_name(path: Path) -> None:
 
 
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may still run.
+    """Finish the shards of killed writers, and leave the shards of writers that may still run.
 
     Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
     file's age decides. `own_shard` is the shard that this process writes.

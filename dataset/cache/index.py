@@ -77,6 +77,7 @@ def mark_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
+            # fields that are not set by __init__ follow from the other fields
             if field.name in _NOT_COMPARED or field.name in _SET_BY_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")

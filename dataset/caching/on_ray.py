@@ -189,7 +189,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about shards that failed; if none failed, about sources that could not be used."""
+    """Return lines about failed shards, or, if all shards succeeded, about unusable sources."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]

@@ -275,7 +275,7 @@ def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
 
 
 def _select_media(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the endings of media to learn: those that are a suffix, such as `png`, else `crop.png`."""
+    """Return the endings of files to train on: plain suffixes such as `png`, else longer ones such as `crop.png`."""
     exact = [ending for ending in endings if f".{ending}" in suffixes]
     if exact:
         return sorted(exact)

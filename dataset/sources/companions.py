@@ -185,7 +185,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return the references of a source of which the model takes only one image, also if they are clips."""
+    """Return a source's references, including clips, if the model takes only one image of each."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references

@@ -57,7 +57,7 @@ def has_choice(text: str) -> bool:
 
 
 def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
-    """Draw the choices that `closed` closing braces end; return the number of braces that end no choice."""
+    """Draw the choices that `closed` closing braces end; return the number of braces left over."""
     while closed and len(groups) > 1:
         group = groups[-1]
         matched = min(group.opened, closed)
