@@ -206,7 +206,7 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
-    """Return the content with the keys above all tables moved into [general], where some guides omit it.
+    """Move keys that stand above all tables into [general], a heading that some guides omit.
 
     Errors about keys that may stand only in [[datasets]] are added to `problems`.
     """

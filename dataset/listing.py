@@ -53,9 +53,9 @@ def find_sources(
             returned.
 
     Raises:
-        DatasetError: If a folder or list is missing or empty. With the list of all faults, if captions cannot be read,
-            lines are malformed, control media are missing or misnamed, or two sources have the same stem and
-            would share a cache file.
+        DatasetError: If a folder or list is missing or empty. Otherwise with all faults: unreadable captions,
+            malformed lines, missing or misnamed control media, and sources with equal stems, which would
+            share a cache file.
     """
     errors: list[Fault] = []
     with pause_collection():

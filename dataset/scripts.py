@@ -62,7 +62,7 @@ def cache_family_latents(
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
             values = option_values(family_options)
-            for name, option, why in entry.encoders:
+            for name, option, why in entry.encoders:  # files without which nothing can be encoded
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = load_dataset_config(options.dataset_config)
         if options.download_directory is not None:

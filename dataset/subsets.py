@@ -169,7 +169,7 @@ def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
 def _read_level(
     table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Read the keys of one table. `level` is SUBSET, or DATASET for tables above subsets."""
+    """Read the keys of one table; `level` is SUBSET, or DATASET for [[datasets]] and [general]."""
     other_tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
         name: f"is for {other_tables}; move it there"

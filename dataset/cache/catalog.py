@@ -199,7 +199,7 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
-    """Return the rows of a shard.
+    """Read the rows of a shard, without the bytes of their entries.
 
     Raises:
         sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
@@ -210,7 +210,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
             isinstance(name, bytes)
             and 0 < len(name) <= MAX_CACHE_NAME_BYTES
             and _is_within(generation, MAX_GENERATION)
-            and _is_within(size or 0, MAX_ENTRY_BYTES)
+            and _is_within(size or 0, MAX_ENTRY_BYTES)  # None: the entry was removed
             and _is_within(crc32, 0xFFFFFFFF)
         )
         if not is_valid:

@@ -205,7 +205,7 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the checksums, by file, of the records whose sources have the size and time in the index."""
     stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
-    compared = {}
+    unchanged = {}
     for line in lines:
         if line["record"] is None:  # of unknown origin
             continue
@@ -216,8 +216,8 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 except (OSError, MediaError):
                     stamps[path] = None
         if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
-            compared[str(line["file"])] = str(line["record"])
-    return compared
+            unchanged[str(line["file"])] = str(line["record"])
+    return unchanged
 
 
 class IndexPart(NamedTuple):

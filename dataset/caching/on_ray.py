@@ -80,7 +80,7 @@ class CachingActor:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
                     os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-                self._begin()
+                self._begin()  # reads the dataset and sets `_work`
             work: Any = self._work
             report = work.encode(work.pieces[index :: self._num_shards], None)
             work.stores.close(self._tables)

@@ -349,7 +349,7 @@ class Planning:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return what earlier runs found by decoding the source; None if it has changed since."""
+        """Return the recorded size and frame count of the decoded source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing:

@@ -239,7 +239,7 @@ def read_companions(
     """
     rules = local.table.clip_references
     factor = 1 if rules is None else rules.size_factor
-    step = 1 if rules is None else rules.step * factor
+    step = 1 if rules is None else rules.step * factor  # of the clip, so that references fit, too
     width, height = bucket
     if local.references and (width % step or height % step):
         raise MediaError(

@@ -146,7 +146,7 @@ def _count_unused(
         if entry.name in counted:
             continue
         label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.read_labels:
+        if label is not None and label not in rules.read_labels:  # masks and the like
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):

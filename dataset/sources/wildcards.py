@@ -34,7 +34,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     """
     groups = [_OpenChoice(0)]  # a stack; the first element is the text outside of all braces
     num_lone = 0
-    for piece in _BRACES.split(text):
+    for piece in _BRACES.split(text):  # runs of equal braces, and the texts between them
         if piece.startswith("{") and len(groups) > _MAX_NESTED:
             num_lone += 1
             groups[-1].pieces.append(piece)
