@@ -117,7 +117,7 @@ def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -
 
 @dataclass(frozen=True)
 class WordTower:
-    """What textual inversion needs to know about a text encoder, which need not be loaded."""
+    """Names and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
 
     key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings

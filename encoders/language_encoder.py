@@ -96,6 +96,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         files.check_bytes(part)
     with files.explain(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
+    # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -184,7 +185,7 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Numbers of the hidden states that are read; see `states`."""
+        """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
         return self.stacked or self.states
 
     @property
@@ -502,10 +503,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
-        positions = None
-        if use.pad is None and use.pads_left:
+        positions = None  # 0, 1, 2, ...
+        if use.pad is None and use.pads_left:  # as if padding on the left filled the prompt up to `maximum`
             positions = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
-        if use.pads_to:
+        if use.pads_to:  # all padding has position 1
             positions = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return ImageTokens(tokens, positions, [])
 

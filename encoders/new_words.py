@@ -74,7 +74,7 @@ class NewWord:
 
 @dataclass(frozen=True, eq=False)
 class EncoderWord:
-    """A word as one text encoder reads it."""
+    """An additional word with its vectors for one text encoder."""
 
     word: NewWord
     vectors: Tensor | None = None  # V C; None: they are trained
@@ -84,7 +84,7 @@ class EncoderWord:
 
 @dataclass(frozen=True, eq=False)
 class ModelWord:
-    """A word for all text encoders of a model."""
+    """An additional word for a model's text encoders, with the vectors of its file, or to be trained."""
 
     text: str
     count: int = 1  # number of vectors to train; those of a file are counted in it
@@ -147,24 +147,24 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    inner = word.content.get(TABLE)
-    tensors = list_tensors(inner if isinstance(inner, Mapping) else word.content)
-    found: dict[str, Tensor] = {}
+    table = word.content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(table if isinstance(table, Mapping) else word.content)
+    vectors_by_key: dict[str, Tensor] = {}
     for encoder in encoders:
         key = next((key for key in encoder.word_keys if key in tensors), None)
         if key is not None:
-            found[encoder.word_keys[0]] = tensors[key]
-    if not found and len(tensors) == len(encoders) == 1:
+            vectors_by_key[encoder.word_keys[0]] = tensors[key]
+    if not vectors_by_key and len(tensors) == len(encoders) == 1:
         # with one text encoder and one tensor, the name of the tensor does not matter
-        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
-    if not found:
+        vectors_by_key[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    if not vectors_by_key:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
             f"{word.option} {word.source} has no vectors of {word.text} for this model: "
             f"{describe_content(word.content)}. Its text encoders take {keys}.",
             word.source,
         )
-    rows = to_rows(word.source, word.option, found)
+    rows = to_rows(word.source, word.option, vectors_by_key)
     if len({len(vectors) for vectors in rows.values()}) > 1:
         raise reject_embedding(
             word.source, word.option, "it has unequal numbers of vectors for the text encoders"

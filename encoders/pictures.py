@@ -202,7 +202,7 @@ class ModelOfImages(OneTransformer):
         @property
         @abstractmethod
         def name(self) -> str:
-            """Name of the family, as in `Described.name`."""
+            """Name of the family."""
 
         @property
         @abstractmethod
@@ -303,7 +303,7 @@ class ModelOfImages(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Denoising may start from an image or a latent file."""
+        """Rules for starting from an image or from a latent file instead of noise."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:

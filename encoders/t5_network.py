@@ -51,7 +51,7 @@ class T5Config:
 
 @dataclass(frozen=True)
 class T5Kind:
-    """The kind of encoder that a family needs, and its names in messages."""
+    """One kind of T5 encoder, such as umT5, and how messages name it."""
 
     name: str  # such as "umT5"
     what: str  # such as "an umT5 encoder"
@@ -343,7 +343,7 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # bfloat16 (as trained) instead of fp8, which cannot compute, and of float16 on CPUs, which rarely can
+        # bfloat16 (as trained) in place of fp8, which has no arithmetic, and of float16 on CPUs
         keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
         compute = dtype or (stored if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"

@@ -42,7 +42,7 @@ END = "</s>"  # end token of SentencePiece models
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text."""
+    """Token ids of a text, and the characters that each token covers."""
 
     ids: list[int]
     places: list[Place]  # character range of each token; None for tokens that the tokenizer adds
@@ -83,10 +83,7 @@ class TextTokenizer:
 
 
 class _WordReader:
-    """Tokenize texts with additional words: the texts between the words separately, then join the tokens.
-
-    The space before a word is dropped, because most tokens include the space before them.
-    """
+    """Tokenize texts with additional words: tokenize the text between the words, then insert their ids."""
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
         names = sorted(words, key=len, reverse=True)  # longest first: a word may be a prefix of another
@@ -109,6 +106,7 @@ class _WordReader:
         start = 0  # end of the previous word, in characters
         for match in self.pattern.finditer(text):
             assert match.lastindex is not None
+            # no space before the word, because most tokens include the space in front of them
             self._add(ids, places, text[start : match.start()].removesuffix(" "), start)
             word_ids = self.ids[match.lastindex - 1]  # each word has its own group in the pattern
             ids += word_ids
@@ -421,6 +419,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         if self.words:
             # tokens are only counted, so any ids will do
             tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
+        # template tokens before the prompt whose states are dropped
         dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
         token_bytes = 0
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged

@@ -55,7 +55,7 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Return an image, H W C uint8, as the text encoder sees it: H W 3, at most `SHOWN_SIDE` a side."""
+    """Downscale an image, H W C uint8, for the text encoder: H W 3 with sides of at most `SHOWN_SIDE`."""
     image = Image.fromarray(picture[..., :3].numpy())
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return torch.from_numpy(np.array(image))
@@ -71,12 +71,12 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read an image as `read_edited` does, in the form that the text encoder sees."""
+    """Read an image as `read_edited` does, resized as for the text encoder."""
     return shrink(read_edited(path, size))
 
 
 def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
-    """Read an image to edit that is gray where a mask is white, H W 3 uint8 of `size`.
+    """Read an image to edit, H W 3 uint8 of `size`, painted gray where the mask is lighter than gray.
 
     Raises:
         OptionError: If the mask cannot be read or has another size.

@@ -19,7 +19,7 @@ from modules.layers.rope import THETA, turns
 
 
 class Places(NamedTuple):
-    """Key of a rotary table."""
+    """What rotations of tokens depend on: channels, grid, frame rates, start; the key of a cached table."""
 
     width: int  # channels of all heads, N * D
     grid: tuple[int, ...]  # latent frames, rows and columns of a video, or the number of audio latents
@@ -62,7 +62,7 @@ def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the tables of several sequences of tokens, joined. See `make_table`."""
+    """Return the rotary tables of several token sequences, concatenated; see `make_table`."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
@@ -83,14 +83,17 @@ def place_latents(count: int, stride: int, is_causal: bool = False) -> Tensor:
 
 
 def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
-    """Return cosines and sines, n K 2, of the middles of `bounds`, at K = `count` frequencies."""
+    """Return the cosines and sines, n K 2, of n positions at K = `count` frequencies.
+
+    A position is the middle of its start and end in `bounds`, n 2, as a fraction of `longest`.
+    """
     frequencies = theta ** torch.linspace(0, 1, count, dtype=torch.float64)
     share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
     return send_ahead(turns(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
 
 
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
-    """Spread the axes over the grid, and their frequencies over the heads: L N D/2 2.
+    """Expand the rotations of each axis to all tokens of the grid, and divide them by heads: L N D/2 2.
 
     The axes of a frequency are next to each other. Pairs without a frequency come first; they do not rotate.
     """

@@ -50,7 +50,7 @@ SEED = 42  # as in musubi-tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """Settings for caching latents."""
+    """Settings of the script that caches latents."""
 
     task: str
     seed: int
@@ -156,7 +156,7 @@ class H3Caching:
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each item. Raises MediaError if a reference cannot be read or used."""
+        """Return each item's cache entry; raise MediaError if a reference cannot be read or used."""
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)
@@ -197,7 +197,7 @@ class H3Caching:
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the position of an image in time, and the latents and positions of its control images."""
+        """Return the frame index of an image, and the latents and frame indices of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors

@@ -69,9 +69,10 @@ IGNORED = ("rope.inv_freq",)  # computed here instead
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of fused rows in a file with released names, which only the file's name shows.
+    """Return the order of rows in fused weights: INTERLEAVED in a sharded model, STACKED in a single file.
 
-    `path` is a file, a first shard, an index or a folder; the last three count as shards.
+    The tensors of both releases are alike, so only the path shows the order. `path` is a file, or the first
+    shard, index or folder of a sharded model.
     """
     return INTERLEAVED if is_sharded(path) else STACKED
 
@@ -91,8 +92,8 @@ def find_task(path: Path) -> str | None:
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
     """Return dimensions, dialect and dtype of a transformer file.
 
-    `layout` is the order of fused rows, STACKED or INTERLEAVED; None decides by the file's name. A trained
-    file records its own order. Raises CheckpointError for another file.
+    `layout` is the row order of the fused query, key and value matrix, STACKED or INTERLEAVED; None decides
+    by the file's name. A file trained here records STACKED. Raises CheckpointError for another model's file.
     """
     names = checkpoint.tensors
     has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
@@ -180,6 +181,7 @@ def _read_config(shapes: DitShapes) -> H3Config:
     time_hidden, freq_dim = (0, 0) if is_pruned else shapes.of("time_embedder.proj_in.weight")
     frequencies = H3Config.frequencies
     if "rope.inv_freq" in shapes.shapes:
+        # a released file stores them; their number is read here
         (frequencies,) = shapes.of("rope.inv_freq", axes=1)
     return H3Config(
         dim=dim,

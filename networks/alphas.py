@@ -55,7 +55,7 @@ _MAX_SHOWN = 20  # characters of a value that a message shows
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings from one source."""
+    """Settings with alphas, and the metadata entry or file that contains them."""
 
     place: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
@@ -80,10 +80,7 @@ class _Sources(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A key of settings.
-
-    Its name is the same for all spellings: `loraalpha` for `transformer.LoRA_alpha`.
-    """
+    """A metadata key, split and spelled uniformly: `loraalpha` for `transformer.LoRA_alpha`."""
 
     network: str  # prefix of the key that names a network; "" if it has none
     name: str  # rest of the key, in lower case, letters and digits only
@@ -279,8 +276,8 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     """Return the alphas that are separate keys of a file's metadata."""
     sources: list[_Source] = []
     warnings: list[str] = []
-    # programs that write ss_network_module store alphas as tensors; if names have dots and there are none, a
-    # converter has folded them into the factors
+    # programs that write ss_network_module store alphas as tensors, under names without dots; if names have
+    # dots, a converter has folded the alphas into the factors
     is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
     texts = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
@@ -320,14 +317,14 @@ def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)
         except (ValueError, AttributeError, RecursionError) as error:
-            if key == PEFT_SETTINGS:
+            if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
                 raise
             warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
     return _Sources(sources, warnings)
 
 
 def _sources_in_folder(path: Path, start: str) -> _Sources:
-    """Return the alphas in the adapter's settings in the folder of the file."""
+    """Return the alphas in PEFT's settings file next to a LoRA file, or in its folder."""
     folder = path if path.is_dir() else path.parent
     settings_path = folder / PEFT_FILE
     if not settings_path.is_file():
@@ -389,7 +386,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
 
 
 def _split_key(key: str) -> _Key:
-    """Split a key of settings into the network that it names, if any, and the name of the setting."""
+    """Split a metadata key into the name of a network ("" without one) and the name of the setting."""
     match = _BEGIN.fullmatch(key)
     network = ""
     name = key
@@ -556,7 +553,7 @@ def peft_alphas(
 
 
 def _number(value: Any) -> float | None:
-    """Return a value as a finite number; None if it is none."""
+    """Return a value as a float; None if it is not a finite number."""
     try:
         return _finite(value)
     except (ValueError, TypeError, OverflowError):

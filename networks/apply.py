@@ -710,7 +710,7 @@ class LoraPatch:
         if name not in self._found:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
-            self._modules.setdefault(module)
+            self._modules.setdefault(module)  # a dictionary as an ordered set
             relations: list[tuple[str, Relative | None]] = [(module, None)]
             layouts = self._layouts
             # a family without fused or joined weights has no related names

@@ -225,7 +225,7 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
         CheckpointError: If the weight is missing.
     """
     name_of_only_encoder = name.replace("lora_te1_", "lora_te_", 1)  # in Stable Diffusion 1 and 2
-    without_prefix = name.removeprefix(f"{prefix_of(name)}_")
+    without_prefix = name.removeprefix(f"{prefix_of(name)}_")  # in a separate file of the network
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])

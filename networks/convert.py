@@ -151,7 +151,7 @@ class FluxConvertOptions(Options, must_give=True):
 
 
 class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py` and Anima's, and more for Z-Image's."""
+    """Options that the scripts `networks/convert_*_to_comfy.py` share."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
@@ -452,7 +452,7 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without the expert and without the hashes of the original file."""
+    """Return metadata without the entries that a converted file changes: expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }

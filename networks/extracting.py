@@ -225,7 +225,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with dequantized weights; warn if one was quantized."""
     dequantized = Pair(in_values(original), in_values(tuned))
     quantized = []
-    # `in_values` returns a checkpoint without quantized weights itself
+    # `in_values` returns the same object if no weight is quantized
     if dequantized.original is not original:
         quantized.append(original.path.name)
     if dequantized.tuned is not tuned:

@@ -168,7 +168,7 @@ class LoraFormat:
 def _note_strength(
     strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
 ) -> None:
-    """Add alpha / rank (`strength`) of the written modules to `strengths`, by rank; None if not folded."""
+    """Add `strength`, the alpha / rank folded into the written modules, to `strengths`; None adds nothing."""
     if strength is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded

@@ -57,9 +57,9 @@ class OwnNetwork(nn.Module):
         if settings.perturbation is not None:
             self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
+        rank_list = list_some([str(rank) for rank in ranks])
         first = self.layers[0]
-        shown = list_some([str(rank) for rank in ranks])
-        logger.info(f"{first.kind} on {count_of(len(self.layers), 'module')}, {first.size_word} {shown}")
+        logger.info(f"{first.kind} on {count_of(len(self.layers), 'module')}, {first.size_word} {rank_list}")
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
         """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""

@@ -479,7 +479,7 @@ def read_rates(argument: str, text: Any) -> ByPattern:
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers for switches of kinds that take numbers as well, and for these numbers."""
+    """Return the readers of --network_args that switch on a kind with numbers, and of its numbers."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

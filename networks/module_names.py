@@ -32,7 +32,7 @@ def family_named(name: str) -> FamilyNames:
 
 
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """Return the family of a model with these underscored module names; None if no family knows any of them.
+    """Return the family of a model with these underscored module names; None if no family has any of them.
 
     Ties go to the family named `hint`, then to the one with most names as modules instead of aliases, then
     to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's modules,
@@ -50,7 +50,7 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that know the largest number of names; only `hint` if it is among them."""
+    """Return the families with most of these module names; only the family `hint` if it is one of these."""
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
@@ -78,9 +78,10 @@ def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
     families: tuple[FamilyNames, ...] = import_own(f"{folder}.names").LORA
     if families:
         return families
-    around: tuple[FamilyNames, ...] = import_own(f"{folder.rpartition('.')[0]}.names").LORA
+    parent_folder = folder.rpartition(".")[0]
+    parent_families: tuple[FamilyNames, ...] = import_own(f"{parent_folder}.names").LORA
     own_names = {name, *ENTRIES[name].further_models}
-    return tuple(family for family in around if family.name in own_names) or around
+    return tuple(family for family in parent_families if family.name in own_names) or parent_families
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
@@ -142,7 +143,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return one of the four levels above for the sizes and block numbers of a file's modules."""
+    """Rate how well a file's sizes and block numbers fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -299,7 +300,7 @@ def is_name(name: str, dotted: bool = False) -> bool:
 
 @cache
 def _all_paths() -> frozenset[str]:
-    """Return the templates of all families' modules in all layouts, as paths."""
+    """Return the dotted paths of all families' modules in all layouts, with templates for block numbers."""
     paths: set[str] = set()
     for family in FAMILIES:
         paths.update(family.modules)
@@ -314,7 +315,7 @@ def _all_paths() -> frozenset[str]:
 
 @cache
 def _all_names() -> frozenset[str]:
-    """Return the templates of all families' modules in all layouts, as underscored names."""
+    """Return the results of `_all_paths` with underscores instead of dots."""
     return frozenset(path.replace(".", "_") for path in _all_paths())
 
 
@@ -389,7 +390,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the dotted path of another layout's part: `transformer_blocks.0.attn.to_q`; None if unknown."""
+    """Return the dotted path of a module of another layout, from its underscored name; None if unknown."""
     return _find(_tables(family).split, name)
 
 
@@ -469,6 +470,7 @@ def _tables(family: FamilyNames) -> _Tables:
     paths = [*family.modules, *(ours for _, ours in parameters)]
     renamed = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
     joined = [(part.ours, part.ours) for part in family.joined]
+    # a part without an index, or with swapped halves, has all rows of our module: it is only renamed
     return _Tables(
         ours=_Table((path, path) for path in paths),
         foreign=_Table(aliases),
@@ -483,7 +485,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _TensorPlace(NamedTuple):
-    """The module of our layout that a name refers to."""
+    """Our module that a name in any layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
     number: str  # block number; "" if there is none

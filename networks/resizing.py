@@ -222,7 +222,7 @@ def _reject_other_kinds(
 
 
 def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
-    """Raise CheckpointError if metadata or PEFT's settings file hold alphas, which would be wrong then."""
+    """Raise CheckpointError if metadata or PEFT's settings file hold alphas: they fit only the old ranks."""
     holders = sorted(metadata.keys() - without_alphas(metadata).keys())
     if "ss_network_alpha" in metadata:
         holders.append("ss_network_alpha")
@@ -239,7 +239,7 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _plain_file_command(source: Path, *options: str) -> str:
-    """Return the command that writes a LoRA with its alphas as tensors; `options` are added to it."""
+    """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
     words = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
     return as_typed([*words, "--output", "PLAIN.safetensors"])
 
@@ -253,6 +253,7 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
     modules: list[FactorNames] = []
     for down in shapes:
         match = _DOWN_NAME.fullmatch(down)
+        # the factor is a parameter itself (`lora_A`), or the weight of a module (`lora_A.weight`)
         if match is None or not down.endswith((match["factor"], ".weight")):
             continue
         prefix = down[: match.start("factor")]

@@ -138,7 +138,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _FusedLayer(NamedTuple):
-    """A layer that another program fuses."""
+    """A fused layer of another program's file, such as `to_qkv` or `to_kv`."""
 
     start: str  # prefix of its names
     name: str  # a key of `_FUSED_PARTS`

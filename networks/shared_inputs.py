@@ -117,6 +117,7 @@ class SharedInput:
             split_sizes = [len(weight) for weight in weights]
             joined_weight = joined_bias = None
             num_rows = x.numel() // x.shape[-1]
+            # one product for all layers saves kernel launches, which only matter for small outputs
             if num_rows * sum(split_sizes) <= MAX_JOINED:
                 joined_weight = joined(weights)
                 joined_bias = joined(biases) if joined_weight is not None and biases else None
@@ -194,7 +195,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """Like `_Outputs`, for weights that are adjacent in memory: one product for all layers."""
+    """Compute all layers as one product, because their weights are adjacent in memory; else `_Outputs`."""
 
     @staticmethod
     def forward(

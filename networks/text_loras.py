@@ -261,7 +261,7 @@ class FullPatch:
             patch.check()
 
     def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
-        """Yield the pieces of a tensor, each with the patch of its network."""
+        """Yield each piece of a checkpoint's tensor, with the `LoraPatch` of the network that has it."""
         for piece in pieces_of(name):
             yield piece, self._patches[piece.network]
 

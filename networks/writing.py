@@ -187,21 +187,18 @@ def write_modules(
 
 
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
-    """Return the tensors of a module as ComfyUI reads them.
-
-    Biases become full differences.
-    """
-    form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
+    """Return the tensors of a module as ComfyUI reads them; a bias becomes a full difference."""
+    tensors = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
-    if form.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
-        form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
+    if tensors.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
+        tensors = _fold(factors) | {part: tensor for part, tensor in tensors.items() if part not in LORA}
     elif rank is not None:
         # an alpha of 0 stands for the rank, and is written as the rank
-        form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
+        tensors["alpha"] = torch.tensor(deltas.strength(factors) * rank)
     bias = read_delta(factors).stored_bias()
     if bias is not None:
-        form["diff_b"] = bias
-    return form
+        tensors["diff_b"] = bias
+    return tensors
 
 
 def _in_diffusers(factors: Factors) -> Form:

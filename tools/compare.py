@@ -62,7 +62,7 @@ def _with_lora_option(words: list[str]) -> list[str]:
 
 
 def _lora_words(options: CompareOptions) -> list[str]:
-    """Return the options with which the generation script checks and loads the LoRA files."""
+    """Return the command-line options that pass the compared LoRA files to the generation script."""
     words = ["--lora_weight", *map(str, options.lora)]
     if options.lora_high_noise:
         words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]

@@ -74,7 +74,7 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
-        for text, repeats in tokens.texts:
+        for text, repeats in tokens.texts:  # repeats: how many equal padding rows a row stands for
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D

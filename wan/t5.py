@@ -107,7 +107,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
         return self.identify("t5", weights=self.form)
 
     def write(self, prompt: Prompt) -> Written:
-        """Clean the prompt, and shift the positions of its weighted parts accordingly."""
+        """Return the cleaned prompt with the positions of its weighted parts, which cleaning may shift."""
         text, spans = clean_spans(prompt.text, prompt.spans)
         return Written(text, text, spans)
 

@@ -63,6 +63,7 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     for index, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
         # the first block of frames has no frame i < `skipped`, so that frame i comes from the second block
         is_left_out = i < skipped
+        # pixel `index` of a block takes its share of x's channels: every step-th, from this first one
         start = i - skipped + is_left_out * frames
         h[:, :, start::frames, j::rows, k::columns] += x[:, index * step // block :: step, is_left_out:]
     return h

@@ -182,7 +182,7 @@ def encode(
     encoded = _encode_pair(media, rejected, family, encoders)
     if not items[0].source.table.augmentation.flip:
         return encoded
-    mirrored_rejected = None if rejected is None else rejected.flip(3)
+    mirrored_rejected = None if rejected is None else rejected.flip(3)  # axis 3 is W
     mirrored = _encode_pair(_mirror(media), mirrored_rejected, family, encoders)
     with_mirrored = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):

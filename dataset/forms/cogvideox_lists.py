@@ -229,7 +229,7 @@ class CogVideoXTensors:
 
 
 class _TensorFolder(NamedTuple):
-    """A folder that contains the folders of precomputed tensors."""
+    """A folder that contains one folder for each kind of precomputed tensors."""
 
     path: Path
     moments: frozenset[str] | None  # names of files in `video_latents`; None if that folder is missing

@@ -116,8 +116,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
                 kinds[BACKSLASH] = None
         if kinds:
             one_line = " ".join((source.caption or "").split())
-            shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
-            text = f"{source.caption_path or source.path}: {shown}"
+            excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
+            text = f"{source.caption_path or source.path}: {excerpt}"
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
 

@@ -159,7 +159,7 @@ class NetworkKind:
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file of ComfyUI has the form `FROZEN_NORMS` although its metadata lack it."""
+        """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
         return False
 
     def bring_norms(

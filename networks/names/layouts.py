@@ -262,7 +262,7 @@ def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return modules that only have other names: `theirs` + their ending is `ours` + our ending."""
+    """Return a part for each pair of endings, for modules of another layout that only differ in name."""
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
