@@ -306,7 +306,7 @@ class Wan(OneTransformer):
         if isinstance(condition, Tensor):
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
         arguments: dict[str, Any] = {}
-        for name, argument in VACE_INPUTS:
+        for name, argument in VACE_INPUTS:  # name of the condition, and of the network's argument
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)

@@ -352,7 +352,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
         task = "i2v-14B" if has_features else "i2v-A14B"
     else:
         task = family.files.task.name
-    return {} if task == "t2v-14B" else {"--task": task}
+    return {} if task == "t2v-14B" else {"--task": task}  # the default of --task
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

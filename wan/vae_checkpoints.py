@@ -159,7 +159,7 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; in Wan2.2 its entries are stages, which hold a list of the same name."""
+    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name."""
     list_name = start.split(".")[-1]
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):

@@ -197,7 +197,7 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 def _compare_reading(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of caches whose clips an earlier version read with frames in another order or orientation.
+    """Warn of caches by an earlier version that read the frames of a clip in another order or orientation.
 
     At most MAX_DECODED clips are checked; missing files are skipped.
 

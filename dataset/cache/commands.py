@@ -158,7 +158,7 @@ def _can_be_shown(value: Any) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """Return an option's value as JSON can hold it."""
+    """Convert an option's value to JSON types."""
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value

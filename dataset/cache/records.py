@@ -285,7 +285,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         return info.st_size, info.st_mtime_ns
     images = [file.stat() for file in folder_images(path)]
     size_bytes = sum(image.st_size for image in images)
-    return size_bytes, max((image.st_mtime_ns for image in images), default=0)
+    return size_bytes, max(image.st_mtime_ns for image in images)
 
 
 # cached, because in a dataset that was copied without its times, training hashes every item at each check

@@ -395,7 +395,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
-        """Raise CacheError if texts were made with other settings than those of this training."""
+        """Raise CacheError if text outputs were made with different settings than this training uses."""
         for name, expected in self.format.constants.items():
             array = arrays.get(name)
             stored = None

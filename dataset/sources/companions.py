@@ -185,7 +185,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return the references of a source of which the model takes only one image, also if they are clips."""
+    """Return a source's references, including clips, if the model takes only one image of each."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -239,7 +239,7 @@ def read_companions(
     """
     rules = local.table.clip_references
     factor = 1 if rules is None else rules.size_factor
-    step = 1 if rules is None else rules.step * factor
+    step = 1 if rules is None else rules.step * factor  # of the clip, so that references fit, too
     width, height = bucket
     if local.references and (width % step or height % step):
         raise MediaError(

@@ -129,7 +129,7 @@ class MediaSource:
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, each with its origin if it is not on disk.
+        """Return the files or folders that latents are made from, each with its origin unless it is on disk.
 
         The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
         source with precomputed moments has only their files.
@@ -267,6 +267,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
+            # the first row of a file keeps the file's stem, further rows get a number
             while stems and stem.casefold() in used:
                 stem = f"{source.stem}-{number}"
                 number += 1
