@@ -241,7 +241,7 @@ def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_e
     # Wan2.1 sees the first latent frame of the image, and the last one if an end image was appended
     start_latents = torch.zeros_like(control)
     if image is not None:
-        latents = image[:, -LATENT.channels :]
+        latents = image[:, -LATENT.channels :]  # without the mask, whose channels come first
         start_latents[:, :, 0] = latents[:, :, 0].to(start_latents)
         if has_end:
             start_latents[:, :, -1] = latents[:, :, -1].to(start_latents)

@@ -133,7 +133,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def _translate_staged_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Translate diffusers' names of Wan2.2, where each level is a list."""
+    """Translate diffusers' names of Wan2.2, whose levels are lists of layers."""
     layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
 
     def number(layer: _Layer) -> str:

@@ -109,8 +109,8 @@ def list_caption_files(
         by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
     with pause_collection():
-        for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag=tag, sight=sight, fit=fit)
+        for table_sources in by_table.values():
+            files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
     return files
 
 
