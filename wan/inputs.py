@@ -103,6 +103,7 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
         frames: Number of pixel frames.
         end_image: Last frame, like `image`. It is encoded alone and appended as one more latent frame.
     """
+    # gray frames, 0 in -1..1, follow the image
     clip = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])], dim=2)
     latents = vae.encode(clip)
     known_frames = torch.zeros(frames)

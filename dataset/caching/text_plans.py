@@ -189,8 +189,8 @@ def _list_captions(
 ) -> Iterator[CaptionFile]:
     """Yield the cache file of each caption of a source, in order.
 
-    `seen` and `sight` say which files the text encoder sees with a caption; `fit` shortens a caption to its
-    limit.
+    `seen` and `sight` say which files the text encoder sees with a caption; `fit` converts positions in a
+    caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
     settings = {**source.table.changed(TEXTS), **seen.settings}

@@ -342,7 +342,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
     following group of `stride[0]` frames. `stride` and `clip` are fields of the family's LatentSpec.
     """
     frame_stride, height_stride, width_stride = stride
-    weights = mask.float().unsqueeze(1) / 255
+    weights = mask.float().unsqueeze(1) / 255  # F 1 H W, as avg_pool2d takes it
     weights = torch.nn.functional.avg_pool2d(weights, (height_stride, width_stride)).squeeze(1)
     parts = []
     for part in weights.split(clip or len(weights)):
