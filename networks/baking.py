@@ -150,10 +150,10 @@ def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factor
 
 def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
     """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
-    texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
+    text_modules = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
     return replace(
-        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(texts), metadata=metadata
+        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(text_modules), metadata=metadata
     )
 
 

@@ -165,8 +165,8 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
     if len(heights) == len(row_counts):  # the model has all parts: together they must cover the weight
         fits = fits and sum(heights.values()) == num_rows
     if not fits:
-        shown = " + ".join(map(str, heights.values()))
-        return f"its {num_rows} rows are not those of its parts, which have {shown}"
+        part_heights = " + ".join(map(str, heights.values()))
+        return f"its {num_rows} rows are not those of its parts, which have {part_heights}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
