@@ -453,7 +453,7 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return a warning about encoders that differ from those of earlier batches; None if it is not new."""
+        """Return a warning about encoders that differ from the ones of earlier batches; None if not new."""
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False
