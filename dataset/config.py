@@ -374,7 +374,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         return config
     tables = []
     for table in config.datasets:
-        if rules.clips:
+        if rules.clips:  # references of clips; other models take reference images
             table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropped)
         elif table.kind == "image":
             table = replace(table, references=rules)

@@ -149,7 +149,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options by key, as they would be in a dataset file."""
+    """Return the values of options under the keys of a dataset file, in the types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}

@@ -220,7 +220,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Read media and captions of the items of a batch; the fields are arguments of `read_batch`."""
+    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec

@@ -321,7 +321,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
-    cached = {item.bucket[2] for item in items}
+    cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}
     lines = []
     if targets - cached:

@@ -285,6 +285,7 @@ class ShardWriter:
             if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
+            # NULL: SQLite chooses the key, which is the row's place
             cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert cursor.lastrowid is not None

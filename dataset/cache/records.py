@@ -197,7 +197,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    # a list of the number of references and of factors of their sizes
+    # the number of references is followed by factors of their sizes
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:

@@ -56,7 +56,7 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Turn the rows of one list or table into sources."""
+    """Reader that turns the rows of one list or table into sources."""
 
     table: DatasetTable
     file: Path  # the list or table, for messages

@@ -262,7 +262,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _UnusedRules:
-    """Which files of a folder are read or expected next to media."""
+    """Rules for which files of a folder are read, or are expected next to media."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     read: frozenset[str]  # suffixes of media that are read, in lower case
