@@ -218,7 +218,7 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Return the stage of `--renorm_cfg`: limit the guided velocity's norm to `limit` times the positive one's.
+    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive one's.
 
     Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.

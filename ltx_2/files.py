@@ -79,7 +79,7 @@ class Ltx2Files(TransformerFiles):
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
-        """Return a copy of these files with Gemma's options; `dtype`, a name, replaces --text_encoder_dtype."""
+        """Return these files with Gemma's options added; `dtype`, a name, replaces --text_encoder_dtype."""
         return replace(
             self,
             gemma=options.gemma,
