@@ -79,7 +79,7 @@ class TensorLocation(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where the latents and the texts of a table come from."""
+    """Whether a table's latents and texts are read from caches or encoded during training."""
 
     table: DatasetTable
     latents: TensorLocation
@@ -176,7 +176,7 @@ def _fill(
     def fill_tables(
         tables: Sequence[DatasetTable], cache: Callable[..., Any], batch_size: int | None
     ) -> None:
-        """Cache the latents, or the texts, of some tables."""
+        """Cache the latents or the texts of these dataset tables with the function `cache`."""
         caching = CachingOptions.usual(
             dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
         )
@@ -256,7 +256,7 @@ def _place_latents(
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Open the stores of the planned dataset tables; tables with ordinary cache files need none."""
+    """Open the cache stores of the dataset tables; tables with ordinary cache files need no store."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -365,7 +365,7 @@ def _size(source: MediaSource) -> Size:
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
-    """Send the entries of each process to all others, a few at a time."""
+    """Send the cache entries of each process to all other processes, a few at a time."""
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
@@ -382,13 +382,10 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that run during training, and whether they also encode the empty prompt.
-
-    Returns:
-        The encoders; None if all texts come from caches.
+    """Return the text encoders that run during training; None if all text outputs are cached.
 
     Raises:
-        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
+        OptionError: If caching is requested for captions that change, or a required encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
     texts = None if needs_none else _select_live_texts(family, options, config)
@@ -549,7 +546,7 @@ def _select_learning_encoders(
 
 
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return by LoRA prefix which encoders --network_args turns on, of those that are off by default."""
+    """Return by LoRA prefix whether --network_args enables each text encoder that is off by default."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:

@@ -259,13 +259,13 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
         counted: Numbers of images.
         tags: Frequency of each tag by folder.
     """
-    described = [table.describe() for table in tables]
+    descriptions = [table.describe() for table in tables]
     first = _settings_of(tables[0])
     buckets = tables[0].buckets
     names = {table.source.name for table in tables}
     entry: dict[str, Any] = {}
-    for key, value in described[0].items():
-        is_common = all(subset.get(key) == value for subset in described)
+    for key, value in descriptions[0].items():
+        is_common = all(subset.get(key) == value for subset in descriptions)
         if is_common:
             entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
@@ -278,7 +278,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
         "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
         "bucket_info": counted.bucket_info,
         "resize_interpolation": None if buckets is None else buckets.interpolation,
-        "has_control": all(others["has_control"] for others in described),
+        "has_control": all(others["has_control"] for others in descriptions),
         "subsets": [_describe_subset(table, counted.of_table[table.index]) for table in tables],
     }
 

@@ -266,7 +266,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 @dataclass(frozen=True)
 class UnpreparedNetwork:
-    """A network that is loaded and frozen, before LoRAs are added and its blocks are prepared to run."""
+    """A loaded and frozen network without frozen LoRAs, whose blocks are not yet set up for training."""
 
     dit: nn.Module
     family: Family
@@ -278,7 +278,7 @@ class UnpreparedNetwork:
 
 @dataclass
 class Loading:
-    """Load networks one after the other; those that take turns on the device are loaded to host memory."""
+    """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
@@ -505,7 +505,7 @@ class Learners:
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
-        """Return the tensors in the state to resume that belong to the network of an expert."""
+        """Return the tensors of an expert's network from the state of --resume."""
         if isinstance(saved, SavedState):
             part = f"{expert.name}_network" if self.plan.options.by_expert.lora_per_expert else "network"
             return {**saved.parts.get(part, {})}

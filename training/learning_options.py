@@ -43,7 +43,7 @@ _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
 class FullDitOptions(Options, title="full fine-tuning"):
-    """Which weights of the DiT are trained, the dtype that they are kept in, and when they are stepped."""
+    """Options of full fine-tuning: selected weights, their dtype, and how the optimizer updates them."""
 
     trainable_modules: tuple[str, ...] = option(
         "train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains all",
@@ -132,7 +132,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
 
 class ExpertTrainingOptions(Options, title="two transformers"):
-    """Trained parts of each transformer, and where a transformer waits while the other one works."""
+    """Options of models with two transformers: the LoRA of each, and offloading the inactive one."""
 
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "

@@ -188,7 +188,7 @@ _OF_HUBER = {
 
 
 class LossOptions(Options, title="loss"):
-    """The loss of one element, and the threshold above which Huber losses become linear."""
+    """Type of the loss, and the threshold above which Huber losses become linear."""
 
     loss_type: str = option(
         "l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else absolute",
@@ -232,5 +232,5 @@ class PredictionOptions(Options, title="prediction"):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by its noise level: SIGMA for sigma-scaled predictions, else none."""
+        """Rule that weights the loss by noise level: SIGMA for sigma-scaled predictions, else NOTHING."""
         return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING

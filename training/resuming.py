@@ -192,12 +192,12 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of the options of one kind, identity or habit, by their flags."""
+    """Return by flag the values of options of one kind: `identity` or `habit`."""
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
 def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
-    """Return the file names in the options `NAMED_FILES`, by flag; None for an option that is not set."""
+    """Return the file name in each option of `NAMED_FILES` by its flag; None for an unset option."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
     return {
         f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
@@ -205,7 +205,7 @@ def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
-    """Return name and strength of --training_adapter.
+    """Return the file name and strength of --training_adapter as text, to compare runs.
 
     Args:
         path: File of the LoRA.
@@ -320,7 +320,7 @@ def _reject_differences(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the saved and the current value as texts for each setting that differs, by name."""
+    """Return by name the saved and the current value, as text, of each setting that differs."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
@@ -377,16 +377,16 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
-    if resolved.get("--network_dim") == str(None):
+    if resolved.get("--network_dim") == str(None):  # the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
-    if resolved.get("--network_alpha") == 0:
+    if resolved.get("--network_alpha") == 0:  # 0 stands for the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved
 
 
 def _resolve_pairs(option: str, text: str) -> str:
-    """Return KEY=VALUE arguments from `public_config` sorted by key, with normalized values."""
+    """Return the KEY=VALUE arguments of an option sorted by key, with normalized values."""
     try:
         pairs = read_literals(option, ast.literal_eval(text) or ())
     except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):

@@ -62,6 +62,7 @@ def count_saves(
         every = options.save_every_n_steps
         num_saves = plan.total_steps // every - first_step // every
         if options.save_last_n_steps is not None:  # counts steps, not saves
+            # the save from exactly so many steps ago is kept too
             num_saves = min(num_saves, options.save_last_n_steps // every + 1)
         models += num_saves
     if options.save_every_n_epochs is not None:
@@ -72,13 +73,13 @@ def count_saves(
             num_saves = min(num_saves, options.save_last_n_epochs)
         models += max(0, num_saves)
     states = models if options.save_state else 0
-    return models + 1, states + options.saves_state_at_end
+    return models + 1, states + options.saves_state_at_end  # + 1: the final model
 
 
 def saved_bytes(
     parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
 ) -> tuple[int, int]:
-    """Return the bytes of one model, with its average, and of one state.
+    """Return the bytes of one saved model, including its average, and of one saved state.
 
     Args:
         parameters: The trained parameters.
@@ -283,7 +284,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
     kinds = [] if run.options.network is None else run.options.network.kinds
-    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
+    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]  # one line is enough
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     # the last command starts this run again
@@ -456,7 +457,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
-    """Return the page's lines on memory: names and values."""
+    """Return the names and values of the page's lines on memory use."""
     host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
-    """Warn about captions without a word that text encoders are to learn.
+    """Warn about captions that lack a new word whose embedding is trained.
 
     Raises DatasetError if the dataset cannot be read.
     """

@@ -97,7 +97,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Ask for the end of the run after this step; at the second signal, end the process at once."""
+        """Handle a signal: the first ends the run after this step, the second ends the process at once."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -172,7 +172,7 @@ class TrainedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the network computes: that of autocast or, without autocast, of its weights."""
+        """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
 

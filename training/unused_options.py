@@ -52,7 +52,7 @@ def list_without_effect(
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return why options of a record that affect only samples have no effect in a run without samples."""
+    """Return, for options that affect only samples, why they have no effect in a run without samples."""
     if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"

@@ -56,7 +56,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
 
 @dataclass(frozen=True)
 class GuidedTarget:
-    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
+    """The target u + scale * (v - u), where v is the velocity and u the prediction for the empty prompt."""
 
     scale: float
     audio_scale: float

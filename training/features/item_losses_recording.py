@@ -54,7 +54,7 @@ def _not_begun() -> Progress:
 
 
 def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
-    """Start the file of a process; keep its lines up to `step` if it belongs to this run.
+    """Create the loss file of a process, or truncate this run's file to the lines up to `step`.
 
     Raises OutputError if the file cannot be written.
     """
@@ -176,7 +176,7 @@ class ItemLossRecorder:
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Read and write the losses up to `step`, whose values the run has already read."""
+        """Copy item losses up to `step` from the device and write them; these steps have already finished."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
             self._attempt(self._write, self._write_images)
@@ -216,7 +216,7 @@ class ItemLossRecorder:
             append_draws(self.folder, self.name, self._process, draws)
 
     def _write_images(self) -> None:
-        """Write thumbnails of the items that the page shows, once and in the first process only."""
+        """Write thumbnails of the items shown on the page, once per run and in the first process only."""
         if self._process != 0 or self._has_images:
             return
         self._has_images = True

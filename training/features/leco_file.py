@@ -28,7 +28,7 @@ TOP = (*dict.fromkeys((*PAIR, *SLIDER)), "prompts", "slider", "targets")
 
 @dataclass(frozen=True)
 class LecoPair:
-    """Prompts of one direction: the target moves to neutral +- guidance * (positive - opposite)."""
+    """Prompts of one training pair: the target learns neutral +- guidance * (positive - opposite)."""
 
     target: str  # prompt with which latents are denoised, and whose prediction is trained
     positive: str
@@ -51,7 +51,7 @@ class LecoPair:
 
     @property
     def sign(self) -> int:
-        """Direction from `neutral` along positive - opposite."""
+        """Sign of the guidance term: 1 to enhance the concept, -1 to erase it."""
         return 1 if self.action == ENHANCE else -1
 
 

@@ -37,6 +37,6 @@ class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=
 
     @property
     def path(self) -> Path:
-        """The prompts file; read only while the feature is on."""
+        """Path of --prompts_file, for code that runs only if the option is set."""
         assert self.prompts_file is not None  # the feature is on
         return self.prompts_file

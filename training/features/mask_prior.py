@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """Strength of the term that keeps predictions outside of masks close to the base model's."""
+    """Weight of a loss term that keeps predictions outside masks close to the base model."""
 
     mask_prior_weight: float | None = option(
         "outside masks, keep the prediction close to that of the model without the network, with this "

@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Return the comparisons; in the first, preserved samples have the base model's prediction as target."""
+    """Replace the first comparison's target by the base model's prediction for preserved samples."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 

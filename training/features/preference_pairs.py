@@ -26,7 +26,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """How strongly the chosen item of a pair is preferred; see `compare_pairs`."""
+    """Strength beta and weight of the ordinary loss, see `compare_pairs`."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added

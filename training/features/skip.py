@@ -89,7 +89,7 @@ class Skipping:
         return SPIKE if limit is not None and math.isfinite(norm) and norm > limit else TAKEN
 
     def limit(self, kind: str) -> float | None:
-        """Return the norm above which a step of a kind is a spike; None if there is no limit yet."""
+        """Return the gradient norm above which a step of this kind is a spike; None without enough steps."""
         from statistics import median  # not needed for --help
 
         factor = self.options.skip_spikes

@@ -42,7 +42,7 @@ class SliderFile:
 
     @property
     def has_anchors(self) -> bool:
-        """Return whether any slider has an anchor."""
+        """Return whether any slider has an anchor, a prompt that it leaves unchanged."""
         return any(slider.anchor is not None for slider in self.sliders)
 
 

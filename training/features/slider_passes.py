@@ -20,7 +20,7 @@ from training.targets.passes import Streams, TrainingPasses, measure_plainly
 
 @dataclass(frozen=True)
 class SliderTarget:
-    """A file of sliders and the encoded captions."""
+    """The sliders of a --slider file with their encoded captions."""
 
     file: SliderFile
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU

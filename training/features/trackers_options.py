@@ -31,7 +31,7 @@ _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wand
 
 
 class RunTrackerOptions(Options):
-    """Options that `reelsmith run` passes to its training."""
+    """Tracker options that `reelsmith run` passes on to its training command."""
 
     logging_dir: Path | None = option(
         "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",

@@ -46,7 +46,7 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 
     @property
     def share(self) -> float:
-        """Return the fraction of tokens, 0..1, that bypass the middle blocks."""
+        """Fraction of tokens, 0..1, that bypass the middle blocks."""
         return self.tread or 0.0
 
 

@@ -107,7 +107,7 @@ def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[s
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_groups[order.index(index)])
+        settings = dict(their_groups[order.index(index)])  # learning rate, betas and other settings
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}

@@ -232,7 +232,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 
 
 class CurveSchedule(LambdaLR):
-    """One of our own curves. Its state is the step."""
+    """Learning rate schedule with one of the curves of `factor_at`; its state is only the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         """Start at step 0; `factor` returns the factor on the learning rate for a step."""
@@ -240,7 +240,7 @@ class CurveSchedule(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step: the curve itself follows from the options."""
+        """Return only the current step: the options determine the learning rate at each step."""
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -255,7 +255,7 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        """Set the learning rates of a step directly, as when a run is resumed."""
+        """Set the learning rates to those of a step without taking the steps before it."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -267,7 +267,7 @@ class CurveSchedule(LambdaLR):
 
 @dataclass(frozen=True)
 class Imported:
-    """Wrap a scheduler class of torch or of another package."""
+    """Learning rate schedule that wraps a scheduler class of PyTorch or of another package."""
 
     name: str
     inner: LRScheduler
@@ -322,7 +322,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class OptimizerRates:
-    """Report the learning rates of an optimizer that sets its own."""
+    """Schedule without effect, for an optimizer that adapts its learning rates itself."""
 
     name: str
     optimizer: Optimizer

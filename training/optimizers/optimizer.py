@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
-    """Arrange the trained weights of a full network into the groups that the optimizer needs."""
+    """Return the trainable with its parameter groups split as the optimizer needs, for example for Muon."""
     if options.optimizer_type.lower() != MUON:
         return trainable
     from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
@@ -256,15 +256,15 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer, or one that it wraps, is schedule-free, judged by the class name."""
+    """Return whether the class name of an optimizer, or of one that it wraps, says it is schedule-free."""
     kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 
 
 def find_averaging(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or the one it wraps, that saves other weights than it trains; None if none does.
+    """Return the optimizer, or one that it wraps, that saves averaged weights; None if none does.
 
-    Such an optimizer is recognized by its methods `train()` and `eval()`, which switch between the two.
+    The methods `train()` and `eval()`, which switch between trained and averaged weights, identify it.
     """
     averaging = (
         wrapped
@@ -461,7 +461,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
-    """Return a saved value on a device; its tensors no longer need the file."""
+    """Copy a saved value to a device, so that its tensors no longer need the state file."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):

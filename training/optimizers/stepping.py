@@ -73,7 +73,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer, with the same results to the bit as a step of all."""
+    """Step single parameters of an optimizer, with bitwise the same results as one step of all parameters."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -122,7 +122,7 @@ class ParameterSteps:
         return precise.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Round new values of a parameter to bf16 at random.
+        """Round a parameter's new values to bf16 stochastically.
 
         Args:
             parameter: The parameter.
@@ -179,7 +179,7 @@ def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[s
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
-    """Return whether an entry of a state is a moment instead of a counter."""
+    """Return whether an entry of an optimizer state is a moment tensor, not a step counter."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
@@ -210,13 +210,13 @@ def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
 
 
 def is_elementwise(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class is known to step each element of a weight independently."""
+    """Return whether this optimizer class is known to update each weight element independently."""
     return kind.__name__ in PER_ELEMENT.get(kind.__module__.partition(".")[0], frozenset())
 
 
 @dataclass(frozen=True)
 class StepAfterBackward:
-    """Clip all gradients together and step all weights, after a step's gradients are accumulated."""
+    """Clip gradients by their total norm and step all weights, once a step's gradients are accumulated."""
 
     optimizer: Optimizer
     parameters: Sequence[Parameter]
@@ -305,7 +305,7 @@ class FusedBackward:
 
 
 def check_fused_backward(optimizer_type: str, processes: int) -> None:
-    """Raise OptionError if --fused_backward_pass cannot be used, before anything large is loaded."""
+    """Raise OptionError if --fused_backward_pass is impossible with this optimizer or several processes."""
     if processes > 1:
         raise OptionError(
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
@@ -316,7 +316,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
 
 
 def check_offload(optimizer_type: str) -> None:
-    """Raise OptionError if an optimizer's states cannot be kept in host memory."""
+    """Raise OptionError if this optimizer's states cannot be offloaded to host memory."""
     option = "--offload_optimizer_device"
     kind = find_optimizer(optimizer_type)
     if kind.__name__.startswith("Paged"):
@@ -352,7 +352,7 @@ def check_split(option: str, optimizer_type: str) -> None:
 
 
 def _reject(option: str, optimizer_type: str) -> None:
-    """Raise OptionError: this optimizer cannot step each weight alone."""
+    """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")

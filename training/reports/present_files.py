@@ -91,5 +91,5 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
 
 
 def _expert_of(name: str) -> str:
-    """Return the transformer that a saved file is for, by its name; "" if it is for all."""
+    """Return the expert in a saved file's name; "" for a file for all experts."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

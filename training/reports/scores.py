@@ -48,7 +48,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A note about the scores of a run: a key of `NOTES`, and the values in its text."""
+    """A note on the scores of a run: a key of `NOTES` and the values that fill its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class ScoreNote:
 
 @dataclass(frozen=True)
 class SampleScore:
-    """Scores of one sample; None for those that were not measured."""
+    """Scores of one sample; a score that was not measured is None."""
 
     prompt: int  # number of the prompt
     file: str
@@ -110,7 +110,7 @@ class StepScores:
 
     @property
     def copies(self) -> list[SampleScore]:
-        """Samples that copy an item of the dataset."""
+        """Samples that are copies of a dataset item."""
         return [sample for sample in self.samples if sample.is_copied]
 
     @property
@@ -208,7 +208,7 @@ def _read_note(values: Mapping[str, Any]) -> ScoreNote:
 
 
 def _read_row(values: Mapping[str, Any]) -> StepScores:
-    """Parse the scores of a step. Raises LookupError, TypeError or ValueError if they are malformed."""
+    """Parse the scores of one step; raise LookupError, TypeError or ValueError for malformed values."""
     samples = []
     for sample in values["samples"]:
         numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
@@ -356,7 +356,7 @@ def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The scores of a run as texts: headings and rows."""
+    """Headings and rows of a table with the scores of a run, as text."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
@@ -470,7 +470,7 @@ def read_present_scores(folder: Path, name: str, run_history: RunHistory) -> Run
 
 @dataclass(frozen=True)
 class FoundFile:
-    """The best saved file of a run."""
+    """A run's best saved file, and the reason for the choice."""
 
     name: str
     reasons: str = ""  # a sentence; "" if the file was chosen by its validation loss, without scores

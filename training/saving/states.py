@@ -67,7 +67,7 @@ class SavedState:
     files: dict[str, int] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Free the tensors. Windows cannot replace or remove a folder while a file in it is mapped."""
+        """Free the tensors, because Windows cannot replace a folder while a file in it is memory-mapped."""
         self.parts.clear()
         self.optimizer.clear()
 
@@ -431,7 +431,7 @@ def file_checksum(path: Path) -> int:
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value encoded as JSON, with tensors by their names."""
+    """Decode a JSON value of a state; tensors are looked up in `tensors` by name."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
