@@ -64,7 +64,7 @@ SENT_AT_ONCE = 64  # cache entries per exchange between processes: a copy of all
 
 
 class TensorLocation(Enum):
-    """Where the latents, or the texts, of a table's items come from."""
+    """Source of the latents, or of the text outputs, of a table's items."""
 
     CACHE = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -92,7 +92,7 @@ class TablePlan:
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether --plan can count the items from files: nothing is encoded live or kept in memory."""
+        """Whether all tensors are in files, as --plan needs: none is encoded live or cached in memory."""
         return (
             self.latents in {TensorLocation.CACHE, TensorLocation.NPZ}
             and self.texts is not TensorLocation.MEMORY
@@ -316,7 +316,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
 
 
 def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if captions need reference images, which this run does not read."""
+    """Raise DatasetError if text encoders need reference images, which are not read during training."""
     if table.texts_see_references and any(source.control for source in sources):
         raise DatasetError(
             f"{table.name}: the text encoder reads captions together with their reference images, and this "
@@ -418,17 +418,22 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
     # a new word is learned
     if LIVE_TEXTS in options.features.needs:
         encoders = _encoders(family, "they learn a new word")
-        able = [encoder for encoder in encoders if can_learn(encoder)]
-        learning = _select_learning_encoders(family, options, able)
-        taught = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
-        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=taught)
+        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+        learning = _select_learning_encoders(family, options, trainable_encoders)
+        word_encoders = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
+        return LiveTexts(
+            encoders,
+            learning,
+            [encoder.lora_prefix for encoder in trainable_encoders],
+            taught=word_encoders,
+        )
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
-        able = [encoder for encoder in encoders if can_learn(encoder)]
-        prefixes = [encoder.lora_prefix for encoder in able]
-        learning = _select_learning_encoders(family, options, able)
+        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+        prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
+        learning = _select_learning_encoders(family, options, trainable_encoders)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches

@@ -136,7 +136,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class _ImageCounts:
-    """Counts of the images in some tables; repeats are included, except in `of_table`."""
+    """Numbers of images in dataset tables; repeats are counted, except in `of_table`."""
 
     of_table: Mapping[int, int]  # number of images by the table's index
     num_learned: int
@@ -176,9 +176,9 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
     counted = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
-        of_kind = folders[table.is_reg]
+        folders_of_kind = folders[table.is_reg]
         info = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
-        of_kind[_free_name(table.source.name, of_kind)] = info
+        folders_of_kind[_free_name(table.source.name, folders_of_kind)] = info
     return {
         "num_train_images": counted.num_learned,
         "num_reg_images": counted.num_regularisation,
@@ -226,7 +226,7 @@ def _settings_of(table: DatasetTable) -> dict[str, Any]:
 
 
 def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
-    """Return the settings that all tables share; None for those that differ."""
+    """Return the tables' settings by name; a setting that differs between tables is None."""
     settings = [_settings_of(table) for table in tables]
     names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
     values = {}

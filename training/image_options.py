@@ -58,7 +58,7 @@ SWITCHES = {  # another name of a switch -> ours
 
 @dataclass(frozen=True)
 class ImageTrainerDefaults:
-    """Differences between the scripts of image families."""
+    """Defaults and options in which the training scripts of image families differ."""
 
     timestep_sampling: str
     discrete_flow_shift: float
@@ -134,7 +134,7 @@ def read_image_training(
 
 
 class ImageModelOptions(Options, title="model"):
-    """Files of the model, read by fields of the families' records."""
+    """Model files; each family's options record reads its own."""
 
     pretrained_model_name_or_path: Path | None = option(
         "checkpoint of the model that is trained, with its transformer or U-Net", often=True
@@ -381,7 +381,7 @@ _TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
 
 
 class OfManyWeights(Options, title="many weights"):
-    """Options of image trainers that train more weights than a LoRA."""
+    """Options of image trainers for training more weights than a LoRA has."""
 
     blockwise_fused_optimizers: bool = option(
         "--fused_backward_pass, which steps each weight separately instead of each block"
@@ -453,7 +453,7 @@ def read_as_known(args: argparse.Namespace) -> None:
 
 
 class OfFullCheckpoints(Options, title="full fine-tuning"):
-    """Options of trainers of full checkpoints, which may train text encoders, and LoRA options."""
+    """Options of training a full checkpoint with its text encoders, and LoRA options that are refused."""
 
     fused_optimizer_groups: int | None = option(
         "--fused_backward_pass, which steps each weight separately instead of groups of weights",
@@ -613,7 +613,7 @@ def control_net_trainer(
 
 
 def _read_control_net(args: argparse.Namespace) -> None:
-    """Interpret the options of a network alongside the U-Net, whose text encoders are not trained."""
+    """Read the options of a control network, with which no text encoder is trained."""
     read_as_known(args)
     args.network_train_unet_only = True
 

@@ -30,7 +30,7 @@ _ADVICE: Mapping[str, str] = {
 
 
 def is_of_kohya_page(key: str) -> bool:
-    """Return whether a key comes from the GUI kohya_ss and is not an option of a training script."""
+    """Return whether a key belongs to the kohya_ss GUI instead of a training script."""
     return key in _ADVICE
 
 

@@ -430,7 +430,7 @@ def _require_room(size: int, room: int) -> None:
 
 @dataclass
 class Learners:
-    """Create the trained part of each network in turn, and join them."""
+    """Create the trained parameters of each network one after the other, and join them."""
 
     plan: TrainingPlan
     besides: Sequence[AuxiliaryLearner] = ()  # trained in addition to the network, such as embeddings
@@ -540,7 +540,7 @@ def _make_stepping(
             alone = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )
-        else:
+        else:  # the other options have been refused for such an optimizer
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )

@@ -294,7 +294,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that acts only with these learning rate schedules."""
+    """Return the `acts_if` condition of an option that these learning rate schedules alone use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 
@@ -362,7 +362,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         names = (*CURVES, ADAFACTOR)
         if self.lr_scheduler_type:
             return
-        is_adafactor = name.partition(":")[0] == ADAFACTOR
+        is_adafactor = name.partition(":")[0] == ADAFACTOR  # adafactor or adafactor:RATE
         if name not in CURVES and not is_adafactor:
             raise OptionError(
                 f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "

@@ -110,7 +110,7 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class LossRule:
-    """How a prediction is compared and weighted."""
+    """Loss function, targets and passes with which predictions are compared in training."""
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
@@ -297,7 +297,7 @@ def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> 
 
 
 def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
-    """Return noisy latents in which the given share of each latent is clean.
+    """Blend clean latents into noisy latents, each by the share of it that is given.
 
     Args:
         noisy: Noisy latents of a stream, B C ....

@@ -163,7 +163,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def follows_size(self) -> bool:
-        """Whether the distribution depends on the size of the latents, so that buckets differ."""
+        """Whether the timestep distribution depends on the latents' size, and so on the bucket."""
         return self.timestep_sampling in {*SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
@@ -220,7 +220,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """How an output is compared with the velocity. Video models always compare the raw output."""
+    """Options of image models for what the loss compares; video models always compare the raw output."""
 
     model_prediction_type: str = option(
         "what is compared with the velocity; raw: the output of the model, as it was trained; additive: "

@@ -260,7 +260,7 @@ OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend"
 
 
 class ScriptOption(NamedTuple):
-    """An option of a run with its value, and the words to type for it."""
+    """An option of a run: its name, its value, and the arguments that set it on a command line."""
 
     name: str
     text: str

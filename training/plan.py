@@ -244,7 +244,7 @@ def make_plan(
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
-    """Compare a run with the state that it continues from; return the plan with its changes and steps.
+    """Compare a run with its saved state; return the plan with changed settings and adjusted steps.
 
     Raises:
         OptionError: If the state is of another run.

@@ -137,7 +137,7 @@ def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run that a resumed run is compared with, by option or description."""
+    """Settings of a run, recorded in its states to compare a resumed run with them."""
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
@@ -177,7 +177,7 @@ def settings_of(
 
 
 def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a resumed run may change with a warning.
+    """Return the settings whose change in a resumed run causes a warning only.
 
     Args:
         family: The model family.
@@ -329,7 +329,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 
 
 def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
-    """Return the settings of this run that any resumed run may change, by flag."""
+    """Return by flag the settings that a resumed run may change without a warning."""
     config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 

@@ -163,7 +163,7 @@ class ValidationOptions(Options, title="validation"):
     )
 
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
-        """Return whether to validate at the end of an epoch of this many steps, at `step`.
+        """Return whether to validate at `step`, the end of an epoch of `steps` steps.
 
         By default, an epoch is validated if it saves a file or passes a multiple of MIN_STEPS steps, because
         epochs may be very short.
@@ -226,7 +226,7 @@ class SampleOptions(Options, title="samples while training"):
 
 
 class LogOptions(Options, title="logs"):
-    """Whether a run writes its page."""
+    """Option to train without writing the run's page."""
 
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "

@@ -120,7 +120,7 @@ class Sampler:
 
     @property
     def first_values(self) -> dict[str, Any]:
-        """Settings of the first sample for the page; empty without samples."""
+        """Settings of the first sample for the commands on the page; empty without samples."""
         first = self.samples[0] if self.samples else None
         return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 

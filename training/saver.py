@@ -112,7 +112,7 @@ def make_saver(
 
 @dataclass(frozen=True, eq=False)
 class _ModelWriter:
-    """Write the trained weights to files, and everything that resuming needs to states."""
+    """Write trained weights to files, and all data for resuming to state folders."""
 
     model: TrainedModel
     dtype: torch.dtype | None  # dtype in files; None: that of the weights

@@ -93,7 +93,7 @@ def saved_bytes(
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
-    """Show the plan of the run.
+    """Show a box with the plan of the run: model, data, steps, options and memory.
 
     Args:
         run: The run.
@@ -120,8 +120,8 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     trainable = run.model.trainable
     if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
         sizes = trainable.sizes()
-    starts = ("architecture", "task", "sd_model_name")
-    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(starts)]
+    prefixes = ("architecture", "task", "sd_model_name")
+    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(prefixes)]
     num_weights = sum(parameter.numel() for parameter in parameters)
     data = f"{count_of(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
@@ -246,7 +246,7 @@ def _sampling_times(samples: SampleOptions) -> str:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Return texts such as "every 5 epochs".
+    """Describe intervals as texts such as "every 5 epochs".
 
     Args:
         every: Number by unit; None is left out.
@@ -339,7 +339,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
 
 
 def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
-    """Return numbers for the progress bar: the peak of device memory, and the step of the next samples."""
+    """Return values for the progress bar: peak device memory, and the step of the next samples."""
     shown = {"mem": peak_in_words(plan.accelerator.device).replace(" GiB", "G")}
     following = next_samples(plan.options.samples, plan.steps, step, plan.progress.epoch)
     return shown if following is None else {**shown, "sample": str(following)}
@@ -393,8 +393,10 @@ def count_pauses(
     validation_pauses = 0
     if validates:
         by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
+        # by default after each epoch, but not within MIN_STEPS steps
         default = None if by_step or by_epoch else max(MIN_STEPS, plan.steps_per_epoch)
         validation_pauses = of_steps(by_step or default) + of_epochs(by_epoch, epochs)
+    # the last epoch is saved as the finished model
     save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
     # one more pause to save: the finished model
     return {SAMPLES: sample_pauses, VALIDATION: validation_pauses, SAVING: save_pauses + 1}

@@ -80,7 +80,7 @@ class Trainable:
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """Return the name of each parameter: part, dot, name in the module."""
+        """Return the name of each parameter as `PART.NAME_IN_MODULE`."""
         rows = {weight: part for part, weight in self.split.items()}
         return {
             rows.get(parameter, parameter): f"{part}.{name}"
@@ -274,6 +274,7 @@ def train_dit(
         reject_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    # group names for logs: the part that has this rate
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
     unused = open_unused(dit)

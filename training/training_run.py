@@ -193,7 +193,7 @@ class TrainedModel:
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process calls the saver: the main process, and all that hold a part of the weights."""
+        """Whether this process takes part in saving: the main one, and all with a part of the weights."""
         return self.plan.accelerator.is_main_process or self.plan.splits_model
 
     @property

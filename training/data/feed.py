@@ -243,7 +243,7 @@ class Randomness:
         return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with its additional inputs varied as the family does at each step."""
+        """Return the batch with its additional inputs randomly changed by `NoiseSpec.vary_inputs`."""
         assert self.noise.vary_inputs is not None  # checked by the caller
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))

@@ -32,7 +32,7 @@ class WithNetwork(TextEncoder, Protocol):
 
 @dataclass(frozen=True)
 class LiveTexts:
-    """The text encoders that stay loaded. Outputs of all others come from caches."""
+    """Text encoders that run during training; outputs of other text encoders are cached."""
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in the family's order

@@ -217,7 +217,7 @@ def sample_fractions(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow
 def _focus_fractions(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
-    """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
+    """Map uniform numbers `u` to noise fractions with --timestep_focus, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
     unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise, flow_shift)
@@ -225,7 +225,7 @@ def _focus_fractions(
 
 
 def takes_normal(options: TimestepOptions) -> bool:
-    """Return whether the sampler is a function of a normal number instead of a uniform one."""
+    """Return whether the sampler maps a normally distributed number, not a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {
         "sigmoid",
@@ -383,7 +383,7 @@ def spread_evenly() -> Tensor:
 def scan(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[Tensor, Tensor]:
-    """Try SCAN evenly spaced numbers u. Returns the accepted ones and their noise fractions."""
+    """Map SCAN evenly spaced numbers u to noise fractions; return the accepted u and their fractions."""
     u = spread_evenly()
     fractions = fractions_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, fractions, noise, expert)
@@ -505,7 +505,7 @@ def _shifted_logit_normal(
 
 
 def _truncated_logit_normal(rule: CutLogit, draws: Tensor) -> Tensor:
-    """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
+    """Map uniform `draws`, B, to noise levels of cut_logit_normal, whole thousandths above 0."""
     uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
     cut = torch.tensor(rule.cut, dtype=torch.float64)
     below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution

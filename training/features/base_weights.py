@@ -47,7 +47,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
 
 
 class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_full=MERGED_BEFORE):
-    """Which LoRAs are merged before the training, and with which strength."""
+    """LoRAs that are merged into the model before training, and their multipliers."""
 
     base_weights: tuple[Path, ...] | None = option(
         "LoRA files added to the model before training", place="there", facts=HABIT_OF_NAMES

@@ -30,7 +30,7 @@ class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS
 
 @dataclass
 class EarlyStoppingProgress:
-    """The lowest validation loss of a run; states use the names of the fields."""
+    """Lowest validation loss of a run, in saved states; field names are part of the state format."""
 
     lowest_loss: float = float("inf")
     lowest_step: int = 0

@@ -133,7 +133,7 @@ def with_guided_target(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons, with the first one's target (the velocity) replaced by the guided target."""
+    """Replace the first comparison's target, the velocity, by the guided target."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 

@@ -108,11 +108,11 @@ class OptionsOfRun(Protocol):
 
     @property
     def saving(self) -> "SavingOptions":
-        """Where and how often files and states are saved."""
+        """Options of saving files and states."""
 
     @property
     def loss(self) -> "LossOptions":
-        """How errors become a loss."""
+        """Options of the loss function."""
 
     @property
     def samples(self) -> "SampleOptions":
@@ -124,7 +124,7 @@ class OptionsOfRun(Protocol):
 
 
 class PlannedRun(Protocol):
-    """A run before its networks are loaded, as far as features use it."""
+    """Attributes that features use of a run whose networks are not loaded yet."""
 
     @property
     def training(self) -> "Sequence[TrainingItem]":
@@ -230,7 +230,7 @@ class AuxiliaryLearner(Protocol):
 
     @property
     def module(self) -> "nn.Module":
-        """Module with the trained parameters; its state dict is saved in states of the run."""
+        """Module with the trained parameters; states of the run contain its state dict."""
 
     def group(self, learning_rate: float) -> dict[str, Any]:
         """Return the parameter group for the optimizer."""
@@ -244,7 +244,7 @@ class AuxiliaryLearner(Protocol):
     def add_to(
         self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
     ) -> "Trainable":
-        """Return the trained parameters of the run together with these, on the device."""
+        """Return `trainable` with these parameters added, which move to the device."""
 
 
 class FrozenNetwork(Protocol):
@@ -266,11 +266,11 @@ class NetworkLoading(Protocol):
         """Load the network of the expert at `index` and freeze it."""
 
     def set_up_blocks(self, network: Any) -> None:
-        """Compile, checkpoint and swap the blocks of a network from `load`, as the options ask."""
+        """Compile, checkpoint and swap the blocks of a network from `load`, according to the options."""
 
 
 class HookedModel(Protocol):
-    """The loaded networks of a run and what is trained, before a state is restored."""
+    """Loaded networks and trained parameters of a run, as features get them before a state is restored."""
 
     average: Average | None
 
@@ -321,7 +321,7 @@ class MergedLoras:
 
 @dataclass(frozen=True)
 class GradientStep:
-    """A step with accumulated gradients, before the weights are updated."""
+    """Loss, items and kind of a step whose gradients are complete and whose weights are not updated yet."""
 
     loss: "Tensor"  # mean loss of the step, a scalar on the device
     keys: tuple[str, ...]  # keys of the items of this process
@@ -342,7 +342,7 @@ class RunEnd:
 
 @dataclass
 class Tally:
-    """Additional numbers of a micro-batch for the logs, collected during its passes."""
+    """Named metrics that passes of a micro-batch record for the logs."""
 
     names: tuple[str, ...]
     # how the page shows them
@@ -455,7 +455,7 @@ class Hooks:
 
 @dataclass
 class RunFeatures:
-    """What the active features contribute to a run. Inactive features leave nothing in it."""
+    """Functions, targets and descriptions that active features add to a run."""
 
     options: OptionsOfRun
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known

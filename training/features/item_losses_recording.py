@@ -95,7 +95,7 @@ class ArrivingLosses:
 
 @dataclass
 class ItemLossRecorder:
-    """Record the losses of a run: a context manager in every process, each with its own file."""
+    """Record item losses of a run; a context manager in every process, which writes its own file."""
 
     folder: Path
     name: str
@@ -147,7 +147,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons; the first one, which compares with the clip, now records its errors."""
+        """Make the first comparison, which compares with the clip, record its errors."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -187,7 +187,7 @@ class ItemLossRecorder:
         """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
-        """Start the file with its lines of earlier steps. Raises OutputError if it cannot be written."""
+        """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process is not None
         keep_draws(
             self.folder,
@@ -198,7 +198,7 @@ class ItemLossRecorder:
         )
 
     def _advance(self, step: int) -> None:
-        """Read the losses up to `step`, which are already on the host; write lines from time to time."""
+        """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
         while self._waiting and self._waiting[0].step <= step:
             waiting = self._waiting.pop(0)
             losses = waiting.losses.tolist()
@@ -227,7 +227,7 @@ class ItemLossRecorder:
         write_images(self.folder, self.name, images)
 
     def _attempt(self, *works: Callable[[], None]) -> None:
-        """Run these functions; after an error, log a warning and record nothing more."""
+        """Run these functions; if one fails, log a warning and stop recording."""
         if self._is_lost:
             return
         try:

@@ -261,7 +261,7 @@ def _read_number(place: str, values: Mapping[str, Any], key: str, signed: bool =
 
 
 def _read_resolution(place: str, value: Any) -> tuple[int, int]:
-    """Return height and width of a side, or of [height, width]."""
+    """Return height and width from one number for both, or from [height, width]."""
     sides = value if isinstance(value, list) else [value, value]
     are_sides = len(sides) == 2 and all(
         isinstance(side, int) and not isinstance(side, bool) and 64 <= side <= MAX_SIDE for side in sides

@@ -112,7 +112,7 @@ def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
-    """Return noise and levels twice: for the chosen and for the rejected clip."""
+    """Repeat audio noise and noise levels, so that chosen and rejected clips get the same ones."""
     return NoisyAudio(
         noise=_stack_twice(audio.noise),
         sigmas=_stack_twice(audio.sigmas),

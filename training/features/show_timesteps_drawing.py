@@ -123,7 +123,7 @@ def timestep_statistics(
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Return text bars for the means of `lines` equal ranges; the longest has `width` characters."""
+    """Draw a bar chart as text: a bar for the mean of each of `lines` ranges, at most `width` long."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)

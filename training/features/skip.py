@@ -30,7 +30,7 @@ REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in 
 
 
 class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, facts=HABIT):
-    """Which steps are skipped."""
+    """Options that skip optimizer steps with unusual gradient norms or non-finite losses."""
 
     skip_bad_steps: int | None = option(
         "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "

@@ -70,7 +70,7 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
 
 
 def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions before the transformer is loaded, and replace the usual pass by the sliders'."""
+    """Encode the captions before the transformer is loaded, and replace the clip's pass by slider passes."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)

@@ -17,7 +17,7 @@ MAX_FACTOR = 100.0
 
 @dataclass(frozen=True)
 class Slider:
-    """Captions that define one direction."""
+    """Captions that define the direction of one slider."""
 
     positive: str
     negative: str

@@ -27,7 +27,7 @@ class SliderTarget:
     variable_length: frozenset[str]  # names of outputs that are lists in batches
 
     def slider_of(self, number: int) -> Slider:
-        """Return the slider of a micro-batch; sliders take turns."""
+        """Return the slider that micro-batch `number` trains: the sliders alternate."""
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the family has no additional inputs for --teacher."""
+    """Raise OptionError if the family has no inputs that only the --teacher could get."""
     if options.teacher_sees not in (INPUTS, *family.can.views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # only with LoRA files
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A transformer with the LoRAs of --teacher_lora."""
+    """A teacher for the trained network: a transformer with the LoRAs of --teacher_lora."""
 
     family: Trains
     dit: nn.Module

@@ -60,7 +60,7 @@ class Band:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """How the network is compared with a frozen model."""
+    """Weights and noise levels of the comparison with a frozen teacher."""
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
@@ -89,7 +89,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class Teaching:
-    """Compare the network with its teacher."""
+    """Functions that compare the network's predictions with those of its teacher."""
 
     target: TeacherTarget
     teach: Teach
@@ -142,7 +142,7 @@ class Teaching:
 
 
 def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Add a note with the factor that corrects the number of draws outside of the band (--timestep_focus)."""
+    """Note the factor that compensates for --timestep_focus outside the band, see `FocusBalance`."""
     balance = find_balance(
         drawn.timesteps,
         *band,

@@ -181,7 +181,7 @@ def _front_matter(
 
 
 def _plain(value: Any) -> Any:
-    """Return data whose texts are single lines, with control codes escaped."""
+    """Make each text in nested data a single line with escaped control codes."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -247,7 +247,7 @@ class Uploads:
     _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
 
     def for_run(self, run: PublishedRun) -> "Uploads":
-        """Return the same uploads with the model card of a run."""
+        """Return a copy of this object that also uploads the model card of a run."""
         return replace(self, card=partial(card_of, run))
 
     def publish(self, path: Path) -> None:

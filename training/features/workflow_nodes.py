@@ -188,6 +188,7 @@ class Workflows:
         self.read_samples()
         names = self.plan.names
         for stem, files in groupby(sorted(paths), names.stem_of):
+            # a file is named STEM or STEM_PART; the key is PART, or ""
             by_part = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
             path = names.folder / f"{stem}{WORKFLOW}"
             nodes = self.make_nodes(by_part)
@@ -306,7 +307,7 @@ class ComfyGraph:
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
     def _load_texts(self) -> str:
-        """Add the loader of the text encoders: one node type for one encoder, another for two."""
+        """Add the node that loads the text encoders, whose type depends on their number; return its ID."""
         names, text_type = self.model.text_encoders, self.model.text_type
         if len(names) == 1:
             return self.add("CLIPLoader", clip_name=names[0], type=text_type, device="default")

@@ -244,7 +244,7 @@ class CurveSchedule(LambdaLR):
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the saved step; the rates follow from it and from this run's --learning_rate."""
+        """Go to the saved step; rates are computed from the step and this run's --learning_rate."""
         if "step" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         self.go_to(state_dict["step"])
@@ -313,7 +313,7 @@ class Imported:
         self.inner.load_state_dict(saved)
 
     def go_to(self, step: int) -> None:
-        """Step this many times: most of these schedulers compute each rate from the previous one."""
+        """Call `step` this many times, because most schedulers compute each rate from the previous one."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for _ in range(step):
@@ -329,7 +329,7 @@ class OptimizerRates:
     rates: Callable[[], list[float]]
 
     def step(self) -> None:
-        """Do nothing."""
+        """Do nothing: the optimizer computes its own rates."""
 
     def get_last_lr(self) -> list[float]:
         """Return the rates that the optimizer uses now."""

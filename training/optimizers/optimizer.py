@@ -121,16 +121,18 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, default), *further = rates.items()
-    different = [option for option, rate in further if rate != default] or [option for option, _ in further]
+    (_, default), *other_rates = rates.items()
+    different = [option for option, rate in other_rates if rate != default] or [
+        option for option, _ in other_rates
+    ]
     error = _try_step(options, [*rates.values()])
     # an error that also occurs with one rate has another reason; creating the real optimizer reports it
     if error is None or _try_step(options, [default]) is not None:
         return
-    named = "it" if len(different) == 1 else "them"
+    pronoun = "it" if len(different) == 1 else "them"
     raise OptionError(
         f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
-        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {named} out, or use an optimizer that "
+        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {pronoun} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
 
@@ -307,7 +309,7 @@ def _select_adafactor_arguments(
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Use evaluation mode and an averaging optimizer's average in the block; restore everything exactly."""
+    """Set evaluation mode and an optimizer's averaged weights during the block, then restore both."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

@@ -110,7 +110,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step a float32 copy of a parameter, with its state; return the new values in float32."""
+        """Step a float32 copy of a parameter, and its states; return the copy's new values."""
         state = self.optimizer.state
         precise = Parameter(value.float())
         precise.grad = gradient.float()
@@ -135,7 +135,7 @@ class ParameterSteps:
         return stochastic_bfloat16(value, generator, weight)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Step the optimizer as if it had only this parameter, with the settings of its group."""
+        """Run the optimizer's step on this parameter alone, with the settings of its group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
@@ -150,7 +150,7 @@ class ParameterSteps:
 
 
 def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """Move the states of a parameter to its device; return the host tensors of the moved ones, by name."""
+    """Move a parameter's states to its device; return the original host tensors by name."""
     state = optimizer.state.get(parameter, {})
     on_host = {name: value for name, value in state.items() if _is_moment(value)}
     on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
@@ -260,7 +260,10 @@ class StepAfterBackward:
 
 
 class FusedBackward:
-    """Step parameters inside every backward pass from now on. Call `finish` after each pass."""
+    """Step each parameter during the backward pass, as soon as its gradient is complete.
+
+    Creating the object installs the hooks; call `finish` after each backward pass.
+    """
 
     def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
         """Prepare to step each parameter as soon as its gradient is complete.
@@ -277,7 +280,7 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step weights without a gradient as if it were zero, unless their training has ended.
+        """Step weights without a gradient as if the gradient were zero, unless their training has ended.
 
         Returns:
             The norm of all gradients before clipping.

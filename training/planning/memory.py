@@ -119,7 +119,7 @@ class StepPrediction:
         return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
-        """Return the prediction for a batch with this fraction of the elements; activations scale with it."""
+        """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
 
         def part(place: str, moment: dry.Moment) -> dry.Moment:
             # memory of the optimizer step does not depend on the batch
@@ -226,7 +226,7 @@ def predict(
 
 
 def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
-    """Return the moments with the optimizer states of one weight on the device, and the bytes on the host.
+    """Reduce the device's optimizer states to those of one weight; return the moments and the host's bytes.
 
     Args:
         moments: Moments with all states on the device.

@@ -168,7 +168,7 @@ class Rehearsal:
         return {}
 
     def know_states(self) -> None:
-        """Count all tensors in the optimizer as its states; a step may have replaced them."""
+        """Register the optimizer's tensors as optimizer states, because a step may have replaced them."""
         for value in list_states(self.optimizer):
             self.ledger.see(value, dry.OPTIMIZER)
 

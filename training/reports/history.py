@@ -59,7 +59,7 @@ def find_workflow(folder: Path, saved: str) -> str:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The samples that were made at one step."""
+    """Samples generated at one step: their files and prompts."""
 
     step: int
     mark: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
@@ -69,7 +69,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PageCommand:
-    """A command line that can follow this run, for two kinds of shells."""
+    """A command that can follow this run, written for bash and for PowerShell."""
 
     title: str
     bash: str
@@ -85,7 +85,7 @@ class PageCommand:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run reports at its start about itself and its process."""
+    """Description of a run and its process, recorded when the run starts."""
 
     model: str
     total_steps: int

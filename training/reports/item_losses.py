@@ -67,7 +67,7 @@ class ItemLoss:
 
 @dataclass(frozen=True)
 class ItemImage:
-    """A thumbnail of an item."""
+    """Name and JPEG thumbnail of an item."""
 
     name: str  # name of the item's file
     data: str  # JPEG in base64
@@ -165,7 +165,7 @@ def _range_of(level: float) -> int:
 
 
 def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
-    """Return how hard an item is: its loss over the mean of all items at the same noise levels."""
+    """Compute the hardness of an item: its losses relative to all items' means at the same noise levels."""
     total = sum(draw.loss for draw in draws)
     expected = sum(means[_range_of(draw.level)] for draw in draws)
     hardness = total / expected if expected > 0 else 1.0

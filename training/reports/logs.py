@@ -46,7 +46,7 @@ WISHES = slice(1, 4)  # columns of a row: numbers of processes that request an e
 
 
 class RowLayout:
-    """The columns of a step's row. The norms are appended to it."""
+    """Columns of the metrics row of a step; norms are appended after these columns."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
         """Define the columns of the log; `parts` names separate losses, () for a single loss."""
@@ -64,7 +64,7 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The report of an optimizer step. The row, and the fields made from it, are filled one step later."""
+    """Metrics of an optimizer step; the row and the fields computed from it are set one step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
@@ -153,7 +153,7 @@ class Recorder(Protocol):
 
 @dataclass
 class Logs:
-    """Log one run. As a context manager, it starts the recorders and the progress bar."""
+    """Log one run; entering the context starts the recorders and the progress bar."""
 
     accelerator: Accelerator
     total_steps: int

@@ -12,7 +12,7 @@ MAX_SHOWN = 20  # maximum number of charts, and of tiles
 
 @dataclass(frozen=True)
 class MetricChart:
-    """A diagram of numbers."""
+    """A chart of metrics on a run's page: its title, unit and curves."""
 
     title: str
     unit: str  # unit of the values

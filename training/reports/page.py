@@ -34,7 +34,7 @@ MAX_BINS = 600  # points of a curve; a drawing has too few pixels to show more
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run."""
+    """State of a run for its page: start, current step, and how it ended."""
 
     start: Start
     step: int

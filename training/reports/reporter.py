@@ -209,9 +209,9 @@ class RunReporter:
                 self.log_files()
 
     def log_files(self) -> None:
-        """Record the commands again if they name other files now, because files were saved or removed.
+        """Record the commands again if saving or removing files has changed the file names in them.
 
-        Does nothing before the run has started, when no commands are recorded yet.
+        Before the run has started, no commands are recorded, and this does nothing.
         """
         if self.history.is_written and self._noted:
             with self._guarded():

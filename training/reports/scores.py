@@ -141,7 +141,7 @@ class RunScores:
 
 @dataclass(frozen=True)
 class BestFile:
-    """The file to use by the scores, and why."""
+    """The best file according to the scores, with the reasons."""
 
     row: StepScores
     reasons: tuple[str, ...]
@@ -153,7 +153,7 @@ class BestFile:
 
     @property
     def text(self) -> str:
-        """The choice and its reasons as a sentence in the current language."""
+        """The best file and the reasons for it, as a sentence in the current language."""
         return say("Best file: %(file)s: %(reasons)s.", file=self.name, reasons=join("; ", self.reasons))
 
 
@@ -327,7 +327,7 @@ def _find_by_samples(usable: Sequence[StepScores]) -> BestFile:
 
 
 def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return the steps whose samples match their prompts as well as the best step's do, within SAME."""
+    """Return the steps whose prompt similarity is at most SAME below that of the best step."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)
@@ -493,7 +493,7 @@ def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFil
 
 
 def _is_of(row: StepScores, run_history: RunHistory) -> bool:
-    """Return whether scores belong to samples of the run in the history."""
+    """Return whether the scores of a step are for samples recorded in this history."""
     samples = run_history.samples.get((row.step, row.mark))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 

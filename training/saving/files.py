@@ -79,7 +79,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What is published about a run next to its files, such as in a model card."""
+    """Description of a run for the model card of its uploaded files."""
 
     names: Names
     is_lora: bool
@@ -89,7 +89,7 @@ class PublishedRun:
 
 
 class Publisher(Protocol):
-    """Send saved files and states to another place, such as a hub."""
+    """Interface of an uploader of saved files and states, for example to a hub."""
 
     def for_run(self, run: PublishedRun) -> "Publisher":
         """Return a publisher that can describe the run, for example in a model card."""
@@ -258,7 +258,7 @@ class Saver:
 
 
 def _remove_aside(entry: Path) -> None:
-    """Remove a file or a state; rename it first, so that a partly removed folder is not taken for a state."""
+    """Rename a file or state, then remove it, so that no partly removed folder looks like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
         replace_file(entry, aside)

@@ -106,7 +106,7 @@ class Embedder:
         return [None if key is None else self.store.vectors[key] for key in keys]
 
     def _add(self, path: Path) -> str:
-        """Return the key of a file's embeddings, which exist or will be computed with the next batch."""
+        """Return the key of a file's embeddings, and queue the file if they are not stored."""
         is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
         key = _hash_content(path)
         if is_clip:

@@ -84,7 +84,7 @@ class ImageModel:
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A loaded model with its preprocessing of images and texts."""
+    """A loaded image-text model, such as CLIP, with its preprocessing."""
 
     network: Any
     processor: Any  # preprocesses images

@@ -99,7 +99,7 @@ class ScoreOptions(Options, title="what to score"):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run that is scored."""
+    """A run whose samples are scored: the path and the content of its history."""
 
     history: Path
     run_history: RunHistory
@@ -254,7 +254,7 @@ def _add_recalls(
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return notes about what was left out of the scores of a run."""
+    """Return notes on samples and images that were not scored, and on scores that are missing."""
     notes = []
     if unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(unreadable)}))
@@ -306,7 +306,7 @@ def _find_histories(folder: Path, pattern: str) -> list[Path]:
 
 
 def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
-    """Return the dataset of the training images; None with a note if it is not there."""
+    """Return the path of the dataset file with the training images; add a note if it is missing."""
     if options.dataset_config is not None:
         return options.dataset_config
     start = run.run_history.start

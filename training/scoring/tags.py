@@ -12,7 +12,7 @@ MIN_PROBABILITY = 0.35  # from this probability on, a tag is seen; the default o
 
 
 class RecognizesTags(EmbedsImages, Protocol):
-    """A tagger: its vector of an image has the probability of each tag."""
+    """A tagging model, whose vector for an image contains the probability of each tag."""
 
     @property
     def names(self) -> Sequence[str]:

@@ -39,7 +39,7 @@ class Neighbor(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingVectors:
-    """Vectors of all frames of the training images and clips."""
+    """Embeddings of all frames of the training images and clips."""
 
     media: Sequence[Medium]
     vectors: Tensor  # M D: vectors of all frames, one medium after the other

@@ -202,7 +202,7 @@ def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tens
 
 
 def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
-    """Return the noise fraction of each sample, on the host."""
+    """Return the noise fraction of each sample as host numbers."""
     return noised.levels or noised.sigmas.tolist()
 
 
