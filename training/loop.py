@@ -415,6 +415,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
+        # the last four values are three of `limit_norms` and the gradient norm
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
         by_part={name: mean for name, mean in means.items() if name in run.parts},
         metrics={name: mean for name, mean in means.items() if name not in run.parts},

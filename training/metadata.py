@@ -41,12 +41,12 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     network = model.plan.learner.lora
     if network is None:
         return {}
-    starts = network.network_weights or options.by_expert.network_weights_high_noise
-    if not (starts or model.plan.saved):
+    initial_file = network.network_weights or options.by_expert.network_weights_high_noise
+    if not (initial_file or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
-    if not starts and (
+    if not initial_file and (
         not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
     ):
         return {}
@@ -192,10 +192,10 @@ def file_metadata(
         "preprocessor": texts.preprocessor,
         "is_negative_embedding": texts.is_negative_embedding,
     }
-    of_tables = list_times(times, tables)
-    if any(table_times.has_window for table_times in of_tables):
-        lowest = min(table_times.lowest for table_times in of_tables)
-        highest = max(table_times.highest for table_times in of_tables)
+    all_times = list_times(times, tables)
+    if any(table_times.has_window for table_times in all_times):
+        lowest = min(table_times.lowest for table_times in all_times)
+        highest = max(table_times.highest for table_times in all_times)
         spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
     if not texts.no_metadata:

@@ -264,19 +264,19 @@ class NextSteps:
         assert self.command.entry is not None
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
-        of_sample = [
+        sample_arguments = [
             *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         generate = self.plan.learner.generate
         if generate is not None:
-            words = [*generate(file, self.sample, [*words, *of_sample])]
+            words = [*generate(file, self.sample, [*words, *sample_arguments])]
             return _command("Generate with it", [*launcher, *words], note)
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:  # the command generates with both experts
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
-        return _command("Generate with it", [*launcher, *words, *of_sample], note)
+        return _command("Generate with it", [*launcher, *words, *sample_arguments], note)
 
     @cached_property
     def _generation_words(self) -> list[str]:

@@ -80,26 +80,24 @@ def find_state(
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
     """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
-    aside = find_set_aside(folder, name)
+    earlier_states = find_set_aside(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
-    earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
+    hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
-            f"elsewhere.{earlier} Leave --resume out to start over, or begin with the trained weights: "
+            f"elsewhere.{hint} Leave --resume out to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
-    if has_trained_file and not aside:
-        earlier = (
-            f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
-        )
+    if has_trained_file and not earlier_states:
+        hint = f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
     logger.log(
-        logging.WARNING if aside or has_trained_file else logging.INFO,
+        logging.WARNING if earlier_states or has_trained_file else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
         resume,
         name,
         folder,
-        earlier,
+        hint,
     )
 
 
@@ -348,8 +346,8 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
         return
     with states.one_error(saved.folder):
         # the text begins with the number of batches of an epoch
-        batches = int(str(saved.identity[BATCHES]).partition(",")[0])
-    if progress.position >= batches:
+        num_batches = int(str(saved.identity[BATCHES]).partition(",")[0])
+    if progress.position >= num_batches:
         progress.epoch += 1
         progress.position = 0
     if BATCHES in changes:

@@ -106,7 +106,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines about what is trained and how.
+    """Return the lines on the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.
@@ -174,7 +174,7 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the lines about what is written, and what follows. See `show_start`."""
+    """Return the lines on saves, samples, disk space and folders. See `show_start`."""
     plan = run.plan
     options = run.options
     samples = options.samples

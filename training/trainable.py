@@ -224,7 +224,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
 
 
 def join_experts(parts: Mapping[str, Trainable]) -> Trainable:
-    """Combine what is trained of several experts, by name. Each expert is saved in its own file."""
+    """Combine the trained parameters of several experts, by name; each expert has its own file."""
     modules: dict[str, nn.Module] = {}
     group_names: list[str] = []
     for expert, part in parts.items():

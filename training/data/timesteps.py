@@ -399,6 +399,7 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
     """
     drawn = []
     for options in several:
+        # 1 stands for shifts that follow the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
         drawn.append(scan(options, noise, flow_shift)[1])
     fractions = torch.cat(drawn)

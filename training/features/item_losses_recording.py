@@ -113,7 +113,7 @@ class ItemLossRecorder:
     _is_lost: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Prepare to record a run, and return this recorder.
+        """Take the data that recording needs from the plan of a run, and return this recorder.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.

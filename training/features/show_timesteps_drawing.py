@@ -69,8 +69,8 @@ def show_timesteps(
         return
     path = folder / "timesteps.png"
     write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
-    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
-    lines = [f"{path}: {what}\n"]
+    legend = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
+    lines = [f"{path}: {legend}\n"]
     for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
@@ -148,6 +148,7 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     rows = []
     for title, counts in drawn.items():
         fractions = 100 * counts / counts.sum()
+        # sums over ten timesteps each, drawn as steps
         by_tens = fractions.view(-1, 10).sum(1).repeat_interleave(10)
         rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
     rows.append((weights, "loss weight", ""))

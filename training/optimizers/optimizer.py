@@ -121,18 +121,16 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, default), *other_rates = rates.items()
-    different = [option for option, rate in other_rates if rate != default] or [
-        option for option, _ in other_rates
-    ]
+    (_, default), *others = rates.items()
+    different = [option for option, rate in others if rate != default] or [option for option, _ in others]
     error = _try_step(options, [*rates.values()])
     # an error that also occurs with one rate has another reason; creating the real optimizer reports it
     if error is None or _try_step(options, [default]) is not None:
         return
-    pronoun = "it" if len(different) == 1 else "them"
+    them = "it" if len(different) == 1 else "them"
     raise OptionError(
         f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
-        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {pronoun} out, or use an optimizer that "
+        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {them} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
 

@@ -69,10 +69,10 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this number of swapped blocks."""
-        (place, moment), swap = dry.largest(self.moments), self.swaps[blocks]
+        (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
-            dry.WORKING: place,
+            dry.WORKING: phase_name,
         }
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"

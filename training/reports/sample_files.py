@@ -55,7 +55,7 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
         match = pattern.fullmatch(path.name)
         if match is not None:
             index = int(match[1])
-            time_text = match[2]
+            time_text = match[2]  # YYYYMMDDhhmmss
             newest[index] = max(newest.get(index, ("", path)), (time_text, path))
     return {index: path for index, (_, path) in sorted(newest.items())}
 

@@ -104,7 +104,7 @@ def write_state(
         "version": SPLIT_VERSION if add_files else VERSION,
         "progress": state.progress.as_state(),
     }
-    skipped = {"folder", "files", *content}
+    skipped = {"folder", "files", *content}  # `files` is set below, from the files that are written
     content |= {name: value for name, value in vars(state).items() if name not in skipped}
     for name, value in content.items():
         if name != "parts":
