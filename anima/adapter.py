@@ -19,7 +19,7 @@ from modules.speed_options import AttentionChoice
 
 
 class AdapterAttention(nn.Module):
-    """Attention of T5's tokens to each other, or to states: queries and keys are normed, then rotated."""
+    """Attention of T5's tokens to themselves or to text states, with normalized, rotated queries and keys."""
 
     def __init__(self, config: AdapterConfig, source_dim: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AdapterAttention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
-        """Return the attention of x, 1 T C, to `source`, 1 T C or 1 S text_dim, with positions from 0."""
+        """Return the attention of x, 1 T C, to `source`, 1 S C; both have rotary positions from 0."""
         # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have positions of their own, from 0
         heads = (-1, *self.q_norm.normalized_shape)
         query = self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
@@ -71,7 +71,7 @@ class AdapterBlock(nn.Module):
 
 
 class AnimaAdapter(nn.Module):
-    """Turns the tokens of a prompt and their language model's states into rows for the transformer."""
+    """Turn T5's tokens and Qwen3's states into text rows for the transformer."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ class Anima(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model, and the number of its blocks, which a LoRA's names do not always show."""
+        """Return the model's metadata and its number of blocks, which LoRA names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
         return self.metadata_of({**self.named, **blocks})
 
@@ -121,7 +121,7 @@ class Anima(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalized means of images, in the VAE's dtype."""
+        """Return the normalized posterior means of the images, in the VAE's dtype."""
         vae = encoders.vae
         images = replace(media, control=())
         entries = encode_images(
@@ -186,6 +186,7 @@ class Anima(ModelOfImages):
 
         The conditions are prompt_embeds B S D, attn_mask B S, t5_input_ids B T and t5_attn_mask B T.
         """
+        # a ControlNet-LLLite is attached next to the transformer and reads its images before the call
         beside = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
@@ -201,7 +202,7 @@ class Anima(ModelOfImages):
     # generation
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without unused media; a ControlNet-LLLite in training uses the control image."""
+        """Return the request without unused media; training a ControlNet-LLLite uses the control image."""
         sees = self.custom_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 

@@ -44,7 +44,7 @@ LARGE = 5120  # width of Cosmos-Predict2 14B
 
 
 def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    """Return the tensors of a transformer with those of an adapter, which replace its own.
+    """Return the transformer's tensors with those of an adapter file added or put in their place.
 
     Raises CheckpointError if the second file has no adapter.
     """
@@ -198,7 +198,7 @@ class AnimaFiles(QwenImageFiles):
     called: ClassVar[str] = NAME
 
     def add_texts(self, path: Path | None, options: AnimaTextOptions) -> "AnimaFiles":
-        """Return the files with the options of texts. `path` is that of the text encoder."""
+        """Return a copy of these files with the text options added; `path` is the text encoder's."""
         return replace(
             self,
             text_encoder=path,

@@ -47,7 +47,7 @@ MAX_DILATION = 64
 
 @dataclass(frozen=True)
 class LllitePlan:
-    """Dimensions of a file."""
+    """Dimensions and target layers of a ControlNet-LLLite file."""
 
     config: LlliteConfig
     blocks: int
@@ -55,7 +55,7 @@ class LllitePlan:
 
 
 class AttachedLllite(AnimaLllite):
-    """A ControlNet-LLLite attached to a transformer: it changes layers in every call of the transformer."""
+    """A ControlNet-LLLite that modifies a transformer's layers in every call."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
         """Build the modules; `scale` is their strength, in training too."""
@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor on the outputs of the modules."""
+        """Set the factor by which the modules' outputs are multiplied."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
@@ -120,7 +120,7 @@ class AttachedLllite(AnimaLllite):
     def _change_input(
         self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Return the changed inputs of a layer (a forward pre-hook); None without a control image."""
+        """Forward pre-hook: return a layer's changed inputs, or None without a control image."""
         if self.condition is None:
             return None
         x, *others = inputs
@@ -130,7 +130,7 @@ class AttachedLllite(AnimaLllite):
 
 @dataclass(frozen=True)
 class Beside:
-    """Holds a network next to a transformer, without registering it among the transformer's modules."""
+    """Reference to a network that is not registered as a submodule of its holder."""
 
     lllite: AttachedLllite
 
@@ -192,7 +192,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the dilations of the trunk, which no tensor shows. Raises CheckpointError for others."""
+    """Return the trunk's dilations from the file's metadata; raise CheckpointError for unsupported values."""
     stored = checkpoint.metadata.get("lllite.aspp_dilations", "")
     dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored)) or DILATIONS
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
@@ -240,7 +240,7 @@ def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
 
 
 def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
-    """Raise CheckpointError if a file is for a transformer of another depth."""
+    """Raise CheckpointError if the file was made for a transformer with another number of blocks."""
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
     if plan.blocks != depth:
         raise CheckpointError(
@@ -297,7 +297,7 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the dimensions of --network_weights, or without that file those of the options."""
+    """Return the dimensions in --network_weights, or else those that the options set."""
     path = options.network_weights
     if path is None:
         return _config_of(options)

@@ -43,7 +43,7 @@ class LlliteConfig:
 
 
 def make_norm(channels: int) -> nn.GroupNorm:
-    """Return a norm of 8 groups, or of the largest half, quarter ... of 8 that divides the channels."""
+    """Return a GroupNorm with 8 groups, or with the largest of 4, 2 and 1 that divides the channels."""
     groups = 8
     while channels % groups:
         groups //= 2
@@ -121,10 +121,10 @@ class LlliteTrunk(nn.Module):
 
 
 class AnimaLlliteModule(nn.Module):
-    """Computes the change of the input of one layer from the control image."""
+    """Compute the change of one layer's input from the control image."""
 
     def __init__(self, config: LlliteConfig, width: int, dropout: float = 0.0) -> None:
-        """Build the module of a layer whose input has `width` channels."""
+        """Build the LLLite module for a layer whose input has `width` channels."""
         super().__init__()
         self.down = nn.Linear(width, config.mlp_dim)
         self.mid = nn.Linear(config.cond_emb_dim + config.mlp_dim, config.mlp_dim)
@@ -150,7 +150,7 @@ class AnimaLllite(nn.Module):
     def __init__(
         self, config: LlliteConfig, blocks: int, widths: dict[str, int], dropout: float = 0.0
     ) -> None:
-        """Build modules for a transformer of `blocks` blocks; `widths` are the input widths of its layers."""
+        """Build the modules for a transformer of `blocks` blocks; `widths` are its layers' input widths."""
         super().__init__()
         self.lllite_conditioning1 = LlliteTrunk(config)
         for name, path in list_layers(config.layers, blocks):
@@ -159,9 +159,9 @@ class AnimaLllite(nn.Module):
 
 
 def list_layers(layers: Sequence[str], blocks: int) -> Iterator[tuple[str, str]]:
-    """Yield the name of each module in files, and the path of its layer, in the network's order.
+    """Yield each module's name in files and the path of its layer, in the network's order.
 
-    `layers` are those of a block that have a module.
+    `layers` are the layers of a block that have a module.
     """
     for block in range(blocks):
         for layer in _ORDER:

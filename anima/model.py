@@ -54,7 +54,7 @@ class AnimaTokens:
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+        """Return the index of the first token of the latents to learn, where `grid` begins."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
@@ -86,18 +86,18 @@ class AnimaAttention(nn.Module):
         self.output_proj = nn.Linear(config.dim, config.dim, bias=False)
 
     def query(self, x: Tensor) -> Tensor:
-        """Return the normed queries of tokens, B L N D."""
+        """Return the normalized queries of tokens, B L N D."""
         heads = (-1, *self.q_norm.normalized_shape)
         return self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
 
     def key_and_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return normed keys, and values, of `source`, B S source_dim: each B S N D."""
+        """Return normalized keys, and values, of `source`, B S source_dim: each B S N D."""
         heads = (-1, *self.k_norm.normalized_shape)
         key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
         return key, in_own_dtype(self.v_proj, source).unflatten(-1, heads)
 
     def attend_image(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the attention of the image tokens to each other, rotated by position, B L C."""
+        """Return the self-attention, B L C, of image tokens, with rotary positions."""
         key, value = self.key_and_value(x)
         query = rotate_halves(self.query(x), tokens.rotary)
         key = rotate_halves(key, tokens.rotary)
@@ -110,7 +110,7 @@ class AnimaAttention(nn.Module):
         return in_own_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the attention of the image tokens to all rows of the text, including zeros, B L C."""
+        """Return the cross-attention, B L C, of image tokens to all text rows, including rows of zeros."""
         query = self.query(x)
         of_texts = []
         for text, repeats in tokens.texts:
@@ -121,7 +121,7 @@ class AnimaAttention(nn.Module):
 
 
 class AnimaFeedForward(nn.Module):
-    """layer2(gelu(layer1 x)), with the exact GELU."""
+    """Feed-forward of two layers with the exact GELU between them."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class AnimaFeedForward(nn.Module):
 
 
 def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
-    """Return the layers that compute `rows` rows of the time; `AnimaTokens.time` is activated already."""
+    """Return the layers that compute `rows` modulation vectors from `AnimaTokens.time`, already activated."""
     return nn.Sequential(
         nn.Identity(),
         nn.Linear(config.dim, config.modulation_dim, bias=False),
@@ -143,7 +143,7 @@ def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
 
 
 def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
-    """Return the rows of `make_modulation`, B n*C float32, of the time, B C."""
+    """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
     _, first, second = layers.children()
     return in_own_dtype(second, in_own_dtype(first, time)).float()
 
@@ -174,7 +174,7 @@ class AnimaBlock(nn.Module):
         return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
 
     def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchRows:
-        """Return the modulation of a branch."""
+        """Return the shift, scale and gate of one branch of the block."""
         rows = compute_rows(layers, tokens.time) + tokens.shifts
         return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
 
@@ -189,7 +189,7 @@ class AnimaBlock(nn.Module):
 
 
 class AnimaFinalLayer(nn.Module):
-    """Final norm, shifted and scaled by the time, and projection to patches."""
+    """Final norm, shifted and scaled by the timestep's modulation, and projection to patches."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ class AnimaModel(BlockNetwork):
     def _read_text(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the rows of a text, B T context_dim, and how many rows each stands for, as `pad_texts`."""
+        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions as in `pad_texts`."""
         rows = read_texts(
             self.llm_adapter,
             states,

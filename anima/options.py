@@ -55,7 +55,7 @@ class AnimaVaeOptions(Options):
 
 
 class AnimaTextOptions(Options):
-    """How texts are read by the text encoder and by T5's tokenizer."""
+    """Options of the text encoder and of T5's tokenizer."""
 
     text_encoder_tokenizer: Path | None = option(
         "Qwen3's tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub",
@@ -176,9 +176,9 @@ TARGETS: Mapping[str, tuple[str, ...]] = {  # -> layers of a block
 
 
 def read_targets(text: str) -> tuple[str, ...]:
-    """Return the single targets of --lllite_target_layers, in their order.
+    """Return the layer targets that --lllite_target_layers selects, in the order of `TARGETS`.
 
-    Raises OptionError if one does not exist.
+    Raises OptionError for an unknown target.
     """
     chosen: set[str] = set()
     for word in text.split(","):

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache  # one object for each length
 def make_use(maximum: int) -> LanguageUse:
-    """Return the settings of Qwen3, which reads at most `maximum` tokens of a prompt."""
+    """Return the settings for using Qwen3 with at most `maximum` tokens of a prompt."""
     return LanguageUse(
         name="qwen3",
         states_key=STATES,

@@ -121,7 +121,7 @@ class _Steering:
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """Plan each step, by expert.
+    """Plan the passes of each step, one plan for each expert of the model.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -159,7 +159,7 @@ class _StepPlanner:
         self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
-        """Return the plan of a step.
+        """Return the plan of one sampling step: its network passes and how their outputs are combined.
 
         Args:
             index: Index of the step.
@@ -183,10 +183,11 @@ class _StepPlanner:
             for stage in (*of_image, *of_audio):
                 passes += stage.passes
         overrides = NO_OVERRIDES if scale is None else self._guided_overrides
+        # each pass runs once, even if several stages use it
         return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_audio), factor, overrides)
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        """Return the stages of images or audio that have their own guidance scales."""
+        """Return the guidance stages of images or audio, which have separate guidance scales."""
         text_scale = scale if rule.text is None else rule.text
         weights = {
             NEGATIVE: text_scale - 1,
@@ -202,7 +203,7 @@ class _StepPlanner:
     def _make_plain_stages(
         self, index: int, scale: float, momentum: Momentum | None
     ) -> tuple[GuidanceStage, ...]:
-        """Return the stages of a step that the options and the model's rules ask for."""
+        """Return the guidance stages of one step, in order, from the options and the model's rules."""
         options = self._options
         rules = self._rules
         projection = rules.projection
@@ -271,7 +272,7 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
 
 
 def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of CFG: extrapolate from the negative velocity through the positive one.
+    """Return the stage of CFG: extrapolate from the negative velocity through the positive one.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
@@ -285,7 +286,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """Return the guidance scale of each step, by expert; None stands for the positive conditions alone.
+    """Return each expert's guidance scale in each step; None runs only the positive conditions.
 
     The scales are those of the standard formula, in which 1 turns guidance off.
 
@@ -310,6 +311,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
         if schedule:
+            # schedules count steps from 1
             scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
             scales = tuple(
                 scale_by_step[number] + to_standard if number in scale_by_step else None
@@ -325,7 +327,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether images or audio have any guidance in addition to the prompt's scale."""
+    """Return whether a stream has guidance in addition to the prompt's guidance scale."""
     has_weights = bool(stream.perturbed or stream.identity)
     return has_weights or stream.modality != 1 or stream.text not in (None, 1)
 
@@ -415,7 +417,7 @@ def _parse_steps(text: str, steps: int) -> range:
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
-    """Return a number read from a text.
+    """Convert a text to a number with `read`.
 
     Raises:
         ValueError: If the text is not a number; the message is `reason` with the text.
@@ -434,6 +436,7 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     scales = list(itertools.chain(*guidance_scales(prepared, options)))
     is_guided = any(scale is not None for scale in scales)
     plans = list(itertools.chain(*plan_steps(prepared, options)))
+    # CFG-Zero* skips the network in the first steps
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
     zero_star_options = {
@@ -533,7 +536,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Map each guidance scale of a request to the first option that sets it, for messages."""
+    """Return, for messages, the first option that sets each guidance scale of a request."""
     request = prepared.request
     named: dict[float, str] = {}
     if request.guidance_scale is not None:

@@ -56,7 +56,7 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
-        """Largest number of passes that can run as one batch, because they have the same overrides."""
+        """Return how many of the passes can run as one batch, because their overrides are equal."""
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -107,7 +107,7 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
 
 
 def _sum_sample(products: Tensor) -> Tensor:
-    """Return the sum of each sample, B 1 1 1 1."""
+    """Return the sum over each sample's elements, B 1 1 1 1."""
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
@@ -166,10 +166,9 @@ def active_steps(options: GuidanceOptions, num_steps: int) -> range:
 
 
 def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
-    """Make the stage that adds the positive pass minus a weakened one, to what guidance made so far.
+    """Return the stage that adds `scale` times (positive - weakened pass) to the guided velocity.
 
-    This is `--slg_mode original`; the other mode, "uncond", has no stage: there guidance uses the weakened
-    pass as the negative one. It is also the identity guidance of ID-LoRA (arXiv 2603.10256).
+    Used for `--slg_mode original`, and for the identity guidance of ID-LoRA (arXiv 2603.10256).
 
     Args:
         weakened: The negative pass without some layers, or the positive one without an audio reference.
@@ -254,7 +253,7 @@ def keep_norms(side: int) -> GuidanceStage:
 
 
 def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
-    """Return for each token a multiple of its Euclidean norm, B F h w."""
+    """Return a multiple of each token's Euclidean norm, B F h w."""
     return functional.avg_pool2d(velocity.square().sum(dim=1), side).sqrt()
 
 
@@ -262,10 +261,10 @@ def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
 # velocity.  Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` has the first step that
 # uses it.
 class Momentum:
-    """Running sum of the differences between the passes, over the steps of one section."""
+    """Running sum of the differences between two passes over the steps of one section."""
 
     def __init__(self, factor: float) -> None:
-        """Start with a sum of 0; `factor` multiplies it before each new difference is added."""
+        """Start the sum at 0; `factor` multiplies it before each new difference is added."""
         self._factor = factor
         self._sum: Tensor | None = None
 

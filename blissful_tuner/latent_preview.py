@@ -79,7 +79,7 @@ class LatestWriter(Generic[Item]):
             self._thread.join()
 
     def _run(self) -> None:
-        """Write the newest waiting preview, then pause in proportion to the time that it took."""
+        """Write the newest queued preview, then pause in proportion to the time it took."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)
@@ -177,7 +177,7 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn the first error inside the block into a warning.
+        """Turn errors inside the block into one warning, so that previews never stop a generation.
 
         If a file cannot be written, the next preview tries again; any other error ends the previews.
         """
@@ -194,7 +194,7 @@ class LatentPreviews:
                 )
 
     def _stop_using_vae(self, why: str) -> None:
-        """Make the later previews without the decoder, or none if there is no other way; log why."""
+        """Make later previews without the decoder, or no more previews if there is no other way; log why."""
         self.vae = None
         self.has_ended = not self.latent.preview_factors
         consequence = (
@@ -227,7 +227,7 @@ def preview_clip(
 
 
 class _ClipPreviews:
-    """The previews of one clip, with the arguments of `preview_clip`."""
+    """Previews of one clip, with the arguments of `preview_clip` bound."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews
@@ -290,7 +290,7 @@ def make_previews(
     device: torch.device,
     has_room: Callable[[int | None], bool],
 ) -> LatentPreviews | None:
-    """Return the previews that the options ask for, or None.
+    """Return the previews that the options request; None without --preview_latent_every.
 
     Args:
         options: Options of previews.

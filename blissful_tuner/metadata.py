@@ -158,7 +158,7 @@ def read_decoded_metadata(
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values of options as texts; paths are reduced to file names."""
+    """Return option values as strings, with paths reduced to file names."""
     texts = {}
     for name, value in settings.items():
         if isinstance(value, Path):
@@ -216,7 +216,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _format_settings(metadata: Mapping[str, str]) -> str:
-    """Return the last line of `parameters`, with the settings."""
+    """Return the last line of `parameters`, which lists the settings."""
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
@@ -227,7 +227,7 @@ def _format_settings(metadata: Mapping[str, str]) -> str:
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the settings under their names in `parameters`."""
+    """Return the recorded generation settings, by their names in the `parameters` text."""
     values = {name: read_value(metadata, key) for name, key in PARAMETERS.items()}
     width = read_value(metadata, "width")
     height = read_value(metadata, "height")

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and the files in folders that can contain metadata, sorted by name."""
+    """List the given files, and the files in given folders that may contain metadata, sorted by name."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -112,7 +112,7 @@ def read_file_info(path: Path) -> FileInfo:
 
 
 def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
-    """Yield JSON in ASCII: names and values exactly as stored."""
+    """Yield the metadata as ASCII JSON, with names and values exactly as stored."""
     objects = []
     for info in files:
         content: dict[str, object] = {"file": str(info.path)}
@@ -157,7 +157,7 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _as_line(text: str) -> str:
-    """Return a text in one line that no terminal takes for a command."""
+    """Return a text as one line without control characters, which a terminal could obey."""
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
     return shorten(escape_control_codes(plain), MAX_OF_VALUE)
 

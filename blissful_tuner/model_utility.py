@@ -17,9 +17,9 @@ from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show what a file is, and rewrite it if the options ask for it.
+    """Describe a model file, and rewrite it if the options ask for it.
 
-    Raises UserError if it cannot be read or written.
+    Raises UserError if the file cannot be read or written.
     """
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
     work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))

@@ -142,7 +142,7 @@ def _make_dtype_error(name: str) -> OptionError:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What is known about a model without reading its weights."""
+    """Facts about a model that are found without reading its weights."""
 
     path: Path
     what: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
@@ -153,7 +153,7 @@ class ModelSummary:
 
     @property
     def container(self) -> str:
-        """Format of the files, such as "safetensors"."""
+        """Return the file format, such as "safetensors"."""
         kinds = {"safetensors" if is_safetensors(file) else "torch (pickle)" for file in self.files}
         return " and ".join(sorted(kinds))
 
@@ -169,7 +169,7 @@ class ModelSummary:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors: its JSON header starts at byte 8, or its suffix says so."""
+    """Return whether a file is safetensors, by the JSON header at byte 8 or else by its suffix."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
@@ -273,6 +273,7 @@ def file_hashes(path: Path) -> dict[str, str]:
             position = 0
             while piece := file.read(PIECE):
                 of_file.update(piece)
+                # each hash takes only the part of this piece that falls into its byte range
                 of_data.update(piece[max(0, data_start - position) :])
                 begin = max(0, OLD_START - position)
                 end = max(0, OLD_START + OLD_BYTES - position)
@@ -305,7 +306,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Functions on model files from packages that this one must not import."""
+    """Functions on model files, passed in because this package must not import their packages."""
 
     identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
@@ -362,6 +363,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
     """
     if in_shards and (path.is_dir() or not path.suffix):
         path = path / "model.safetensors"
+    # another format's suffix would be wrong for the written file
     if path.suffix.lower() in SUFFIXES and path.suffix.lower() not in SAFETENSORS:
         logger.info("%s: a safetensors file is written, so its name ends in .safetensors", path.name)
         path = path.with_suffix(".safetensors")
@@ -372,7 +374,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
 
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
-    """Return the change to a file that the options ask for."""
+    """Return the change to a checkpoint that the options request."""
     dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
     cast = _make_selection(options)
     written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
@@ -382,7 +384,7 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
 
 
 def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
-    """Return the tensors that are cast and listed."""
+    """Return which tensors to cast and list."""
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 

@@ -43,7 +43,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Return whether attention is steered; scale 1 and alpha 0 change nothing and are skipped."""
+        """Return whether attention is steered at all: scale 1 and alpha 0 change nothing."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -164,6 +164,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
         OptionError: If the text is not a list of numbers.
     """
     try:
+        # a trailing comma is allowed
         layers = frozenset(int(part) for part in (text or "").split(",") if part.strip())
     except ValueError:
         raise OptionError(
@@ -197,7 +198,7 @@ class PromptOptions(Options, title="prompts"):
 
     @property
     def draws(self) -> bool:
-        """Whether parts of prompts are drawn at random."""
+        """Return whether parts of prompts are drawn at random."""
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
@@ -265,7 +266,7 @@ RIFLEX = (
 
 
 class SteadierOptions(Options, title="longer videos"):
-    """Which temporal frequency of the rotary embeddings is slowed down."""
+    """Options that slow down one temporal frequency of the rotary embedding, for longer videos."""
 
     riflex_index: int = option(  # from 1; 0: none
         RIFLEX,
@@ -363,6 +364,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
                     f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
                     "calibration, as --magcache_calibration prints them"
                 )
+        # unset coefficients are always valid
         count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
         if not 1 <= count <= MAX_COEFFICIENTS:
             raise OptionError(

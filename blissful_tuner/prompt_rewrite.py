@@ -43,7 +43,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 
 
 class PromptRewriter:
-    """A chat model with its tokenizer. Equal prompts give equal answers, because decoding is greedy."""
+    """A chat model with its tokenizer; greedy decoding gives equal prompts equal answers."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         """Set up the rewriter; `load` reads the files.
@@ -153,12 +153,13 @@ def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
     Negative prompts do not change. Weights for parts of the text are dropped, because the words may be gone.
     """
     sections: dict[int, Prompts] = {}
-    for section, texts in prepared.prompts.items():
-        prompt = texts.positive
+    for section, section_prompts in prepared.prompts.items():
+        prompt = section_prompts.positive
         if prompt.spans:
             logger.warning("the weights in the prompt are left out because it is rewritten: %s", prompt.text)
         new_prompt = replace(prompt, text=rewriter.rewrite(prompt.text), spans=())
-        sections[section] = replace(texts, positive=new_prompt)
-    rewritten = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
+        sections[section] = replace(section_prompts, positive=new_prompt)
+    # sections often share a prompt: list each rewritten prompt once
+    rewritten = list(dict.fromkeys(section_prompts.positive.text for section_prompts in sections.values()))
     metadata = {**prepared.own_metadata, "rewritten_prompt": "\n".join(rewritten)}
     return replace(prepared, prompts=sections, own_metadata=metadata)

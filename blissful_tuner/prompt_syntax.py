@@ -42,7 +42,7 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """The choices of a wildcard: lines of a file, their numbers, and cumulative sums of their weights."""
+    """Choices of a wildcard: the file's lines, their line numbers, and cumulative sums of their weights."""
 
     path: Path
     texts: tuple[str, ...]
@@ -90,7 +90,7 @@ class Drawing:
         return "".join([*pieces, self._unescape_plain(text[position:])])
 
     def _unescape_plain(self, text: str) -> str:
-        """Return a part of the text outside of wildcards; without alternatives it keeps backslashes."""
+        """Unescape text outside of wildcards; without alternatives, backslashes stay."""
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
@@ -129,7 +129,7 @@ class Drawing:
             )
 
     def _read_lines(self, key: str, where: str) -> Lines:
-        """Return the lines of a wildcard; its file is read once."""
+        """Return the choices of a wildcard; read its file only once."""
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -138,7 +138,7 @@ class Drawing:
         return self.files[key]
 
     def _choose(self, cumulative_weights: Sequence[float]) -> int:
-        """Draw an index.
+        """Draw an index with probabilities in proportion to the weights' increments.
 
         Args:
             cumulative_weights: Cumulative sums of the weights.
@@ -153,7 +153,7 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
     """Return the cumulative sums of weights.
 
     Raises:
-        OptionError: If the weights do not allow a draw.
+        OptionError: If their sum is 0 or above MAX_DRAW_WEIGHT.
     """
     cumulative_weights = tuple(itertools.accumulate(weights))
     if not 0 < cumulative_weights[-1] <= MAX_DRAW_WEIGHT:
@@ -165,7 +165,7 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Draw the random parts of a video's texts and log them; return the texts by option, in their order.
+    """Draw the random parts of a video's prompts, log them, and return the prompts by option.
 
     Raises:
         OptionError: As `Drawing.expand` does.
@@ -181,7 +181,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
-    """Return the draws as " (__a__ = x, __b__ = y and 3 more)"; "" if there are none."""
+    """Format random draws for the log, as " (__a__ = x, __b__ = y and 3 more)"; "" without any."""
     if not draws:
         return ""
     shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
@@ -288,7 +288,7 @@ Choose = Callable[[Sequence[float]], int]
 
 @dataclass
 class _Group:
-    """Positions of the braces of a group and of the bars between its alternatives."""
+    """Positions of a group's braces, and of the bars between its alternatives."""
 
     start: int
     end: int = 0
@@ -296,7 +296,7 @@ class _Group:
 
 
 class _Alternative(NamedTuple):
-    """Span of an alternative in the text, without its weight."""
+    """Character span of one alternative in the text, excluding its weight."""
 
     start: int
     end: int
@@ -359,6 +359,7 @@ def _find_groups(text: str) -> list[_Group]:
         elif mark[0] == "}" and opened:
             group = opened.pop()
             group.end = mark.start()
+            # braces without a bar are ordinary text
             if group.bars:
                 groups.append(group)
     return sorted(groups, key=lambda group: group.start)
@@ -393,7 +394,7 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
 class _Opened(NamedTuple):
-    """An opening parenthesis that is not closed yet."""
+    """An opening parenthesis whose closing one has not been found yet."""
 
     number: int  # index of its piece
     position: int  # its position in the text without marks
@@ -454,14 +455,14 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections without weight marks, with the weights that the marks set.
+    """Parse the weight marks in all prompts, and return the prompts without marks but with the weights.
 
     The marks of the second text are removed too, but have no effect: CLIP, which reads it, makes a single
     vector of it.
     """
 
     def weigh(prompt: Prompt) -> Prompt:
-        """Return a prompt without marks, with the weights that they set."""
+        """Return a prompt with its weight marks parsed into weights."""
         text, spans = parse_weights(prompt.text)
         second = None if prompt.second is None else parse_weights(prompt.second)[0]
         return replace(prompt, text=text, spans=spans, second=second)
@@ -471,11 +472,11 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
         return None if prompt is None else weigh(prompt)
 
     weighted = {}
-    for section, texts in by_section.items():
+    for section, prompts in by_section.items():
         weighted[section] = Prompts(
-            weigh(texts.positive),
-            weigh_optional(texts.negative),
-            weigh_optional(texts.blank),
-            weigh_optional(texts.nag),
+            weigh(prompts.positive),
+            weigh_optional(prompts.negative),
+            weigh_optional(prompts.blank),
+            weigh_optional(prompts.nag),
         )
     return weighted

@@ -109,7 +109,7 @@ def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> 
 
 
 class StepCaches:
-    """The step caches around the blocks of the networks that generate one video."""
+    """Step caches that wrap the blocks of the networks generating one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         """Make the step cache that a request asks for.

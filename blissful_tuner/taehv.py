@@ -43,9 +43,9 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
-    """Yield frames H W 3 uint8, resized bicubically, with the colors stretched to the clip's full range.
+    """Yield the frames resized bicubically, H W 3 uint8, with the clip's colors stretched to 0..255.
 
-    Values that are NaN or infinite become dark.
+    NaN and infinite values become 0 first.
 
     Args:
         colors: Colors, 3 F h w.
@@ -172,7 +172,7 @@ class TinyDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class TinyVae:
-    """The weights of a decoder in host memory; they are on the device only while decoding."""
+    """Decoder weights in host memory, which are on the device only while decoding."""
 
     config: TaehvConfig
     weights: Mapping[str, Tensor]
@@ -231,7 +231,7 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
     Args:
         sides: Returns output and input channels of a convolution by name.
     """
-    # numbers of the layers: see `TinyDecoder.decode`
+    # layer numbers of the file, see `TinyDecoder.decode`: 5 after a stage begins comes the next width
     later_widths = [sides(str(first + 5))[0] for first in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
@@ -277,7 +277,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
 
 
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
-    """Return the dimensions of the decoder in a file, from names and shapes alone.
+    """Return the dimensions of a decoder file, from tensor names and shapes alone.
 
     Raises:
         CheckpointError: If the file is not a TAEHV file or is for other latents.
@@ -289,7 +289,10 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
 
 
 def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
-    """Load a decoder into host memory, in the dtype for decoding on a device. Raises as `check_taehv`."""
+    """Load a TAEHV decoder into host memory, in the dtype for decoding on `device`.
+
+    Raises the errors of `check_taehv`.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, select_dtype(device)).state_dict()
@@ -310,7 +313,7 @@ def select_dtype(device: torch.device) -> torch.dtype:
 
 @lru_cache(maxsize=16)  # asked at each preview, and slow; a run has few sizes
 def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: int) -> int:
-    """Return the bytes of device memory that decoding takes, weights included.
+    """Return the device memory in bytes that decoding takes, weights included, found by a dry run.
 
     The result does not depend on the number of frames.
 
@@ -324,7 +327,7 @@ def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: 
         decoder = TinyDecoder(config).to(dtype)
     with dry_run() as ledger, torch.no_grad():
         place(decoder, ledger)
-        # two latent frames: the second one finds the memory of the first
+        # two latent frames, because the second one needs states that the first one leaves behind
         latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
         for chunk in decoder.decode(latents):
             to_frames(chunk.float())

@@ -208,7 +208,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
-    """Resize latents B C F h w to this size; they are unchanged if they already have it."""
+    """Resize latents B C F h w to the given size; return them unchanged if they already have it."""
     if latents.shape[-2:] == (height, width):
         return latents
     frames = rearrange(latents.float(), "b c f h w -> (b f) c h w")
@@ -217,7 +217,7 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
-    """Read the frames of a source, F H W 3 at the request's size and at most its number of frames.
+    """Read the frames of a source, F H W 3, at the request's size; no more frames than the request has.
 
     Args:
         source: The source of the request.
@@ -279,7 +279,7 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
         remedy: End of the message.
     """
     model = saved.metadata.get("bt_model_type")
-    if model is not None and model not in rules.latents_of:
+    if model is not None and model not in rules.latents_of:  # only our files record it
         error = f"the latents were made by {model}, whose latents mean something else to {rules.who}"
         raise CheckpointError(f"{start}: {error}. {remedy}", path)
 

@@ -55,7 +55,7 @@ class SourceDefaults:
 
 
 class SourceOptions(Options, title="video or image to start from"):
-    """The source that a video starts from instead of noise; a prompt line can override it."""
+    """Video or image that a generation starts from instead of noise; a prompt line can override it."""
 
     video_path: Path | None = option(
         "video, or folder of images, to start from instead of noise",
@@ -93,18 +93,18 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def share(self) -> str:
-        """Name of the option that sets which fraction of the source is denoised."""
+        """Name of the option that sets the denoising strength for a source."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property
     def denoise(self) -> float:
-        """Return the fraction of denoising, 0 to 1; 1 if it is not given."""
+        """Return the denoising strength, 0 to 1; 1 if it is not set."""
         share = getattr(self, self.share)
         return 1.0 if share is None else share
 
 
 def check_one_source(paths: Mapping[str, object]) -> None:
-    """Raise OptionError if more than one of SOURCES is given."""
+    """Raise OptionError if more than one of the options in SOURCES is given."""
     typed_flags = [f"--{name} {paths[name]}" for name in SOURCES if paths.get(name)]
     if len(typed_flags) > 1:
         raise OptionError(

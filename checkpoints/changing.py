@@ -54,9 +54,10 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Return whether a tensor is selected: its name contains one of `targets`, and none of `excluded`.
+        """Return whether the change selects a tensor by its name.
 
-        If `targets` is empty, all tensors are selected that `excluded` does not exclude.
+        The name must contain one of `targets`, or `targets` must be empty, and it must contain none of
+        `excluded`.
         """
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
@@ -67,7 +68,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """Changes to make. Tensors are selected by their names in the old file."""
+    """Changes to the tensors of a checkpoint, which are selected by their names in the source file."""
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
@@ -78,7 +79,7 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written."""
+    """Tensors, metadata and notes of a file that is about to be written."""
 
     tensors: Mapping[str, TensorInfo]  # in the order of the old file
     metadata: Mapping[str, str]
@@ -200,7 +201,7 @@ def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str
 
 
 def rename(name: str, change: CheckpointChange) -> str:
-    """Return the name that a tensor has after prefixes are stripped and one is added."""
+    """Return a tensor's new name: prefixes are stripped, then one is added."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name
@@ -405,7 +406,7 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Raise CheckpointError if the files lack tensors that the index names."""
+    """Raise CheckpointError if tensors of the checkpoint's index are missing from its files."""
     names = parse_json(read_text(index))["weight_map"]
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:

@@ -364,7 +364,7 @@ def _name_special_kind(tensor: Tensor) -> str | None:
 
 
 def _make_damage_error(path: Path, reason: str) -> CheckpointError:
-    """Return the error for a damaged file; of torch's long reason, only the first sentence is shown."""
+    """Return the error for a damaged file, with only the first sentence of torch's reason."""
     first_sentence = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(
         f"{path} is damaged or incomplete: {first_sentence}. Download or copy it again.", path

@@ -115,7 +115,7 @@ def _select_stored(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the `Quantization` of a text encoder; `form` names a module of `checkpoints.stored`."""
+    """Return the quantization of a text encoder for a form, the name of a module in `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
@@ -142,7 +142,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if the file stores one of the weights `names` in a form other than `form`."""
+    """Raise CheckpointError if one of the weights `names` is stored in another quantized form than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         stored = stored_as(plan.sources[name], tensors)
@@ -182,11 +182,11 @@ def rename_sources(
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Count the blocks of a network by the beginnings of its tensor names.
+    """Count the blocks of a network by the distinct block prefixes of its tensor names.
 
     Args:
         names: Names of the tensors.
-        start: Pattern of a beginning with its index, such as that of `blocks.0`.
+        start: Pattern of a block prefix and its index, to match names such as blocks.0.
         path: The file, for the message.
 
     Raises:
@@ -334,7 +334,7 @@ def stack_heads(rows: Tensor, head_width: int) -> Tensor:
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors after `join_parts` from the shapes in the file."""
+    """Compute the shapes of our tensors, which `join_parts` makes, from the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
     for stored_name, shape in shapes.items():
         name = translate_name(stored_name, table).partition("#")[0]
@@ -351,7 +351,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         return parts[0]
 
     def by_part(tensors: Sequence[Tensor]) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
-        """Yield each part with the tensors that it is made from."""
+        """Yield each source with the stored tensors that it is built from."""
         start = 0
         for part in parts:
             end = start + len(part.names)
@@ -359,7 +359,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
             start = end
 
     def build(*tensors: Tensor) -> Tensor:
-        """Concatenate values, in float32 if some are fp8, because torch cannot promote fp8 dtypes."""
+        """Concatenate tensors; use float32 if some are fp8, because torch cannot promote fp8 dtypes."""
         rows = [part.make(group) for part, group in by_part(tensors)]
         dtype = rows[0].dtype
         if any(row.dtype.itemsize == 1 for row in rows):
@@ -367,7 +367,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
-        """Concatenate quantized weights; None if they do not all have the same form."""
+        """Concatenate quantized weights along their rows; return None if their forms differ."""
         rows: list[Stored] = []
         for part, group in by_part(tensors):
             stored = part.make_stored(group)
@@ -397,7 +397,7 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
 
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of our tensors after `cut_parts` from the shapes in the file."""
+    """Compute the shapes of our tensors, which `cut_parts` makes, from the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _list_parts(name, cuts) if shape else ()

@@ -64,11 +64,11 @@ class DitConfig(Protocol):
 
     @property
     def dim(self) -> int:
-        """Return the width of the model."""
+        """Hidden size of the transformer."""
 
     @property
     def kind(self) -> str:
-        """Return the kind of conditioning: t2v, i2v, ..."""
+        """Return the conditioning of the model, such as t2v or i2v."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -77,7 +77,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """What the header of a transformer file says: dimensions, naming scheme and dtype."""
+    """Dimensions, naming scheme and dtype of a transformer, read from the header of its file."""
 
     config: Config
     dialect: str  # naming scheme in the file, such as official or diffusers
@@ -137,7 +137,7 @@ class DitFormat(Generic[Config, Dit]):
         )
 
     def identify(self, path: Path) -> str | None:
-        """Describe a file that is a transformer of this family; return None if it is not."""
+        """Describe a file if it is a transformer of this family; otherwise return None."""
         try:
             with open_checkpoint(path) as checkpoint:
                 return f"it is {self.describe(self.read_header(checkpoint))} ({self.option})"
@@ -210,7 +210,7 @@ class DitFormat(Generic[Config, Dit]):
         return dit.eval()
 
     def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
-        """Open the file or the two files of a transformer as one checkpoint, which closes both."""
+        """Open the one or two files of a transformer as one checkpoint, which closes both."""
         checkpoint = bare_names(open_checkpoint(path))
         if second_file is None:
             return checkpoint
@@ -243,7 +243,7 @@ def _select_saved_dtypes(
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
-    """Return the sources of a file whose tensors already have their published names."""
+    """Return the sources of a checkpoint whose tensors already have their published names."""
     return plain_sources(checkpoint)
 
 

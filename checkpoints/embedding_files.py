@@ -21,7 +21,7 @@ TABLE = "string_to_param"  # key of the vectors in files of the Web UI and of th
 
 
 def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
-    """Return the error that a file is not an embedding.
+    """Return the error for a file that is not a textual inversion embedding.
 
     Args:
         path: The file.

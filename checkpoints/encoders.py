@@ -87,7 +87,9 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
 
 
 def read_config_json(path: Path) -> tuple[Path, Any]:
-    """Return the path of the config.json in a model's folder, and its content; None if the file is missing.
+    """Return the path and the parsed content of the config.json in a model's folder.
+
+    The content is None if the file is missing.
 
     Raises:
         CheckpointError: If config.json cannot be read.
@@ -165,7 +167,7 @@ def check_state_width(
 
 
 def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
-    """Return the path and the settings of the config.json next to a file.
+    """Return the path and the settings of the config.json next to a checkpoint.
 
     The settings are {} unless `_class_name` in config.json is one of `classes`.
 

@@ -93,7 +93,7 @@ def find_stored_weights(
 
 
 def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
-    """Return a quantized weight of the file, on the meta device; None if it is not quantized."""
+    """Return the quantized weight that a source reads, on the meta device; None if it is not quantized."""
     if source.as_stored is None:
         return None
     return source.as_stored(*[tensors[part].hollow() for part in source.names])
@@ -269,7 +269,7 @@ class _Filling:
         stored: StoredLoading | None,
         host: HostPlace | None,
     ) -> None:
-        """Allocate memory. `dtypes` has the target dtype of each tensor; for the others see `load_module`."""
+        """Store the arguments of `load_module`, and allocate host memory and the buffer for reading."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -365,7 +365,7 @@ class _Filling:
         return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
 
     def _round(self, name: str, form: StoredForm) -> Stored:
-        """Return a weight that is quantized after the patch; record its rounding error."""
+        """Quantize a weight after LoRAs have been folded in, and record its rounding error."""
         first_part = self._sources[name].names[0]
         weight = self._make(name, self._checkpoint.tensors[first_part].dtype)
         stored = form.quantize(weight)
@@ -374,7 +374,7 @@ class _Filling:
         return stored
 
     def _make_empty(self, name: str) -> Stored:
-        """Return the quantized weight of a layer on the meta device."""
+        """Return the quantized form of a layer's weight on the meta device."""
         assert self._stored is not None
         if name in self._stored.staying:
             stored = stored_as(self._sources[name], self._checkpoint.tensors)
@@ -385,21 +385,21 @@ class _Filling:
         return stored
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        """Load the values of one of the network's tensors into `tensor`, its memory."""
+        """Write the values of one network tensor into `tensor`, which is already allocated."""
         if tensor.device.type == "meta":
             return
         source = self._sources[name]
-        part = source.names[0]
-        is_unchanged = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
+        stored_name = source.names[0]
+        is_unchanged = source.build is None and self._checkpoint.tensors[stored_name].dtype == tensor.dtype
         if self._patch is not None or not is_unchanged:
             tensor.copy_(self._make(name, tensor.dtype))
             return
         # read directly into the network's memory, without an intermediate copy
         if tensor.device.type == "cpu":
-            self._checkpoint.read(part, tensor)
+            self._checkpoint.read(stored_name, tensor)
         else:
-            tensor.copy_(self._checkpoint.borrow(part, self.scratch))
-        self._check_finite(part, tensor)
+            tensor.copy_(self._checkpoint.borrow(stored_name, self.scratch))
+        self._check_finite(stored_name, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet cast to `target`; it may be a view of `scratch`."""
@@ -518,7 +518,7 @@ def _find_unexpected(
 
 
 def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
-    """Return the shape of a tensor built from tensors of the file; None if their shapes do not match."""
+    """Return the shape of a tensor that is built from stored tensors; None if their shapes do not match."""
     try:
         return tuple(source.make([info.hollow() for info in infos]).shape)
     except (RuntimeError, IndexError):

@@ -9,7 +9,7 @@ ONNX = re.compile(rb"\x08[\x03-\x14]\x12")
 
 
 def is_pointer_or_page(start: bytes) -> bool:
-    """Return whether the first bytes of a file are those of a Git LFS pointer or a web page."""
+    """Return whether a file starts like a Git LFS pointer or a web page instead of a model."""
     return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 

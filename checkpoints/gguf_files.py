@@ -142,13 +142,13 @@ class GgufFile(HeaderFile):
     def _make_info(
         self, name: str, number: int, stored_shape: tuple[int, ...], shape: tuple[int, ...]
     ) -> TensorInfo:
-        """Return the metadata of a tensor.
+        """Return the dtype, shape and packing of a tensor.
 
         Args:
             name: Name of the tensor.
             number: Its GGUF type.
             stored_shape: Its shape in the file.
-            shape: Its shape in the model, which may have been recorded in a key.
+            shape: Its shape in the model, which may have been recorded in a metadata key.
         """
         value_shape = _restore_shape(name, stored_shape) if shape == stored_shape else shape
         if number in _PLAIN:
@@ -234,7 +234,7 @@ class GgufFile(HeaderFile):
 
 
 class _HeaderReader:
-    """Reader of the values in a file's header; raises ValueError beyond `max_bytes`."""
+    """Read values from a file's header; raise ValueError beyond `max_bytes`."""
 
     def __init__(self, file: BinaryIO, max_bytes: int) -> None:
         self._file = file
@@ -258,7 +258,7 @@ class _HeaderReader:
         return self.read_bytes(length).decode("utf-8")
 
     def read_shape(self) -> tuple[int, ...]:
-        """Read an array of a few integers.
+        """Read a tensor shape from a short array of integers.
 
         Raises:
             ValueError: If the array is long or has values of another type.
@@ -305,7 +305,7 @@ def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, .
 
 
 def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
-    """Return a weight of `shape` that stays packed; raise ValueError if its scales are NaN or infinite."""
+    """Wrap a packed GGUF weight of `shape`; raise ValueError if its scales are NaN or infinite."""
     if packed.device.type != "meta" and not kind.is_sound(packed):
         raise ValueError("has scales that are NaN or infinite")
     return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))

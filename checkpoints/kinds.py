@@ -148,8 +148,8 @@ def is_lora(names: Iterable[str]) -> bool:
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
     """Return the kind of an unsupported transformer by its file name; None if the name says nothing.
 
-    If the file is sharded, the names of its two folders are checked too: they often have the model's name,
-    while shards are called diffusion_pytorch_model.
+    For sharded files, the names of the two enclosing folders are checked too, because shards have generic
+    names such as diffusion_pytorch_model.
     """
     parts = path.parts[-3:] if is_sharded else path.parts[-1:]
     letters = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]

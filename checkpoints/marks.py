@@ -107,7 +107,7 @@ def _read_marks(
 
 
 def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the prefix that tensor names have but layer names in the metadata lack; "" if there is none."""
+    """Return the prefix of tensor names that layer names in the metadata lack; "" if there is none."""
     first = next((f"{layer}.weight" for layer in layers if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
@@ -116,7 +116,7 @@ def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _require_table(value: Any) -> dict[str, Any]:
-    """Return the value if it is a dictionary; raise ValueError otherwise."""
+    """Return the value if it is a dictionary; raise ValueError if it is not."""
     if not isinstance(value, dict):
         raise ValueError(f"its record of quantization has {str(value)[:60]!r} in place of a table")
     return value
@@ -133,7 +133,7 @@ def _read_settings(mark: Any) -> dict[str, Any]:
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
-    """Return the JSON object that a tensor contains as text; raise ValueError if it contains none."""
+    """Parse the JSON object that a tensor contains as text; raise ValueError if there is none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
@@ -168,7 +168,7 @@ class _Layer:
         return value
 
     def get_rotation(self, columns: int) -> int:
-        """Return the number of columns that are rotated together (ConvRot)."""
+        """Return the number of columns that ConvRot rotates together; raise ValueError if it does not fit."""
         size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(
@@ -177,7 +177,7 @@ class _Layer:
         return size
 
     def check_matrix(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return rows and columns of the weight in the file.
+        """Return the rows and columns of the stored weight.
 
         Raises:
             ValueError: If the weight is not a matrix, or if its dtype is none of `dtypes`.
@@ -225,13 +225,13 @@ class _Layer:
     def set_packing(
         self, shape: tuple[int, ...], companions: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
     ) -> None:
-        """Record that the weight is packed.
+        """Record how a packed weight is unpacked.
 
         Args:
             shape: Shape of the unpacked weight.
-            companions: Suffixes of the layer's further tensors.
-            keep: Makes a `Stored` from the weight and these tensors.
-            pad: Number whose multiples rows and columns were padded to.
+            companions: Name suffixes of the layer's additional tensors, such as scales.
+            keep: Builds a `Stored` from the weight and the additional tensors.
+            pad: Number that padded rows and columns are a multiple of.
         """
         info = self.weight
         packing = Packing(info.shape, companions, keep, pad)
@@ -335,7 +335,7 @@ def _keep_nvfp4(
 
 
 def _set_w4a4(layer: _Layer) -> None:
-    """Record a rotated layer in 4 bits with a scale per row."""
+    """Record how to unpack a 4-bit weight with rotated columns and one scale per row."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     suffix = layer.find_scale((rows,), (rows, 1))
@@ -388,7 +388,7 @@ def _keep_w4a8(
 
 
 def _set_awq(layer: _Layer) -> None:
-    """Record a layer in 4 bits with a scale and a zero point per group of columns."""
+    """Record how to unpack a 4-bit AWQ weight with a scale and a zero point per group of columns."""
     rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     columns = 2 * num_bytes
     group = layer.get_number("group_size", default=64)
@@ -454,7 +454,7 @@ def _set_four_bits(
 
 
 def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a 4-bit weight of bitsandbytes does not match its `QuantState`."""
+    """Raise ValueError if a bitsandbytes 4-bit weight does not match the sizes in its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
@@ -476,8 +476,9 @@ def _keep_four_bits(
     absmax: Tensor,
     *nested_tensors: Tensor,
 ) -> Stored:
-    """Return a 4-bit weight of bitsandbytes; scales with double quantization are dequantized first."""
+    """Return a 4-bit weight of bitsandbytes with float32 scales, one for each block of a row."""
     if nested_tensors:
+        # double quantization: absmax holds 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors
         normalized = levels.float()[absmax.int()]
         scale_of_block = group_scales.float().repeat_interleave(group_size)[: len(absmax)]

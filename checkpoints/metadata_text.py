@@ -43,7 +43,7 @@ def show_metadata(options: ShowMetadataOptions) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """Return the object that a metadata value holds as JSON, else the value itself."""
+    """Parse a metadata value as JSON if it is an object or a list; return other values unchanged."""
     if not text.startswith(("{", "[")) or text.count("{") + text.count("[") > MAX_DEPTH**2:
         return text
     try:

@@ -57,7 +57,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
 
 
 def inside(path: Path, folder: str) -> Path:
-    """Return the subfolder `folder` of `path` if there is one, else `path`."""
+    """Return the subfolder `folder` of `path` if it exists, otherwise `path`."""
     return path / folder if (path / folder).is_dir() else path
 
 
@@ -130,7 +130,7 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class SavedLatents:
-    """Contents of a latent file."""
+    """Video and audio latents read from a file, with its metadata."""
 
     latents: Tensor  # B C F H W
     metadata: Mapping[str, str]

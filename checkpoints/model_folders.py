@@ -88,7 +88,7 @@ def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of all tensors in the safetensors files of a folder.
+    """Return the shapes of all tensors in the safetensors files of a folder, from the headers alone.
 
     Raises CheckpointError if a file is damaged.
     """
@@ -103,7 +103,7 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
             num_bytes = path.stat().st_size - header.start
             for entry in header.entries.values():
                 shape = tuple(map(int, entry["shape"]))
-                # an element has at least 4 bits
+                # an element has at least 4 bits, so a file cannot have more than two per byte
                 if min(shape, default=0) < 0 or math.prod(shape) > 2 * num_bytes:
                     raise ValueError(f"it claims a tensor of shape {list(shape[:8])}")
                 shapes.append(shape)
@@ -148,7 +148,7 @@ def require_matching_shapes(
 
 
 def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
-    """Build a network on the meta device from a transformers configuration."""
+    """Call `build` with a transformers configuration on the meta device, without memory for weights."""
     with torch.device("meta"):
         return build(config)
 
@@ -188,7 +188,7 @@ def _check_sides(path: Path, content: Any) -> None:
 
 
 def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MAX_BLOCKS) -> None:
-    """Raise CheckpointError if settings ask for more layers or attention heads than a network can have."""
+    """Raise CheckpointError if settings ask for more layers or attention heads than are allowed."""
     for name, number in _list_numbers(content):
         if "heads" in name and number > max_heads:
             raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_heads} are taken", path)

@@ -99,9 +99,11 @@ class Checkpoint(contextlib.ExitStack):
         return tensor
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor on the CPU that is valid only until the next read.
+        """Return a CPU tensor of the file that stays valid only until the next read.
 
-        The tensor may be a view of `scratch`, a buffer of bytes (uint8).
+        Args:
+            name: Name of the tensor.
+            scratch: Byte buffer (uint8) that the tensor may be a view of.
 
         Raises:
             CheckpointError: If the file is truncated.
@@ -114,7 +116,7 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(why, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the name of a tensor in its file, including prefixes that were removed."""
+        """Return the full name of a tensor in its file, including removed prefixes."""
         return self._locations[name][1]
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
@@ -133,7 +135,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
-        """Return a checkpoint of the tensors that have one of the prefixes; it shares the open files."""
+        """Return a checkpoint of only the tensors with one of the prefixes; it shares the open files."""
         locations = {name: where for name, where in self._locations.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
@@ -217,6 +219,7 @@ def open_checkpoint(
         for file in files:
             file.close()
         raise
+    # packed weights are marked by extra tensors or in the metadata of a file
     has_marks = any(name.endswith(MARK) or BNB_STATE in name for name in locations)
     if not has_marks and not any(HEADER in file.metadata for file in files):
         return Checkpoint(path, locations, files)
@@ -276,7 +279,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if the numbers in the names show that shards of the model are missing."""
+    """Raise CheckpointError if the file names, such as 2 of 3, show that shards are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_existing(file, _list_shards(file.name))
@@ -417,7 +420,7 @@ def _register_packed(path: Path, locations: Mapping[str, Location], files: Seque
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of the further tensors of a packed weight, such as scales."""
+    """Return the names of a packed weight's additional tensors, such as its scales."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
@@ -447,7 +450,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known forms and their companions."""
+    """Return the tensors without packed weights of known forms and their additional tensors."""
     packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:

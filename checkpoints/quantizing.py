@@ -265,7 +265,7 @@ def _recognize_transformer(
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return the common prefix that bare names have in the file."""
+    """Return the prefix that the tensors named without prefix have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
@@ -316,7 +316,7 @@ def _write_comfyui(
 
 @dataclass(frozen=True)
 class _OutputTensor:
-    """A tensor to write; it is copied from the checkpoint if `rounding` is None."""
+    """A tensor to write: rounded with `rounding`, or copied from the checkpoint if that is None."""
 
     info: TensorInfo
     rounding: "_Rounding | None" = None
@@ -325,7 +325,7 @@ class _OutputTensor:
 
 
 def _plan_layer(name: str, rounding: "_Rounding") -> dict[str, _OutputTensor]:
-    """Return the three tensors of a quantized layer, by name in the new file."""
+    """Return the three tensors that a quantized layer is stored as, by their names in the new file."""
     stem = name.removesuffix(".weight")
     codes = TensorInfo(rounding.dtype, rounding.shape)
     scale = TensorInfo(torch.float32, rounding.scale_shape)
@@ -338,7 +338,7 @@ def _plan_layer(name: str, rounding: "_Rounding") -> dict[str, _OutputTensor]:
 
 
 class _Rounding:
-    """How a layer of a given shape is rounded, and its mark, the settings that the file records for it."""
+    """Storage dtype, shape of the scales and metadata (the mark) of a layer that is quantized."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         self.shape = shape
@@ -357,7 +357,7 @@ class _Rounding:
             self.mark |= {"convrot": True, "convrot_groupsize": group}
 
     def mark_bytes(self) -> Tensor:
-        """Return the mark as ComfyUI stores it: JSON as a uint8 tensor."""
+        """Return the metadata of the quantized layer (ComfyUI's mark) as JSON in a uint8 tensor."""
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -513,12 +513,18 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
 
 
 class _DequantizedFile:
-    """Stands in for the open file of a checkpoint, and dequantizes tensors to float32 when they are read."""
+    """View of an open checkpoint file that dequantizes tensors to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
-        """List the tensors; `shapes` has the unpadded shapes of weights that may be padded, by name."""
+        """List the tensors that can be read.
+
+        Args:
+            checkpoint: The open checkpoint.
+            shapes: Unpadded shapes of weights that may be padded, by name.
+            device: Device that dequantizes.
+        """
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
         self.metadata = {

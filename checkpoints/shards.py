@@ -35,9 +35,9 @@ class ShardPlan:
 
 
 def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Group tensors, in their order, into groups of at most `max_bytes`.
+    """Split tensors, in their order, into groups of at most `max_bytes`.
 
-    A tensor larger than `max_bytes` is a group by itself.
+    A tensor larger than `max_bytes` forms its own group.
     """
     groups: list[dict[str, TensorInfo]] = []
     bytes_left = 0  # in the last group
@@ -69,9 +69,13 @@ def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, o
 
 
 def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Mapping[str, str]) -> None:
-    """Write the shards, then their index, into a temporary folder.
+    """Write the shards and then their index into a temporary folder.
 
-    `read` returns a tensor by name. Each shard gets all metadata.
+    Args:
+        folder: The temporary folder.
+        plan: Which tensors each shard has.
+        read: Returns a tensor by name.
+        metadata: Metadata of every shard.
     """
     for name, tensors in plan.files.items():
         stream_tensors(folder / name, tensors, read, metadata)
@@ -80,7 +84,7 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
 @dataclass(frozen=True)
 class SavedForm:
-    """How a trained model is saved: as one file, or as a folder of shards with an index."""
+    """Whether a trained model is saved as one file or as a folder of shards with an index."""
 
     max_bytes: int = 0  # largest shard; 0: one file
     option: str = "--max_shard_size"

@@ -272,9 +272,9 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length of the longest replacement text in a charsmap of SentencePiece, in bytes.
+    """Return the length in bytes of the longest replacement text in SentencePiece's charsmap.
 
-    A charsmap is the size of an index (4 bytes), the index, and the texts, each of which ends in NUL.
+    A charsmap is the size of an index (4 bytes), the index, and texts that end in NUL.
     """
     index_bytes = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + index_bytes :].split(b"\0")

@@ -20,7 +20,7 @@ class UnusedTensors:
     open: Callable[[], Checkpoint]  # opens the file again
 
     def opened(self) -> "OpenedTensors":
-        """Open the file and return its unused tensors, with dtypes and shapes in the published layout."""
+        """Open the file and return its unused tensors, described by their published dtypes and shapes."""
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():
@@ -39,6 +39,6 @@ class OpenedTensors:
     infos: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by its published name."""
+        """Read a tensor of the file by its published name."""
         source = self.sources[name]
         return source.make([self.checkpoint.read(stored) for stored in source.names])

@@ -195,7 +195,7 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
 
 
 def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
-    """Return whether a tensor has the first one's shape, or fewer input channels in the first layer."""
+    """Return whether shapes are equal, or the other model's first layer has fewer input channels."""
     shape = first.tensors[name].shape
     its_shape = other.tensors[name].shape
     if shape == its_shape:
@@ -234,7 +234,7 @@ def _warn_of_skipped(
 
 
 def _make_metadata(models: Sequence[Checkpoint]) -> dict[str, str]:
-    """Return the first model's metadata, without hashes, and the names of the merged files."""
+    """Return the first model's metadata without hashes, with the names of the merged files."""
     metadata = {key: text for key, text in models[0].metadata.items() if not key.startswith(_STALE)}
     metadata["modelspec.merged_from"] = ", ".join(model.path.name for model in models)
     return metadata

@@ -70,7 +70,7 @@ def stream_tensors(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors that are already in memory, on any device, with `stream_tensors`."""
+    """Write tensors that are in memory, on any device, as a safetensors file."""
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, infos, tensors.__getitem__, metadata)
 
@@ -142,10 +142,10 @@ def _as_json(entries: Mapping[str, Any]) -> bytes:
 
 
 def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Return a header of the same length with additional metadata.
+    """Add metadata to a safetensors header without changing its length.
 
     Raises:
-        ValueError: If the metadata do not fit into the spaces of the header.
+        ValueError: If the metadata does not fit into the spaces at the end of the header.
     """
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}

@@ -39,7 +39,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 
 class NpzNames(NamedTuple):
-    """What the names in npz caches depend on."""
+    """Tag, latent space and text keys of a family, from which names in npz caches are derived."""
 
     tag: str  # cache_tag of the family
     latent: LatentSpec
@@ -234,8 +234,8 @@ def tensor_name(
         return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
     if key == "latents" or key.startswith("latents_"):
         sizes = grid or tuple(tensor.shape[-3:])
-        shown = as_shape(sizes if has_frames else sizes[1:])
-        return f"{key}_{shown}_{dtype_name(tensor.dtype)}"
+        sizes_text = as_shape(sizes if has_frames else sizes[1:])
+        return f"{key}_{sizes_text}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 
 
@@ -376,7 +376,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
                     return unpack(path, file.read())
                 return unpack_header(path, info.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass
+        pass  # reported below, like a path that is no regular file
     except OSError as error:
         raise _damage_error(path, error) from error
     raise CacheError(f"{path}: no such cache file")
@@ -392,7 +392,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     """
     try:
         tensors = load(data)
-        metadata = read_tensor_header(lambda _: data, len(data)).metadata
+        metadata = read_tensor_header(lambda _: data, len(data)).metadata  # parses the first bytes of `data`
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: tensors[name] for name in sorted(tensors)}

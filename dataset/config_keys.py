@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Make a type of values.
+    """Make the `Form` of a key's values.
 
     Args:
         kinds: Python types of values in the file.
@@ -67,7 +67,7 @@ def form_of(
     """
 
     def read(value: Any) -> Any:
-        """Return the value to keep. Raises Unfit."""
+        """Return the value in the type that tables store. Raises Unfit."""
         is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
             raise Unfit
@@ -102,7 +102,7 @@ def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
     """
 
     def read(value: Any) -> tuple[Any, ...]:
-        """Return the values to keep. Raises Unfit."""
+        """Return the list's values as a tuple. Raises Unfit."""
         values = [value] if or_one and not isinstance(value, list) else value
         if not isinstance(values, list) or not values:
             raise Unfit
@@ -382,7 +382,7 @@ KINDS = {
 
 
 class HasForm(Protocol):
-    """What the keys of this program's dataset files and those of other programs share."""
+    """Protocol of a key in dataset files, of this program or of another one: its value has a `Form`."""
 
     @property
     def form(self) -> Form:

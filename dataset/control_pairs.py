@@ -64,18 +64,18 @@ def check_pairs(config: DatasetConfig, taker: str, warn: Callable[[str], None] =
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
     """Return a warning about control images whose aspect ratio differs from their image's, else ""."""
-    others = []
+    mismatched = []
     for source in sources:
         width, height = image_size(source.path)
         control_width, control_height = image_size(source.control[0])
         ratio_of_ratios = width * control_height / (height * control_width)
         if abs(ratio_of_ratios - 1) > SHAPE_SLACK:
             sizes = f"{as_shape((control_width, control_height))} and {as_shape((width, height))}"
-            others.append(f"{source.control[0].name} ({sizes})")
-    if not others:
+            mismatched.append(f"{source.control[0].name} ({sizes})")
+    if not mismatched:
         return ""
-    more = " ..." if len(others) > SHOWN else ""
+    more = " ..." if len(mismatched) > SHOWN else ""
     return (
-        f"{folder}: {count_of(len(others), 'control picture')} of another shape than the picture, so that "
-        f"places in them do not match: {', '.join(others[:SHOWN])}{more}"
+        f"{folder}: {count_of(len(mismatched), 'control picture')} of another shape than the picture, "
+        f"so that places in them do not match: {', '.join(mismatched[:SHOWN])}{more}"
     )

@@ -96,7 +96,7 @@ class ShardOptions(Options):
 
 
 class CachingOptions(Options, title="caching"):
-    """Content to cache, device, and files to keep."""
+    """What to cache, on which device, and which existing files to keep."""
 
     key_files = (DATASET_FILE,)
 

@@ -62,7 +62,7 @@ def cache_family_latents(
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
             values = option_values(family_options)
-            for name, option, why in entry.encoders:
+            for name, option, why in entry.encoders:  # files without which nothing can be encoded
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = load_dataset_config(options.dataset_config)
         if options.download_directory is not None:
@@ -81,7 +81,7 @@ def cache_family_latents(
 
         caches = entry.make_family("latent_caching", family_options)
         config = for_family(config, caches)
-        words = [
+        command = [
             *_text_caching_command(config, family, family_options, typed),
             *option_words({"--dataset_config": options.dataset_config, "--device": options.device}),
         ]
@@ -94,7 +94,7 @@ def cache_family_latents(
             typed=typed,
             training=entry.training_options(family_options, caches),
         )
-        following = loop.NextCommand(words, remember)
+        following = loop.NextCommand(command, remember)
         cache = run or partial(loop.run_caching, loop.LATENTS)
         cache(caches, config, options, debug, following)
 
@@ -139,10 +139,11 @@ def cache_family_texts(
         # some families have an option that requires the empty prompt
         if empty_prompt_options.empty_prompt or getattr(family_options, "caches_empty_prompt", False):
             config = with_empty_prompts(config)
+        # the training command, which is shown next: it repeats the options of both caching commands
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
         training = option_words(join_options(entry.options_record("Training"), {}, repeated))
-        words = ["python", f"{entry.training_script}.py", *entry.training, *training]
-        words += ["--dataset_config", str(options.dataset_config), "--check"]
+        command = ["python", f"{entry.training_script}.py", *entry.training, *training]
+        command += ["--dataset_config", str(options.dataset_config), "--check"]
         remember = partial(
             remember_options,
             config,
@@ -151,7 +152,7 @@ def cache_family_texts(
             family_options=family_options,
             typed=typed,
         )
-        following = loop.NextCommand(words, remember)
+        following = loop.NextCommand(command, remember)
         cache = run or partial(loop.run_caching, loop.TEXTS)
         cache(caches, config, options, None, following)
         # with shards, only the command that runs last has all texts
@@ -162,7 +163,7 @@ def cache_family_texts(
 def _text_caching_command(
     config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, without the options that all families have.
+    """Return the command that caches captions, without the options that all families share.
 
     Options are taken from an earlier command of that kind in the cache folders, and from this command.
 

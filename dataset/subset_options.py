@@ -226,6 +226,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
                 f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
                 "as 2.0,4.0"
             ) from None
+        # a dataset file would give the resolution; without a file the option has to
         if self.replaces_toml:
             require(self.resolution, "--resolution", "the size of the pictures, such as 1024 or 768,1024")
 

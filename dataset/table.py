@@ -48,7 +48,7 @@ class CaptionChanges:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys in use that change captions at random, so that embeddings cannot be cached.
+        """Return the used keys that change captions at random and thus prevent caching of embeddings.
 
         caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
         """
@@ -72,7 +72,7 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys in use that change images at random, so that latents cannot be cached.
+        """Return the used keys that change images at random and thus prevent caching of latents.
 
         flip_aug is not among them, because the mirrored latents are cached too.
         """
@@ -299,6 +299,7 @@ class DatasetTable:
             "texts_see_references": self.references is not None and self.references.seen_by_text,
             "declared_fps": None if isinstance(self.source_fps, str) else self.source_fps,
         }
+        # the dataclass is frozen, so that plain assignment is forbidden
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -475,7 +476,7 @@ class DatasetTable:
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
             for name in defaults_of(FRAMES):
-                is_default_rate = name == "target_fps" and self.target_fps is None
+                is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
         return entry | self.changed(SECTIONS) | self.learning_keys
@@ -496,7 +497,7 @@ CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row may have next to `references`, and that one network sees instead of the caption."""
+    """A text that a row may have next to `references`; only one network reads it, instead of the caption."""
 
     key: str  # key in rows, and in the settings of a text record
     reader: str  # name of the network, for messages
@@ -519,7 +520,7 @@ def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as JSON can hold it; of a path, the name is enough."""
+    """Convert a value to JSON types; a path becomes its last part."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):

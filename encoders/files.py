@@ -102,7 +102,8 @@ class TransformerFiles(ABC):
 
         Args:
             chosen: Value of the encoder's option; None if it is not set.
-            default: Dtype if the option is not set and the transformer is not in float32; None for `usual`.
+            default: Dtype if the option is not set and the transformer is not in float32; None for the
+                default dtype of encoders.
         """
         is_float32 = self.compute_dtype() == torch.float32
         if chosen:
@@ -195,7 +196,7 @@ class OneTransformer:
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
-        """Empty: these families record no hashes of files."""
+        """Return no files: these families record no file hashes in metadata."""
         return {}
 
     def text_encoders(self) -> Sequence[TextEncoder]:
@@ -219,14 +220,14 @@ class OneTransformer:
             files: Words with their vectors, by file.
             option: Option that names the files, for messages.
         """
-        words = {word.text.lower(): word for word in self.files.words}
+        words_by_text = {word.text.lower(): word for word in self.files.words}
         for path, contents in files.items():
             for text, content in contents.items():
                 word = ModelWord(text, content=content, source=path, option=option)
-                first = words.setdefault(text.lower(), word)
+                first = words_by_text.setdefault(text.lower(), word)
                 if first is not word:
                     logger.warning("%s: the word %s of %s is used instead.", path, text, first.source)
-        return self._with_model_words([*words.values()])
+        return self._with_model_words([*words_by_text.values()])
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
         """Return a copy whose text encoders have rows for a word to train."""
@@ -260,7 +261,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Names of conditions that a teacher gets and a training sample may lack: caption and references."""
+        """Names of the conditions that a teacher model always gets: the caption and any reference images."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
@@ -320,7 +321,7 @@ class OneTransformer:
         return config.double_blocks, config.single_blocks  # models like FLUX.1
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype of the placement, else of the options, else of the blocks in the file."""
+        """Return the dtype to compute in: of `placement`, else of --dit_dtype, else of the file's blocks."""
         return select_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -332,7 +333,7 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return `names` and the file names of transformer and VAE, if their options are set, as metadata."""
+        """Return metadata: `names`, and the file names of the given transformer and VAE."""
         metadata = dict(names)
         if self.files.dit is not None:
             metadata["sd_model_name"] = self.files.dit.name

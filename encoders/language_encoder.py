@@ -96,6 +96,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         files.check_bytes(part)
     with files.explain(file):
         tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
+    # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -184,7 +185,7 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Numbers of the hidden states that are read; see `states`."""
+        """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
         return self.stacked or self.states
 
     @property
@@ -332,7 +333,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
         use = self.use
-        # a network on the CPU is not split over processes, which saves memory of devices
+        # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
         tower = None
         if use.pictures is not None and use.pictures.always:
@@ -439,7 +440,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Remove the states of image tokens; return the others with the images' positions and sizes, by key.
+        """Return the states of the text tokens, and the positions and sizes of the images, by key.
 
         Args:
             tokenizer: The tokenizer.
@@ -502,10 +503,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
-        positions = None
-        if use.pad is None and use.pads_left:
+        positions = None  # 0, 1, 2, ...
+        if use.pad is None and use.pads_left:  # as if padding on the left filled the prompt up to `maximum`
             positions = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
-        if use.pads_to:
+        if use.pads_to:  # all padding has position 1
             positions = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return ImageTokens(tokens, positions, [])
 
@@ -669,7 +670,7 @@ def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse)
 
 
 def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
-    """Return the prompt with the placeholder tokens of its images in front of it."""
+    """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):

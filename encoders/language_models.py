@@ -241,7 +241,7 @@ class LanguageConfig:
 
     @property
     def settings_text(self) -> str:
-        """`settings` as text for cache records, with a comma in front of each."""
+        """The settings of the model as text for cache records; each is preceded by a comma."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -390,10 +390,9 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return those of `_MARKS` that a network has, and TOWER_POSITIONS if the file has this tensor.
+    """Return the names of the tensors in a file that distinguish the supported language models.
 
-    `layer` is the prefix of the first layer with attention. LINEAR is looked up in layer 0, which has no
-    attention in models with this tensor.
+    `layer` is the prefix of the first layer with attention; models with LINEAR have no attention in layer 0.
     """
     marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
@@ -525,10 +524,9 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         return list(config.sections)
     frequencies = int(config.head_width * config.model.rotated_share) // 2
     if not config.model.grid_shares:
-        return [
-            (frequencies + 2 - axis) // 3 for axis in range(3)
-        ]  # thirds; the first axes get the remainder
-    time_share, row_share, _ = config.model.grid_shares
+        # thirds; the first axes get the remainder
+        return [(frequencies + 2 - axis) // 3 for axis in range(3)]
+    time_share, row_share, _ = config.model.grid_shares  # in sixteenths
     times = frequencies * time_share // 16
     rows = frequencies * row_share // 16
     return [times, rows, frequencies - times - rows]
@@ -616,6 +614,6 @@ def streamed_layers(
         return 0, 0
     layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
-    excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room
+    excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)
     return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run

@@ -54,7 +54,7 @@ def _word_pattern(name: str) -> str:
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word for prompts: `cat` stands for all of its vectors, `cat1` for its second vector alone."""
+    """A new word for prompts: `cat` inserts all of its vectors, `cat1` only its second vector."""
 
     text: str
     count: int = 1  # number of the word's vectors
@@ -74,7 +74,7 @@ class NewWord:
 
 @dataclass(frozen=True, eq=False)
 class EncoderWord:
-    """A word as one text encoder reads it."""
+    """An additional word with its vectors for one text encoder."""
 
     word: NewWord
     vectors: Tensor | None = None  # V C; None: they are trained
@@ -84,7 +84,7 @@ class EncoderWord:
 
 @dataclass(frozen=True, eq=False)
 class ModelWord:
-    """A word for all text encoders of a model."""
+    """An additional word for a model's text encoders, with the vectors of its file, or to be trained."""
 
     text: str
     count: int = 1  # number of vectors to train; those of a file are counted in it
@@ -94,7 +94,7 @@ class ModelWord:
 
 
 class WordEncoder(TextEncoder, Protocol):
-    """A text encoder that can be given vectors of additional words."""
+    """A text encoder that accepts vectors of additional words."""
 
     embedding: str  # name of the weight of the token embeddings in the network
     # keys of its vectors in embedding files: first the key that is written, then others that are read
@@ -111,7 +111,7 @@ class WordEncoder(TextEncoder, Protocol):
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
-    """Return whether a text encoder can be given vectors of additional words."""
+    """Return whether a text encoder accepts vectors of additional words."""
     return encoder.can.take_words
 
 
@@ -147,24 +147,24 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    inner = word.content.get(TABLE)
-    tensors = list_tensors(inner if isinstance(inner, Mapping) else word.content)
-    found: dict[str, Tensor] = {}
+    table = word.content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(table if isinstance(table, Mapping) else word.content)
+    vectors_by_key: dict[str, Tensor] = {}
     for encoder in encoders:
         key = next((key for key in encoder.word_keys if key in tensors), None)
         if key is not None:
-            found[encoder.word_keys[0]] = tensors[key]
-    if not found and len(tensors) == len(encoders) == 1:
+            vectors_by_key[encoder.word_keys[0]] = tensors[key]
+    if not vectors_by_key and len(tensors) == len(encoders) == 1:
         # with one text encoder and one tensor, the name of the tensor does not matter
-        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
-    if not found:
+        vectors_by_key[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    if not vectors_by_key:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
             f"{word.option} {word.source} has no vectors of {word.text} for this model: "
             f"{describe_content(word.content)}. Its text encoders take {keys}.",
             word.source,
         )
-    rows = to_rows(word.source, word.option, found)
+    rows = to_rows(word.source, word.option, vectors_by_key)
     if len({len(vectors) for vectors in rows.values()}) > 1:
         raise reject_embedding(
             word.source, word.option, "it has unequal numbers of vectors for the text encoders"

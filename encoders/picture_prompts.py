@@ -54,7 +54,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageUse:
-    """How a family puts images into prompts."""
+    """Texts and tokens with which a family inserts images into prompts."""
 
     # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
     # (placeholder tokens of the image)

@@ -166,16 +166,16 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     `size` becomes `Prompt.image_size`, the size at which the text encoder sees the images.
     """
     paths = prepared.request.control_images
-    texts = prepared.prompts[0]
+    prompt_set = prepared.prompts[0]
 
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, image_size=size)
 
     prompts = Prompts(
-        with_images(texts.positive),
-        negative=with_images(texts.negative),
-        blank=with_images(texts.blank),
-        nag=None if texts.nag is None else with_images(texts.nag),
+        with_images(prompt_set.positive),
+        negative=with_images(prompt_set.negative),
+        blank=with_images(prompt_set.blank),
+        nag=None if prompt_set.nag is None else with_images(prompt_set.nag),
     )
     return replace(prepared, prompts={0: prompts})
 
@@ -202,7 +202,7 @@ class ModelOfImages(OneTransformer):
         @property
         @abstractmethod
         def name(self) -> str:
-            """Name of the family, as in `Described.name`."""
+            """Name of the family."""
 
         @property
         @abstractmethod
@@ -303,7 +303,7 @@ class ModelOfImages(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Denoising may start from an image or a latent file."""
+        """Rules for starting from an image or from a latent file instead of noise."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:

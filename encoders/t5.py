@@ -150,7 +150,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         )
 
     def load_network(self, device: torch.device) -> T5Network:
-        """Load the network; its 8-bit weights let gradients through."""
+        """Load the network; gradients can flow through its layers even if weights are in 8 bits."""
         return load_t5(self.path, device, self.use.kind, dtype=self.dtype, form=self.form, blocks=self.blocks)
 
     def compute(

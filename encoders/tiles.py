@@ -24,11 +24,11 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Cut:
-    """How an axis is cut into overlapping tiles."""
+    """How an axis is cut into overlapping tiles; a unit is a latent pixel or a latent frame."""
 
     size: int  # units of a tile
     unit_in: int  # frames or pixels of a unit in the input
-    unit_out: int  # and in the output
+    unit_out: int  # frames or pixels of a unit in the output
 
     @property
     def stride(self) -> int:
@@ -36,7 +36,7 @@ class Cut:
         return int(self.size * 0.75)
 
     def pick(self, start: int) -> slice:
-        """Return the slice of the input for the tile that begins at the unit `start`."""
+        """Return the slice of the input's axis for the tile that begins at latent pixel or frame `start`."""
         return slice(start * self.unit_in, (start + self.size) * self.unit_in)
 
 

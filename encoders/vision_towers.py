@@ -49,7 +49,7 @@ def _are_sizes(*values: Any) -> bool:
 
 
 def _divides_heads(dim: int, heads: int) -> bool:
-    """Return whether the width can be divided among heads whose channels rotary embedding splits in four."""
+    """Return whether `heads` divides the width into heads of 4n channels, as rotary embedding needs."""
     return heads >= 1 and dim % (4 * heads) == 0
 
 

@@ -66,7 +66,7 @@ class WrittenCaption(NamedTuple):
 
 
 def write_json(content: Any) -> str:
-    """Return content as compact JSON, with non-ASCII characters as they are."""
+    """Return content as compact JSON, without escaping non-ASCII characters."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -154,7 +154,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption has texts that the release's pipeline renders for the text encoder."""
+    """Return whether a caption names texts that the release's pipeline draws for the text encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None

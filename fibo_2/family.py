@@ -83,7 +83,7 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance of dev or of edit-turbo."""
+        """Return the default size, steps and guidance of dev or edit-turbo."""
         return TURBO if self.is_turbo else DEFAULTS
 
     @property
@@ -184,7 +184,7 @@ class Fibo2(pictures.ModelOfImages):
         return replace(prepared, prompts={0: replace(texts, positive=positive, negative=negative)})
 
     def _select_size(self, request: Request) -> Request:
-        """Return the request with a size: if it has none, the trained size that fits the first image."""
+        """Return the request with a size; by default, the trained size that fits the first image."""
         if not request.control_images or request.width is not None or request.height is not None:
             return request
         from fibo_2.references import find_size  # only with images to edit

@@ -141,7 +141,7 @@ class Fibo2Files(LanguageModelFiles):
         return inside(super().dit_path, "transformer")
 
     def text_width(self) -> int:
-        """Width of the states that are read side by side."""
+        """Return the width of the concatenated layer states of the text encoder."""
         return STATES_OF_BUNDLE * super().text_width()
 
     def load_vae(self, device: torch.device) -> Flux2Vae:

@@ -38,7 +38,7 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class TextBundle(NamedTuple):
-    """States of a batch of texts that are read together."""
+    """States of a batch of texts, taken from several layers, that one attention layer reads."""
 
     states: Tensor  # B T 3W, side by side
     # real tokens of each sample; None: all. Compiled code that compared them would depend on their numbers
@@ -46,13 +46,13 @@ class TextBundle(NamedTuple):
 
 
 class TextStates(NamedTuple):
-    """The states of a batch of texts."""
+    """Text states of a batch, with their lengths."""
 
     states: Tensor  # B T n W, without padding behind the longest
     counts: tuple[int, ...]  # real tokens of each sample
 
     def bundle(self, number: int) -> TextBundle:
-        """Return the states that are read together; `number` is in `configs.BUNDLES`."""
+        """Return the text states of one bundle of layers; `number` is in `configs.BUNDLES`."""
         states = torch.cat([self.states[:, :, place] for place in PLACES[number]], dim=-1)
         has_padding = len(set(self.counts)) > 1
         return TextBundle(states, self.counts if has_padding else None)
@@ -60,7 +60,7 @@ class TextStates(NamedTuple):
 
 @dataclass(frozen=True)
 class Fibo2Tokens(LuminaTokens):
-    """Inputs of the blocks; x is B L+R+G C, and `time` is B S time_dim of the image and of clean tokens."""
+    """Inputs of the blocks besides x, B L+R+G C; `time` is B S time_dim, of noisy and of clean tokens."""
 
     texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
     bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
@@ -71,7 +71,7 @@ class Fibo2Tokens(LuminaTokens):
         return replace(super().cut(part), split=part.of_first(self.split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
-        """Select as `LuminaTokens.select`, and move the start of the clean tokens."""
+        """Select tokens as `LuminaTokens.select` does, and move the start of the clean tokens."""
         return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ class Fibo2Tokens(LuminaTokens):
 
 
 class Fibo2CrossAttention(ZImageAttention):
-    """Cross-attention from tokens to the states of a text, without rotary embedding."""
+    """Cross-attention from tokens to a bundle of text states, without position embeddings."""
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__(config)
@@ -117,7 +117,7 @@ class Fibo2CrossAttention(ZImageAttention):
 
 
 class PerceiverLayer(nn.Module):
-    """A layer in which gist tokens read the text and then each other, followed by a feed-forward."""
+    """Layer in which gist tokens attend to the text, then to each other, and pass a feed-forward."""
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class PerceiverLayer(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """Turns a text's states into gist tokens, whose number depends on the text's length."""
+    """Compress text states to gist tokens, whose number depends on the text's length."""
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Perceiver(nn.Module):
 
 
 class Fibo2Block(JointTransformerBlock):
-    """Z-Image's block with two times; some also read a bundle of the text, between attention and MLP."""
+    """Z-Image's block with separate noisy and clean times; some blocks also attend to text states."""
 
     attention_class = ZImageAttention
     activates_time = False
@@ -200,7 +200,7 @@ class Fibo2Block(JointTransformerBlock):
             self.register_forward_pre_hook(_pass_bundles)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """Return scale and gate of attention and of feed-forward, each B S C float32."""
+        """Return scale and gate for attention and for the feed-forward, each B S C float32."""
         rows = in_own_dtype(self.adaLN_modulation[-1], time).float()
         scale1, gate1, scale2, gate2 = rows.chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
@@ -231,7 +231,7 @@ class Fibo2Block(JointTransformerBlock):
         return output
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B L+R+G C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B L+R+G C to B L C."""
         scale, *_ = self.modulation(tokens.time[:, :1])
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
@@ -357,7 +357,7 @@ class Fibo2Model(BlockNetwork):
         return height, width
 
     def embed_times(self, timesteps: Tensor) -> Tensor:
-        """Return the embedded time of the image, and time 0 of clean tokens, B to B S time_dim float32."""
+        """Return time embeddings, B S time_dim float32: of the image, and of time 0 for clean tokens."""
         both = torch.stack([timesteps, torch.zeros_like(timesteps)], dim=1)
         time: Tensor = self.t_embedder(both.flatten()).unflatten(0, both.shape)
         return time
@@ -414,13 +414,13 @@ class Fibo2Model(BlockNetwork):
 
 
 class Gist(NamedTuple):
-    """Gist tokens of a batch of texts."""
+    """Gist tokens of a batch of texts, with their lengths."""
 
     tokens: Tensor  # B G C
     lengths: Lengths | None  # real tokens of image, references and gist together; None: all
 
 
 def _read_states(arguments: Mapping[str, Any]) -> TextStates:
-    """Return the states of a batch of texts. `arguments` are text and text_mask, as in `Fibo2Model.embed`."""
+    """Return a batch's text states from text and text_mask, the arguments of `Fibo2Model.embed`."""
     longest, counts = real_tokens(arguments["text_mask"])
     return TextStates(arguments["text"][:, :longest], counts)

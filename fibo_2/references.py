@@ -71,12 +71,12 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read an image as `read_edited` does, in the form that the text encoder sees."""
+    """Read an image as `read_edited` does, resized as for the text encoder."""
     return shrink(read_edited(path, size))
 
 
 def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
-    """Read an image to edit that is gray where a mask is white, H W 3 uint8 of `size`.
+    """Read an image to edit, H W 3 uint8 of `size`, painted gray where the mask is lighter than gray.
 
     Raises:
         OptionError: If the mask cannot be read or has another size.

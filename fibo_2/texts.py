@@ -87,14 +87,14 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
         if not prompt.pictures:
             return written
-        # the brace that begins the object stands in front of the images
+        # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
         start = written.start
         return written._replace(
             text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `LanguageModelEncoder.encode`, and log how plain texts and unknown keys are read."""
+        """Encode prompts as `LanguageModelEncoder.encode` does, and log plain texts and unknown JSON keys."""
         for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their images
             if not prompt.is_negative:
                 self._tell_reading(prompt)
@@ -135,7 +135,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
 
 def _list_oddities(text: str, is_edit: bool) -> list[str]:
-    """List the errors in an object's keys and what is not read.
+    """List a JSON prompt's unusual keys and the parts that have no effect.
 
     Raises CaptionError if the text is broken JSON.
     """
@@ -153,7 +153,7 @@ def scale_states(states: Tensor) -> Tensor:
 
 
 def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
-    """Return the weighted parts of a prompt in its caption."""
+    """Return the weighted spans of a prompt, moved to their positions in the written caption."""
     if not prompt.spans or caption.text == prompt.text:
         return prompt.spans
     if not caption.is_plain:
@@ -164,7 +164,8 @@ def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
         )
         return ()
 
-    def moved(place: int) -> int:
-        return len(caption.before) + len(write_json(prompt.text[:place])) - 2  # without the quotes
+    def moved(position: int) -> int:
+        # escaping in JSON lengthens the text, so measure the written prefix
+        return len(caption.before) + len(write_json(prompt.text[:position])) - 2  # without the quotes
 
     return tuple((moved(first), moved(last), weight) for first, last, weight in prompt.spans)

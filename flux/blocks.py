@@ -47,10 +47,10 @@ class ModulationRows(nn.Module):
 
 
 def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
-    """Return the module for a block's modulation: a layer of its own, or rows of Chroma's approximator.
+    """Return a block's modulation module: its own layer, or rows of Chroma's approximator output.
 
-    `kind` is single, image or text (both of double blocks), or final; rows have this order, block by block.
-    Source: the released code of Chroma.
+    `kind` is single, image or text (both in double blocks), or final; the approximator's rows follow this
+    order, block by block. Source: the released code of Chroma.
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:
@@ -103,7 +103,7 @@ class DoubleBlock(DoubleStreamBlock):
         return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return split_heads(

@@ -117,6 +117,7 @@ def compute_additions(
         return_dict=False,
     )
     additions: list[Tensor | None] = []
+    # each output serves several neighboring blocks: the ControlNet has fewer blocks
     for output, num_blocks in zip(outputs, blocks, strict=True):
         additions += _spread(output, num_blocks)
     return additions
@@ -235,14 +236,14 @@ def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> d
 
 
 def _open(path: Path) -> Checkpoint:
-    """Open a file, a folder in diffusers' layout, or a folder of a repository on the hub."""
+    """Open a checkpoint file, a diffusers folder, or a folder downloaded from a Hub repository."""
     return open_checkpoint(path if path.exists() else find_model_folder(CONTROL_NET, path.as_posix(), FILES))
 
 
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the settings in a ControlNet's config.json.
+    """Return the arguments of FluxControlNetModel from a ControlNet's config.json.
 
-    The result is None if there is no such file, or if it describes another model.
+    The result is None if the file is missing or describes another model.
     """
     opened = checkpoint.path
     config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")

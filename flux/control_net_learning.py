@@ -39,7 +39,7 @@ OWN_PARTS = "controlnet_"  # names begin so where a transformer has no such part
 
 
 class TrainedFluxControl(nn.Module):
-    """A trainable ControlNet next to a frozen transformer."""
+    """A ControlNet in training, next to a frozen transformer."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
         """Wrap a ControlNet for a transformer with this `config`."""
@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Return a ControlNet as the network that a training makes."""
+    """Describe a ControlNet for the training loop: its label and checks, and how it is made and written."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
@@ -158,6 +158,7 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
     cannot start from.
     """
     config = files.dit_header().config
+    # checks: first the model, then either a new ControlNet or the file to start from
     if config.kind == CHROMA:
         raise OptionError(
             f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
@@ -194,7 +195,7 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
 
 
 def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    """Write a ControlNet under the names of diffusers."""
+    """Write a ControlNet's weights under diffusers' names."""
     assert isinstance(module, TrainedFluxControl)
     tensors = {name: tensor.detach() for name, tensor in module.network.state_dict().items()}
     infos = {name: TensorInfo(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

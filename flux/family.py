@@ -103,7 +103,7 @@ class Flux(ModelOfImages):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer was distilled to few steps, as schnell was; else None."""
+        """Return the evidence for a transformer distilled to few steps, as schnell is; None without any."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().why_few_steps()
@@ -121,18 +121,18 @@ class Flux(ModelOfImages):
 
     @property
     def dit(self) -> DitSpec:
-        """Names inside the transformer, and whether a ControlNet adds to its blocks."""
+        """Return the transformer's module names, and whether a ControlNet adds to its blocks."""
         has_additions = self.controlnet is not None or self.custom_network is not None
         return replace(dit_spec(self.files.kind), has_additions=has_additions)
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of T5's states and mask and, except for Chroma, of CLIP-L's pooled state."""
+        """Return the cache keys of T5's states and mask and, except for Chroma, of CLIP-L's pooled state."""
         return frozenset({STATES, MASK, POOLED} if self.files.has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps and guidance of dev, schnell or Chroma."""
+        """Return the default steps and guidance of dev, schnell or Chroma."""
         kind = self.files.kind
         scale = CHROMA_SCALE if kind == configs.CHROMA else 1.0
         default = image_defaults(
@@ -142,7 +142,7 @@ class Flux(ModelOfImages):
 
     @property
     def release(self) -> ModelRelease:
-        """Released model of this kind of transformer."""
+        """Return the released model that corresponds to this kind of transformer."""
         return configs.RELEASES[self.files.kind]
 
     @property
@@ -196,6 +196,7 @@ class Flux(ModelOfImages):
             raise DatasetError(
                 f"{media.table.name}: {len(media.control)} control pictures for one, a ControlNet sees one"
             )
+        # encode the control images as if they were the targets, without their alpha
         control = replace(media, frames=media.control[0][..., :3], control=())
         control_entries = super().encode_media(encoders, control)
         joined = []
@@ -273,15 +274,15 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Check that cached states of T5 fit this training.
+        """Raise CacheError if cached T5 states do not fit this training.
 
-        Raises CacheError if padding was masked differently, if the mask and the states differ in length, or
-        if a text is too long.
+        Padding may have been masked differently, mask and states may differ in length, or a text may be too
+        long.
         """
         uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")
-            if mask not in (None, "used" if uses_mask else "not used"):
+            if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
                 own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
@@ -362,11 +363,11 @@ class Flux(ModelOfImages):
 
     @property
     def _control_image(self) -> Path | None:
-        """Control image of a generation; None if there is none."""
+        """Return the control image of a generation; None without one."""
         return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
-        """Resolve size, guidance and flow shift of a request; warn of what this kind of model ignores."""
+        """Fill in a request's size, guidance and flow shift; warn about settings that have no effect."""
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))
@@ -410,7 +411,7 @@ class Flux(ModelOfImages):
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
-        """Return the cache names of the network's text arguments. Without a mask, padding counts as text."""
+        """Return the cache keys of the network's text arguments; without a mask, padding counts as text."""
         inputs = {"t5": STATES}
         if self.files.has_pooled:
             inputs["pooled"] = POOLED
@@ -436,7 +437,7 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 
 def family_for_training(options: FluxLearningOptions) -> Flux:
-    """Describe the family for FLUX's training scripts, one of which trains a ControlNet."""
+    """Describe the family for FLUX's training scripts, including the one for ControlNets."""
     model = Flux(_make_files(options), trained_guidance=options.embedded_guidance, options=options)
     if isinstance(options, FluxControlNetTrainingOptions):
         from flux.control_net_learning import MODULE, describe_control_net  # only to train one

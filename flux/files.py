@@ -159,7 +159,7 @@ class FluxFiles(AutoencoderFiles):
     t5_use: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoders' options added."""
         return replace(
             self,
             clip_l=options.clip_l,
@@ -199,14 +199,14 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def kind(self) -> str:
-        """Kind of the transformer; without a file, the kind given by --model_type."""
+        """Return the kind of the transformer, from its file or else from --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().config.kind
 
     @property
     def has_pooled(self) -> bool:
-        """Whether the model takes CLIP-L's pooled state: all but Chroma."""
+        """Return whether the model takes CLIP-L's pooled state, as all but Chroma do."""
         return self.kind != CHROMA
 
     @property
@@ -216,7 +216,7 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def t5_tokens(self) -> int:
-        """Number of tokens that T5 reads of each prompt."""
+        """Return the maximum number of T5 tokens per prompt."""
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:

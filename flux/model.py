@@ -38,7 +38,7 @@ class Approximator(nn.Module):
         self.out_proj = nn.Linear(config.dim, out_dim)
 
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Return B M C float32, for timesteps B, 0..1000, and guidance B, not scaled."""
+        """Compute all modulation rows, B M C float32, from timesteps B, 0..1000, and unscaled guidance B."""
         learns = any(weight.requires_grad for weight in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):  # no gradient for a LoRA
             return self._make_rows(timesteps, guidance)
@@ -169,6 +169,7 @@ class FluxModel(BlockNetwork):
         # the index of the image or reference is its position on the first axis of the rotary embedding
         grids = [Grid(grid_of(image), first=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
+        # the approximator of Chroma takes a guidance input too, always 0 if not given
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         # Chroma computes the modulation of all blocks at once; other models compute it from a vector below
         chroma_modulation = None
@@ -227,7 +228,7 @@ class FluxModel(BlockNetwork):
     def _embed_text(
         self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
     ) -> tuple[Tensor, Lengths | None]:
-        """Return text tokens, B T C, and the lengths with the `before` tokens in front of them."""
+        """Return text tokens, B T C, and sequence lengths including the `before` tokens in front."""
         if mask is None:
             return in_own_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)

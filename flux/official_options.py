@@ -52,7 +52,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def text_dtype(self) -> str:
-        """Dtype of the text encoders. Raises OptionError if they differ."""
+        """Return the text encoders' dtype; raise OptionError if they differ."""
         named = (self.clip_l_dtype, self.t5xxl_dtype)
         dtypes = {name for name in named if name is not None and not is_fp8(name)}
         if len(dtypes) > 1:
@@ -85,7 +85,7 @@ class FluxImageOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels, rounded up to multiples of 16."""
+        """Return height and width in pixels, rounded up to multiples of 16."""
         return round_up_side(self.height), round_up_side(self.width)
 
 
@@ -156,12 +156,12 @@ NO_NEGATIVE = "-"  # in a line: no negative prompt
 
 
 def negative(text: str) -> str:
-    """Return a negative prompt; the guides' word for none becomes ""."""
+    """Return a negative prompt, with the guides' word for no negative prompt turned into ""."""
     return "" if text == NO_NEGATIVE else text
 
 
 def line_sizes(text: str) -> int:
-    """Parse the width or height of a prompt line, and round it up.
+    """Parse the width or height in a prompt line and round it up to a valid size.
 
     Raises ValueError if it is not an integer.
     """

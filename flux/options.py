@@ -288,7 +288,7 @@ def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[
 
 
 def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),

@@ -37,7 +37,7 @@ def count_latents(shape: Sequence[int]) -> int:
 
 
 def count_swapped(blocks: int) -> tuple[int, int]:
-    """Return how many double and single blocks leave the device.
+    """Return how many double and single blocks to swap out of the device.
 
     A single block is half as large as a double block. klein 4B has five double blocks and swaps 13 blocks at
     most; the others have eight. One block of each list stays.

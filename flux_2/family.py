@@ -75,7 +75,7 @@ class Flux2(pictures.ModelOfImages):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer is klein: its release or its file name; else None."""
+        """Return the evidence that the transformer is distilled klein (release or file name), else None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"
@@ -93,7 +93,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files, which depends on the release."""
+        """Return the suffix of cache file names, which depends on the release."""
         return self.files.version.cache_tag
 
     @property
@@ -103,12 +103,12 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance of the release."""
+        """Return the release's default size, steps and guidance."""
         return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and which networks use them."""
+        """Return how many reference images the model takes, and which networks use them."""
         return ReferenceRules(maximum=MAX_REFERENCES)
 
     @property
@@ -186,7 +186,7 @@ class Flux2(pictures.ModelOfImages):
         return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         paths = prepared.request.control_images
         area = None  # each keeps its size
         if self.resizes_references:

@@ -119,7 +119,7 @@ class Flux2Files(LanguageModelFiles):
                 )
 
     def dit_header(self) -> DitHeader[Flux2Config]:
-        """Read dimensions, dialect and dtype of the file. Raises OptionError for another release's."""
+        """Read the transformer file's header; raise OptionError if it belongs to another release."""
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
         other_releases = {}  # width -> first version with this width
@@ -138,7 +138,7 @@ class Flux2Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
@@ -147,6 +147,6 @@ class Flux2Files(LanguageModelFiles):
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the model files that the training or generation options name."""
+    """Return the model files that the options of a training or generation name."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -49,7 +49,7 @@ class RowsOfAll(nn.Module):
 
 
 class SharedModulation(nn.Module):
-    """Computes the shifts, scales and gates of all blocks of a kind, B C to B count C float32."""
+    """Compute shifts, scales and gates shared by all blocks of a kind, B C to B count C float32."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class StreamAttention(nn.Module):
 
 
 def gate_half(hidden: Tensor) -> Tensor:
-    """Return SiLU(first half) * second half, B L 2F to B L F."""
+    """Apply SwiGLU's gate: SiLU(first half) * second half, B L 2F to B L F."""
     gate, value = hidden.chunk(2, dim=-1)
     return functional.silu(gate) * value
 
@@ -95,7 +95,7 @@ class GatedMlp(nn.Sequential):
         super().__init__(first, nn.Identity(), nn.Linear(config.ffn_dim, config.dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply both layers to x, B L C to B L C."""
+        """Apply the two layers to x, B L C."""
         first, _, second = self
         return in_own_dtype(second, gate_half(in_own_dtype(first, x)))
 
@@ -171,7 +171,7 @@ class PixelFinalLayer(nn.Module):
 
 
 def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
-    """Return the layers that embed the sinusoids of a number, B freq_dim to B dim float32."""
+    """Return the layers that embed a number's sinusoids, B freq_dim to B dim float32."""
     return TwoLayers("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
 
 
@@ -197,7 +197,7 @@ class Flux2Model(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention

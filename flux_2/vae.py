@@ -90,11 +90,12 @@ class Flux2Vae(Autoencoder):
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
-    """Plan how to load the autoencoder: released names or diffusers layout.
+    """Plan how to load the autoencoder, from released tensor names or the diffusers layout.
 
     Raises CheckpointError for any other file, or if it has no statistics.
     """
     plan = read_autoencoder(checkpoint, KIND)
+    # the statistics are those of packed latents, with 2 x 2 pixels in the channels
     count = 4 * plan.config.latent_channels
     for name in (MEAN, VARIANCE):
         info = plan.checkpoint.tensors.get(name)

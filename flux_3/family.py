@@ -135,6 +135,7 @@ class Flux3(pictures.ModelOfImages):
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
         distilled transformer predicts the mean velocity of the step in `overrides.turn`.
         """
+        # a flow map also takes the time at which the step ends
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
             assert overrides.turn is not None, "trainings of the distilled model are refused"
@@ -152,7 +153,7 @@ class Flux3(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in the open fields of a request. Without a size, the first reference determines it.
+        """Fill in a request's open fields; without a size, the first reference image determines it.
 
         A single reference is put on a canvas of whole tokens, and the result is cropped to the reference.
         Raises OptionError for another solver than Euler's with the distilled model.
@@ -167,7 +168,7 @@ class Flux3(pictures.ModelOfImages):
         (width, height), region = self._size_like(request.control_images)
         sized = replace(request, width=request.width or width, height=request.height or height)
         prepared = self.resolve_image(sized, SHIFT, "")
-        # with a side of the user's the result is not the size of the canvas, and is not cut
+        # if the user set one side, the result is not as large as the canvas, so nothing is cropped
         return replace(prepared, shown=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
@@ -230,9 +231,9 @@ def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
 
 
 def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
-    """Describe the family for samples with --distilled_dit.
+    """Describe the family for samples with the model of --distilled_dit; None without that option.
 
-    None without that option. Raises OptionError if its file is a base model.
+    Raises OptionError if the file is a base model.
     """
     if options.distilled_dit is None:
         return None

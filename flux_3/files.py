@@ -77,7 +77,9 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
     dim, channels = shapes.of("emb_in.image.weight")
     (width,) = shapes.of(f"{first}.norm.query_norm.scale", axes=1)
     ffn_dim = shapes.of(f"{first}.mlp_out.weight")[1]
+    # the rotary embedding turns pairs of channels on each axis
     has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    # the feed-forward is gated: mlp_in computes the values and their gates
     if not has_heads or shapes.of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
@@ -137,7 +139,7 @@ class Flux3Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a diffusers release its subfolder `transformer`."""
+        """Return the transformer's path, or for a diffusers release its subfolder `transformer`."""
         path = super().dit_path
         inner = path / "transformer"
         return inner if inner.is_dir() else path
@@ -165,7 +167,7 @@ class Flux3Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:

@@ -77,7 +77,7 @@ class Flux3Tokens:
         return tuple(accumulate(self.counts[:-1]))
 
     def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
-        """Return the inputs for the tokens of one process, which has a part of the tokens of each kind."""
+        """Return the inputs for one process, which has a part of each modality's tokens."""
         tables = self.rotary.split(self.counts, dim=-4)
         rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
         counts = tuple(part.of_first(part.length) for part in parts)
@@ -99,7 +99,7 @@ class Flux3Tokens:
 
 
 class ParallelBlock(nn.Module):
-    """The layers of a block; attention and feed-forward run in parallel."""
+    """Layers of a block whose attention and feed-forward run in parallel."""
 
     def __init__(self, config: Flux3Config) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class ModeBlock(ParallelBlock):
         return torch.cat(streams, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B L+R+T C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B L+R+T C to B L C."""
         shift, scale, _ = tokens.vector[:, :1, MODE_ROWS].unbind(2)
         return modulate(self.pre_norm(x[:, : tokens.counts[0]]), shift, scale, tokens.dtype)
 
@@ -177,26 +177,28 @@ class JointBlock(ParallelBlock):
         return add_gated(x, gate, self.branch(h, attended), tokens.split)
 
 
-def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
-    """Return the attention of the tokens of one kind to each other, B L N D.
+def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int) -> Tensor:
+    """Return the attention, B L N D, of the tokens of one modality (image, references or text) to each other.
 
-    `heads` are query, key and value. `place` is the index of the kind among the kinds in the sequence.
+    `heads` are query, key and value. `mode_index` is the modality's index in `tokens.modes`.
     """
-    part = tokens.parts[place] if tokens.parts else None
-    if part is not None:
-        heads = part.gather_tokens(*heads)
-    if tokens.modes[place] != TEXT:
+    # with several processes: the tokens on this one
+    token_part = tokens.parts[mode_index] if tokens.parts else None
+    if token_part is not None:
+        heads = token_part.gather_tokens(*heads)
+    if tokens.modes[mode_index] != TEXT:
         attended = _attend(heads, tokens, None)
     elif tokens.second is None:
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
+        # the tokens of a second text come last; the two texts do not see each other
         num_second = tokens.second.count
         firsts = [tensor[:, :-num_second] for tensor in heads]
         seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
         attended_second = _attend(seconds, tokens, tokens.second_lengths)
         attended = torch.cat([attended_first, attended_second], dim=1)
-    return attended if part is None else part.gather_heads(attended)
+    return attended if token_part is None else token_part.gather_heads(attended)
 
 
 def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
@@ -213,6 +215,7 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     if second is None:
         attended = _attend(heads, tokens, tokens.lengths)
         return _give_back(attended, parts) if parts else attended
+    # two passes over the image tokens: one with the first text, one with the second
     with_first = _attend([second.without(tensor) for tensor in heads], tokens, tokens.lengths)
     with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
     if not parts:
@@ -228,7 +231,7 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
 
 def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
-    """Exchange all heads of this process's tokens for all tokens of its heads, B L+R+T n D each."""
+    """All-to-all of heads: give each process all tokens, B L+R+T n D, for its share of the heads."""
     streams = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
     gathered = [part.gather_tokens(*stream) for part, stream in zip(tokens.parts, streams, strict=True)]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
@@ -295,7 +298,7 @@ class Flux3Model(BlockNetwork):
     dtype_of = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -393,7 +396,7 @@ class Flux3Model(BlockNetwork):
         return in_own_dtype(self.emb_in[mode], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
-        """Return an embedded text. `arguments` are text and text_mask, as in `embed`."""
+        """Embed a text; `arguments` are text and text_mask, as in `embed`."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
         is_even = len(set(counts)) == 1

@@ -23,7 +23,7 @@ SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
-    """The canvas with a reference in its center. Sizes are (width, height)."""
+    """A reference centered on a larger canvas; sizes are (width, height)."""
 
     picture: Size
     size: Size
@@ -53,7 +53,7 @@ def _round_side(side: int, step: int) -> int:
 
 
 def canvas_of(path: Path, step: int) -> Canvas:
-    """Return the canvas of an image file. Raises MediaError if it cannot be read."""
+    """Return the canvas of an image file; raise MediaError if it cannot be read."""
     return fit_canvas(image_size(path), step)
 
 
@@ -69,7 +69,7 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
     left, top = canvas.corner
     right = canvas.size[0] - canvas.picture[0] - left
     bottom = canvas.size[1] - canvas.picture[1] - top
-    # without the pixel at the edge, which an image of up to one token has too few pixels for
+    # "reflect" does not repeat the edge pixel, so it needs more pixels than an image of one token has
     mode = "reflect" if min(canvas.picture) > step else "symmetric"
     frame = np.pad(frame, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
     return torch.from_numpy(np.ascontiguousarray(frame)[None, None])
@@ -84,5 +84,5 @@ def fit_among(path: Path, step: int) -> Fit:
 
 
 def read_among(path: Path, step: int) -> Tensor:
-    """Read one of several references, 1 1 H W 3 uint8."""
+    """Read one of several reference images, 1 1 H W 3 uint8, at the size for several."""
     return read_reference(path, AMONG_SEVERAL, step)

@@ -99,6 +99,7 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
         return
     if not {"latents_clean_2x", "clean_latent_indices"} <= batch.tensors.keys():
         return
+    # the last clean index is that of the neighboring frame
     is_before = batch.tensor("clean_latent_indices")[:, -1] < batch.tensor("latent_indices")[:, 0]
     if bool((is_before != is_f1).any()):
         _note_other_order(is_f1)

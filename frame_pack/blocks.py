@@ -37,7 +37,7 @@ class SingleAttention(nn.Module):
 
 
 class FramePackAttention(SingleAttention):
-    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
+    """Joint attention in which latent tokens and the other tokens have separate weights."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__(dim, num_heads, eps)
@@ -51,7 +51,7 @@ class FramePackAttention(SingleAttention):
         self.to_add_out = nn.Linear(dim, dim)
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream x, B L C: each B L N D, the first two normalized."""
+        """Return queries, keys and values of a stream x, B L C, each B L N D; the first two normalized."""
         if is_text:
             layers, norms = (
                 (self.add_q_proj, self.add_k_proj, self.add_v_proj),
@@ -76,14 +76,14 @@ class RefinerAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
-        """Return the attention among text tokens x, B T C to B T C."""
+        """Apply self-attention to text tokens x, B T C."""
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
         return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths=lengths).flatten(2))
 
 
 class HunyuanVideoTransformerBlock(DoubleStreamBlock):
-    """Block in which latents, and image and text, have separate weights and share one attention."""
+    """Block whose video tokens and image-and-text tokens have separate weights but one joint attention."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__(dim, eps)
@@ -100,7 +100,7 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         return self.norm1, self.attn.to_out[0], self.ff
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return a stream's heads from separate matrices for query, key and value."""
+        """Return a stream's query, key and value heads, each from its own matrix."""
         return self.attn.heads(x, is_text)
 
 
@@ -149,5 +149,5 @@ class FramePackRefinerBlock(nn.Module):
 
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
-    """Apply a layer to x, B L C, and split the result into heads, B L N D."""
+    """Apply a linear layer to x, B L C, and split the result into heads, B L N D."""
     return in_own_dtype(layer, x).unflatten(-1, (num_heads, -1))

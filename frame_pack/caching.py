@@ -171,8 +171,8 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
     """Return one entry for every image: its latents as the target, with those of its control images.
 
-    Each image is encoded alone. Latents are 0 where their image is transparent. `switches` says which black
-    frames to add; the indices come from the table.
+    Each image is encoded alone. Latents are 0 where their image is transparent. `switches` sets which black
+    frames are added; frame indices come from the dataset's table.
     """
     table = media.table
     settings = replace(
@@ -214,14 +214,14 @@ def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor
 
 
 def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
-    """Encode the first of `frames`, B F H W C uint8, as features B L C in the latents' dtype, on the CPU."""
+    """Encode the first frames, B H W C of B F H W C uint8, as image features B L C on the CPU."""
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
 def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build an entry. `tensors` are C F h w each, all named with the size of the target, `latents`."""
+    """Build a cache entry from tensors C F h w, named after the target's size; `latents` is the target."""
     all_tensors = dict(tensors)
     for name, numbers in indices.by_name().items():
         all_tensors[name] = torch.tensor(numbers)

@@ -161,7 +161,7 @@ class FramePack(OneTransformer):
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
-        """Return the number of sections in a clip. Raises MediaError if it is too short for one."""
+        """Return how many sections a clip has; raise MediaError if it is too short for one."""
         return None if self.one_frame is not None else caching.count_sections(table, frames)
 
     def encode_media(
@@ -234,6 +234,7 @@ class FramePack(OneTransformer):
         guidance = data.send_tensor(cond, "guidance", device)
         # `turn` has the timestep on the host, so that the host need not wait for the device
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
+        # round to the dtype of the guidance
         timesteps = timesteps.to(guidance.dtype).float()
         scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
         return dit(
@@ -330,7 +331,7 @@ class FramePack(OneTransformer):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return those of --f1 and --one_frame that this run uses."""
+        """Return --f1 and --one_frame if this run uses them."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()

@@ -34,7 +34,7 @@ TEXT_ROWS = 512  # number of rows of the language model's states; those after th
 
 
 class FramePackLlama(LlavaTextEncoder):
-    """Text encoder 1: the language model's states of a prompt's own tokens, at most 256 of them."""
+    """LLaMA of HunyuanVideo as FramePack's first text encoder, limited to 256 tokens of a prompt."""
 
     usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
 
@@ -95,7 +95,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
             "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
             "FramePackI2V_HY_bf16.safetensors,"
         )
-        related = hunyuan.describe(checkpoint)
+        related = hunyuan.describe(checkpoint)  # names the model that the file probably is
         if related is None:
             raise other_kind(checkpoint, WHAT, "--dit", files)
         raise CheckpointError(
@@ -124,7 +124,7 @@ class FramePackFiles(HunyuanFiles):
 
     @property
     def image_encoder_path(self) -> Path:
-        """Path of SigLIP. Raises OptionError if --image_encoder is missing."""
+        """Return SigLIP's path; raise OptionError if --image_encoder is missing."""
         return inside(
             require_file(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
             "image_encoder",
@@ -152,6 +152,7 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
         text = ""
         if path.suffix == ".safetensors":
             with open_checkpoint(path) as file:
+                # the first name is written by this program, the second by others
                 text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
         windows[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
     if len(set(windows.values())) > 1:

@@ -91,10 +91,11 @@ def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Pie
     `history` is all that has been generated, in playing order; the newest section is at its front if
     `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.
     """
-    # in playing order, the start image comes before the first section
+    # played forwards, the first section also has the latent frame of the start image
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
+    # forwards, the start image adds a latent frame
     frames = (number + 1) * window
     so_far = history[:, :, :frames] if order.in_front else history[:, :, -(frames + 1) :]
     return Piece(
@@ -162,7 +163,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode a `Piece` at once to pixels 1 3 F H W in playing order, not clamped before its transitions."""
+    """Decode a `Piece` in one go to pixels 1 3 F H W in playing order, unclamped until its transitions."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 

@@ -52,7 +52,7 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of vectors that an image becomes."""
+        """Return how many tokens an image becomes."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -100,7 +100,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
 
 def _select_image_size(positions: int, patch: int, declared: object) -> int:
-    """Return the side that gives `positions` patches: config.json's, else FramePack's, else the smallest."""
+    """Return an image size with `positions` patches: config.json's, FramePack's or else the smallest."""
     side = math.isqrt(positions)
     for size in (declared, IMAGE_SIZE):
         if isinstance(size, int) and size // patch == side:
@@ -145,11 +145,11 @@ class SiglipVision(nn.Module):
         return self.post_layernorm(self.encoder(x))
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Resize to the tower's square without keeping the aspect: B 3 S S in -1..1, float32, on the CPU.
+        """Stretch images to the vision tower's square input: B 3 S S in -1..1, float32, on the CPU.
 
         Pillow resizes (bicubic, antialiased) in 8 bits, as the released model's processor does. torch's float
-        kernel does not clamp between its two passes and is off by up to 21 of 255 steps on noise. Mean and
-        deviation are 0.5, which keeps -1..1.
+        kernel does not clamp between its two passes and is off by up to 21 of 255 steps on noise. The tower
+        normalizes with mean and deviation 0.5, so -1..1 stays as is.
         """
         steps = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         size = (self.image_size, self.image_size)

@@ -31,6 +31,7 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     """
     settings: FramePackRequest = prepared.family_record
     images, end_image = settings.images, prepared.request.end_image_path
+    # each distinct image is encoded once
     embeddings = {path: _encode_embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
     end = [] if end_image is None else [end_image]
     latents = {path: _encode_latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}

@@ -37,7 +37,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive latents of the sequence that are embedded by patches of one size."""
+    """Consecutive latents of the sequence with one patch size."""
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
@@ -123,7 +123,7 @@ def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int)
 
 @dataclass(frozen=True)
 class FramePackTokens(HunyuanTokens):
-    """Inputs of the blocks; the noisy latents are the last tokens of the video."""
+    """Inputs of the blocks; the noisy latents are the last tokens of the video, after clean context."""
 
     @property
     def first_image(self) -> int:
@@ -157,7 +157,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class Refiner(nn.Module):
-    """The refiner's blocks, under their name in the published checkpoints."""
+    """Holds the refiner's blocks under the name that published checkpoints use."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class FramePackRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice,
     ) -> Tensor:
-        """Return text tokens, as `hunyuan_model.token_refiner.TokenRefiner.forward` does."""
+        """Refine text states to tokens, as `hunyuan_model.token_refiner.TokenRefiner.forward` does."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         tokens = in_own_dtype(self.proj_in, text).to(dtype)
         blocks = self.token_refiner.refiner_blocks
@@ -192,7 +192,7 @@ class FramePackRefiner(nn.Module):
 
 
 class CleanEmbedding(nn.Module):
-    """Embed finished latents; patches are 1, 2 or 4 times as large as the noisy ones' along each axis."""
+    """Embed clean latents in patches 1, 2 or 4 times as large as the noisy ones along each axis."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class CleanEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Given:
-    """Finished latents, B in_dim F H W, with their indices in time, B F."""
+    """Clean or noisy latents, B in_dim F H W, with their frame indices, B F."""
 
     name: str  # name of the argument of `FramePackModel.embed`
     latents: Tensor
@@ -249,7 +249,7 @@ class FramePackModel(BlockNetwork):
     dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -357,7 +357,7 @@ class FramePackModel(BlockNetwork):
         )
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""
+        """Project tokens B L+T C to the velocity of the noisy latents, B out_dim F H W float32."""
         frames, rows, columns = tokens.grid
         scale, shift = self.norm_out(tokens.vector[:, :1])
         noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
@@ -368,7 +368,7 @@ class FramePackModel(BlockNetwork):
         )
 
     def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
-        """Raise ValueError if shapes do not match the model or each other; the last kind is noisy."""
+        """Raise ValueError for shapes that do not fit the model or each other; the last kind is noisy."""
         noisy = kinds[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         for kind in kinds:

@@ -218,7 +218,7 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     window = options.latent_window_size
     extra = sample.get("extra") or {}
     frames = sample.get("frames")
@@ -226,7 +226,9 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     image = sample.get("image_path")
     controls = sample.get("control_images") or ()
     one_frame = options.one_frame
+    # the sample repeats a dataset item: use its images and cached settings
     if example is not None:
+        # one-frame items cache clean latents, but not the doubled ones of clips
         one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
         controls = example.controls
         image = next(iter(controls), None) if one_frame else example.picture

@@ -36,7 +36,7 @@ _NEEDS_IMAGE = "FramePack starts from an image, and so does a single picture (--
 
 @dataclass(frozen=True)
 class FramePackRequest:
-    """Settings of a request that only FramePack reads: `Prepared.family_record`."""
+    """Settings in `Prepared.family_record` that only FramePack reads."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single image, which has one section; None: a video
@@ -52,7 +52,7 @@ def prepare_request(
     is_f1: bool,
     takes_shape: bool = False,
 ) -> requests.Prepared:
-    """Resolve the size and the sections of a request, and check its images.
+    """Resolve a request's size and sections, and check its images.
 
     Unusable settings are dropped with a warning.
 
@@ -117,7 +117,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the size of the bucket that the first image would have in a dataset of this resolution."""
+    """Return the bucket size of the first image in a dataset of this resolution."""
     from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)
@@ -198,7 +198,7 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
 
 
 def _with_controls(request: requests.Request) -> requests.Request:
-    """Return the request without unused control images and masks.
+    """Return the request with control images and masks removed if they have no effect.
 
     Raises OptionError if a used file is missing.
     """
@@ -206,6 +206,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
     extra = dict(request.extra)
     masks = _read_paths(extra, "control_image_mask_path")
     named = {"control_image_path": images, "control_image_mask_path": masks}
+    # only one-frame inference uses control images
     if "one_frame" not in extra:
         for name in (name for name, paths in named.items() if paths):
             logger.warning("--%s is ignored because it is for --one_frame_inference", name)
@@ -242,7 +243,7 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
 
 
 def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tuple[str, ...]:
-    """Parse a text's entries for each section, in playing order. Warn of entries for other sections."""
+    """Return each section's entry of a text, in playing order; warn about entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)
@@ -262,7 +263,7 @@ def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tupl
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError, long before the image is used, if it cannot be decoded."""
+    """Raise OptionError early if an image cannot be decoded."""
     if not path.exists():
         raise OptionError(f"{option} {path}: no such file.{explain_missing(path)}")
     requests.check_opens(option.removeprefix("--"), path, is_image=True)

@@ -44,7 +44,7 @@ class Indices:
     target: tuple[int, ...]  # the frames to denoise
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Return the indices of the used parts, by their names in caches."""
+        """Return the frame indices of each used part of the context, by cache key."""
         parts = {
             "latent_indices": self.target,
             "clean_latent_indices": self.clean,
@@ -92,7 +92,7 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def count_window_sections(latent_frames: int, window: int) -> int:
-    """Return the number of full sections in latents, which begin with the start image."""
+    """Return how many full sections a clip has, after the latent frame of its start image."""
     return (latent_frames - 1) // window
 
 
@@ -120,7 +120,7 @@ def pixel_frames(latent_frames: int) -> int:
 
 
 def default_paddings(sections: int) -> tuple[int, ...]:
-    """Return the number of windows between the start image and each section, in the order of generation.
+    """Return how many windows lie between the start image and each section, in the order of generation.
 
     These count down to 0. For more than four sections the released code uses 3, 2, ..., 2, 1, 0 instead.
     """
@@ -170,7 +170,7 @@ def later_indices(first: int) -> Indices:
 
 
 def f1_indices(window: int) -> Indices:
-    """Return the indices of every F1 section: start image, past frames from oldest to newest, target."""
+    """Return every F1 section's frame indices: start image, past frames from oldest to newest, target."""
     return Indices(
         clean=(0, HISTORY),
         clean_2x=_list_indices(1 + FRAMES_4X, FRAMES_2X),
@@ -224,7 +224,7 @@ class Order:
     in_front: bool  # whether each section is played before the sections generated earlier
 
     def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
-        """Return the sections in the order of generation. F1 ignores `paddings`, --latent_paddings."""
+        """Plan the sections in the order of generation; F1 ignores `paddings` (--latent_paddings)."""
         if not self.in_front:
             return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
         further_paddings = default_paddings(sections)[len(paddings) :]
@@ -245,7 +245,7 @@ class Order:
         return history
 
     def clean_latents(self, start: Tensor, history: Tensor) -> CleanLatents:
-        """Return the clean latents that the next section sees."""
+        """Return the clean latents on which the next section is conditioned."""
         if self.in_front:
             near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
         else:
@@ -289,7 +289,7 @@ def compute_flow_shift(tokens: int) -> float:
 
 
 def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
-    """Return the latent frames to decode together, in playing order: two sections each, for a smooth seam."""
+    """Return the latent frames to decode together, in playing order: two sections each, for smooth seams."""
     total = video_latents(sections, window)
     starts = [0, *(index * window + 1 for index in range(1, sections))]
     ends = [min((index + 2) * window + 1, total) for index in range(sections)]

@@ -56,7 +56,7 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column: a LoRA at a strength, or no LoRA; with several experts, one LoRA for each expert."""
+    """One column of a comparison: a LoRA at a strength, or no LoRA; with two experts, one LoRA for each."""
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
@@ -170,7 +170,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns to generate, each with only the cells that have neither a clip nor latents."""
+    """Return the columns reduced to the cells that have neither a clip nor saved latents yet."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(run, cell.clip).exist]
@@ -259,7 +259,7 @@ def make_variants(
 
 
 def _find_first_path(column: network_setup.LorasByExpert) -> Path:
-    """Return the file of the first expert that has one in this column."""
+    """Return the path of the first LoRA file in a column, of any expert."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
@@ -279,9 +279,9 @@ def _hash(path: Path) -> str:
 
 
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
-    """Make the job of a prompt in a column, with its file name: line, seed and column.
+    """Make the job that generates a prompt in one column of the comparison.
 
-    If a different clip already has this name, `_` is appended.
+    Its file name has line, seed and column; `_` is appended if another clip already has this name.
 
     Args:
         run: The run.
@@ -341,7 +341,7 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
-    """Generate the latents of the clips; each file is written as soon as it is finished."""
+    """Denoise the clips of a comparison; each latent file is written as soon as its clip is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
@@ -399,7 +399,7 @@ def load_for_columns(
 def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
-    """Yield the clips of each column with one network, whose weights are changed for each column."""
+    """Load the network once and change its weights for each column; yield the clips of each column."""
     dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
@@ -416,7 +416,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Return a phase of denoising for these clips, in which networks are loaded with these LoRAs."""
+    """Return a denoising phase, which loads networks with these LoRAs and yields the `dit_at` function."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
@@ -480,7 +480,7 @@ def write_grid(
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the prompt if there is only one, else the names of the trainings: x for x-000010."""
+    """Return the prompt of a single job, or the names of the compared trainings (x for x-000010)."""
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]

@@ -162,13 +162,13 @@ def predictor(
     all_passes: steps.Overrides = steps.NO_OVERRIDES,
     clean_streams: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
-    """Make the function `predict(*conditions, overrides=...)` of a step, which returns one velocity each.
+    """Return the function `predict(*conditions, overrides=...)` of a step, which returns one velocity each.
 
     Args:
         family: The model family.
         dit_at: Returns the network to call at a timestep.
         step: The step, with its noisy latents.
-        split: Run the passes one by one.
+        split: Run the guidance passes one by one instead of as one batch.
         all_passes: Overrides for every pass; the overrides of each call are added.
         clean_streams: Whether all images, and whether all audio, of the section are fixed; a fixed stream has
             timestep 0.
@@ -207,7 +207,7 @@ def predictor(
 
 
 def _are_alike(conditions: Sequence[Conditions]) -> bool:
-    """Return whether conditions can be batched: same names and shapes; lists may differ in length."""
+    """Return whether conditions can be batched: equal names and shapes; lists may differ in length."""
     outlines = [
         {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
         for condition in conditions
@@ -216,7 +216,7 @@ def _are_alike(conditions: Sequence[Conditions]) -> bool:
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Stack the conditions of several passes into one batch."""
+    """Concatenate the conditions of several guidance passes along the batch dimension."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [condition[name] for condition in conditions]
@@ -226,7 +226,7 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 
 
 class SeededNoise:
-    """Draw the noise of one request from one random generator.
+    """Random generator for the noise of one request.
 
     By default the generator is on the device, and its numbers depend on the type of device. With `cpu_noise`
     it is on the CPU: the numbers of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
@@ -371,8 +371,9 @@ def sections_of(
                 from blissful_tuner.video_to_video import fit_frames  # only with a source
 
                 # a section may end after the source, with the frame of an end image: repeat the last frame
-                part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
-                section = replace(section, source=part)
+                source_frames = source[:, :, section.place :]  # from the section's first latent frame on
+                section_source = fit_frames(source_frames, section.noise.shape[2], "end")
+                section = replace(section, source=section_source)
             section = sections.send((yield section))
     except StopIteration as end:
         return end.value

@@ -129,7 +129,7 @@ ALONE = ExpertTurns()  # of a model with one transformer
 
 
 def order_turns(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
-    """Return the order of experts if these requests run one after the other, each --num_videos times."""
+    """Return how the experts alternate when all requests run in sequence, each --num_videos times."""
     return ExpertTurns(
         tuple(plan_turns(family, [*requests] * options.num_videos)),
         keep=options.interactive,
@@ -175,7 +175,7 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
         request_by_size[size] = prepared
 
     def is_exceeded(size: tuple[int, int, int]) -> bool:
-        """Return whether another size is at least as large in each of the three numbers."""
+        """Return whether another request is at least as large in area, frames and reference pixels."""
         for other in request_by_size:
             if other != size and all(larger >= value for larger, value in zip(other, size, strict=True)):
                 return True

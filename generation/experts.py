@@ -66,7 +66,7 @@ LoadToHost = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 @dataclass(frozen=True)
 class ReadingAhead:
-    """An expert that is being read by a thread."""
+    """An expert whose weights a thread is reading into host memory."""
 
     expert: int
     reading: Future[tuple[nn.Module, WaitingNetwork]]
@@ -172,10 +172,10 @@ class DitTurns:
                 _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Return whether the working networks may stay on the device during other work.
+        """Return whether the loaded networks may stay on the device during other work.
 
         Args:
-            needed: Bytes that the other work needs; None if unknown, so that the networks must leave.
+            needed: Device memory of the other work in bytes; None if unknown, which returns False.
         """
         if self.device.type == "cpu":
             return True
@@ -317,7 +317,7 @@ class DitTurns:
         If the thread only ran out of memory, return without the expert: it is loaded once the other one is
         done.
         """
-        if ahead.expert != expert:
+        if ahead.expert != expert:  # an earlier request ended before its turn
             self._end_ahead(ahead)
             return
         if not ahead.reading.done():

@@ -52,7 +52,7 @@ class SheetOptions(Options, title="comparison sheet"):
 
     @property
     def has_prompts(self) -> bool:
-        """Return whether an axis lists the prompts themselves."""
+        """Whether one of the axes varies the prompt."""
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
 
     def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
@@ -112,7 +112,7 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
-    """Parse the values of an axis. Raises OptionError naming the axis and the invalid value."""
+    """Parse the values of a grid axis; raise OptionError with the axis and the value that is invalid."""
     for text in texts:
         if texts.count(text) > 1:
             raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
@@ -153,7 +153,7 @@ MAX_COLUMNS = 64
 
 
 class CompareOptions(Options, title="comparison"):
-    """Comparison of every LoRA file at every strength."""
+    """Which LoRA files and strengths tools/compare.py compares."""
 
     family: str | None = option("family of the model; default: as the first LoRA says")
     lora: tuple[Path, ...] = option(

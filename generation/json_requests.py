@@ -43,7 +43,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 
 class Interrupts:
-    """Let SIGINT end the current request, but never the process or an answer that is being written."""
+    """Handle SIGINT so that it ends the current request, but never the process or an event being written."""
 
     def __init__(self) -> None:
         self._may_raise = False
@@ -84,14 +84,14 @@ class Interrupts:
 
 
 class Answers:
-    """Write answers to what was standard output."""
+    """Write events as lines of JSON to a stream, the process's original standard output."""
 
     def __init__(self, stream: TextIOWrapper, interrupts: Interrupts) -> None:
         self._stream = stream
         self._interrupts = interrupts
 
     def send(self, event: str, **facts: Any) -> None:
-        """Write an answer.
+        """Write an event as one line of JSON.
 
         Raises:
             BrokenPipeError: If the reader has closed the pipe.
@@ -102,7 +102,7 @@ class Answers:
 
 
 class _WarningSender(logging.Handler):
-    """Send each warning of the log once."""
+    """Log handler that sends each distinct warning once as an event."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__(logging.WARNING)
@@ -118,7 +118,7 @@ class _WarningSender(logging.Handler):
 
 @contextlib.contextmanager
 def send_warnings(answers: Answers) -> Iterator[None]:
-    """Send the warnings that the script logs in the block as answers."""
+    """Send warnings that are logged inside the `with` block as events."""
     handler = _WarningSender(answers)
     logging.root.addHandler(handler)
     try:
@@ -166,7 +166,10 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
 
 
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
-    """Return the run with previews in a folder, if its latents can be shown and no tool hides anything."""
+    """Return the run with previews in a folder.
+
+    The run is returned unchanged if its latents have no preview, or if a tool is there to hide content.
+    """
     hides = run.post is not None and run.post.hides
     if run.previews is not None:
         return replace(run, previews=replace(run.previews, folder=folder))

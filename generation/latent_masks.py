@@ -32,7 +32,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return the latents with the noisy reference in the regions where the two hardly differ.
+    """Reset the latents to the noisy reference in the regions where the two hardly differ.
 
     Call before each step, once its velocity is known, so that small deviations do not accumulate.
 
@@ -94,7 +94,7 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
-    """Write the mask of changes at a step as an image, if the rules ask for it."""
+    """Write the mask of changed latents at a step as an image, if the options ask for it."""
     anchor = done.section.anchor
     sigma = done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:

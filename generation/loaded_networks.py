@@ -118,7 +118,7 @@ class Session:
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
-        """Return the number of texts that `texts` would have to encode."""
+        """Return the number of prompts that `texts` would have to encode."""
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def encode_with_loras(
@@ -171,7 +171,7 @@ class Session:
             self._has_image_encoder = False
 
     def free(self) -> None:
-        """Release all networks, and the device memory that torch caches."""
+        """Free all networks and torch's cached device memory."""
         for encoder in self._text_encoders or ():
             encoder.free()
         self._media = None
@@ -198,7 +198,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return each text of several requests once. `prompts` are results of `wanted_texts`."""
+    """Return the distinct prompts of several requests, each given as a result of `wanted_texts`."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():
@@ -211,13 +211,14 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
 def gather_encoded(
     prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    """Return the encoded texts of each section.
+    """Assign the encoded prompts to each section.
 
     Args:
-        prompts: Texts of each section.
-        encoded: Conditions of each text.
+        prompts: Prompts of each section, by its index.
+        encoded: Conditions of each prompt.
     """
-    conditions_of: dict[Prompt | None, Conditions | None] = {None: None}  # a text that is not needed is None
+    # a prompt that is not needed, such as the negative one without guidance, is None
+    conditions_of: dict[Prompt | None, Conditions | None] = {None: None}
     for text, conditions in encoded.items():
         conditions_of[text] = conditions
     return {

@@ -189,7 +189,7 @@ def _show_end(
     seconds: float,
     num_failed: int,
 ) -> None:
-    """Log the written files, if any; latents come first."""
+    """Log the files that a run wrote, if any, latent files first."""
     paths: list[Path] = []
     if run.options.output.output_type in LATENT_OUTPUTS:
         paths = [job.latent_path for job in denoised if job.latent_path is not None]
@@ -210,6 +210,7 @@ def encode_all_inputs(
         else:
             inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
+        # the VAE is needed again if the results are decoded
         again = run.options.output.output_type not in UNDECODED
         with run.session.media(images=True, again=again) as encoders:
             for job in with_media:
@@ -220,7 +221,7 @@ def encode_all_inputs(
 
 
 class Ready(NamedTuple):
-    """A job with its encoded texts and inputs, by section."""
+    """A job with its encoded prompts and inputs, by section index."""
 
     job: GenerationJob
     texts: Mapping[int, EncodedPrompts]
@@ -280,7 +281,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve a name for a job's files while it is denoised; a name from the user or job is used as is."""
+    """Reserve a file name for a job until its clip is saved; a name from the user or job is used as is."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end
@@ -344,7 +345,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             return False
 
         def on_section(section: Section) -> None:
-            """Show the result so far, and start the bar of the next section."""
+            """Preview the sections finished so far, and start the progress bar of the next section."""
             nonlocal bar, section_preview
             bars.close()
             if preview_section is not None:
@@ -360,7 +361,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
 @dataclass
 class _SectionPreview:
-    """Preview of a video that is generated in sections; each finished section is appended to it."""
+    """Preview of a video that is generated in sections; each decoded section is appended."""
 
     run: GenerationRun
     job: GenerationJob

@@ -58,7 +58,7 @@ DECODED = 13
 
 @dataclass(frozen=True)
 class PhasePrediction:
-    """Predicted memory of one request: denoising without swapped blocks, effect of swapping, other phases."""
+    """Predicted memory of a request's denoising, of block swap's effect on it, and of other phases."""
 
     moments: Mapping[str, dry.Moment]  # place in the step -> its peak
     swaps: Sequence[memory_plan.Swapped]  # the item at index n is the effect of --blocks_to_swap n
@@ -292,7 +292,7 @@ def _place_loras(
     prepared: Prepared,
     ledger: dry.Ledger,
 ) -> None:
-    """Place the LoRAs of quantized layers and of the request's stages on the device, next to the weights."""
+    """Allocate the LoRAs of quantized layers and of the request's stages on the device, for a dry run."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
             add_unmerged(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
@@ -304,7 +304,7 @@ def _place_loras(
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
-    """Return a function from timestep to network, with the request's step cache if it has one."""
+    """Return a function from a timestep to the network, wrapped in the request's step cache if it has one."""
     if prepared.request.step_cache is None:
         return nullcontext(lambda _: dit)
     return StepCaches(prepared, family.dit).section(lambda _: dit)
@@ -313,7 +313,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return bytes and name of each network that runs between steps: for previews, or to start a stage."""
+    """Return bytes and name of each network that runs between steps, for previews or to start a stage."""
     between: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:
@@ -321,6 +321,7 @@ def _list_work_between_steps(
         decoder = check_taehv(preview_vae, family.latent)
         preview_bytes = decoding_bytes(decoder, torch.float16, height, width)
         between.append((preview_bytes, "decoding a preview"))
+    # networks that make the input of the request's next stage, each with the shape of its input
     for load, shape in prepared.begun_by:
         network = load(META)
         with rehearsing(network) as ledger:
@@ -371,7 +372,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase from the largest moment of a dry run: weights, work and other memory of the device."""
+    """Return a phase whose memory is that of the dry run's largest moment, with the memory `extra`."""
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights

@@ -64,7 +64,7 @@ def plan_ways(
 
 
 class _DividedRun:
-    """Predict the memory of a run on several GPUs, from rehearsals of the full and of the split network."""
+    """Predict the memory per GPU from dry runs with the full network and with the network split over GPUs."""
 
     def __init__(
         self,

@@ -182,7 +182,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return the key in `LORA_OPTIONS` for an expert."""
+    """Return an expert's key in `LORA_OPTIONS`."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -253,7 +253,7 @@ def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequenc
     for key, uses in uses_by_key.items():
         if key in keys:
             continue
-        has_single = any(not use.lora.parts for use in uses)
+        has_single = any(not use.lora.parts for use in uses)  # files that are not split by expert
         is_of_named_expert = bool(key and uses)
         if has_single or is_of_named_expert:
             dit = f"--dit_{key}" if key else "--dit"
@@ -340,7 +340,7 @@ def _make_preset_checks(
 
 
 def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
-    """Log what --optimized sets, what is unavailable here, and which options the user set differently."""
+    """Log what --optimized sets, what is unavailable on this machine, and what the user set otherwise."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]

@@ -59,7 +59,7 @@ from runtime.options import GenerationSpeedOptions
 
 
 class ExpertOptions(Options, title="two experts"):
-    """The LoRAs of the high-noise expert, and how the experts take turns."""
+    """LoRAs of the high-noise expert, and how the two experts share device memory."""
 
     lora_weight_high_noise: tuple[Path, ...] | None = option(
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
@@ -133,7 +133,7 @@ ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the kno
 
 
 class GenerationOptions(Options, title="run"):
-    """One run of a generation script."""
+    """All shared options of a generation script."""
 
     request: RequestOptions = option(facts=OF_REQUEST)
     scheduler: str | None = option(
@@ -366,12 +366,14 @@ def read_generation(
     values = option_values(options) | option_values(family_options)
     if options.post.post:
         values["post"] = options.post.tools.in_words  # without the paths of its model files
+    # options that only change how latents are decoded, by the marks in their declarations
     decoding_options = frozenset(
         name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
     has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
     recorded = _select_recorded(parser, args, info)
     settings = {name: value for name, value in values.items() if name in recorded}
+    # a --save_path with a file name is split into folder and name
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(
         options,
@@ -396,7 +398,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, info: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the typed options to record in metadata: all except those recorded elsewhere or never."""
+    """Return the names of typed options to record in metadata, without those recorded elsewhere or never."""
     recorded = {
         action.dest
         for action in parser._actions

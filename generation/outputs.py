@@ -52,10 +52,10 @@ class FrameTools(Protocol):
         """Whether a tool hides something, such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
-        """Read the headers of the tools' model files.
+        """Check the model files of the post-processing tools by their headers.
 
         Raises:
-            UserError: If a file does not fit.
+            UserError: If a file does not suit its tool.
         """
 
     def check_length(self, frames: int, label: str) -> None:
@@ -67,12 +67,14 @@ class FrameTools(Protocol):
         """
 
     def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the processed frames and their frame rate; the first call loads the networks.
+        """Run the tools on the frames; return the processed frames and their frame rate.
+
+        The first call loads the networks.
 
         Args:
-            frames: The frames.
+            frames: Frames of the clip.
             fps: Frames per second.
-            is_single: Whether there is only one frame.
+            is_single: Whether the clip is a single image.
 
         Raises:
             UserError: If a tool fails.
@@ -128,7 +130,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """Append underscores to a stem until no file has it with one of the suffixes."""
+    """Append underscores to a file stem until no file with one of the suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -304,7 +306,7 @@ def _save_frames(
 def _save_audio(
     options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write audio without images."""
+    """Write an audio file without a video."""
     if track is None:
         raise OptionError(f"{stem}: the latents hold sound alone, which is not made here. Ask for sound")
     name = options.file_name or free_stem(options.save_path, stem, [AUDIO_SUFFIX]) + AUDIO_SUFFIX
@@ -354,7 +356,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
-    """Yield the frames, and keep the last ones in `last` up to its length limit."""
+    """Yield the frames, and store the last ones in `last` up to its maximum length."""
     for frame in frames:
         last.append(frame)
         yield frame

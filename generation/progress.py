@@ -109,7 +109,7 @@ def show_start(
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
-    """Return the table row that describes the results: their kind, such as `clip`, and their size."""
+    """Return the log row with the kind of results, such as `clip`, and their size."""
     first = requests[0]
     size = size_in_words(first, has_layers)
     if len(requests) == 1:
@@ -121,7 +121,7 @@ def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
 
 
 def experts_in_words(family: Family) -> list[str]:
-    """Return a line for each named expert, with its file and its timesteps."""
+    """Return a log line for each named expert, with its file and its range of timesteps."""
     experts = family.experts
     lines = []
     for expert, file in zip(experts, family.dit_files, strict=False):
@@ -147,7 +147,7 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Log the results with time and memory; the path only if there is a single result."""
+    """Log the results of a run, the time and the peak memory; a single result is logged with its path."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     size = as_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
@@ -217,7 +217,7 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video while the session's DiT generates its sections."""
+    """Preview of a video that grows while its sections are generated."""
 
     session: Session
     path: Path
@@ -233,11 +233,11 @@ class GrowingVideo:
     _is_locked: bool = False
 
     def add(self, piece: Piece) -> None:
-        """Add a new piece to the preview.
+        """Decode a new piece of the video and append it to the preview.
 
-        It is decoded while the DiT is on the device, or after moving the DiT to host memory if there is too
-        little device memory. An error ends the preview with a warning, and the generation continues. If the
-        DiT cannot be moved back, the error is raised.
+        If device memory is too small, the DiT is moved to host memory while the piece is decoded. An error
+        ends the preview with a warning, and the generation continues. If the DiT cannot be moved back, the
+        error is raised.
         """
         if self._has_failed:
             return
@@ -294,7 +294,7 @@ class GrowingVideo:
             )
 
     def _decode(self, piece: Piece) -> Tensor:
-        """Decode a piece to pixels 1 3 F H W in host memory."""
+        """Decode a piece to pixels, 1 3 F H W, in host memory."""
         with self.session.media(images=False, again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
@@ -333,7 +333,7 @@ def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
 
 
 def remove_preview(preview: Path) -> None:
-    """Remove the preview of a finished video, if there is one; warn if it cannot be removed."""
+    """Delete the preview of a finished video, if there is one; warn if it cannot be deleted."""
     try:
         preview.unlink(missing_ok=True)
     except OSError as error:

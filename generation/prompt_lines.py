@@ -84,7 +84,7 @@ def read_number(text: str) -> float:
 
 
 def read_fraction(text: str) -> float:
-    """Parse a number from 0 to 1. Raises ValueError if the text is none."""
+    """Parse a number from 0 to 1; raise ValueError for any other text."""
     number = read_number(text)
     if not 0 <= number <= 1:
         raise ValueError(f"{text} is not from 0 to 1")
@@ -92,7 +92,7 @@ def read_fraction(text: str) -> float:
 
 
 def read_switch(text: str) -> int:
-    """Parse 0 for off, or 1 for on. Raises ValueError if the text is neither."""
+    """Parse 0 (off) or 1 (on); raise ValueError for any other text."""
     if text not in ("0", "1"):
         raise ValueError(f"{text!r} is neither 0 nor 1")
     return int(text)
@@ -106,9 +106,10 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Parse `480 832`, in the order of --video_size.
+    """Parse a height and a width such as `480 832`, in the order of --video_size.
 
-    Raises ValueError if the text does not have this form.
+    Raises:
+        ValueError: If the text is not of this form.
     """
     match = JOINED.fullmatch(text)
     if match is None:
@@ -469,7 +470,7 @@ def lines_of(path: Path | None) -> dict[str, str | None]:
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines that have a prompt, with their line numbers from 1."""
+    """Return the lines that contain a prompt, each with its line number from 1."""
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
 
 

@@ -169,7 +169,7 @@ def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tu
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return the family's own settings as text, by their keys; lists are joined by line breaks."""
+    """Return the family's own settings as text, by option name; lists become one line per item."""
     extra = {}
     for name, (key, option_value) in options.extras.items():
         value = line.get(name, option_value)
@@ -224,7 +224,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _has_control(table: object) -> bool:
-    """Return whether all items of a table of `ss_datasets` had control media."""
+    """Return whether all items of a table in the `ss_datasets` metadata were trained with control media."""
     return isinstance(table, dict) and table.get("has_control") is True
 
 
@@ -274,7 +274,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
 
 def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
-    """Warn about tags such as <lora:style:0.8>, which other programs remove from a prompt."""
+    """Warn that LoRA tags such as <lora:style:0.8>, a syntax of other programs, have no effect."""
     for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
@@ -284,7 +284,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn about LoRAs that were trained to edit images if a request has no image."""
+    """Warn if a request without an image uses LoRAs that were trained for image editing."""
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
@@ -313,7 +313,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Expected peaks of device memory for tensors, in bytes."""
+    """Predicted peak device memory of a run's tensors, in bytes."""
 
     maximum: int  # of all phases
     decoding: int  # while latents become pixels
@@ -336,7 +336,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationRun:
-    """The family, options and session that all modes of generation work with."""
+    """The family, options and session shared by all modes of generation."""
 
     family: Family
     options: GenerationOptions

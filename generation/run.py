@@ -90,7 +90,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if --post or the file name in --save_path cannot be used for the frame counts."""
+    """Raise OptionError if --post or the suffix of --save_path does not suit the number of frames."""
     latent = run.family.latent
     frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:
@@ -408,7 +408,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
     for expert, numbers in new.items():
         if len(numbers) != len(current.get(expert, ())):
             raise OptionError(f"{len(numbers)} strengths for {len(current.get(expert, ()))} LoRAs")
-    lora = replace(options.lora, lora_multiplier=tuple(new[""]))
+    lora = replace(options.lora, lora_multiplier=tuple(new[""]))  # "": the only or the low-noise expert
     experts = replace(options.experts, lora_multiplier_high_noise=tuple(new[HIGH_NOISE]))
     options = replace(options, lora=lora, experts=experts)
     uses = expert_loras(run.family, options, with_texts=True)

@@ -24,7 +24,7 @@ def _read_leading_full(text: str) -> int:
 
 
 def _read_sample_seed(text: str) -> int:
-    """Return the number at the start of a text, as other trainers do, or else the hash of the text."""
+    """Return the seed of a sample: the number that a text starts with, otherwise a hash of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
     return _read_leading_full(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
@@ -35,7 +35,7 @@ def _read_leading_number(text: str) -> float:
 
 
 def _match_leading(pattern: str, text: str) -> str:
-    """Return the number that a text begins with; the rest is ignored with a warning."""
+    """Return the number at the start of an option's text; warn that the remaining text is ignored."""
     match = re.match(pattern, text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} does not begin with a number")
@@ -183,7 +183,7 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_sample_file(path: Path) -> str:
-    """Return the text of a training prompt file.
+    """Read the text of a training prompt file.
 
     Raises:
         OptionError: If the file cannot be read.
@@ -247,7 +247,7 @@ def _read_toml_entries(text: str) -> list[dict[str, Any]]:
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Return the result of `read` for each entry. Raises one OptionError with the errors of all entries."""
+    """Call `read` on each entry and return the results; one OptionError lists the errors of all entries."""
     results = []
     errors = []
     for entry in entries:
@@ -284,7 +284,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _list_kinds() -> dict[str, type]:
-    """Return the types of the values that a prompt's table may have, by key."""
+    """Return the accepted type of each value in a prompt's TOML table, by key."""
     kinds: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
         kinds[option.key] = list if option.repeats else type(option.read("1"))

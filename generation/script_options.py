@@ -226,14 +226,14 @@ class OutputOptions(Options, title="output"):
 
     @property
     def writes_audio(self) -> bool:
-        """Whether audio is written, with a video or as a separate file."""
+        """Whether the script writes audio, as part of a video or as a separate file."""
         return self.output_type not in UNDECODED and (
             self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
         )
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
-    """Return an option of a preset as a user would type it."""
+    """Return an option of a preset as typed on the command line."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
@@ -254,7 +254,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """Defaults of the shared options in the script of one family, and which options the script has.
+    """Defaults of the shared generation options in one family's script, and which options the script has.
 
     None stands for the task's default, unless the field says otherwise.
     """
@@ -315,7 +315,7 @@ class ScriptDefaults:
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}
 
     def declared(self) -> dict[str, Any]:
-        """Return the settings of `GenerationOptions` for `add_options` in this script."""
+        """Return this script's changes to `GenerationOptions`, as keyword arguments of `add_options`."""
         source = self.source.declared()
         rejected_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
         return {
@@ -374,7 +374,7 @@ class ScriptDefaults:
             "output_type": {
                 "choices": list(self.output_types),
                 "help": f"what to write: {output_types}",
-                "refused": {},
+                "refused": {},  # the types that this script lacks are no longer among the choices
             },
             "scheduler": {
                 "choices": list(self.solver_names),

@@ -44,7 +44,7 @@ MAX_PLAYING, TALLEST = 100, 4096  # limits of a video: files open at once, heigh
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column; None for a clip that failed."""
+    """A prompt and its clips, one for each column of the sheet; None for a clip that failed."""
 
     prompt: str
     fps: float
@@ -97,7 +97,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
     """Yield the HTML cells of a row.
 
-    With `is_lower` the first cell is left out, because the row above it shows that cell.
+    With `is_lower` the first cell is omitted, because the cell of the row above spans both rows.
     """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
@@ -112,7 +112,7 @@ def is_image(path: Path) -> bool:
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """Yield the frames, H W 3, of a clip or the one of an image; transparent parts show a checkerboard."""
+    """Yield the frames of a clip or of an image, H W 3; transparency shows as a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
     return islice(video_frames(path), MAX_FRAMES)
@@ -145,15 +145,15 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
 def play(grid: ClipGrid) -> Iterator[Frame]:
     """Yield frames of all clips side by side; a clip that has ended repeats its last frame."""
     playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
-    shown = [[next(frames, None) for frames in row] for row in playing]
+    current_frames = [[next(frames, None) for frames in row] for row in playing]
     while True:
-        yield compose(grid, shown)
+        yield compose(grid, current_frames)
         has_more = False
         for row, frames_in_row in enumerate(playing):
             for column, frames in enumerate(frames_in_row):
                 frame = next(frames, None)
                 if frame is not None:
-                    shown[row][column] = frame
+                    current_frames[row][column] = frame
                     has_more = True
         if not has_more:
             return
@@ -199,7 +199,7 @@ def _make_blank_sheet(width: int, height: int) -> Image.Image:
 
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return the width and height of each frame in pixels of the sheet."""
+    """Return the width and height of each frame on the sheet, in pixels."""
     side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
@@ -230,7 +230,7 @@ def _fit_side(frame: Frame, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """Write the labels of a sheet, each on a single line."""
+    """Draw the labels of a comparison sheet, each on a single line."""
 
     draw: ImageDraw.ImageDraw
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -303,9 +303,9 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     grid = _make_grid(run.options.axes, paths, prompt, first.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
-    words = words_of(prompt) if output.prompt_in_name else ""
-    if words:
-        name = f"{name}_{words}"
+    prompt_name = words_of(prompt) if output.prompt_in_name else ""  # first words of the prompt
+    if prompt_name:
+        name = f"{name}_{prompt_name}"
     with reserve_stem(output.save_path, name) as stem:
         if all(map(is_image, grid.clips)):
             path = output.save_path / f"{stem}.png"

@@ -53,7 +53,7 @@ DIMENSIONS = hunyuan.DIMENSIONS  # blocks and refiner have the same names as in 
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is a transformer of this family; return None if it is not."""
+    """Describe the file if it is a HunyuanImage transformer; otherwise return None."""
     try:
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
@@ -154,7 +154,7 @@ class HunyuanImageFiles(TransformerFiles):
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanImageFiles":
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoders' options added."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -173,7 +173,7 @@ class HunyuanImageFiles(TransformerFiles):
 
     @property
     def byt5_path(self) -> Path:
-        """Path of ByT5. Raises OptionError if --byt5 is missing."""
+        """Return ByT5's path; raise OptionError if --byt5 is missing."""
         return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the picture")
 
     def text_encoders(self) -> list[TextEncoder]:

@@ -35,7 +35,7 @@ GLYPH_EPS = 1e-5  # epsilon of the norm before the glyph layers
 
 
 class GlyphEmbedding(nn.Module):
-    """Turns states of the glyph encoder into text tokens, B G glyph_dim to B G C."""
+    """Project the glyph encoder's states, B G glyph_dim, to text tokens, B G C."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GlyphEmbedding(nn.Module):
         self.fc3 = nn.Linear(second, config.dim)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return text tokens, B G C, of states B G glyph_dim."""
+        """Return text tokens, B G C, from the glyph encoder's states, B G glyph_dim."""
         hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
         return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
 
@@ -127,7 +127,7 @@ class HunyuanImageModel(BlockNetwork):
         ):
             states, counts = self._embed_prompt(prompt, timesteps, dtype)
             lengths = None
-            if min(counts) != states.shape[1]:
+            if min(counts) != states.shape[1]:  # some sample is padded
                 lengths = make_lengths([len(rotary) + count for count in counts], noisy.device)
             texts.append(EmbeddedText(states, lengths, vector))
         return join_tokens(
@@ -154,7 +154,7 @@ class HunyuanImageModel(BlockNetwork):
         tokens = self.txt_in(text[:, :longest], timesteps, counts, dtype=dtype, attention=self.attention)
         text_counts = counts or [longest] * len(text)
         longest, counts = real_tokens(prompt["glyph_mask"])
-        glyph_counts = counts or [longest] * len(glyphs)
+        glyph_counts = counts or [longest] * len(glyphs)  # None: all are real
         if any(glyph_counts):  # in each sample they come first, then the text, then padding
             glyph_tokens = self.byt5_in(glyphs[:, :longest]).to(dtype)
             tokens = join_texts(glyph_tokens, glyph_counts, tokens, text_counts)

@@ -52,7 +52,7 @@ class HunyuanImageVaeOptions(Options):
 
     @property
     def tile(self) -> int | None:
-        """Edge of a tile in pixels; None without tiling."""
+        """Edge length of a VAE tile in pixels; None disables tiling."""
         size = self.file.vae_spatial_tile_sample_min_size
         return size or (TILE if self.file.vae_tiling else None)
 
@@ -184,7 +184,7 @@ def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     return files | _list_text_options(options.text)
 

@@ -72,7 +72,7 @@ _QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2
 
 
 def find_quoted(prompt: str) -> list[str]:
-    """Return the texts in quotation marks: all in straight ones, then single curly, then double curly."""
+    """Return the quoted texts: those in straight quotes first, then single curly, then double curly ones."""
     return [text for pattern in _QUOTED for text in pattern.findall(prompt)]
 
 
@@ -83,7 +83,7 @@ def glyph_text(prompt: str) -> str | None:
 
 
 class QwenTextEncoder(LanguageModelEncoder):
-    """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens.
+    """Qwen2.5-VL's language model, which gives one state for each token of a prompt.
 
     Prompts are encoded one at a time: several at once would be summed in another order, which changes the
     last bits.
@@ -105,7 +105,7 @@ class QwenTextEncoder(LanguageModelEncoder):
 
 
 class GlyphTextEncoder:
-    """ByT5, trained on the characters that images show. It reads the quoted words of a prompt.
+    """ByT5 for rendered characters: encode the quoted words of a prompt.
 
     Weights of parts of a prompt have no effect.
     """
@@ -130,11 +130,11 @@ class GlyphTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on in addition to the text, found without loading weights."""
+        """Return what the text states depend on besides the text; reads no weights."""
         return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts the bytes of the words to render, including the end token."""
+        """Return a function that counts ByT5's tokens: one per byte to render, plus the end token."""
 
         def count(text: str) -> TokenCount:
             glyphs = glyph_text(text) or ""
@@ -180,5 +180,5 @@ class GlyphTextEncoder:
         return results
 
     def free(self) -> None:
-        """Release the network."""
+        """Unload the network."""
         self._loaded.free()

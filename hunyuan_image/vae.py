@@ -65,10 +65,7 @@ class FoldDown(nn.Module):
 
 
 class FoldUp(nn.Module):
-    """Doubles height and width, B C H W to B C' 2H 2W: the reverse of `FoldDown`.
-
-    The shortcut repeats channels.
-    """
+    """Upsample by 2, B C H W to B C' 2H 2W, as the reverse of `FoldDown`; a shortcut repeats channels."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -96,7 +93,7 @@ class HunyuanImageVaeEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z h w, of pixels x, B 3 H W."""
+        """Encode pixels, B 3 H W, to means and log variances, B 2Z h w."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -254,7 +251,7 @@ class NamesByLevel:
         self._changes = {half: sorted(numbers) for half, numbers in changes.items()}
 
     def __call__(self, name: str) -> str:
-        """Translate one of diffusers' tensor names."""
+        """Translate a tensor name of diffusers to the published name."""
         match = _LAYER.fullmatch(name)
         if match is None:
             return translate_name(name, DIFFUSERS)

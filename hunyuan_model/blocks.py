@@ -59,9 +59,9 @@ class HunyuanTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the inputs for the tokens at the ascending positions `kept`, B K.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        Only tokens of the latents to learn are left out.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
@@ -82,7 +82,7 @@ class HunyuanTokens:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The vectors that modulate the video's tokens and the texts', each B S C."""
+        """The modulation vectors of video tokens and of text tokens, each B S C."""
         return self.vector[:, :1], self.vector
 
     @property
@@ -116,7 +116,7 @@ class TokensWithTurnedText(HunyuanTokens):
         return replace(super().cut(part), rotary_of_image=part.rows(self.rotary_of_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Select as `HunyuanTokens.select`, including the rotary rows of the video."""
+        """Select video tokens and the rotary rows of these; arguments as in `HunyuanTokens.select`."""
         of_image = take_rows(self.rotary_of_image, kept, num_left_out)
         return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
@@ -132,7 +132,7 @@ class TokensWithTurnedText(HunyuanTokens):
 
 
 class EmbeddedText(NamedTuple):
-    """An embedded text, and what the blocks need to know about it."""
+    """Tokens of an embedded text, with their lengths and the modulation vector."""
 
     tokens: Tensor  # B T C
     lengths: Lengths | None  # number of real tokens of video and this text, per sample; None: all
@@ -157,7 +157,7 @@ def join_tokens(
         **inputs: Further fields of that class.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
-    vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
+    vectors = {id(text.vector): text.vector for text in texts}  # two texts may share one vector
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
         return Hidden(x, tokens)
@@ -200,7 +200,7 @@ class DoubleStreamBlock(nn.Module):
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, last layer of attention, and feed-forward layers."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
@@ -285,7 +285,7 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         if is_text:
             return self.txt_mod, self.txt_attn_proj, self.txt_mlp
         return self.img_mod, self.img_attn_proj, self.img_mlp
@@ -342,8 +342,9 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
-    # a second text; this process's part of the tokens; the kind of attention
-    second, part, choice = tokens.second, tokens.part, tokens.attention
+    second = tokens.second  # a second text, which the video attends to separately
+    part = tokens.part  # this process's part of the tokens
+    choice = tokens.attention
     if part is not None:
         query, key, value = part.gather_tokens(query, key, value)
     if second is None:

@@ -68,7 +68,7 @@ def identify(path: Path) -> str | None:
 
 
 def describe(checkpoint: Checkpoint) -> str | None:
-    """Return the model's name for an open file without prefixes, for another family's error message."""
+    """Return the name of the model in an opened checkpoint, for another family's error message."""
     relative = _name_relative(checkpoint)
     if relative is not None:
         return relative
@@ -171,7 +171,7 @@ def read_block_dimensions(
 
 
 def _has_refiner(names: Iterable[str]) -> bool:
-    """Return whether there is a refiner; FLUX has the same block names in ComfyUI, but no refiner."""
+    """Return whether the names include a token refiner; FLUX has the same block names, but no refiner."""
     return any(
         name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner."))
         for name in names

@@ -80,19 +80,19 @@ class HunyuanFiles(TransformerFiles):
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return the language model and CLIP-L, whose weights are read when they are loaded."""
-        dtype, reading, (llava, clip) = self.encoder_dtype(self.text_dtype), self.reading, self.encoders
-        return [
-            llava(
-                self.text_encoder1_path,
-                dtype,
-                self.text_encoder1_tokenizer,
-                select_template(reading.custom_system_prompt),
-                reading.hidden_state_skip_layer,
-                reading.apply_final_norm,
-                self.llm_form,
-            ),
-            clip(self.text_encoder2_path, dtype, self.text_encoder2_tokenizer),
-        ]
+        dtype = self.encoder_dtype(self.text_dtype)
+        reading = self.reading
+        llava_class, clip_class = self.encoders
+        llava = llava_class(
+            self.text_encoder1_path,
+            dtype,
+            self.text_encoder1_tokenizer,
+            select_template(reading.custom_system_prompt),
+            skip_layers=reading.hidden_state_skip_layer,
+            final_norm=reading.apply_final_norm,
+            form=self.llm_form,
+        )
+        return [llava, clip_class(self.text_encoder2_path, dtype, self.text_encoder2_tokenizer)]
 
     def multiply_text(self, dit: nn.Module) -> nn.Module:
         """Scale the text tokens of a loaded transformer by --te_multiplier, and return the transformer."""

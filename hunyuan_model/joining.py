@@ -71,7 +71,7 @@ def _is_plain(x: Tensor, table: Tensor) -> bool:
 
 
 class _Turn(torch.autograd.Function):
-    """Holds the table, which outlives the step, instead of saving it: see `modules.layers.modulation`."""
+    """Rotate video tokens and append text; `ctx` holds the rotary table, which outlives the step, unsaved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: Tensor | None, table: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _only(value: str | int, reason: str = _FILES_SAY) -> Rejection:
 
 
 class OfficialVideoOptions(Options, title="what to make", dashed=True):
-    """The videos that the released sample_video.py makes."""
+    """Options for videos, as in the released sample_video.py."""
 
     prompt: str = option("what the video should show", required=True)
     neg_prompt: str | None = option("what to avoid, with --cfg-scale above 1")
@@ -81,7 +81,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
 
 
 class OfficialModelOptions(Options, title="model", dashed=True):
-    """The released files, and how they compute."""
+    """Options for the released model files, their dtypes and their memory use."""
 
     model_base: Path = option(
         "folder of the release; default: ckpts, or the environment variable MODEL_BASE", default=Path("ckpts")

@@ -53,7 +53,7 @@ PROMPT_TOKENS = 256  # states of the language model that are kept
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The chat given to the language model: a system text, then the prompt as the user's message.
+    """Chat template for the language model: a system text, then the prompt as the user's message.
 
     Attributes:
         system: The system text.
@@ -146,7 +146,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> str:
-        """Which state is returned, in words, for the identity of caches."""
+        """Description of the returned hidden state, such as "2 layers skipped", for cache records."""
         return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
@@ -157,7 +157,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             logger.info(message, self.template.system, self.count_dropped(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
-        """Return the id to pad rows with; see `find_pad`."""
+        """Return an id to pad rows with; any id will do, because padding is masked."""
         return find_pad(tokenizer)
 
 

@@ -145,7 +145,7 @@ def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: fl
 
     Args:
         dit: The transformer.
-        refiner: Names of the refiner and its list of blocks, one of the constants above.
+        refiner: Paths of the refiner's list of blocks and of the layer that embeds the mean text vector.
         llm: Factor for the output of each refiner block. The blocks run one after another, so the factors
             multiply.
         clip: Factor for the mean text vector from which the gates are computed. Despite the option's name

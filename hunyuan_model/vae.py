@@ -40,7 +40,7 @@ LOG_VARIANCE = (-30.0, 20.0)  # limits of the posterior's log variances
 
 @dataclass(frozen=True)
 class Tiling:
-    """Size of a tile, above which clips are cut."""
+    """Edge and length of a tile; larger clips are cut into overlapping tiles."""
 
     edge: int = TILE  # pixels
     frames: int = TILE_FRAMES

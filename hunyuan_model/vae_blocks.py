@@ -46,7 +46,10 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as a limit of values allows."""
+    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as fit into STEP_ELEMENTS.
+
+    `values` is the number of values in a frame.
+    """
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
@@ -98,7 +101,7 @@ class ClipNorm(nn.GroupNorm):
 
 
 class HunyuanCausalConv(nn.Module):
-    """A 3x3x3 convolution that sees no later frame.
+    """A causal 3x3x3 convolution, whose output depends on no later frame.
 
     It pads by repeating the border of the frame and the first frame of the clip.
 
@@ -151,7 +154,7 @@ class HunyuanCausalConv(nn.Module):
         return out
 
     def _sizes(self, x: Tensor) -> list[int]:
-        """Return frames, height and width of the result; `enlarge` repeats from the second frame on."""
+        """Return frames, height and width of the result; the first frame is never repeated in time."""
         frames, height, width = x.shape[2:]
         repeats, rows, columns = self.enlarge
         enlarged = (1 + (frames - 1) * repeats, height * rows, width * columns)
@@ -161,7 +164,7 @@ class HunyuanCausalConv(nn.Module):
         return sizes
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the input of results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
+        """Return the padded input for result frames `start` to `stop`, B C T H+2 W+2; T is 1 for an image."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]
@@ -190,7 +193,7 @@ class HunyuanCausalConv(nn.Module):
         _repeat_borders(place.squeeze(2))
 
     def _list_source_frames(self, start: int, stop: int) -> list[int]:
-        """Return the indices of the frames that results `start` to `stop` see, with the first repeated."""
+        """Return the input frames for results `start` to `stop`; the first frame also pads the start."""
         step = self.conv.stride[0]
         frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
         return [ceil_div(max(0, frame), self.enlarge[0]) for frame in frames]
@@ -204,7 +207,7 @@ class HunyuanCausalConv(nn.Module):
 
 
 def _repeat_borders(picture: Tensor) -> None:
-    """Copy the outermost inner rows and columns of B C H W into its border."""
+    """Fill the border of an image, B C H W, in place with the rows and columns next to it."""
     picture[..., 0, :] = picture[..., 1, :]
     picture[..., -1, :] = picture[..., -2, :]
     picture[..., 0] = picture[..., 1]
@@ -273,7 +276,7 @@ class Resample(nn.Module):
 
 
 class CausalLevel(nn.Module):
-    """Residual blocks, then a change of resolution if `down` or `up` is given."""
+    """Residual blocks of one resolution, then down- or upsampling if `down` or `up` is set."""
 
     def __init__(
         self,
@@ -363,5 +366,5 @@ class HunyuanVaeDecoder(nn.Module):
 def _list_levels(
     widths: Sequence[int], changes: Sequence[Factors]
 ) -> Iterator[tuple[int, int, Factors | None]]:
-    """Yield the input width, the output width and the final change of resolution of each level."""
+    """Yield each level's input width, output width and final up- or downsampling (None at the last level)."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

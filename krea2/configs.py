@@ -63,7 +63,7 @@ class Krea2Config(Krea2StreamConfig):
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode the image's number, the row and the column."""
+        """Return the channels of a head that encode the image index, the row and the column."""
         side = 6 * (self.head_width // 16)
         return self.head_width - 2 * side, side, side
 

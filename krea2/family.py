@@ -79,7 +79,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def edits(self) -> bool:
-        """Whether this run edits images."""
+        """Return whether this run edits images."""
         return self.references is not None and self.references.edits
 
     @property
@@ -89,7 +89,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files, which differs for edits."""
+        """Return the suffix of cache file names, which differs for edits."""
         return "kr2e" if self.edits else "kr2"
 
     @property
@@ -132,7 +132,7 @@ class Krea2(pictures.ModelOfImages):
         return release is not None and not release.is_turbo
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer is Turbo, else None."""
+        """Return the evidence that the transformer is Turbo; None without any."""
         release = self._find_release()
         if release is None or not release.is_turbo:
             return None
@@ -142,7 +142,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What caches depend on: the VAE and, for edits, the size of references in pixels."""
+        """Return what cached latents depend on: the VAE and, for edits, the pixel size of references."""
         if self.references is None:
             return super().media_identity
         area = "the target's" if self.references.area is None else str(self.references.area)
@@ -168,6 +168,7 @@ class Krea2(pictures.ModelOfImages):
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         for states in batch.tensors[KEY]:
+            # states: T, number of states, text_dim
             if states.shape[1:-1] != (config.states,):
                 raise CacheError(
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
@@ -212,7 +213,7 @@ class Krea2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request.
+        """Fill in a request's open fields, its noise levels included.
 
         Without a flow shift, noise levels are fixed for Turbo and depend on the size for raw.
 
@@ -234,6 +235,7 @@ class Krea2(pictures.ModelOfImages):
                 DEFAULTS.guidance_scale,
             )
         check_levels(levels, request.flow_shift is not None)
+        # check_levels refuses level options together with a flow shift
         if request.flow_shift is not None:  # then `levels` is empty
             return prepared
         if "mu" in levels and len(levels) > 1:
@@ -270,7 +272,7 @@ class Krea2(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, with a cache for the keys and values of isolated references."""
+        """Yield the only section; it caches keys and values of references that do not see the image."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         return (yield replace(section, overrides=Overrides(section_cache={})) if self.isolated else section)
 

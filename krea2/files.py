@@ -110,6 +110,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
             f"{shapes.path}: patches of {patch_width} numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
+    # blocks that the release has: a file that lacks some of them is refused
     released_blocks = dict(KREA_2.released).get(blocks.dim, ())
     config = Krea2Config(
         dim=blocks.dim,
@@ -148,7 +149,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 class Krea2Release(NamedTuple):
-    """Release that a transformer belongs to, with the evidence."""
+    """Name of a Krea 2 release, and the evidence that the transformer belongs to it."""
 
     is_turbo: bool  # False: raw
     source: str  # what says so

@@ -44,7 +44,7 @@ gelu = partial(functional.gelu, approximate="tanh")  # as trained
 
 @dataclass(frozen=True)
 class Krea2Tokens(LuminaTokens):
-    """Inputs of the blocks; x is B R+L+T C, `time` B 7 S C: six rows for the blocks, one for the end."""
+    """Inputs of the blocks besides x, B R+L+T C; `time`, B 7 S C, is six block rows and a final row."""
 
     references: int = 0  # R
     isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
@@ -52,7 +52,7 @@ class Krea2Tokens(LuminaTokens):
     split: int = 0  # index of the first token after references, among the tokens that this process has
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs for the tokens that one process computes."""
         return replace(super().cut(part), split=part.of_first(self.references))
 
     @property
@@ -95,7 +95,7 @@ class GatedAttention(GroupedAttention):
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the gated attention of tokens x, B L C."""
+        """Return the attention output, B L C, of tokens x multiplied by learned gates."""
         return self.gated(x, self.attend_tokens(x, tokens))
 
     def attend_heads(
@@ -113,7 +113,7 @@ class GatedAttention(GroupedAttention):
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
     def gated(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Gate the result of attention, `attended`, by the tokens x, and project it; all B L C."""
+        """Multiply the attention output by gates computed from tokens x, and project it; all B L C."""
         return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
 
 
@@ -146,7 +146,7 @@ def attend_rotated(
 
 
 def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
-    """Return B R+L K D of references, B R K D (or 1 R K D for all samples), and heads, B L K D."""
+    """Prepend the keys or values of references, B R K D (R may be shared: 1 R K D), to heads B L K D."""
     return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
 
 
@@ -208,7 +208,7 @@ class TextFusion(nn.Module):
 
 
 class Table(nn.Module):
-    """A layer's own addition to the shared modulation."""
+    """A layer's learned offset to the modulation that all layers share."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Krea2Block(StreamBlock):
         self.mod = Table(ROWS * config.dim)
 
     def rows(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
-        """Return scale, shift and gate of attention and of feed-forward, each B S C float32."""
+        """Return scale, shift and gate for attention and for the feed-forward, each B S C float32."""
         table = self.mod.lin.unflatten(0, (ROWS, 1, -1))  # added in float32, as the time
         return (tokens.time[:, :ROWS] + table).unbind(1)
 
@@ -253,7 +253,7 @@ class Krea2Block(StreamBlock):
 
 
 class LastLayer(nn.Module):
-    """Final norm, modulated by the embedded time itself, and projection to patches."""
+    """Final norm, modulated by the time embedding itself, and projection to patches."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class LastLayer(nn.Module):
 
 
 class Krea2Layout(NamedTuple):
-    """Key of a rotary table."""
+    """Grid and text lengths that determine a rotary table."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
     texts: int  # tokens of the texts
@@ -334,12 +334,15 @@ class Krea2Model(BlockNetwork):
 
         With `overrides.section_cache`, isolated references are computed once.
         """
+        # only isolated references do not depend on the image, so only they can be cached
         memory = overrides.section_cache if isolated and references else None
         if memory is not None and not memory:
+            # the first pass fills the cache; references are equal for all samples
             memory.update(self.remember([latents[:1] for latents in references]))
         if memory is None or overrides.leaves_out:
             memory = {}
         else:
+            # the cached keys and values stand in for the references
             references = ()
         with remembering(memory, self.attentions()):
             return super().forward(
@@ -451,7 +454,7 @@ class Krea2Model(BlockNetwork):
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
-        """Return the embedded times, B 7 S C: of references, which have time 0, and of the image."""
+        """Return the embedded times, B 7 S C: time 0 for references, then the image's time."""
         time = self.embed_time(timesteps)[:, :, None]
         if not has_references:
             return time
@@ -473,7 +476,7 @@ class Krea2Model(BlockNetwork):
         return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the modulation of all blocks, followed by the embedded time, B to B 7 C float32."""
+        """Return all blocks' modulation and then the time embedding, B to B 7 C float32."""
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = in_own_dtype(self.tproj[1], gelu(time)).float()
@@ -495,9 +498,9 @@ class Krea2Model(BlockNetwork):
         )
 
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, from float64 angles.
+        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, from float64 angles.
 
-        Positions are (0, row, column) for image tokens, (k, row, column) for those of reference k (from 1),
+        Positions are (0, row, column) for image tokens, (k, row, column) for tokens of reference k (from 1),
         and (0, 0, 0) for texts.
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta

@@ -213,7 +213,7 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
 
 
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
-    """Warn of LoRAs of edits that were trained with another --kv_cache."""
+    """Warn if edit LoRAs were trained with another --kv_cache setting."""
     how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
     for path, metadata in texts_of_files(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
@@ -236,7 +236,7 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script that select the models of a training.
+    """Return the options with which the generation script uses the models of a training.
 
     Args:
         options: Options of the training.
@@ -248,7 +248,7 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     turbo: dict[str, Any] = {}
     if options.turbo_dit is not None:
         levels = levels or {"--mu": MU_OF_TURBO}
-        # a sample says its own; the file's name need not say that it is Turbo
+        # given here because the file's name need not say Turbo; a sample's own steps win
         if not sample.get("steps"):
             turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {

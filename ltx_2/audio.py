@@ -126,13 +126,13 @@ class AudioVae:
         return self._network.decode(latents.to(self.device).float() * std + mean).sample
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 C 1 M, of each number of a latent frame."""
+        """Return mean and standard deviation, 1 C 1 M, of each value of an audio latent."""
         shape = (1, self._network.config.latent_channels, 1, -1)
         return self._network.latents_mean.view(shape), self._network.latents_std.view(shape)
 
 
 class Vocoder:
-    """A vocoder: mel spectrograms to audio at `rate` samples per second (24000 in LTX-2, 48000 in 2.3)."""
+    """Convert mel spectrograms to audio at `rate` samples per second (24000 in LTX-2, 48000 in 2.3)."""
 
     def __init__(self, network: Any, rate: int) -> None:
         """Wrap diffusers' LTX2Vocoder or LTX2VocoderWithBWE in float32."""
@@ -150,7 +150,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
     `option` is the option that named the file. Raises CheckpointError for any other file.
     """
-    checkpoint = own_part(checkpoint, "audio_vae.")
+    checkpoint = own_part(checkpoint, "audio_vae.")  # without the prefix that the official file gives it
     sources = rename_sources(plain_sources(checkpoint), lambda name: STATISTICS.get(name, name))
     rejection = other_kind(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
@@ -159,7 +159,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     base_width, sides = shape("encoder.conv_in.conv.weight")[:2]
     num_levels = count(sources, r"encoder\.down\.\d+")
     latent_channels = shape("decoder.conv_in.conv.weight")[1]
-    (numbers,) = shape("latents_mean", 1)  # numbers in a latent frame
+    (numbers,) = shape("latents_mean", 1)  # values in a latent frame: channels x mel bins
     if num_levels != LEVELS or numbers % latent_channels:
         raise rejection
     multipliers = []
@@ -280,7 +280,7 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
 
 
 def build_audio_vae(settings: Settings) -> nn.Module:
-    """Build the network for `on_meta_device`."""
+    """Build the audio VAE's network for `on_meta_device`."""
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         from diffusers import AutoencoderKLLTX2Audio  # takes seconds to import
 

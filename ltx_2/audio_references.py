@@ -35,14 +35,14 @@ TRUE, FALSE = "true", "false"  # in the metadata of LoRAs
 
 @dataclass(frozen=True)
 class RequestReferences:
-    """Files of the references of a request: `Prepared.family_record`."""
+    """Files of a request's references, stored in `Prepared.family_record`."""
 
     images: tuple[Path, ...] = ()
     audio: Path | None = None
 
     @property
     def are_given(self) -> bool:
-        """Whether there is any reference."""
+        """Return whether there are any reference recordings."""
         return bool(self.images) or self.audio is not None
 
 
@@ -81,7 +81,7 @@ def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
 
 
 def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
-    """Warn of given options, in a training whose `strategy`, an option with its value, takes no audio."""
+    """Warn about audio-reference options if the training's `strategy` uses no audio."""
     given = [f"--{option_name(field)}" for field in fields(options) if is_given(options, field)]
     if given:
         logger.warning("%s: ignored, because %s takes no sound as reference", ", ".join(given), strategy)

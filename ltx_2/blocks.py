@@ -36,7 +36,7 @@ UNSEEN = -1e4  # added to attention logits whose weight has to be 0
 
 @dataclass(frozen=True)
 class LtxReferences:
-    """References of a video, whose tokens come before the video's."""
+    """Reference latents of a video, whose tokens precede the video's."""
 
     latents: Sequence[Tensor] = ()  # each B Z f h w, with sides reduced by a whole factor
     time: int = 1  # the step at which their frames were taken
@@ -46,7 +46,7 @@ class LtxReferences:
 
     @property
     def counts(self) -> list[int]:
-        """Number of tokens of each reference."""
+        """Return the number of tokens of each reference."""
         return [math.prod(latents.shape[2:]) for latents in self.latents]
 
 
@@ -60,7 +60,7 @@ class LtxAudioReferences(LtxReferences):
 
     @property
     def counts(self) -> list[int]:
-        """Number of tokens of each reference."""
+        """Return the number of tokens of each reference."""
         return [latents.shape[2] for latents in self.latents]
 
 
@@ -132,7 +132,7 @@ class LtxTokens:
     keeps_references: bool = False  # whether the velocities of references are returned too
 
     def without_self_attention(self) -> "LtxTokens":
-        """Return the inputs for a pass in which self-attention is replaced by its values."""
+        """Return the inputs for a pass in which self-attention returns its values unmixed."""
         return replace(self, sees_values=True)
 
     @property
@@ -201,7 +201,7 @@ class LtxAttention(nn.Module):
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Gate and project the attention `attended`, B L N D, of tokens x, B L C, to B L C."""
+        """Gate the attention output, B L N D, by tokens x, B L C, and project it to B L C."""
         if hasattr(self, "to_gate_logits"):
             gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits give gates of 1
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
@@ -260,7 +260,7 @@ class LtxBlock(nn.Module):
         return tokens.join({names: changed[names] for names in parts})
 
     def modulated_input(self, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Return the input of self-attention of the first stream, B L C, for an input x of the block."""
+        """Return the first stream's modulated input of self-attention, B L C, from a block's input x."""
         names, first = next(iter(tokens.split(x).items()))
         stream = tokens.streams[names]
         shift, scale, *_ = self._split_rows(names, stream)
@@ -281,7 +281,7 @@ class LtxBlock(nn.Module):
         return add_gated(x, text_gate, self._see_text(names, h, tokens), stream.split)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
-        """Add attention between the streams; both directions start from the same tokens."""
+        """Apply cross-attention between the streams; both directions read the same input tokens."""
         inputs = {names: self._modulate_cross_inputs(names, x, tokens) for names, x in parts.items()}
         changed = {}
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
@@ -311,7 +311,7 @@ class LtxBlock(nn.Module):
         }
 
     def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens, all_rows: Sequence[Tensor]) -> Tensor:
-        """Add the feed-forward branch of a stream, B L C; `all_rows` are its `_split_rows`."""
+        """Add a stream's feed-forward branch, B L C; `all_rows` are the stream's `_split_rows`."""
         stream = tokens.streams[names]
         rows = all_rows[3:6]
         layer = getattr(self, f"{names.prefix}ff")

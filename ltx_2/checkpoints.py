@@ -131,7 +131,7 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_gate_time(settings: Mapping[str, Any]) -> float:
-    """Return the factor of the time for the gates between the streams."""
+    """Return the factor by which timesteps are multiplied for the gates between video and audio."""
     multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
     multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
     return float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))

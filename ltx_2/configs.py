@@ -11,7 +11,7 @@ from protocols.rules import ModelRelease
 
 
 class StreamNames(NamedTuple):
-    """Published names of the layers that belong to one of the two streams."""
+    """Published layer names of the video stream or the audio stream."""
 
     prefix: str  # before the names of its own modules and tables
     cross_rows: str  # shifts and scales, for the entire model, of the attention between the streams
@@ -60,7 +60,7 @@ OF_VIDEO = (
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Dimensions of one stream."""
+    """Dimensions of the video or the audio stream."""
 
     dim: int
     ffn_dim: int
@@ -107,7 +107,7 @@ class LtxConfig:
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
-        """Dimensions of the streams that this network has, by their names."""
+        """Return the dimensions of each stream in this network."""
         streams = {}
         if self.shows:
             streams[VIDEO] = self.video

@@ -90,7 +90,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class ConnectorsConfig:
-    """Dimensions of the projections and connectors of the wanted streams."""
+    """Dimensions of the projections and connectors of the loaded streams."""
 
     text_dim: int  # n * C
     is_shared: bool  # 2.0: one projection for both streams, after scaling states to a range
@@ -243,7 +243,7 @@ class TextConnectors(nn.Module):
 
 
 class Connector(nn.Module):
-    """A transformer over the rows of a text, filled up with learned registers."""
+    """Transformer over a text's states, padded with learned registers."""
 
     def __init__(self, config: ConnectorConfig, longest: int) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class ConnectorBlock(nn.Module):
         self.ff = NamedFeedForward(dim, config.ffn_dim, gelu, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Apply the block to rows x, 1 T S."""
+        """Apply the block to text rows x, 1 T S."""
         # x: 1 T S
         layer = self.attn1
         h = norm_tokens(x)

@@ -251,7 +251,7 @@ class Ltx2(Ltx2Media):
             raise DatasetError(f"{table.name}: --ltx2_mode audio has no images that guides could be for")
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Encode clips and their references; without video, empty latents of the clip's shape."""
+        """Encode clips and their references; without video, return empty latents of the clip's shape."""
         if not self.files.has_images:
             shape = self.latent.shape(*media.frames.shape[1:4])[1:]
             return [[CacheEntry({"latents": torch.zeros(shape, dtype=self.vae_dtype)})] for _ in media.keys]
@@ -262,7 +262,7 @@ class Ltx2(Ltx2Media):
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the latents of clips, their references and guides, by name in caches, B C F H W each."""
+        """Return the latents of clips, references and guides, B C F H W each, by cache key."""
         frames = {"latents": media.frames}
         guides = media.table.guides
         references = media.references[: len(media.references) - len(guides)]
@@ -350,7 +350,7 @@ class Ltx2(Ltx2Media):
         return joint.join(velocity, audio_velocity)
 
     def _list_rates(self, cond: Conditions) -> float | list[float]:
-        """Return the frames per second of each sample; the default if the conditions do not have them."""
+        """Return the frames per second of each sample; the default if the conditions lack them."""
         rates = cond.get(FPS)
         if not isinstance(rates, Tensor):
             return self.defaults.fps
@@ -500,7 +500,7 @@ class Ltx2(Ltx2Media):
             )
 
     def _make_joint(self, prepared: Prepared) -> Joint | None:
-        """Return the joint shape of video and audio; None without audio, as for a single image."""
+        """Return the joint shape of video and audio latents; None without audio, as for a single image."""
         audio = self.audio
         is_alone = not self.files.has_images
         if audio is None or not self.makes_audio or (prepared.frames <= 1 and not is_alone):
@@ -544,7 +544,7 @@ class Ltx2(Ltx2Media):
         return metadata
 
     def _check_references(self, prepared: Prepared, references: Sequence[Path]) -> None:
-        """Raise OptionError or MediaError if references do not fit the stages of the request."""
+        """Raise OptionError or MediaError if references do not fit the sizes of the request's stages."""
         if not references or self.references is None:
             return
         stages = prepared.stages or (prepared,)
@@ -642,7 +642,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the media that the result contains, and how much of each stays clean."""
+        """Return the given latents of images and audio, and how much of each latent stays clean."""
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -671,7 +671,7 @@ class Ltx2(Ltx2Media):
         return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references, and how strongly the video attends to them."""
+        """Return the latents of reference images or clips, and how strongly the video attends to them."""
         reference_rules = self.references
         images = prepared.family_record.images
         if not images or reference_rules is None:
@@ -684,7 +684,7 @@ class Ltx2(Ltx2Media):
         mask, strength = self.reference_attention
         if mask is not None or strength < 1:
             if mask is None:
-                mask_strengths = torch.ones(1)  # the same for all tokens
+                mask_strengths = torch.ones(1)  # broadcast to all tokens below
             else:
                 mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
@@ -692,7 +692,7 @@ class Ltx2(Ltx2Media):
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
-        """Return the pixels of the driving video or of the first image; None without either."""
+        """Return the pixels of the driving video or else of the first image; None without either."""
         path = prepared.request.image_path
         if self.drive_video is not None:
             return video_pixels(
@@ -717,7 +717,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections. Noise is drawn for video, then for audio, then for references."""
+        """Yield the sections, drawing noise for video, then audio, then references."""
         sections = cut_to_shown(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
@@ -741,11 +741,12 @@ class Ltx2(Ltx2Media):
             return joint.join(image, audio)
 
         def begin(stage: Prepared, number: int, start: Tensor) -> Section:
+            # the rate is stored as an integer, in thousandths
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
             keyframes = take_keyframes(conditions)
-            if number == 0:  # the second stage refines what the first one made
+            if number == 0:  # only the first stage generates keyframes
                 shape = self.latent.shape(stage.frames, stage.height, stage.width)
                 count = self.given.num_generated_keyframes
                 keyframes = add_generated(keyframes, count, stage.frames, shape)

@@ -61,7 +61,7 @@ AUDIO_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels":
 
 @dataclass(frozen=True)
 class Ltx2Files(TransformerFiles):
-    """Files of a run. A part that has no option is read from the released file or folder."""
+    """Model files of a run; a part without an option is read from the released file or folder."""
 
     checkpoint: Path | None = None
     audio_vae: Path | None = None
@@ -75,7 +75,7 @@ class Ltx2Files(TransformerFiles):
     format: ClassVar = FORMAT
 
     def add_vaes(self, options: Ltx2VaeOptions) -> Self:
-        """Return the files with the options of the VAEs."""
+        """Return a copy of these files with the VAEs' options added."""
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
@@ -99,11 +99,11 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def has_images(self) -> bool:
-        """Whether the run has video."""
+        """Return whether the run has video."""
         return VIDEO in self.streams
 
     def _find_part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
-        """Return the file of a part: the file given by its option, else the released one."""
+        """Return the file of a model part, from its option or else from the release."""
         release = require_file(part or self.checkpoint, option if part else RELEASED, what, CHECKPOINT)
         path = inside(release, folder)
         if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
@@ -117,7 +117,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
@@ -168,7 +168,7 @@ class Ltx2Files(TransformerFiles):
         return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
-        """What video latents depend on; a constant without video."""
+        """Return what cached video latents depend on; a constant without video."""
         return super().vae_identity() if self.has_images else NO_IMAGES
 
     def check_vae(self) -> None:
@@ -179,7 +179,7 @@ class Ltx2Files(TransformerFiles):
             read_once(self.audio_path("audio_vae"), _read_audio_vae)
 
     def audio_path(self, part: str) -> Path:
-        """Return the path of a part that makes audio: audio_vae or vocoder."""
+        """Return the path of the audio VAE or the vocoder, as `part` names it."""
         return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
 
     @property
@@ -215,7 +215,7 @@ class Ltx2Files(TransformerFiles):
         return {"audio_vae": fingerprint(self.audio_path("audio_vae"))}
 
     def load_audio(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
-        """Load the audio VAE, and with `decodes` also the vocoder."""
+        """Load the audio VAE, and for decoding also the vocoder."""
         option = AUDIO_VAE if self.audio_vae else RELEASED
         vocoder = load_vocoder(self.audio_path("vocoder"), device, option) if decodes else None
         return load_audio_vae(self.audio_path("audio_vae"), device, option), vocoder
@@ -267,7 +267,8 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
-        # LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma 3 (GEMMA_USE)
+        # refuse the other generation of Gemma: LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma
+        # 3 (GEMMA_USE)
         if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
             raise OptionError(
                 f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "
@@ -356,7 +357,7 @@ def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
 
 
 def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
-    """Return the sampler shifted_logit_normal with the options' values, else as the release was trained."""
+    """Return the shifted_logit_normal sampler, with the release's values where options are unset."""
     fixed, mode = options.shifted_logit_shift, options.shifted_logit_mode
     bounds = (options.shifted_logit_min_shift, options.shifted_logit_max_shift)
     if mode is None:

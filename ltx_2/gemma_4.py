@@ -73,7 +73,7 @@ def read_settings(
 
 
 def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the kind of each layer: with a value projection it attends to nearby tokens, else to all."""
+    """Return each layer's attention kind: layers with a value projection are local, the others global."""
     layers = []
     for number in range(num_layers):
         has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
@@ -111,12 +111,12 @@ GEMMA_4_USE = replace(
 
 
 def is_gemma_4(checkpoint: Checkpoint) -> bool:
-    """Return whether a file is Gemma 4, which has a scalar in each layer."""
+    """Return whether a file is Gemma 4, whose layers each have a scalar weight."""
     return any(name.endswith(f"layers.0.{SCALAR}") for name in checkpoint.tensors)
 
 
 def wanted_gemma(checkpoint: Checkpoint) -> str | None:
-    """Return the version of Gemma that a transformer was trained with; None if its file does not say."""
+    """Return the Gemma version that a transformer was trained with; None if the file does not record it."""
     return _read_version(checkpoint, OF_GEMMA_4)
 
 

@@ -28,15 +28,15 @@ Times = Sequence[tuple[float, float]]  # beginnings and ends in seconds
 
 
 def mark_ends(count: int, prefix: int, suffix: int) -> Tensor:
-    """Return which of `count` latents in a row are at the start or the end, bool."""
+    """Return a bool mask of `count` latents, true for the first `prefix` and the last `suffix`."""
     indices = torch.arange(count)
     return (indices < prefix) | (indices >= count - suffix)
 
 
 def mark_region(region: Sequence[int], rows: int, columns: int, step: int) -> Tensor:
-    """Return which latents, H W bool, are in a region [y1, x1, y2, x2] of pixels.
+    """Return the latents, H W bool, inside a region [y1, x1, y2, x2] of pixels.
 
-    Each number is divided by the `step` and rounded down, as in the released trainer.
+    Each number is divided by `step` and rounded down, as in the released trainer.
     """
     top, left, bottom, right = (number // step for number in region)
     marked = torch.zeros(rows, columns, dtype=torch.bool)
@@ -45,7 +45,7 @@ def mark_region(region: Sequence[int], rows: int, columns: int, step: int) -> Te
 
 
 def cover_times(starts: Tensor, ends: Tensor, times: Times) -> Tensor:
-    """Return the fraction of each latent's time, from `starts` to `ends` in seconds, that lies in `times`."""
+    """Return the fraction of each latent's duration, `starts` to `ends` in seconds, that `times` cover."""
     covered = torch.zeros_like(starts)
     for start, end in times:
         covered += (ends.clamp(max=end) - starts.clamp(min=start)).clamp(min=0)
@@ -53,20 +53,20 @@ def cover_times(starts: Tensor, ends: Tensor, times: Times) -> Tensor:
 
 
 def audio_bounds(count: int) -> tuple[Tensor, Tensor]:
-    """Return where each of `count` latents of audio begins and ends, in seconds."""
+    """Return the start and end of each of `count` audio latents, in seconds."""
     starts, ends = (place_latents(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
     return starts, ends
 
 
 def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
-    """Return where each of `count` latent frames begins and ends, in seconds."""
+    """Return the start and end of each of `count` latent frames, in seconds."""
     starts, ends = (place_latents(count, stride, is_causal=True) / fps).unbind(1)
     return starts, ends
 
 
 @dataclass(frozen=True)
 class Extension:
-    """Ends of clips that are given, in latents of one stream."""
+    """Numbers of given latents at the start and the end of a stream's clips."""
 
     prefix: int
     suffix: int
@@ -97,14 +97,17 @@ class Extension:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How masks select given latents."""
+    """How a mask determines which latents of a clip are given."""
 
     probability: float
     is_inverted: bool
     threshold: float = 0.5  # latents with a larger mask value are given
 
     def mark(self, values: Tensor, draws: Tensor) -> Tensor:
-        """Return what is given, bool. `values`, B ..., is 0 to 1; `draws` has a random number per sample."""
+        """Return a bool mask of given latents.
+
+        `values`, B ..., is 0 to 1; `draws` has a random number per sample.
+        """
         inside = (values > self.threshold) != self.is_inverted
         return inside & (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
 
@@ -119,17 +122,17 @@ class MaskRule:
         Args:
             masks: Means over the pixels and frames of each latent, 0 to 1, B F H W.
         """
-        moves = ((masks - masks[:, :1]).abs() > ROUNDING).flatten(1).any(1)
+        is_moving = ((masks - masks[:, :1]).abs() > ROUNDING).flatten(1).any(1)
         frames = LATENT.frame_step
         limit = self.threshold / frames if self.is_inverted else 1 - (1 - self.threshold) / frames
         limits = torch.full_like(masks, self.threshold, dtype=torch.float32)
-        limits[moves, 1:] = limit  # the first latent has one frame
+        limits[is_moving, 1:] = limit  # the first latent has one frame
         return (masks.float() > limits) != self.is_inverted
 
 
 @dataclass(frozen=True)
 class AnchorRule:
-    """Rule for single latent frames that are given in full."""
+    """Rule for giving whole latent frames: how often, how many, which ones, how clean."""
 
     probability: float
     strategy: str
@@ -137,7 +140,7 @@ class AnchorRule:
     strength: float
 
     def mark(self, frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
-        """Return the given frames of each sample, B F bool."""
+        """Draw which latent frames of each sample are given, B F bool."""
         ranks = torch.rand((len(draws), frames), generator=generator)
         ends = mark_ends(frames, 1, 1)
         if self.strategy == "endpoints":
@@ -210,7 +213,7 @@ class GivenRules:
         return replace(self, **changes)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
-        """Draw which latents of each clip are given; None if there are none.
+        """Draw which latents of each clip are given as clean conditions; return None if none are.
 
         Raises:
             DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
@@ -218,7 +221,9 @@ class GivenRules:
         guides = read_guides(batch)
         if self == GivenRules() and not guides:
             return None
-        draws = torch.rand((8, len(batch)), generator=generator)  # the same number for any rules
+        draws = torch.rand(
+            (8, len(batch)), generator=generator
+        )  # always 8, so that other rules do not shift later random numbers
         image = self._mark_images(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
@@ -251,7 +256,7 @@ class GivenRules:
         )
 
     def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
-        """Return latent frames of the clips to use as keyframes, without those that no clip sees.
+        """Choose latent frames of the clips as keyframes, without those that no clip attends to.
 
         `latents` are B C F H W.
         """
@@ -285,7 +290,7 @@ class GivenRules:
         return shares[:, None].short()
 
     def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
-        """Return which latents the regions in the samples' tables give, B H W bool."""
+        """Return which latents the regions in the samples' tables mark as given, B H W bool."""
         marked = []
         for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
             if region is None:
@@ -368,7 +373,7 @@ def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tenso
 
 
 def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the tensors of a batch, with the latent frame of a guide replaced by the guide."""
+    """Return the batch's tensors, with guide images put in place of the latent frames they guide."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
@@ -414,7 +419,7 @@ def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
 
 
 def take_masks(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
-    """Return the tensors of a batch, in which masks select given latents instead of weighting the loss."""
+    """Take masks out of a batch, so that they select given latents instead of weighting the loss."""
     renamed = {MASK if key == LOSS_MASK else key: value for key, value in tensors.items()}
     return put_guides_in(renamed, name, generator)
 

@@ -45,9 +45,9 @@ Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on 
 
 
 def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the options of kept media, overridden by those of a prompt line.
+    """Return the given-media options, with values from the prompt line in place of their defaults.
 
-    A mask without --inpaint_source is for the request's only reference.
+    A mask without --inpaint_source applies to the request's only reference.
 
     Raises:
         OptionError: If a value cannot be parsed, or a mask has no clip, or a clip no mask.
@@ -111,7 +111,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     if region is not None:
         _check_region(region, prepared, latent)
     ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
-    # number of latents; the suffix has no latent of a single frame
+    # latent frames; only the clip's very first latent covers a single frame, so the suffix has none
     shown = ceil_div(ends[0], latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
     if max(ends) and shown >= total:
         raise OptionError(
@@ -121,15 +121,16 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
 
 
 def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of an extension's clip are encoded, 8n + 1; 0 without an extension.
+    """Return how many frames of an extension's clip to encode, a multiple of frame_step plus 1; 0 without it.
 
     Raises:
-        OptionError: If the clip has too few frames; a clip at the end needs at least 9.
+        OptionError: If the clip has too few frames; a clip at the end needs at least frame_step + 1.
     """
     path: Path | None = getattr(media, name)
     if path is None:
         return 0
     asked: int | None = getattr(media, f"{name}_frames")
+    # without a requested number, all frames of the clip
     count = 1 if is_still(path) else count_frames_up_to(path, asked or 10**6)
     if asked is not None and count < asked:
         raise OptionError(
@@ -174,7 +175,7 @@ def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor
 
 @dataclass
 class GivenImages:
-    """Latents of a result's images, and the share of each that is kept."""
+    """Latents of the images that a result keeps, and the kept share of each."""
 
     clean: Tensor  # 1 C F H W
     shares: Tensor  # 1 1 F H W int16
@@ -266,7 +267,7 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
 
 
 def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Return True for each latent of the source clip that is not generated again, F H W bool or F 1 1.
+    """Return which latents of the edited source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
@@ -294,6 +295,7 @@ def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> 
             f"--inpaint_mask {media.inpaint_mask}: it keeps {part} of the clip. White is kept: "
             "give another mask, or --inpaint_invert, which keeps black"
         )
+    # the first latent frame covers one frame, each other one frame_step frames: kept if all of them are
     groups = is_kept[1:].unflatten(0, (-1, latent.frame_step)).all(1)
     return torch.cat([is_kept[:1], groups])
 
@@ -310,7 +312,7 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the kept parts of the audio, and how much of each latent is given.
+    """Return the latents of the given parts of the audio, and which latents are given.
 
     The shares are 0 or WHOLE in int16, as in `GivenTokens`. Returns {} if no part is kept.
 
@@ -328,6 +330,7 @@ def encode_given_audio(
     shares = torch.zeros(1, 1, joint.audio[1], 1, dtype=torch.int16)
     for kept in _read_kept_audio(media, joint.audio[1], prepared.frames / prepared.fps, spec):
         latents = encode(kept.samples, prepared.frames, prepared.fps).float().cpu()
+        # later parts overwrite earlier ones
         clean = torch.where(kept.is_kept[:, None], latents, clean)
         shares.masked_fill_(kept.is_kept[:, None], WHOLE)
     return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
@@ -376,7 +379,7 @@ def _read_kept_audio(
 
 
 def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor | None:
-    """Return a part of a file's audio, 1 channels S; None if there is no track."""
+    """Read a part of a file's audio, 1 channels S; return None if the file has no audio track."""
     count = round(seconds * spec.rate)
     begin = Fraction(round(start * spec.rate), spec.rate)
     samples = read_track(path, begin, count, rate=spec.rate, channels=spec.channels)
@@ -399,7 +402,7 @@ def _measure_audio(path: Path) -> float:
 
 
 def take_given(conditions: dict[str, Any]) -> Conditions:
-    """Remove what is kept from conditions, and return it."""
+    """Remove the given latents and their shares from `conditions`, and return them."""
     names = (IMAGE, IMAGE_SHARES, AUDIO, AUDIO_SHARES)
     return {name: conditions.pop(name) for name in names if name in conditions}
 
@@ -434,7 +437,7 @@ def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -
 
 
 def _spread(clean: Any, shares: Any, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return clean latents and shares, 0..1, in the shape of a stream's start; zeros if nothing is given."""
+    """Return clean latents and their shares, 0..1, in the shape of `start`; zeros if nothing is given."""
     if not isinstance(clean, Tensor):
         return torch.zeros_like(start), torch.zeros_like(start)
     return clean.to(start.device), clean_fraction(shares, start).expand_as(start)

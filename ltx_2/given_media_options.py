@@ -12,7 +12,7 @@ FEATHER = 16  # pixels, half of a latent: what is generated beside a latent hard
 
 
 class Rectangle(NamedTuple):
-    """A part of an image, in pixels."""
+    """Part of an image: top left corner and size, in pixels."""
 
     left: int
     top: int
@@ -210,7 +210,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def image_files(self) -> dict[str, Path]:
-        """Files of images by their options."""
+        """Return the given image files, keyed by the option that names each."""
         names = ("extend_prefix", "extend_suffix", "outpaint_source", "inpaint_source", "inpaint_mask")
         files = {name: path for name in names if (path := getattr(self, name)) is not None}
         for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
@@ -220,7 +220,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def audio_files(self) -> dict[str, Path]:
-        """Files of audio alone by their options."""
+        """Return the files for audio alone, keyed by the option that names each."""
         names = ("drive_audio", "audio_prefix", "audio_inpaint_audio")
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 

@@ -141,14 +141,14 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
 
     @property
     def gives_images(self) -> bool:
-        """Whether parts of images are given."""
+        """Return whether any part of the images is given rather than generated."""
         ends = self.ltx2_extend_prefix_frames or self.ltx2_extend_suffix_frames
         masks = self.ltx2_spatial_crop or self.ltx2_inpaint_mask
         return bool(ends or masks or self.video_anchor_training or self.keyframe_endpoint_training)
 
     @property
     def gives_audio(self) -> bool:
-        """Whether parts of the audio are given."""
+        """Return whether any audio is given rather than generated."""
         ends = self.ltx2_audio_extend_prefix_frames or self.ltx2_audio_extend_suffix_frames
         return bool(ends or self.ltx2_audio_inpaint_mask)
 
@@ -210,9 +210,9 @@ _DIRECTIONS = {(True, True): "joint", (True, False): "a2v", (False, True): "v2a"
 
 
 def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options that a file of --ltx2_conditioning_config sets, by their names.
+    """Return the option values that a --ltx2_conditioning_config file sets, by option name.
 
-    `streams` are those of --ltx2_mode.
+    `streams` are the streams of --ltx2_mode.
 
     Raises:
         OptionError: If the file cannot be read, or has other keys or values.
@@ -247,9 +247,10 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
-    """Return the options for a condition of a recipe file, by their names.
+    """Return the option values of one condition in a recipe file.
 
-    `RECIPES` maps the keys of each type of condition to options; "" is the switch for the type itself.
+    `RECIPES` maps the keys of each condition type to options; its key "" names the option that switches the
+    type on.
     """
     kind = condition.get("type") if isinstance(condition, dict) else None
     names = RECIPES.get((stream, str(kind)))
@@ -278,13 +279,14 @@ def _check_keys(table: Any, known: set[str], who: str) -> None:
 
 
 def check_value(name: str, value: Any, who: str) -> Any:
-    """Return a value of a recipe in the form of its option.
+    """Check a value of a recipe against its option's type, and return it.
 
     Raises:
-        OptionError: If it has another form.
+        OptionError: If the type or range is wrong.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name.endswith(("_p", "probability", "threshold")):
+        # the option's name tells its type: a fraction, a count, the direction or a switch
         fits = is_number and 0 <= value <= 1
         value = float(value) if fits else value
     elif name.endswith("_frames"):

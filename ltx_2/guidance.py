@@ -18,14 +18,14 @@ def guidance_rules(
     is_alone: bool = False,
     identity: float = 0.0,
 ) -> GuidanceRules:
-    """Return the weights of guidance: those of the options, else the released defaults.
+    """Return the guidance weights of both streams, from the options or else as released.
 
     Args:
         options: The options.
         scale: Guidance scale for both streams; None if not given.
         num_blocks: Number of blocks of the network.
         perturbed: Block whose self-attention the release skips.
-        is_alone: Audio is generated without video.
+        is_alone: Whether audio is generated without video.
         identity: Weight of identity guidance, which acts on the audio only.
 
     Raises:

@@ -29,7 +29,7 @@ FIRST = -1  # frame index of an image that guides the entire video
 
 
 def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
-    """Raise OptionError if a keyframe cannot be opened, or if its index is beyond the result's frames."""
+    """Raise OptionError if a keyframe's image cannot be opened or its frame index exceeds the video."""
     for image in images:
         check_opens("keyframe", image.path, is_image=True)
         if not FIRST <= image.index < frames:
@@ -46,7 +46,7 @@ def encode_keyframes(
 
     Args:
         images: The keyframes.
-        prepared: The request, or that of a stage.
+        prepared: The request, or a stage's request: gives width and height.
         encode: Encodes pixels 1 3 F H W.
         crf: H.264 quality to which the images are compressed first.
     """
@@ -61,7 +61,7 @@ def encode_keyframes(
 
 
 def place_generated(count: int, frames: int) -> list[int]:
-    """Return the frame indices of `count` generated keyframes, evenly spaced between the ends of a clip."""
+    """Return the frame indices of `count` keyframes to generate, evenly spaced over the clip."""
     places = numpy.linspace(0, frames - 1, count + 2).round()[1:-1]
     return [int(place) for place in places]
 
@@ -81,7 +81,7 @@ def add_generated(keyframes: Conditions, count: int, frames: int, shape: Sequenc
     added = {
         KEYFRAMES: torch.zeros(batch, channels, count, rows, columns),
         PLACES: torch.tensor([place_generated(count, frames)]),
-        SHARES: torch.zeros(batch, count, dtype=torch.int16),
+        SHARES: torch.zeros(batch, count, dtype=torch.int16),  # nothing of them is given
     }
     joined: dict[str, Tensor] = {}
     for name, tensor in added.items():
@@ -92,7 +92,7 @@ def add_generated(keyframes: Conditions, count: int, frames: int, shape: Sequenc
 
 
 def take_keyframes(conditions: dict[str, Any]) -> Conditions:
-    """Remove keyframes from conditions, and return them."""
+    """Remove the keyframes from `conditions`, and return them."""
     return {name: conditions.pop(name) for name in (KEYFRAMES, PLACES, SHARES) if name in conditions}
 
 

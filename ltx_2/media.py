@@ -52,11 +52,11 @@ class Ltx2Media(OneTransformer):
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Load the video VAE; without video, nothing."""
+        """Load the video VAE, or no encoder if the run has no video."""
         return MediaEncoders(self.files.load_vae(device) if self.files.has_images else None)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames in model space; `seed` is unused, as means are not drawn."""
+        """Encode frames in model space; `seed` is unused because the posterior mean is taken."""
         vae = encoders.vae
         return vae.encode(to_pixels(frames.to(vae.device))).float()
 
@@ -71,7 +71,7 @@ class Ltx2Media(OneTransformer):
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
-        """Load the audio VAE, and with `decodes` also the vocoder."""
+        """Load the audio VAE, and for decoding also the vocoder."""
         return self.files.load_audio(device, decodes)
 
     def encode_audio(

@@ -66,7 +66,7 @@ class TimeModulation(nn.Module):
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """Inputs of one stream of a forward pass."""
+    """Inputs of the video or audio stream in a forward pass."""
 
     names: StreamNames
     latents: Tensor  # B Z F H W of video, B Z M K of audio
@@ -202,7 +202,7 @@ class LtxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the network's biases, since weights may be in 8 bits."""
+        """Dtype of the biases, which shows the compute dtype even if weights have 8 bits."""
         first = next(iter(self.config.streams)).prefix
         name = f"transformer_blocks.0.{first}attn1.to_q.bias"
         return self.get_parameter(name).dtype  # the weight may be in 8 bits
@@ -335,7 +335,7 @@ class LtxModel(nn.Module):
         references = inputs.references
         num_hidden, num_without_text = 0, 0
         if isinstance(references, LtxAudioReferences):
-            # all tokens of references, or none
+            # the mask hides either all tokens of the audio references or none
             num_hidden = sum(references.counts) * references.is_hidden_from_video
             num_without_text = sum(references.counts) * references.is_without_text
         return Stream(
@@ -388,7 +388,7 @@ class LtxModel(nn.Module):
         return CrossInputs(rotary, rows, gate, influence)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
-        """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
+        """Project a stream's latents to tokens, B L W, after the tokens of its references."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
         flat = _flatten(names, latents)
         if references.latents:
@@ -452,7 +452,7 @@ class LtxModel(nn.Module):
     def _make_rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
         """Return the rotations of a stream's tokens, L N D/2 2, or B L N D/2 2 if samples differ in fps.
 
-        With `by_time`, they are for the attention between the streams, which uses time only.
+        With `by_time`, they are for the attention between the streams, which rotates by time alone.
         """
         latents = inputs.latents
         width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
@@ -468,10 +468,11 @@ class LtxModel(nn.Module):
         places_of = partial(Places, width, fps=_list_distinct_rates(fps), by_time=by_time)
         places = []
         for reference in inputs.references.latents:
+            # a smaller reference is spread over the same area as the latents
             size_factor = latents.shape[-1] // reference.shape[-1]
             factors = (size_factor, inputs.references.time)
             places.append(places_of(tuple(reference.shape[2:]), factors=factors))
-        frames, *sides = latents.shape[2:]
+        frames, *sides = latents.shape[2:]  # keyframes come after the frames
         places.append(places_of((frames - len(inputs.keyframes), *sides)))
         places += [places_of((1, *sides), frame=frame) for frame in inputs.keyframes]
         return tables.get_table(tuple(places), latents.device)
@@ -488,21 +489,21 @@ class LtxModel(nn.Module):
                 raise ValueError(f"the text for the {what} is missing")
             numbers = stream_latents.shape[1]
             if names is SOUND:
-                numbers *= stream_latents.shape[3]
+                numbers *= stream_latents.shape[3]  # an audio token joins all channels of one time
             if numbers != config.channels:
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
 
 
 def _flatten(names: StreamNames, latents: Tensor) -> Tensor:
-    """Return latents as tokens: B Z F H W of video as B F*H*W Z, B Z M K of audio as B M Z*K."""
+    """Flatten latents to tokens: video B Z F H W to B F*H*W Z, audio B Z M K to B M Z*K."""
     return latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
 
 
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
-    Given tokens get the velocity 0, and partly given tokens a fraction of theirs. Tokens of references are
-    cut off, except for `keeps_references`; the result is then B Z L.
+    Given tokens get velocity 0, and partly given tokens a fraction of it. Reference tokens are removed,
+    unless `keeps_references` is set; then the result stays flat, B Z L.
     """
     if names is VIDEO and tokens.keeps_references:
         return out.mT
@@ -523,13 +524,13 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Pair the outputs for each of B timesteps with those for given tokens, which come first: B 2 ..."""
+    """Pair each timestep's output with the output for given tokens, which is first in `rows`: B 2 ..."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 
 
 def _list_distinct_rates(fps: Fps) -> tuple[float, ...]:
-    """Return the frame rate of each sample; a single number if all are equal."""
+    """Return each sample's frame rate, or one rate if all are equal."""
     numbers = fps.tolist() if isinstance(fps, Tensor) else fps
     rates = (numbers,) if isinstance(numbers, (int, float)) else tuple(numbers)
     return rates if len(set(rates)) > 1 else rates[:1]

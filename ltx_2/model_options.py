@@ -28,7 +28,7 @@ def is_version_2_5(checkpoint: Path) -> bool:
 
 
 class Ltx2ModelOptions(Options):
-    """The released file, and the parts that are taken from it."""
+    """Path of the released file, and of parts to use in place of its own."""
 
     ltx2_checkpoint: Path = option(
         "the released file, with transformer, autoencoders, vocoder and connectors (LTX-2.5: transformer and "
@@ -54,7 +54,7 @@ class Ltx2ModelOptions(Options):
 
 
 class Ltx2TextOptions(Options):
-    """Gemma, and how it runs."""
+    """Path of Gemma, and how it runs."""
 
     gemma_root: Path = option(
         "folder of the Gemma 3 (12B) text encoder; not for LTX-2.5", default=GEMMA, often=True
@@ -85,7 +85,7 @@ class Ltx2TextOptions(Options):
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer if Gemma is a single file; None to look next to Gemma."""
+        """Return the tokenizer's folder for a single-file Gemma; None if it is next to Gemma."""
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
@@ -162,6 +162,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        """Return the rescaling of a stream: its own option, else the one for both; None for the default."""
+        """Return a stream's rescaling: its own option, else the shared option, else None for the default."""
         of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if of_stream is None else of_stream

@@ -122,7 +122,7 @@ def _version() -> Any:
 
 
 def log_ignored(streams: Collection[str], *records: Options) -> None:
-    """Warn of given options that have no effect without audio, or without video."""
+    """Warn about set options that have no effect because audio or video is missing."""
     if VIDEO not in streams:
         lacking, reason = _OF_IMAGES, "sound alone has no pictures"
     elif AUDIO not in streams:
@@ -220,7 +220,7 @@ class Ltx2SigmaOptions(Options):
 
 
 def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
-    """Warn of options in `Ltx2SigmaOptions` that have no effect with another `sampler`."""
+    """Warn about options in `Ltx2SigmaOptions` that have no effect with another timestep sampler."""
     if args.timestep_sampling == sampler:
         return
     default = option_values(Ltx2SigmaOptions.usual())
@@ -358,12 +358,12 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def strategy_option(self) -> str:
-        """The option that says so, with its value."""
+        """Return the option that sets the strategy, with its value, for messages."""
         return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[0]
 
 
 def with_recipe(options: R) -> R:
-    """Return the options with the settings of --ltx2_conditioning_config applied, and this option removed.
+    """Return the options with the settings of --ltx2_conditioning_config applied and this option unset.
 
     Raises:
         OptionError: If the file is not valid, or contradicts an option that was typed.

@@ -32,7 +32,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
     )
 
     def words(self) -> dict[str, int | None]:
-        """Return the options as words, without defaults."""
+        """Return the non-default options by their command-line names."""
         size, time = self.reference_downscale, self.reference_temporal_scale
         return {
             "--reference_downscale": size if size > 1 else None,
@@ -42,7 +42,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
 
 
 class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
-    """References for a generation."""
+    """IC-LoRA references of a generation."""
 
     reference_video: Path | None = option(
         "clip, folder of images or image that the video is made from, with an IC-LoRA",
@@ -91,7 +91,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Files of all references, in the order of the options."""
+        """Return the paths of all references, in the order of the options."""
         first = () if self.reference_video is None else (self.reference_video,)
         files = (self.video_conditioning or ())[::2]
         conditions = (to_path("--video-conditioning", file) for file in files)
@@ -120,7 +120,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def attention(self) -> tuple[Path | None, float]:
-        """Mask file or None, and strength of the attention between video and references."""
+        """Return the mask file, or None, and the strength of attention between video and references."""
         *file, number = self.conditioning_attention_mask or ("1",)
         try:
             strength = float(number)

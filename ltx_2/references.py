@@ -143,6 +143,7 @@ class DenoisedReferences:
             sigma: The video's noise level, B.
         """
         counts = [self.clean.shape[2], picture[0, 0].numel()]
+        # the references' tokens come first
         reference_velocity, image_velocity = velocity.split(counts, dim=2)
         reference_velocity = velocity_of_references(
             reference_velocity,
@@ -292,7 +293,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
 
 
 def read_factors(loras: Sequence[Path]) -> dict[str, int]:
-    """Return the reference factors and frame limit in the metadata of LoRAs, by option of generation.
+    """Return the reference factors and frame limit that LoRAs record, keyed by generation option.
 
     Raises OptionError if values differ, or one is not a whole number.
     """
@@ -315,7 +316,7 @@ def read_factors(loras: Sequence[Path]) -> dict[str, int]:
 
 
 def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
-    """Return the factor in a LoRA's metadata under one of these names; None if there is none."""
+    """Return the integer factor in a LoRA's metadata under one of `names`; None if it is missing."""
     texts = [metadata[name] for name in names if name in metadata]
     if not texts:
         return None
@@ -326,7 +327,7 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
 
 
 def resolve_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
-    """Fill in reference factors that are not given from the metadata of LoRAs."""
+    """Fill in unset reference factors from the metadata of LoRAs."""
     factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
@@ -355,7 +356,7 @@ def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> Reference
 
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
-    """Return metadata, under all known names, about the references that a LoRA has learned."""
+    """Return metadata about the references that a LoRA was trained with, under all known names."""
     metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
     metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
     if rules.frames:

@@ -67,7 +67,7 @@ class SourcePasting:
             yield weight * source.to(chunk.device) + (1 - weight) * decoded
 
     def _read_frames(self) -> Iterator[NDArray[numpy.uint8]]:
-        """Yield the frames of the source as they were encoded, H W 3; black outside of its region."""
+        """Yield the source's frames as they were encoded, H W 3, black outside of their region."""
         path, region = self._source
         for frame in video_frames(path):
             canvas = numpy.zeros((self.prepared.height, self.prepared.width, 3), numpy.uint8)
@@ -96,7 +96,7 @@ class SourcePasting:
 
     @property
     def _source(self) -> tuple[Path, Rectangle]:
-        """The clip, and the region of the result that it fills."""
+        """Return the source clip, and the region of the result that it fills."""
         if self.media.outpaint_source is not None and self.media.region is not None:
             return self.media.outpaint_source, self.media.region
         assert self.media.inpaint_source is not None  # its mask needs it

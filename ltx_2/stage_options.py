@@ -10,7 +10,7 @@ _STAGES, _LORA = "sample_two_stage", "distilled_lora_path"
 
 
 class Ltx2StageOptions(Options, title="two stages"):
-    """A small clip first, which an upscaler enlarges and a few steps refine."""
+    """Generate a small clip first; enlarge it with an upscaler and refine it in a few steps."""
 
     sample_two_stage: bool = option(
         "generate clips in two stages: smaller ones with all steps and guidance, whose latents are "
@@ -51,7 +51,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
-        """The LoRA and its strength in each stage."""
+        """Return the LoRA's path and its strength in each of the two stages."""
         second = self.sample_stage2_distilled_lora_multiplier
         first = self.sample_stage1_distilled_lora_multiplier or 0.0
         return self.distilled_lora_path, first, 1.0 if second is None else second

@@ -36,7 +36,7 @@ LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # noise levels of the second stage, a
 
 @dataclass(frozen=True)
 class StageLora:
-    """A LoRA with a strength of its own in each stage."""
+    """A LoRA with a separate strength for each stage."""
 
     path: Path
     option: str  # option that names the file
@@ -46,7 +46,7 @@ class StageLora:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """Settings for generating the clips of a run in two stages."""
+    """Settings for generating a clip in two stages."""
 
     upscalers: Mapping[str, Path]  # file by option, in the order in which they are applied
     steps: int  # number of steps of the second stage
@@ -97,7 +97,10 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Split the request of a clip into one for each stage. `dtype` is the dtype of the upscalers."""
+        """Return the request with one request per stage: a small clip, then its refinement.
+
+        `dtype` is the dtype of the upscalers.
+        """
         request = prepared.request
         if request.source is not None:
             raise OptionError(
@@ -107,6 +110,7 @@ class TwoStages:
         first = self._make_first_stage(prepared, latent)
         if self.ends_early:
             return first
+        # resample the released noise levels to the requested number of steps
         positions = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
         levels = numpy.interp(positions, range(len(LEVELS)), LEVELS)
         shape = latent.shape(first.frames, first.height, first.width)
@@ -129,9 +133,10 @@ class TwoStages:
         growth = self.growth(latent)
         width = int(prepared.width / growth.side)
         height = int(prepared.height / growth.side)
+        # the first frame has a latent frame to itself, so only the others are multiplied later
         frames = (prepared.frames - 1) // growth.frames + 1
         joint = prepared.joint
-        if joint is not None:  # the audio is final from the beginning
+        if joint is not None:  # later stages do not lengthen the audio
             _, channels, length, rows, columns = latent.shape(frames, height, width)
             joint = Joint((channels, length, rows, columns), joint.audio)
         return replace(
@@ -255,19 +260,19 @@ def stage_sections(
 
 
 def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
-    """Blend clean latents with noise at a noise level, on the device of the clean latents."""
+    """Mix clean latents with noise at a noise level, on the clean latents' device."""
     return (1 - level) * clean + level * drawn.to(clean.device)
 
 
 def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
-    """Draw noise for latents B C F H W token by token, as the released pipelines do here."""
+    """Draw noise for latents B C F H W in token order, as this model's released pipelines do."""
     _, channels, frames, rows, columns = picture.shape
     drawn = noise.draw((1, frames * rows * columns, channels))
     return rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows)
 
 
 def _draw_audio_tokens(noise: NoiseSource, audio: Tensor) -> Tensor:
-    """Draw noise for latents B C T M token by token, as the released pipelines do here."""
+    """Draw noise for audio latents B C T M in token order, as this model's released pipelines do."""
     _, channels, moments, bins = audio.shape
     drawn = noise.draw((1, moments, channels * bins))
     return rearrange(drawn, "b t (c m) -> b c t m", c=channels)

@@ -49,7 +49,7 @@ THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma3TextConfig, as `LanguageModel.read_settings`.
+    """Translate the settings of Gemma 3 to keyword arguments of transformers' Gemma3TextConfig.
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for invalid values.
     """
@@ -59,6 +59,7 @@ def read_settings(
     old_scaling = settings.get("rope_scaling") or {}
     scaling = full if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    # without a config.json, the values of the release
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
     # transformers 5 has bases by the kind of layer, 4 has one name for each
     theta = settings.get("rope_theta", THETA)
@@ -68,7 +69,7 @@ def read_settings(
     scalar = int(settings.get("query_pre_attn_scalar", head_width))
     window = int(settings.get("sliding_window", WINDOW))
     pattern = settings.get("_sliding_window_pattern", PATTERN)
-    pattern = int(settings.get("sliding_window_pattern", pattern))
+    pattern = int(settings.get("sliding_window_pattern", pattern))  # also under its older name
     numbers = (stretch, theta, sliding_theta, scalar, window, pattern)
     are_possible = all(0 < number < math.inf for number in numbers)
     if kind not in ("default", "linear") or not are_possible:
@@ -88,7 +89,7 @@ def read_settings(
 
 
 def _list_layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:
-    """Return the kind of each layer; without a list in the settings every `pattern`-th is FAR."""
+    """Return each layer's attention kind; by default, every `pattern`-th layer is FAR."""
     layers = settings.get("layer_types")
     if not layers:
         layers = [FAR if number % pattern == 0 else NEAR for number in range(1, num_layers + 1)]
@@ -150,12 +151,12 @@ GEMMA_USE = LanguageUse(
 
 
 def prompt_key(stream: str) -> str:
-    """Return the name of a stream's texts in caches."""
+    """Return the cache key of a stream's text states."""
     return f"{stream}_prompt_embeds"
 
 
 class Ltx2TextEncoder(LanguageModelEncoder):
-    """Gemma and the connectors. Each prompt gives 1024 rows for each stream."""
+    """Gemma with the connectors, which give each prompt 1024 rows per stream."""
 
     can = EncoderAbilities(wait=True, divide=True, have_side=True, take_words=True)
 
@@ -193,7 +194,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on in addition to the text, found without loading weights."""
+        """Return what the text states depend on besides the text; reads no weights."""
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> int:
@@ -220,14 +221,14 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return num_weights * self.dtype.itemsize
 
     def write(self, prompt: Prompt) -> Written:
-        """Strip white space from the prompt, and shift the positions of its weighted parts accordingly."""
+        """Strip white space from a prompt, and shift its weighted spans to match."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
         spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans)
         return Written(text, text, spans)
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load the connectors, then Gemma into the memory that is left."""
+        """Load the connectors, then Gemma into the remaining memory."""
         self.check()
         # load the connectors first, because Gemma's placement depends on the memory that is left
         with open_connectors(self.connectors, self.path) as checkpoint:
@@ -255,7 +256,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return the texts of the streams, 1024 S each, and a mask of ones, as other trainers cache it."""
+        """Return each stream's connector output, 1024 S, and a mask of ones, as other trainers cache it."""
         connectors: Any = network.connectors
         device = next(connectors.parameters()).device
         width = network.get_parameter(self.embedding).shape[1]
@@ -263,7 +264,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         for row in rows:  # singly, as the states of all layers are large
             (gemma_conditions,) = super().compute(network, tokenizer, [row], dropped)
             (states,) = gemma_conditions[STATES]
-            texts = connectors(states.to(device).unflatten(-1, (-1, width)), ROWS)
+            texts = connectors(states.to(device).unflatten(-1, (-1, width)), ROWS)  # T layers width
             conditions = {prompt_key(stream): text.cpu() for stream, text in texts.items()}
             conditions[MASK] = torch.ones(ROWS, dtype=torch.int64)
             all_conditions.append(conditions)

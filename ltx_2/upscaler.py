@@ -54,10 +54,10 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     is_rational = "upsampler.conv.weight" in names
     layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
     is_timed = layer in names and len(names[layer].shape) == 5
-    # each pixel becomes a block of pixels; the block's size determines the factor of the sides
+    # pixel shuffle: the number of pixels per input pixel determines the factor on height and width
     width_out = shape(layer, 5 if is_timed else 4)[0]
     block, remainder = divmod(width_out, width)
-    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
+    sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}  # with time, a block has 2 frames
     side = sides_by_block.get(block)
     if axes not in (4, 5) or remainder or width % GROUPS:
         raise rejection
@@ -115,7 +115,7 @@ def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
         right_option = SPATIAL if is_spatial else TEMPORAL
         raise OptionError(f"{option} {path}: this upscaler is for {right_option}")
     side = Fraction(settings["rational_spatial_scale"]) if is_spatial else Fraction(1)
-    return UpscalerGrowth(1 + settings["temporal_upsample"], side)
+    return UpscalerGrowth(1 + settings["temporal_upsample"], side)  # a temporal upscaler doubles the frames
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.dev
 
 
 def build(settings: Settings) -> nn.Module:
-    """Build diffusers' class from its settings, without importing bitsandbytes."""
+    """Build diffusers' class from its config without importing bitsandbytes."""
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 

@@ -107,7 +107,7 @@ class _NestedLevel(NamedTuple):
 
 
 def _read_level(match: re.Match[str]) -> _NestedLevel:
-    """Return the level of a name that `_LEVEL` matches."""
+    """Parse a match of `_LEVEL` into the level of a nested module."""
     number, resampling, _ = match.groups()
     half = match[0][: len("encoder")]
     is_encoder = half == "encoder"
@@ -207,7 +207,7 @@ def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig)
 def _apply_settings(
     settings: Mapping[str, Any], encoder: HalfConfig, decoder: HalfConfig
 ) -> tuple[HalfConfig, HalfConfig]:
-    """Add paddings, shortcuts and causality to both halves.
+    """Return the encoder's and decoder's dimensions with paddings, shortcuts and causality from the settings.
 
     Raises ValueError for invalid settings, and TypeError or the like for values of other types.
     """

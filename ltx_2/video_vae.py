@@ -66,16 +66,16 @@ class LtxVideoVae(nn.Module):
         Raises:
             ValueError: For other sizes.
         """
-        step, side, _ = self.config.stride
-        check_clip(pixels, step, side)
+        time_stride, space_stride, _ = self.config.stride
+        check_clip(pixels, time_stride, space_stride)
         batch, _, frames, height, width = pixels.shape
-        size = (frames - 1) // step + 1, height // side, width // side
+        size = (frames - 1) // time_stride + 1, height // space_stride, width // space_stride
         rows, columns = self._tiles(size[1]), self._tiles(size[2])
         if len(rows) == len(columns) == 1:
             means = torch.cat(list(self._means(pixels)), dim=2)
         else:
             means = torch.zeros((batch, self.config.latent_channels, *size), device=self.device)
-            add_in_tiles(self._means, pixels, (rows, columns), (side, 1), means)
+            add_in_tiles(self._means, pixels, (rows, columns), (space_stride, 1), means)
         mean, std = self._statistics()
         return (means - mean) / std
 
@@ -111,7 +111,7 @@ class LtxVideoVae(nn.Module):
             yield self.encoder(self._place(group), memory)[:, : self.config.latent_channels].float()
 
     def _pixels(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the pixels, B 3 F H W float32, of latents that need no tiles."""
+        """Decode latents in one piece, and yield their pixels, B 3 F H W float32."""
         mean, std = self._statistics()
         frames = (
             self._place(frame.to(self.device).float() * std + mean) for frame in latents.split(1, dim=2)
@@ -120,7 +120,7 @@ class LtxVideoVae(nn.Module):
             yield chunk.float()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 Z 1 1 1 float32."""
+        """Return the latents' mean and standard deviation per channel, each 1 Z 1 1 1 float32."""
         return self.latents_mean.view(1, -1, 1, 1, 1), self.latents_std.view(1, -1, 1, 1, 1)
 
     def _place(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ Factors = tuple[int, int, int]  # for time, height, width
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Residual blocks of one width."""
+    """A group of residual blocks of equal width."""
 
     width: int
     count: int
@@ -35,7 +35,7 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Resampling:
-    """A change of resolution: blocks of pixels become channels, or channels blocks of pixels."""
+    """Change of resolution that moves blocks of pixels to channels, or back."""
 
     width_in: int
     width_out: int
@@ -43,7 +43,7 @@ class Resampling:
     is_residual: bool  # whether a shortcut without weights is added
 
     def has_shortcut(self, is_down: bool) -> bool:
-        """Return whether the channels allow the averages (down) or repetitions (up) of a shortcut."""
+        """Return whether the channel counts allow a shortcut: averages going down, repetitions going up."""
         block = prod(self.factors)
         if is_down:  # averages groups of channels
             return self.width_in * block % self.width_out == 0
@@ -52,7 +52,7 @@ class Resampling:
 
 @dataclass(frozen=True)
 class HalfConfig:
-    """Dimensions of the encoder or the decoder."""
+    """Dimensions of a VAE's encoder or decoder."""
 
     channels_in: int  # number of input channels
     width_in: int
@@ -138,9 +138,9 @@ class ClipConv(nn.Module):
         self.is_normed = is_normed
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Convolve the next frames of a clip, B C T H W to B C' T' H W; None marks the end of the clip.
+        """Convolve the next frames of a clip, B C T H W to B C' T' H W; x = None ends the clip.
 
-        Raises ValueError if borders are mirrored and a side is 1.
+        Raises ValueError if borders are mirrored and height or width is 1.
         """
         if x is None:
             return self._convolve_end(memory)
@@ -172,7 +172,7 @@ class ClipConv(nn.Module):
         return joined
 
     def _convolve_end(self, memory: ClipMemory) -> Tensor:
-        """Return the frame that waited for its successor, for which the last frame is repeated."""
+        """Convolve the last frame, which has no successor, with itself repeated in its place."""
         frames_before = memory.take(self)
         assert frames_before is not None
         joined = torch.cat([frames_before, frames_before[:, :, -1:]], dim=2)
@@ -180,7 +180,7 @@ class ClipConv(nn.Module):
         return conv3d(self.conv, joined)
 
     def _write(self, x: Tensor, place: Tensor) -> None:
-        """Write the frames x, normed if the layer does so, into `place`, both B C T H W."""
+        """Write frames x, normalized if the layer has a norm, into the view `place`, both B C T H W."""
         if not self.is_normed:
             place.copy_(x)
             return
@@ -216,7 +216,7 @@ class PixelResidualBlock(nn.Module):
 
 
 class PixelsToChannels(nn.Module):
-    """Convolve, then turn blocks of pixels into channels. The first frame is repeated to fill a block."""
+    """Convolve, then move blocks of pixels to channels; the first frame is repeated to fill its block."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()

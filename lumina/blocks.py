@@ -89,7 +89,7 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Self-attention in which each head of keys and values serves several heads of queries."""
+    """Grouped-query attention: several heads of queries share one head of keys and values."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class GroupedAttention(nn.Module):
         return attend(query, *serve(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the attention of tokens x to each other, B L+T C; with a second caption B L+T+T' C."""
+        """Return the self-attention of tokens x, B L+T C, or B L+T+T' C with a second caption."""
         # x: B L+T C, with a second caption B L+T+T' C
         return self.project(self.attend_tokens(x, tokens))
 
@@ -141,12 +141,12 @@ class GroupedAttention(nn.Module):
         return part.combine(attended, second_attended, second).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
-        """Return the layer's output, B L C, of the heads' attention side by side, B L C."""
+        """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""
         return in_own_dtype(self.out, attended)
 
 
 def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat heads of keys and values, B L K D, to one for each head of queries, B L N D."""
+    """Repeat the heads of keys and values, B L K D, until there is one for each query head, B L N D."""
     served = query.shape[2] // key.shape[2]
     if served == 1:
         return key, value
@@ -214,7 +214,7 @@ class JointTransformerBlock(nn.Module):
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B L+T C to B L C."""
+        """Return the normalized and modulated image tokens, B L C, of x, B L+T C."""
         scale, *_ = self.modulation(tokens.time)
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 

@@ -131,7 +131,7 @@ class LuminaFiles(AutoencoderFiles):
 
     @property
     def gemma2_path(self) -> Path:
-        """Path of Gemma 2. Raises OptionError if --gemma2 is missing."""
+        """Return Gemma 2's path; raise OptionError if --gemma2 is missing."""
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -147,7 +147,7 @@ class LuminaFiles(AutoencoderFiles):
         return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that the text encoders that are given or needed fit their options and the transformer."""
+        """Check that given or needed text encoders fit their options and the transformer."""
         if self.gemma2 is not None or needed:
             path = GemmaTextEncoder(self.gemma2_path).path
             takes = None if config is None else config.text_dim

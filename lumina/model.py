@@ -25,7 +25,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 
 class TokenLayout(NamedTuple):
-    """What the rotations of a batch's tokens depend on."""
+    """Image grid and text lengths, which determine the rotary embedding of a batch."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
     captions: tuple[int, ...]  # tokens of each sample's caption; one number where all are equal
@@ -84,7 +84,7 @@ class LuminaModel(BlockNetwork):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The layer from tokens to patches."""
+        """Return the final layer, which projects tokens to patches."""
         return self.final_layer
 
     def embed(
@@ -157,7 +157,7 @@ class LuminaModel(BlockNetwork):
             )
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
+        """Project tokens B L+T C to the predicted direction, B in_dim H W float32."""
         rows, columns = tokens.grid
         patch = self.config.patch_size
         patches = self.last(x[:, : tokens.image], tokens).float()
@@ -166,16 +166,16 @@ class LuminaModel(BlockNetwork):
         )
 
     def embed_time(self, times: Tensor) -> Tensor:
-        """Return the embedded time, B to B time_dim float32."""
+        """Return the time embedding of `times`: B to B time_dim float32."""
         time: Tensor = self.t_embedder(times)
         return time
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return image tokens, B L C, of patches, B L P."""
+        """Embed patches, B L P, as image tokens, B L C."""
         return in_own_dtype(self.x_embedder, patches).to(dtype)
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return caption tokens, B T C, of states B T text_dim. `counts` are the real ones of each sample."""
+        """Embed text states, B T text_dim, as tokens, B T C; `counts` are the numbers of real states."""
         text = self.cap_embedder[0](caption.to(dtype))
         return in_own_dtype(self.cap_embedder[1], text).to(dtype)
 
@@ -249,10 +249,10 @@ class LuminaModel(BlockNetwork):
 
 
 def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Return the longest caption's number of real rows, and that of each sample, at least 1.
+    """Return the number of real rows of the longest caption and of each caption, at least 1.
 
-    `mask` is B T. Padding after the longest caption is cut off. An empty caption keeps one row, because its
-    rows need something to attend to. Raises ValueError if padding comes before a real token.
+    `mask` is B T. Padding after the longest caption is cut off. An empty caption keeps one row, because
+    attention needs at least one. Raises ValueError if padding comes before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -60,7 +60,7 @@ class LuminaImageOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels, rounded down to multiples of 16."""
+        """Return height and width in pixels, rounded down to multiples of 16."""
         return self.image_height // SIZE_STEP * SIZE_STEP, self.image_width // SIZE_STEP * SIZE_STEP
 
 

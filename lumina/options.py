@@ -120,7 +120,7 @@ def check_renorm(limit: float, option: str) -> None:
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Translate Lumina's names of options into the shared ones. Raises OptionError for SageAttention."""
+    """Translate Lumina's option names to the shared ones; raise OptionError for SageAttention."""
     if args.use_sage_attn:
         raise OptionError(
             "--use_sage_attn: SageAttention has no backward pass, so nothing would be learned: it is for "

@@ -73,9 +73,9 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfi
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
-    """Load Gemma 2, with fp8 weights dequantized. `blocks` receives each layer.
+    """Load Gemma 2, with fp8 weights dequantized; `blocks` manages where its layers are kept.
 
-    Raises CheckpointError for another file.
+    Raises CheckpointError if the file holds another model.
     """
     return language_models.load_language_model(path, GEMMA_2, device, dtype, states=STATES, blocks=blocks)
 
@@ -100,7 +100,7 @@ PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
 
 
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
-    """Gemma 2 up to its second-to-last state. Rows after a text's end are zeros and masked."""
+    """Gemma 2 up to its second-to-last layer; states after the text's end are zeros and masked."""
 
     can = EncoderAbilities(learn=True, divide=True, take_words=True)
     name = "gemma2"
@@ -140,7 +140,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on in addition to the text, found without loading weights."""
+        """Return what the text states depend on besides the text; reads no weights."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
         words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
@@ -180,7 +180,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
             ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], self.length, PAD)
             embeds = network.get_submodule("embed_tokens")(ids.to(device))
-            # those before the last layer, B L C; real tokens come first
+            # STATES: the states before the last layer, B L C; those of padding become 0
             states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
             for state, real, row in zip(states, mask, ids, strict=True):
                 outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}

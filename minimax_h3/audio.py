@@ -47,12 +47,12 @@ Shape = Callable[..., tuple[int, ...]]
 
 
 def latent_count(frames: int, fps: float) -> int:
-    """Return the number of latents of a clip's audio: 40 per second, 2 for a single frame."""
+    """Return how many audio latents a clip has: 40 per second, or 2 for a single frame."""
     return round(frames / fps * LATENTS_A_SECOND)
 
 
 class H3AudioVae:
-    """The audio VAE. It encodes stereo audio at `rate` samples per second."""
+    """Audio VAE, which encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
 
@@ -140,7 +140,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _parametrized(name: str) -> str:
-    """Return the name of a tensor in a network whose norms are parametrizations."""
+    """Translate a tensor name to the name in a network whose norms are parametrizations."""
     path, _, end = name.rpartition(".")
     return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name
 
@@ -150,7 +150,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
-    """Return the strides of the encoder's stages, which are half of their kernel sizes."""
+    """Return the stride of each encoder stage: half the kernel size of its convolution."""
     return tuple(
         shape(f"encoder.block.{stage}.block.4.weight_v", 3)[2] // 2 for stage in range(1, stages + 1)
     )

@@ -31,7 +31,7 @@ SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
 
 
 class Rows(NamedTuple):
-    """Keys of the text encoder's states in a cache file, and of the tags of these states."""
+    """Keys in a cache file: the text encoder's states, and the tags of their tokens."""
 
     states: str
     tags: str
@@ -46,7 +46,7 @@ TEACHER_ROWS: Mapping[str, Rows] = {
 
 
 def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
-    """Return the metadata of a text cache. `shown` are hashes of what the encoder saw with the caption."""
+    """Return a text cache's metadata; `shown` are hashes of the media presented with the caption."""
     presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
     return {
         TASK: task,
@@ -77,7 +77,7 @@ def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> Non
 
 
 def check_texts(batch: Batch, task: str) -> None:
-    """Raise CacheError unless the texts of a batch are cached for the task of a training.
+    """Raise CacheError unless a batch's texts are cached for the training's task.
 
     Caches of this program and of other trainers record the task. The tags of the tokens must fit it, too.
     """
@@ -89,7 +89,7 @@ def check_texts(batch: Batch, task: str) -> None:
 
 
 def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
-    """Raise CacheError if tags do not fit the number of rows of their states, or the task."""
+    """Raise CacheError if token tags do not match the number of states, or do not fit the task."""
     if tags.is_floating_point() or tags.shape != (rows,) or not torch.isin(tags, torch.tensor([0, 1])).all():
         raise CacheError(
             f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {rows} rows. Cache again with "
@@ -146,9 +146,9 @@ def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
 
 
 def read_probe(path: Path) -> tuple[Tensor, Tensor]:
-    """Return states, n C, and tags, n, of a file of --uncond_output, written by any program.
+    """Return the states, n C, and the token tags, n, in a file that --uncond_output wrote.
 
-    Raises CacheError for another file.
+    Raises CacheError for any other file.
     """
     try:
         with open_checkpoint(path) as checkpoint:

@@ -81,14 +81,14 @@ def _of_dataset(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ReferenceSizes:
-    """Short sides of references, and the step of all their sides, in pixels."""
+    """Short edges of references, and the step for all their edges, in pixels."""
 
     image: int
     video: int
     step: int
 
     def source_of(self, reference: H3Reference, frames: int) -> ImageSource | ClipSource | None:
-        """Return the source of a reference's pixels; None for a reference that is audio alone.
+        """Return where a reference's pixels come from; None for an audio reference.
 
         `frames` is the length of the generated clip; 1 for an image, for which reference clips keep their
         length. Raises OptionError for shapes that the model does not take.

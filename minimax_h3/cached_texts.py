@@ -95,7 +95,7 @@ class H3CachingEncoder(H3TextEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on, including the task and the sizes of references."""
+        """Return what the text states depend on besides the text: the task and the sizes of references."""
         info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
@@ -120,9 +120,9 @@ class H3CachingEncoder(H3TextEncoder):
         check_marks(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `H3TextEncoder.encode`, with the media of the task and the rows that a teacher reads.
+        """Encode as `H3TextEncoder.encode`, adding the task's media and the states that a teacher reads.
 
-        The empty prompt is encoded without both. Raises MediaError if a file cannot be shown.
+        The empty prompt is encoded without either. Raises MediaError if a file cannot be shown.
         """
         return [self._encode_item(prompt) for prompt in prompts]
 
@@ -139,7 +139,7 @@ class H3CachingEncoder(H3TextEncoder):
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
     def _present(self, prompt: Prompt) -> tuple[Shown, ...]:
-        """Return the images, clips and audio that the task shows before a caption.
+        """Return the images, clips and audio that are presented to the text encoder before a caption.
 
         Raises MediaError if the task is ref2va and the row has no references.
         """
@@ -157,7 +157,7 @@ class H3CachingEncoder(H3TextEncoder):
         return self._show_references(prompt.media, len(prompt.clip))
 
     def _show_references(self, media: Sequence[ShownMedium], frames: int) -> tuple[Shown, ...]:
-        """Return the references of a row for a clip of `frames`."""
+        """Return the references of a dataset row as they are presented for a clip of `frames` frames."""
         sizes = ReferenceSizes(*self.edges, LATENT.pixel_step)
         references = [reference_of(medium) for medium in media]
         try:
@@ -167,7 +167,7 @@ class H3CachingEncoder(H3TextEncoder):
         return H3Sources(references=sources).shown(references)
 
     def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
-        """Return the prompt as --teacher_conditions shows it to the teacher, which sees more of the clip."""
+        """Return the prompt with the text and media that --teacher_conditions shows the teacher."""
         if self.teacher == FIRST_LAST:
             return replace(prompt, presented=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:
@@ -180,6 +180,7 @@ class H3CachingEncoder(H3TextEncoder):
                 "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
                 "else. Give the table control_directory, or name images in `references` of its rows."
             )
+        # a caption of its own for the teacher, if the dataset has one
         text = prompt.further_text
         if text is None:
             text = describe_subjects(prompt.text, len(images), is_still=len(clip) == 1)
@@ -200,6 +201,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
             "it is a single picture, which has no first and last frame, and there are no control pictures to "
             "show. Give the table control_directory, or cache it with --task t2va."
         )
+    # a still image has control images in place of keyframes
     return [frame[..., :3] for frame in prompt.frames]
 
 
@@ -222,7 +224,7 @@ class H3CachingFiles(H3Files):
 
     @property
     def text_use(self) -> LanguageUse:  # type: ignore[override]
-        """How the text encoder is used, with the text of the empty prompt."""
+        """Return how the text encoder is used, including the text of the empty prompt."""
         return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
@@ -234,7 +236,7 @@ class H3CachingFiles(H3Files):
         return encoder
 
     def check_texts(self, config: object, needed: bool) -> None:
-        """Check the text encoder, and its vision tower if captions are encoded with media."""
+        """Check the text encoder, and also its vision tower if captions come with media."""
         super().check_texts(config, needed)
         if self.language_model().can.see_clip:
             self.check_tower()

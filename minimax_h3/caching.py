@@ -50,7 +50,7 @@ SEED = 42  # as in musubi-tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """Settings for caching latents."""
+    """Settings of the script that caches latents."""
 
     task: str
     seed: int
@@ -156,7 +156,7 @@ class H3Caching:
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each item. Raises MediaError if a reference cannot be read or used."""
+        """Return each item's cache entry; raise MediaError if a reference cannot be read or used."""
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)

@@ -78,7 +78,7 @@ def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LI
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a name belongs to latents of an image or a clip, which get noise, not of audio."""
+    """Return whether a cache key holds latents of an image or clip, to which noise is added, not of audio."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO
@@ -104,9 +104,9 @@ def _order_reference(key: str) -> tuple[int, bool]:
 
 
 def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
-    """Return conditions in order, with a little noise on images and clips.
+    """Return the conditions with a little noise added to images and clips, in their order.
 
-    `noise` is drawn once for all, in this order.
+    `noise` is drawn once for all of them, in the same order.
     """
     noised = {}
     for key in in_order(conditions):
@@ -120,7 +120,7 @@ def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[
 
 @dataclass(frozen=True)
 class H3Placement:
-    """Conditions with their positions, and the time at which the learned frames and their audio start."""
+    """Conditions with their time positions, and the time position where the learned clip starts."""
 
     conditions: tuple[H3Condition, ...]
     start: float
@@ -173,7 +173,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
 
 
 def _list_control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
-    """Return the start times of a single image's control images, on the clock of the tokens."""
+    """Return the time positions of a single image's control images in the rotary embedding."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:
         return []
@@ -181,12 +181,12 @@ def _list_control_starts(conditions: Conditions, sample: int, clock: float) -> l
 
 
 def _of_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
-    """Return the latents of one sample, with a batch axis."""
+    """Return the latents of one sample from a batch, keeping the batch axis."""
     return conditions[key][sample].unsqueeze(0)
 
 
 def grid_of(latents: Tensor) -> ImageGrid:
-    """Return the grid of the tokens of latents, B Z f h w."""
+    """Return the token grid of latents, B Z f h w."""
     return ImageGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
 
 

@@ -39,7 +39,7 @@ class H3Config:
 
     @property
     def inner_dim(self) -> int:
-        """Width of all heads together, which differs from the width of tokens."""
+        """Return the width of all attention heads together, which differs from the tokens' width."""
         return self.num_heads * self.head_width
 
 

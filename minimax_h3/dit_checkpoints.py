@@ -92,8 +92,8 @@ def find_task(path: Path) -> str | None:
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
     """Return dimensions, dialect and dtype of a transformer file.
 
-    `layout` is the order of fused rows, STACKED or INTERLEAVED; None decides by the file's name. A trained
-    file records its own order. Raises CheckpointError for another file.
+    `layout` is the row order of the fused query, key and value matrix, STACKED or INTERLEAVED; None decides
+    by the file's name. A file trained here records STACKED. Raises CheckpointError for another model's file.
     """
     names = checkpoint.tensors
     has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
@@ -181,6 +181,7 @@ def _read_config(shapes: DitShapes) -> H3Config:
     time_hidden, freq_dim = (0, 0) if is_pruned else shapes.of("time_embedder.proj_in.weight")
     frequencies = H3Config.frequencies
     if "rope.inv_freq" in shapes.shapes:
+        # a released file stores them; their number is read here
         (frequencies,) = shapes.of("rope.inv_freq", axes=1)
     return H3Config(
         dim=dim,

@@ -181,7 +181,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def audio(self) -> AudioSpec:
-        """Format of the audio latents."""
+        """Return the format of the audio latents."""
         return self.files.audio
 
     @property
@@ -204,7 +204,7 @@ class MiniMaxH3(OneTransformer):
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table's media do not fit the task of the caches."""
+        """Raise DatasetError if a table's media do not fit the task for which they are cached."""
         if self.caching is not None:
             self.caching.check_table(table)
 
@@ -219,7 +219,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What caches depend on: the VAEs and the settings of caching."""
+        """Return what cached latents depend on: the VAEs and the caching options."""
         identity = dict(super().media_identity)
         return identity if self.caching is None else {**identity, **self.caching.identity}
 
@@ -231,7 +231,7 @@ class MiniMaxH3(OneTransformer):
         return replace(encoders, audio=self.files.load_audio(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entries that caches hold; see caching.py."""
+        """Return the cache entries of a batch; see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
 
@@ -241,7 +241,7 @@ class MiniMaxH3(OneTransformer):
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> H3AudioVae:
-        """Load the audio VAE, which both encodes and decodes."""
+        """Load the audio VAE. It is loaded as a whole, so `decodes` has no effect."""
         return self.files.load_audio(device)
 
     def encode_audio(self, networks: H3AudioVae, samples: Tensor, frames: int, fps: float) -> Tensor:
@@ -249,7 +249,7 @@ class MiniMaxH3(OneTransformer):
         return networks.encode_clip(samples, frames, FPS)
 
     def decode_audio(self, networks: H3AudioVae, latents: Tensor) -> Audio:
-        """Decode audio latents to a track."""
+        """Decode audio latents to an audio track."""
         return networks.decode(latents)
 
     # the network
@@ -303,10 +303,10 @@ class MiniMaxH3(OneTransformer):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict noise - latents of frames and audio joined, B N float32, sample by sample.
+        """Predict noise - latents of frames and audio, flattened and joined to B N float32.
 
-        `timesteps` are B 2, of frames and of audio. The conditions are states of texts, n C each, and their
-        tags, n each.
+        Samples run one by one, because their texts and conditions differ in length. `timesteps` are B 2, of
+        frames and of audio. The conditions are states of texts, n C each, and their token tags, n each.
         """
         joint = overrides.joint
         assert joint is not None, "there is always sound"
@@ -317,7 +317,7 @@ class MiniMaxH3(OneTransformer):
         velocities = []
         for sample, (image_time, audio_time) in enumerate(times):
             rows = slice(sample, sample + 1)
-            is_of_image = (cond[TAGS][sample] == 0).tolist()
+            is_of_image = (cond[TAGS][sample] == 0).tolist()  # tag 0: a placeholder of an image part
             placement = self._place_conditions(cond, sample, images)
             image, audio = dit(
                 images[rows],
@@ -346,7 +346,7 @@ class MiniMaxH3(OneTransformer):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request.
+        """Check a request for MiniMax-H3 and fill in its open fields.
 
         Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
         schedule.
@@ -390,13 +390,14 @@ class MiniMaxH3(OneTransformer):
             flow_shift=flow_shift,
             default_negative=None,
         )
-        _, *image = self.latent.shape(frames, height, width)  # without the axis of samples
-        channels, length, rows, columns = image
+        _, *image_shape = self.latent.shape(frames, height, width)  # without the axis of samples
+        channels, length, rows, columns = image_shape
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_of_edges(self.image_edge, self.video_edge, "there are no references")
         return replace(
             prepared,
+            # the text encoder also sees the images
             prompts={0: _with_presentation(prepared, media, sources)},
             family_record=H3Request(media, sources),
             own_metadata=_describe_media(media),
@@ -446,7 +447,7 @@ class MiniMaxH3(OneTransformer):
                 check_video_length(reference.path, self.any_length)
 
     def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
-        """Return width, height and frames. The default size is the size of the first keyframe."""
+        """Return width, height and frames; without a requested size, the first keyframe determines it."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:
@@ -490,12 +491,12 @@ class MiniMaxH3(OneTransformer):
         return {0: conditions} if conditions else {}
 
     def _encode_references(self, encoders: MediaEncoders, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references by name. The audio VAE is loaded if one has audio."""
+        """Return the latents of references by condition name; load the audio VAE only if one has audio."""
         record = prepared.family_record
         references = record.media.references
         conditions: dict[str, Tensor] = {}
         for index, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
-            if source is None:
+            if source is None:  # an audio reference, encoded below
                 continue
             frames = source.read()
             frames = frames.unsqueeze(0) if reference.kind == IMAGE else full_clip(frames)
@@ -520,7 +521,7 @@ class MiniMaxH3(OneTransformer):
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames as a posterior sample with this seed, normalized."""
+        """Encode frames as a normalized posterior sample drawn with `seed`."""
         return encode_target(encoders.vae, byte_clips(frames), seed)
 
     def sections(
@@ -571,7 +572,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
 
 
 def _describe_media(media: H3Media) -> dict[str, str]:
-    """Return metadata with the media from which a clip was made."""
+    """Return metadata that lists the media from which a clip was made."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
     if media.controls:
@@ -582,7 +583,7 @@ def _describe_media(media: H3Media) -> dict[str, str]:
 
 
 def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
-    """Return the time shift of the audio schedule. Raises OptionError if it is not above 0."""
+    """Return the audio schedule's time shift; raise OptionError unless it is above 0."""
     shift = float(request.extra.get(SHIFT_OF_AUDIO, noise.base_shift * noise.audio_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")

@@ -98,10 +98,10 @@ PREPROCESSOR_FOLDERS = (".", "processor", "../processor")
 
 
 class H3TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL with the tokenizer of MiniMax-H3; it sees the media that are presented with a prompt."""
+    """Qwen3-VL with the tokenizer of MiniMax-H3; it also sees the media that accompany a prompt."""
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError for the tokenizer of another model."""
+        """Raise CheckpointError if the tokenizer belongs to another model."""
         missing = [token for token in OWN_TOKENS if tokenizer.number(token) is None]
         if missing:
             raise CheckpointError(
@@ -111,7 +111,7 @@ class H3TextEncoder(LanguageModelEncoder):
             )
 
     def preprocessing(self) -> Preprocessing:
-        """Limits for resizing images and clips, read from files next to tokenizer or encoder."""
+        """Return the size limits for images and clips, from files next to tokenizer or text encoder."""
         folders = []
         tokenizer, _ = self.source.find(self.tokenizer, self.path)
         if tokenizer is not None:
@@ -180,7 +180,7 @@ class H3TextEncoder(LanguageModelEncoder):
 
 
 def audio_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return the shape of the latents of a clip's audio: channels, left and right, moments.
+    """Return the shape of a clip's audio latents: channels, 2 (left and right), time.
 
     `fps` is unused, because clips of the model always have 24 frames per second.
     """
@@ -189,7 +189,7 @@ def audio_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class H3Files(LanguageModelFiles):
-    """Files of a run, as the options give them."""
+    """Paths of a run's model files, from its options."""
 
     audio_vae: Path | None = None
     qkv_layout: str | None = None
@@ -206,7 +206,7 @@ class H3Files(LanguageModelFiles):
         return make_format(self.qkv_layout)
 
     def add_vaes(self, options: H3VaeOptions) -> Self:
-        """Return the files with the options of both VAEs."""
+        """Return a copy of these files with the options of both VAEs added."""
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     # the transformer
@@ -229,18 +229,18 @@ class H3Files(LanguageModelFiles):
     # the autoencoders
 
     def load_vae(self, device: torch.device) -> H3VideoVae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         return load_video_vae(
             self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile or TILE
         )
 
     def vae_identity(self) -> dict[str, str]:
-        """Return what latents depend on apart from pixels and audio. Encoding is always in float32."""
+        """Return what cached latents depend on besides pixels and audio; encoding is always in float32."""
         tile = self.vae_tile or TILE
         return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.audio_identity()}
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if a VAE is another model's."""
+        """Raise CheckpointError if the VAE belongs to another model."""
         read_once(self.vae_path, _read_video_vae)
         read_once(self.audio_vae_path, _read_audio_vae)
 
@@ -264,13 +264,13 @@ class H3Files(LanguageModelFiles):
 
     @property
     def audio_vae_path(self) -> Path:
-        """Path of the audio VAE. Raises OptionError if --audio_vae is missing."""
+        """Return the audio VAE's path; raise OptionError if --audio_vae is missing."""
         path = require_file(self.audio_vae, "--audio_vae", "it turns sound into latents and back")
         return inside(path, "audio_vae")
 
     @property
     def audio(self) -> AudioSpec:
-        """Format of the audio latents; without the VAE's file, the release's."""
+        """Return the format of the audio latents, read from the VAE or, without a file, as released."""
         try:
             settings: Settings = read_once(self.audio_vae_path, _read_audio_vae)
             channels: int = settings["latent_channels"]
@@ -289,11 +289,11 @@ class H3Files(LanguageModelFiles):
     # texts
 
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoder's options added."""
         return replace(super().add_text(options), text_form=options.form)
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the task, and the files that are named or needed. No weights are loaded."""
+        """Check the task and the named or needed files, without loading weights."""
         self.check_task()
         super().check(needed)
 

@@ -49,12 +49,12 @@ class H3Condition:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the latents are audio."""
+        """Return whether the latents are audio."""
         return isinstance(self.place, AudioPlace)
 
     @property
     def kind(self) -> int:
-        """Kind of the tokens, which selects their modulation."""
+        """Return the kind of the tokens, which selects their modulation."""
         return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
@@ -113,12 +113,12 @@ class H3Attention(nn.Module):
         self.out_proj = nn.Linear(config.inner_dim, config.dim, bias=False)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, each B L N D; the first two normed."""
+        """Return query, key and value heads, each B L N D; queries and keys are normalized."""
         query, key, value = in_own_dtype(self.qkv_proj, x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
         return self.q_norm(query), self.k_norm(key), value
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
-        """Return the attention of tokens x, B L C."""
+        """Return the self-attention of tokens x, B L C."""
         query, key, value = self.heads(x)
         if tokens.part is not None:
             query, key, value = tokens.part.gather_tokens(query, key, value)
@@ -161,7 +161,7 @@ class H3StreamBlock(nn.Module):
 
 
 class H3RefinerBlock(H3StreamBlock):
-    """Block over text tokens, without positions or time."""
+    """Block over text tokens, without position or time embeddings."""
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
         """Apply the block to text tokens x, B T C."""
@@ -200,7 +200,7 @@ class H3Block(H3StreamBlock):
         self.adaln_proj = _make_modulation(config, KINDS * ROWS)
 
     def rows(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate of attention and of feed-forward, each 1 S C float32."""
+        """Return shift, scale and gate for attention and for the feed-forward, each 1 S C float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
         # stacking rows: indexing with a list would copy the list to the device, and the host would wait
@@ -271,7 +271,7 @@ class H3Model(nn.Module):
     spec = DIT
 
     def __init__(self, config: H3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.spec = spec_of(config)
@@ -295,7 +295,7 @@ class H3Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the network's norms, since weights may be in 8 bits."""
+        """Dtype of the norms, which shows the compute dtype even if other weights have 8 bits."""
         return self.get_parameter("blocks.0.norm1.weight").dtype
 
     def forward(
@@ -339,9 +339,9 @@ class H3Model(nn.Module):
             audio: B Z' 2 A, two channels.
             times: Times of frames and of audio, 0 for noise, 1 for clean.
             text: States of the language model, B T text_dim, without a mask.
-            shown: Whether each text token stands for a part of an image; empty if none does.
-            start: Start of the noisy latents on the clock; None: after the text.
-            conditions: In the order of the clock; audio on it is at time 1.
+            shown: Whether each text token is the placeholder of an image part; () without images.
+            start: Time position of the first noisy latent; None places it after the text.
+            conditions: Clean images, clips and audio, in the order of their time positions.
 
         Raises:
             ValueError: If sizes do not match.
@@ -371,6 +371,7 @@ class H3Model(nn.Module):
             audio=segments[1].tokens,  # the second medium is the noisy audio
             rotary=self._rotary.get_table((places, num_text), noisy.device),
             times=self._embed_times(list(levels.values()), noisy.device),
+            # rows of the modulation table, which is ordered by level, then kind
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
             starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
             dtype=dtype,
@@ -410,7 +411,7 @@ class H3Model(nn.Module):
         return embedded
 
     def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
-        """Return the embedded times as the blocks project them: K E float32."""
+        """Return the time embeddings that the blocks project to their modulation, K E float32."""
         levels = send_ahead(torch.tensor(times, dtype=torch.float32), device)
         if self.config.table_rows:
             return self._look_up(levels)
@@ -419,7 +420,7 @@ class H3Model(nn.Module):
         return functional.silu(run_float32(self.time_embedder["proj_out"], hidden))
 
     def _look_up(self, times: Tensor) -> Tensor:
-        """Return the rows of a pruned file's table at these times, interpolated linearly, K E."""
+        """Interpolate the time table of a pruned file linearly at `times`, K E."""
         table = self.adaln_t_table.float()
         places = times.clamp(0, 1) * (len(table) - 1)
         below = places.floor().long().clamp(max=len(table) - 2)
@@ -441,7 +442,7 @@ class H3Model(nn.Module):
     def _make_table(
         self, layout: tuple[tuple[ImagePlace | AudioPlace, ...], int], /, *, device: torch.device
     ) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L 1 3K 2 float32: K frequencies on each axis."""
+        """Return the rotary table, (cosine, sine) pairs L 1 3K 2 float32, with K frequencies on each axis."""
         media, num_text = layout
         places = all_places(media, num_text).float()
         # float32, as in training

@@ -119,7 +119,7 @@ class H3TextOptions(TextEncoderOptions):
 
 
 class H3VaeOptions(Options):
-    """The VAEs of images and of audio."""
+    """Paths of the image VAE and the audio VAE."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
@@ -343,7 +343,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options with which a training calls the latent and the text caching script."""
     task = {"--task": options.task}
     latents = {
         "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
@@ -360,7 +360,7 @@ def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
 
 
 def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     latents, _ = caching_options(options)
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
@@ -390,7 +390,7 @@ def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_guidance(scale: float | None, flag: str) -> None:
-    """Raise OptionError for a guidance scale, because the model has no second pass for guidance."""
+    """Raise OptionError for any guidance scale but 1, because the model has no pass to guide against."""
     if scale not in (None, 1):
         raise OptionError(
             f"{flag} {scale:g}: the guidance of {NAME} is built in, so that there is no pass without the "
@@ -458,7 +458,7 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
 
 
 def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
-    """Return the number of frames. Raises OptionError if two options give different numbers."""
+    """Return the number of frames; raise OptionError if two options set different numbers."""
     if own_options.media.one_frame_inference is None:
         return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):

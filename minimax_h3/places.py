@@ -27,13 +27,13 @@ class ImageGrid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self.frames * self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """Position of the tokens of a clip or an image."""
+    """Position of an image or clip in the rotary embedding."""
 
     grid: ImageGrid
     start: float  # time of its first latent frame on the clock
@@ -49,13 +49,13 @@ class AudioPlace:
 
 
 def spans(frames: int) -> Tensor:
-    """Return the duration of each of `frames` latent frames, float64, in units of the clock."""
+    """Return the duration of each latent frame in rotary time units, float64."""
     pattern = [UNITS_A_FRAME * FRAMES_A_LATENT[index % len(FRAMES_A_LATENT)] for index in range(frames)]
     return torch.tensor(pattern, dtype=torch.float64)
 
 
 def last_frame_place(start: float, frames: int) -> float:
-    """Return the time of a keyframe at the end of a clip of latent `frames` that begins at `start`."""
+    """Return the time position of a keyframe that ends a clip of `frames` latent frames from `start` on."""
     total = float(spans(frames).numpy().sum())  # NumPy's order of summation, as in the released code
     return start + total - UNITS_A_FRAME
 
@@ -66,7 +66,7 @@ def clip_span(frames: int) -> float:
 
 
 def image_places(place: ImagePlace) -> Tensor:
-    """Return time, height and width of each token: L 3 float64."""
+    """Return the time, height and width positions of an image's tokens, L 3 float64."""
     grid = place.grid
     lengths = spans(grid.frames)
     times = place.start + torch.cat([lengths.new_zeros(1), lengths[:-1].cumsum(0)])
@@ -76,7 +76,7 @@ def image_places(place: ImagePlace) -> Tensor:
 
 
 def audio_places(place: AudioPlace) -> Tensor:
-    """Return time, height and width of each token, 2 latents x 3 float64. Audio has no height."""
+    """Return time, height and width of each audio token, 2 latents x 3 float64; the height is constant."""
     times = place.start + torch.arange(place.latents, dtype=torch.float64)
     _, widths = _measure_edges(place.grid)
     channels = []
@@ -87,7 +87,7 @@ def audio_places(place: AudioPlace) -> Tensor:
 
 
 def text_places(tokens: int) -> Tensor:
-    """Return time, height and width of each token of a text: L 3 float64."""
+    """Return the time, height and width positions of a text's tokens, L 3 float64."""
     places = torch.zeros(tokens, 3, dtype=torch.float64)
     places[:, 0] = torch.arange(tokens)
     return places

@@ -44,7 +44,7 @@ class Shown:
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def pixels(self) -> Tensor:
-        """Return the pixels, H W 3 or F H W 3 uint8; audio has none."""
+        """Return the pixels, H W 3 or F H W 3 uint8; audio media have no pixels."""
         assert self.read is not None, "a sound has no pixels"
         return self.read()
 
@@ -58,7 +58,7 @@ def show_image(pixels: Tensor) -> Shown:
 
 
 def show_clip(frames: Tensor, has_sound: bool = False) -> Shown:
-    """Present a clip, F H W 3 uint8, at 24 frames per second."""
+    """Present a clip, F H W 3 uint8 at 24 frames per second, to the text encoder."""
     return Shown(VIDEO, has_sound, source=_hash(frames), read=lambda: frames)
 
 

@@ -54,9 +54,9 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:
-    """Return the weights of the old samples around each new one, count x (2 reach + step) float32.
+    """Return resampling weights of the old samples around each new one, count x (2 reach + step) float32.
 
-    `step` is the number of old samples in the time of `count` new ones.
+    `step` old samples take as long as `count` new ones.
     """
     band = min(step, count) * ROLLOFF
     reach = math.ceil(CROSSINGS * step / band)  # number of old samples on each side under the filter

@@ -78,7 +78,7 @@ class H3Media:
 
     @property
     def keyframes(self) -> tuple[Path, ...]:
-        """Keyframes and control images, in order."""
+        """Return the keyframes and control images, in order."""
         frames = tuple(path for path in (self.first, self.last) if path is not None)
         return (*frames, *self.controls)
 
@@ -89,7 +89,7 @@ class H3Media:
 
     @property
     def task(self) -> str:
-        """Task that these media require."""
+        """Return the task for which these media are valid."""
         if self.references:
             return "ref2va"
         return "fl2va" if self.keyframes else "t2va"
@@ -160,7 +160,7 @@ def _read_places(text: str) -> OneFrame:
 
 
 def _check_places(places: OneFrame, controls: int) -> None:
-    """Raise OptionError unless each control image has a position, and each position an image."""
+    """Raise OptionError unless there are as many control images as positions for them."""
     indices = len(places.control_indices)
     if indices != controls and not (indices == 0 and controls == 1):
         raise OptionError(
@@ -189,7 +189,7 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
-    """Yield the references in a line of a dataset. Raises OptionError if it has none that can be read."""
+    """Yield the references in one line of a JSONL dataset; raise OptionError if it has none."""
     path = to_path(f"--{JSONL}", request.extra[JSONL])
     number = int(request.extra.get(INDEX, 0))
     try:
@@ -218,7 +218,7 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
-    """Read one reference of a dataset's line. A null as the audio of a video leaves out the audio."""
+    """Read one reference in a JSON line of a dataset; a null audio_path mutes the reference video."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     audio = entry.get("audio_path", "")
@@ -232,6 +232,7 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
     if audio:
         fields["audio"] = audio
     reference = _make_reference(where, entry["path"], fields)
+    # null, unlike a missing key: without the video's own audio track
     if audio is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)
     return reference
@@ -365,7 +366,7 @@ class ClipSource:
     maximum: int
 
     def read(self) -> Tensor:
-        """Read its frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
+        """Read the clip's frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for index, frame in enumerate(video_frames(self.path)):
@@ -387,7 +388,7 @@ class ClipSource:
 
 
 def _find_slot(number: int, fps: float) -> int:
-    """Return the index, at 24 frames per second, at which a frame of a video begins."""
+    """Return the frame index at 24 frames per second at which a frame of a video starts."""
     return math.floor(number * (FPS / fps) + 0.5)
 
 
@@ -435,7 +436,7 @@ def full_clip(frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class H3Sources:
-    """Sources of the pixels of a request's media, in order."""
+    """Where the pixels of a request's media come from, in order."""
 
     keyframes: tuple[ImageSource, ...] = ()
     references: tuple[ImageSource | ClipSource | None, ...] = ()  # None for audio

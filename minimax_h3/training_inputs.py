@@ -38,7 +38,7 @@ CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the
 
 
 class Clean(NamedTuple):
-    """Fraction of clean latents in the conditions, by kind; the rest of the mixture is noise."""
+    """Fraction of clean signal in conditions on images and on audio; noise makes up the rest."""
 
     visual: float  # noise level of images and clips
     audio: float
@@ -83,12 +83,12 @@ def _read_tensor(tensors: Conditions, key: str) -> Tensor:
 
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """Return states and tags of the text that a teacher reads. Raises CacheError if there are none."""
+    """Return states and token tags of the teacher's text; raise CacheError if they are missing."""
     return teacher_texts(batch, _name_conditions(batch.view))
 
 
 def teacher_key(view: str) -> str:
-    """Return the name in caches of the states that a teacher reads. `view` is as in `Batch.view`."""
+    """Return the cache key of the text states that a teacher reads; `view` is as in `Batch.view`."""
     return TEACHER_ROWS[_name_conditions(view)].states
 
 
@@ -163,7 +163,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
 
 
 def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
-    """Return a clip, with its audio if it has any, as a reference for itself."""
+    """Return a clip, with its audio if it has any, as a reference to itself."""
     clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:

@@ -53,7 +53,7 @@ def granularity_option(default: str | None) -> Any:
 
 
 class H3LossOptions(Options, title="loss of pictures and sound"):
-    """The streams of a clip that are learned, and their noise levels."""
+    """Whether the loss covers images, audio or both, and how their noise levels are drawn."""
 
     audio_loss_weight: float = option(
         "weight of the audio loss; clips without audio have none",
@@ -108,7 +108,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
     @property
     def audio_weight(self) -> float:
-        """Weight of the loss of audio; 0 with --video_only."""
+        """Return the weight of the audio loss; 0 with --video_only."""
         return 0.0 if self.video_only else self.audio_loss_weight
 
 
@@ -290,9 +290,9 @@ def base_time(text: str) -> float | int:
 
 
 def in_thousandths(name: str, share: float) -> int:
-    """Convert a fraction to whole thousandths.
+    """Convert a fraction to integer thousandths.
 
-    Raises OptionError outside 0..1, or for more than three digits.
+    Raises OptionError outside 0..1, or for more than three decimals.
     """
     thousandths = share * THOUSAND
     if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
@@ -301,7 +301,7 @@ def in_thousandths(name: str, share: float) -> int:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Copy options with other trainers' names to the options that every family has.
+    """Copy options with other trainers' names to the shared options that every family has.
 
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
@@ -317,6 +317,7 @@ def translate(args: argparse.Namespace) -> None:
         shared["convrot_int8"] = "--h3_convrot_int8", True
     if args.h3_convrot_int8_bwd != "bf16" or "h3_convrot_int8_bwd" in args.typed_options:
         shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
+    # error messages then name the option that the user typed
     names = dict(getattr(args, "typed_names", {}))
     typed = {*args.typed_options}
     for name, (other_name, value) in shared.items():
@@ -404,7 +405,7 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
 def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     """Translate the options of the model's own trainer for teacher matching to those in `shared`."""
     defaults = H3TargetOptions.usual()
-    own_names = {
+    weight_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",
         "h3_teacher_loss_mag_weight": "teacher_size_weight",
         "h3_teacher_preservation_weight": "teacher_anchor_weight",
@@ -419,7 +420,8 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
         shared["teacher_sees"] = "--h3_teacher_conditions", VIEWS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
-    for own_name, shared_name in own_names.items():
+    # weights left at their defaults stay with the shared options' defaults
+    for own_name, shared_name in weight_names.items():
         if getattr(args, own_name) != getattr(defaults, own_name) or own_name in args.typed_options:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
@@ -456,7 +458,7 @@ def _read_bounds(args: argparse.Namespace) -> None:
 
 
 def _select_rank(args: argparse.Namespace) -> None:
-    """Give a LoRA the model's default rank and alpha, if neither is given."""
+    """Set the model's default rank and alpha for a LoRA if neither is given."""
     if not hasattr(args, "network_module") or args.embedding_only:  # there is no LoRA
         return
     is_lora = args.network_module is None or args.network_module.startswith("networks.lora")

@@ -80,7 +80,7 @@ def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSo
 
 
 def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapping[str, TensorSource]:
-    """Return sources that put all rows of queries first, then the rows of keys, then of values."""
+    """Return sources with the fused matrix's rows reordered: all queries, then all keys, then all values."""
     stack = functools.partial(stack_heads, head_width=head_width)
     return {
         name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()
@@ -131,7 +131,7 @@ def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Return whether a value of JSON is a finite number; a whole one from 0 to 4096 for int."""
+    """Return whether a JSON value is a finite number, or for `int` an integer from 0 to 4096."""
     if type(value) is int:
         return 0 <= value <= 4096 if kind is int else True
     return kind is float and type(value) is float and math.isfinite(value)
@@ -167,10 +167,10 @@ def _read_config(
 
 
 def _read_levels(shapes: DitShapes, facts: _DeclaredInfo) -> tuple[H3VaeLevel, ...]:
-    """Return the levels of the encoder.
+    """Return the levels of the encoder, with strides from config.json or else from the tensor shapes.
 
-    Without config.json each resampling halves the sides. Those after the first one also halve time, until the
-    patches of the decoder have as many frames.
+    Without config.json each resampling halves height and width. All but the first one also halve time, until
+    the patches of the decoder have as many frames.
     """
     starts = [f"encoder.down.{number}" for number in range(shapes.blocks("encoder.down"))]
     resamples = [f"{start}.downsample.conv.weight" in shapes.shapes for start in starts]
@@ -178,6 +178,7 @@ def _read_levels(shapes: DitShapes, facts: _DeclaredInfo) -> tuple[H3VaeLevel, .
     time_strides = facts.time_strides
     if not time_strides:
         side = math.prod(space_strides)
+        # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
         frames = shapes.of("decoder.proj_out.weight")[0] // (3 * side**2)
         time_strides = _list_time_strides(resamples, frames)
     if not len(space_strides) == len(time_strides) == len(starts):

@@ -34,7 +34,7 @@ FLOAT32_ENDS = (".norm1.weight", ".norm2.weight", ".scale1", ".scale2", "norm_ou
 
 @dataclass(frozen=True)
 class TileRow:
-    """Tiles of one size along an axis: the starts of the tiles, and the overlap of each with the next."""
+    """Tiles of equal size along one axis: their starts and their overlaps."""
 
     starts: tuple[int, ...]
     size: int
@@ -116,7 +116,7 @@ class H3VideoVae(nn.Module):
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
     def _encode_clip(self, pixels: Tensor) -> Tensor:
-        """Return the moments of a clip, in tiles if it is large."""
+        """Encode a clip to posterior moments, in tiles if it is large."""
         values = pixels.to(self.device, torch.float32)
         shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
@@ -139,7 +139,7 @@ class H3VideoVae(nn.Module):
             yield pixels.clamp_(-1, 1) if clamps else pixels
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Return latents, B Z f h w, as the transformer has them."""
+        """Normalize latents, B Z f h w, for the transformer."""
         return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class H3VideoVae(nn.Module):
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames of each clip, without those that fade into the next one."""
+        """Yield each clip's frames, except those that fade into the next clip."""
         config = self.config
         if latents.shape[2] <= config.clip_latents - config.dropped:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
@@ -222,7 +222,10 @@ class H3VideoVae(nn.Module):
 
 
 def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Join tiles: blend each with the tile above and the tile to its left, as these were before blending."""
+    """Join tiles, cross-fading each with the unblended tiles above it and to its left.
+
+    `rows` and `columns` are the overlaps of neighboring tiles.
+    """
     joined_rows = []
     for row_index, tiles in enumerate(parts):
         joined = []
@@ -232,6 +235,7 @@ def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequenc
             if index:
                 tile = _blend(tiles[index - 1], tile, columns[index - 1], axis=-1)
             if row_index < len(parts) - 1:
+                # the next tile brings the overlap
                 tile = tile[..., : tile.shape[-2] - rows[row_index], :]
             if index < len(tiles) - 1:
                 tile = tile[..., : tile.shape[-1] - columns[index]]
@@ -241,7 +245,7 @@ def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequenc
 
 
 def _blend(before: Tensor, piece: Tensor, length: int, axis: int) -> Tensor:
-    """Return `piece`, whose start fades in over the end of `before` along an axis."""
+    """Return `piece`, whose start is cross-faded with the end of `before` over `length` along an axis."""
     length = min(before.shape[axis], piece.shape[axis], length)
     shape = [1] * piece.ndim
     shape[axis] = length
@@ -254,9 +258,9 @@ def _blend(before: Tensor, piece: Tensor, length: int, axis: int) -> Tensor:
 def load_video_vae(
     path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = TILE
 ) -> H3VideoVae:
-    """Load the video VAE of MiniMax-H3: the official file, ComfyUI's or diffusers' folder.
+    """Load the video VAE of MiniMax-H3 from the official file, ComfyUI's file or diffusers' folder.
 
-    `dtype` is that of the decoder's layers; the encoder is always float32. `tile` is as in `H3VideoVae`.
+    `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile` is as in `H3VideoVae`.
     Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:

@@ -34,7 +34,7 @@ class H3VaeLevel:
 
     @property
     def resamples(self) -> bool:
-        """Whether the level ends with a resampling."""
+        """Return whether the level ends with a resampling."""
         return self.time_stride * self.space_stride > 1
 
 
@@ -93,7 +93,7 @@ class H3VideoVaeConfig:
 
 
 class CausalConv(nn.Conv3d):
-    """Convolution that sees no later frame: zeros before the first one, mirrored borders in space."""
+    """3D convolution causal in time: zeros before the first frame, mirrored borders in space."""
 
     def __init__(
         self, width_in: int, width_out: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
@@ -101,7 +101,7 @@ class CausalConv(nn.Conv3d):
         super().__init__(width_in, width_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve x, B C T H W."""
+        """Convolve a clip x, B C T H W."""
         return super().forward(_pad_front(self._mirror(x), self.kernel_size[0] - 1))
 
     def _mirror(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class EncoderLevel(nn.Module):
 
 
 class H3VideoEncoder(nn.Module):
-    """Turn pixels B 3 F H W into moments B 2Z f h w, float32."""
+    """Encode pixels, B 3 F H W, as posterior moments, B 2Z f h w, float32."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class H3VideoEncoder(nn.Module):
         self.conv_out = CausalConv(last, 2 * config.latent_channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return moments, B 2Z f h w, of pixels, B 3 F H W."""
+        """Encode pixels, B 3 F H W, to posterior moments, B 2Z f h w."""
         x = self.conv_in(pixels)
         for level in self.down:
             x = level(x)
@@ -192,7 +192,7 @@ class H3VideoEncoder(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention whose queries and keys are normed without weights, in float32."""
+    """Self-attention in which queries and keys get a norm without weights, in float32."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class DecoderAttention(nn.Module):
         self.to_out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Return the attention of tokens x, B L C."""
+        """Return the self-attention of tokens x, B L C."""
         # x: B L C, returned alike
         query, key, value = self.to_qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
         query = rotate_first(_normalize_head(query), rotary)

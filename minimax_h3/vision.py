@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Limits of the images and of the clips that the text encoder sees."""
+    """Size limits for the images and the clips that the text encoder sees."""
 
     pictures: Limits
     clips: Limits
@@ -51,7 +51,7 @@ RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25
 
 
 def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
-    """Return the limits in the preprocessor files, from the first folder that has each, or as released.
+    """Return the size limits from the first folder that has each preprocessor file, or the released limits.
 
     Raises CheckpointError if a file cannot be read.
     """
@@ -112,7 +112,7 @@ def _make_error(file: Path, why: str) -> CheckpointError:
 
 
 def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
-    """Cut an image, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
+    """Cut an image, H W 3 uint8, into patches; raise MediaError if its aspect ratio is too extreme."""
     use = replace(use, fewest=limits.fewest, maximum=limits.maximum)
     return read_images(tower, [picture], use, limits.colors)
 

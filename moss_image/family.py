@@ -107,7 +107,7 @@ class MossImage(pictures.ModelOfImages):
         return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
-        """Return a layout whose boxes are in the pixels of the image's bucket."""
+        """Return the layout with its boxes converted to pixels of the image's bucket."""
         return fit_layout(caption, size, fit)
 
     # the network
@@ -184,7 +184,7 @@ class MossImage(pictures.ModelOfImages):
         return replace(prepared, steps=made, levels=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return what the negative pass skips. Raises OptionError for a block that does not exist."""
+        """Return the blocks that the negative pass skips; raise OptionError for an unknown block."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
         missing = sorted(block for block in blocks if count is not None and block >= count)
@@ -233,7 +233,7 @@ def family_for_text_caching(options: own.MossImageTextCachingOptions) -> MossIma
 
 
 def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
-    """Describe the family for training; warn if the file's name says that it is SFT."""
+    """Describe the family for training; warn if the file name says that the model was fine-tuned (SFT)."""
     name = find_sft(options.dit)
     if name is not None:
         logger.warning(

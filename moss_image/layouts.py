@@ -44,7 +44,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _find_item_errors(item: Any, size: Size) -> list[str]:
-    """Return the errors in an item of a layout."""
+    """Return the errors in one item of a JSON layout."""
     if not isinstance(item, dict):
         return ["it is no JSON object"]
     errors = []
@@ -63,7 +63,10 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
-    """Return the errors in a box: wrong order, or outside the image. Its origin is the image's center."""
+    """Return the errors in a box: reversed edges, or edges outside the image.
+
+    The origin is the image's center.
+    """
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box

@@ -50,7 +50,7 @@ def situ(value: Tensor, gate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MossImageTokens(Krea2Tokens):
-    """Inputs of the blocks; x is B R+L+T C, `time` B 8 S C: six rows for the blocks, two for the end."""
+    """Inputs of the blocks besides x, B R+L+T C; `time`, B 8 S C, is six block rows and two final rows."""
 
 
 class MossImageTextBlock(nn.Module):
@@ -179,14 +179,14 @@ class MossImageLayout(NamedTuple):
 
 
 class RefinedText(NamedTuple):
-    """A text as tokens, or its states before refinement."""
+    """A text's tokens after refinement, or its states before it."""
 
     states: Tensor  # B T C
     counts: tuple[int, ...]  # real tokens of each sample
 
     @property
     def clocks(self) -> tuple[int, ...]:
-        """Lengths of the texts, which set the images' positions in time; one if all are equal."""
+        """Return the text lengths, which set the images' time positions; one length if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> Lengths | None:
@@ -266,7 +266,7 @@ class MossImageModel(BlockNetwork):
     def remember(
         self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
-        """Return the keys and values of references by block.
+        """Return each block's keys and values of clean references, computed without image and text.
 
         Arguments as in `embed`; `overrides` has skipped blocks.
         """
@@ -276,7 +276,7 @@ class MossImageModel(BlockNetwork):
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
-        clocks = RefinedText(x, counts).clocks  # uses the counts only
+        clocks = RefinedText(x, counts).clocks  # depends only on `counts`
         # no image and no text: the keys and values are those of references alone
         layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
         tokens = MossImageTokens(
@@ -372,7 +372,7 @@ class MossImageModel(BlockNetwork):
         return text._replace(states=refined)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
+        """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
@@ -385,7 +385,7 @@ class MossImageModel(BlockNetwork):
         return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the rows that modulate all blocks and the end, B to B 8 C float32."""
+        """Return the modulation rows of all blocks and the final layer, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
         # no SiLU after the second layer
@@ -457,5 +457,5 @@ def select_stream(dtype: torch.dtype) -> torch.dtype:
 
 
 def _center(size: int) -> Tensor:
-    """Return positions along a side, counted from its middle: half steps for even sides."""
+    """Return coordinates along an axis relative to its middle, in half steps if `size` is even."""
     return torch.arange(size, dtype=torch.float64) - (size - 1) / 2

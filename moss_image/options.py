@@ -141,7 +141,7 @@ def read_blocks(text: str) -> frozenset[int]:
 
 
 def check_window(start: float, end: float) -> None:
-    """Raise OptionError if the skipping of steps does not begin before it ends."""
+    """Raise OptionError if the range of skipped steps does not start before it ends."""
     if start >= end:
         raise OptionError(
             f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
@@ -150,7 +150,7 @@ def check_window(start: float, end: float) -> None:
 
 
 def check_schedule(name: str) -> str:
-    """Return the name of --moss_schedule. Raises OptionError if there is no such schedule."""
+    """Return the schedule's name; raise OptionError if --moss_schedule names an unknown one."""
     if name not in SCHEDULES:
         raise OptionError(f"--moss_schedule {name!r}: give {' or '.join(SCHEDULES)}")
     return name

@@ -24,7 +24,7 @@ def shrink(picture: Tensor) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None = None) -> Tensor:
-    """Read an image as the text encoder sees it, H W 3 uint8, after it was resized to cover `size`.
+    """Read an image as the text encoder sees it, H W 3 uint8, resized and cropped to `size`.
 
     Raises MediaError if it cannot be read.
     """

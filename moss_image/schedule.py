@@ -9,10 +9,10 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, shift_sigmas
 
 
 def snap_levels(steps: int, shift: float) -> tuple[float, ...]:
-    """Return noise levels from 1 down, each a whole thousandth, and then 0.
+    """Return noise levels from 1 down in whole thousandths, followed by 0.
 
-    Even levels down to the one that the shift makes a thousandth are shifted, and each is rounded to the
-    nearest thousandth, down if two are equally near. Duplicates are dropped, so there may be fewer than
+    Even levels, down to the one that the shift turns into a thousandth, are shifted, and each is rounded to
+    the nearest thousandth, down if two are equally near. Duplicates are dropped, so there may be fewer than
     `steps`.
     """
     # float32, as released: a level close to the middle of two thousandths depends on it

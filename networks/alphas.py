@@ -55,7 +55,7 @@ _MAX_SHOWN = 20  # characters of a value that a message shows
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings from one source."""
+    """Settings with alphas, and the metadata entry or file that contains them."""
 
     place: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
@@ -80,10 +80,7 @@ class _Sources(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A key of settings.
-
-    Its name is the same for all spellings: `loraalpha` for `transformer.LoRA_alpha`.
-    """
+    """A metadata key, split and spelled uniformly: `loraalpha` for `transformer.LoRA_alpha`."""
 
     network: str  # prefix of the key that names a network; "" if it has none
     name: str  # rest of the key, in lower case, letters and digits only
@@ -160,13 +157,13 @@ def find_alphas(
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
     """Return a warning for each source whose alpha is for a rank that no module of the file has."""
-    shown = ", ".join(map(str, sorted(ranks)))
+    rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
         if source.is_sure and not source.fits(ranks):
             warnings.append(
-                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
-                "not used"
+                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {rank_list}: "
+                "it is not used"
             )
     return warnings
 
@@ -279,10 +276,10 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     """Return the alphas that are separate keys of a file's metadata."""
     sources: list[_Source] = []
     warnings: list[str] = []
-    # programs that write ss_network_module store alphas as tensors; if names have dots and there are none, a
-    # converter has folded them into the factors
+    # programs that write ss_network_module store alphas as tensors, under names without dots; if names have
+    # dots, a converter has folded the alphas into the factors
     is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
-    texts = {_split_key(key): text for key, text in metadata.items()}
+    text_by_key = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
         network, name = _split_key(full_key)
         if name not in _KEYS or not _is_of(network, start):
@@ -290,14 +287,14 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
         if full_key == _TRAINED and is_folded:
             continue
         if _number(text) is None:
-            shown = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
+            value = repr(str(text)[:_MAX_SHOWN])
+            warnings.append(f"its metadata have {full_key} {value}, which is no number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _KEYS[name]]
-        scaling = texts.get(_Key(network, "userslora"), "")
+        scaling = text_by_key.get(_Key(network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
-            "r": _first_of(texts, rank_keys),
+            "r": _first_of(text_by_key, rank_keys),
             "use_rslora": scaling.lower() == "true",
         }
         sources.append(_Source(f"its metadata ({full_key})", settings))
@@ -320,14 +317,14 @@ def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)
         except (ValueError, AttributeError, RecursionError) as error:
-            if key == PEFT_SETTINGS:
+            if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
                 raise
             warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
     return _Sources(sources, warnings)
 
 
 def _sources_in_folder(path: Path, start: str) -> _Sources:
-    """Return the alphas in the adapter's settings in the folder of the file."""
+    """Return the alphas in PEFT's settings file next to a LoRA file, or in its folder."""
     folder = path if path.is_dir() else path.parent
     settings_path = folder / PEFT_FILE
     if not settings_path.is_file():
@@ -389,7 +386,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
 
 
 def _split_key(key: str) -> _Key:
-    """Split a key of settings into the network that it names, if any, and the name of the setting."""
+    """Split a metadata key into the name of a network ("" without one) and the name of the setting."""
     match = _BEGIN.fullmatch(key)
     network = ""
     name = key
@@ -438,7 +435,7 @@ def read_alphas(
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
-    texts = group_by_module(native.texts)
+    text_modules = group_by_module(native.texts)
     try:
         in_dit = find(
             modules=group_by_module(native.tensors),
@@ -447,8 +444,8 @@ def read_alphas(
             stacked=native.stacked,
         )
         in_texts: list[FoundAlphas] = []
-        for encoder_prefix, paths in _paths_by_encoder(texts).items():
-            modules = {name: texts[name] for name in paths}
+        for encoder_prefix, paths in _paths_by_encoder(text_modules).items():
+            modules = {name: text_modules[name] for name in paths}
             in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, stacked={}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
@@ -464,8 +461,8 @@ def read_alphas(
     for warning in warnings if warns else ():
         logger.warning(f"{path}: {warning}")
     text_words = ", ".join(dict.fromkeys(alphas.words for alphas in in_texts if alphas.words))
-    words = dict.fromkeys(filter(None, (in_dit.words, text_words)))
-    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+    descriptions = dict.fromkeys(filter(None, (in_dit.words, text_words)))
+    return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -556,7 +553,7 @@ def peft_alphas(
 
 
 def _number(value: Any) -> float | None:
-    """Return a value as a finite number; None if it is none."""
+    """Return a value as a float; None if it is not a finite number."""
     try:
         return _finite(value)
     except (ValueError, TypeError, OverflowError):

@@ -199,7 +199,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
     first = selected[0]
-    if not any("." in name for name in first.tensors):  # as latents of caches
+    if not any("." in name for name in first.tensors):  # names in a cache of latents have no dots
         raise CheckpointError(
             f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",

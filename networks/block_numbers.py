@@ -25,7 +25,7 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """Settings of numbered blocks in --network_args: texts until `fit` knows the model's blocks."""
+    """Settings of numbered blocks in --network_args; `fit` applies them to the blocks of a model."""
 
     texts: Mapping[str, str]
     lists: Mapping[str, tuple[float, ...]]  # by argument
@@ -39,7 +39,7 @@ class BlockSettings:
 
     @property
     def threshold(self) -> float:
-        """Return the factor up to which a block has no modules."""
+        """Return the learning rate factor up to which a block gets no LoRA modules."""
         return float(self.texts.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
@@ -64,11 +64,12 @@ class BlockSettings:
                     "blocks. Give a number for each"
                 )
         factors: list[float] = []
-        if any(part in self.texts for part, _, _ in numbered.sides):
+        # each side, such as the up blocks, has its own argument with one factor per block
+        if any(argument in self.texts for argument, _, _ in numbered.sides):
             factors = [1.0] * numbered.count
-            for part, start, count in numbered.sides:
-                if part in self.texts:
-                    factors[start : start + count] = read_factors(part, self.texts[part], count)
+            for argument, start, count in numbered.sides:
+                if argument in self.texts:
+                    factors[start : start + count] = read_factors(argument, self.texts[argument], count)
         return replace(self, factors=tuple(factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:

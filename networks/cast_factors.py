@@ -97,10 +97,12 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
+    # down factors stay unscaled
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     counts = [len(group) for group in groups]
-    # one matrix for each group with all its down factors, then one with the up factors
+    # one matrix for each group with all its down factors, then one for each group with its up factors
     matrices = _Cast.apply(scales, counts + counts, dtype, *downs, *ups)
+    # not strict: `matrices` also has the up matrices after the down matrices
     for group, down, up in zip(groups, matrices, matrices[len(groups) :], strict=False):
         if len(group) == 1:
             group[0].cast_factors = down, up
@@ -108,19 +110,19 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         ranks = [layer.rank for layer in group]
         ups_of_group = up.split([len(layer.lora_up.weight) for layer in group])
         shared = SharedInput(group, ranks, down, ups_of_group, up)
-        for layer, *factors in zip(group, down.split(ranks), ups_of_group, strict=True):
-            layer.cast_factors = factors[0], factors[1]
+        for layer, layer_down, layer_up in zip(group, down.split(ranks), ups_of_group, strict=True):
+            layer.cast_factors = layer_down, layer_up
             layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):
-    """Cast factors, multiply them by their scales, and join those of a group, with few kernels."""
+    """Cast the factors of each group into one matrix, multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return one matrix for each of `counts`: so many consecutive factors, one below another."""
+        """Stack the rows of each group of consecutive factors into a matrix; `counts` has the group sizes."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype

@@ -151,7 +151,7 @@ class FluxConvertOptions(Options, must_give=True):
 
 
 class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py` and Anima's, and more for Z-Image's."""
+    """Options that the scripts `networks/convert_*_to_comfy.py` share."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
@@ -452,7 +452,7 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without the expert and without the hashes of the original file."""
+    """Return metadata without the entries that a converted file changes: expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }
@@ -499,21 +499,21 @@ def converted(
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
-    texts: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
+    text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
     left_out_texts: Mapping[str, str] = {}
     if target == "diffusers":
-        texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
+        text_tensors, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
-        texts = texts_to_comfyui(lora.text_tensors, family)
+        text_tensors = texts_to_comfyui(lora.text_tensors, family)
     advice = _advise_on_left_out(native, written.left_out)
     left_out = {**written.left_out, **left_out_texts}
-    if left_out and not written.tensors and not texts:
+    if left_out and not written.tensors and not text_tensors:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
     _warn_of_left_out(lora.path, written.left_out, advice)
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
-    return ConvertedLora({**written.tensors, **texts}, metadata)
+    return ConvertedLora({**written.tensors, **text_tensors}, metadata)
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:

@@ -192,6 +192,7 @@ class Delta:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
         if not composing.CORES.isdisjoint(self.factors):  # only convolutions have a core
             return None
+        # without `ROWS`, the shape is that of the whole layer, even for a part of it
         full_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
         try:
             shape = replace(self, factors=full_factors).shape()
@@ -248,7 +249,7 @@ class Delta:
         return replace(self, factors={part: tensor.clone() for part, tensor in factors.items()})
 
     def row_parts(self) -> set[str] | None:
-        """Return the parts whose first axis is the rows of the weight; None if they cannot be cut so."""
+        """Return the parts whose first axis is the rows of the weight; None if rows cannot be cut out."""
         all_parts = set(self.factors.keys() & _FULL)
         for algebra in self.algebras:
             parts = algebra.row_parts(self.factors)

@@ -165,8 +165,8 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
     if len(heights) == len(row_counts):  # the model has all parts: together they must cover the weight
         fits = fits and sum(heights.values()) == num_rows
     if not fits:
-        shown = " + ".join(map(str, heights.values()))
-        return f"its {num_rows} rows are not those of its parts, which have {shown}"
+        part_heights = " + ".join(map(str, heights.values()))
+        return f"its {num_rows} rows are not those of its parts, which have {part_heights}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
@@ -293,9 +293,8 @@ def _find_fused(
 
 def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the number of rows of fused weights, by path with `{n}`, from their parts in all blocks."""
-    heights_by_path: dict[
-        str, dict[int | None, int]
-    ] = {}  # path of the weight -> index of a part -> its rows
+    # path of the weight -> index of a part -> its rows
+    heights_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(fused):
         part_paths.add(piece.part.theirs)
@@ -326,7 +325,7 @@ def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
 
 
 def _estimate_height(siblings: Sequence[WeightPart], known_heights: Mapping[int | None, int]) -> int:
-    """Estimate the number of rows of a weight from some of its parts; 0 if no part is known.
+    """Estimate the number of rows of a fused weight from the parts in a file; 0 if the file has none.
 
     Args:
         siblings: All parts of the weight.
@@ -584,10 +583,10 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Replace the marker `ROWS`, which files cannot contain, by factors for the rows of the part.
+    """Turn parts with a `ROWS` entry, a form that files cannot contain, into parts with their own factors.
 
-    A part with this marker has the factors of a larger layer. If these can be cut into rows, they are;
-    otherwise they become the full difference of the rows, in the dtype of the factors.
+    A part with `ROWS` has the factors of the whole fused layer, and this entry says which rows are its own.
+    If the factors cannot be cut into rows, the part gets the full difference of its rows.
 
     Raises:
         CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
@@ -602,7 +601,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return the factors for the rows of a part; `factors` has the marker `ROWS`."""
+    """Return the factors of one part; `factors` are those of the whole layer and have a `ROWS` entry."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
@@ -674,7 +673,7 @@ def mend_split_alphas(
     part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     mended = dict(tensors)
-    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
+    trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
     num_mended = 0
     for name, factors in deltas.group_by_module(tensors).items():
         if set(factors) != {"alpha", *LORA}:

@@ -44,7 +44,7 @@ def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 class _StackedFile:
-    """Reads another checkpoint, with the rows of fused weights in our order, as a file of a `Checkpoint`."""
+    """File of a `Checkpoint` that reads another checkpoint, with the rows of fused weights in our order."""
 
     def __init__(self, checkpoint: Checkpoint, head_widths: Mapping[str, int]) -> None:
         self.path = checkpoint.path
@@ -55,7 +55,7 @@ class _StackedFile:
         self._head_widths = head_widths
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; if its rows need no reordering, its bytes may lie in `scratch`."""
+        """Return a tensor, which may use the memory of `scratch` if its rows need no reordering."""
         if name not in self._head_widths:
             return self._checkpoint.borrow(name, scratch)
         rows = stack_heads(self._checkpoint.read(name), self._head_widths[name])

@@ -42,7 +42,7 @@ _CORE = "lora_mid.weight"
 
 @dataclass(frozen=True)
 class ChangedParameter:
-    """A parameter of a model that LoRAs change: a weight (with the module's bias), or one of another name."""
+    """A parameter that LoRAs change; the parameter `weight` includes the bias of its module."""
 
     path: str  # path of the parameter
     module: nn.Module
@@ -113,9 +113,8 @@ class AddedPart:
         self.rows: slice | None = None  # outputs that the rotation affects; None: all
         self._rotation_values: Tensor | None = None  # parameters of the rotation, float32
         self._low_rank_factors: list[Tensor] = []  # in the order of application: down, (core,) up
-        self._full_delta: Delta | None = (
-            None  # factors of other kinds, whose full matrix is computed in each pass
-        )
+        # factors of other kinds, whose full matrix is computed in each pass
+        self._full_delta: Delta | None = None
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -168,12 +167,12 @@ class AddedPart:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
         Args:
-            out: Output of the module; it may be changed in target.
+            out: Output of the module; it may be changed in place.
             x: Input of the module.
             has_weight: Whether the change of the weight is added; False adds that of the bias only.
         """
         if has_weight and self._adds_in_place(out):
-            # the last product is added to `out` in target: one pass over it, not three
+            # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._low_rank_factors
             hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
@@ -190,7 +189,7 @@ class AddedPart:
         return out + added
 
     def _adds_in_place(self, out: Tensor) -> bool:
-        """Return whether the addition is a plain product that is neither traced by autograd nor compiled."""
+        """Return whether the addition is a plain product, and neither autograd nor a compiler traces it."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         if not self._low_rank_factors or self._bias is not None:
@@ -200,9 +199,8 @@ class AddedPart:
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return what the change of the weight adds to the output; None if only the bias changes."""
-        if (
-            self._rotation_values is not None
-        ):  # a rotation of the input, passed through the module's own weight
+        if self._rotation_values is not None:
+            # the rotated input minus the input, passed through the module's own weight
             added = frozen_product(self.target.module, self.compute_input_change(x)).to(out.dtype)
             if self.rows is None:
                 return added
@@ -431,7 +429,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
-        """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
+        """Switch the LoRAs on or off within a `with` statement; factors stay on their device."""
         previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on

@@ -59,7 +59,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys without such a name."""
+    """Tensors of a LoRA file under our names, and the keys in the file that have no name of ours."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
@@ -153,7 +153,7 @@ def to_native(
 
 
 def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
-    """Return the numbers of joined factors by our module names.
+    """Count the LoRAs that were joined into each module's factors, by our name of the module.
 
     Args:
         stacked: Key of a joined factor -> number of factors that were joined into it.
@@ -170,7 +170,7 @@ def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
     """Return the tensors of a file that has only our names; None if a key is not one of our names.
 
-    This is a fast way for our own files.
+    Files that we wrote are read in this way, which is fast because no other program's names are tried.
 
     Args:
         tensors: Tensors by name.
@@ -279,10 +279,12 @@ def _find_family_for_texts(
         families: Possible families by the names of the DiT's modules.
         hint: Family that the user or the metadata name, for a file of text encoders alone.
     """
-    max_number = max((parsed.number for parsed in keys.values()), default=1)
+    max_number = max((parsed.number for parsed in keys.values()), default=1)  # text encoders count from 1
     likely = [family for family in families if len(family.encoders) >= max_number] or families[:1]
     if likely:
-        return likely[0] if len({family.encoders for family in likely}) == 1 else None
+        has_same_encoders = len({family.encoders for family in likely}) == 1
+        return likely[0] if has_same_encoders else None
+    # the file has no modules of a DiT
     return next((family for family in FAMILIES if family.name == hint), None)
 
 

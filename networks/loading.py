@@ -109,10 +109,10 @@ class LoraFile:
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """Return whether it is no error if a network has none of these modules.
+        """Return whether a network may lack all of these modules without an error.
 
-        This holds for projections of a text encoder, which not every checkpoint has, if the file changes
-        other networks too.
+        It may if they are projections of a text encoder, which some checkpoints lack, and if the file also
+        changes other networks.
 
         Args:
             names: Names of all modules that the file changes in the network.
@@ -292,8 +292,9 @@ def _recognize_part(
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
     has_no_family = read_family(metadata) is None
-    native, completed = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
-    part = _read_part(path, native, completed, expert=expert, is_own=is_own)
+    # the returned metadata also name the family that was recognized
+    native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
+    part = _read_part(path, native, metadata, expert=expert, is_own=is_own)
     return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
 
 
@@ -516,7 +517,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of paths in a file where one names a fused weight of the family and the other a part of it.
+    """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight.
 
     Args:
         family: The model family.
@@ -578,6 +579,7 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
         raise CheckpointError(
             f"{option} {lora.path} cannot be used: its names {lora.unknown_names}, which is not known, and "
             "no known model has modules of these names.\n"
+            # lstrip: without an option, the message begins with a space
             "  Give the file as its program wrote it, or take that off its names.".lstrip(),
             lora.path,
         )
@@ -830,7 +832,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
 
 def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
-    """Read the LoRA for an expert from a file with one or several LoRAs; warn if it is for another expert."""
+    """Read the LoRA of one expert from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)
     return LoraUse(lora, multiplier)
@@ -846,6 +848,7 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return
+    # without a path, `expert_of` reads only the metadata
     says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "

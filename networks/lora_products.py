@@ -110,7 +110,7 @@ def add_up(
             `hidden`; () for a single part.
         saved: Result of `hold` for the same arguments.
     """
-    split_sizes = tuple(split_sizes or up.shape[:1])
+    split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, split_sizes)
     total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), split_sizes)
@@ -255,6 +255,7 @@ def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
     rank = up.shape[1] // len(num_rows)
     rows = up.split(list(num_rows))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
+    # equal counts mean that no value outside the blocks differs from 0
     nonzero_in_rows = sum(int(part.count_nonzero()) for part in rows)
     nonzero_in_blocks = sum(int(block.count_nonzero()) for block in blocks)
     return blocks if nonzero_in_rows == nonzero_in_blocks else None

@@ -272,6 +272,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
+    # `is not False`: ggpo_sigma is a number, and 0 counts as given
     exclusive = [
         name for name in ("split_qkv", "ggpo_sigma", *SWITCHES) if values.get(name, False) is not False
     ]
@@ -479,7 +480,7 @@ def read_rates(argument: str, text: Any) -> ByPattern:
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers for switches of kinds that take numbers as well, and for these numbers."""
+    """Return the readers of --network_args that switch on a kind with numbers, and of its numbers."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

@@ -32,7 +32,7 @@ def family_named(name: str) -> FamilyNames:
 
 
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """Return the family of a model with these underscored module names; None if no family knows any of them.
+    """Return the family of a model with these underscored module names; None if no family has any of them.
 
     Ties go to the family named `hint`, then to the one with most names as modules instead of aliases, then
     to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's modules,
@@ -50,7 +50,7 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that know the largest number of names; only `hint` if it is among them."""
+    """Return the families with most of these module names; only the family `hint` if it is one of these."""
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
@@ -78,9 +78,10 @@ def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
     families: tuple[FamilyNames, ...] = import_own(f"{folder}.names").LORA
     if families:
         return families
-    around: tuple[FamilyNames, ...] = import_own(f"{folder.rpartition('.')[0]}.names").LORA
+    parent_folder = folder.rpartition(".")[0]
+    parent_families: tuple[FamilyNames, ...] = import_own(f"{parent_folder}.names").LORA
     own_names = {name, *ENTRIES[name].further_models}
-    return tuple(family for family in around if family.name in own_names) or around
+    return tuple(family for family in parent_families if family.name in own_names) or parent_families
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]
@@ -142,7 +143,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return one of the four levels above for the sizes and block numbers of a file's modules."""
+    """Rate how well a file's sizes and block numbers fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -154,6 +155,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
         first = rules[0]
         rows, columns = first.size
+        # `first.columns` and `first.rows` are multiples of the width; 0 says nothing about it
         fitting_width = columns / first.columns if first.columns else rows / first.rows
         if all(_agrees(rule, fitting_width) for rule in rules):
             level = _IN_PROPORTION
@@ -299,7 +301,7 @@ def is_name(name: str, dotted: bool = False) -> bool:
 
 @cache
 def _all_paths() -> frozenset[str]:
-    """Return the templates of all families' modules in all layouts, as paths."""
+    """Return the dotted paths of all families' modules in all layouts, with templates for block numbers."""
     paths: set[str] = set()
     for family in FAMILIES:
         paths.update(family.modules)
@@ -314,7 +316,7 @@ def _all_paths() -> frozenset[str]:
 
 @cache
 def _all_names() -> frozenset[str]:
-    """Return the templates of all families' modules in all layouts, as underscored names."""
+    """Return the results of `_all_paths` with underscores instead of dots."""
     return frozenset(path.replace(".", "_") for path in _all_paths())
 
 
@@ -329,11 +331,11 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Relative:
-    """A module whose weight is some or all rows of another module's weight, or contains it."""
+    """A module of another layout whose weight is a part of a given module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # True: part of the module asked for; False: contains it
+    is_part: bool  # True: its weight is a part of the given module's weight; False: contains it
 
 
 @cache
@@ -355,14 +357,17 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
     pairs: list[tuple[str, Relative]] = []
-    for each in FAMILIES if family is None else (family,):
-        parts = [*each.parts, *each.joined]
+    for each_family in FAMILIES if family is None else (family,):
+        parts = [*each_family.parts, *each_family.joined]
         # an alias relates two names only if it is also the name of another family's module
         if parts:
-            foreign = {
-                path.replace(".", "_") for other in FAMILIES if other is not each for path in other.modules
-            }
-            parts += [WeightPart(*pair) for pair in each.aliases if pair[0].replace(".", "_") in foreign]
+            foreign_names: set[str] = set()
+            for other in FAMILIES:
+                if other is not each_family:
+                    foreign_names.update(path.replace(".", "_") for path in other.modules)
+            for theirs, ours in each_family.aliases:
+                if theirs.replace(".", "_") in foreign_names:
+                    parts.append(WeightPart(theirs, ours))
         for part in parts:
             pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
@@ -382,14 +387,14 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
-    found = _tables(family).parts.all(name)
-    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
+    entries = _tables(family).parts.all(name)
+    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in entries]
     from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the dotted path of another layout's part: `transformer_blocks.0.attn.to_q`; None if unknown."""
+    """Return the dotted path of a module of another layout, from its underscored name; None if unknown."""
     return _find(_tables(family).split, name)
 
 
@@ -469,6 +474,7 @@ def _tables(family: FamilyNames) -> _Tables:
     paths = [*family.modules, *(ours for _, ours in parameters)]
     renamed = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
     joined = [(part.ours, part.ours) for part in family.joined]
+    # a part without an index, or with swapped halves, has all rows of our module: it is only renamed
     return _Tables(
         ours=_Table((path, path) for path in paths),
         foreign=_Table(aliases),
@@ -483,7 +489,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _TensorPlace(NamedTuple):
-    """The module of our layout that a name refers to."""
+    """Our module that a name in any layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
     number: str  # block number; "" if there is none

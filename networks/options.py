@@ -122,7 +122,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def variants(self) -> list[NetworkKind]:
-        """Return the kinds that switches of --network_args ask for."""
+        """Return the kinds, such as DoRA, that switches in --network_args enable."""
         arguments = self.arguments()
         return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
@@ -138,7 +138,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def rank(self) -> int:
-        """Return --network_dim, or what it is by default; of some kinds it is another size than a rank."""
+        """Return --network_dim, or its default for the kind; for some kinds this is a size, not a rank."""
         return self.network_dim or self.kind.default_size or DEFAULT_RANK
 
     @property

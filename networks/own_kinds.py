@@ -31,9 +31,9 @@ class OwnModule:
 
 
 class _OwnModules(Mapping[str, OwnModule]):
-    """The kinds, and LoRAs of single families under the names that other LoRA tuners have.
+    """Our network modules by the value of --network_module: one per kind, and LoRAs for single families.
 
-    Looking a name up reads the families only as far as the one that has it.
+    A lookup imports the names of the families one by one, up to the one with this module.
     """
 
     kinds: ClassVar = {kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module}

@@ -46,7 +46,7 @@ FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """Tensors with one set of factors per module."""
+    """Result of `rewrite`: tensors of a LoRA file with one LoRA per module."""
 
     tensors: dict[str, Tensor]
     stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
@@ -138,7 +138,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _FusedLayer(NamedTuple):
-    """A layer that another program fuses."""
+    """A fused layer of another program's file, such as `to_qkv` or `to_kv`."""
 
     start: str  # prefix of its names
     name: str  # a key of `_FUSED_PARTS`

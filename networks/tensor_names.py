@@ -94,9 +94,9 @@ _MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of 
 
 
 class _Starts(NamedTuple):
-    """Known prefixes of names, with the dialect that each shows ("": none); a name may have several."""
+    """Known prefixes of tensor names, and the dialect that each prefix reveals ("" for none)."""
 
-    everywhere: Mapping[str, str]  # prefixes of names without dots
+    everywhere: Mapping[str, str]  # prefixes of names without dots -> dialect
     dotted: Mapping[str, str]  # prefixes of names with dots
     of_tools: tuple[str, ...]  # prefixes that are followed by a name with underscores
     further: Mapping[str, str]  # prefix of the second network of a pipeline -> its expert
@@ -104,10 +104,7 @@ class _Starts(NamedTuple):
 
 @cache
 def find_networks() -> Mapping[str, str]:
-    """Return the experts by the prefixes of their networks in diffusers' pipelines.
-
-    It is a function because it loads the names of all families.
-    """
+    """Map the prefix of each expert's network in diffusers' pipelines to the name of the expert."""
     experts = {}
     for family in FAMILIES:
         for network, expert in family.experts:
@@ -117,7 +114,7 @@ def find_networks() -> Mapping[str, str]:
 
 @cache
 def find_expert_starts() -> Mapping[str, str]:
-    """Return the experts by all prefixes that files with several experts have for them."""
+    """Map each prefix that marks an expert's names in a file of several experts to this expert."""
     experts = dict(find_networks())
     for family in FAMILIES:
         for name, expert in family.more_experts:
@@ -145,23 +142,23 @@ def _find_starts() -> _Starts:
         UNET_IN_DIFFUSERS: "diffusers",
         **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
     }
-    further = {}
+    experts_by_start = {}
     for start, expert in expert_starts.items():
         if start != IN_DIFFUSERS:
-            further[start] = expert
-            further[start.replace(".", "_")] = expert
+            experts_by_start[start] = expert
+            experts_by_start[start.replace(".", "_")] = expert
     underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
     return _Starts(
         everywhere={**starts, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
         dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
         of_tools=tuple(start for start in starts if start.endswith("_")),
-        further=further,
+        further=experts_by_start,
     )
 
 
 class ParsedKey(NamedTuple):
-    """The parts of a key: the name of a tensor in a LoRA for a DiT."""
+    """A tensor name in a LoRA for a DiT, split into module path and part, with its dialect."""
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
@@ -170,7 +167,7 @@ class ParsedKey(NamedTuple):
 
 
 class ParsedTextKey(NamedTuple):
-    """The parts of a key: the name of a tensor in a LoRA for a text encoder."""
+    """A tensor name in a LoRA for a text encoder, split into prefix, number of the encoder, and path."""
 
     start: str  # prefix that names the encoder
     number: int  # number of the encoder, from 1
@@ -178,14 +175,14 @@ class ParsedTextKey(NamedTuple):
 
 
 class Bare(NamedTuple):
-    """A path without some of its prefixes, and the dialect that these show."""
+    """A module's path without its prefixes, and the dialect that the removed prefixes reveal."""
 
     path: str
     dialect: str
 
 
 def split_key(key: str) -> ParsedKey | None:
-    """Split a key for a transformer into its parts; None if it does not belong to a LoRA."""
+    """Split the key of a transformer's LoRA into module path, part and dialect; None for any other key."""
     key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
@@ -197,7 +194,7 @@ def split_key(key: str) -> ParsedKey | None:
 
 
 def split_end(key: str) -> tuple[str, str]:
-    """Split a key into the path of its module and our name for the rest.
+    """Split a key into the path of its module and our name for its ending.
 
     `x.lora_A.default.weight` gives `x` and `lora_down.weight`; the second is "" if the ending is unknown.
     """
@@ -269,8 +266,7 @@ def split_text(key: str) -> ParsedTextKey | None:
         match = _TEXT.match(bare.path)
         if match is not None:
             number = int(match["ours"] or match["short"] or match["pipeline"] or 1)
-            # CLIP-G is the second encoder of SDXL, in ComfyUI's names and in the original ones (numbered from
-            # 0)
+            # CLIP-G is SDXL's second encoder: `clip_g` in ComfyUI's names, number 1 in the original names
             is_second = "clip_g" in (match["comfy"], match["alone"]) or match["ldm"] == "1"
             start = bare.path[: match.end()]
             path = bare.path[match.end() :]
@@ -309,8 +305,8 @@ def _text_layer(path: str) -> tuple[str, str]:
         for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
             if name.startswith(kind):
                 return kind, name
-        forms = (form for start in _TEXT_STARTS for form in (start, start.replace(".", "_")))
-        start = next((form for form in forms if path.startswith(form)), "")
+        prefixes = (prefix for start in _TEXT_STARTS for prefix in (start, start.replace(".", "_")))
+        start = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
         if not start:
             return "", unknown
         path = path.removeprefix(start)
@@ -336,6 +332,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
         prefixes_of_kind = [file_prefix]  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
     if prefixes_of_kind:
+        # a number above the family's count of such encoders means the last one
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
     if kind and file_prefix in dict(encoders):
         return None

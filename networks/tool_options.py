@@ -87,13 +87,13 @@ class ExtractOptions(Options):
 
 
 class BlockExtractWords(Options):
-    """Further options of `networks/flux_extract_lora.py` and `qwen_extract_lora.py`."""
+    """Options that only `networks/flux_extract_lora.py` and `qwen_extract_lora.py` have."""
 
     mem_eff_safe_open = not_needed(BY_TENSOR)
 
 
 class FullExtractWords(Options):
-    """Further options of `networks/extract_lora_from_models.py`."""
+    """Options that only `networks/extract_lora_from_models.py` has."""
 
     v2 = not_needed("the files say what they are.")
     v_parameterization = not_needed("the files say what they are.")
@@ -207,7 +207,7 @@ class FullMergeOptions(Options):
 
 
 def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
-    """Raise OptionError if there is not one strength for each LoRA.
+    """Raise OptionError if the number of strengths differs from the number of LoRAs.
 
     Args:
         models: Files of the LoRAs.

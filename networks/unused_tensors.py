@@ -22,7 +22,7 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedKind(NamedTuple):
-    """Kind of tensors that are ignored: the predicate of a warning, such as "are of another network"."""
+    """Reason why tensors are ignored, worded for a warning, such as "are of another network"."""
 
     words: str
     consequence: str = ""  # sentence to add if many tensors are of this kind
@@ -176,7 +176,7 @@ def without_numbers(module: str) -> str:
 
 
 def module_of(name: str) -> str:
-    """Return the module of a tensor name, without our prefix."""
+    """Return the name of the module that a LoRA tensor belongs to, without our prefix."""
     return name.removeprefix(OURS).partition(".")[0]
 
 

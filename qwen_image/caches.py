@@ -21,7 +21,7 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
 
 
 def _check_cache(cache: MadeBy, version: Version) -> None:
-    """Raise CacheError if a cache was made for another release. Other programs do not record it."""
+    """Raise CacheError if the cache records another release; other programs record none."""
     if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
         raise CacheError(
             f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
@@ -37,7 +37,7 @@ def _check_cache(cache: MadeBy, version: Version) -> None:
 
 
 def _name_models_with(fingerprint: str) -> str:
-    """Describe the models whose use of the text encoder has this fingerprint."""
+    """Name the models that use a text encoder with this fingerprint."""
     versions: Collection[Version] = VERSIONS.values()
     called = [version.called for version in versions if version.use.fingerprint == fingerprint]
     return " or ".join(called) or "another model"

@@ -110,12 +110,12 @@ class QwenImage(ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """How many reference images the model takes, and which networks use them."""
+        """Return how many reference images the model takes, and which networks use them."""
         return self.version.references
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: architecture, training resolution and, for edits, the task."""
+        """Return the model's metadata: architecture, training resolution and, for edits, the task."""
         names = {
             "architecture": self.version.architecture,
             "resolution": "1328x1328" if self.references is None else "1024x1024",
@@ -177,7 +177,7 @@ class QwenImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request. Without a flow shift, noise levels depend on the size, as released."""
+        """Fill in a request's open fields; by default, the image size determines the noise levels."""
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
@@ -219,7 +219,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, which has an anchor if there is a mask or --rcm_threshold."""
+        """Yield the only section, with an anchor to the source if there is a mask or --rcm_threshold."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
@@ -258,7 +258,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
-    """Describe the family for qwen_image_generate_image.py."""
+    """Build the Qwen-Image family for qwen_image_generate_image.py from the generation options."""
     version = VERSIONS[options.version.name]
     references = options.references
     use = version.use

@@ -125,7 +125,7 @@ MAX_REFERENCES = 10  # images to edit; trained with up to three
 
 @dataclass(frozen=True)
 class Version:
-    """A release: names, use of the text encoder, and references."""
+    """A release: its names, how it uses the text encoder, and its references."""
 
     name: str  # name of the model in caches and saved files
     cache_tag: str
@@ -203,10 +203,10 @@ class QwenImageFiles(LanguageModelFiles):
 
 @dataclass(frozen=True)
 class QwenImageReleaseFiles(QwenImageFiles):
-    """Files of a run with a release of Qwen-Image itself, not with another model that uses its VAE."""
+    """Files of a Qwen-Image release, as opposed to another model that uses its VAE."""
 
     def dit_header(self) -> DitHeader[QwenImageConfig]:
-        """Return the header of the transformer. Raises CheckpointError if it is of another release."""
+        """Return the transformer's header; raise CheckpointError if it belongs to another release."""
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(

@@ -86,7 +86,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of layers, with or without the full image in front of them."""
+        """Return the latent space of the layers, with or without the composite image before them."""
         return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
 
     @property
@@ -109,7 +109,7 @@ class QwenImageLayered(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return each image's entry: normalized posterior means of it and its layers, each encoded alone."""
+        """Return each image's entry: posterior means of the image and its layers, each encoded alone."""
         vae = encoders.vae
         entries = []
         for frames in media.frames:
@@ -122,7 +122,7 @@ class QwenImageLayered(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, and the input images, which are the first of the frames.
+        """Return the text states, and the input images, which are the first latent frames.
 
         Raises CacheError for texts of another release, and for images without layers.
         """
@@ -187,7 +187,7 @@ class QwenImageLayered(ModelOfImages):
         return replace(prepared, rules=rules, name_end=name_suffix, family_record=seen_image)
 
     def _keep_image(self, request: Request) -> Request:
-        """Return the request with its one image to split; other media are dropped with a warning."""
+        """Return the request with only the image to split into layers; warn about dropped media."""
         usable_media = {**NO_MEDIA, "control_images": True}
         request = keep_usable_media(request, usable_media, f"{self.called} does not take it")
         if len(request.control_images) != 1:
@@ -208,7 +208,7 @@ class QwenImageLayered(ModelOfImages):
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the input image as the mean of its posterior, 1 C 1 h w."""
+        """Encode the input image as its posterior mean, 1 C 1 h w."""
         (path,) = prepared.request.control_images
         taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
@@ -221,7 +221,7 @@ class QwenImageLayered(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, whose noise is one draw, layer after layer, as in the released pipeline."""
+        """Yield the only section; its noise is one draw, layer by layer, as in the released pipeline."""
         _, channels, frames, height, width = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
@@ -241,5 +241,5 @@ class QwenImageLayered(ModelOfImages):
 
 
 def _to_pixels(frames: Tensor) -> Tensor:
-    """Return B F H W 4 uint8 as B 4 F H W float32, -1..1."""
+    """Convert RGBA frames, B F H W 4 uint8, to B 4 F H W float32 in -1..1."""
     return from_bytes(frames.movedim(-1, 1))

@@ -72,7 +72,7 @@ class QwenLayout(NamedTuple):
 
 
 class QwenAttention(nn.Module):
-    """The layers around the attention of both streams."""
+    """Layers before and after the joint attention of the image and text streams."""
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class QwenAttention(nn.Module):
         self.norm_added_q, self.norm_added_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
+        """Return queries, keys and values of a stream's tokens, each B L N D; the first two normalized."""
         if is_text:
             layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             norm_q, norm_k = self.norm_added_q, self.norm_added_k
@@ -119,7 +119,7 @@ class QwenBlock(blocks.DoubleStreamBlock):
 
 
 class QwenTimeEmbedding(nn.Module):
-    """Embeds timesteps, 0..1000, as B 1 C float32."""
+    """Embed timesteps, 0..1000, as B 1 C float32."""
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class QwenTimeEmbedding(nn.Module):
 
 
 class LastNorm(nn.Module):
-    """Final norm, modulated."""
+    """Final norm, modulated by the timestep."""
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__()

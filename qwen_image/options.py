@@ -252,7 +252,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
 
 
 def _count_layers(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> int | None:
-    """Return the number of layers of a sample, whose frames may start with the whole image."""
+    """Return the number of layers of a sample image, whose frames may begin with the composite image."""
     if options.version.name != LAYERED or "frames" not in sample:
         return None
     return int(sample["frames"]) - (not options.remove_first_image_from_target)

@@ -82,7 +82,7 @@ def read_reference(
 
 
 def find_area(options: QwenImageReferenceOptions) -> int | None:
-    """Return the official number of pixels of an image for the VAE; None if it keeps its own size."""
+    """Return the official pixel count of an image for the VAE; None if the image keeps its size."""
     return MEGAPIXEL if options.resize_control_to_official_size else None
 
 

@@ -92,7 +92,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
 
 
 def _check_hashes(batch: Batch, index: int, count: int) -> None:
-    """Raise CacheError if a caption was encoded with images of other bytes, or in another order."""
+    """Raise CacheError unless a caption was encoded with the same reference images, in the same order."""
     key = batch.keys[index]
     for name, made_by in ((HASHES, LATENTS_AGAIN), (SEEN_HASHES, TEXTS_AGAIN)):
         if name not in batch.tensors:

@@ -108,7 +108,7 @@ class QwenImage21(pictures.ModelOfImages):
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalized means of images and their references, in the VAE's dtype, and their hashes."""
+        """Return posterior means of images and references, in the VAE's dtype, and the images' hashes."""
         vae = encoders.vae
         entries = pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
@@ -162,7 +162,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request. Without a flow shift, noise levels depend on the size, as released.
+        """Fill in a request's open fields; by default, the image size determines the noise levels.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
@@ -198,7 +198,7 @@ class QwenImage21(pictures.ModelOfImages):
             )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
         conditions: dict[str, Tensor | list[Tensor]] = {}

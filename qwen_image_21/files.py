@@ -194,7 +194,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
 
 
 def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:
-    """Return the channels of a head for each axis of positions. Raises CheckpointError if they do not fit."""
+    """Return a head's channels for each position axis; raise CheckpointError if they do not fit its width."""
     axes = settings.get("axes_dims_rope", default_axes(width))
     is_list = isinstance(axes, list | tuple) and len(axes) == 3
     if not is_list or not all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes):

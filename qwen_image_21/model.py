@@ -64,7 +64,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The order of text and references in the prefix of a sample."""
+    """Order of texts and references in the prefix of a sample."""
 
     texts: int  # real tokens of its text
     slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
@@ -75,7 +75,7 @@ class Prefix:
         """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
         start = 0  # of the next segment, in the prefix
-        num_placed = 0  # text tokens that are in a segment already
+        num_placed = 0  # text tokens before the previous reference
         for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
             num_text = slot - num_placed  # between the reference before and this one
             if num_text > 0:
@@ -97,7 +97,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class QwenImage21Tokens:
-    """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
+    """Inputs of the blocks in addition to x, B L+P C, or B L+P+P' C with a second text."""
 
     grid: Grid  # rows and columns of the image's tokens
     num_image: int  # number of tokens of the image, L; 0 while a prefix alone is computed
@@ -125,9 +125,9 @@ class QwenImage21Tokens:
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
 
-        `kept` are the ascending indices of the selected tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)
@@ -188,6 +188,7 @@ class QwenImage21Attention(nn.Module):
         query, key, value = heads
         query = rotate(query, rotary)
         key = rotate(key, rotary)
+        # a pass over the prefix alone stores its keys and values; later passes of the image reuse them
         if tokens.remembers:
             self.remembered = key, value
         elif self.remembered:
@@ -298,7 +299,7 @@ class QwenImage21Time(nn.Module):
 
 
 class QwenImage21TextLayers(nn.Module):
-    """Turns states of the language model into tokens, ... text_dim to ... C."""
+    """Project the language model's states, ... text_dim, to tokens, ... C."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -307,7 +308,7 @@ class QwenImage21TextLayers(nn.Module):
         self.out_layer = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return tokens, ... C, of states ... text_dim."""
+        """Project text states, ... text_dim, to tokens, ... C."""
         return in_own_dtype(self.out_layer, gelu(in_own_dtype(self.in_layer, self.text_norm(states))))
 
 
@@ -320,7 +321,7 @@ class QwenImage21LastNorm(nn.Module):
         self.linear = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Return the scaled norm of tokens x, B L C."""
+        """Normalize tokens x, B L C, and scale them by the timestep's modulation."""
         scale = in_own_dtype(self.linear, functional.silu(tokens.time)).float()
         return modulate(self.norm(x), None, scale, tokens.dtype)
 
@@ -334,7 +335,7 @@ class QwenImage21Layout(NamedTuple):
 
 
 class PrefixTokens(NamedTuple):
-    """Texts with their references as tokens."""
+    """Tokens of texts with the tokens of their references inserted."""
 
     x: Tensor  # B P C, with padding behind
     prefixes: tuple[Prefix, ...]
@@ -387,9 +388,13 @@ class QwenImage21Model(BlockNetwork):
     def remember(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
     ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
-        """Return the prefix's keys and values by the attention of each block. Arguments as in `embed`."""
+        """Return each block's keys and values of the prefix, computed once for all steps.
+
+        Arguments as in `embed`.
+        """
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
+        # the prefix is clean: time 0
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
         # no image: the keys and values are those of the prefix alone
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
@@ -408,7 +413,7 @@ class QwenImage21Model(BlockNetwork):
         return remember(self, Hidden(embedded.x, tokens), self.attentions())
 
     def attentions(self) -> list[QwenImage21Attention]:
-        """The attention of each block."""
+        """Return the attention layer of each block."""
         return [block.attn for block in self.transformer_blocks if isinstance(block, QwenImage21Block)]
 
     def embed(
@@ -485,7 +490,10 @@ class QwenImage21Model(BlockNetwork):
         slots: Tensor,
         references: Sequence[Tensor] = (),
     ) -> PrefixTokens:
-        """Return texts and references in their order. Inputs as in `embed`; `dtype` is that of the tokens."""
+        """Return each sample's prefix: text tokens, with tokens of reference images at their slots.
+
+        Inputs as in `embed`; `dtype` is the dtype of the tokens.
+        """
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)  # raises ValueError for latents of another model
@@ -518,7 +526,7 @@ class QwenImage21Model(BlockNetwork):
         return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def modulation_rows(self, times: Tensor) -> Tensor:
-        """Return scale and gate of attention, then of feed-forward, B S C to B S 4C float32."""
+        """Return scale and gate for attention, then for the feed-forward: B S C to B S 4C float32."""
         rows = in_own_dtype(self.modulation[1], functional.silu(times)).float()
         scale, gate, feed_scale, feed_gate = rows.chunk(ROWS, dim=-1)
         return torch.cat([scale, gate.tanh(), feed_scale, feed_gate.tanh()], dim=-1)
@@ -575,7 +583,7 @@ class QwenImage21Model(BlockNetwork):
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
-    """Return the segments of each prefix, or of one if all are equal."""
+    """Return the segments of each prefix, or of a single one if all prefixes are equal."""
     different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
     return tuple(tuple(prefix.segments) for prefix in different)
 

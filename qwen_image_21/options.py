@@ -122,7 +122,7 @@ def read_negative(text: str) -> str:
 def resolve_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
-    """Return the options with an empty --negative_prompt replaced as in `read_negative`."""
+    """Return the options after replacing an empty --negative_prompt as `read_negative` does."""
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options

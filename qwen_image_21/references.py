@@ -60,7 +60,7 @@ def lay_on_white(picture: Tensor) -> Tensor:
 
 
 def read_shown(path: Path, target: Size | None = None) -> Tensor:
-    """Read an image as the text encoder sees it: `read_reference`, on white."""
+    """Read an image as the text encoder sees it: like `read_reference`, but on a white background."""
     return lay_on_white(read_reference(path, target))
 
 
@@ -86,7 +86,7 @@ def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prep
 
 
 def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
-    """Return the anchor that keeps the result equal to the first image outside the mask; None without.
+    """Return the anchor that keeps the result equal to the first image outside the mask; None without a mask.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

@@ -66,7 +66,7 @@ DEVIATION = (
 
 @dataclass(frozen=True)
 class VaeLevel:
-    """One resolution of the encoder or the decoder."""
+    """Channels and blocks of one resolution in the encoder or decoder."""
 
     width_in: int
     width_out: int
@@ -86,7 +86,7 @@ class QwenImage21VaeConfig:
 
 
 class ImageConv(nn.Conv2d):
-    """A convolution of clips of one frame: B C 1 H W."""
+    """A 2D convolution for clips of one frame, B C 1 H W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C 1 H W to B C' 1 H W."""
@@ -137,7 +137,7 @@ class ImageResample(nn.Module):
         self.is_down = is_down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x, B C 1 H W, at the new resolution."""
+        """Resample x, B C 1 H W, to the next resolution."""
         image = x.squeeze(2)
         # one row more below and one column more at the right, as trained
         image = F.pad(image, (0, 1, 0, 1)) if self.is_down else repeat_pixels(image, 2)
@@ -146,7 +146,7 @@ class ImageResample(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Blocks of one resolution; means of their input are added to their output."""
+    """Encoder blocks of one resolution; averages of their input are added to their output."""
 
     def __init__(self, level: VaeLevel) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Blocks of one resolution; if they enlarge, their repeated input is added to their output."""
+    """Decoder blocks of one resolution; with upsampling, the repeated input is added to the output."""
 
     def __init__(self, level: VaeLevel) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class UpLevel(nn.Module):
         self.factors = level.factors
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks to x, and add repeated values of x if they enlarge."""
+        """Apply the blocks to x; if they upsample, add repeated values of x."""
         h = x
         for block in self.resnets:
             h = block(h)
@@ -228,7 +228,7 @@ class ImageDecoder(nn.Module):
         self.conv_out = ImageConv(levels[-1].width_out, PIXEL_CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pixels, B 4 1 H W, of latents x, B Z 1 h w."""
+        """Decode latents x, B Z 1 h w, to RGBA pixels, B 4 1 H W."""
         h = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             h = level(h)
@@ -282,14 +282,14 @@ class QwenImage21Vae(ImageVae):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Return pixels B 4 1 H W of normalized latents B Z 1 h w, as `ImageVae.decode_unclamped`."""
+        """Decode normalized latents B Z 1 h w to pixels B 4 1 H W, as `ImageVae.decode_unclamped`."""
         images = []
         for image in latents.split(1):
             images.append(super().decode_unclamped(image))
         return torch.cat(images)
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        """Return normalized means, B Z h w float32, of pixels B 4 H W."""
+        """Return the normalized posterior means, B Z h w float32, of RGBA pixels B 4 H W."""
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
         moments = self.quant_conv(self.encoder(self.place(pixels).unsqueeze(2))).squeeze(2)
@@ -399,7 +399,7 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 
 
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of the latents: of config.json next to the file, else the released ones.
+    """Return the latents' mean and deviation from config.json next to the file, or else as released.
 
     Raises CheckpointError unless there is a number for each channel. Without config.json, only the released
     number of channels is accepted.

@@ -40,10 +40,10 @@ SIDE = 8  # pixels per latent: sides are multiples of this
 
 @dataclass
 class Seeds:
-    """Source of a run's seeds: the given seeds first, then random ones.
+    """Source of a run's seeds: first those given by the user, then random ones.
 
     Attributes:
-        random: Generator that seeds are drawn from.
+        random: Generator that random seeds are drawn from.
         single: Value of --seed, if the run generates only one image.
         round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; the seeds of
             its additional images are drawn from this one.
@@ -81,7 +81,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
     Args:
         options: Options of the run.
-        lines: All lines of the run; None if they are not known yet.
+        lines: All lines of the run; None if lines are read one by one.
     """
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
@@ -109,7 +109,7 @@ class Asking:
     num_lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
-        """Yield the requested images of each line; lines that cannot be used are added to `failures`."""
+        """Yield the images that each line requests; errors of invalid lines are added to `failures`."""
         for line in lines:
             images: list[RequestedImage] = []
             self.num_lines += 1
@@ -288,7 +288,7 @@ def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None
 
 
 def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
-    """Warn of a scale below 1: other programs count guidance from 0."""
+    """Warn about a guidance scale below 1, because other programs count guidance from 0."""
     effect = "below 1 guidance is off, as at 1"
     if negative_scale is not None:
         effect = "0 leaves the prompt out, and less than 1 weakens it"

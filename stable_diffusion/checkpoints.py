@@ -169,9 +169,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the first attention in the deepest level of the down path that has any.
+    """Return the path of the first attention in the deepest level of the down path that has one.
 
-    Returns None if no level has one, or if the middle has none.
+    Returns None if no level has attentions, or if the middle block has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, level_depths in enumerate(depths.down) if any(level_depths)]
@@ -199,7 +199,7 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
 
 
 def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
-    """Return the settings of SDXL's conditions apart from the text: pooled state, and sizes as sinusoids."""
+    """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
     waves, remainder = divmod(width - pooled, SIZE_NUMBERS)
     if remainder or waves < 2 or waves % 2:
         raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")
@@ -215,7 +215,7 @@ def _select_block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the numbers of transformer layers: one per level if its blocks have the same number."""
+    """Return the U-Net's transformer depths: one number per level if all its blocks have the same depth."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
         return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
@@ -324,7 +324,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Make convolutions with kernels larger than 1x1 compute in at most `bands` bands of rows."""
+    """Make convolutions with kernels larger than 1x1 process the image in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]

@@ -59,10 +59,10 @@ KINDS = (SD1, SD2, SDXL)
 
 
 def text_encoder_name(number: int) -> str:
-    """Return the name of a text encoder in caches, states and folders.
+    """Return the name of a text encoder in caches, training states and folders.
 
     Args:
-        number: Index of the encoder, from 0.
+        number: Index of the text encoder, from 0.
     """
     return f"text_encoder_{number + 1}" if number else "text_encoder"
 

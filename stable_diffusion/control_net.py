@@ -34,7 +34,7 @@ Residuals = tuple[tuple[Tensor, ...], Tensor]  # one for each skip of the U-Net,
 
 
 def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
-    """Return the mean over ControlNets, separately for each skip and the middle."""
+    """Average the residuals of several ControlNets for each skip connection and the middle block."""
     if len(residuals) == 1:
         return residuals[0]
     skips = zip(*(down for down, _ in residuals), strict=True)
@@ -44,7 +44,7 @@ def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
 
 
 class ControlNets:
-    """The ControlNets of a run."""
+    """Run several ControlNets next to the U-Net and add their residuals."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
         """Store loaded ControlNets for a model.

@@ -109,7 +109,7 @@ def load_control_net(
 
 
 def _reject_similar(bare: Checkpoint) -> None:
-    """Raise CheckpointError for a file that guides a U-Net but is not a ControlNet."""
+    """Raise CheckpointError if the file is an adapter such as a T2I-Adapter, but not a ControlNet."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
@@ -140,13 +140,14 @@ def _read_control_net(
     has_hint = f"{_HINT}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
-    if f"{_HINT}.conv_out.weight" not in sources:  # in this naming the last convolution is numbered too
+    # published files number all convolutions of the guide image; diffusers calls the last one conv_out
+    if f"{_HINT}.conv_out.weight" not in sources:
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
     config |= _read_unseen(path)
-    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))
+    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))  # a marker, no weight
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
 
 @dataclass(frozen=True)
 class _Levels:
-    """Levels of a ControlNet, the middle one last."""
+    """Module paths and attentions of a ControlNet's levels, the middle block last."""
 
     blocks: list[str]  # diffusers' module paths
     attends: list[bool]
@@ -238,7 +239,7 @@ def _read_config(
     text_width = unet["cross_attention_dim"]
     if levels.transformers:
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    is_linear = unet["use_linear_projection"]
+    is_linear = unet["use_linear_projection"]  # a projection in the file decides by its shape instead
     projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
     if projection in sources:
         is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
@@ -247,6 +248,7 @@ def _read_config(
         "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
         "conditioning_embedding_out_channels": (
             shape(f"{_HINT}.conv_in.weight")[0],
+            # in pairs: the second convolution of each pair changes the number of channels
             *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
         ),
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
@@ -332,7 +334,7 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
 
 
 def _list_values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the distinct values of a setting: one value for all levels, or a list with one for each."""
+    """Return the distinct values of a U-Net setting that is one value for all levels or a list of them."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values

@@ -34,7 +34,7 @@ _HINT_BLOCK = re.compile(r"controlnet_cond_embedding\.blocks\.(\d+)\.(\w+)")
 
 
 class TrainedControlNet(nn.Module):
-    """A ControlNet next to the U-Net of a training."""
+    """A ControlNet that is trained together with a frozen U-Net."""
 
     def __init__(self, network: ControlNetModel, new_layers_lr: float | None) -> None:
         """Store the network to train.
@@ -49,7 +49,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of the ControlNet."""
+        """Set the factor on the ControlNet's residuals."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -194,7 +194,7 @@ def _write(
 
 
 def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
-    """Return the released name of each weight of a ControlNet, by diffusers' name.
+    """Map diffusers' name of each ControlNet weight to its published name.
 
     Args:
         layers: Number of residual blocks of each level.

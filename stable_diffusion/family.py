@@ -171,7 +171,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 
 @dataclass(frozen=True)
 class StableDiffusion(ModelOfImages):
-    """Description of a checkpoint of Stable Diffusion for one training, its caches, or one generation."""
+    """Stable Diffusion model for one training, caching run or generation, built from a checkpoint."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
@@ -216,7 +216,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def cache_tag(self) -> str:
-        """Text in the names of cache files."""
+        """Model tag in the names of cache files."""
         return _TAGS[self.kind]
 
     @property
@@ -226,12 +226,12 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def dit(self) -> DitSpec:
-        """Names of the U-Net's blocks, as runners and networks need them."""
+        """Block structure of the U-Net for block swapping and LoRAs."""
         return unet_spec(self.files.unet_config)
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps, guidance, size and sampler that apply if a request does not set them."""
+        """Steps, guidance scale, size and sampler for requests that do not set them."""
         return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
@@ -290,7 +290,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return the metadata that other trainers write under names that our options do not have."""
+        """Return metadata under names of other trainers for values that are not options here."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
@@ -322,7 +322,7 @@ class StableDiffusion(ModelOfImages):
         return None if made is None or made.in_text_encoders else made
 
     def check_table(self, table: MediaTable) -> None:
-        """Check a table of the dataset: only some trained networks use control images."""
+        """Raise an error if a dataset table lacks control images that the trained network needs."""
         if self._control_network is not None:
             table = control_pictures.check_controls(table, self._control_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -345,7 +345,7 @@ class StableDiffusion(ModelOfImages):
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the conditions of a request's images: of inpainting, or of a trained network."""
+        """Return the conditions of a request's images, for inpainting or for a trained control network."""
         if self.inpaints:
             return {0: self._encode_painted(encoders, prepared)}
         return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
@@ -371,7 +371,7 @@ class StableDiffusion(ModelOfImages):
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return whether a request needs the VAE before denoising, as inpainting models do."""
+        """Return whether a request must encode images before denoising, as for inpainting models."""
         return self.inpaints or super().needs_media(prepared)
 
     def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
@@ -407,7 +407,7 @@ class StableDiffusion(ModelOfImages):
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype of the U-Net under a placement."""
+        """Return the dtype that the U-Net computes in for a placement."""
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -422,7 +422,7 @@ class StableDiffusion(ModelOfImages):
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
-        """Make the text encoders of the checkpoint, one or two; each loads when it is used."""
+        """Return the checkpoint's one or two text encoders, which load on first use."""
         encoders = make_encoders(
             self.files,
             self.chunks,
@@ -462,7 +462,7 @@ class StableDiffusion(ModelOfImages):
         return replace(self, learning_texts=learning)
 
     def word_network(self, word: WordToLearn) -> CustomNetwork:
-        """Return the network that holds the vectors of a trained word."""
+        """Return the network whose weights are the vectors of a trained word."""
         from stable_diffusion.inversion_learning import invert  # only to train one
 
         # only the text encoders matter, so any input channels of the U-Net will do
@@ -482,7 +482,7 @@ class StableDiffusion(ModelOfImages):
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
     def reads_weight(self, text_encoder: str, weight: str) -> bool:
-        """Whether a weight of a text encoder affects the states that the U-Net sees: later layers do not."""
+        """Whether the U-Net's text states depend on this weight; those of later layers are unused."""
         by_name = {encoder.name: encoder for encoder in self._counting}
         return by_name[text_encoder].reads_weight(weight)
 
@@ -518,7 +518,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def keeps_shapes(self) -> bool:
-        """Whether the first layer has its input channels still: an inpainting model may get more of them."""
+        """Whether the first layer keeps its number of input channels; inpainting training may add some."""
         return not self.inpaints or replace(self.files, unet_input=UnetInput.ANY).inpaints
 
     # the network
@@ -601,18 +601,19 @@ class StableDiffusion(ModelOfImages):
     # for generations: the images of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request; its texts are parsed as in gen_img.py.
+        """Resolve a request to the values of one image; prompts are parsed as in gen_img.py.
 
         Raises:
             OptionError: If the sampler does not support this number of steps.
             CheckpointError: If the checkpoint cannot be used.
-            DownloadError: If texts of several chunks need a tokenizer that is missing.
+            DownloadError: If a text needs several chunks, and the tokenizer that splits it is missing.
         """
         prepared = self.resolve_image(request, flow_shift=1.0)
         if request.source is None:
             named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(named, prepared.solver, prepared.steps)
         else:
+            # with an input image, the sampler's own timesteps decide at which step denoising starts
             timesteps = self._begin(prepared).solver.timesteps_of_steps
             prepared = replace(prepared, timesteps=timesteps)
         (scale,) = prepared.guidance_scale
@@ -694,6 +695,7 @@ class StableDiffusion(ModelOfImages):
         conditions = dict(inputs.get(0, {}))
         if self.kind is SDXL:
             height, width = prepared.height, prepared.width
+            # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
         section = prompts[0].section(solver.seen(0), conditions)
         return (yield replace(section, solver=solver))
@@ -724,7 +726,7 @@ class StableDiffusion(ModelOfImages):
 
 
 def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
-    """Return the family of the script that caches latents; control images are stored too."""
+    """Return the model for caching latents; control images are cached too."""
     return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae), stores_controls=True)
 
 

@@ -135,17 +135,17 @@ def identify(path: Path) -> str | None:
     kind: ModelKind | None
     try:
         if path.is_dir():
-            what = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
+            description = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
             kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
         else:
             with open_checkpoint(path) as checkpoint:
                 kind = _find_kind(checkpoint.tensors)
                 other_model = _describe_other(checkpoint.tensors, kind)
-            what = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
+            description = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
     family = "sdxl" if kind is SDXL else "sd1"
-    return None if what is None else f"it is a {what}. {describe_scripts(family)}"
+    return None if description is None else f"it is a {description}. {describe_scripts(family)}"
 
 
 def _find_kind(names: Iterable[str]) -> ModelKind | None:

@@ -94,9 +94,9 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
 
 
 def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
-    """Return VGG16's layers up to index `last`: convolutions are in the file, the others follow from gaps.
+    """Return the layers of VGG16 up to index `last`, inferred from the convolutions in the file.
 
-    A convolution is followed by a ReLU, and a ReLU that is not followed by a convolution by a pooling layer.
+    Indices without a tensor are ReLUs after convolutions, and poolings after ReLUs.
     """
     channels = 3
     layers: list[_Layer] = []
@@ -104,7 +104,7 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
         info = checkpoint.tensors.get(f"{_START}{index}.weight")
         if info is None and layers:
             layers.append("relu" if isinstance(layers[-1], tuple) else "pool")
-            if layers[-2:] == ["pool", "pool"]:
+            if layers[-2:] == ["pool", "pool"]:  # beyond the last layer of the file
                 raise OptionError(
                     f"--vgg16_guidance_layer {last}: the last layer in {checkpoint.path} is {index - 1}. "
                     f"Give a lower one, or {RELEASE} to {OPTION}"
@@ -198,8 +198,8 @@ class Guides:
                 else:
                     clean = (x - step.sigma * prompted) / alpha
                 # at lower noise levels the networks get more of the noisy latents themselves
-                shown = step.sigma * clean + (1 - step.sigma) * x
-                loss = measure(_decode(model, shown))
+                blended = step.sigma * clean + (1 - step.sigma) * x
+                loss = measure(_decode(model, blended))
                 (gradient,) = torch.autograd.grad(loss, x)
             strength = step.sigma
             if model.predicts_velocity:  # v = (noise - sigma * x) / alpha
@@ -209,7 +209,7 @@ class Guides:
         return steered
 
     def _measure(self, picture: RequestedImage) -> Measure:
-        """Return the function whose gradient steers an image: the sum of all networks' measures."""
+        """Return the loss whose gradient guides an image: the sum of all networks' losses."""
         options = self.options
         clip = self.clip
         measures: list[Measure] = []
@@ -241,7 +241,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
 
 
 def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
-    """Return a measure of pixels: half the squared angle between their CLIP vector and `vector`, 1 P."""
+    """Return a function of pixels: half the squared angle between their CLIP embedding and `vector`, 1 P."""
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
 
@@ -270,9 +270,9 @@ def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
 
 
 def check_guides(options: GuideOptions) -> GuideOptions:
-    """Find the guiding networks, download those that no option names, and read their headers.
+    """Check the networks that guide images by their headers; download those that no option names.
 
-    Returns the options with the paths filled in. Raises CheckpointError, OptionError, or DownloadError if a
+    Returns the options with all paths filled in. Raises CheckpointError, OptionError, or DownloadError if a
     download fails.
     """
     clip = options.clip_guidance_model
@@ -291,6 +291,7 @@ def check_guides(options: GuideOptions) -> GuideOptions:
                 )
     if options.vgg16_guidance_scale:
         vgg = vgg or find_model_folder(OPTION, VGG_REPOSITORY, (VGG_FILE,)) / VGG_FILE
+        # loaded on the meta device to check the file without reading weights
         load_vgg16(vgg, options.vgg16_guidance_layer, torch.device("meta"), torch.float32)
     return replace(options, clip_guidance_model=clip, vgg16_guidance_model=vgg)
 

@@ -152,7 +152,7 @@ Highres = tuple[HighresOptions, UpscalingModule | None]
 
 
 def prepare_highres(options: HighresOptions) -> Highres | None:
-    """Import the upscaler of the first stage's images, before the model is loaded.
+    """Import the upscaler for the first stage's images, before the model is loaded.
 
     Returns:
         The second stage with its upscaler; None if there is a single stage.
@@ -215,7 +215,7 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
     assert scale is not None
 
     def scaled(side: int) -> int:
-        # the nearest pixel, then down to a multiple for the autoencoder
+        # round to the nearest pixel, then down to a multiple of the VAE's stride
         return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
 
     return replace(

@@ -95,9 +95,9 @@ def find_kept_source(request: Request) -> Source | None:
 
 
 def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """Return the image to repaint, 1 3 H W in -1..1, and its mask, H W: 1 is repainted.
+    """Return the image to repaint, 1 3 H W in -1..1, and its mask, H W, with 1 where it is repainted.
 
-    Without an image all is repainted; without a mask, a wavy ellipse that the seed draws.
+    Without an image everything is repainted; without a mask, a wavy ellipse that the seed draws.
     """
     width, height = prepared.width, prepared.height
     path, mask = prepared.request.image_path, prepared.request.extra.get(MASK_PATH)

@@ -59,7 +59,7 @@ class LatentRefiner(nn.Module):
         self.conv_final = nn.Conv2d(WIDTH // 2, 4, 1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return the latents with the predicted detail added, B 4 h w."""
+        """Add the predicted detail to latents, B 4 h w."""
         # latents: B 4 h w
         x = torch.relu(self.bn1(self.conv1(latents)))
         for first in range(1, NUM_BLOCKS + 1, BLOCKS_OF_A_GROUP):
@@ -74,7 +74,7 @@ class LatentRefiner(nn.Module):
 
 @dataclass(frozen=True)
 class LatentUpscaler:
-    """Enlarges images to latents of the requested size."""
+    """Resize images and encode them, with details from a network, as latents of the requested size."""
 
     refiner: LatentRefiner
 

@@ -42,7 +42,7 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class LayerTexts:
-    """Give each cross-attention its own part of the context while a batch is made."""
+    """Give each cross-attention its own text states while a batch is generated."""
 
     unet: Any
     # paths of the transformers around the cross-attentions, in the context's order; () if all share it

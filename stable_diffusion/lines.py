@@ -104,7 +104,7 @@ _LONG_NAMES = {
 
 
 def find_option(word: str) -> prompt_lines.LineOption | None:
-    """Find an option of a line by its letters, in upper or lower case, its key, or a long name."""
+    """Return the option of a prompt line by its letters in any case, its key or a long name."""
     by_key = {option.key: option for option in LINE_OPTIONS.values()}
     option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
     if option is not None:
@@ -127,17 +127,17 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     name = values.get("file_name")
     if name is None:
         return values
-    shown = repr(shorten(name, 80))
+    quoted_name = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
         raise OptionError(
-            f"--f {shown}: give a file's name, without folders and characters that some systems do "
+            f"--f {quoted_name}: give a file's name, without folders and characters that some systems do "
             "not take. Pictures are written to --outdir"
         )
     size = len(name.encode("utf-8", "replace"))
     if size > LONGEST_NAME:
         raise OptionError(
-            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
+            f"--f {quoted_name}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
             "number and the ending. Give a shorter one"
         )
     return values
@@ -198,7 +198,7 @@ def expand(text: str, random: Random) -> list[str]:
 
 
 class _ChoiceGroup(NamedTuple):
-    """A group of a prompt: its choices, how many of them to take, and the text between them."""
+    """A variant group in a prompt: its choices, how many of them to take, and the separator."""
 
     choices: Sequence[str]
     minimum: int
@@ -228,7 +228,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
 
 
 def _read_group(content: str) -> _ChoiceGroup:
-    """Parse the content of a group."""
+    """Parse the content of a variant group in a prompt."""
     counts = _COUNTS.match(content)
     if counts is None:
         return _ChoiceGroup(content.split("|"), minimum=1, maximum=1, separator=JOINER)
@@ -248,7 +248,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Paths of the run's input images, masks and guide images, each in the order of use."""
+    """Paths of a run's input images, masks and guide images, each in the order of use."""
 
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
@@ -260,11 +260,11 @@ class Inputs:
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
-        """Return the mask of the image with this number; files are used in turn. None without masks."""
+        """Return the mask of image `number`, cycling through the files; None if there are no masks."""
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
-        """Return the guides of image `number`: one for each ControlNet, or a single one for all."""
+        """Return the guide images of image `number`: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
         # guides come in groups, one guide per ControlNet; images use the groups in turn
@@ -314,7 +314,7 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt line as the user wrote it, including its options."""
+    """A prompt line of the user, with the options in it."""
 
     label: str  # in messages: "line 3"
     text: str
@@ -325,7 +325,7 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the prompt comes from an image's metadata, where no options or variants are read."""
+        """Whether the prompt comes from image metadata, in which options and variants are not parsed."""
         return self.image_number is not None
 
 
@@ -430,6 +430,7 @@ def module_lines(
         raise UserError(f"{name}: get_prompter returned no function. Correct the module")
 
     def lines(round_seed: int | None) -> Iterator[Line]:
+        """Yield the prompts that the user's module returns, call by call, until it returns None."""
         number = 0
         for index in count():
             try:
@@ -438,6 +439,7 @@ def module_lines(
                 raise failed("the prompter", error) from error
             if prompts is None:
                 return
+            # a string is a sequence of strings too: only lists and tuples are accepted
             is_list = isinstance(prompts, (list, tuple))
             if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError(

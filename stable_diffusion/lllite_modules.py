@@ -37,7 +37,7 @@ _STRIDES = {0: (4, 2), 1: (4, 4), 2: (4, 4, 2)}
 
 @dataclass(frozen=True)
 class LllitePart:
-    """Dimensions of the module of one layer."""
+    """Dimensions of the LLLite module that modifies the input of one layer."""
 
     convolutions: tuple[tuple[int, int], ...]  # (channels, kernel and stride), one after the other
     width: int  # width of the layer's input
@@ -85,7 +85,7 @@ class LlliteModule(nn.Module):
         return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return the change of the layer's input `x` for the embedded control image."""
+        """Return the change that is added to the layer's input `x` for the control image embedded before."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
@@ -104,17 +104,18 @@ class Lllite(nn.Module):
 
 
 def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]:
-    """Return the dimensions of all modules of a U-Net, by their names in files, in the order of its layers.
+    """Return the dimensions of all LLLite modules of a U-Net, by module name, in the order of its layers.
 
     Args:
         unet: The U-Net.
-        width: Width of the embedding of control images, even.
+        width: Channels of the embedded control image, an even number.
         rank: Width to which inputs are projected.
     """
     levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     parts = {}
     for block in _BLOCKS:
         index = 0
+        # each block has an unknown number of transformer blocks: count until one is missing
         while (path := find_layer_path(f"{PREFIX}{block}_transformer_blocks_{index}_attn1_to_q")) is not None:
             first = _get_layer(unet, path)
             if first is None:
@@ -145,35 +146,35 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return the input channels of a layer, even if its weight is quantized; None for other modules."""
+    """Return the number of input channels of a linear or convolution layer; None for other modules."""
     name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
     width: int | None = getattr(layer, name, None)
     return width
 
 
 def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option: str) -> nn.Module:
-    """Return the layer of a U-Net that a module of the file `path` changes.
+    """Return the layer of a U-Net whose input an LLLite module modifies.
 
     Args:
         unet: The U-Net.
-        name: Name of the module.
+        name: Name of the module in the file.
         part: Dimensions of the module.
         path: Path of the file.
         option: Option that names the file.
 
     Raises:
-        CheckpointError: If the module does not fit.
+        CheckpointError: If the U-Net has no layer of this name and width.
     """
     layer = _get_layer(unet, find_layer_path(name))
     width = _input_width(layer)
     if width == part.width and isinstance(layer, nn.Conv2d) == part.is_convolution:
         return layer
-    has = "has no such layer"
+    mismatch = "has no such layer"
     if width is not None:
-        has = f"takes {width} there"
+        mismatch = f"takes {width} there"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{part.width} channels, and the model {has}. Give one for {SDXL.words} to {option}.",
+        f"{part.width} channels, and the model {mismatch}. Give one for {SDXL.words} to {option}.",
         path,
     )
 

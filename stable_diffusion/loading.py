@@ -276,7 +276,7 @@ _Part = tuple[Any, LoadPlan[Any], torch.dtype, str]  # a network, how it is load
 
 
 def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype) -> list[_Part]:
-    """Build all networks on the meta device: our text encoders, then diffusers' U-Net and VAE."""
+    """Build all networks on the meta device: text encoders, U-Net and VAE."""
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:

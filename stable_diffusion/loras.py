@@ -35,7 +35,7 @@ Multipliers = tuple[float, ...]
 
 
 class ChosenLoras:
-    """The LoRAs of a model whose strengths can be changed, in the order of `--network_weights`."""
+    """LoRAs of a model with strengths that can change between images, in the order of the options."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ChosenLoras:
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
-        """Apply the LoRAs with these strengths until the next call; `settle` explains the arguments."""
+        """Apply the LoRAs with these strengths until the next call; see `settle` for the arguments."""
         strengths = self.settle(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
@@ -95,13 +95,13 @@ class ChosenLoras:
 
 @dataclass(frozen=True)
 class _Target:
-    """A network that LoRAs change."""
+    """A network whose layers LoRAs can change, with the prefix of its names in LoRA files."""
 
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def published(self, name: str) -> str:
-        """Return the name that a parameter has in files."""
+        """Return a parameter's published name."""
         return published_parameter(name) if self.prefix else name
 
     def published_module(self, path: str) -> str:
@@ -145,7 +145,7 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
 
 
 def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None:
-    """Compare LoRAs with the headers of the checkpoint, before it is loaded.
+    """Check before loading that each LoRA fits the networks of a checkpoint, by names and shapes alone.
 
     Raises:
         CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
@@ -154,13 +154,14 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
     if not loras:
         return
-    plans: list[tuple[str, LoadPlan[Any]]] = [("", release.unet)]
+    plans: list[tuple[str, LoadPlan[Any]]] = [("", release.unet)]  # by prefix: the U-Net has none
     for prefix, text in zip(release.kind.lora_prefixes, release.texts, strict=True):
         plans.append((prefix, text.network))
     for prefix, plan in plans:
         patch = LoraPatch(uses_for(uses, prefix), model=release.path)
-        published = published_parameter if prefix else str
+        published = published_parameter if prefix else str  # only text encoders have other names here
         for name, source in plan.sources.items():
+            # meta tensors: only names and shapes are compared
             tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
             patch.add_to(published(name), source.make(tensors))
         patch.reject_misfits()
@@ -223,6 +224,7 @@ def load_networks(
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:  # weights are folded anew when multipliers change
         return ChosenLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
+    # for each network, for each LoRA file: its added layers by module name
     parts_by_target = [_attach_loras(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
         _log_added(use, [part for by_file in parts_by_target for part in by_file[index].values()])
@@ -233,6 +235,7 @@ def load_networks(
                 for part in parts.values():
                     part.multiplier = multiplier
 
+    # the first target is the U-Net
     unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in parts_by_target[0]]
     return ChosenLoras(defaults, use_multipliers, unet_layers)
 

@@ -32,7 +32,7 @@ class BatchHook(Protocol):
     def for_batch(
         self, pictures: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
-        """Enter the block in which a batch is generated; yield its hook, or None if the batch needs none."""
+        """Return a context to generate a batch in, which yields a U-Net hook, or None without one."""
 
 
 class _Texts(NamedTuple):
@@ -76,15 +76,15 @@ class ImageGenerator:
         start: contract.SecondStart | None = None,
         wants_images: bool = True,
     ) -> contract.Made:
-        """Generate a batch; an image does not depend on the rest of its batch.
+        """Generate a batch of images; an image does not depend on the rest of its batch.
 
         Images are generated in groups of equal text length and kinds of inputs, or one at a time if CLIP or
-        VGG16 steers them.
+        VGG16 guide them.
 
         Args:
             pictures: Images with equal settings.
             start: Replacement for the input images; None keeps them.
-            wants_images: Whether images are returned instead of latents.
+            wants_images: Whether images are returned in addition to latents.
 
         Raises:
             UserError: If an input image cannot be used.
@@ -227,8 +227,7 @@ class ImageGenerator:
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
         avoided = [self._list_avoided(picture) for picture in pictures]
-        # with a mask of regions part i is encoded with LoRA i only, also for negative texts; otherwise with
-        # all
+        # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
@@ -322,6 +321,6 @@ def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path
 
 
 def _pick(start: contract.SecondStart, indices: Sequence[int]) -> contract.SecondStart:
-    """Return the start images or latents at these positions of the batch."""
+    """Return the start images or start latents of some images of the batch, by index."""
     images = None if start.images is None else [start.images[index] for index in indices]
     return contract.SecondStart(images, None if start.latents is None else start.latents[indices])

@@ -42,7 +42,7 @@ def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
-    """Return the mask in the size of the result: from a file, or a wavy ellipse drawn with the seed."""
+    """Return the mask in the size of the result, from a file or as a wavy ellipse that the seed draws."""
     height, width = image.size
     if image.mask is not None:
         return resize_mask(image.mask, height, width)

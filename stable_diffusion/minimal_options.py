@@ -34,7 +34,7 @@ class InpaintingModelOptions(MinimalLoraOptions, title="model"):
 
 
 class InpaintingImageOptions(Options, title="what to make"):
-    """The image that inpainting_minimal_inference.py repaints."""
+    """Prompt, input image and mask of inpainting_minimal_inference.py."""
 
     image: Path = option("image to repaint", required=True)
     mask: Path | None = option(

@@ -31,7 +31,7 @@ ARGS = "--highres_fix_upscaler_args"
 
 @dataclass
 class ModelUpscaler:
-    """Enlarge images by the factor of an upscaling network, which is loaded when it is first needed."""
+    """Upscale images with a network that is loaded when it is first needed."""
 
     options: UpscalerOptions
     _stages: dict[torch.device, Stage] = field(default_factory=dict)

@@ -49,7 +49,7 @@ class BlockPaths(NamedTuple):
 
 
 class SamplerPaths(NamedTuple):
-    """Paths of a downsampler, and of the upsampler with the same index in the up path."""
+    """Paths of a downsampler and of the upsampler with the same level index, in LDM and diffusers."""
 
     released_down: str  # in LDM
     released_up: str  # in LDM, if the upsampler's level has attentions, which come before it
@@ -82,15 +82,17 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
-    """Yield the paths of the samplers of each level; the last level has none.
+    """Yield the paths of the samplers between the levels of a U-Net, in LDM's and in diffusers' naming.
 
-    `layers` is the number of residual blocks of each level of the down path.
+    Args:
+        layers: Number of residual blocks of each level of the down path.
     """
     down = 0  # index in input_blocks, LDM's list
     up = 0  # index in output_blocks
+    # the last level of each path has no sampler; the up path goes through the levels in reverse
     for level, (num_down, num_up) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
-        down += num_down + 1
-        up += num_up + 1
+        down += num_down + 1  # the downsampler follows the level's blocks
+        up += num_up + 1  # one more block; the upsampler is part of the last one
         yield SamplerPaths(
             released_down=f"input_blocks.{down}.0.op",
             released_up=f"output_blocks.{up - 1}.2.conv",

@@ -206,7 +206,7 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether CLIP steers images."""
+        """Whether CLIP guides the images."""
         return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
 
     @property
@@ -295,7 +295,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files; () if the option is not given."""
+        """Paths of --network_weights; () if the option is not given."""
         return self.network_weights or ()
 
     @property
@@ -310,11 +310,11 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def num_adjustable(self) -> int:
-        """Number of files that stay separate, so that a prompt line can change their multipliers."""
+        """Number of LoRA files that are not folded in, so that a prompt line can change their multipliers."""
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:
-        """Raise OptionError if a prompt gives more strengths than there are adjustable networks."""
+        """Raise OptionError if a prompt gives more multipliers than there are adjustable LoRA files."""
         if len(multipliers) > self.num_adjustable > 0:
             merged = (
                 f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""

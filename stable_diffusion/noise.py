@@ -54,7 +54,7 @@ class VariedNoise:
         return noise + offset * torch.randn((*noise.shape[:2], 1, 1, 1), generator=generator)
 
     def _add_levels(self, noise: Tensor, generator: torch.Generator) -> Tensor:
-        """Source: "Multi-Resolution Noise for Diffusion Model Training", Whitaker 2023."""
+        """Add noise of lower resolutions, as in "Multi-Resolution Noise", Whitaker 2023."""
         height, width = noise.shape[-2:]
         total = noise
         for level in range(self.levels):
@@ -69,7 +69,7 @@ class VariedNoise:
 
 
 def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
-    """Return the changes to the noise that the options ask for; None if there are none."""
+    """Return how the options change the training noise; None if they change nothing."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None
     return VariedNoise(

@@ -16,7 +16,7 @@ _SPEED = "precision, speed and memory"
 
 
 class ModelOptions(Options, title="model"):
-    """The checkpoint, and how its networks are loaded and run."""
+    """Options that select the checkpoint, its VAE and its precision."""
 
     ckpt: Path = option("checkpoint: a single file, or a folder in the layout of diffusers", required=True)
     vae: Path | None = option(

@@ -71,7 +71,7 @@ def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def part_weights(regions: Tensor) -> Tensor:
-    """Normalize regions, ... P H W, so that the parts sum to 1 at each pixel; 1 / P where all are 0."""
+    """Normalize regions, ... P H W, to sum to 1 over the parts at each pixel; 1 / P where all are 0."""
     total = regions.sum(-3, keepdim=True)
     shared = torch.full_like(regions, 1 / regions.shape[-3])
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
@@ -128,7 +128,7 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
 
 
 class Regions:
-    """Read the regions of images, and apply them in the U-Net while a batch is generated."""
+    """Read the regions of prompt parts from masks, and apply them in the U-Net while a batch is generated."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class _Batch:
         return limited
 
     def _limit_features(self, part: int, added: Tensor) -> Tensor:
-        """Multiply what the LoRA of a prompt part adds by the mask of its region."""
+        """Multiply the output of a prompt part's LoRA by the mask of its region."""
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of layers without positions
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
@@ -268,7 +268,7 @@ class _Batch:
         return self._size
 
     def _resize_masks(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Return masks or weights resized to the features, B P h w float32; `by_size` caches them."""
+        """Resize regional masks or weights to feature maps, B P h w float32; `by_size` caches results."""
         if size not in by_size:
             resized = resize(self._regions, size)
             by_size[size] = part_weights(resized) if by_size is self._weights else resized

@@ -40,6 +40,7 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
         else:
             paths |= {f"{ours}.{our_part}": f"{released}.{part}" for part, our_part in RESIDUAL}
     for sampler in unet_samplers(layers):
+        # LDM numbers the modules of a block: with an attention, the upsampler is the third, else the second
         attentions = sampler.up.replace("upsamplers.0.conv", "attentions.")
         has_attention = any(name.startswith(attentions) for name in names)
         paths[sampler.down] = sampler.released_down
@@ -128,7 +129,7 @@ _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{
 
 
 def _name_layer(start: str, number: int, source: int) -> dict[str, list[str]]:
-    """Return the tensors of one layer of OpenCLIP and the weights that each joins.
+    """Map each tensor of one OpenCLIP layer to our weights that it is fused from.
 
     Args:
         start: Prefix of the layers in the file.
@@ -141,5 +142,5 @@ def _name_layer(start: str, number: int, source: int) -> dict[str, list[str]]:
 
 
 def _list_parts(released: str) -> list[str]:
-    """Return the names of our weights that one of OpenCLIP's tensors joins."""
+    """Return the names of our weights that are fused into one of OpenCLIP's tensors."""
     return [name for name, _ in open_clip_names(released)]

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageFiles:
-    """Writes the images of a run."""
+    """Save the images of a run under free file names."""
 
     options: ImageOutputOptions
     kind: ModelKind
@@ -75,8 +75,8 @@ class ImageFiles:
         Raises:
             OutputError: If the file cannot be written.
         """
-        # keys that common image generation guides use
         settings = picture.settings
+        # PNG text keys in the spelling of common guides to image generation
         texts: dict[str, object] = {
             "prompt": picture.prompt,
             "seed": picture.seed,
@@ -106,7 +106,7 @@ class ImageFiles:
         return path
 
     def _yield_names(self, picture: RequestedImage, digit: str, number: int) -> Iterator[str]:
-        """Yield names without suffix, the preferred one first."""
+        """Yield candidate file names without suffix, the preferred one first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
@@ -289,7 +289,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
     )
 
     def prompted() -> Iterator[Line]:
-        """Yield the lines of a round. An error of the user's module ends the round."""
+        """Yield the lines of a round; an error in the user's prompt module ends the round."""
         with failures.note_errors("the next prompt"):
             yield from lines_of_round(asking.seeds.round_seed)
 

@@ -117,7 +117,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
 
 
 def _make_zero_snr_betas() -> list[float]:
-    """Return betas that leave almost no data at the last timestep: 2^-24, as in diffusers' own classes."""
+    """Return betas that leave almost no signal at the last timestep (2^-24), as diffusers' schedulers do."""
     low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
     betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
     before = float((1 - betas[:-1]).double().prod())
@@ -144,7 +144,7 @@ class SchedulerSolver:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Return noise levels and timesteps in the scheduler's order. Some have several per step."""
+        """Return the scheduler's noise levels and timesteps; some samplers have several per step."""
         timesteps = self.scheduler.timesteps.float()
         places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
@@ -167,7 +167,7 @@ class SchedulerSolver:
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample, B 4 h w, scaled for the U-Net at an index of the schedule."""
+        """Return a sample, B 4 h w, scaled as the U-Net's input at an index of the schedule."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
@@ -178,11 +178,11 @@ class SchedulerSolver:
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample.
+        """Take one step of the scheduler and return the next sample.
 
         Args:
             index: Index of the step.
-            velocity: Output of the network, noise or v.
+            velocity: Output of the U-Net, noise or v.
             sample: Noisy latents, B 4 1 h w.
         """
         if self.around is None:
@@ -207,7 +207,7 @@ def count_left_out(steps: int, strength: float | None) -> int | None:
 
     Args:
         steps: Number of steps.
-        strength: Fraction of the steps to run; less than one step runs none. None without an image.
+        strength: Fraction of the steps to run, rounded down to whole steps. None without an input image.
     """
     return None if strength is None else steps - min(int(steps * strength), steps)
 
@@ -240,9 +240,9 @@ def begin_sampling(
 
 @dataclass
 class ScaledSolver:
-    """A `SchedulerSolver` for one image, whose samples in the loop are inputs of the U-Net.
+    """Solver for one image that wraps a diffusers scheduler whose U-Net inputs are scaled samples.
 
-    Some schedulers scale a sample for the U-Net; the unscaled sample is kept here.
+    The denoising loop has the scaled sample, and the unscaled one is stored here.
     """
 
     solver: SchedulerSolver
@@ -270,18 +270,18 @@ class ScaledSolver:
         return self.seen(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
-        """Predict the clean latents.
+        """Predict the clean latents from the U-Net's output at a noise level.
 
         Args:
             sigma: Noise level.
-            noisy: Input of the U-Net at the noise level.
-            output: Output of the U-Net.
+            noisy: Input of the U-Net.
+            output: Output of the U-Net, noise or v.
         """
         share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:
-        """Return the sample, 1 4 1 h w, scaled for the U-Net at an index of the schedule."""
+        """Return the current sample, 1 4 1 h w, scaled as the U-Net's input at an index of the schedule."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True, eq=False)
 class DeepShrinks:
-    """Set up Deep Shrink for batches that use it. Otherwise the U-Net has no hooks."""
+    """Set up Deep Shrink for the batches that use it; other batches run without U-Net hooks."""
 
     unet: Any
 
@@ -77,7 +77,7 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
-    """Return the modules of the U-Net's first half in the order of the published blocks."""
+    """Return the modules of the U-Net's encoder half in the order of LDM's `input_blocks`."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]
@@ -85,7 +85,7 @@ def input_blocks(unet: Any) -> list[nn.Module]:
 
 
 def make_smaller(features: Tensor, ratio: float) -> Tensor:
-    """Resize features B C h w by `ratio`, with sides rounded down but at least 1; bicubic, in float32."""
+    """Resize features B C h w by `ratio` with bicubic interpolation in float32; sides are at least 1."""
     height, width = features.shape[-2:]
     if min(height, width) * ratio < 1:
         size = smaller_size((height, width), ratio)
@@ -107,7 +107,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """A `UnetHook` that decides before each call whether Deep Shrink's hooks in the U-Net are active."""
+    """`UnetHook` that decides before each U-Net call whether Deep Shrink's forward hooks are active."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -135,7 +135,7 @@ class _Shrinking:
         return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
     def _list_feature_sizes(self) -> list[Size]:
-        """Return the sizes of the input blocks' outputs in this call."""
+        """Return the height and width of each input block's output in this call of the U-Net."""
         size = self.size
         sizes = []
         for depth, block in enumerate(self.blocks):
@@ -184,7 +184,7 @@ def _size(features: Tensor) -> Size:
 
 
 def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
-    """Add hooks to diffusers' U-Net; yield the handles that remove them.
+    """Add the forward hooks of Deep Shrink to diffusers' U-Net; yield the handles that remove them.
 
     Each hook is a method of `shrinking`. Loop variables are bound as defaults of the lambdas.
     """
@@ -195,10 +195,12 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
             lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
         )
         attentions = getattr(output, "attentions", None)
+        # after each layer but the last, features are resized to the skip that the next layer takes
         for layer, module in enumerate(list(attentions or output.resnets)[:-1]):
             yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
+    # the output has the size of the sample again
     yield unet.conv_norm_out.register_forward_pre_hook(
         lambda _, args: None if shrinking.depth is None else resize_like(args[0], shrinking.size)
     )
@@ -216,7 +218,7 @@ NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
 def scale_size(full: Size, ratio: float) -> Size:
-    """Return the size of latents at a ratio of their full size, floored to multiples of 8, at least 8."""
+    """Multiply a latent size by a ratio and round down to multiples of 8, but not below 8."""
     if ratio >= NEARLY:
         return full
     height, width = (max(int(side * ratio) // STEP * STEP, min(STEP, side)) for side in full)
@@ -308,7 +310,7 @@ def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GrowingSteps:
-    """Wraps the steps of euler_a; some enlarge the sample first, so noise is drawn at the new size."""
+    """Step function for euler_a that enlarges the sample before some steps, so noise has the new size."""
 
     scheduler: Any
     full: Size
@@ -360,7 +362,7 @@ class GrowingSteps:
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
-    """Resize latents B C 1 h w, bicubic; they are unchanged if they already have this size."""
+    """Resize latents B C 1 h w by bicubic interpolation; latents of this size are returned unchanged."""
     if _size(latents) == size:
         return latents
     return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)

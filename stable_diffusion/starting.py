@@ -92,7 +92,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: after each step the unmasked (black) area is restored at the current noise level.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask resized to a size, 1 1 H W: 1 (repaint) from half gray on, else 0, as in diffusers."""
+    """Return a resized mask, 1 1 H W: 1 (repaint) where it is at least half gray, else 0, as in diffusers."""
     gray = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(gray, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -100,13 +100,11 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """Wrap the steps of a sampler, so that only masked areas are repainted.
+    """Solver step that repaints only the masked areas.
 
     After each step the latents become
-
-        original with noise * (1 - mask) + latents * mask
-
-    and after the last one the original has no noise.
+        noisy original * (1 - mask) + latents * mask
+    and after the last step the original has no noise.
     """
 
     sampler: SchedulerSolver
@@ -136,7 +134,7 @@ class Beginning:
 
 
 def is_masked(picture: RequestedImage) -> bool:
-    """Return whether an image is inpainted; with several prompt parts, a mask shows their regions instead."""
+    """Return whether a mask selects the area to repaint, instead of the regions of prompt parts."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
@@ -257,7 +255,7 @@ STRIDE = 8  # pixels per latent, in each direction
 
 
 def latent_size(settings: ImageSettings) -> tuple[int, int]:
-    """Return height and width of the latents."""
+    """Return the height and width of the latents of an image."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
@@ -278,7 +276,7 @@ def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Return an image resized to a size, by Lanczos; unchanged if it has that size."""
+    """Resize an image with Lanczos, unless it already has the size."""
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.LANCZOS)

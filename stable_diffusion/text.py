@@ -365,11 +365,11 @@ class ImageVectors:
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return the file of the bigG image tower for a checkpoint.
+    """Return the path of the OpenCLIP bigG image encoder that guides a checkpoint.
 
     Raises:
         OptionError: If the checkpoint is not SDXL.
-        DownloadError: As `find_image_tower` does.
+        DownloadError: If the file has to be downloaded and cannot be.
     """
     if kind is not SDXL:
         raise OptionError(

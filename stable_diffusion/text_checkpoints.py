@@ -69,7 +69,7 @@ def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
 def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
     """Plan how to load a text encoder of a diffusers folder, whose config.json is next to the file.
 
-    SD 2.x does not use the last layer: released folders lack it, those made from whole OpenCLIP files do not.
+    SD 2.x ignores the last layer: released folders lack it, folders converted from OpenCLIP files have it.
     """
     plan = read_clip_text(checkpoint, USE)
     if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
@@ -85,7 +85,7 @@ def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
-    """Plan how to load a text encoder of OpenCLIP; its fused projections become three."""
+    """Plan how to load a text encoder of OpenCLIP; each fused qkv projection is split into three."""
     tower = _select_part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(tower).items():
@@ -101,7 +101,7 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Compute a tensor of a released file from our weights: the inverse of the conversion in `read_texts`.
+    """Compute a tensor of a published file from our weights; the inverse of `read_texts`.
 
     Args:
         name: Name of the tensor in the file.
@@ -123,7 +123,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:
-    """Leave out the last layer, which SD 2.x does not use, unless the file lacks it already."""
+    """Leave out the last layer, which SD 2.x does not use, if the file contains it."""
     config = plan.config
     if config.num_layers == SD2_LAYERS:
         return plan
@@ -135,14 +135,15 @@ def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextCo
 
 
 def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
-    """Return the plan with the pooled state's projection: OpenCLIP has C x P, Hugging Face's layer P x C."""
+    """Add the projection of the pooled state to the plan; OpenCLIP stores it transposed."""
     config = plan.config
     for name, is_linear in (("text_projection", False), (PROJECTION, True)):
         if name not in checkpoint.tensors:
             continue
         shape = checkpoint.tensors[name].shape
-        # `is_linear` is also the index of the axis C
-        if len(shape) != 2 or shape[is_linear] != config.dim:
+        # OpenCLIP's parameter is C x P, the weight of Hugging Face's linear layer is P x C
+        width_axis, projection_axis = (1, 0) if is_linear else (0, 1)
+        if len(shape) != 2 or shape[width_axis] != config.dim:
             raise CheckpointError(
                 f"--ckpt {checkpoint.path}: its {name} has {' x '.join(map(str, shape))} numbers; the text "
                 f"encoder is {config.dim} wide. Copy the file again.",
@@ -154,7 +155,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         return replace(
             plan,
             checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # outside of `text_model.`
-            config=replace(config, projection_dim=shape[not is_linear]),
+            config=replace(config, projection_dim=shape[projection_axis]),
             sources={**plan.sources, PROJECTION: source},
         )
     raise CheckpointError(

@@ -44,7 +44,7 @@ _NAMES_OF_SEVERAL = (SEVERAL, ("text_encoders_0", "text_encoders_1"))
 
 @dataclass(frozen=True, eq=False)
 class LearnedWord:
-    """A learned word with its vectors, as read from a file."""
+    """A word trained by textual inversion, with its vectors as read from a file."""
 
     path: Path
     word: str
@@ -168,12 +168,12 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
 
 
 def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
-    """Return a table of token embeddings with the words' vectors as additional rows.
+    """Return a table of token embeddings extended by rows for the vectors of learned words.
 
     Args:
-        table: The table.
-        words: The words.
-        index: Index of the encoder.
+        table: Token embeddings of the text encoder.
+        words: Learned words.
+        index: Index of the text encoder, whose vectors are used.
     """
     old = table.weight.detach()
     vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]

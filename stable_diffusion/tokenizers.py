@@ -123,7 +123,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
 
 
 def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
-    """Raise CheckpointError if the tokenizer has more tokens than the text encoder has rows."""
+    """Raise CheckpointError if the tokenizer has more tokens than the text encoder has embedding rows."""
     last = max(words.start, words.end)
     if last >= rows:
         raise CheckpointError(
@@ -184,7 +184,7 @@ class Part:
 
 @dataclass
 class _Bracket:
-    """An opening or closing bracket of a weighted part."""
+    """An opening or closing bracket in a prompt with weights."""
 
     kind: str  # "(" or "["
     weight: float  # weight of an opening bracket, which the closing bracket may set
@@ -224,7 +224,7 @@ def parse_weights(text: str) -> tuple[Part, ...]:
 
 
 def _split_at_marks(text: str) -> list[_Event]:
-    """Return the texts and brackets of a prompt in order, each opening bracket with its weight."""
+    """Split a prompt into texts, brackets with their weights, and None for each BREAK."""
     events: list[_Event] = []
     opened: dict[str, list[_Bracket]] = {"(": [], "[": []}
     position = 0
@@ -233,7 +233,7 @@ def _split_at_marks(text: str) -> list[_Event]:
         position = mark.end()
         sign = mark["bracket"]
         kind = "[" if sign in ("[", "]") else "("
-        if mark["chunk"]:
+        if mark["chunk"]:  # BREAK
             events.append(None)
         elif sign in ("(", "["):
             bracket = _Bracket(kind, DEFAULT[kind])
@@ -242,7 +242,7 @@ def _split_at_marks(text: str) -> list[_Event]:
         elif mark["escaped"] or not opened[kind]:  # a bracket that is text: escaped, or closing nothing
             events.append(mark["escaped"] or mark[0])
         else:
-            bracket = opened[kind].pop()
+            bracket = opened[kind].pop()  # its weight is written before the closing bracket
             if mark["number"]:
                 # float() of too many digits is infinite, which is not a weight
                 bracket.weight = _bounded(float(mark["number"]))
@@ -261,7 +261,7 @@ Tokenize = Callable[[str], list[int]]  # any number of ids, without start and en
 
 @dataclass(frozen=True)
 class Chunk:
-    """Up to 75 tokens and the weight of each."""
+    """Up to 75 token ids and the weight of each token."""
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()

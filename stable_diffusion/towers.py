@@ -136,7 +136,7 @@ class TowerEncoder:
     def reads_weight(self, name: str) -> bool:
         """Return whether an output depends on a weight; layers after the used hidden state do not matter.
 
-        Reads the header of the checkpoint once.
+        The header of the checkpoint is read on the first call.
         """
         if POOLED in self.keys:
             return True
@@ -147,7 +147,7 @@ class TowerEncoder:
 
     @cached_property
     def _num_used(self) -> int:
-        """Return the number of layers up to and including the one whose states are used."""
+        """Return the number of layers to compute, up to the one whose hidden states are used."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             return plan.network.config.num_layers + 1 - self._select_layer(plan)
@@ -225,27 +225,27 @@ class TowerEncoder:
         return network, LoadedWords(words, pad, layer)
 
     def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
-        """Return a tokenizer with the new words.
+        """Add new words to a tokenizer and return it.
 
         Args:
-            words: The new words.
-            vocabulary: Number of rows of the table without them.
+            words: The tokenizer.
+            vocabulary: Number of embedding rows without the new words.
         """
         ids = self._list_words(vocabulary)
         return replace(words, tokenize=with_words(words.tokenize, ids)) if ids else words
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the ids of new words by their names.
+        """Return the token ids of each new word by its name.
 
         Args:
-            vocabulary: Number of rows of the table without the words.
+            vocabulary: Number of embedding rows without the new words.
         """
         if self._word is not None:
             return self._word.list_ids(vocabulary)
         return list_ids(self._bundled, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer to use, counted from the end. Raises OptionError if it does not exist."""
+        """Return the layer to use, counted from the end; raise OptionError if it does not exist."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
@@ -274,10 +274,10 @@ class TowerEncoder:
         return self._teach(found[self._number], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
+        """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
 
         Prompts with weights (`Prompt.marked_chunks`) are read as in gen_img.py. All texts of a call are
-        padded to the same number of chunks, or, if captions are not filled up, to the longest text.
+        padded to the same number of chunks, or to the longest text if captions are not padded to chunks.
         """
         if not prompts:
             return []
@@ -294,7 +294,7 @@ class TowerEncoder:
         results: list[Conditions] = []
         # `states` has one row for each chunk of each text
         for chunks, first_row in zip(texts, range(0, len(states) // self._copies, num_chunks), strict=True):
-            copies = []  # for each cross-attention
+            copies = []  # a trained word may have its own vector, so its own states, for each cross-attention
             for copy in states.chunk(self._copies):
                 joined = join_chunks(copy[first_row : first_row + num_chunks])
                 copies.append(weigh_states(joined, weights_of(chunks), WEIGHING)[:length])
@@ -323,7 +323,7 @@ class TowerEncoder:
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
     def _read_chunks(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
-        """Return the chunks of a text with the weights of their tokens, padded with empty chunks."""
+        """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
         count = self._chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
             chunks = cut_into_chunks([Part(prompt.text)], loaded.words.tokenize)
@@ -332,7 +332,7 @@ class TowerEncoder:
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
     def _make_row(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
-        """Return the 77 token ids of a chunk."""
+        """Return the 77 token ids of a chunk, with start and end tokens and padding."""
         row = tokenizers.fill_chunk(chunk.ids, start=loaded.words.start, end=loaded.words.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS
         return row

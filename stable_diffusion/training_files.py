@@ -70,7 +70,7 @@ class UnetInput(Enum):
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Paths and dtypes of a training or of its caches."""
+    """Paths and dtypes of the networks of a Stable Diffusion checkpoint."""
 
     kinds: tuple[ModelKind, ...]  # kinds that the script accepts; a VAE without a checkpoint is of the first
     ckpt: Path | None = None
@@ -117,23 +117,23 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return the checkpoint and --vae, if they are single files, by their keys in metadata."""
+        """Return the single files whose hashes metadata records: the checkpoint and --vae."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
     @property
     def kind(self) -> ModelKind:
-        """Kind of the checkpoint; without one, the first kind of the script."""
+        """Kind of the checkpoint; without a checkpoint, the first kind that the script supports."""
         return self.kinds[0] if self.ckpt is None else self.marks.kind
 
     @property
     def predicts_v(self) -> bool:
-        """Whether the U-Net predicts v instead of noise: by an option, or by the checkpoint."""
+        """Whether the U-Net predicts v instead of noise, according to an option or the checkpoint."""
         return self.says_v or (self.ckpt is not None and self.marks.predicts_velocity)
 
     @contextmanager
     def opened(self) -> Iterator[loading.OpenedCheckpoint]:
-        """Open the checkpoint and plan how its networks are loaded. Raises as `loading.open_release`."""
+        """Open the checkpoint and plan how its networks are loaded, as `loading.open_release` does."""
         _ = self.marks
         options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.says_v)
         with ExitStack() as files:
@@ -164,11 +164,16 @@ class TrainingFiles:
 
     @cached_property
     def inpaints(self) -> bool:
-        """Whether the U-Net takes a mask and a masked image too."""
+        """Whether the U-Net is for inpainting: it also takes a mask and a masked image."""
         return is_inpainting(self.unet_config)
 
     def check(self) -> None:
-        """Raise CheckpointError or OptionError if a file that is given cannot be used. Loads nothing."""
+        """Check the model files by their headers.
+
+        Raises:
+            CheckpointError: If a file cannot be used.
+            OptionError: If an option does not suit a file.
+        """
         if self.ckpt is not None:
             with self.opened():
                 pass
@@ -228,7 +233,7 @@ class TrainingFiles:
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the U-Net computes in."""
+        """Return the dtype that the U-Net computes in for a placement."""
         dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
         return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 
@@ -236,7 +241,7 @@ class TrainingFiles:
 
     @contextmanager
     def opened_vae(self) -> Iterator[LoadPlan[checkpoints.VaeSizes]]:
-        """Open only the VAE, from --vae or from the checkpoint."""
+        """Open only the VAE, from --vae or from the checkpoint, and plan how it is loaded."""
         with ExitStack() as files:
             if self.vae is not None:
                 yield loading.read_chosen_vae(self.vae, "--vae", self.kind, files)
@@ -247,7 +252,7 @@ class TrainingFiles:
                 yield checkpoints.read_vae(checkpoint, "--ckpt", self.marks.kind.latent_scale)
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return what latents depend on in addition to the pixels."""
+        """Return the VAE's fingerprint and dtype, on which cached latents depend."""
         with self.opened_vae() as plan:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
@@ -345,7 +350,7 @@ class DiffusersVae:
 
 
 def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Return the lists of residual blocks and of transformers of a U-Net with their lengths, in its order."""
+    """Return paths and lengths of a U-Net's lists of residual blocks and transformers, in forward order."""
     down_types: Sequence[str] = config["down_block_types"]
     counts = count_layers(config)
     parts: list[tuple[str, int]] = []
@@ -401,12 +406,13 @@ class _Sides:
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     """Return the blocks of a U-Net with the numbers that other trainers give them, as in released files.
 
-    SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
-    and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
+    In SDXL, which has three levels, the numbers 0 to 22 count the inputs, the input blocks, the three modules
+    of the middle block, the output blocks and the outputs. In other models the middle block is one of 25
+    numbers, and inputs and outputs have none.
     """
     layers = count_layers(config)
     # residual blocks, the first convolution, and a sampler after each level except the last
-    blocks = sum(layers) + len(layers)
+    blocks = sum(layers) + len(layers)  # the output blocks are as many
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
 

@@ -25,7 +25,7 @@ CHUNK = 75  # tokens that a text encoder reads at once
 
 
 class VariedNoiseOptions(Options, title="noise"):
-    """Changes to the noise that the model learns to predict."""
+    """Changes to the noise that is added to latents in training."""
 
     noise_offset: float | None = option(
         "add a random number times this to each channel of the noise, for darker and lighter images; "
@@ -63,7 +63,7 @@ class VariedNoiseOptions(Options, title="noise"):
 
 
 class LossWeightOptions(Options, title="loss"):
-    """Factors on the loss at each timestep, by its signal-to-noise ratio (SNR). Several multiply."""
+    """Factors on each timestep's loss by its signal-to-noise ratio (SNR); several factors multiply."""
 
     min_snr_gamma: float | None = option(
         "limit the weight of nearly clean samples: their SNR counts as this at most; 5 is common",
@@ -135,27 +135,27 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def learns_in_bf16(self) -> bool:
-        """Whether trained weights are kept in bf16; `OfFullCheckpoint` overrides this."""
+        """Whether trained weights are stored in bf16; only options for full fine-tuning can return True."""
         return False
 
     @property
     def text_rates(self) -> Mapping[str, float | None]:
-        """Return the learning rates of the trained text encoders by name; None stands for --learning_rate."""
+        """Return the learning rates of the trained text encoders by name; None means --learning_rate."""
         return {}
 
     @property
     def block_rates(self) -> tuple[float, ...]:
-        """Return the learning rates of the U-Net's blocks; () if all have --learning_rate."""
+        """Return the learning rates of the U-Net's blocks; () if all blocks use --learning_rate."""
         return ()
 
     @property
     def text_steps(self) -> int | None:
-        """Return the number of steps in which text encoders are trained; None for all steps."""
+        """Return the number of steps for which text encoders are trained; None for all steps."""
         return None
 
     @property
     def fills_captions(self) -> bool:
-        """Return whether captions are filled up to whole chunks."""
+        """Whether captions are padded to whole chunks."""
         return True
 
 
@@ -180,7 +180,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
     @property
     def chunks(self) -> int:
-        """Number of 75-token chunks of each caption."""
+        """Number of 75-token chunks to which captions are padded or cut."""
         return (self.max_token_length or CHUNK) // CHUNK
 
 
@@ -196,7 +196,7 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the image that a sample of an inpainting model repaints; {} if there is none."""
+    """Return the sample options for the image that an inpainting model repaints; {} if there is none."""
     path = sample.get("image_path")
     if path is None:
         return {}

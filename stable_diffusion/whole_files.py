@@ -44,7 +44,7 @@ Plans = Mapping[str, LoadPlan[Any]]  # by network name
 
 @dataclass(frozen=True)
 class PartTensor:
-    """A tensor of the file that is computed from the weights of one network."""
+    """A tensor of a saved checkpoint and the weights of one network that it is computed from."""
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
@@ -99,11 +99,11 @@ class CheckpointFiles:
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Compute a tensor of the file.
+        """Compute one tensor of the saved checkpoint from the trained weights.
 
         Args:
             name: Name of the tensor.
-            states: Weights of the trained networks.
+            states: Weights of the trained networks, by network name.
         """
         part = self.parts.get(name)
         if part is not None:
@@ -166,9 +166,9 @@ def make_writer(
 
 
 def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callable[[Path], None]:
-    """Return a function that copies the source's tokenizer next to a trained file, where it is looked for.
+    """Return a function that copies the source's tokenizer next to a saved checkpoint.
 
-    With --tokenizer_cache_dir the function does nothing, because printed commands have this option too.
+    With --tokenizer_cache_dir the function does nothing, because printed commands contain this option too.
     """
     if checkpoint.tokenizer_cache_dir is not None:
         return lambda _: None
@@ -183,7 +183,7 @@ def list_plans(release: OpenedCheckpoint) -> Plans:
 
 
 def _list_marks(marks: Marks) -> list[str]:
-    """Return the names of the empty tensors that state what a file's model predicts."""
+    """Return the names of the empty tensors that mark v-prediction and zero terminal SNR in a file."""
     names = []
     if marks.predicts_velocity:
         names.append(V_PRED)
@@ -193,7 +193,7 @@ def _list_marks(marks: Marks) -> list[str]:
 
 
 def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
-    """Return how each tensor of a single file is computed from a network's weights, by the tensor's name."""
+    """Map each tensor name of a single-file checkpoint to the network weights that it is computed from."""
     weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
     for weight, learned in network.state_dict().items():

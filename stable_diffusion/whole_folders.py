@@ -70,7 +70,7 @@ _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The file of one network."""
+    """The tensors of one network in a diffusers folder, with their dtypes and shapes."""
 
     name: str  # its path in the folder
     weights: Mapping[str, str]  # name in the file -> name in our network
@@ -233,7 +233,7 @@ def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a U-Net's settings, with a single number of layers or heads if it is equal in all levels."""
+    """Return a U-Net's settings with one number of layers or heads instead of a list of equal numbers."""
     simple = dict(config)
     for name in ("layers_per_block", "attention_head_dim"):
         value = config.get(name)
@@ -243,7 +243,7 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the scheduler's settings: the source folder's if its prediction type is equal, else defaults."""
+    """Return the source folder's scheduler settings if it predicts the same, otherwise defaults."""
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])
@@ -315,7 +315,7 @@ def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int
 
 
 def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
-    """Return the settings of a tokenizer, by their files' names."""
+    """Return the contents of the tokenizer's JSON files by file name."""
     tokens = {
         "bos_token": CLIP_START,
         "eos_token": CLIP_END,

@@ -10,7 +10,7 @@ LARGEST_RATE = 1000.0  # as of --learning_rate
 
 
 def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:
-    """Return the option of a text encoder's learning rate."""
+    """Declare the option for a text encoder's learning rate."""
     return option(
         f"learning rate of {help}; 0 freezes it; default: --learning_rate",
         minimum=0,

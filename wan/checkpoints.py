@@ -174,6 +174,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     shapes = _list_shapes(bare_names(checkpoint))
     patch_shape = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
+    # the weight of VACE's patch embedding is that of a 3D convolution: out in frames rows columns
     if len(patch_shape) != 5 or patch_shape[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
     width, channels, *_ = patch_shape
@@ -231,7 +232,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     Raises CheckpointError if the shapes do not fit each other.
     """
     _check_shapes(path, shapes)
-    dim, in_dim, *patch = shapes["patch_embedding.weight"]
+    dim, in_dim, *patch = shapes["patch_embedding.weight"]  # of a Conv3d: dim in_dim frames rows columns
     layers = _count_blocks(shapes, "blocks")
     vace_layers = _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
@@ -306,6 +307,7 @@ def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
 
 
 def _describe_difference(config: WanConfig, task: WanTask) -> str:
+    """Describe the first difference between a file's dimensions and those of a task's released model."""
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if (config.kind == VACE) != (task.kind == VACE):
@@ -317,6 +319,7 @@ def _describe_difference(config: WanConfig, task: WanTask) -> str:
             f"img_emb, which takes features of an image, is {'there' if config.has_image else 'missing'}; "
             f"{task.name} has {'it' if has_image else 'none'}."
         )
+    # the remaining difference: only models with a first and a last image have position embeddings
     if config.image_positions:
         return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
     return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."

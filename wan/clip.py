@@ -142,7 +142,7 @@ class ImageAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attention of the tokens x among each other, B L C to B L C."""
+        """Compute self-attention of the tokens x, B L C to B L C."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B N L D
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -209,6 +209,7 @@ class WanClipVision(nn.Module):
             Features, B 257 C, in the compute dtype, on the encoder's device.
         """
         x = self.patch_embedding(self.prepare(pixels).to(self.dtype)).flatten(2).transpose(1, 2)  # B L-1 C
+        # float32: the residual stream and the norms are not computed in 16 bits
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.float()], dim=1) + self.pos_embedding
         x = self.pre_norm(x)
         for block in self.transformer:
@@ -231,6 +232,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
     dtype = half_where_fast(device, dtype, "CLIP")
 
     def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+        """Keep norms and embeddings in float32."""
         return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
 
     with open_checkpoint(path) as checkpoint:

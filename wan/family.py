@@ -278,7 +278,7 @@ class Wan(OneTransformer):
         return load_dit(path, placement, self.rope, self.precision, second_file=self.files.find_vace(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text, `condition_latents`, CLIP features by task."""
+        """Return the conditions of a batch: text and, by task, `condition_latents` and CLIP features."""
         if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
             from wan.one_frame import note_clips  # only for single images
 
@@ -301,11 +301,12 @@ class Wan(OneTransformer):
 
         The conditions are t5 (n D for each sample), clip (B T 1280) and condition_latents (B C F H W).
         """
+        # image and control conditions are additional input channels
         condition = cond.get("condition_latents")
         if isinstance(condition, Tensor):
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
         arguments: dict[str, Any] = {}
-        for name, argument in VACE_INPUTS:
+        for name, argument in VACE_INPUTS:  # name of the condition, and of the network's argument
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
@@ -315,6 +316,7 @@ class Wan(OneTransformer):
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
+            # the network names its text input `text`
             overrides = overrides.rename_nag(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
 
@@ -331,7 +333,7 @@ class Wan(OneTransformer):
         """
         task = self.files.task
         self.files.check_dits()
-        settings: dict[str, Any] = {"usual": self.defaults, "latent": self.latent, "experts": self.experts}
+        settings: dict[str, Any] = {"defaults": self.defaults, "latent": self.latent, "experts": self.experts}
         if self.image_kind == ONE_FRAME:  # samples of a training of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
@@ -422,7 +424,7 @@ class Wan(OneTransformer):
             condition = conditions["condition_latents"]
             assert isinstance(condition, Tensor)
             conditions["condition_latents"] = self._add_image_noise(condition, noise)
-            del condition  # this frame lives as long as the denoising
+            del condition  # otherwise this generator would hold it during the denoising
         section = prompts[0].section(start, conditions)
         if isinstance(first_latents, Tensor):
             section = replace(

@@ -219,7 +219,7 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     files = _find_existing(folder, names)
     has_experts = not files.keys().isdisjoint(OFFICIAL_EXPERTS)
     if not has_experts and any(folder.glob(OFFICIAL_DIT)):
-        files["dit"] = folder
+        files["dit"] = folder  # the transformer is in several files of this folder
     return WanRelease(files)
 
 
@@ -350,12 +350,12 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 
 
 def find_boundary(
-    options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
+    options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, release_boundary: float | None = None
 ) -> float | None:
     """Return the timestep from which on the high-noise expert is used; None if nothing sets one.
 
-    --timestep_boundary comes first, then `of_release`, the boundary in a release's files, then the task's
-    default. Raises OptionError if --dit_high_noise is given for a task with one expert.
+    --timestep_boundary comes first, then `release_boundary`, the boundary in a release's files, then the
+    task's default. Raises OptionError if --dit_high_noise is given for a task with one expert.
     """
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:
@@ -369,7 +369,7 @@ def find_boundary(
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:
         boundary *= MAX_TIMESTEP
-    return boundary or of_release or task.boundary
+    return boundary or release_boundary or task.boundary
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:

@@ -73,6 +73,7 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     ]
 
     def stretch(size: tuple[int, int]) -> float:
+        """Return how far a size is from the image's aspect ratio; 1.0 if it has the same one."""
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
@@ -102,6 +103,7 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
         frames: Number of pixel frames.
         end_image: Last frame, like `image`. It is encoded alone and appended as one more latent frame.
     """
+    # gray frames, 0 in -1..1, follow the image
     clip = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])], dim=2)
     latents = vae.encode(clip)
     known_frames = torch.zeros(frames)
@@ -240,7 +242,7 @@ def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_e
     # Wan2.1 sees the first latent frame of the image, and the last one if an end image was appended
     start_latents = torch.zeros_like(control)
     if image is not None:
-        latents = image[:, -LATENT.channels :]
+        latents = image[:, -LATENT.channels :]  # without the mask, whose channels come first
         start_latents[:, :, 0] = latents[:, :, 0].to(start_latents)
         if has_end:
             start_latents[:, :, -1] = latents[:, :, -1].to(start_latents)
@@ -250,7 +252,7 @@ def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_e
 def prepare_request(
     task: WanTask,
     request: Request,
-    usual: SamplingDefaults,
+    defaults: SamplingDefaults,
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
@@ -261,14 +263,14 @@ def prepare_request(
     Args:
         task: The task.
         request: Request with only the media that the task takes, see `wan.inputs.take_inputs`.
-        usual: Defaults of the task.
+        defaults: Defaults of the task.
         latent: Latent space of the model.
         experts: The transformers.
 
     Raises:
         OptionError: If the model cannot generate the size.
     """
-    width, height, frames = size_of(request, usual)
+    width, height, frames = size_of(request, defaults)
     if task.frames == 1 and frames != 1:
         raise OptionError(
             f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
@@ -291,7 +293,7 @@ def prepare_request(
     request = replace(request, negative_prompt=request.negative_prompt or None)
     return settle(
         request,
-        usual,
+        defaults,
         size=size,
         flow_shift=flow_shift,
         default_negative=default_negative,

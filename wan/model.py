@@ -74,7 +74,7 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
-        for text, repeats in tokens.texts:
+        for text, repeats in tokens.texts:  # repeats: how many equal padding rows a row stands for
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
@@ -376,7 +376,7 @@ class WanModel(BlockNetwork):
 
 
 def _pair_with_last(rows: Tensor) -> Tensor:
-    """Pair each of the first B of B+1 rows with the last row, which comes first: B 2 ..."""
+    """Return B pairs, B 2 ..., of the last of B+1 rows and each of the other rows."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

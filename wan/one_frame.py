@@ -86,7 +86,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
 def prepare(
     task: WanTask,
     request: Request,
-    usual: SamplingDefaults,
+    defaults: SamplingDefaults,
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
@@ -98,8 +98,8 @@ def prepare(
     where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
     request = _take_images(task, request, where)
     order = _read_order(request, where)
-    width, height, frames = size_of(request, usual)
-    if frames not in (1, usual.frames):
+    width, height, frames = size_of(request, defaults)
+    if frames not in (1, defaults.frames):
         logger.warning("--video_length %d is ignored because a single picture is made", frames)
     check_size((width, height, len(order.places)), latent)
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
@@ -107,7 +107,7 @@ def prepare(
     request = replace(request, negative_prompt=request.negative_prompt or None)
     prepared = settle(
         request,
-        usual,
+        defaults,
         size=(width, height, 1),
         flow_shift=flow_shift,
         default_negative=negative,
@@ -117,7 +117,7 @@ def prepare(
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
-    """Return the indices of the target and the control images in --one_frame_inference."""
+    """Read the indices of the target and of the control images from --one_frame_inference."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
@@ -224,7 +224,7 @@ def check_table(table: MediaTable, has_features: bool) -> None:
 
 
 def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Encode images with their control images, each image alone. `store` is the dtype of the latents."""
+    """Encode training images and their control images, each as a clip of one frame; `store` is the dtype."""
     vae = encoders.vae
     table = media.table
     order = order_frames(table.clean_indices, table.target_index)

@@ -322,7 +322,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         unused = None
         if self.src_mask:
             unused = MASK
-        elif self.vace_scale != (1.0,):
+        elif self.vace_scale != (1.0,):  # not the default
             unused = SCALE
         elif self.control_path and not task.has_control:
             unused = "control_path"
@@ -352,7 +352,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
         task = "i2v-14B" if has_features else "i2v-A14B"
     else:
         task = family.files.task.name
-    return {} if task == "t2v-14B" else {"--task": task}
+    return {} if task == "t2v-14B" else {"--task": task}  # the default of --task
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -404,10 +404,11 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
 
 
 def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips of a sample, with placeholders for those that its task requires."""
+    """Return the images and clips of a sample, with placeholders for required ones that are missing."""
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
+        # only caches of --one_frame have positions of frames
         one_frame |= PLACES_KEY in sample["example"].cached
         inputs = _list_item_inputs(task, one_frame, sample)
     else:
@@ -418,6 +419,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         "--end_image_path": FillIn("END_IMAGE_FILE") if task.kind == "flf2v" else None,
         "--control_path": FillIn("CONTROL_FILE") if task.has_control else None,
     }
+    # in this mode the control images replace all other inputs
     if one_frame:
         needed = {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
     return needed | present

@@ -39,7 +39,7 @@ class WanVaceBlock(WanAttentionBlock):
 
 
 class WanVaceModel(WanModel):
-    """Wan's text-to-video network with the second stack, which runs only if control is given."""
+    """Wan's text-to-video network with VACE's second stack of blocks, which runs only if control is given."""
 
     spec = VACE_DIT
 
@@ -57,7 +57,7 @@ class WanVaceModel(WanModel):
         hint_scales: Tensor | None = None,
         **named_inputs: Any,
     ) -> Hidden:
-        """Embed as `WanModel.embed`, with control for the second stack.
+        """Embed the inputs like `WanModel.embed`, and the control for VACE's second stack of blocks.
 
         Args:
             *inputs: Inputs of `WanModel.embed`.
@@ -67,6 +67,7 @@ class WanVaceModel(WanModel):
         """
         hidden = super().embed(*inputs, **named_inputs)
         if control is not None:
+            # the stream through VACE's blocks, which turn it into hints for Wan's blocks
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
             hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
             hidden.side_scales = hint_scales

@@ -77,6 +77,7 @@ class WanVae(nn.Module):
         if max(latent_height, latent_width) <= tile_edge:
             return self._encode(pixels, as_moments)
         grid = (tiles(latent_height, tile_edge), tiles(latent_width, tile_edge))
+        # conv1 takes the 2Z channels of moments, conv2 the Z channels of latents
         channels = (self.conv1 if as_moments else self.conv2).in_channels
         latents = torch.zeros(
             (batch, channels, latent_frames, latent_height, latent_width), device=self.device
@@ -144,7 +145,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Normalize means to latents of caches and model, B Z f h w float32. Their channels identify the VAE."""
+    """Normalize posterior means to latents, B Z f h w float32, with the statistics for Z channels."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

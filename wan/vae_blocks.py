@@ -119,12 +119,12 @@ class WanCausalConv(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """Return x preceded by the two frames before it, B C T+2 H W; zeros stand for frames before the clip.
+    """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
     The result is written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
-    earlier = TIME_KERNEL - 1
+    earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one
     size = (batch, channels, earlier + frames, height, width)
     joined = empty_clip(x, *size)
     missing = earlier if before is None else earlier - before.shape[2]

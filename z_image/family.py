@@ -90,7 +90,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
-        """How the language model is used."""
+        """Return how this model uses its language model."""
         return Z_IMAGE_USE
 
 
@@ -130,7 +130,7 @@ class ZImage(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of the release that the name of the file or of the repository shows."""
+        """Return the defaults of the release that the file's or repository's name shows."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
@@ -167,7 +167,7 @@ class ZImage(ModelOfImages):
         return super().load_dit(placement, expert)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states. Raises CacheError if they are missing or of another width."""
+        """Return the text states; raise CacheError if they are missing or have another width."""
         remedy = "zimage_cache_text_encoder_outputs.py"
         batch.check({KEY: remedy}, "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -232,7 +232,7 @@ class ZImage(ModelOfImages):
         return Z_IMAGE_NODES
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode an image in model space, with the caches' missing scale applied."""
+        """Encode an image in model space, multiplied by the scale that cached latents lack."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
 
 

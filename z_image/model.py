@@ -54,7 +54,7 @@ class ZImageTransformerBlock(JointTransformerBlock):
 
 
 class ZImageModel(LuminaModel):
-    """Predicts the direction from noise to data of noisy latents of images, from states of Qwen3."""
+    """Predict the direction from noise to data for noisy image latents, given the states of Qwen3."""
 
     spec = DIT
     block_class = ZImageTransformerBlock
@@ -76,7 +76,7 @@ class ZImageModel(LuminaModel):
         return layer
 
     def embed_time(self, times: Tensor) -> Tensor:
-        """Return the embedded fraction of data, B to B time_dim float32."""
+        """Embed the fraction of data in the noisy latents, B to B time_dim float32."""
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
@@ -84,14 +84,14 @@ class ZImageModel(LuminaModel):
         return round_up(real, TOKEN_STEP)
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return image tokens, B L C, of patches, B P 4Z, padded."""
+        """Embed patches, B P 4Z, as image tokens, B L C, with padding tokens at the end."""
         tokens = in_own_dtype(self.all_x_embedder[PART], patches).to(dtype)
         return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Embed states as text tokens B T C, padded after the last real one.
+        """Embed text states as tokens, B T C; learned padding tokens follow the last real one.
 
-        `counts` are the real states of each sample.
+        `counts` are the numbers of real states of the samples.
         """
         tokens = super().embed_caption(caption, counts, dtype)
         if min(counts) < tokens.shape[1]:

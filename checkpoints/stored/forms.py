@@ -50,7 +50,7 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return, on the meta device, what `quantize` would return for a weight of this shape."""
+        """Return what `quantize` returns for a weight of this shape, on the meta device."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -74,7 +74,7 @@ class StoredForm(Protocol):
         ...
 
     def computing_as(self, chosen: "StoredForm") -> "StoredForm":
-        """Return this form, found in a file, with the compute settings of the chosen form."""
+        """Return the form found in a file with the compute settings of the form that the user chose."""
         ...
 
     def check_device(self, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class Stored:
 
     @property
     def weight(self) -> Tensor:
-        """The tensor of codes, without its companions."""
+        """The first stored tensor, which holds the quantized values."""
         assert self.tensors[0] is not None
         return self.tensors[0]
 
@@ -102,7 +102,7 @@ class Stored:
 
 
 def form_of(quantization: Quantization) -> StoredForm:
-    """Return the form that options ask for, by `form_of` in the form's file."""
+    """Return the storage form of a quantization; the module of that form builds it."""
     form: StoredForm = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 
@@ -126,7 +126,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 
 
 def attach(layer: nn.Linear, stored: Stored) -> None:
-    """Put a stored weight into a linear layer, which computes with it from then on."""
+    """Replace the weight of a linear layer by a stored weight, with which the layer computes from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)
@@ -169,9 +169,9 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
 def multiply_value(
     form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + b in the dtype of x.
+    """Compute x W^T + b in the dtype of x with a quantized weight W.
 
-    The backward pass dequantizes W again instead of keeping its value.
+    The backward pass dequantizes W again, so that its value is not stored.
     """
     filled = (*tensors, *[None] * (MAX_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
@@ -179,7 +179,7 @@ def multiply_value(
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: autocast's if it is enabled, else that of its input."""
+    """Return the dtype that a layer computes in: autocast's if enabled, otherwise the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

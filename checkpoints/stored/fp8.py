@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
-    """Return whether a dtype is an 8-bit floating point type."""
+    """Return whether a dtype is an 8-bit floating-point type."""
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
@@ -52,7 +52,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
 
 
 def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
-    """Return the scale max|weight| / 448, one number or one per row; it is 1 if all weights are 0."""
+    """Return the fp8 scale max|weight| / 448, one value or one per row; 1 where all weights are 0."""
     peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     if not by_row:
         peak = peak.amax().reshape(1)
@@ -89,10 +89,10 @@ def store_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fp8:
-    """The fp8 form.
+    """Weights stored in fp8.
 
     Layers compute in float32 if `float32_linear` is set. With a `product` they multiply in 8 bits whenever
-    `suits_fp8` allows it.
+    `suits_fp8` accepts their inputs.
     """
 
     quantization: Quantization = Quantization("cast")
@@ -106,7 +106,7 @@ class Fp8:
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Store a weight as the quantization says: cast, or divided by scales."""
+        """Store a weight in fp8: cast directly, or divided by its scales first, as the options say."""
         rows, columns = weight.shape
         return Stored(self, (rows, columns), quantize(weight, self.quantization))
 
@@ -118,13 +118,13 @@ class Fp8:
         return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight times its scale in `dtype`."""
+        """Dequantize the weight: multiply it by its scale in `dtype`."""
         weight, scale = tensors
         assert weight is not None
         return dequantize(weight, scale, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in 8 bits if these inputs allow it, else by the dequantized weight."""
+        """Multiply in fp8 if the inputs and the device allow it, otherwise by the dequantized weight."""
         how, (weight, scale) = self.quantization, tensors
         if how.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
@@ -168,7 +168,7 @@ class Fp8:
         return Stored(self, shape, (weight, torch.cat(scales)))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return the form from the options if it is fp8 as well: it has the settings to compute with."""
+        """Return the chosen form if it is fp8 too, for its compute settings; otherwise this form."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -193,7 +193,7 @@ def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add the device's `product` for --fp8_fast. Raises OptionError if the device has none."""
+    """Add the device's fp8 matrix product for --fp8_fast; raise OptionError if the device has none."""
     if not quantization.fp8_matmul:
         return quantization
     from checkpoints.stored.fp8_products import select_product  # of no use without the units

@@ -113,7 +113,10 @@ def _split_rows(x: Tensor, piece: int) -> list[slice]:
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Return whether torch can use fp8 units: NVIDIA's from 8.9 on; AMD's have another format."""
+    """Return whether torch can multiply in fp8 on the device: NVIDIA GPUs from compute capability 8.9 on.
+
+    AMD's GPUs use another fp8 format.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
@@ -204,7 +207,7 @@ def fp8_linear(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Autograd function of `fp8_linear`: keeps only weight and scale for the backward pass."""
+    """Linear layer with an fp8 weight that saves only the weight and its scale for the backward pass."""
 
     @staticmethod
     def forward(
@@ -276,7 +279,7 @@ def _quantize(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the weight's scale for each output feature, 1 N float32."""
+    """Return the weight's scale as one float32 value for each output feature, 1 N."""
     if scale is None:
         return torch.ones(1, weight.shape[0], device=weight.device)
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()

@@ -21,7 +21,7 @@ def _read_float16(blocks: Tensor, start: int) -> Tensor:
 
 
 def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
-    """Unpack bytes, B n, into fields of `bits` bits, lowest field of all bytes first: B 8/bits n."""
+    """Unpack bytes, B n, into fields of `bits` bits, B 8/bits n: the lowest field of all bytes first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 
@@ -110,8 +110,8 @@ def _q3_k(blocks: Tensor) -> Tensor:
 class Kind:
     """A GGUF quantization type: the layout of a block, and the function that decodes it.
 
-    `weights` and `size` are the numbers of weights and bytes in a block, `halves` the offsets of its float16
-    numbers.
+    `weights` is the number of weights in a block, `size` its bytes, and `halves` the byte offsets of its
+    float16 values.
     """
 
     name: str
@@ -121,10 +121,10 @@ class Kind:
     values: Callable[[Tensor], Tensor]
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Return the values of N rows of K.
+        """Return the values of packed rows, N x K.
 
         Args:
-            packed: Bytes, N K/weights*size.
+            packed: Bytes of N rows; each row has K / weights blocks of `size` bytes.
         """
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 

@@ -68,7 +68,7 @@ class Int8:
         return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight in `dtype`: codes times scales, rotated back."""
+        """Dequantize the weight in `dtype`: multiply by the scales and rotate back."""
         codes, scale = _pair(tensors)
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
@@ -82,19 +82,19 @@ class Int8:
         return out
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows, from `first` on, with their scales."""
+        """Return `count` rows of an int8 weight and their scales, starting at row `first`."""
         codes, scale = _pair(stored.tensors)
         rows = slice(first, first + count)
         return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows of several weights and of their scales."""
+        """Concatenate several int8 weights and their scales along their rows."""
         pairs = [_pair(part.tensors) for part in parts]
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return this form with the chosen rounding of gradients if the chosen form is int8 too."""
+        """Return this form, with the gradient rounding of the chosen form if that is int8 too."""
         if not isinstance(chosen, Int8):
             return self
         return replace(self, rounds_gradients=chosen.rounds_gradients)
@@ -182,7 +182,7 @@ def _multiply_in_int8(
 def _multiply_dequantised(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of rows to the gradients of their inputs, multiplied in 16 bits."""
+    """Return a function that maps a slice of output gradients to input gradients, by dequantized weights."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
@@ -206,7 +206,7 @@ def rotate(x: Tensor, group: int | None) -> Tensor:
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """Return the regular Hadamard matrix of size 4 or 16, divided by its root."""
+    """Return the orthogonal Hadamard matrix of size 4 or 16 with equal row sums."""
     return _make_hadamard(size, device) if torch.compiler.is_compiling() else _hadamard_once(size, device)
 
 

@@ -85,7 +85,7 @@ class Nf4:
         return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> Stored:
-        """Return the weight and its statistics on the meta device, to plan memory."""
+        """Return a quantized weight and its statistics on the meta device, to plan memory."""
         blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
@@ -113,11 +113,11 @@ class Nf4:
         return None
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Return None: blocks do not end where rows end, so weights cannot be stacked."""
+        """Return None, because quantization blocks may cross row ends, so weights cannot be stacked."""
         return None
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return the form from the options if it is nf4 as well: it has the settings to compute with."""
+        """Return the chosen form if it is nf4 too, for its compute settings; otherwise this form."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -151,7 +151,7 @@ def rehearsed(quantization: Quantization) -> Quantization:
 def _allocate_value(
     packed: Tensor, peaks: Tensor, block: int, kind: str, shape: Shape, dtype: torch.dtype
 ) -> Tensor:
-    """Stand in for bitsandbytes' operation in a dry run: allocate its result for the same arguments."""
+    """Allocate the result that bitsandbytes' operation would return, for a dry run without computing."""
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -169,7 +169,7 @@ def nested_values(device: torch.device) -> Tensor:
 
 
 def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return packed codes, and the largest magnitude of each block."""
+    """Quantize blocks to 4 bits; return the packed codes and the largest magnitude of each block."""
     blocks = _pad_rows(flat, BLOCK)
     peaks = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=flat.device)

@@ -96,7 +96,7 @@ class RowForm:
         return Stored(self, shape, tuple(joined))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return this form: options do not change how it computes."""
+        """Return this form, because no option changes how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:
@@ -105,10 +105,11 @@ class RowForm:
 
 
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Rearrange scales to rows x columns from tiles of 128 x 4, which are stored as 32 lines of 16 numbers.
+    """Undo cuBLAS's tiling of block scales; return a matrix of `rows` x `columns`.
 
-    Row 32 a + b of a tile is stored in line b, from column 4 a on. `scales` have rows and columns rounded up
-    to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
+    A tile of 128 x 4 is stored as 32 lines of 16 numbers: row 32 a + b of the tile is in line b, from column
+    4 a on. Stored rows and columns are rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors
+    layout".
     """
     down, across = scales.shape[0] // 128, scales.shape[1] // 4
     tiles = scales.contiguous().view(torch.uint8).view(down, across, 32, 4, 4)
@@ -138,9 +139,9 @@ def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
-    """Return the values of nvfp4: weight N K/2, scales N K/16 e4m3, scale N 1.
+    """Dequantize nvfp4 weights, N K/2, with block scales N K/16 (e4m3) and one scale per row, N 1.
 
-    `input_scale`, 1 K, is what the layer's input is multiplied by, which the weight may be as well.
+    `input_scale`, 1 K, are factors of the layer's input, which are multiplied into the weight instead.
     """
     values = _scale_groups(
         _levels(weight.device)[_unpack_nibbles(weight, high_first=True).int()], scales.float() * scale
@@ -175,7 +176,7 @@ def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Ten
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Return the values of AWQ: weight N K/2, scales and zeros N K/64."""
+    """Dequantize AWQ weights, N K/2 bytes, with scales and zero points N K/64."""
     values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 

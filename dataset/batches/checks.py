@@ -331,7 +331,7 @@ def audio_errors(
         companions = _current_companions(item)
         if companions is not None and companions.has_reference_audio:
             yield f"it was made without a reference, now {table.name} has one for it"
-    num_files = len(record.files) - has_reference
+    num_files = len(record.files) - has_reference  # the reference comes last
     is_from_file = num_files > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
@@ -354,6 +354,7 @@ def _source_errors(
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
+        # records of early versions have no files, so that folders may be left over
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"
@@ -452,7 +453,7 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return the text of the warning; None if there is no new difference."""
+        """Return a warning about encoders that differ from the ones of earlier batches; None if not new."""
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False
@@ -475,8 +476,8 @@ class SameEncoders:
                 identity = {key: file.encoder.get(key, "none") for key in changed}
                 # a fingerprint is that of a network's file; other values are, for example, a dtype
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, identity.values()))
-                shown = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
-                lines.append(f"{file.path}: {', '.join(shown)}")
+                values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
+                lines.append(f"{file.path}: {', '.join(values)}")
         if not lines:
             return None
         commands = [self.commands.latents] if has_latents else []

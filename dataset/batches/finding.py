@@ -131,7 +131,7 @@ def _add_table(
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
-    is_cached = kind.has_text and not kind.sources
+    is_cached = kind.has_text and not kind.sources  # nothing of the table is encoded during training
     # fast path: the index of the caches lists the items, if nothing has changed since caching
     if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
@@ -230,7 +230,7 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
 
 
 def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
-    """Return the sorted names of a table's latent caches, or those that live encoding would write."""
+    """Return the sorted names of a table's latent caches, or those that caches of live items would have."""
     ending = f"_{kind.tag}{cache_files.SUFFIX}"
     candidates = names if kind.sizes is None else kind.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
@@ -341,6 +341,7 @@ class _TextCaches:
         self._ending = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._ending)}
         if not self._first:
+            # texts of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
                 listing.texts_of_others[table.cache_directory] = of_others

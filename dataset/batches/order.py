@@ -89,6 +89,7 @@ class BatchOrder:
                     batches += [tuple(shuffled[start : start + size]) for start in starts]
                 self._batches = _shuffle(batches, draw_bits)
                 self._last = number
+            # the number of items before each batch, and at the end the number of all items
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
             self._group_starts = array("q")
         return self._batches
@@ -262,7 +263,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return bytes by which stems are put in an arbitrary order that never changes."""
+    """Return a hash of a stem, by which stems are sorted in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -369,7 +370,7 @@ def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[st
     """Split a caption into a fixed beginning, parts that may be shuffled, and a fixed end."""
 
     def split(section: str) -> list[str]:
-        """Return the parts of a caption that are shuffled."""
+        """Split a section of the caption at each separator."""
         return [part.strip() for part in section.split(changes.separator)]
 
     separator = changes.keep_tokens_separator

@@ -220,7 +220,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Read media and captions of the items of a batch; the fields are arguments of `read_batch`."""
+    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -233,6 +233,7 @@ class _Reader:
 
         `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
         """
+        # tensors of items that are encoded during training come from memory, all others from a cache
         encoded = self.encoded.get(position)
         if encoded is not None:
             part = _Part(item.latent_path, dict(encoded))
@@ -278,6 +279,7 @@ class _Reader:
                 if name in audio.tensors:
                     part.tensors[name] = audio.tensors[name]
             part.made_by += audio.made_by
+        # other programs do not record the frame rate, so the rate that the family assumes is used
         if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
             part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
         return part
@@ -349,7 +351,7 @@ class _Reader:
             find_errors: Yields the reasons why the tensors do not fit the table.
         """
         store = self.stores.of(item.table)
-        with _remedy(self.commands, store, is_text=False):
+        with _remedy(self.commands, store, is_text=False):  # adds the command to errors
             entry = store.read(path.name)
             tensors = entry.tensors
             record = latent_record(entry)
@@ -379,7 +381,7 @@ class _Reader:
     def _describe_origin(
         self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
     ) -> data.MadeBy:
-        """Return which encoder and which version of this program made a cache of media."""
+        """Return the encoder and the program version that made a cache of latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.as_shown < AS_SHOWN
@@ -387,6 +389,7 @@ class _Reader:
             path=path,
             part=part,
             encoder=record.encoder,
+            # records of early versions lack CLOCK: these timed companions apart from the clip
             own_clocks=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),
             as_shown=record.as_shown if is_older else None,

@@ -48,7 +48,7 @@ _UNAVAILABLE = (
 
 
 class CatalogRow(NamedTuple):
-    """Where the current entry of a name is stored."""
+    """Shard and position at which the current entry of a name is stored."""
 
     shard: str
     place: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
@@ -199,7 +199,7 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
-    """Return the rows of a shard.
+    """Read the rows of a shard, without the bytes of their entries.
 
     Raises:
         sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
@@ -210,7 +210,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
             isinstance(name, bytes)
             and 0 < len(name) <= MAX_CACHE_NAME_BYTES
             and _is_within(generation, MAX_GENERATION)
-            and _is_within(size or 0, MAX_ENTRY_BYTES)
+            and _is_within(size or 0, MAX_ENTRY_BYTES)  # None: the entry was removed
             and _is_within(crc32, 0xFFFFFFFF)
         )
         if not is_valid:
@@ -246,7 +246,7 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard that a process writes. It stays locked until it is finished, so that nobody adopts it.
+    """The shard that a process writes, locked until it is finished, so that no other process adopts it.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.
@@ -285,6 +285,7 @@ class ShardWriter:
             if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
+            # NULL: SQLite chooses the key, which is the row's place
             cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert cursor.lastrowid is not None
@@ -307,10 +308,11 @@ def _begin(uri: str) -> sqlite3.Connection:
     connection = connect(uri)
     try:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        # with an exclusive lock, the index of the write-ahead log needs no shared file
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA cache_size = -65536")  # in KiB
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # fast; a power failure may lose the last entries
         connection.execute(f"PRAGMA user_version = {FORMAT}")
         connection.executescript(SHARD_TABLE)
     except BaseException:
@@ -320,7 +322,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _give_final_name(path: Path) -> None:
-    """Rename a shard that is no longer written, so that all processes may read it without locks."""
+    """Rename a finished shard, so that all processes may read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)
@@ -331,7 +333,7 @@ def _give_final_name(path: Path) -> None:
 
 
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may still run.
+    """Finish the shards of killed writers, and leave the shards of writers that may still run.
 
     Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
     file's age decides. `own_shard` is the shard that this process writes.
@@ -389,9 +391,11 @@ def _recover(path: Path, parameters: str = "") -> bool:
     with contextlib.closing(connect(uri, seconds=0)) as connection:
         _limit_steps(connection, path.stat().st_size)
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        # the first transaction makes SQLite replay the write-ahead log of the killed writer
         connection.execute("BEGIN EXCLUSIVE")
         ((num_tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
         connection.execute("COMMIT")
+        # merges the log into the shard and removes it
         connection.execute("PRAGMA journal_mode = DELETE")
         if not num_tables:
             path.unlink()  # while it is locked: a writer that has just begun notices and begins again

@@ -77,6 +77,7 @@ def mark_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
+            # fields that are not set by __init__ follow from the other fields
             if field.name in _NOT_COMPARED or field.name in _SET_BY_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
@@ -95,7 +96,7 @@ def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return a short digest of a text; file names may hold bytes that are no UTF-8."""
+    """Return a short digest of a text, which may contain file names with bytes that are not UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -144,7 +145,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     try:
         parts = read_parts(table.cache_directory)
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
-        if [*latents.lines] != latent_files or [*texts.lines] != text_files:
+        if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
         if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
             return None
@@ -204,7 +205,7 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the checksums, by file, of the records whose sources have the size and time in the index."""
     stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
-    compared = {}
+    unchanged = {}
     for line in lines:
         if line["record"] is None:  # of unknown origin
             continue
@@ -215,8 +216,8 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 except (OSError, MediaError):
                     stamps[path] = None
         if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
-            compared[str(line["file"])] = str(line["record"])
-    return compared
+            unchanged[str(line["file"])] = str(line["record"])
+    return unchanged
 
 
 class IndexPart(NamedTuple):

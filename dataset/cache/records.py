@@ -92,9 +92,8 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
     content: dict[str, Any] = {"version": VERSION}
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
-        if (
-            record.clip is not None and not record.clip.size_changes
-        ):  # left out if empty, as in early versions
+        # left out if empty, as in early versions
+        if record.clip is not None and not record.clip.size_changes:
             del latents["clip"]["size_changes"]
         content["latents"] = latents
     else:
@@ -115,7 +114,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
         CacheError: If the record is damaged.
     """
     record = None
-    with _content(entry, "latents") as data:
+    with _content(entry, "latents") as data:  # raises CacheError for a damaged record
         if data is not None:
             clip = None if data["clip"] is None else _clip_info(data["clip"])
             record = LatentRecord(
@@ -198,7 +197,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    # a list of the number of references and of factors of their sizes
+    # the number of references is followed by factors of their sizes
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:
@@ -286,7 +285,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         return info.st_size, info.st_mtime_ns
     images = [file.stat() for file in folder_images(path)]
     size_bytes = sum(image.st_size for image in images)
-    return size_bytes, max((image.st_mtime_ns for image in images), default=0)
+    return size_bytes, max(image.st_mtime_ns for image in images)
 
 
 # cached, because in a dataset that was copied without its times, training hashes every item at each check
@@ -375,7 +374,7 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item whose sources are unchanged.
+        """Mark an item as checked because its sources have not changed.
 
         After `max_checked` items, all earlier ones are forgotten and will be checked again.
         """
@@ -395,6 +394,7 @@ class CacheChecks:
             if not path.exists() or is_unchanged(file, path):
                 continue
             _, mtime_ns = stamp_of(path)
+            # a file that was edited during the run does not end it
             if mtime_ns <= self.started_ns:
                 return path
         return None

@@ -243,8 +243,8 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogR
             file.seek(row.place)
             data = file.read(row.size)
     else:
-        found = connection.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
-        data = b"" if found is None else found[0]
+        selected = connection.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
+        data = b"" if selected is None else selected[0]
         if not isinstance(data, bytes):  # SQLite columns take any type
             data = b""
     if zlib.crc32(data) != row.crc32:
@@ -279,10 +279,11 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
             (folder / name).unlink(missing_ok=True)
         catalog = Catalog(folder)
         sizes = catalog.entry_bytes()
+        # the fraction SMALL of a full shard is the limit
         small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
         untidy = set(catalog.damaged)
         for name, size in catalog.bytes.items():
-            if sizes[name] < size * (1 - MAX_HOLES):  # too many replaced entries
+            if sizes[name] < size * (1 - MAX_HOLES):  # too much space is taken by replaced entries
                 untidy.add(name)
         if with_tars:
             untidy |= {name for name in catalog.shards if name.endswith(".tar")}
@@ -298,6 +299,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     """
     sizes = catalog.entry_bytes()
     opened: dict[str, sqlite3.Connection] = {}
+    # the name of the file is unimportant, only its disk counts
     check_space(folder / "cache", sum(sizes[name] for name in shards))
     writer: ShardWriter | None = None
     try:

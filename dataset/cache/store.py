@@ -197,7 +197,7 @@ def npz_names(family: Caches) -> NpzNames:
 
 
 class StorePair(NamedTuple):
-    """Stores that hold the entries of a table."""
+    """The store of a table's latents and the store of its texts."""
 
     latents: CacheStore
     texts: CacheStore

@@ -37,7 +37,7 @@ Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of a
 
 
 class HearingFamily(Caches, HearsAudio, Protocol):
-    """What caching of audio calls of a family."""
+    """Protocol of the families whose clips have audio caches of their own."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class AudioWork:
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items with cached latents, by index of the table and stem of the clip."""
+        """Return the cached latents of each item, by index of the table and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -268,7 +268,7 @@ class AudioWork:
         return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
-        """Return the audio that the audio of each item is made after; [] without it.
+        """Return each item's reference audio, as long as the item; [] if the clip has no reference.
 
         `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
         """
@@ -289,10 +289,10 @@ class AudioWork:
             self._networks = self._family.audio_networks(self._device, decodes=False)
         assert name.span is not None
         _, frames = name.span
-        samples = plan.samples[index][None]
+        samples = plan.samples[index][None]  # 1 C S
         (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
-        if tuple(latents.shape) != expected:  # training groups items into batches by the expected shape
+        if tuple(latents.shape) != expected:  # batches are formed from the expected shape
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}

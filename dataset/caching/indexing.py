@@ -30,7 +30,7 @@ from protocols.data import LatentSpec
 
 
 class _IndexedFile(NamedTuple):
-    """What the previous index says of a cache file, so that the file need not be opened again."""
+    """Origin of a cache file in the previous index, which saves opening the file again."""
 
     stamp: list[int]  # size and time of the cache file
     record: str  # checksum of its record
@@ -148,6 +148,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
         if part == LATENTS:
             record = latent_record(entry)
             if record is not None:
+                # not strict: records of early versions have no files
                 made_from += zip(source_folders(table, record), record.files, strict=False)
         else:
             for text in text_records(entry).values():

@@ -182,7 +182,7 @@ def encode(
     encoded = _encode_pair(media, rejected, family, encoders)
     if not items[0].source.table.augmentation.flip:
         return encoded
-    mirrored_rejected = None if rejected is None else rejected.flip(3)
+    mirrored_rejected = None if rejected is None else rejected.flip(3)  # axis 3 is W
     mirrored = _encode_pair(_mirror(media), mirrored_rejected, family, encoders)
     with_mirrored = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
@@ -268,7 +268,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             grid=entry.grid,
             has_frames=spec.names_frames,
         )
-        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
+        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None  # only latents
         named[name] = tensor.squeeze(1) if is_flat else tensor  # C H W instead of C 1 H W
     return named
 

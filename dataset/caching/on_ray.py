@@ -80,7 +80,7 @@ class CachingActor:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
                     os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-                self._begin()
+                self._begin()  # reads the dataset and sets `_work`
             work: Any = self._work
             report = work.encode(work.pieces[index :: self._num_shards], None)
             work.stores.close(self._tables)
@@ -110,9 +110,9 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         OptionError: If the command cannot be run on a cluster.
         DatasetError: If the cluster cannot be reached, a shard fails, or a source cannot be used.
     """
-    words = options.command[1:]
+    arguments = options.command[1:]
     # called instead of caching, so that wrong options are reported before the cluster is contacted
-    main(words, _reject_unsuitable)
+    main(arguments, _reject_unsuitable)
     try:
         import ray
         import ray.data
@@ -139,6 +139,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
                     f"{num_actors} actors need {needed:g} {name}s, the cluster has "
                     f"{available.get(name, 0):g}. Give a smaller --num_actors or --{name.lower()}s_per_actor."
                 )
+        # each shard of texts loads all text encoders, so an actor gets only one
         shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
         num_shards = options.num_shards or num_actors * shards_per_actor
         logger.info("%d actors cache %d shards", num_actors, num_shards)
@@ -153,7 +154,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
             concurrency=num_actors,
             num_cpus=cpus,
             num_gpus=gpus or None,
-            fn_constructor_args=(main, words, options.is_latents, num_shards, cpus, str(Path.cwd())),
+            fn_constructor_args=(main, arguments, options.is_latents, num_shards, cpus, str(Path.cwd())),
         )
         rows = []
         for row in results.iter_rows():
@@ -188,7 +189,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about shards that failed; if none failed, about sources that could not be used."""
+    """Return lines about failed shards, or, if all shards succeeded, about unusable sources."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]

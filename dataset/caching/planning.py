@@ -160,7 +160,7 @@ def _describe_shown(medium: ShownMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Plan for one source."""
+    """Caches that one source still needs, those that are valid, and messages about it."""
 
     source: MediaSource
     kept: frozenset[str]  # names of valid files
@@ -243,9 +243,8 @@ class Planning:
         self._unchanged: dict[int, FileIdentity] = {}
         # how an earlier version read the source differently, by that version (`LatentRecord.as_shown`)
         self._reading_changes: dict[int, str | None] = {}
-        self._by_header = (
-            False  # whether the plan relied on the source's header, whose frame count may be wrong
-        )
+        # whether the plan relied on the source's header, whose frame count may be wrong
+        self._by_header = False
 
     def plan_by_shape(self) -> SourcePlan:
         """Do the same as `plan`, but faster.
@@ -300,7 +299,7 @@ class Planning:
         return tuple(shape)
 
     def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
-        """Return whether the current way of reading the source gives the same pixels as the recorded way.
+        """Return whether the source would be decoded to the same pixels now as when its cache was made.
 
         `record_texts` are the pieces of a record's text from `shared_part`.
         """
@@ -334,9 +333,10 @@ class Planning:
             clip = clip or measure_source(self.source, latent)
             return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
+            # decoding may have stopped early, but only after enough frames for this run
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
-                return self._compare_clip(clip)  # an earlier run has decoded all the frames that are used
+                return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
@@ -349,7 +349,7 @@ class Planning:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return what earlier runs found by decoding the source; None if it has changed since."""
+        """Return the recorded size and frame count of the decoded source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing:
@@ -398,6 +398,7 @@ class Planning:
         by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
             by_item.setdefault((name.size, name.span), {})[file] = name
+        # caches of other programs may lack control images, so that files of items with control are read
         trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
         comparison = _Comparison()
         items: list[tuple[int, ...]] = []
@@ -464,7 +465,9 @@ class Planning:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that an item's file is equal to the file that this run would write.
+        """Check that one file of an item is equal to the file that this run would write.
+
+        `files` are all files of the item, one for each section.
 
         Returns:
             Whether the file has a record.
@@ -480,7 +483,7 @@ class Planning:
         else:
             header = self._read_header(file)
             record = self._record(file)
-        if record is None:
+        if record is None:  # another program wrote the file
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return False
         if record.parts != len(files):

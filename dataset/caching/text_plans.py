@@ -77,7 +77,7 @@ def caption_fitter(family: Caches) -> FitText | None:
     fitting_family = family  # of the narrower type, also inside the function
 
     def fit(source: MediaSource, caption: str) -> str:
-        """Return a caption whose places are those of the resized image."""
+        """Return a caption with its positions converted to those in the resized image, if it has any."""
         if not fitting_family.names_places(caption):
             return caption
         try:
@@ -109,8 +109,8 @@ def list_caption_files(
         by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
     with pause_collection():
-        for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag=tag, sight=sight, fit=fit)
+        for table_sources in by_table.values():
+            files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
     return files
 
 
@@ -167,7 +167,7 @@ class _SeenMedia(NamedTuple):
 
 
 def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
-    """Return the media of a source that text encoders see: reference images, and what `sight` says."""
+    """Return the media of a source that text encoders see: reference images and what `sight` selects."""
     table = source.table
     seen_source = None
     files: tuple[tuple[Path, Origin | None], ...] = ()
@@ -189,8 +189,8 @@ def _list_captions(
 ) -> Iterator[CaptionFile]:
     """Yield the cache file of each caption of a source, in order.
 
-    `seen` and `sight` say which files the text encoder sees with a caption; `fit` shortens a caption to its
-    limit.
+    `seen` and `sight` say which files the text encoder sees with a caption; `fit` converts positions in a
+    caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
     settings = {**source.table.changed(TEXTS), **seen.settings}
@@ -290,6 +290,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
                 return f"{path} changed since"
         except OSError as error:  # encoding the image will report the error
             return str(error)
+    # the files are equal, but the version that cached them may have decoded them differently
     return find_changed_reading(file.references, record.as_shown)
 
 

@@ -162,6 +162,7 @@ class TextWork:
             if to_do:
                 self._encode(encoder, identity, batches=batches, to_do=to_do, shows=label is not None)
         num_failed = len(self._failed)
+        # a text is written if outputs were encoded, or were only in its unfinished file
         num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
         valid = [file for file in files if file.file_name not in self._failed]
         return CacheReport(
@@ -317,9 +318,9 @@ class TextWork:
         """
         media = self._decode(source)
         if len(media.spans) != 1:
-            several = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
+            problem = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
             raise MediaError(
-                f"{source.path}: {several}, and the text encoder sees the frames of one with its caption. "
+                f"{source.path}: {problem}, and the text encoder sees the frames of one with its caption. "
                 'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
             )
         (span,) = media.spans
@@ -330,7 +331,7 @@ class TextWork:
         return dataclasses.replace(
             prompt,
             clip=clip,
-            frames=prompt.frames or controls,
+            frames=prompt.frames or controls,  # set already if encoders see references at encoded size
             media=shown,
             further_text=source.further_text,
         )
@@ -345,7 +346,7 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read the pixels of a source as they are encoded to latents.
+        """Decode a source to the frames that the VAE encodes.
 
         Raises:
             MediaError: If the source cannot be used.
@@ -394,7 +395,7 @@ class TextWork:
             crc32={},  # filled in by `_write`
             settings=file.settings,
             references=references,
-            as_shown=AS_SHOWN if references else 0,
+            as_shown=AS_SHOWN if references else 0,  # 0: no image was decoded, so its reading cannot change
         )
         encoder_metadata: Mapping[str, str] = {}
         if can_mark(encoder):

@@ -54,10 +54,10 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     # by table index: tables with control media, sources with references or control masks, media of rows
     with_control = {source.table.index for source in sources if source.control}
     with_companions: dict[int, list[MediaSource]] = {}
-    shown: dict[int, list[tuple[ShownMedium, ...]]] = {}
+    row_media: dict[int, list[tuple[ShownMedium, ...]]] = {}
     for source in sources:
         if source.table.shows_media:
-            shown.setdefault(source.table.index, []).append(source.shown)
+            row_media.setdefault(source.table.index, []).append(source.shown)
         if source.references or source.control_mask is not None:
             with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
@@ -68,7 +68,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 table,
                 has_control,
                 companions=with_companions.get(table.index, ()),
-                shown=tuple(shown.get(table.index, ())),
+                shown=tuple(row_media.get(table.index, ())),
             )
             if learns_audio_alone or table.is_of_audio:
                 _check_audio(table, learns_audio_alone)
@@ -479,7 +479,7 @@ def _report_of(
     share: int,
     total: int,
 ) -> prefetch.CacheReport:
-    """Return the report of this process.
+    """Return the report about the sources that this process has handled.
 
     Args:
         finished: Plans whose items are known.

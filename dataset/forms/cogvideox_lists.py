@@ -28,7 +28,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 @dataclass(frozen=True)
 class CogRow:
-    """One clip with its caption."""
+    """A clip and its caption, from one line of the lists."""
 
     where: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token
@@ -229,7 +229,7 @@ class CogVideoXTensors:
 
 
 class _TensorFolder(NamedTuple):
-    """A folder that contains the folders of precomputed tensors."""
+    """A folder that contains one folder for each kind of precomputed tensors."""
 
     path: Path
     moments: frozenset[str] | None  # names of files in `video_latents`; None if that folder is missing

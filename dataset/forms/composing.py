@@ -17,7 +17,7 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
-    """Return the keys that say where items are: for images, for clips, then those for any kind."""
+    """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
     # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
     kind_keys: list[tuple[str, forms.Form, DataForm]] = []
     # keys that are spelled alike for all kinds
@@ -65,7 +65,7 @@ KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
 def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
-    """Return the keys that a table with the source key `source` may have in addition."""
+    """Return the additional keys that a table may have if its source key is `source`."""
     own = {} if form.keys is None else declared_keys(form.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
     keys_of_form = (common | {*form.shared_keys, *own}) - {*SOURCES}

@@ -67,7 +67,7 @@ class JsonLists(DataForm):
 
 
 class JsonLines(RowFormat):
-    """JSONL."""
+    """JSON Lines: one JSON object in each line."""
 
     suffixes = (".jsonl", ".ndjson")
 

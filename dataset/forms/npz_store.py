@@ -170,7 +170,10 @@ class NpzStore:
         return nameless
 
     def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none."""
+        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none.
+
+        Such a name lacks the image size, which the file contains.
+        """
         stem = file.removesuffix(NPZ)
         if not self.format.has_nameless or not file.endswith(NPZ) or _STATED_CONTENT.search(stem):
             return None
@@ -207,7 +210,8 @@ class NpzStore:
         if not finished.endswith(NPZ):
             return None
         part = file[len(finished) :]  # PART or ""
-        reversed_endings = [(of_file, of_entry) for of_entry, of_file in self._endings()]
+        # pairs for the opposite direction: from the ending of a file to that of its entry
+        reversed_endings = [(file_ending, entry_ending) for entry_ending, file_ending in self._endings()]
         name = _replace_ending(finished.removesuffix(NPZ), reversed_endings) + cache_files.SUFFIX
         if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:
             return None
@@ -258,6 +262,7 @@ class NpzStore:
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             """Return a tensor in the shape that training takes."""
             if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # stored in pixels for other programs
+                # shrink_mask takes frames with values 0..255
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
@@ -394,7 +399,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
-        """Raise CacheError if texts were made with other settings than those of this training."""
+        """Raise CacheError if text outputs were made with different settings than this training uses."""
         for name, expected in self.format.constants.items():
             array = arrays.get(name)
             stored = None
@@ -447,7 +452,7 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
 
 
 def _replace_ending(stem: str, replacements: Sequence[tuple[str, str]]) -> str:
-    """Replace the first ending that a name has; return other names unchanged.
+    """Replace the first of the listed endings that a stem has; a stem with none of them does not change.
 
     `replacements` are pairs of an ending and its replacement.
     """

@@ -61,7 +61,7 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`).
+    """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
     `repeating` are columns whose equal texts are stored only once in memory.
 
@@ -370,7 +370,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:
-    """Return whether chunks of a column have null values; True if none of them says how many."""
+    """Return whether a column may have null values; True if its chunks do not record their number."""
     counts = []
     for chunk in chunks:
         if chunk.is_stats_set and chunk.statistics.has_null_count:

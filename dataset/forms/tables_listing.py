@@ -38,6 +38,7 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     names = names_read(table, media, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
     cells = {}  # functions that find the files in columns with files
+    # audio is given by paths, and captions are texts
     for name in names - {"audio_path", caption_column}:
         # an empty cell of the media is an error; of other columns it means that the row has no such file
         find_cell = find_cells(path, name, finds_nulls=name != media)

@@ -170,10 +170,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Return the caption with its main text completed; None for any other than a known JSON object.
-
-    None, too, for an object in an unknown format.
-    """
+    """Return a JSON caption with its main text completed; None if it is not an object in a known format."""
     content = read_if_object(caption)
     if content is None:
         return None
@@ -215,7 +212,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace the secondary separator, which joins parts that are shuffled as one, by the separator."""
+    """Replace secondary separators by the separator, after the parts that they bind have been shuffled."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 
@@ -262,7 +259,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(where: Path | str, encoder: str, count: TokenCount) -> str:
-    """Return the message for a caption that is longer than an encoder reads, with the text that is lost.
+    """Return the message about a caption that an encoder cuts, with the text that is lost.
 
     `where` is the caption file, or the name of the source.
     """

@@ -41,7 +41,7 @@ MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many fram
 
 
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
-    """Yield the frames of a clip that are kept at `fps`, in their original size, if the table uses them.
+    """Yield the frames of a clip that training uses at the frame rate `fps`, in their original size.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
     a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
@@ -162,7 +162,7 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Information from a clip's header."""
+    """Number of frames, frame rate and duration in a clip's header."""
 
     frames: int | None  # number of frames, if the header has it
     rate: float  # frames per second; NaN if the frames have different durations
@@ -202,7 +202,7 @@ class _Pair:
 
     @property
     def is_matched_by_index(self) -> bool:
-        """Return whether frames correspond by index instead of by time."""
+        """Return whether frames of the companion and its clip correspond by index instead of by time."""
         # the rate of a folder is only declared, so it need not be exact
         tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE
         if self._is_frame_folder or abs(self.companion.rate / self.clip.rate - 1) < tolerance:

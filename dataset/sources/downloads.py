@@ -180,7 +180,7 @@ def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _explain_filesystem() -> Iterator[None]:
-    """Convert errors of fsspec to DownloadRejected, or to RetryableError; then the download goes on."""
+    """Convert errors of fsspec to DownloadRejected, or to RetryableError if another attempt may help."""
     try:
         yield
     except DownloadRejected:

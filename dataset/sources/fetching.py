@@ -91,11 +91,12 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a file inside of another one to the path `copy`, to which a suffix is added; return that path."""
+    """Write a packed file to the path `copy` plus a suffix, and return the resulting path."""
     try:
         pieces = origin.pieces()
         first = next(pieces, b"")
         suffix = path.suffix
+        # the name says nothing about the format, so the first bytes decide
         if not origin.has_suffix:
             suffix = next((suffix for magic, suffix in _MAGIC if first.startswith(magic)), "")
         copy = copy.with_name(copy.name + suffix)

@@ -94,7 +94,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 def _find_audio(
     table: DatasetTable, clip: Path, audios: Mapping[Path, Path], faults: list[Fault]
 ) -> tuple[Path, None] | None:
-    """Return the separate audio file of a clip; None if there is none.
+    """Return the separate audio file of a clip, with None as its origin; None if there is no file.
 
     `audios` has the files of audio_directory by clip. If several files fit, an error is added to `faults`.
     """

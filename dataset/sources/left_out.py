@@ -112,8 +112,8 @@ class TableFolders:
                     continue
                 if Path(folder).name.lower() in MASK_FOLDERS:
                     key = f'mask_directory = "{Path(folder).name}"'
-                    place = table.directory
-                    yield f"{folder}: its masks are not used. {key} in the table of {place} uses them"
+                    table_folder = table.directory
+                    yield f"{folder}: its masks are not used. {key} in the table of {table_folder} uses them"
                 else:
                     unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
                     yield f"{folder}: {unused}. Give it a table"
@@ -133,7 +133,7 @@ def _describe(counts: Mapping[str, Counter[str]]) -> str:
 def _count_unused(
     table: DatasetTable, folder: Path, rules: "_UnusedRules", *, entries: Sequence[_Named], stems: set[str]
 ) -> dict[str, Counter[str]]:
-    """Count the files of a folder that are not read, by hint and then by suffix.
+    """Count the files of a folder that are not read, grouped by hint and suffix.
 
     `entries` are the entries of the folder, `stems` the stems of its media files.
     """
@@ -146,7 +146,7 @@ def _count_unused(
         if entry.name in counted:
             continue
         label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.read_labels:
+        if label is not None and label not in rules.read_labels:  # masks and the like
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
@@ -155,16 +155,16 @@ def _count_unused(
             continue
         if suffix.lower() in rules.caption_endings:
             hint = f"captions of no {table.holds}"
-            shown = suffix
+            displayed = suffix
         else:
-            shown = suffix.lower()
-            hint = _explain(shown, rules.kinds)
-        counts.setdefault(hint, Counter())[shown or "no suffix"] += 1
+            displayed = suffix.lower()
+            hint = _explain(displayed, rules.kinds)
+        counts.setdefault(hint, Counter())[displayed or "no suffix"] += 1
     return counts
 
 
 def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
-    """Return whether an entry is read as media, or is a folder or part of a shard, which are not counted."""
+    """Return whether an entry is used media, or a folder or part of a shard, which are never reported."""
     if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -194,7 +194,7 @@ class CaptionOwners:
 
 
 def _normalize(name: str) -> str:
-    """Return a form of a name that is equal for names that look the same except for case."""
+    """Return a form of a name that ignores case and Unicode normalization."""
     # normalized again, because `casefold` may decompose characters
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
@@ -202,7 +202,7 @@ def _normalize(name: str) -> str:
 def _find_captions(
     table: DatasetTable, entries: Sequence[_Named], rules: "_UnusedRules"
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are probably unread by mistake, by hint.
+    """Find caption files that are probably unread by mistake, and return their names by the hint to show.
 
     Each file belongs to an image or clip without a caption, but does not have the table's caption_extension,
     or not the name of its image or clip.
@@ -262,7 +262,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _UnusedRules:
-    """Which files of a folder are read or expected next to media."""
+    """Rules for which files of a folder are read, or are expected next to media."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     read: frozenset[str]  # suffixes of media that are read, in lower case

@@ -46,7 +46,7 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file; 0 if it would have to be read to find out."""
+        """Size of the file in bytes; 0 if only reading the file would show it."""
 
     @property
     def has_suffix(self) -> bool:
@@ -99,7 +99,7 @@ class GivenTensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """An image or clip of a table. No media file has been opened."""
+    """An image or clip of a table, listed without opening its file."""
 
     # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
     # path of the download, which need not exist yet. `fetch` provides files that can be opened
@@ -129,7 +129,7 @@ class MediaSource:
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, each with its origin if it is not on disk.
+        """Return the files or folders that latents are made from, each with its origin unless it is on disk.
 
         The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
         source with precomputed moments has only their files.
@@ -144,7 +144,7 @@ class MediaSource:
             *masks,
             *self.references,
             *self.guides,
-            *filter(None, (self.rejected,)),
+            *filter(None, (self.rejected,)),  # none or one
             *self.layers,
         )
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
@@ -174,7 +174,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What decoding a clip has found, so that a later run knows the clip's items without decoding it."""
+    """Size and frame count of a decoded clip, from which later runs derive its items without decoding."""
 
     # width, height of the original; of precomputed moments, the size of the clip that was encoded
     size: tuple[int, int]
@@ -267,6 +267,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
+            # the first row of a file keeps the file's stem, further rows get a number
             while stems and stem.casefold() in used:
                 stem = f"{source.stem}-{number}"
                 number += 1
@@ -321,7 +322,7 @@ LISTED = 20  # maximum number of faults of one kind in a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem of a dataset. A text that is a complete sentence ends with a full stop."""
+    """A problem of a dataset; its text ends with a full stop only if it is a complete sentence."""
 
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is

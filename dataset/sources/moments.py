@@ -27,7 +27,7 @@ VERSION = 1
 
 
 def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
-    """Return the span of the only item in moments: all frames that fit a length of the family."""
+    """Return the span of the item of precomputed moments: all frames, cut to a length of the family."""
     return (0, lengths.fit(clip.kept_frames))
 
 
@@ -119,7 +119,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """What all items of a folder have in common that prepare_dataset.py has written, as JSON values."""
+    """Settings, as JSON values, with which prepare_dataset.py made all items of a folder."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

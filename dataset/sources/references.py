@@ -192,10 +192,12 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     is_small = resolution is None or width * height <= resolution[0] * resolution[1]
+    # the reference keeps its pixels; only surplus ones at the right and bottom are cut off
     if table.no_resize_control and is_small:
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
+        # control_resolution is not set: the model's rules decide
         if not rules.own_shape or bucket is None:
             return None
         area = bucket[0] * bucket[1] if rules.area is None else rules.area

@@ -102,7 +102,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Warn of special characters in captions that would be learned as text, probably by mistake."""
     warnings: list[Fault] = []
     for source in sources:
-        kinds: dict[str, None] = {}
+        kinds: dict[str, None] = {}  # ordered, each kind once
         if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
@@ -116,8 +116,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
                 kinds[BACKSLASH] = None
         if kinds:
             one_line = " ".join((source.caption or "").split())
-            shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
-            text = f"{source.caption_path or source.path}: {shown}"
+            excerpt = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
+            text = f"{source.caption_path or source.path}: {excerpt}"
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
 

@@ -67,7 +67,7 @@ GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
 @dataclass(frozen=True)
 class KontextFiles(FluxFiles):
-    """Files of a run; T5 is text encoder 1 and CLIP-L is 2, as in musubi-tuner."""
+    """Files of a run, in musubi-tuner's numbering: T5 is text encoder 1, CLIP-L is 2."""
 
     dit_option: str = "--dit"
 
@@ -128,7 +128,7 @@ class Kontext(Flux):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """FLUX.1's metadata with Kontext's architecture and task."""
+        """Return FLUX.1's metadata, with Kontext's architecture and task."""
         kontext = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
         # the architecture as musubi-tuner writes it for Kontext, which differs from its spelling for FLUX.1
         return {**super().metadata, **kontext, "architecture": "Flux.1-dev"}
@@ -138,7 +138,7 @@ class Kontext(Flux):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Return the cache entry of each image: a posterior sample, and the mean of its reference."""
+        """Return each image's cache entry: a posterior sample, and the mean of its reference."""
         entries = super().encode_media(encoders, media)
         for reference in media.control:
             means = encoders.vae.encode(byte_clips(reference))

@@ -98,7 +98,7 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """A kind of network. The defaults are those of a plain LoRA, or mean that the kind lacks the feature."""
+    """Properties and functions of a kind of network, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
     article = "a"
@@ -159,13 +159,16 @@ class NetworkKind:
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file of ComfyUI has the form `FROZEN_NORMS` although its metadata lack it."""
+        """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
         return False
 
     def bring_norms(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a `LoraFile` whose magnitudes refer to the norms that the target dialect uses."""
+        """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
+
+        By default, the LoRA is returned unchanged.
+        """
         return lora
 
     def size_of(self, factors: Factors) -> int | None:

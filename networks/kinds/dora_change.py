@@ -16,7 +16,7 @@ class DoraAlgebra(Algebra):
     """Magnitudes: new norms for the sum of weight and change, by output or by input."""
 
     def __init__(self, part: str) -> None:
-        """Set the ending of the name of the magnitudes."""
+        """Set the name of the tensor with the magnitudes, such as `dora_scale`."""
         self.part = part
         self.magnitudes = self  # this class implements the protocol `Magnitudes` too
 
@@ -37,7 +37,7 @@ class DoraAlgebra(Algebra):
         return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
-        """Return the addition to a weight; see the function `decompose`."""
+        """Return the float32 addition that gives a weight its new norms."""
         return decompose(weight, delta, magnitudes, by_frozen_norms)
 
 

@@ -83,6 +83,7 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
     Returns:
         ... l*k.
     """
+    # each is one matrix, or its two low-rank factors
     first = _in_order(factors, "lokr_w1")
     second = _in_order(factors, "lokr_w2")
     n = second[0].shape[1]

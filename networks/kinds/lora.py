@@ -40,7 +40,7 @@ class LoraKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target, extended by the variants that the settings ask for."""
+        """Return a trained layer for each target, extended by the variants in the settings, such as DoRA."""
         from networks.lora_layer import LoraLayer  # torch
 
         layers: dict[str, nn.Module] = {}

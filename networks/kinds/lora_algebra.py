@@ -40,7 +40,7 @@ class LoraAlgebra(Algebra):
         return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
     def row_parts(self, factors: Factors) -> set[str] | None:
-        """Return the up factor and the bias."""
+        """Return the names of the parts with one row per output: the up factor and its bias."""
         return factors.keys() & {UP, BIAS}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:

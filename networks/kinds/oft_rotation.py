@@ -72,7 +72,7 @@ class OftAlgebra(Algebra):
     title = "an OFT"
 
     def __init__(self, part: str) -> None:
-        """Set the ending of the name of the values."""
+        """Set the name of the tensor with the rotation values, such as `oft_R.weight`."""
         self.part = part
         self.rotation = self  # this class implements the protocol `InputRotation` too
 

@@ -41,7 +41,7 @@ MAX_WIDTH = 1024  # maximum width of the embedding of a control image; released 
 
 
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of the scripts that train, in addition to the shared ones."""
+    """SDXL options of training scripts in addition to the shared ones."""
 
     v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
     clip_skip = not_needed(
