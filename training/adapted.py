@@ -56,10 +56,8 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
     version = metadata.get(TRAINED_ON, "")
     trained = family.metadata.get("base_model_version", family.name)
     if version:
-        adapter_family, trained_family = (
-            read_family({TRAINED_ON: version}),
-            read_family({TRAINED_ON: trained}),
-        )
+        adapter_family = read_family({TRAINED_ON: version})
+        trained_family = read_family({TRAINED_ON: trained})
         if version == trained or adapter_family == trained_family:
             return ""
         return f"its metadata say that it is for {version}, and the transformer is {trained}"
