@@ -83,7 +83,7 @@ def is_task_spelling(text: str, task: str) -> bool:
 
 
 def has_other_number(text: str, task: str) -> bool:
-    """Return whether a text has a decimal number that differs from one in a task's name only by its point."""
+    """Return whether a text has a decimal number such as 1.4 where the task's name has 14."""
     numbers = re.findall(r"\d+(?:\.\d+)?", task)
     decimals = re.findall(r"\d+\.\d+", text)
     return any(number.replace(".", "") in numbers for number in decimals if number not in numbers)

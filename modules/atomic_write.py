@@ -190,16 +190,16 @@ def claim_name(path: Path) -> Iterator[bool]:
     with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
-            is_of_this_machine = True
+            has_claimed = True
         except FileExistsError:
-            is_of_this_machine = False
+            has_claimed = False
     try:
-        if is_of_this_machine:
+        if has_claimed:
             with explain_errors(path):
                 claim.write_text(_make_writer_id(), encoding="ascii")
-        yield is_of_this_machine
+        yield has_claimed
     finally:
-        if is_of_this_machine:
+        if has_claimed:
             claim.unlink(missing_ok=True)
 
 

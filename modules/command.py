@@ -365,7 +365,7 @@ def quote_for_shell(argv: Sequence[str]) -> str:
 
 
 def quote_for_windows(argv: Sequence[str]) -> str:
-    """Return a command for cmd and PowerShell: in double quotes, unless PowerShell reads a sign in them."""
+    """Quote a command for cmd and PowerShell: in double quotes, except words that PowerShell would expand."""
     quoted = []
     for word in argv:
         if PLAIN_IN_POWERSHELL.fullmatch(word):

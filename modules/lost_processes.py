@@ -40,7 +40,7 @@ AGAIN = "Start the same command again."
 
 
 class Pace(NamedTuple):
-    """Times in seconds."""
+    """Intervals and time limits for watching the other processes of a run."""
 
     beat: float = 5.0  # seconds between two heartbeats
     silence: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL

@@ -63,7 +63,7 @@ def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TakesWords(Family, Protocol):
-    """What is asked of a family whose text encoders get vectors of additional words."""
+    """A family whose text encoders can get embedding vectors for additional words."""
 
     @property
     def word_names(self) -> Collection[str]:

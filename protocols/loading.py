@@ -101,7 +101,7 @@ WeightPatch = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
 class HostPlace(Protocol):
-    """Keep weights in host memory although their network computes on a device."""
+    """Hold weights of a network in host memory while the network computes on a device."""
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Return memory for the weights that stay in host memory, by name.
@@ -124,7 +124,7 @@ class HostPlace(Protocol):
 
 
 class BlockPlace(Protocol):
-    """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
+    """Process each block of a network as soon as it is loaded, for example to keep only a part of it."""
 
     asked_by: str  # the option, for messages
 

@@ -111,7 +111,7 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     if choice.dynamic:
         # else torch takes a length that equals a width for the width, which is a constant of the code
         shape_config().use_duck_shape = False
-    mode = NO_GRAPHS.get(choice.mode, choice.mode)
+    mode = NO_GRAPHS.get(choice.mode, choice.mode)  # without CUDA graphs
     for part in parts:
         part.forward = torch.compile(
             part.forward,

@@ -100,12 +100,12 @@ class QueuedTraining:
                 os.killpg(self.process.pid, signal.SIGINT)
 
     def describe(self) -> str:
-        """Return how far it is, with the last line that the command has printed."""
+        """Return the state of the training and the last line of its log; if it failed, the end of the log."""
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last = last.rpartition("\r")[2]  # of a bar, which is drawn over itself
+        last = last.rpartition("\r")[2]  # a progress bar redraws its line after each carriage return
         if not self.ended.is_set():
             if self.process is None:
                 return "waiting"
@@ -129,7 +129,7 @@ class TrainingQueue:
         atexit.register(self.end)
 
     def find(self, folder: Path) -> QueuedTraining | None:
-        """Return the last training of a folder; None if none was queued."""
+        """Return the last training that was queued for a folder; None if there is none."""
         return self._trainings.get(folder)
 
     def add(self, folder: Path) -> QueuedTraining:

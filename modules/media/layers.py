@@ -40,6 +40,7 @@ def write_layers(
     """
     layers: list[Frame] = []
     paths: list[Path] = []
+    # index 0 is the full image, which is not part of the composition
     for index, frame in zip(count(0 if has_full else 1), frames, strict=False):
         paths.append(folder / f"{stem}{LAYER.format(index)}.png")
         write_png(paths[-1], frame, tags)

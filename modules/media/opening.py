@@ -273,7 +273,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether a file that Pillow does not know holds moving images."""
+    """Return whether FFmpeg finds a video stream in a file that Pillow cannot read."""
     try:
         with open_container(
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]

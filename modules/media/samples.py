@@ -221,6 +221,7 @@ def _decode(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
     """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`."""
+    # first seek to shortly before `begin`; if the seek fails, decode the file from its start
     for early in (True, False):
         with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
@@ -234,7 +235,7 @@ def _decode(
             )
             first = next(numbered, None)
             if seeks and (first is None or first[0] > 0):
-                continue  # the file cannot be searched: read from its beginning
+                continue  # the seek ended after `begin`
             if first is not None:
                 yield first
                 yield from numbered

@@ -180,7 +180,7 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Gives images exact and increasing times."""
+    """Assign exact, increasing times to the images of a video."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
         """Start with no image.

@@ -81,7 +81,7 @@ class Ring:
 
     @property
     def sizes(self) -> list[int]:
-        """Return the byte size of each part of a slot: the largest over all units; usually all are equal."""
+        """Return the bytes that a slot reserves for each weight of a block: the largest over all blocks."""
         count = max(len(unit.host) for unit in self.units.values())
         return [
             max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host))
@@ -198,6 +198,7 @@ class BlockSwap:
                     output = forward(*inputs, **named)
             finally:
                 torch.set_autocast_cache_enabled(caches)
+        # the gradient of an output arrives right before the block's own backward pass
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: self.enter(position, backward=True))
@@ -275,7 +276,7 @@ class BlockSwap:
         slot.unit = None
 
     def _resolve_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
-        """Wait until a block has arrived, and let its weights use the slot's memory."""
+        """Wait until a block's weights are in its slot, and point its parameters at the slot's memory."""
         slot = ring.slot_of(unit)
         assert slot is not None
         if not slot.is_entered:

@@ -68,7 +68,7 @@ class TokenPart:
 
     @property
     def run(self) -> slice:
-        """Range of this process's tokens in the clip."""
+        """Range of this process's tokens among all tokens of the clip."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:

@@ -180,10 +180,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors with or without values.
+    """Run an operator on fake tensors, which have no values, and on real tensors.
 
-    The result has values if all inputs have values and it stays on the host or is of integers, or if it is a
-    new, small tensor of integers.
+    The result is real if all inputs are real, unless floating-point data are copied to the device; also if an
+    operator without inputs creates a small tensor of integers.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]

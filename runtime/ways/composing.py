@@ -40,7 +40,7 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> RunModes:
-    """Let the active modes of running join a run.
+    """Return the combined contributions of all active modes of running.
 
     Raises:
         OptionError: If other options conflict with them.
