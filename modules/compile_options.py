@@ -197,7 +197,7 @@ class TrainingCompileOptions(CompileOptions):
 
 
 class GenerationCompileOptions(CompileOptions):
-    """Whether generation compiles the blocks, and how."""
+    """Options that compile the blocks for generation."""
 
     optimized_compile = unsupported(
         "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "

@@ -61,7 +61,7 @@ class OtherProcesses:
         """Connect the processes; all of them must call it.
 
         Raises:
-            UserError: If one cannot be reached.
+            UserError: If a process cannot be reached.
         """
         self.advice: Callable[[], str] = lambda: AGAIN
         # called before a thread ends this process, with what is printed

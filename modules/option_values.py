@@ -285,7 +285,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _mix_characters(text: str) -> int:
-    """Hash a text as the tools do whose seeds may be texts, with their constants.
+    """Return the integer seed that other programs derive from a text seed, with their constants.
 
     By its position, a character adds, subtracts or divides by its code, or multiplies by the code's digits.
     """

@@ -433,7 +433,7 @@ class Described(Protocol):
 
     @property
     def can(self) -> Abilities:
-        """Abilities beyond the four protocols."""
+        """Optional abilities, which not every family has."""
 
     @property
     def name(self) -> str:
@@ -715,7 +715,7 @@ class Predicts(Passes, Protocol):
         """Return a file with additional tensors for one of `dit_files`, such as a second stack of blocks."""
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return how many blocks each list of `DitSpec.block_lists` has; () if file headers do not show it."""
+        """Return how many blocks each list of `DitSpec.block_lists` has; () if headers do not show it."""
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype in which the loaded network computes without autocast, from headers alone."""

@@ -87,7 +87,7 @@ class TensorSource:
         return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make the tensor from the tensors of the file, given in the order of `names`."""
+        """Build the network's tensor from the file's tensors, in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
@@ -132,7 +132,7 @@ class BlockPlace(Protocol):
         """Return a function to call with the name of each parameter of `network` that has been filled."""
 
     def split(self, network: nn.Module) -> None:
-        """Take the blocks of a network that was loaded without `watch`."""
+        """Process the blocks of a network that was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
         """Finish after all blocks have been taken; from now on the network can run."""

@@ -114,9 +114,9 @@ def read_beginning(
 ) -> TrackBeginning | None:
     """Read at most `seconds` of a file's audio, without silence after its end.
 
-    It is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept; several
-    channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no track.
-    Raises MediaError as `read_track`.
+    The audio is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept;
+    several channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no
+    track. Raises MediaError as `read_track` does.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:

@@ -93,7 +93,7 @@ class Ring:
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
-        """Return the first units along a route of positions, as many as there are slots."""
+        """Return this ring's first blocks along a route of positions, as many as there are slots."""
         units: list[Unit] = []
         for position in route:
             unit = self.units.get(position)
@@ -253,7 +253,7 @@ class BlockSwap:
         slot.unit = unit
 
     def _empty(self, slot: Slot, after: Any) -> None:
-        """Remove the unit from a slot.
+        """Copy a slot's changed weights back to host memory, and free the slot for another block.
 
         Args:
             slot: The slot.
@@ -412,7 +412,7 @@ def resolve_all(networks: Iterable[nn.Module]) -> None:
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:
-    """Run `network.to(device)`; swapped weights stay in host memory, and their slots are freed."""
+    """Run `network.to(device)`, but leave swapped weights in host memory and free their slots."""
     swap = swap_of(network)
     if swap is None:
         network.to(device)

@@ -94,7 +94,7 @@ class TokenPart:
         return x[:, self.run]
 
     def join(self, x: Tensor) -> Tensor:
-        """Gather the tokens of all processes: B l C of this process becomes B L C."""
+        """Gather the tokens of all processes: l tokens of this process, B l C, become all, B L C."""
         joined: Tensor = _Join.apply(x, self)
         return joined
 

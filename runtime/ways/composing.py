@@ -137,7 +137,7 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of the options of all modes of running, by name."""
+    """Return the declared facts about each option of all modes of running, by option name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
