@@ -155,7 +155,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
 
 
 def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file has its stated size, and does not end in zeros as partial downloads do."""
+    """Return whether a Matroska file has its stated size and does not end in zeros like a partial download."""
     declared = _read_matroska_size(path)
     if not 0 < declared <= path.stat().st_size:
         return False
