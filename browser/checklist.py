@@ -21,7 +21,7 @@ NO_ROWS = (CAPTIONS, NEXT, MEND)
 
 @dataclass(frozen=True)
 class CheckRow:
-    """A row of the checklist."""
+    """A finding about a folder's files, as a row of the checklist."""
 
     grade: str
     text: str = ""
@@ -33,7 +33,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Checklist:
-    """The rows of a folder, and the lines that did not become rows."""
+    """The checklist of a folder, and the lines printed by `new` that did not become rows."""
 
     rows: Sequence[CheckRow]
     details: Sequence[OutputLine] = ()
@@ -41,7 +41,7 @@ class Checklist:
 
 @dataclass
 class _PrintedGroup:
-    """A line, and the commands or files that are indented below it."""
+    """A printed line, with the commands or files that are indented below it."""
 
     head: OutputLine
     items: list[OutputLine] = field(default_factory=list)

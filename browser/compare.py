@@ -165,7 +165,7 @@ class ComparedFile:
 
     @property
     def step_title(self) -> str:
-        """Title of the column: the step, or the file's name if it has more in it than run and step."""
+        """Title of the column: the step, or the file's name if it says more than the run and the step."""
         name = re.escape(self.source.run.name)
         if re.fullmatch(rf"{name}-step\d+", self.title):
             return say("step %(step)s", step=f"{self.step:,}")
@@ -206,7 +206,7 @@ class Comparison:
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
-    """Return a run for comparison; None if its history has no command that generates.
+    """Return a run for comparison, with its first generating command; None if its history has none.
 
     Raises:
         OSError: If the history cannot be read.

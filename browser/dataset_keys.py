@@ -34,7 +34,7 @@ def _list_options() -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetKeys:
-    """Content of a dataset.toml, as far as the table of all settings needs it."""
+    """Those values of a dataset.toml that the table of all settings shows or checks."""
 
     content: Mapping[str, Any]
 
@@ -55,16 +55,13 @@ class DatasetKeys:
         return any("subsets" in table for table in self.tables)
 
     def explain_unused(self, option: str) -> str:
-        """Return why a training option has no effect with this dataset file; "" if it has one.
-
-        Returns "" if it has an effect.
-        """
+        """Return why a training option has no effect with this dataset file; "" if it has one."""
         key = _list_options().get(option)
         if key is None:
             return ""
         if not self.has_subsets:
             return say("No effect in this run: it is for datasets with subsets, and dataset.toml has none.")
-        if not key:
+        if not key:  # the dataset file replaces the option without a key of its own
             return (
                 "" if option == OF_SUBSETS_TOO else say("No effect in this run: dataset.toml names the data.")
             )
@@ -120,7 +117,7 @@ def write_batch(text: str, size: int) -> str:
         raise ValueError(f"it is no TOML: {error}") from None
     for table in _list_tables(document):
         table.pop(BATCH, None)
-    if GENERAL not in document:
+    if GENERAL not in document:  # the new table goes to the top of the file
         document = tomlkit.parse(f"[{GENERAL}]\n\n{tomlkit.dumps(document)}")
     general = document[GENERAL]
     if not isinstance(general, Table):

@@ -74,7 +74,7 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
         return False
     if only == "dropped":
         return bool(file["dropped"])
-    if only == "told":
+    if only == "told":  # files with messages of the report
         return bool(file["faults"] or file["remarks"])
     if only == "uncaptioned":
         captions = [file["edited"]] if "edited" in file else file["captions"] or [file["text"]]
@@ -164,7 +164,7 @@ class Thumbnails:
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
         """Return the first frame of an item, which may lie in a tar."""
         path = Path(part["path"])
-        if "in" not in part:
+        if "in" not in part:  # the item is a file, not inside an archive
             return first_frame(path)
         if "offset" not in part:  # an item of a Parquet table, not of a tar
             raise MediaError(say("%(path)s is in a table", path=path))
@@ -456,7 +456,7 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
             # "/dataset/ID/": the page itself, not a part of it
-            if dataset is None and request.url.path.count("/") == 3:  # the page itself, not a part of it
+            if dataset is None and request.url.path.count("/") == 3:
                 return answer_not_found_page(request)
             return answer_not_found() if dataset is None else show(dataset, request, *body)
 

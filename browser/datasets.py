@@ -147,7 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
-    """Yield all texts in nested JSON, with `with_companions` also those of keys that match BESIDE."""
+    """Yield all strings in nested JSON; `with_companions` includes those of keys that match BESIDE."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
@@ -391,9 +391,10 @@ class Datasets:
         return marks
 
     def accept_edit(self, dataset: FoundDataset, before: object) -> None:
-        """Keep a dataset's measurements although this server has saved a caption.
+        """Keep a dataset's measurements valid after this server has saved one of its captions.
 
-        `before` is the dataset's mark before the save: if other files changed as well, it is measured again.
+        `before` is the dataset's mark before the save. If other files have changed as well, the dataset is
+        measured again.
         """
         with self.lock:
             measured = self._measured.get(dataset.id)
@@ -430,7 +431,7 @@ class Datasets:
         options = _report_options(dataset, measured)
         report: dict[str, Any] = {}
         error = ""
-        with self._measuring:
+        with self._measuring:  # one measurement at a time
             try:
                 report = self._report(options, dataset.folder)
             except (OSError, ValueError, OptionError) as problem:

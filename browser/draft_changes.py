@@ -256,6 +256,7 @@ def find_training_script(text: str) -> str:
         OptionError: If the script is not a training of this program.
     """
     try:
+        # `new` writes the training, `python SCRIPT ...`, as the last command
         argv = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
         script = str(argv[1])
     except (KeyError, IndexError, TypeError):

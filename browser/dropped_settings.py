@@ -65,7 +65,7 @@ def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
 
 
 def _read_ours(settings: ResultSettings) -> DroppedSettings:
-    """Return the settings of a file that this program made."""
+    """Convert the settings of a file that this program generated into the settings of a form."""
     texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
     if texts.get("video_length") == "1":
         del texts["video_length"]
@@ -134,7 +134,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
 
 
 def _follow(graph: Mapping[str, Any], link: Any) -> str:
-    """Return the text at the end of a link between nodes; "" if the link does not lead to a plain text."""
+    """Return the text that a node's input link leads to; "" if it does not lead to a plain text."""
     for _ in range(MAX_HOPS):
         if isinstance(link, str):
             return link

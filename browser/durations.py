@@ -88,7 +88,7 @@ def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
-    """Return the latest finished run whose steps take as long as the steps of a described folder."""
+    """Return the latest finished run with the same network, dataset sizes and work per step, or None."""
     network = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
     if not network or sizes is None:

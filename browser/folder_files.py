@@ -110,7 +110,7 @@ class LeftOut:
     """Moves files of a folder, with their captions, into the bin of its root, and back.
 
     This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
-    page. Files left out are stored under the name of their folder, whose page lists them. Both rename files.
+    page. Files left out are stored under the name of their folder, whose page lists them.
     """
 
     def __init__(self, runs: Runs) -> None:
@@ -143,7 +143,7 @@ class LeftOut:
             left_out_folder.rmdir()
 
     def _move(self, start: Path, target: Path, name: str) -> None:
-        """Move a file and its captions, unless the target already has files of these names."""
+        """Move a file and its caption files to another folder; raise OptionError if a name is taken there."""
         if Path(name).name != name or not (start / name).is_file():
             raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
         path = start / name
@@ -162,13 +162,13 @@ class LeftOut:
                 for moved in paths:
                     rename_into(moved, target / moved.name, target)
             except OSError as error:
-                if error.errno != errno.EXDEV:
+                if error.errno != errno.EXDEV:  # EXDEV: renaming cannot move a file to another disk
                     raise
                 raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
 
 
 class FolderFiles:
-    """Answers the requests of a folder's rows."""
+    """Answers the requests of a page for the files of a media folder."""
 
     def __init__(self, runs: Runs, read_only: bool) -> None:
         self.runs = runs
@@ -191,7 +191,7 @@ class FolderFiles:
         return find_folder(self.runs, text)
 
     def show_items(self, request: Request) -> Response:
-        """Answer with a part of a folder's files as JSON. The query has text, only, from and count."""
+        """Answer with a part of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
         folder = self.find(request)
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
@@ -374,7 +374,7 @@ def picture_address(path: Path) -> str | None:
 
 
 def file_routes(files: FolderFiles) -> list[Route]:
-    """Return the routes of a folder's rows."""
+    """Return the routes for the files of a media folder."""
     return [
         Route("/new/picture", files.show_image),
         Route("/new/rows/{place}/items", files.show_items),

@@ -93,7 +93,7 @@ class Setting(DescribedOption):
 
 @dataclass(frozen=True)
 class SettingRow:
-    """A row of the table: a key, its value in the file, and the value that `new` chose."""
+    """A key of run.toml as a row of the table: its value in the file, and the value that `new` chose."""
 
     key: str  # as the file spells it
     setting: Setting | None  # None: no option of the script has this name
@@ -168,7 +168,7 @@ def list_rows(
     """
 
     def explain(name: str) -> str:
-        """Return why an option has no effect with the dataset; "" if it has one, or no dataset is known."""
+        """Return why an option has no effect with the dataset; "" if it has one or no dataset is known."""
         return "" if dataset is None else dataset.explain_unused(name)
 
     by_name = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}

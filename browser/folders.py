@@ -237,5 +237,5 @@ def is_closed(runs: Runs, folder: Path) -> bool:
 
 
 def is_written(name: str) -> bool:
-    """Return whether programs of this project write a folder of this name; case is ignored."""
+    """Return whether a folder has a name, in any case, that programs of this project create."""
     return NOT_MEDIA.fullmatch(fold_name(name)) is not None

@@ -391,7 +391,8 @@ class GeneratePages:
         """Return the render request that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
-            texts["redraw"] = texts["redraw"] or texts["start"]  # use the start image taken from a result
+            # a model without start images redraws the image taken from a result
+            texts["redraw"] = texts["redraw"] or texts["start"]
         references = [line.strip() for line in form.texts.get("references", "").splitlines() if line.strip()]
         loras: list[UsedLora] = []
         for row in rows:
@@ -488,6 +489,7 @@ class GeneratePages:
         launch.check_options(render_request.command(seeds[0]), recipe.folder)
         render_jobs = []
         for seed in seeds:
+            # each job remembers a form that generates exactly its one result again
             repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
         self.render_worker.add(render_jobs)

@@ -431,7 +431,7 @@ class JobQueue:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, lock: contextlib.ExitStack) -> None:
-        """Start the next job whenever one may start, until the queue is closed; `lock` is held meanwhile."""
+        """Start one job after another until the queue is closed, holding the queue's lock."""
         with lock:
             while not self._ended.wait(EVERY_SECONDS):
                 try:
@@ -498,7 +498,7 @@ class JobQueue:
                 self._remember(book.count_waiting(), before)
 
     def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Remember the waiting jobs that the user knows about.
+        """Store which waiting jobs the user knows about.
 
         The user knows about jobs added with a button, and about lines added to the text file while a queue
         runs that the user has started.
@@ -508,7 +508,7 @@ class JobQueue:
             before: The same before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
-        if self._keeps_open:
+        if self._keeps_open:  # the pages of this server show all waiting jobs
             jobs = waiting
         else:
             added = waiting - before
@@ -566,9 +566,10 @@ class JobQueue:
         return entries
 
     def _match_jobs(self, book: _Book, jobs: Sequence[Job]) -> None:
-        """Sort jobs by their lines: first running or ended jobs without a line, then one for each line.
+        """Match the jobs of the state file with the lines of the text file, and sort them.
 
-        `jobs` are those of the state file. A line without a job gets a new one.
+        First come running or ended jobs without a line, then one job for each line. A new job is made for a
+        line that has none.
         """
         lines = _list_lines(book.entries)
         counts = Counter(lines.values())

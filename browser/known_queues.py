@@ -16,16 +16,16 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """What is remembered about a queue."""
+    """The stored record of a queue: whether the user has started it, and the waiting jobs the user knows."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows
 
 
 def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
-    """Remember a queue.
+    """Store which jobs of a queue the user knows, so that a later server may start them.
 
-    If this cannot be stored, a queue that was started stays paused after a restart.
+    If the record cannot be written, a running queue is paused after a restart of the server.
 
     Args:
         folder: Folder of the queue's files.
@@ -37,9 +37,9 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 
 
 def recall_queue(folder: Path) -> KnownQueue | None:
-    """Return what is remembered about a queue.
+    """Return the stored record of a queue.
 
-    Returns None if nothing is, or if the folder now holds another queue.
+    Returns None if there is no record, or if the folder now holds another queue.
     """
     try:
         info = recall_info(KIND, folder)

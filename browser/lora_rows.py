@@ -56,14 +56,14 @@ class LoraRow:
             else ""
         )
         for lora in recipe.loras:
-            full = _complete_path(recipe, lora.path)
-            if full == self.path:
+            lora_path = _complete_path(recipe, lora.path)
+            if lora_path == self.path:
                 return replace(self, path=lora.path, reason=reason)
-            if full in self.copies:  # the command uses a copy of this row's file: show that one instead
+            if lora_path in self.copies:  # the command uses a copy of this row's file: show that one instead
                 high_path = ""
                 if self.high_path:  # a pair: the copy has its own file for the high-noise expert
-                    high_path = full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-                other_copies = [path for path in (self.path, *self.copies) if path != full]
+                    high_path = lora_path.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
+                other_copies = [path for path in (self.path, *self.copies) if path != lora_path]
                 return replace(self, path=lora.path, high_path=high_path, copies=other_copies, reason=reason)
         return replace(self, reason=reason)
 
@@ -83,7 +83,7 @@ class LoraRow:
 
 
 class RunLoras:
-    """Remembers which runs have a command that generates, and their files, until the runs change."""
+    """Caches which runs have a command that generates, and their LoRA files, until the runs change."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -110,8 +110,8 @@ class RunLoras:
             return "", []
         if source is None:
             return "", []
-        others = _find_other_networks(source)
-        if others is None:
+        other_networks = _find_other_networks(source)
+        if other_networks is None:
             return source.family, []
         rows = [
             LoraRow(
@@ -127,7 +127,7 @@ class RunLoras:
                 copies=[str(file.paths[0].with_name(name)) for name in file.copies],
             )
             for file in source.files
-            if file.name not in others and all(map(self.runs.is_inside, file.paths))
+            if file.name not in other_networks and all(map(self.runs.is_inside, file.paths))
         ]
         return source.family, rows[::-1]  # the newest file first
 
@@ -155,7 +155,7 @@ class RunLoras:
         return [row for path, row in rows.items() if path not in listed_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs of runs that the model of a recipe cannot take."""
+        """Return the LoRAs of runs that were trained for another family than the recipe's."""
         rows = []
         for _, family, run_rows in self._rows.values():
             if family != recipe.family:
@@ -207,7 +207,7 @@ def _complete_path(recipe: ModelRecipe, path: str) -> str:
 
 
 def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
-    """Return the strength and the expert of each LoRA in the recipe's command, by the path of its row."""
+    """Return the strength and expert that the recipe's command gives to each LoRA, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
         for row in rows:

@@ -111,7 +111,7 @@ def read_cards(text: str) -> list[GraphicsCard]:
 
 @dataclass(frozen=True)
 class RunningThing:
-    """A running process in words, and the page that shows it."""
+    """A running process as the status line describes it, and the page that shows its progress."""
 
     text: str
     address: str
@@ -130,7 +130,7 @@ class MachineInfo:
 
 @dataclass
 class MachineLine:
-    """Collects what the line shows, and answers the pages that request it."""
+    """Collects the graphics cards and running processes for the status line of each page."""
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
@@ -140,7 +140,7 @@ class MachineLine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
-        """Answer with the HTML of the line."""
+        """Answer with the HTML of the line about graphics cards and running processes."""
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
@@ -262,5 +262,5 @@ def _shorten_line(text: str) -> str:
 
 
 def machine_routes(site: Site) -> list[Route]:
-    """Return the routes of the line."""
+    """Return the routes of the status line."""
     return [Route("/machine", MachineLine(site).show)]

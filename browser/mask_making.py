@@ -147,7 +147,7 @@ class MaskMakingPages:
         use.write(bool(fields.get("learns")))
 
     def find_model(self, finder: str) -> TaskFiles | None:
-        """Return the catalogue's network that a finder needs, with its state on disk."""
+        """Return the catalogue's network for a way of finding masks, with the state of its files on disk."""
         network = NETWORKS.get(finder)
         for model in model_sets() if network is not None else ():
             if any(MODELS / part.path == PurePath(network or "") for part in model.components):

@@ -54,7 +54,7 @@ class MaskPages:
         places: list[MaskPlace] = []
         try:
             folders = list_media_folders_of(self.site.runs, folder)
-            if len(folders) == 1:
+            if len(folders) == 1:  # of several folders, the page only lists the links
                 places = self.review.places(folders[0])
         except (UserError, OSError) as error:
             problem = str(error)
@@ -142,7 +142,7 @@ class MaskPages:
         return self._answer_change(texts, act)
 
     def draw(self, request: Request, body: bytes) -> Response:
-        """Store a drawn mask. The body is a PNG; the query has folder, id and have."""
+        """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`."""
         query = request.query_params
 
         def act(folder: Path, place: MaskPlace) -> None:

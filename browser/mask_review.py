@@ -229,7 +229,7 @@ class MaskReview:
         del changed[:-MAX_UNDONE]
 
     def _require_unchanged(self, place: MaskPlace, version: str) -> MaskPlace:
-        """Return the current state of a file: another server may have written its first mask meanwhile."""
+        """Return a file with its mask of now; raise MaskConflictError if the mask has another version."""
         now = place.listed_anew()
         if mark_mask(now) != version:
             raise MaskConflictError
@@ -257,7 +257,7 @@ def find_state(place: MaskPlace) -> str:
 
 
 def list_shots(place: MaskPlace) -> list[int]:
-    """Return the indices of the frames to show: of a clip, the first, the middle and the last one.
+    """Return the indices of the frames to show: the first, middle and last frame of a clip.
 
     Raises MediaError if the clip cannot be read.
     """
@@ -307,6 +307,7 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                 )
             mask = np.empty((image.height, image.width), np.uint8)
             for rows, band in split_bands(image):
+                # transparent pixels of the drawing are not masked
                 on_black = Image.new("RGBA", band.size, "black")
                 on_black.alpha_composite(band.convert("RGBA"))
                 mask[rows] = np.asarray(on_black.convert("L"))

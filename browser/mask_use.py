@@ -43,8 +43,8 @@ class MaskUse:
         base = self.config.path.parent
         for table in _list_tables_of(document, base, self.folder):
             if learns:
-                inside = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
-                table[MASKS] = inside.as_posix()
+                mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
+                table[MASKS] = mask_path.as_posix()
             else:
                 table.pop(MASKS, None)
         after = tomlkit.dumps(document)
@@ -61,6 +61,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
 
     `folder` is the real path of a folder with media.
     """
+    # the dataset.toml is in the media folder or in the folder above
     for outer in (folder, folder.parent):
         path = outer / DATASET_FILE
         if not is_described(outer) or not runs.is_inside(path):

@@ -74,7 +74,7 @@ class ReadPlan:
 
     @property
     def of_cuda(self) -> float:
-        """GiB that CUDA itself takes."""
+        """Memory in GiB that CUDA itself takes."""
         match = OF_CUDA.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
 
@@ -156,7 +156,9 @@ def _find_used_form(
     forms: Mapping[str, Sequence[str]], values: Mapping[str, Any], names: Sequence[str]
 ) -> str:
     """Return the last storage format whose options (those in `names`) are all set; "" if there is none."""
-    used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
+    used = [
+        form_name for form_name, keys in forms.items() if all(values.get(key) for key in keys if key in names)
+    ]
     return used[-1] if used else ""
 
 
@@ -332,6 +334,7 @@ class MemoryPages:
             run_file=RUN_FILE,
             names="; ".join(changed),
             note=note,
+            # without a note, the text ends after the lines
         ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:

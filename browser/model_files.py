@@ -339,7 +339,7 @@ def _remove_empty(folder: Path, models: Path) -> None:
 
 @dataclass(frozen=True)
 class Download:
-    """The last download of a task that was started."""
+    """The most recently started download of a task, with its progress."""
 
     files: TaskFiles
     job: Job

@@ -36,7 +36,7 @@ SUGGESTED = 3  # number of recommended rows
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A row of the table of models."""
+    """A model of the catalogue as a row of the table of models."""
 
     model: ModelSet
     size: str  # GB on disk or to download
@@ -108,15 +108,25 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         )
         ranked.append(_rank_row(row, memory, content))
     # the sort is stable: models of equal rank stay in the order of the catalogue
-    ranked.sort(key=lambda one: (not one.suits, one.is_distilled, not one.fits, one.size_bytes))
+    ranked.sort(
+        key=lambda item: (
+            not item.suits,
+            item.is_distilled,
+            not item.fits,
+            item.size_bytes,
+        )
+    )
     num_suggested = 0 if content is None else SUGGESTED
-    suggested = [replace(one.row, is_suggested=True) for one in ranked[:num_suggested]]
-    others = sorted(ranked[num_suggested:], key=lambda one: (not one.suits, one.row.model.title.lower()))
-    return [*suggested, *(one.row for one in others)]
+    suggested = [replace(item.row, is_suggested=True) for item in ranked[:num_suggested]]
+    others = sorted(
+        ranked[num_suggested:],
+        key=lambda item: (not item.suits, item.row.model.title.lower()),
+    )
+    return [*suggested, *(item.row for item in others)]
 
 
 class _RankedRow(NamedTuple):
-    """A row, and what its position in the list depends on."""
+    """A model row with the properties by which the table is sorted."""
 
     row: ModelRow
     suits: bool  # the model makes what is in the folder
@@ -136,6 +146,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
     return _RankedRow(
         row=row,
         suits=suits,
+        # the catalogue only describes this in words
         is_distilled=any(phrase in model.about for phrase in ("eight steps", "four steps", "distilled")),
         fits=not memory or is_small(model, memory),
         size_bytes=transformer_bytes(model),

@@ -387,7 +387,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of the fields in which two forms differ, of those that affect all three files."""
+    """Return the labels of differing fields in two forms, among the fields that affect all three files."""
     return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
 
 
@@ -427,5 +427,5 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
         changes["output_name"] = form.name
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)
-    times = change_steps(values, read_steps(form.steps))
-    return KeyChanges({**changes, **times.changes}, times.unchanged)
+    step_changes = change_steps(values, read_steps(form.steps))
+    return KeyChanges({**changes, **step_changes.changes}, step_changes.unchanged)

@@ -191,7 +191,7 @@ class NewPages:
 
     @functools.cached_property
     def memory(self) -> float:
-        """GiB of the graphics card, read once."""
+        """Memory of the graphics card in GiB, read once."""
         return find_memory()
 
     @functools.cached_property
@@ -255,9 +255,9 @@ class NewPages:
         return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
-        """Return whether the files of a folder still have the values that a page has shown in its fields.
+        """Return whether a folder's files still have the values that the page showed when it was loaded.
 
-        `shown` is the address of that page's form when it was made; "" if the folder was not described then.
+        `shown` is the address of that page with its form values; "" if the folder was not described then.
         """
         described, _ = self.try_read(folder)
         return described is not None and self.make_form(described).address == shown
@@ -1045,7 +1045,7 @@ class NewPages:
         return answer_template("new_file.html", say("New"), values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:
-        """Answer with the reason why a model file does not fit the selected model, in the words of `new`."""
+        """Answer with the reason, as `new` states it, why a model file does not fit the selected model."""
         option = request.query_params.get("option", "")
         chosen = NewForm.of_fields(form)
         text = "".join(form.get(f"file_{option}", ()))

@@ -39,7 +39,7 @@ class NextStep:
 
 @dataclass(frozen=True)
 class FolderStanding:
-    """Progress of a folder, derived from its files and from the commands that work on it."""
+    """Progress of preparing and training a folder, derived from its files and its commands."""
 
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them

@@ -56,7 +56,7 @@ def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
 
 
 def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
-    """Return the folders with a folder's media: those that its dataset names, if the folder is described."""
+    """Return the media folders that a folder's dataset.toml names, or only the folder without any."""
     inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
     return inner or [folder]
 

@@ -73,7 +73,7 @@ def access_of(token: str, scope: Mapping[str, Any]) -> PageAccess:
 
 
 def list_values(cookies: str, wanted: str) -> list[str]:
-    """Return the values of all cookies of a name: another server may have set one too, for all paths."""
+    """Return the values of all cookies with a name: other servers on this host may have set it, too."""
     values = []
     for part in cookies.split(";"):
         name, _, value = part.strip().partition("=")

@@ -40,17 +40,17 @@ def find_port(scope: Mapping[str, Any]) -> int:
 
 
 def add_root(address: str) -> str:
-    """Return the address of a page with the path below which it lies; any other address unchanged."""
+    """Prefix the address of a page with the server's root path; return any other address unchanged."""
     is_ours = address.startswith("/") and not address.startswith(("//", MARK))
     return f"{_ROOT.get()}{address}" if is_ours else address
 
 
 def add_root_to_page(page: str) -> str:
-    """Return the HTML of a page with that path in the attributes of all tags that lead to this server."""
+    """Insert the server's root path into all attributes of an HTML page that are addresses of this server."""
     root = _ROOT.get()
     return _ADDRESS.sub(lambda match: match[0] + root, page) if root else page
 
 
 def add_root_to_header(name: bytes, value: bytes) -> bytes:
-    """Return the value of a response header, with that path if it is the address of a page."""
+    """Insert the server's root path into a response header whose value is the address of a page."""
     return add_root(value.decode("latin-1")).encode("latin-1") if name in _MOVES else value

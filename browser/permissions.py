@@ -157,7 +157,7 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
-    """Return the options in a command that start a program; argparse accepts abbreviated names as well."""
+    """Return the options in a command that start a program, including abbreviations that argparse accepts."""
     flags = [word.partition("=")[0] for word in words]
     typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]

@@ -367,7 +367,7 @@ AT_END = ("written: ", "checks, caches and trains")
 
 
 def is_for_terminal(line: str) -> bool:
-    """Return whether a line only reports which files were written or which command is next."""
+    """Return whether a printed line only lists written files or the next command to type."""
     return line.startswith(AT_END[0]) or (line.endswith(AT_END[1]) and not line.startswith("First "))
 
 
@@ -426,7 +426,7 @@ def _find_fault(line: str) -> Words | None:
 
 
 def _find_part(name: str, value: str) -> str:
-    """Return the value of a placeholder, as a text that pages translate if it matches a known pattern."""
+    """Return the text of a placeholder, translatable if it matches a known pattern."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
     if name == "kinds":  # suffixes of files that are not read

@@ -81,7 +81,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The parts of a generation that a model or a run fixes."""
+    """A model or run to generate with: its fixed options, and the initial values of the other fields."""
 
     title: str
     family: str  # as scripts name it
@@ -204,6 +204,7 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a field that holds a number."""
+        # an input of the network is not negative, a CFG scale may be
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
@@ -310,7 +311,7 @@ def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[st
 
 
 def _find_key(flag: str, defaults: ScriptDefaults) -> str:
-    """Return the key of a flag in any of its spellings."""
+    """Return the option key of a flag in any of its spellings."""
     for key, flags in defaults.spelled.items():
         if flag in flags:
             return key
@@ -433,8 +434,8 @@ def _make_recipe(
         key = _find_key(flag, defaults)
         # the field for a start image also accepts a clip
         name = names.get("i2i_path" if key == "video_path" else key)
-        known = [word for word in words if not is_example(word)]
-        typed.append(_TypedOption(flag, key, name, known, has_example=len(known) < len(words)))
+        typed_words = [word for word in words if not is_example(word)]
+        typed.append(_TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words)))
     fixed = [option for option in typed if option.is_fixed]
     examples = [option.field for option in typed if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed}
@@ -525,6 +526,7 @@ class RenderRequest:
     def _check_recipe(self) -> None:
         """Raise OptionError if the model, or an image that it requires, is missing."""
         recipe = self.recipe
+        # an option for which the run's command has only a placeholder
         if recipe.missing and recipe.missing[0].startswith("--"):
             raise OptionError(
                 say(
@@ -647,7 +649,7 @@ class RenderRequest:
 
     @property
     def session_argv(self) -> list[str]:
-        """Return the command that loads the model for requests; each request brings its LoRA strengths."""
+        """Return the command that loads the model and then reads requests, which set the LoRA strengths."""
         recipe = self.recipe
         argv = ["python", recipe.script, *_as_argv({**recipe.fixed, **self._lora_options()})]
         return [*argv, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]

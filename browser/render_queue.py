@@ -45,7 +45,7 @@ ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
 @dataclass
 class RenderJob:
-    """How one result is generated, and how far that is."""
+    """A request to generate one result, with its state and progress."""
 
     id: int  # 0: not stored yet
     title: str  # title of the model
@@ -242,6 +242,7 @@ class RenderQueue:
             version = (status.st_mtime_ns, status.st_size, status.st_ino)
             if number in self._read and self._read[number][0] == version:
                 stored = self._read[number][1]
+                # a new object, so that changes by the caller stay out of the cache
                 return RenderJob(**{name: getattr(stored, name) for name in KINDS})
             row = {**LATER, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
             for name, kind in KINDS.items():

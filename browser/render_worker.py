@@ -67,7 +67,7 @@ KILLED = say(
 
 @dataclass
 class LoadedModel:
-    """A running process with a loaded model, and its answers."""
+    """A running process with a loaded model, and the answers that it has sent."""
 
     argv: list[str]
     title: str
@@ -195,6 +195,7 @@ class RenderWorker:
             if session is None:
                 return
             current.doing = CANCELLING
+            # a process that is still loading, or runs on Windows, does not react to SIGINT
             if self._cancels > 1 or not session.is_ready or os.name == "nt":
                 launch.kill_processes(session.process.pid)
             else:
@@ -239,7 +240,7 @@ class RenderWorker:
             session = self._detach_session()
         self._end_process(session)
         with self._lock:
-            if self.session is None:
+            if self.session is None:  # no model was loaded meanwhile
                 self._end_orphan()
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
@@ -294,9 +295,9 @@ class RenderWorker:
                         stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()
-                    is_made = self._make_next()
+                    has_worked = self._make_next()
                     self.problem = ""
-                    if is_made:
+                    if has_worked:
                         continue
                     if self._has_ended():
                         return
@@ -404,17 +405,17 @@ class RenderWorker:
         if session is None:
             return
         self._send(session, render_job)
-        written = time.monotonic()
+        last_write = time.monotonic()
         while True:
             answer = self._wait_for_answer(session, render_job)
             if answer is None:
                 self._note_lost(session, render_job)
                 return
-            if answer.get("event") == "ready":
+            if answer.get("event") == "ready":  # the render job is done
                 break
             self._follow(render_job, answer)
-            if time.monotonic() - written > WRITTEN_EVERY and render_job.state == RUNNING:
-                written = time.monotonic()
+            if time.monotonic() - last_write > WRITTEN_EVERY and render_job.state == RUNNING:
+                last_write = time.monotonic()
                 values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
                 with contextlib.suppress(UserError):  # only its final state matters
                     self.store.change(render_job.id, [RUNNING], **values)
@@ -444,6 +445,7 @@ class RenderWorker:
         elif event == "failed":
             self._end_render_job(render_job, DIED, str(answer["reason"]))
         elif event == "cancelled":
+            # it may have been written before the stop arrived
             self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
     def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
@@ -458,7 +460,7 @@ class RenderWorker:
                 return session.next_answer(LOOKED_EVERY)  # it may have answered before it ended
 
     def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
-        """Record that a process has ended while it worked on a render job."""
+        """Record that the model's process has ended unexpectedly during a render job."""
         session.process.wait()
         if self._cancels:
             self._end_render_job(render_job, STOPPED)

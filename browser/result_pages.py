@@ -86,7 +86,7 @@ class ReadSettings(NamedTuple):
 
 
 class SettingsCache:
-    """Reads the settings of files, and again only after a file has changed."""
+    """Caches the settings recorded in result files; a file is read again only after it has changed."""
 
     def __init__(self) -> None:
         self._read: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
@@ -127,7 +127,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultChoice:
-    """Values of the fields above the results, which filter them."""
+    """Values of the fields that filter the list of results."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -296,6 +296,7 @@ class Remaker:
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
             has_file = any((folder / name).is_file() for name in names)
+            # False sorts first: the result's own run, then runs that have its files, then newer runs
             return not result.path.is_relative_to(folder), not has_file, -run.changed
 
         with self.site.runs.lock:
@@ -329,6 +330,7 @@ class Remaker:
             runs = self.site.runs.list_all()
         for run in sorted(runs, key=lambda run: not result.path.is_relative_to(run.history.parent)):
             file = run.history.parent / name
+            # a name in metadata may be a path that leads to another folder
             if Path(name).name == name and self.site.runs.is_inside(file):
                 return str(file)
         raise OptionError(say("%(name)s: no run here has this file (any more).", name=name))
@@ -496,14 +498,14 @@ class ResultPages:
         return answer_file(result.path)
 
     def require_settings(self, result: Result) -> ResultSettings:
-        """Read all settings of a file. Raises OptionError if it has none, MediaError, OSError."""
+        """Read all settings of a file. Raises OptionError if it has none, or MediaError or OSError."""
         settings = read_settings(result.path)
         if settings is None:
             raise OptionError(say("This file does not say how it was made."))
         return settings
 
     def show_sheet(self, request: Request) -> Response:
-        """Answer with the dialog that a button opens before anything is done."""
+        """Answer with the dialog that a button opens before its action is carried out."""
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
@@ -600,7 +602,7 @@ class ResultPages:
     def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Queue the render job of a result. Raises OptionError or OutputError if that fails."""
         remade = self.remaker.remake(result, settings, seed)
-        suffixes = (".safetensors", ".pth", ".gguf", ".sft")
+        suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
         files = [word for word in remade.session if Path(word).suffix in suffixes]
         missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:
@@ -742,7 +744,7 @@ class ResultPages:
         return files
 
     def show_sample(self, result: Result, error: str) -> Response:
-        """Return the dialog with a result's line for a prompt file, and the files that can take it."""
+        """Return the dialog that offers to add a result's line to one of the prompt files."""
         line = ""
         files: list[tuple[Path, str, str]] = []
         problem = ""
@@ -760,7 +762,7 @@ class ResultPages:
         """Add the line of a result to a prompt file, unless the file has changed or has the line."""
         line = format_sample_line(self.require_settings(result))
         chosen = "".join(form.get("file", ()))
-        name, _, checksum = chosen.rpartition(" ")
+        name, _, checksum = chosen.rpartition(" ")  # the path may have blanks
         family = self.require_settings(result).family
         path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
         if path is None:
@@ -852,6 +854,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
         return False
     newline = b"\r\n" if b"\r\n" in before else b"\n"
     start = newline if before and not before.endswith((b"\n", b"\r")) else b""
+    # writing replaces the file: the new one gets the old one's permissions
     mode = None
     with contextlib.suppress(OSError):
         mode = path.stat().st_mode & 0o777

@@ -158,7 +158,7 @@ class ResultSettings:
         return rows
 
     def shortened(self) -> "ResultSettings":
-        """Return the settings with texts cut to a length that a list of thousands of files can keep."""
+        """Return the settings with long texts cut, because pages cache the settings of thousands of files."""
         values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MAX_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
@@ -292,6 +292,7 @@ def remake(
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
             continue
+        # the LoRA of an expert has options of its own, named after it
         for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
             fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
     if settings.embeddings:
@@ -337,7 +338,7 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
 def _keep_fixed(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the options of a recipe that the file was generated with."""
+    """Return the fixed options of a recipe that the file was also generated with."""
     names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
     for flag, words in recipe.fixed.items():
@@ -436,7 +437,7 @@ def _has_folder(words: Sequence[str]) -> bool:
 def _read_line(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
-    """Return the options that the settings would have in a prompt line.
+    """Return the options of the prompt line that repeats a result.
 
     Raises OptionError if a value is invalid.
     """
@@ -446,15 +447,16 @@ def _read_line(
         key = KEYS.get(name, name)
         if name in APART or name.startswith("original_"):
             continue
+        # only options that a prompt line can have are returned
         line_option = find_option(key, recipe.defaults.line_options)
-        is_there = key in SIZES or key in options or key in recipe.extras
-        if not is_there or line_option is None:
+        is_known = key in SIZES or key in options or key in recipe.extras
+        if not is_known or line_option is None:
             continue
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_default = option is not None and _is_equal([str(option.default)], text)
         is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then even a default is set
-        if is_default and not is_set_by_recipe and key not in SIZES:
+        if is_default and not is_set_by_recipe and key not in SIZES:  # sizes are always written
             continue
         if key in MEDIA or line_option.read is read_path:
             paths = [find_media(part) for part in text.split("\n")]

@@ -106,7 +106,7 @@ class ResultFolders:
         return replace(result, changed=status.st_mtime, size_bytes=status.st_size)
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
-        """Add a folder and its subfolders. Links are not followed."""
+        """Collect a folder and its subfolders into `folders`, without following links."""
         if folder in folders or len(folders) >= MAX_FOLDERS:
             return
         try:
@@ -152,6 +152,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
                 file = _read_entry(entry, earlier.get(entry.name))
                 if file is not None:
                     files[entry.name] = file
+    # a change within the clock tick of the last one leaves the time as it is: list such a folder again
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
     results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
     return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)

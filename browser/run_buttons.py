@@ -293,7 +293,7 @@ class RunButtons:
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, shown: ShownRun) -> str:
-        """Return what the button Stop does, in words or as a command."""
+        """Return what the button Stop does, as a sentence or as the equivalent command."""
         state, run = shown.state, shown.summary
         if state.background_job is not None:
             return say("ends the check")
@@ -322,7 +322,7 @@ class RunButtons:
         return False
 
     def find_making(self, run: RunSummary) -> MakingCommand | None:
-        """Return the history's command that generates with the run's file; None if it has none."""
+        """Return the history's command that generates with the trained file; None if the history has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
@@ -489,7 +489,7 @@ class RunButtons:
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
-        """Answer with the sample panel for the typed values, with warnings about sizes of no use."""
+        """Answer with the sample panel for the typed values, noting sizes that the model cannot generate."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -549,7 +549,7 @@ class RunButtons:
         return sorted(below)
 
     def list_trained(self, run: RunSummary) -> list[Path]:
-        """Return the files that a training has written: by its name, and by its history."""
+        """Return the files written by a training, found by their names and in the run's history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):

@@ -71,7 +71,7 @@ SECOND = 1.0  # start times of processes are rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run."""
+    """State of a run, with the reason, the texts and the job that pages show for it."""
 
     name: str  # one of STATES
     words: str = ""  # details of the state: `40 of 120`
@@ -108,7 +108,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """What the run.toml of a described folder says about its run."""
+    """The run that the run.toml of a described folder defines: its model, history and number of steps."""
 
     folder: Path
     history: Path  # history that its training writes
@@ -135,7 +135,7 @@ class FolderPlan:
 
     @property
     def preparation(self) -> Path:
-        """History of what `run` does before the training."""
+        """History file of the steps that `run` takes before the training."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
     @property
@@ -207,6 +207,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
         changed=changed,
         model=_read_family([[str(word) for word in words] for words in commands])
         or next_words.get("--family", ""),
+        # epochs take precedence over steps
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )
@@ -301,7 +302,7 @@ class TrackedRuns:
             preparation = runs_by_history.pop(plan.preparation, None)
             shown.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
         shown += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
-        return sorted(shown, key=lambda one: -one.summary.changed)
+        return sorted(shown, key=lambda shown_run: -shown_run.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""
@@ -630,13 +631,14 @@ def _find_last_ending(
     if check is not None and check.born + SECOND >= plan.changed:
         candidates.append((check.born + check.seconds, _read_check_state(check)))
     _, latest = max(candidates, key=lambda candidate: candidate[0])
+    # a passed check does not change the state of a run that has begun
     if latest.name == DRAFT and run is not None:
         return read_run_state(run)
     return latest
 
 
 def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
-    """Return the state of a run whose job is running while no history is being written."""
+    """Return the state of a run whose job is running but does not write a history yet."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
             return _read_ended_run_state(history, job)  # the process is about to end
@@ -657,7 +659,7 @@ def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
 
 
 def explain_end_at_once(run: RunSummary) -> str:
-    """Describe a run that a second Stop has killed, and where it continues."""
+    """Describe where a run that was killed by a second Stop will continue."""
     if run.name.endswith(BEFORE_TRAINING):
         return say("Ended at once from the page, before its training began. Continue begins where it was.")
     states = state_pattern(run.name)
@@ -709,7 +711,7 @@ def _explain(job: Job, otherwise: str) -> str:
         return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
-    if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
+    if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):  # None: not even the code was written
         return say(
             "The disk of %(parent)s is full: it could not write why it ended. Free some "
             "space, and start it again; what it has saved is used.",
@@ -728,7 +730,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def mark_state(shown: ShownRun) -> str:
-    """Return a text that changes with what a page shows of a run's state."""
+    """Return a key that changes when anything that a page shows of a run's state has changed."""
     state = shown.state
     lines = state.last_lines if state.name in BEFORE else ""
     changed = 0.0 if shown.plan is None else shown.plan.changed

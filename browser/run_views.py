@@ -107,7 +107,7 @@ def select_runs(
 
 
 def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
-    """Return a text that changes with what a list of runs shows."""
+    """Return a key that changes when anything that a list of runs shows has changed."""
     states = [
         (shown.summary.id, shown.summary.changed, shown.state.text, shown.state.reason, shown.state.is_asked)
         for shown in runs

@@ -64,7 +64,7 @@ STATUS = re.compile(
 
 
 def is_living(process: Mapping[str, Any]) -> bool | None:
-    """Return whether a process of `describe_process` is alive; None if it is on another machine."""
+    """Return whether a recorded process is alive; None if it ran on another machine."""
     if process.get("machine") != identify_machine():
         return None
     try:
@@ -213,7 +213,7 @@ class RunSummary:
 
 
 def compute_mean(numbers: Sequence[float]) -> float:
-    """Return the mean. Numbers of a damaged history give infinity or NaN where `statistics` raises."""
+    """Return the mean; infinity or NaN for a damaged history, where `statistics` would raise an error."""
     return sum(numbers) / len(numbers)
 
 
@@ -358,7 +358,7 @@ def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | 
 
 @dataclass
 class OpenHistory:
-    """Content of a history that a page shows; `refresh` reads only appended lines."""
+    """The history of the run that a page shows; `refresh` reads only the lines appended since."""
 
     path: Path
     status: os.stat_result | None = None
@@ -444,13 +444,15 @@ class Runs:
         return ReadHistory(mark, read_run_summary(path, status))
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
-        """Yield histories. A folder that has not changed is not listed again."""
+        """Yield the history files in a folder and in its subfolders down to a depth."""
         try:
             changed = folder.stat().st_mtime_ns
             if folder.is_file():
+                # a root may be a file: a history, or the configuration of a dataset
                 if folder.suffix != CONFIG:
                     yield folder
                 return
+            # a folder is listed again only after it has changed
             content = self._folders.get(folder)
             if content is None or content.changed != changed:
                 content = _list_folder(folder, changed)

@@ -31,7 +31,7 @@ def describe_changed_sizes(text: str, folder: Path) -> str:
 
 
 def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None) -> dict[int, str]:
-    """Return what to say below each row of samples with a size that the model cannot generate.
+    """Return a note for each row of samples whose size the model cannot generate.
 
     Args:
         rows: The texts of the fields of each row, by its number.

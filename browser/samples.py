@@ -76,7 +76,7 @@ OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row of the form: options that have a field, and the other ones in `more`."""
+    """A line of prompts.txt as a row of the form; `more` holds the options that have no field."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -252,6 +252,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
                     text=shorten(text, 40),
                 )
             )
+        # dashes would begin another option of the prompt line
         if " --" in f" {text}":
             raise OptionError(
                 say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
@@ -274,7 +275,7 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
                     every=shorten(every, 40),
                 )
             )
-        changes[EVERY] = number
+        changes[EVERY] = number  # None removes the key
     is_first = "first" in fields
     if is_first != bool(keys.get(AT_FIRST)):
         changes[AT_FIRST] = is_first or None

@@ -145,7 +145,7 @@ class _BoundedBody:
 
 @dataclass
 class _SentResponse:
-    """Adds the common headers to a response, and knows whether its headers have been sent."""
+    """Adds the common headers to a response, and records whether its headers have been sent."""
 
     send: Send
     complete_headers: Callable[[Sequence[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]]
@@ -229,6 +229,7 @@ class Gate:
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
+        # shared pages, and the page that sets the cookie, are read without a cookie
         if access is None or (is_read and (request.url.path.startswith(SHARED) or request.url.path == ENTER)):
             return None
         return self._check_browser(request, access, is_below)
@@ -275,7 +276,7 @@ class Gate:
         return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
 
     def _opens(self, request: Request, word: str) -> bool:
-        """Return whether a text in the address admits a browser: it is the token or the ticket."""
+        """Return whether a word in the address is the token or a valid ticket, which admits the browser."""
         if self._fits(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
@@ -296,6 +297,7 @@ class Gate:
         if (match["name"] or "").lower() in self.names:
             return True
         try:
+            # only IPv6 addresses are written inside brackets
             if match["inside"] is None:
                 ipaddress.IPv4Address(match["name"])
             else:
@@ -448,7 +450,7 @@ def make_app(
     render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
 ) -> ASGIApp:
-    """Return the application.
+    """Return the ASGI application that serves all pages.
 
     Args:
         runs: Runs below the roots.
@@ -497,6 +499,7 @@ def make_app(
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
         *share_routes(shares),
+        # last of a run's routes: it matches every path
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
         *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),

@@ -117,10 +117,10 @@ DATASET_KEYS: Mapping[str, Words] = {
 
 
 def rank_words(name: str) -> dict[str, int]:
-    """Return other programs' names for an option or key, in English and in the language of the page.
+    """Return the names that other programs use for an option or key, in English and the page's language.
 
-    A name may stand for several options. Its value is the rank of this one among them; 0 for the option with
-    the largest effect.
+    Each name comes with a rank, because it may stand for several options: 0 for the option with the largest
+    effect.
     """
     ranks: dict[str, int] = {}
     for word, names in WORDS.items():

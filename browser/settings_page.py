@@ -30,7 +30,7 @@ WORKERS = {
 
 
 class ShownSetting(NamedTuple):
-    """A row of the table."""
+    """A setting of the server as a row of the page Settings."""
 
     name: str
     value: str

@@ -137,22 +137,22 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
     """Turn chunks with texts into unknown chunks of zeros; a chunk is length, kind, content and checksum."""
     if file.read(8) != PNG_START:
         return
-    at = len(PNG_START)
+    start = len(PNG_START)
     for _ in range(MAX_CHUNKS):
-        file.seek(at)
+        file.seek(start)
         head = file.read(8)
         if len(head) < 8:
             return
         length = int.from_bytes(head[:4], "big")
         kind = head[4:]
-        next_chunk = at + 8 + length + 4  # 4: the checksum
+        next_chunk = start + 8 + length + 4  # 4: the checksum
         if next_chunk > size:
             return
         if kind in PNG_TEXTS:
             content = PNG_BLANK + bytes(length)
             checksum = struct.pack(">I", zlib.crc32(content))
-            yield Blank(at + 4, 8 + length, content + checksum)
-        at = next_chunk
+            yield Blank(start + 4, 8 + length, content + checksum)
+        start = next_chunk
 
 
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
@@ -161,10 +161,10 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
     for _ in range(MAX_CHUNKS):
         if not unread:
             return
-        at, end = unread.pop()
-        file.seek(at)
+        start, end = unread.pop()
+        file.seek(start)
         head = file.read(16)
-        if len(head) < 8 or at + 8 > end:
+        if len(head) < 8 or start + 8 > end:
             continue
         length = int.from_bytes(head[:4], "big")
         kind = head[4:8]
@@ -173,32 +173,32 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
             length = int.from_bytes(head[8:], "big")
             head_bytes = 16
         elif length == 0:  # up to the end of the file
-            length = end - at
-        if length < head_bytes or at + length > end:
+            length = end - start
+        if length < head_bytes or start + length > end:
             continue
-        unread.append((at + length, end))
+        unread.append((start + length, end))
         if kind in MP4_TEXTS:
-            yield Blank(at + 4, 4, b"free")
-            yield Blank(at + head_bytes, length - head_bytes)
+            yield Blank(start + 4, 4, b"free")  # the kind follows four bytes of length
+            yield Blank(start + head_bytes, length - head_bytes)
         elif kind in MP4_OUTER:
-            unread.append((at + head_bytes, at + length))
+            unread.append((start + head_bytes, start + length))
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
     """Turn chunks with texts into `JUNK` chunks of zeros; a chunk is kind, length and content."""
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
-    at = 12  # after RIFF, the length and WAVE
+    start = 12  # after RIFF, the length and WAVE
     for _ in range(MAX_CHUNKS):
-        file.seek(at)
+        file.seek(start)
         head = file.read(8)
         if len(head) < 8:
             return
-        length = min(int.from_bytes(head[4:], "little"), size - at - 8)
+        length = min(int.from_bytes(head[4:], "little"), size - start - 8)
         if head[:4] in WAV_TEXTS:
-            yield Blank(at, 4, b"JUNK")
-            yield Blank(at + 8, length)
-        at += 8 + length + length % 2  # chunks begin at even positions
+            yield Blank(start, 4, b"JUNK")
+            yield Blank(start + 8, length)
+        start += 8 + length + length % 2  # chunks begin at even positions
 
 
 _FINDERS = {

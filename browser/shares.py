@@ -201,7 +201,7 @@ def _is_number(word: str) -> bool:
 
 
 class SharePages:
-    """Shows what is shared; makes and withdraws links."""
+    """Shows the links to shared runs, and creates and withdraws them."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -210,7 +210,7 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run whose share has this address; None if the path belongs to another run by now."""
+        """Return the run that a share link names; None if the link has ended or another run took its path."""
         share = self.shares.find(request.path_params["word"])
         if share is None:
             return None

@@ -155,11 +155,11 @@ class TagEditor:
             if not changes:
                 raise OptionError(say("There is nothing to undo."))
             change = changes[-1]
-            num_kept = self.captions.undo_all(change.checksums)
+            num_conflicts = self.captions.undo_all(change.checksums)
             changes.remove(change)
-        num_undone = len(change.checksums) - num_kept
+        num_undone = len(change.checksums) - num_conflicts
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
-        return join(" ", [about, *_list_left(0, num_kept)])
+        return join(" ", [about, *_list_left(0, num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, with its text and checksum.

@@ -151,26 +151,26 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_ends(connection: Connection) -> list[tuple[str, str]]:
-    """Return both ends of a connection in the spellings of its client's row: IPv4, and IPv4 inside IPv6."""
+    """Return both ends of a connection as the kernel may list them: as IPv4, and as IPv4 inside IPv6."""
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
     except ValueError:  # not an IP address, for example the path of a Unix socket
         return []
-    plain = [getattr(host, "ipv4_mapped", None) or host for host in hosts]
-    forms = [plain]
-    if all(host.version == 4 for host in plain):
-        forms.append([ipaddress.ip_address(f"::ffff:{host}") for host in plain])
+    addresses = [getattr(host, "ipv4_mapped", None) or host for host in hosts]
+    spellings = [addresses]
+    if all(host.version == 4 for host in addresses):
+        spellings.append([ipaddress.ip_address(f"::ffff:{host}") for host in addresses])
     return [
         (
             f"{_hexadecimal(client)}:{connection.client_port:04X}",
             f"{_hexadecimal(server)}:{connection.server_port:04X}",
         )
-        for client, server in forms
+        for client, server in spellings
     ]
 
 
 def _hexadecimal(host: Address) -> str:
-    """Return an address as Linux lists it: 32-bit words in the byte order of the machine."""
+    """Return an IP address in the hexadecimal form of /proc/net: 32-bit words in the machine's byte order."""
     packed = host.packed
     words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

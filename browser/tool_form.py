@@ -111,6 +111,7 @@ def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_int
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))
     try:
+        # NaN is rejected as well: its comparisons are false
         is_right = minimum <= (int(text) if is_integer else float(text)) <= maximum
     except ValueError:
         is_right = False

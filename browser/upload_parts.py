@@ -65,7 +65,7 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Touched:
-    """When this server last added to a file, by a monotonic clock and by the disk's clock."""
+    """Time of the last write to an upload, by a monotonic clock and by the disk's clock."""
 
     monotonic: float
     modified_ns: int
@@ -106,7 +106,7 @@ class PieceUploads:
         return await run_in_threadpool(answer_received, arriving.folder)
 
     def show(self, request: Request) -> Response:
-        """Answer with the bytes of a file received so far."""
+        """Answer with the number of bytes of a file that have arrived."""
         try:
             arriving = self.find(request)
             return answer_json({"at": arriving.count_bytes(), "folder": str(arriving.folder)})
@@ -162,7 +162,7 @@ class PieceUploads:
                     path.unlink()
 
     def is_old(self, path: Path) -> bool:
-        """Return whether nothing was added to a file for a day, even if the clock was set meanwhile."""
+        """Return whether nothing was added to a file for a day, ignoring changes to the system clock."""
         status = path.lstat()
         touched = self._seen.get(path)
         if touched is not None and touched.modified_ns == status.st_mtime_ns:

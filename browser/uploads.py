@@ -61,7 +61,7 @@ DEFAULT_LIMITS = UploadLimits()
 
 
 class FileBusyError(OptionError):
-    """Raised if another request is adding the same file, or one of its name."""
+    """Raised if another request is adding a file of the same name."""
 
 
 @contextlib.contextmanager
@@ -115,7 +115,10 @@ def check_file_name(name: str) -> None:
 
 
 def find_kind(name: str) -> str:
-    """Return the kind of file by its name. Raises OptionError, with a remedy, if it is not accepted."""
+    """Return the kind of media or caption file that a name's suffix stands for.
+
+    Raises OptionError, with a remedy where one is known, if the page accepts no such files.
+    """
     suffix = Path(name).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return CLIP
@@ -123,6 +126,7 @@ def find_kind(name: str) -> str:
         return IMAGE
     if suffix in AUDIO_SUFFIXES:
         return SOUND
+    # prompts.txt of a described folder also ends in .txt, but is no caption
     if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
     remedy = remedy_of(suffix)
@@ -199,7 +203,7 @@ def _has_files(folder: Path) -> bool:
 
 
 class FileUploads:
-    """Takes the files that a page sends."""
+    """Receives files that a page uploads, checks them, and stores them in folders below the roots."""
 
     def __init__(self, runs: Runs, limits: UploadLimits = DEFAULT_LIMITS) -> None:
         self.runs = runs
@@ -320,7 +324,7 @@ class FileUploads:
             raise
 
     def judge(self, path: Path, folder: Path) -> None:
-        """Raise UserError if a file's content does not match its name, or is in the folder already."""
+        """Raise UserError if a file's content does not fit its suffix, or if its name is already taken."""
         try:
             check_content(path, find_kind(path.name))
         except (UserError, StopIteration) as error:

@@ -376,7 +376,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
                     return unpack(path, file.read())
                 return unpack_header(path, info.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass
+        pass  # reported below, like a path that is no regular file
     except OSError as error:
         raise _damage_error(path, error) from error
     raise CacheError(f"{path}: no such cache file")
@@ -392,7 +392,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     """
     try:
         tensors = load(data)
-        metadata = read_tensor_header(lambda _: data, len(data)).metadata
+        metadata = read_tensor_header(lambda _: data, len(data)).metadata  # parses the first bytes of `data`
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: tensors[name] for name in sorted(tensors)}

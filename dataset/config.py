@@ -206,7 +206,7 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
-    """Return the content with the keys above all tables moved into [general], where some guides omit it.
+    """Move keys that stand above all tables into [general], a heading that some guides omit.
 
     Errors about keys that may stand only in [[datasets]] are added to `problems`.
     """
@@ -311,7 +311,7 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
 
 
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose video folders take audio from files with the same names as the clips.
+    """Return a configuration whose video folders take audio from files named like their clips.
 
     Tables with an audio_directory do not change.
 
@@ -374,7 +374,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         return config
     tables = []
     for table in config.datasets:
-        if rules.clips:
+        if rules.clips:  # references of clips; other models take reference images
             table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropped)
         elif table.kind == "image":
             table = replace(table, references=rules)
@@ -481,7 +481,7 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
-    """Return the key that says where a table's items are, such as `image_directory`.
+    """Return the key that names the source of a table's items, such as `image_directory`.
 
     If there is not exactly one, returns None and adds an error to `problems`.
     """
@@ -524,7 +524,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Convert the entry of a table of audio files to that of a table of clips with black frames."""
+    """Convert the entry of an audio table to the entry of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)

@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Make a type of values.
+    """Make the `Form` of a key's values.
 
     Args:
         kinds: Python types of values in the file.

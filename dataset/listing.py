@@ -53,9 +53,9 @@ def find_sources(
             returned.
 
     Raises:
-        DatasetError: If a folder or list is missing or empty; with all faults, if captions cannot be read,
-            lines are malformed, control media are missing or misnamed, or two sources have the same stem and
-            would share a cache file.
+        DatasetError: If a folder or list is missing or empty. Otherwise with all faults: unreadable captions,
+            malformed lines, missing or misnamed control media, and sources with equal stems, which would
+            share a cache file.
     """
     errors: list[Fault] = []
     with pause_collection():
@@ -109,7 +109,7 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
 
 
 def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
-    """Add a fault for each stem that is too long for the name of a cache, or that occurs twice."""
+    """Add a fault for each duplicate stem, and for each stem that is too long for a cache's name."""
     first: dict[str, MediaSource] = {}  # first source of each stem
     sharing = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     repeated = f"rows of {table.name} repeat another one and would share a cache file; take them out"
@@ -231,7 +231,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about columns that nothing reads, and if a model that edits gets no reference image at all."""
+    """Warn about unused columns, and about an editing model that gets no reference images at all."""
     unread: list[Fault] = []
     for table in config.datasets:
         if form_of(table).has_columns:
@@ -261,7 +261,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError that names the sources without a caption; at least one of `sources` has none."""
+    """Raise a DatasetError that lists the sources without a caption; at least one has to lack its caption."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_errors([Fault(kind, line) for line in missing_captions(sources)])
 

@@ -39,7 +39,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Say which trainer's file this seems to be, and which keys to use here; "" if that is unknown."""
+    """Guess the trainer that a file was written for, and name our keys in place of its; "" if unknown."""
     keys: list[str] = []
     tables = content  # the top level of some JSON files is a list
     if isinstance(content, dict):

@@ -62,7 +62,7 @@ def cache_family_latents(
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
             values = option_values(family_options)
-            for name, option, why in entry.encoders:
+            for name, option, why in entry.encoders:  # files without which nothing can be encoded
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = load_dataset_config(options.dataset_config)
         if options.download_directory is not None:
@@ -163,7 +163,7 @@ def cache_family_texts(
 def _text_caching_command(
     config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, without the options that all families have.
+    """Return the command that caches captions, without the options that all families share.
 
     Options are taken from an earlier command of that kind in the cache folders, and from this command.
 

@@ -149,7 +149,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options by key, as they would be in a dataset file."""
+    """Return the values of options under the keys of a dataset file, in the types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -169,7 +169,7 @@ def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
 def _read_level(
     table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Read the keys of one table. `level` is SUBSET, or DATASET for tables above subsets."""
+    """Read the keys of one table; `level` is SUBSET, or DATASET for [[datasets]] and [general]."""
     other_tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
         name: f"is for {other_tables}; move it there"
@@ -299,7 +299,7 @@ def _size_errors(values: Table) -> list[str]:
 
 
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if a table has keys that change items at random, so that they cannot be cached.
+    """Raise DatasetError if keys of a table change items at random, because such items cannot be cached.
 
     `keys` are these keys of the table. `what` names what they change, "latents" or "texts".
     """
@@ -413,7 +413,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
 
 
 def _warn_left_out(folder: Path, option: str) -> None:
-    """Warn that a folder is ignored if it has images, or subfolders whose names begin with repeats."""
+    """Warn about an ignored folder with images, or with subfolders that are named like image folders."""
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "

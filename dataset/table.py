@@ -48,7 +48,7 @@ class CaptionChanges:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys in use that change captions at random, so that embeddings cannot be cached.
+        """Return the used keys that change captions at random and thus prevent caching of embeddings.
 
         caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
         """
@@ -72,7 +72,7 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the keys in use that change images at random, so that latents cannot be cached.
+        """Return the used keys that change images at random and thus prevent caching of latents.
 
         flip_aug is not among them, because the mirrored latents are cached too.
         """
@@ -497,7 +497,7 @@ CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row may have next to `references`, and that one network sees instead of the caption."""
+    """A text that a row may have next to `references`; only one network reads it, instead of the caption."""
 
     key: str  # key in rows, and in the settings of a text record
     reader: str  # name of the network, for messages

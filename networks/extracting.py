@@ -167,13 +167,13 @@ def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list
     """
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
-    kept = [name for name in weights if name.partition(".")[0] in networks]
-    if not kept:  # a different model: `_extract_blocks` raises the error
+    remaining = [name for name in weights if name.partition(".")[0] in networks]
+    if not remaining:  # a different model: `_extract_blocks` raises the error
         return [*weights]
     missing = sorted({name.partition(".")[0] for name in weights} - networks)
     if missing:
         logger.info("%s has no %s: these get no LoRA", model_tuned, ", ".join(missing))
-    return kept
+    return remaining
 
 
 def _extract_blocks(

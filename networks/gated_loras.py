@@ -429,7 +429,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
-        """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
+        """Switch the LoRAs on or off within a `with` statement; factors stay on their device."""
         previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on

@@ -517,7 +517,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of paths in a file where one names a fused weight of the family and the other a part of it.
+    """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight.
 
     Args:
         family: The model family.

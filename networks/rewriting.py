@@ -46,7 +46,7 @@ FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """Tensors with one set of factors per module."""
+    """Result of `rewrite`: tensors of a LoRA file with one LoRA per module."""
 
     tensors: dict[str, Tensor]
     stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it

@@ -25,7 +25,7 @@ class PackageNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for a module of a room; None for other modules, and for scripts, which `-m` runs."""
+        """Return a spec for a module in a folder of the checkout; None for others and for scripts of `-m`."""
         name = fullname.removeprefix(PREFIX)
         is_of_room = (ROOT / name.partition(".")[0] / "__init__.py").is_file()
         if name == fullname or not is_of_room:
@@ -45,6 +45,6 @@ class PackageNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def join_names() -> None:
-    """Let `reelsmith.NAME` be imported in this process."""
+    """Make the checkout's modules importable as `reelsmith.NAME` in this process."""
     if not any(isinstance(finder, PackageNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, PackageNames())

@@ -54,12 +54,12 @@ def check_tag(tag: str) -> None:
 
 
 def cut_notes(tag: str, changes: str, pages: str = "") -> str:
-    """Return what a list of changes says of a version.
+    """Return the section about a version in a list of changes.
 
     Args:
         tag: The version with a `v` in front.
         changes: The text of CHANGELOG.md. A version begins with a heading such as `## 0.1.0 (2026-12-24)`.
-        pages: Address of the folder that relative links start from: those of a release start nowhere.
+        pages: Address put before relative links, which the page of a release cannot resolve.
 
     Raises:
         UserError: If the version has no section, an empty one, or more text than a release can have.
@@ -124,7 +124,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """Return the name and version that a wheel or a source archive gives itself."""
+    """Return the name and version in the metadata of a wheel or source archive."""
     stem = "-".join(path.name.removesuffix(".tar.gz").split("-")[:2])
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:

@@ -49,6 +49,7 @@ def rewrite_imports(source: str, ours: Collection[str]) -> str:
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines = source.encode().splitlines(keepends=True)  # the offsets of `ast` count bytes
+    # from the end of the text, so that earlier offsets stay valid
     for line, offset, name, is_bound in sorted(_find_imports(tree, lines, ours), reverse=True):
         top = name.partition(".")[0]
         if is_bound and top in used:

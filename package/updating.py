@@ -150,13 +150,14 @@ def repair(root: Path) -> None:
 
 
 def note_version(root: Path) -> None:
-    """Record digests of the files here, unless recorded: an update can then detect the user's changes."""
+    """Record digests of the installed files, so that an update can detect files that the user has changed."""
     digests_file = root / NOTES / DIGESTS
     if digests_file.exists() or (root / ".git").exists():
         return
     digests = {}
     for folder, folders, files in os.walk(root):
         subfolder = Path(folder).relative_to(root)
+        # skip folders in which no version has files
         folders[:] = [name for name in folders if not _find_error((subfolder / name).as_posix())]
         names = [(subfolder / name).as_posix() for name in files]
         for name in names:
@@ -187,10 +188,12 @@ def _only_change(root: Path) -> Iterator[None]:
 
 def _repair(root: Path) -> None:
     """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
-    backup, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
-    if part.exists() and old.exists() and not backup.exists():  # ended between two renamings
-        replace_file(old, backup)
-    for leftover in (part, old, root / NOTES / NEW):
+    backup, partial_backup, old_backup = (
+        root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
+    )
+    if partial_backup.exists() and old_backup.exists() and not backup.exists():  # ended between two renamings
+        replace_file(old_backup, backup)
+    for leftover in (partial_backup, old_backup, root / NOTES / NEW):
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished = backup / UNFINISHED
     if unfinished.exists():
@@ -261,7 +264,7 @@ def _end_move(root: Path, move: CloneMove) -> None:
 
 
 def _finish_clone(root: Path, commits: Sequence[str]) -> None:
-    """Finish an update or a return of a clone that was killed while git changed the files.
+    """Finish an update or a return of a clone that was killed while git changed files.
 
     Raises:
         UserError: If git may still be running, or fails.
@@ -269,18 +272,20 @@ def _finish_clone(root: Path, commits: Sequence[str]) -> None:
     if len(commits) < 2 or not all(map(OBJECT.fullmatch, commits[:2])):  # killed before it began
         shutil.rmtree(root / NOTES / BACK)
         return
-    move = CloneMove(commits[0], commits[1], is_return=len(commits) > 2)
+    move = CloneMove(commits[0], commits[1], is_return=len(commits) > 2)  # a third entry marks a return
     lock = root / _git(root, "rev-parse", "--git-path", "index.lock")
     if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
     lock.unlink(missing_ok=True)
     _say("An update of this folder, or its back, was ended half way. It is finished now.")
     before, after = (_list_differing(root, commit) for commit in (move.before, move.after))
-    own = {name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()}
-    for name, beside in own.items():
+    user_versions = {
+        name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()
+    }
+    for name, beside in user_versions.items():
         shutil.copy2(root / name, root / beside)
     _git(root, "reset", "--quiet", "--hard", move.after)
-    _tell_beside(own)
+    _tell_beside(user_versions)
     _end_move(root, move)
 
 
@@ -306,16 +311,17 @@ def _read_commits(root: Path) -> UpdateRecord:
     return UpdateRecord(before=commits[0], after=commits[1] if commits[1:] else None)
 
 
-def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
+def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
-    if _git(root, "rev-parse", "HEAD") == note.after:
+    if _git(root, "rev-parse", "HEAD") == record.after:
         return
     branch = _git(root, "branch", "--show-current")
-    others = [f"--exclude={branch}"] if branch else []
-    others += ["--branches", "--remotes", "--tags"]
-    known = [note.before, *([] if note.after is None else [note.after])]
+    other_refs = [f"--exclude={branch}"] if branch else []
+    # commits that another branch or a tag also has are not lost
+    other_refs += ["--branches", "--remotes", "--tags"]
+    known = [record.before, *([] if record.after is None else [record.after])]
     own_commits = _git(
-        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *others
+        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *other_refs
     ).splitlines()
     location = f"the branch {branch}" if branch else "this folder"
     if own_commits:
@@ -326,9 +332,9 @@ def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
             "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
             "again; or leave this branch with git switch for the one that was updated"
         )
-    if note.before not in _git(root, "rev-list", "HEAD").splitlines():
+    if record.before not in _git(root, "rev-list", "HEAD").splitlines():
         raise UserError(
-            f"{location} does not come from the version before the update ({note.before[:9]}). Nothing was "
+            f"{location} does not come from the version before the update ({record.before[:9]}). Nothing was "
             "changed. Type git switch with the name of the branch that was updated, and run back again"
         )
 
@@ -359,6 +365,7 @@ def _git(root: Path, *arguments: str) -> str:
             f"{root} is a clone of git, and git is not installed here. Install it (git-scm.com), or download "
             "the zip file of the newer version into a folder of its own"
         )
+    # fail instead of asking for a password; messages in English, as OFFLINE expects
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     process = subprocess.run(
         [program, *arguments],
@@ -390,8 +397,8 @@ def _update_from_zip(root: Path, file: Path) -> None:
         digests = {name: _digest(new / name) for name in files}
         _keep_program(root)
         _keep_for_return(root, change)
-        for name, beside in change.beside.items():
-            _put(root, root / name, beside)
+        for name, user_copy in change.beside.items():
+            _put(root, root / name, user_copy)
         for name in files:
             target = root / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -489,6 +496,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
                     shutil.copyfileobj(source, sink)
                 if entry.external_attr >> 16 & stat.S_IXUSR:
                     target.chmod(0o755)
+    # what `zipfile` and its decompressors raise for damaged files
     except (
         *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
         *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
@@ -572,7 +580,7 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
     replaced = [name for name in existing if not filecmp.cmp(root / name, new / name, shallow=False)]
     removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
     known = _read_digests(root)
-    replaced = sorted([*replaced, *removed])
+    replaced = sorted([*replaced, *removed])  # removed files are restored like replaced ones
     # without digests of the old version nobody can tell which files the user has changed
     changed_by_user = [
         name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)
@@ -628,21 +636,24 @@ def _digest(path: Path) -> str:
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
     """Copy the files that an update replaces. The update begins only after all are copied."""
-    full, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
-    part.mkdir()
+    last_backup, partial_backup, old_backup = (
+        root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
+    )
+    partial_backup.mkdir()
     for name in change.replaced:
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / name, part / name)
+        (partial_backup / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, partial_backup / name)
     for note in NOTES_OF_VERSION:
         if (root / NOTES / note).is_file():
-            shutil.copy2(root / NOTES / note, part / note)
-    (part / UNFINISHED).touch()
-    plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}  # older code
-    (part / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    if full.exists():
-        replace_file(full, old)
-    replace_file(part, full)
-    shutil.rmtree(old, ignore_errors=True)
+            shutil.copy2(root / NOTES / note, partial_backup / note)
+    (partial_backup / UNFINISHED).touch()
+    # older code cannot read a plan that has the key `beside`
+    plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}
+    (partial_backup / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    if last_backup.exists():
+        replace_file(last_backup, old_backup)
+    replace_file(partial_backup, last_backup)
+    shutil.rmtree(old_backup, ignore_errors=True)
 
 
 def _undo_zip(root: Path, is_repair: bool = False) -> None:
@@ -655,21 +666,21 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
     if not (backup / PLAN).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
     change = _read_change(backup / PLAN)
-    own = _list_own_work(root, backup, change)
+    changed_by_user = _list_own_work(root, backup, change)
     if not is_repair:
-        _reject_own_work(own)
+        _reject_own_work(changed_by_user)
     try:
-        beside = {name: _find_name_beside(root, name) for name in own if (root / name).is_file()}
-        for name, name_beside in beside.items():
-            _put(root, root / name, name_beside)
-        _tell_beside(beside)
+        copies = {name: _find_name_beside(root, name) for name in changed_by_user if (root / name).is_file()}
+        for name, copy_name in copies.items():
+            _put(root, root / name, copy_name)
+        _tell_beside(copies)
         (backup / UNFINISHED).touch()
         for name in change.added:  # first: a disk may take one for a replaced file in another spelling
             (root / name).unlink(missing_ok=True)
         for name in change.replaced:
             _put(root, backup / name, name)
-        for name, name_beside in change.beside.items():
-            copy = root / name_beside
+        for name, copy_name in change.beside.items():
+            copy = root / copy_name
             if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
                 copy.unlink()
         for note in NOTES_OF_VERSION:

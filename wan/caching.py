@@ -106,7 +106,7 @@ def batch_conditions(
         from wan import one_frame  # only for single images
 
         return one_frame.batch_conditions(task, config, batch)
-    needed = {"t5": "a text cache"}
+    needed = {"t5": "a text cache"}  # tensor -> what provides it, for errors
     if task.kind == VACE:
         from wan import vace_training  # only for VACE
 

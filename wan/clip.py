@@ -232,6 +232,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
     dtype = half_where_fast(device, dtype, "CLIP")
 
     def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+        """Keep norms and embeddings in float32."""
         return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
 
     with open_checkpoint(path) as checkpoint:

@@ -306,7 +306,7 @@ class Wan(OneTransformer):
         if isinstance(condition, Tensor):
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
         arguments: dict[str, Any] = {}
-        for name, argument in VACE_INPUTS:
+        for name, argument in VACE_INPUTS:  # name of the condition, and of the network's argument
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
@@ -316,6 +316,7 @@ class Wan(OneTransformer):
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
+            # the network names its text input `text`
             overrides = overrides.rename_nag(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
 

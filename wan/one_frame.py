@@ -117,7 +117,7 @@ def prepare(
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
-    """Return the indices of the target and the control images in --one_frame_inference."""
+    """Read the indices of the target and of the control images from --one_frame_inference."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
@@ -224,7 +224,7 @@ def check_table(table: MediaTable, has_features: bool) -> None:
 
 
 def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Encode images with their control images, each image alone. `store` is the dtype of the latents."""
+    """Encode training images and their control images, each as a clip of one frame; `store` is the dtype."""
     vae = encoders.vae
     table = media.table
     order = order_frames(table.clean_indices, table.target_index)

@@ -322,7 +322,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         unused = None
         if self.src_mask:
             unused = MASK
-        elif self.vace_scale != (1.0,):
+        elif self.vace_scale != (1.0,):  # not the default
             unused = SCALE
         elif self.control_path and not task.has_control:
             unused = "control_path"
@@ -352,7 +352,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
         task = "i2v-14B" if has_features else "i2v-A14B"
     else:
         task = family.files.task.name
-    return {} if task == "t2v-14B" else {"--task": task}
+    return {} if task == "t2v-14B" else {"--task": task}  # the default of --task
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

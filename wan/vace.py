@@ -51,6 +51,7 @@ class VaceRequest:
         if self.mask is not None and prepared.request.control_path is not None:
             metadata["src_mask_path"] = str(self.mask)
             _check_mask_shape(self.mask, prepared.request.control_path, prepared)
+            # raises if the mask cannot be used
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         # 1.0 is the default; one number stands for all layers if their scales are equal
         if set(self.scales) != {1.0}:
@@ -135,18 +136,18 @@ def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
     """Parse one scale for all layers, or one for each. Raises OptionError for another number of scales."""
-    words = text.replace(",", " ").split()
+    numbers = text.replace(",", " ").split()
     try:
-        scales = tuple(map(float, words))
-        if not all(abs(scale) <= MAX_HINT_SCALE for scale in scales):  # nan too
+        scales = tuple(map(float, numbers))
+        if not all(abs(scale) <= MAX_HINT_SCALE for scale in scales):  # False for NaN, too
             raise ValueError
     except ValueError:
         raise OptionError(
-            f"--vace_scale {' '.join(words)}: give a number of at most {MAX_HINT_SCALE}, or one a layer"
+            f"--vace_scale {' '.join(numbers)}: give a number of at most {MAX_HINT_SCALE}, or one a layer"
         ) from None
     if len(scales) not in (1, layers):
         raise OptionError(
-            f"--vace_scale {' '.join(words)}: VACE has {layers} layers. Give one number, or {layers}"
+            f"--vace_scale {' '.join(numbers)}: VACE has {layers} layers. Give one number, or {layers}"
         )
     return scales * layers if len(scales) == 1 else scales
 

@@ -119,7 +119,7 @@ class WanCausalConv(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """Return x preceded by the two frames before it, B C T+2 H W; zeros stand for frames before the clip.
+    """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
     The result is written into one tensor, so that no concatenation copies it again.
     """

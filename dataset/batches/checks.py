@@ -354,6 +354,7 @@ def _source_errors(
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
+        # records of early versions have no files, so that folders may be left over
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"
@@ -452,7 +453,7 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return the text of the warning; None if there is no new difference."""
+        """Return a warning about encoders that differ from the ones of earlier batches; None if not new."""
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False

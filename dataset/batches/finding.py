@@ -131,7 +131,7 @@ def _add_table(
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
-    is_cached = kind.has_text and not kind.sources
+    is_cached = kind.has_text and not kind.sources  # nothing of the table is encoded during training
     # fast path: the index of the caches lists the items, if nothing has changed since caching
     if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)

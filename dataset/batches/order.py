@@ -263,7 +263,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return bytes by which stems are put in an arbitrary order that never changes."""
+    """Return a hash of a stem, by which stems are sorted in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -220,7 +220,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Read media and captions of the items of a batch; the fields are arguments of `read_batch`."""
+    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -381,7 +381,7 @@ class _Reader:
     def _describe_origin(
         self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
     ) -> data.MadeBy:
-        """Return which encoder and which version of this program made a cache of media."""
+        """Return the encoder and the program version that made a cache of latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.as_shown < AS_SHOWN

@@ -197,7 +197,7 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 def _compare_reading(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of caches whose clips an earlier version read with frames in another order or orientation.
+    """Warn of caches by an earlier version that read the frames of a clip in another order or orientation.
 
     At most MAX_DECODED clips are checked; missing files are skipped.
 
@@ -321,7 +321,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
-    cached = {item.bucket[2] for item in items}
+    cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}
     lines = []
     if targets - cached:

@@ -199,7 +199,7 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
-    """Return the rows of a shard.
+    """Read the rows of a shard, without the bytes of their entries.
 
     Raises:
         sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
@@ -210,7 +210,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
             isinstance(name, bytes)
             and 0 < len(name) <= MAX_CACHE_NAME_BYTES
             and _is_within(generation, MAX_GENERATION)
-            and _is_within(size or 0, MAX_ENTRY_BYTES)
+            and _is_within(size or 0, MAX_ENTRY_BYTES)  # None: the entry was removed
             and _is_within(crc32, 0xFFFFFFFF)
         )
         if not is_valid:
@@ -246,7 +246,7 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard that a process writes. It stays locked until it is finished, so that nobody adopts it.
+    """The shard that a process writes, locked until it is finished, so that no other process adopts it.
 
     SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
     last megabytes survive a power failure.
@@ -285,6 +285,7 @@ class ShardWriter:
             if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
+            # NULL: SQLite chooses the key, which is the row's place
             cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert cursor.lastrowid is not None
@@ -321,7 +322,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _give_final_name(path: Path) -> None:
-    """Rename a shard that is no longer written, so that all processes may read it without locks."""
+    """Rename a finished shard, so that all processes may read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)
@@ -332,7 +333,7 @@ def _give_final_name(path: Path) -> None:
 
 
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may still run.
+    """Finish the shards of killed writers, and leave the shards of writers that may still run.
 
     Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
     file's age decides. `own_shard` is the shard that this process writes.

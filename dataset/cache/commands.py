@@ -140,7 +140,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _is_list_item(value: Any, kind: Any) -> bool:
-    """Return whether a value has the type of a list's items and could not be mistaken for an option."""
+    """Return whether a value has the type of a list's items and does not look like a command-line option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 
@@ -158,7 +158,7 @@ def _can_be_shown(value: Any) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """Return an option's value as JSON can hold it."""
+    """Convert an option's value to JSON types."""
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -77,6 +77,7 @@ def mark_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
+            # fields that are not set by __init__ follow from the other fields
             if field.name in _NOT_COMPARED or field.name in _SET_BY_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
@@ -204,7 +205,7 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the checksums, by file, of the records whose sources have the size and time in the index."""
     stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
-    compared = {}
+    unchanged = {}
     for line in lines:
         if line["record"] is None:  # of unknown origin
             continue
@@ -215,8 +216,8 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 except (OSError, MediaError):
                     stamps[path] = None
         if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
-            compared[str(line["file"])] = str(line["record"])
-    return compared
+            unchanged[str(line["file"])] = str(line["record"])
+    return unchanged
 
 
 class IndexPart(NamedTuple):

@@ -197,7 +197,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    # a list of the number of references and of factors of their sizes
+    # the number of references is followed by factors of their sizes
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:
@@ -285,7 +285,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         return info.st_size, info.st_mtime_ns
     images = [file.stat() for file in folder_images(path)]
     size_bytes = sum(image.st_size for image in images)
-    return size_bytes, max((image.st_mtime_ns for image in images), default=0)
+    return size_bytes, max(image.st_mtime_ns for image in images)
 
 
 # cached, because in a dataset that was copied without its times, training hashes every item at each check

@@ -279,6 +279,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
             (folder / name).unlink(missing_ok=True)
         catalog = Catalog(folder)
         sizes = catalog.entry_bytes()
+        # the fraction SMALL of a full shard is the limit
         small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
         untidy = set(catalog.damaged)
         for name, size in catalog.bytes.items():

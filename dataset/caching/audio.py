@@ -289,7 +289,7 @@ class AudioWork:
             self._networks = self._family.audio_networks(self._device, decodes=False)
         assert name.span is not None
         _, frames = name.span
-        samples = plan.samples[index][None]
+        samples = plan.samples[index][None]  # 1 C S
         (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # batches are formed from the expected shape

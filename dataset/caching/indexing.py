@@ -148,6 +148,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
         if part == LATENTS:
             record = latent_record(entry)
             if record is not None:
+                # not strict: records of early versions have no files
                 made_from += zip(source_folders(table, record), record.files, strict=False)
         else:
             for text in text_records(entry).values():

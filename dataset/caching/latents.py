@@ -268,7 +268,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             grid=entry.grid,
             has_frames=spec.names_frames,
         )
-        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
+        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None  # only latents
         named[name] = tensor.squeeze(1) if is_flat else tensor  # C H W instead of C 1 H W
     return named
 

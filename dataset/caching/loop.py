@@ -44,7 +44,7 @@ TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than ano
 
 @dataclass(frozen=True)
 class NextCommand:
-    """The command that follows a caching command, and the values that it needs."""
+    """The command to run after a caching command, and a function that remembers this command's options."""
 
     words: Sequence[str]  # the command line
     remember: Callable[[], None]  # writes the options of this command into the cache folders

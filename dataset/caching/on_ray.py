@@ -80,7 +80,7 @@ class CachingActor:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
                     os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-                self._begin()
+                self._begin()  # reads the dataset and sets `_work`
             work: Any = self._work
             report = work.encode(work.pieces[index :: self._num_shards], None)
             work.stores.close(self._tables)
@@ -189,7 +189,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines about shards that failed; if none failed, about sources that could not be used."""
+    """Return lines about failed shards, or, if all shards succeeded, about unusable sources."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]

@@ -299,7 +299,7 @@ class Planning:
         return tuple(shape)
 
     def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
-        """Return whether the current way of reading the source gives the same pixels as the recorded way.
+        """Return whether the source would be decoded to the same pixels now as when its cache was made.
 
         `record_texts` are the pieces of a record's text from `shared_part`.
         """
@@ -349,7 +349,7 @@ class Planning:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return what earlier runs found by decoding the source; None if it has changed since."""
+        """Return the recorded size and frame count of the decoded source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing:
@@ -398,6 +398,7 @@ class Planning:
         by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
             by_item.setdefault((name.size, name.span), {})[file] = name
+        # caches of other programs may lack control images, so that files of items with control are read
         trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
         comparison = _Comparison()
         items: list[tuple[int, ...]] = []
@@ -464,7 +465,9 @@ class Planning:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that an item's file is equal to the file that this run would write.
+        """Check that one file of an item is equal to the file that this run would write.
+
+        `files` are all files of the item, one for each section.
 
         Returns:
             Whether the file has a record.

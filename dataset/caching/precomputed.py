@@ -34,7 +34,7 @@ def reject_moments(family: Caches, table: DatasetTable) -> None:
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Return the sources; moments of first frames are left out if the family does not use them.
+    """Check precomputed moments, and leave out those of first frames if the family does not use them.
 
     Unreadable files are reported later, by caching.
 

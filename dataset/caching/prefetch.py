@@ -91,7 +91,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Merge the reports of several shares of the sources; failures are sorted by path."""
+    """Merge reports about parts of the sources; failures are sorted by path."""
     fields: dict[str, Any] = {"total": max((report.total for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)

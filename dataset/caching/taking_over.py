@@ -58,6 +58,7 @@ class OtherCaches:
                 rejected[first_file] = _SIZES_OF_REFERENCES
                 continue
             compared = Planning(source, existing, self._recipe).plan()
+            # () and not None, which means unknown
             if compared.kept and compared.missing == () and not compared.foreign:
                 files = [self._copy(store, name, tag) for name in sorted(compared.kept)]
                 return replace(compared, kept=frozenset(files))

@@ -162,6 +162,7 @@ class TextWork:
             if to_do:
                 self._encode(encoder, identity, batches=batches, to_do=to_do, shows=label is not None)
         num_failed = len(self._failed)
+        # a text is written if outputs were encoded, or were only in its unfinished file
         num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
         valid = [file for file in files if file.file_name not in self._failed]
         return CacheReport(
@@ -330,7 +331,7 @@ class TextWork:
         return dataclasses.replace(
             prompt,
             clip=clip,
-            frames=prompt.frames or controls,
+            frames=prompt.frames or controls,  # set already if encoders see references at encoded size
             media=shown,
             further_text=source.further_text,
         )
@@ -345,7 +346,7 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read the pixels of a source as they are encoded to latents.
+        """Decode a source to the frames that the VAE encodes.
 
         Raises:
             MediaError: If the source cannot be used.

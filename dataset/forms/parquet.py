@@ -39,7 +39,7 @@ class Parquet(RowFormat):
         return cells_of_parts(path, name, finds_nulls)
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return the names that are columns of plain values, and those that are not."""
+        """Split `names` into columns of plain values and columns of files."""
         from dataset.forms.parquet_rows import plain_columns_of
 
         return plain_columns_of(path, names)

@@ -370,7 +370,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:
-    """Return whether chunks of a column have null values; True if none of them says how many."""
+    """Return whether a column may have null values; True if its chunks do not record their number."""
     counts = []
     for chunk in chunks:
         if chunk.is_stats_set and chunk.statistics.has_null_count:

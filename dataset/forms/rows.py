@@ -56,7 +56,7 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Turn the rows of one list or table into sources."""
+    """Reader that turns the rows of one list or table into sources."""
 
     table: DatasetTable
     file: Path  # the list or table, for messages
@@ -119,7 +119,7 @@ class RowReader:
     def _add_audio(
         self, source: media_source.MediaSource, values: Mapping[str, Any], where: str
     ) -> media_source.MediaSource:
-        """Return a source with the audio file that its row names, or that is next to the clip."""
+        """Return a source with its audio file: the one named in its row, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_part("audio_path", audio_path, where)
         if audio is None and self.table.finds_audio and not source.origins:
@@ -148,7 +148,7 @@ class RowReader:
         return _Media((path, remote), stem=stem, identity=address_identity(text))
 
     def _explain_list(self, values: Mapping[str, Any]) -> str:
-        """Return a hint for a line without a path: an example, or the table key that takes such lines."""
+        """Return a hint for a line without a path: an example line, or the table key for such lines."""
         name = self.path_column
         if f"{name}_0" in values:
             layers = f"{name}_0, {name}_1, ... are a picture and its layers"
@@ -469,7 +469,7 @@ def check_text(text: str, where: str) -> None:
 def check_controls(
     table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
 ) -> list[media_source.MediaSource]:
-    """Add a fault for each source that lacks control media or a rejected item that other sources have.
+    """Add a fault for each source without control media or a rejected item if other sources have some.
 
     Returns `sources` unchanged.
     """

@@ -247,6 +247,7 @@ def _make_sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
             candidates.append(ending)
         else:
             by_role.setdefault(role, []).append(ending)
+    # formats of the second set may be previews, so they count only if the first set has no file
     media = _select_media(candidates, rules.media) or _select_media(candidates, rules.spare)
     if not media:
         return None
@@ -275,7 +276,7 @@ def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
 
 
 def _select_media(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the endings of media to learn: those that are a suffix, such as `png`, else `crop.png`."""
+    """Return the endings of media to train on: plain suffixes such as `png`, else ones such as `crop.png`."""
     exact = [ending for ending in endings if f".{ending}" in suffixes]
     if exact:
         return sorted(exact)
@@ -407,7 +408,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return the name of a member without times.
+    """Return a tar member's name without the timestamps that `tarfile` may mistake for its beginning.
 
     Incremental archives of GNU tar have times in the header field in which other archives have the beginning
     of a long name (the prefix). `tarfile` reads the times as part of the name.

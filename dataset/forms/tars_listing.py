@@ -250,17 +250,17 @@ def _find_remote(pattern: str) -> list[str]:
     Raises:
         MediaError: If the storage cannot be listed.
     """
-    shown = hide_secrets(pattern)
+    safe_pattern = hide_secrets(pattern)
     problem = protocol_error(protocol_of(pattern))
     if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
+        raise MediaError(f"{safe_pattern}: {problem}")
     import fsspec
 
     try:
         file_system, path = fsspec.core.url_to_fs(pattern)
         return sorted(file_system.unstrip_protocol(match) for match in file_system.glob(path))
     except Exception as error:  # each storage has its own errors, whose messages may contain secrets
-        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None
+        raise MediaError(f"{safe_pattern} cannot be listed ({type(error).__name__})") from None
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:

@@ -40,7 +40,7 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unused(table: DatasetTable) -> list[Fault]:
-    """Return a warning for each unused column that has files, or whose name resembles that of a used one.
+    """Return a warning for each unused column with files, or with a name similar to a used column's.
 
     At most MAX_ROWS rows are checked.
 
@@ -164,7 +164,7 @@ def _exists(text: str, path: Path) -> bool:
 
 
 def _find_similar(name: str, table: DatasetTable) -> str | None:
-    """Return the column that is read and whose name is most similar; None if no name is near."""
+    """Return the used column with the most similar name; None if no name is similar."""
     without_number = re.sub(r"_?\d+$", "", name.lower())
     used = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
     used += ["reference_path", "control_mask_path", "worse_path"]
@@ -172,7 +172,7 @@ def _find_similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name resembles, or is a synonym of, that of a column that is read."""
+    """Return advice for a column whose name is similar to a used column's, or a synonym; None for others."""
     name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in MEANT.items():

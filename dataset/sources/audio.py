@@ -82,7 +82,7 @@ def audios_of(local: MediaSource, spans: Sequence[Span], fps: float, spec: Audio
             track.
     """
     rate = kept_rate(local, fps)
-    silent = 'audio = "ignore"'
+    silent = 'audio = "ignore"'  # the reason for silence, shown to the user
     if local.table.audio != IGNORE:
         try:
             return SpanAudios(tuple(read_audios(find_audio(local), spans, rate, spec)))
@@ -108,6 +108,7 @@ def count_frames(path: Path, fps: float) -> int:
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
     count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
+        # a number above MAX_FRAMES comes from a wrong header
         error = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
         raise MediaError(f"{path}: its sound is {error}. Take it out")
     return count

@@ -259,7 +259,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(where: Path | str, encoder: str, count: TokenCount) -> str:
-    """Return the message for a caption that is longer than an encoder reads, with the text that is lost.
+    """Return the message about a caption that an encoder cuts, with the text that is lost.
 
     `where` is the caption file, or the name of the source.
     """

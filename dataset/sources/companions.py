@@ -72,7 +72,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Say how files must be named in a folder of which no file belongs to an item."""
+    """Explain how to name the files of a folder in which no file belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -185,7 +185,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return the references of a source of which the model takes only one image, also if they are clips."""
+    """Return a source's references, including clips, if the model takes only one image of each."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -239,7 +239,7 @@ def read_companions(
     """
     rules = local.table.clip_references
     factor = 1 if rules is None else rules.size_factor
-    step = 1 if rules is None else rules.step * factor
+    step = 1 if rules is None else rules.step * factor  # of the clip, so that references fit, too
     width, height = bucket
     if local.references and (width % step or height % step):
         raise MediaError(

@@ -70,7 +70,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until `size_bytes` are free, and hold them in the `with` block; blocks cannot be nested."""
+        """Wait until `size_bytes` are free, and reserve them in the `with` block; blocks cannot be nested."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes
@@ -121,7 +121,7 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return the key that is equal for items that fit one batch: the table and the shapes of arrays."""
+        """Return the key of items that can share a batch: the table and the shapes of their arrays."""
         # the counts tell which of the arrays are which
         counts = len(self.control), len(self.references), self.rejected is not None
         audio_shapes = () if self.audio is None else (self.audio.shape,)

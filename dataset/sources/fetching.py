@@ -91,7 +91,7 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a file inside of another one to the path `copy`, to which a suffix is added; return that path."""
+    """Write a packed file to the path `copy` plus a suffix, and return the resulting path."""
     try:
         pieces = origin.pieces()
         first = next(pieces, b"")

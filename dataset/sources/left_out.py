@@ -146,7 +146,7 @@ def _count_unused(
         if entry.name in counted:
             continue
         label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.read_labels:
+        if label is not None and label not in rules.read_labels:  # masks and the like
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
@@ -164,7 +164,7 @@ def _count_unused(
 
 
 def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
-    """Return whether an entry is read as media, or is a folder or part of a shard, which are not counted."""
+    """Return whether an entry is used media, or a folder or part of a shard, which are never reported."""
     if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -194,7 +194,7 @@ class CaptionOwners:
 
 
 def _normalize(name: str) -> str:
-    """Return a form of a name that is equal for names that look the same except for case."""
+    """Return a form of a name that ignores case and Unicode normalization."""
     # normalized again, because `casefold` may decompose characters
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
@@ -262,7 +262,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _UnusedRules:
-    """Which files of a folder are read or expected next to media."""
+    """Rules for which files of a folder are read, or are expected next to media."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     read: frozenset[str]  # suffixes of media that are read, in lower case

@@ -46,7 +46,7 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file; 0 if it would have to be read to find out."""
+        """Size of the file in bytes; 0 if only reading the file would show it."""
 
     @property
     def has_suffix(self) -> bool:
@@ -99,7 +99,7 @@ class GivenTensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """An image or clip of a table. No media file has been opened."""
+    """An image or clip of a table, listed without opening its file."""
 
     # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
     # path of the download, which need not exist yet. `fetch` provides files that can be opened
@@ -129,7 +129,7 @@ class MediaSource:
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, each with its origin if it is not on disk.
+        """Return the files or folders that latents are made from, each with its origin unless it is on disk.
 
         The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
         source with precomputed moments has only their files.
@@ -267,6 +267,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
+            # the first row of a file keeps the file's stem, further rows get a number
             while stems and stem.casefold() in used:
                 stem = f"{source.stem}-{number}"
                 number += 1

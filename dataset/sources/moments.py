@@ -119,7 +119,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Settings that all items of a folder share which prepare_dataset.py has written, as JSON values."""
+    """Settings, as JSON values, with which prepare_dataset.py made all items of a folder."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

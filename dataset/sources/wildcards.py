@@ -34,7 +34,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     """
     groups = [_OpenChoice(0)]  # a stack; the first element is the text outside of all braces
     num_lone = 0
-    for piece in _BRACES.split(text):
+    for piece in _BRACES.split(text):  # runs of equal braces, and the texts between them
         if piece.startswith("{") and len(groups) > _MAX_NESTED:
             num_lone += 1
             groups[-1].pieces.append(piece)
@@ -57,7 +57,7 @@ def has_choice(text: str) -> bool:
 
 
 def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
-    """Draw the choices that `closed` closing braces end; return the number of braces that end no choice."""
+    """Draw the choices that `closed` closing braces end; return the number of braces left over."""
     while closed and len(groups) > 1:
         group = groups[-1]
         matched = min(group.opened, closed)

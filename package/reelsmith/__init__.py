@@ -49,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Return a name of api.py; importing it waits until a program asks for one."""
+    """Return a name of api.py, which is imported only when a program first uses one of its names."""
     if name not in __all__:
         raise AttributeError(f"module 'reelsmith' has no attribute {name!r}")
     from package.reelsmith import api  # commands, which import this first, need none of it

@@ -52,7 +52,7 @@ def train(model: str, **options: Any) -> CommandRun:
     """Start a training of a LoRA, as `reelsmith train MODEL` does, and return it while it runs.
 
     Args:
-        model: Name of the model as commands have it, such as wan, sdxl or flux_2.
+        model: Name of the model as in commands, such as wan, sdxl or flux_2.
         **options: Options of the command by name. `dataset` is --dataset_config, `config` is --config_file; a
             switch is True, several values are a list, KEY=VALUE words are a dict.
 
@@ -112,7 +112,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
     parts = ("latents", "text_encoder_outputs")
     scripts = [ScriptArguments(Path(f"{entry.cache}_{part}.py")) for part in parts]
     for name in options.keys() - set().union(*(script.known for script in scripts)):
-        # mistyped: the nearest script says so
+        # a mistyped name: the script with the most similar option rejects it and suggests that option
         nearest = [script for script in scripts if difflib.get_close_matches(name, script.known, 1)]
         (nearest or scripts)[0].known.add(name)
     commands = []

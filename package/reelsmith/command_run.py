@@ -65,7 +65,7 @@ class CommandRun:
         self._history = history
         self._is_stopped = False
         self._unseen: deque[Event] = deque()  # read, but not yielded
-        self._num_noted = 0  # of the first of them, which the attributes have
+        self._num_noted = 0  # number of events at its start that the attributes include
         self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
         output = Path(self._folder.name) / "output.txt"
         # a process group of its own: Ctrl-C reaches it through `stop` alone, once
@@ -100,7 +100,7 @@ class CommandRun:
                 self._unseen.extend(self._read_events(is_over))
                 while self._unseen:
                     event = self._unseen.popleft()
-                    if self._num_noted:
+                    if self._num_noted:  # `stop` has already noted it
                         self._num_noted -= 1
                     else:
                         self._note(event)
@@ -135,9 +135,9 @@ class CommandRun:
         return self
 
     def stop(self) -> None:
-        """Stop the command as Ctrl-C does, and wait for its end. A training saves its state before.
+        """Interrupt the command as Ctrl-C does, and wait for its end. A training saves its state first.
 
-        Then the attributes have what was not iterated over, too.
+        Events that were not iterated over are then recorded in the attributes, too.
         """
         if self.is_running:
             self._is_stopped = True
@@ -154,7 +154,7 @@ class CommandRun:
                 if sys.platform == "win32":
                     self._process.send_signal(signal.CTRL_BREAK_EVENT)
                 elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-                    # started behind `&` of a shell's script, and the command inherits that
+                    # a shell script started this program with `&`: it and the command ignore SIGINT
                     os.kill(self._process.pid, signal.SIGTERM)
                 else:
                     os.killpg(self._process.pid, signal.SIGINT)
@@ -177,7 +177,7 @@ class CommandRun:
             yield from self._history.read()
 
     def _note(self, event: Event) -> None:
-        """Collect what the result of the command will contain."""
+        """Record an event's loss, file or line in the attributes of the command."""
         match event:
             case LineEvent():
                 self.lines.append(event.text)

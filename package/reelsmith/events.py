@@ -79,10 +79,10 @@ class PrintedLines:
 
 
 class HistoryEvents:
-    """Read the rows that one training appends to its history.
+    """Reads the events of one training from the history file that it writes.
 
-    Make it before the training starts. The file may have rows of earlier trainings, and the training writes
-    it anew when it starts, so its own rows are those behind a start that was not there before.
+    Create this reader before the training starts. The file may hold rows of earlier trainings, and the new
+    training rewrites it, so its rows are those after a start entry that the file did not have before.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -153,7 +153,7 @@ class HistoryEvents:
 
 
 def _started(line: bytes) -> dict[str, Any] | None:
-    """Return what a row says of the start of a training; None for other rows."""
+    """Return the `start` entry of a history line; None for other lines."""
     if b'"started"' not in line:
         return None
     try:

@@ -22,7 +22,7 @@ SHORT_NAMES = {"config": "config_file", "dataset": "dataset_config"}
 
 
 class _RaisingParser(Parser):
-    """A parser whose messages are raised, where those of a command end the process."""
+    """A parser that raises its error messages instead of ending the process."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Raise the message of a wrong option as OptionError."""
@@ -85,7 +85,7 @@ class ScriptArguments:
         Raises:
             UserError: For what the command itself would reject, with its message.
         """
-        if self._reads_others:
+        if self._reads_others:  # this parser does not have the options of the other script
             return {}
         parser = self._parser
         if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
