@@ -155,7 +155,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
 
 
 def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file has its stated size and no zeros at its end, as partial downloads have."""
+    """Return whether a Matroska file has its stated size and no zeros of an unfinished download."""
     declared = _read_matroska_size(path)
     if not 0 < declared <= path.stat().st_size:
         return False
