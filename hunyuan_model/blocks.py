@@ -265,7 +265,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class MMDoubleStreamBlock(DoubleStreamBlock):
-    """Block of HunyuanVideo and HunyuanImage."""
+    """Double-stream block with the layers and names of HunyuanVideo and HunyuanImage."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__(dim, eps)

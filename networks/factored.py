@@ -34,7 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
-        """Return the geometry of a convolution, whose padding must be numbers."""
+        """Return the geometry of a convolution; its padding must be given as numbers, not as "same"."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
