@@ -109,13 +109,13 @@ class Anima(ModelOfImages):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the ControlNet-LLLite that is trained sees a mask, too."""
+        """Return whether the ControlNet-LLLite in training also takes a mask."""
         return self.noise.vary_inputs is not None
 
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError unless a table fits: control images belong to a ControlNet-LLLite only."""
+        """Raise DatasetError if a table has control images without a ControlNet-LLLite, or the reverse."""
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -133,7 +133,7 @@ class Anima(ModelOfImages):
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Learning rates of parts, if full training sets any."""
+        """Return the learning rates of parts, if full training sets any."""
         return self.options.part_rates if isinstance(self.options, AnimaFullTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
@@ -240,7 +240,7 @@ class Anima(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, after checking that the adapter has all of the prompt's tokens."""
+        """Yield the only section, after checking that the adapter has all tokens of the prompt."""
         vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)

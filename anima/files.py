@@ -165,7 +165,7 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 
 
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
-    """Read dimensions, dialect and dtype of an open file with its adapter, or with that of another file.
+    """Read a transformer file's header, including its adapter, or the adapter in another file.
 
     Raises CheckpointError for another model's file, and if there is no adapter.
     """

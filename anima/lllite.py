@@ -58,7 +58,7 @@ class AttachedLllite(AnimaLllite):
     """A ControlNet-LLLite that modifies a transformer's layers in every call."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
-        """Build the modules; `scale` is their strength, in training too."""
+        """Build the modules; `scale` multiplies their outputs, in training too."""
         super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
         self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
@@ -218,7 +218,7 @@ def load_lllite(
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
-    """Compare a file's header with the expected tensors, and return its plan.
+    """Check a file's header against the expected tensors, and return its plan.
 
     Raises CheckpointError if they differ.
     """
@@ -254,7 +254,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
-    """Return ControlNet-LLLite as the network that a training makes."""
+    """Describe a ControlNet-LLLite for the training loop: how it is made and checked, and its metadata."""
     config = _start_config(options)
     return CustomNetwork(
         label=CALLED,
@@ -266,7 +266,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
         # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
-            "lllite.version": VERSION,
+            "lllite.version": VERSION,  # metadata of the saved file
             "lllite.cond_emb_dim": config.cond_emb_dim,
             "lllite.cond_dim": config.cond_dim,
             "lllite.cond_resblocks": config.resblocks,

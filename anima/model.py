@@ -58,7 +58,7 @@ class AnimaTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x.
+        """Return the block inputs for some tokens of x.
 
         `kept` are the ascending indices of these tokens, B K.
         """
@@ -254,7 +254,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return image tokens, B L C, and the other inputs of the blocks.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -272,7 +272,7 @@ class AnimaModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = (noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
         patches = cut_patches(noisy)
-        # columns of the mask of padding, which come last and are 0
+        # the model also takes a padding mask, all 0, as the last channels of each patch
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
@@ -329,7 +329,7 @@ class AnimaModel(BlockNetwork):
         )
 
     def _make_table(self, grid: tuple[int, int], /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L 1 D/2 2 float32, from float64 angles."""
+        """Return the rotary table, (cosine, sine) pairs L 1 D/2 2 float32, from float64 angles."""
         axes = []
         sizes = (1, *grid)
         for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):

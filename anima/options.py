@@ -308,7 +308,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Translate other names of shared options into the shared ones.
+    """Set the shared options for which the Anima script has other names.
 
     Raises OptionError if two options to keep activations in host memory are given.
     """
@@ -316,6 +316,7 @@ def translate_training(args: argparse.Namespace) -> None:
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
+        # error messages then name the option that the user typed
         names[flag] = f"--attn_mode {args.attn_mode}"
     if args.unsloth_offload_checkpointing:
         if args.cpu_offload_checkpointing or args.blocks_to_swap:
@@ -342,7 +343,7 @@ def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

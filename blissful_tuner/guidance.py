@@ -52,7 +52,7 @@ def make_guidance(
     experts: Sequence[Expert] = ONE_EXPERT,
     run: RunPasses = run_passes,
 ) -> Guidance:
-    """Make the guidance of one section.
+    """Return the function that computes a section's guided velocity from the passes of a step.
 
     Args:
         prepared: The request with all values resolved.
@@ -239,7 +239,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative(self, index: int, weakens: bool) -> Pass:
-        """Return the negative pass of a step.
+        """Return the negative pass of a step: with the prompt, and with layers skipped if the options say so.
 
         Args:
             index: Index of the step.
@@ -399,7 +399,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 
 def _parse_steps(text: str, steps: int) -> range:
-    """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError if the entry is not valid."""
+    """Parse the steps of `k`, `a-b` or `e~m` (every m-th step); raise ValueError if invalid."""
     not_integer = "{!r} is not a whole number"
     first_text, dash, last_text = text.strip().partition("-")
     if first_text.startswith("e~"):
@@ -482,7 +482,7 @@ def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
     """Warn about each given option of guidance that has no effect on these passes."""
-    # texts of the options in warnings; also the keys of `is_given` and `reasons`
+    # option texts for warnings, which are the keys of `is_given` and `reasons`
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
@@ -501,6 +501,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
+    # some step is guided, but no pass skips a layer
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
@@ -526,7 +527,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
         return
     option_by_scale = _name_scales(prepared)
     for scales_of_step in scheduled:
-        for standard_scale in scales_of_step:  # these count from 1
+        for standard_scale in scales_of_step:  # in the standard formula, where 1 turns guidance off
             if standard_scale is not None:
                 typed_scale = standard_scale - 1 + off
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")

@@ -36,7 +36,7 @@ Velocities = Mapping[Pass, Tensor]  # velocity of each pass of a step, B C F H W
 
 @dataclass(frozen=True)
 class GuidanceStage:
-    """One guidance formula in one step."""
+    """A guidance formula of one step, with the passes that it needs."""
 
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
@@ -115,10 +115,9 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--cfgzerostar_scaling`.
+    """Return the stage of CFG-Zero* (`--cfgzerostar_scaling`).
 
-    It is guidance from a negative velocity that is first scaled, per sample, to be as close to the positive
-    one as possible.
+    The negative velocity is first scaled, per sample, to be as close to the positive one as possible.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -135,7 +134,7 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--perp_neg`: guidance from the empty prompt, away from the negative prompt.
+    """Return the stage of Perp-Neg: guidance from the empty prompt, away from the negative prompt.
 
     It subtracts `weight` times the part of the negative direction that is perpendicular to the positive
     direction, per sample. A weight of 0 needs no negative pass.
@@ -161,7 +160,7 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
 # Video tools skip them with the negative text, as here, so that their settings can be reused.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps in which skip-layer guidance acts, from the fractions --slg_start and --slg_end."""
+    """Return the steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
@@ -199,7 +198,7 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Make the stage that guides images or audio by the differences to several passes, and rescales them.
+    """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
     See `StreamGuidance` for the formula and its source.
 
@@ -275,7 +274,7 @@ class Momentum:
 
 
 def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Make a stage that does the same, and adds the difference of its passes to the momentum."""
+    """Return a stage with the same formula that also adds the difference of its passes to the momentum."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
@@ -320,7 +319,7 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """The formula for `NagText.steer`. Equal settings make equal objects, so that compiled code is reused."""
+    """Normalized attention guidance for `NagText.steer`. Equal settings are equal, to reuse compiled code."""
 
     scale: float
     tau: float
@@ -343,5 +342,5 @@ class NormalizedGuidance:
 
 
 def _measure_size(attended: Tensor) -> Tensor:
-    """Return the L1 norm over the heads and channels of each token: B L 1 1 float32."""
+    """Return each token's L1 norm over heads and channels: B L 1 1 float32."""
     return torch.linalg.vector_norm(attended, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)

@@ -263,7 +263,7 @@ class _ClipPreviews:
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Copy a tensor to the host; return a function that waits for the copy and returns it.
+    """Start copying a tensor to the host; return a function that waits for the copy and returns it.
 
     The function may be called in any thread. From CUDA the copy is asynchronous, into pinned memory; for
     other devices this call waits.
@@ -276,7 +276,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
-        """Return the copy once it is complete."""
+        """Wait until the copy is complete, and return it."""
         copied.synchronize()
         return copy
 

@@ -159,7 +159,7 @@ class ModelSummary:
 
     @property
     def file_bytes(self) -> int:
-        """Size of all files in bytes."""
+        """Return the size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
@@ -296,7 +296,7 @@ def _shorten_line(text: str) -> str:
 
 
 def _join_lines(text: str) -> str:
-    """Return a text in one line, in which line breaks can still be told."""
+    """Return a text as one line that still shows where lines broke."""
     return text.replace("\n", "\\n")
 
 
@@ -319,7 +319,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_to_overwrite,
 ) -> None:
-    """Show what a file is, and rewrite it if the options ask for it.
+    """Describe a model file, and rewrite it if the options ask for it.
 
     Args:
         options: Options of the command.
@@ -336,6 +336,7 @@ def work(
             _show(options, knowledge, checkpoint)
             return
         may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
+        # an input must not be overwritten while it is read
         inputs = [*checkpoint.parts, options.input]
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
@@ -414,7 +415,7 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
 
 
 def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
-    """Return the kind of model that a file holds, in words."""
+    """Describe the kind of model in a file, for display."""
     description = knowledge.describe_lora(checkpoint)
     if description is not None:
         return description

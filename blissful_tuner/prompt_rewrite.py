@@ -102,7 +102,7 @@ class PromptRewriter:
         return model.to(device), tokenizer
 
     def _unusable(self, why: str) -> CheckpointError:
-        """Return the exception for a folder whose model cannot be used."""
+        """Return an exception that says why the folder's model cannot be used."""
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
@@ -139,7 +139,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a conversation that starts with `message`, for `generate`."""
+    """Return the tokens of a chat with the single user message `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
     # enable_thinking=False turns off thinking in templates that support it
     text = render_chat(tokenizer, None, turns, enable_thinking=False)

@@ -79,7 +79,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 
 @dataclass(frozen=True)
 class TaehvConfig:
-    """Dimensions of a decoder."""
+    """Dimensions of a TAEHV decoder."""
 
     channels: int  # of latents
     widths: tuple[int, int, int, int]  # of the features: before and after each stage
@@ -93,7 +93,7 @@ class TaehvConfig:
 
 
 class MemoryBlock(nn.Module):
-    """Residual convolutions over the current and the previous frame."""
+    """Residual convolutions over the current frame and the previous one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     shape_of = shapes_of(checkpoint, sources)
 
     def sides(layer: str) -> tuple[int, int]:
-        """Return the output channels and the input channels of a convolution."""
+        """Return a convolution's output and input channels."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _make_kind_error(checkpoint)
@@ -221,7 +221,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
 
 
 def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
-    """Return the exception for a file that is no TAEHV."""
+    """Return the exception for a file that is not a TAEHV decoder."""
     return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 

@@ -127,7 +127,7 @@ class WordTower:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of all sets of vectors in files."""
+        """Keys of this encoder's vectors in files, one for each set of vectors."""
         return self.names or (self.key,)
 
 

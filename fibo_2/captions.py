@@ -124,7 +124,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 
 
 def write_caption(text: str) -> WrittenCaption:
-    """Return a caption as the model was trained to read it; an empty one becomes the null caption.
+    """Return a caption in the JSON form of the training data; an empty one becomes the null caption.
 
     Raises CaptionError as `read_caption`.
     """
@@ -137,14 +137,14 @@ def write_caption(text: str) -> WrittenCaption:
 
 
 def write_edit(text: str) -> WrittenCaption:
-    """Return the caption or prompt of an edit, which follows its images: `...}`, without the opening brace.
+    """Return an edit's JSON without its opening brace, which comes before the images in the prompt.
 
     Raises CaptionError as `read_caption`, and if an object has no instruction.
     """
     content = read_caption(text)
     if content is None:
-        plain = _wrap_plain(INSTRUCTION, text)
-        return plain._replace(text=plain.text[1:], before=plain.before[1:])
+        wrapped_text = _wrap_plain(INSTRUCTION, text)
+        return wrapped_text._replace(text=wrapped_text.text[1:], before=wrapped_text.before[1:])
     error = find_edit_error(content)
     if error:
         raise CaptionError(f"the edit {shorten(text, 60)}: {error}")
@@ -178,7 +178,7 @@ def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None
 
 
 def find_edit_error(content: dict[str, Any]) -> str:
-    """Return the error in the object of an edit; "" if it is valid."""
+    """Return the error in the JSON object of an edit; "" if it is valid."""
     if not isinstance(content.get(INSTRUCTION), str) or not content[INSTRUCTION].strip():
         return f"it has no {INSTRUCTION}, a text that says what is changed"
     if CAPTION not in content:

@@ -88,7 +88,7 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def is_turbo(self) -> bool:
-        """Whether the transformer is edit-turbo, which only its name shows."""
+        """Return whether the transformer is edit-turbo, which only its name shows."""
         if self.samples_on_turbo or self.files.dit is None:
             return self.samples_on_turbo
         verdict = judge_distillation(self.few_steps, self.files.dit)
@@ -96,7 +96,7 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All models that use FLUX.2's autoencoder: its releases, and other families."""
+        """Return the names of all models that use FLUX.2's autoencoder, in this and other families."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     # captions that are JSON objects
@@ -164,14 +164,15 @@ class Fibo2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request: noise levels by the size, images to edit in the positive prompt only.
+        """Fill in a request's open fields; images to edit are shown with the positive prompt only.
 
-        Without a size, the result has the trained size that fits the first image's shape. Without a negative
-        prompt, the null caption is used. Raises OptionError for a prompt with invalid JSON.
+        The size determines the noise levels. Without a size, the result has the trained size that fits the
+        first image's shape. Without a negative prompt, the null caption is used. Raises OptionError for a
+        prompt with invalid JSON.
         """
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
-        (write_edit if edited else write_caption)(request.prompt)
+        (write_edit if edited else write_caption)(request.prompt)  # raises for invalid JSON
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
@@ -212,7 +213,7 @@ class Fibo2(pictures.ModelOfImages):
         return replace(prompt, frames=(frames,), presented=(mask,))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode images to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive

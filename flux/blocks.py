@@ -27,7 +27,7 @@ from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_
 
 
 class ModulationRows(nn.Module):
-    """Selects the shifts, scales and gates of a block from all rows that Chroma's approximator computes."""
+    """Select one block's shifts, scales and gates from the output of Chroma's approximator."""
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ TIMESTEPS = 1000  # diffusers' class takes 0..1
 
 
 class FluxControl(nn.Module):
-    """A frozen ControlNet next to a transformer: computes what is added after each of its blocks."""
+    """A frozen ControlNet that computes what is added after each block of a transformer."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
         """Wrap a ControlNet for a transformer with this `config`."""
@@ -220,7 +220,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
 
 
 def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
-    """Return the settings of diffusers' class for a ControlNet with this many blocks of a transformer."""
+    """Return diffusers' settings for a ControlNet with this many blocks of a FLUX.1 transformer."""
     head = config.dim // config.num_heads
     return {
         "in_channels": config.token_dim,
@@ -266,16 +266,17 @@ def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) ->
     settings = _read_config(path, checkpoint)
     if settings is not None:
         return settings
-    (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
-    head_there = config.dim // config.num_heads
-    if head != head_there:
+    (head_width,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
+    transformer_head = config.dim // config.num_heads
+    if head_width != transformer_head:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: heads of {head} numbers, those of the transformer have {head_there}. "
-            "Give the folder with its config.json",
+            f"{CONTROL_NET} {path}: heads of {head_width} numbers, those of the transformer have "
+            f"{transformer_head}. Give the folder with its config.json",
             path,
         )
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
+    # other dimensions are the transformer's
     settings = settings_of(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

@@ -66,7 +66,7 @@ class TrainedFluxControl(nn.Module):
         control: Tensor,
         strength: float,
     ) -> list[Tensor | None]:
-        """Return what the ControlNet adds, as `compute_additions` does; [] if its factor is 0."""
+        """Return what the ControlNet adds after each block; [] if its factor is 0."""
         strength *= self.multiplier
         if strength == 0:
             return []
@@ -103,15 +103,16 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
 def make_control_net(
     options: FluxControlNetTrainingOptions, dit: nn.Module, with_values: bool
 ) -> TrainedFluxControl:
-    """Make a ControlNet for a transformer, and connect it so that each call of the transformer runs it.
+    """Build the ControlNet to train and attach it to the transformer, whose calls then run it.
 
-    It is a copy of the first blocks, or has the weights of a file. Without `with_values`, it stays on the
+    It starts from the transformer's first blocks or from a file. Without `with_values`, it stays on the
     meta device. Raises CheckpointError if the file does not fit the transformer.
     """
     assert isinstance(dit, FluxModel)
     path = options.controlnet
     if path is not None:
         device = torch.device("cpu" if with_values else "meta")
+        # trained in float32
         network = load_network(path, dit.config, device, torch.float32)
     else:
         settings = settings_of(dit.config, options.double_blocks, options.single_blocks)

@@ -62,7 +62,7 @@ class Approximator(nn.Module):
 
 
 class FluxFinalLayer(HunyuanFinalLayer):
-    """Final norm, modulated, and projection to the values of a token."""
+    """Final norm, modulated, and projection of tokens to their patches."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__(config.dim, config.token_dim, config.eps)
@@ -98,7 +98,7 @@ class FluxModel(BlockNetwork):
     dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -106,6 +106,7 @@ class FluxModel(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
+        # Chroma computes all modulation with an approximator instead of the embeddings
         if config.approximator is None:
             number_sizes = (config.freq_dim, dim, dim)
             self.time_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
@@ -252,12 +253,12 @@ class FluxModel(BlockNetwork):
 
 
 def grid_of(latents: Tensor) -> tuple[int, int, int]:
-    """Return frames, rows and columns of an image's tokens. `latents` are B Z 1 H W."""
+    """Return frames, rows and columns of the tokens of latents, B Z 1 H W."""
     return 1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    """Cut latents, B Z 1 H W, into tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
     return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
 
 

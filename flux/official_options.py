@@ -46,7 +46,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def dit_dtype(self) -> str:
-        """Compute dtype of the transformer: --flux_dtype unless it has 8 bits."""
+        """Return the transformer's compute dtype: --flux_dtype unless it has 8 bits."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 

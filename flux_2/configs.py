@@ -32,7 +32,7 @@ class Flux2Config:
 
 
 def count_latents(shape: Sequence[int]) -> int:
-    """Return the number of tokens of an image of this shape, B C F H W: each latent pixel is one."""
+    """Return the number of tokens of an image, one for each latent pixel of `shape`, B C F H W."""
     return shape[-2] * shape[-1]
 
 

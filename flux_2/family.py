@@ -88,7 +88,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All releases of FLUX.2, and the other families that use its autoencoder."""
+        """Return the names of FLUX.2's releases and of other families that use its autoencoder."""
         return frozenset(version.name for version in VERSIONS.values()) | list_same_latents("flux_2")
 
     @property

@@ -68,6 +68,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
+    # a weight of the blocks shows the file's dtype
     block = next(name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight")))
     return DitHeader(config, dialect, names[block].dtype)
 
@@ -102,7 +103,7 @@ class Flux2Files(LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
-        """How the release's language model is used."""
+        """Return how the release uses its language model."""
         return self.version.use
 
     def check_texts(self, config: Any, needed: bool) -> None:

@@ -88,7 +88,7 @@ def gate_half(hidden: Tensor) -> Tensor:
 
 
 class GatedMlp(nn.Sequential):
-    """Two layers, the first of which computes values and their gates."""
+    """Gated MLP of two layers; the first computes values and their gates."""
 
     def __init__(self, config: Flux2Config) -> None:
         first = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
@@ -279,7 +279,7 @@ class Flux2Model(BlockNetwork):
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the modulations of all blocks and the embedding, B 1 16 C float32.
+        """Return all blocks' modulation (6 + 6 + 3 rows) and the time embedding, B 1 16 C float32.
 
         `guidance` is B; None leaves it out.
         """

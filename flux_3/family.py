@@ -105,7 +105,7 @@ class Flux3(pictures.ModelOfImages):
         return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text and references.
+        """Return a training batch's text states and reference latents.
 
         Raises CacheError for states of another encoder, or without the states of padding.
         """

@@ -145,7 +145,7 @@ class Flux3Files(LanguageModelFiles):
         return inner if inner.is_dir() else path
 
     def dit_header(self) -> DitHeader[Flux3Config]:
-        """Read dimensions, dialect and dtype of the file.
+        """Read the transformer file's header.
 
         Raises OptionError if the file is the base model and the options require the distilled one, or the
         reverse.

@@ -84,9 +84,9 @@ class Flux3Tokens:
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
 
-        `kept` are the ascending indices of the selected tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -115,7 +115,7 @@ class ParallelBlock(nn.Module):
         self.mlp_out = nn.Linear(config.ffn_dim, dim, bias=False)
 
     def heads(self, h: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two rotated."""
+        """Return rotated queries and keys, and values, of modulated tokens B L C: each B L N D."""
         value = self._split(self.v_proj, h)
         # float32 from the norms to the rotated heads, rounded once, as released
         query = self.norm.query_norm(self._split(self.q_proj, h).float())
@@ -126,7 +126,7 @@ class ParallelBlock(nn.Module):
         return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's output before its gate, B L C.
+        """Return the block's output, B L C, before its gate.
 
         `h` is the block's modulated input, B L C; `attended` is its attention, B L N D.
         """
@@ -139,7 +139,7 @@ class ParallelBlock(nn.Module):
 
 
 class ModeBlock(ParallelBlock):
-    """Block in which the tokens of one kind attend to each other. Other tokens pass through unchanged."""
+    """Block in which tokens of one modality attend to each other, while other tokens pass unchanged."""
 
     def __init__(self, config: Flux3Config, mode: str) -> None:
         super().__init__(config)
@@ -166,7 +166,7 @@ class ModeBlock(ParallelBlock):
 
 
 class JointBlock(ParallelBlock):
-    """Block in which all tokens attend to each other, with one set of weights."""
+    """Block in which all tokens attend to each other and share one set of weights."""
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Apply the block to tokens x, B L+R+T C."""
@@ -202,7 +202,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
 
 
 def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
-    """Return the self-attention of heads, B L N D. `lengths` count the real ones of the L tokens."""
+    """Return the self-attention of heads, B L N D; `lengths` count each sample's real tokens among the L."""
     query, key, value = heads
     return attend(query, key, value, tokens.attention, lengths=lengths)
 
@@ -256,7 +256,7 @@ class Flux3Layout(NamedTuple):
 
 
 class Flux3Text(NamedTuple):
-    """An embedded text."""
+    """A text's embedded tokens, with their lengths."""
 
     states: Tensor  # B T C
     counts: tuple[int, ...]  # real tokens of each sample

@@ -125,7 +125,7 @@ def _count_least_frames(table: MediaTable) -> int:
 
 
 def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
-    """Return the cache entries of every clip, one for each section, with its number as `section`.
+    """Return one cache entry for each section of each clip, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
     seeded by its name; its first frame serves as the start image.

@@ -123,7 +123,7 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model, and whether it was trained for images or for a version's videos."""
+        """Return the model's metadata, and whether it was trained for images or for a version's videos."""
         version = "-F1" if self.is_f1 else ""
         is_one_frame = self.one_frame is not None
         names = {
@@ -167,7 +167,7 @@ class FramePack(OneTransformer):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Return the sections of every clip, or one entry for every image.
+        """Return the cache entries: one per section of each clip, or one per image.
 
         They are stored in the VAE's dtype, in model space.
         """
@@ -192,7 +192,7 @@ class FramePack(OneTransformer):
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions of a training batch: all cached tensors except the target; guidance (B)."""
+        """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
@@ -278,7 +278,7 @@ class FramePack(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for what denoising may start from: a video, or latents of this model or HunyuanVideo."""
+        """Return what denoising may start from: a video, or latents of this model or HunyuanVideo."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:

@@ -155,6 +155,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
 
     def clips() -> Iterator[Tensor]:
         for part in decoding_slices(sections, window):  # scaled in parts: no copy of a long video
+            # unclamped, because sections are blended first
             chunks = vae.decode_unclamped(latents[:, :, part] / VAE_LATENT.scale)
             yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 

@@ -138,7 +138,7 @@ class SiglipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels B 3 H W in -1..1, of any size, as B 729 C in the compute dtype, on the device."""
+        """Encode pixels, B 3 H W in -1..1 of any size, as B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         x = self.embeddings["patch_embedding"](prepared).flatten(2).transpose(1, 2)
         x = x + self.embeddings["position_embedding"].get_parameter("weight")

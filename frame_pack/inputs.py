@@ -141,7 +141,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8, if there is one."""
+    """Multiply latents, B C F h w, by masks made from `alpha`, B H W uint8; None leaves them unchanged."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])

@@ -96,7 +96,7 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return the rotations of one sample: L 1 D/2 2."""
+    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window."""
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []
@@ -109,7 +109,7 @@ def _table(
 
 
 def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
-    """Return the rotations along one axis: ceil(n / coarseness) x width/2 x 2 float32.
+    """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
     The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
@@ -127,7 +127,7 @@ class FramePackTokens(HunyuanTokens):
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the noisy latents."""
+        """Return the index of the first token of the noisy latents."""
         return self.video - math.prod(self.grid)
 
 
@@ -144,7 +144,7 @@ class ConditionEmbedding(nn.Module):
         self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Return one vector, B C float32, for timesteps B, text B text_dim and guidance B."""
+        """Embed timesteps B, pooled text B text_dim and guidance B as one vector, B C float32."""
         # timesteps, guidance: B    text: B text_dim
         vector = self.timestep_embedder(
             sinusoid(timesteps, self._freq_dim, torch.float32)

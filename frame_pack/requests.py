@@ -125,7 +125,7 @@ def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -
 
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
-    """Warn if not all of --latent_paddings are used."""
+    """Warn if --latent_paddings has values that no section uses."""
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
     if paddings and settings.one_frame is not None:
@@ -226,7 +226,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 
 def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
-    """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
+    """Return each section's start image; raise OptionError if one is missing or cannot be read."""
     typed_paths = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
@@ -237,7 +237,7 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
         require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image
     )
     paths = tuple(to_path("--image_path", path) for path in entries)
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(paths):  # sections share images: check each once
         _check_image("--image_path", path)
     return paths
 

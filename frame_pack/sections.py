@@ -157,7 +157,7 @@ def section_indices(padding: int, window: int) -> Indices:
 
 
 def later_indices(first: int) -> Indices:
-    """Return the indices of latents that follow a target, from index `first` on.
+    """Return the frame indices of clean latents that follow a target, starting at `first`.
 
     One frame is at full resolution, two at half and sixteen at quarter resolution.
     """
@@ -194,7 +194,7 @@ def _list_indices(start: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CleanLatents:
-    """Finished latents that the network takes in addition to the target, B C F H W each.
+    """Clean latents around the target that the network attends to, B C F H W each.
 
     Their indices are those of `Indices`.
     """
@@ -253,11 +253,11 @@ class Order:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def extend(self, history: Tensor, section: Tensor) -> Tensor:
-        """Return the history with a new section, before or after it in playing order."""
+        """Return the history with a new section added at its end, or at its front for reversed order."""
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
-        """Return the start image and the first `frames` latent frames in playing order."""
+        """Return the start image followed by `frames` latent frames of history, in playing order."""
         if self.in_front:
             return torch.cat([start, history[:, :, :frames]], dim=2)
         return history[:, :, -(frames + 1) :]  # this includes the start image
@@ -271,7 +271,7 @@ F1 = Order(in_front=False)
 
 
 def count_tokens(latent_frames: int, height: int, width: int) -> int:
-    """Return the number of tokens of the target alone; a token covers 2 x 2 latent pixels."""
+    """Return the number of target tokens; a token covers 2 x 2 latent pixels."""
     return latent_frames * (height // 2) * (width // 2)
 
 

@@ -94,7 +94,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
 
 
 def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
-    """Return the dimensions. Raises CheckpointError if they are not those of the model."""
+    """Return a transformer's dimensions; raise CheckpointError if they are not HunyuanImage's."""
     dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
@@ -149,7 +149,7 @@ class HunyuanImageFiles(TransformerFiles):
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
-        """Return the files with the options of the VAE."""
+        """Return a copy of these files with the VAE's options added."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 

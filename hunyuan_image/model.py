@@ -161,7 +161,7 @@ class HunyuanImageModel(BlockNetwork):
         return tokens, [sum(sample_counts) for sample_counts in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
+        """Project tokens B L+J C to the velocity, B out_dim H W float32."""
         pixels = self.final_layer(x[:, : tokens.video], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
 

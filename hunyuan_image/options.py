@@ -85,7 +85,7 @@ _LAST_PLAIN: Mapping[str, Any] = {
 
 
 class ProjectedGuidanceOptions(Options):
-    """Settings of projected guidance: its first step, and the fraction of contrast that it removes."""
+    """Options of projected guidance: its first step, and the fraction of contrast that it removes."""
 
     apg_start_step_ocr: int = option(
         "last step, from 0, with plain guidance if the prompt has a text in quotation marks; later ones have "

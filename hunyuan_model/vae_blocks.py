@@ -143,6 +143,7 @@ class HunyuanCausalConv(nn.Module):
             if out is None:
                 if stop - start == frames:  # the only piece
                     return piece
+                # the first piece shows batch and channels
                 size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)
             part = out[:, :, start:stop]
@@ -302,7 +303,7 @@ class CausalLevel(nn.Module):
 
 
 class CausalMiddle(nn.Module):
-    """A residual block, attention, a residual block."""
+    """Layers at the lowest resolution: a residual block, attention, and another residual block."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()

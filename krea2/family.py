@@ -117,7 +117,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance of raw or of Turbo."""
+        """Return the default size, steps and guidance of raw or Turbo."""
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
@@ -245,7 +245,7 @@ class Krea2(pictures.ModelOfImages):
         return replace(prepared, flow_shift=flow_shift)
 
     def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return the flow shift of an image. `levels` are the values of mu, y1 and y2 in the request."""
+        """Return an image's flow shift; `levels` are the request's values of mu, y1 and y2."""
         if "mu" in levels:
             return math.exp(levels["mu"])
         if self.is_turbo and not levels:

@@ -83,7 +83,7 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
 
 
 def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
-    """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
+    """Return the number of blocks in a list; raise CheckpointError if the release has more."""
     number = shapes.blocks(name)
     minimum = dict(released).get(name, 0)
     if number < minimum:

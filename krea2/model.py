@@ -88,7 +88,7 @@ class GatedAttention(GroupedAttention):
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
+        """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
         query = in_own_dtype(self.wq, x).unflatten(-1, (-1, self.head_width))
         key = in_own_dtype(self.wk, x).unflatten(-1, (-1, self.head_width))
         value = in_own_dtype(self.wv, x).unflatten(-1, (-1, self.head_width))
@@ -216,7 +216,7 @@ class Table(nn.Module):
 
 
 class Krea2Block(StreamBlock):
-    """Block in which image and text attend to each other, modulated by the time."""
+    """Block with joint attention of image and text tokens, modulated by the timestep."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__(config)
@@ -303,12 +303,13 @@ class Krea2Model(BlockNetwork):
     dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
         dim, text_dim = config.dim, config.text_dim
         self.first = nn.Linear(config.channels * PATCH**2, dim)
+        # the Identity stands for GELU, so that layers keep the file's numbers
         self.tmlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim))
         self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
         self.txtfusion = TextFusion(config)
@@ -483,7 +484,7 @@ class Krea2Model(BlockNetwork):
         return torch.cat([rows, time], dim=1).unflatten(1, (ROWS + 1, -1))
 
     def embed_text(self, states: Tensor, lengths: Lengths | None) -> Tensor:
-        """Return text tokens B T C of a language model's states B T n text_dim."""
+        """Embed a language model's states, B T n text_dim, as text tokens B T C."""
         norm, first, _, second = self.txtmlp
         fused = self.txtfusion(states, self.attention, lengths)
         return in_own_dtype(second, gelu(in_own_dtype(first, norm(fused))))

@@ -113,7 +113,7 @@ class AudioVae:
         return (self._network.encode(mel).latent_dist.mode() - mean) / std
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's audio, cut or with silence added, B C T M with T as `latent_count`.
+        """Encode a clip's audio, cut or padded with silence, as B C T M with T from `latent_count`.
 
         `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
@@ -121,7 +121,7 @@ class AudioVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the mel spectrogram, B 2 4T-3 M float32, of normalized latents, B C T M on any device."""
+        """Decode normalized latents, B C T M, to a mel spectrogram, B 2 4T-3 M float32."""
         mean, std = self._statistics()
         return self._network.decode(latents.to(self.device).float() * std + mean).sample
 
@@ -182,7 +182,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the vocoder of LTX-2 or LTX-2.3: official file, or diffusers' layout.
+    """Plan how to load the vocoder of LTX-2 or LTX-2.3, from an official file or a diffusers folder.
 
     `option` is the option that named the file. The settings are those of a vocoder with bandwidth extension
     if they have `bwe_in_channels`. Raises CheckpointError for any other file.
@@ -191,7 +191,7 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
     rejection = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
     shape = shapes_of(checkpoint, sources, rejection)
-    if "upsamplers.0.weight" in sources:
+    if "upsamplers.0.weight" in sources:  # LTX-2: no bandwidth extension
         settings = _read_generator(shape, sources, "", rejection)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:

@@ -48,7 +48,7 @@ class RequestReferences:
 
 @dataclass(frozen=True)
 class AudioReferenceRules:
-    """How the network sees audio references."""
+    """How the network attends to audio references."""
 
     is_before: bool = False  # as in `LtxAudioReferences`
     # in training alone, as in `LtxAudioReferences`

@@ -52,7 +52,7 @@ class LtxReferences:
 
 @dataclass(frozen=True)
 class LtxAudioReferences(LtxReferences):
-    """References of audio, B Z T K each, clean, whose tokens come before the audio's."""
+    """Clean audio references, B Z T K each, whose tokens precede the audio's."""
 
     is_before: bool = False  # they end before the audio begins; else they begin with it
     is_hidden_from_video: bool = False  # the video does not attend to them
@@ -66,7 +66,7 @@ class LtxAudioReferences(LtxReferences):
 
 @dataclass(frozen=True)
 class CrossInputs:
-    """Inputs of a stream for the attention between the streams."""
+    """Inputs of a stream's attention to the other stream."""
 
     rotary: Tensor  # by time only, L N D/2 2
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
@@ -101,7 +101,7 @@ class Stream:
         return self.rotary.shape[-4]
 
     def cut(self, part: "TokenPart") -> "Stream":
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs for the tokens that one process computes."""
         cross, split = self.cross, self.split
         if cross is not None:
             cross = replace(cross, rotary=part.rows(cross.rotary))
@@ -167,7 +167,7 @@ class LtxTokens:
 
 
 class LtxAttention(nn.Module):
-    """Attention from one kind of tokens to another; q and k are normalized over all heads."""
+    """Attention from one set of tokens to another; q and k are normalized over all heads together."""
 
     def __init__(
         self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
@@ -197,7 +197,7 @@ class LtxAttention(nn.Module):
         return self._rotate_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
-        """Return the values of x, B L N D."""
+        """Project x to values, B L N D."""
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class LtxAttention(nn.Module):
 
 
 def norm_tokens(x: Tensor) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the channels, in the dtype of x."""
+    """Apply RMSNorm without weights over the channels, in the dtype of x."""
     return functional.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -269,7 +269,7 @@ class LtxBlock(nn.Module):
     def see_itself_and_text(
         self, names: StreamNames, x: Tensor, tokens: LtxTokens, rows: Sequence[Tensor]
     ) -> Tensor:
-        """Add to a stream, B L C, its attention to itself and to its text; `rows` are its `_split_rows`."""
+        """Add self-attention and cross-attention to text to a stream, B L C; `rows` are its `_split_rows`."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
         shift, scale, gate, _, _, _, *text_rows = rows

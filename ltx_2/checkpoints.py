@@ -73,7 +73,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 
 
 def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
-    """Return the dimensions that the tensors and the record of settings show.
+    """Read a transformer's dimensions from its tensors and settings.
 
     Raises CheckpointError for missing tensors, and as `_read_fields`.
     """
@@ -138,7 +138,7 @@ def _read_gate_time(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a boolean setting; without it `default`, which the tensors show.
+    """Return a boolean setting; if it is missing, `default`, which the tensors imply.
 
     Raises ValueError if it is neither true nor false. If the setting contradicts the tensors, loading reports
     the tensors.

@@ -99,7 +99,7 @@ class LtxConfig:
 
     @property
     def kind(self) -> str:
-        """Release that the dimensions belong to: 2.0, 2.3 or 2.5."""
+        """Return the release with these dimensions: 2.0, 2.3 or 2.5."""
         is_new = self.marks_first or not self.video.ff_bias
         if is_new:
             return "2.5"

@@ -115,12 +115,13 @@ def open_connectors(path: Path, gemma: Path) -> Checkpoint:
 
 
 def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:
-    """Plan how to load the connectors of these streams, from the official file or diffusers' folder.
+    """Plan how to load the text connectors of the given streams, from an official file or diffusers' folder.
 
     Raises CheckpointError if the file has none, or is damaged.
     """
     parts = checkpoint.select_by_prefix(*PARTS)
     sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
+    # files of all releases have the video stream
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
         raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
     damaged = CheckpointError(
@@ -252,7 +253,7 @@ class Connector(nn.Module):
         self.transformer_1d_blocks = nn.ModuleList(ConnectorBlock(config) for _ in range(config.num_layers))
 
     def forward(self, text: Tensor, rows: int) -> Tensor:
-        """Return T S of a text, L S. `rows` is T, a multiple of the number of registers."""
+        """Transform a text, L S, to T S; `rows` is T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
         rotary = make_row_table(

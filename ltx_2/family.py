@@ -173,7 +173,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Format of the audio latents; None if the run has no audio."""
+        """Return the format of the audio latents; None if the run has no audio."""
         audio = super().audio
         if audio is None:
             return None
@@ -183,7 +183,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def version(self) -> str:
-        """Release of the transformer's file; "2.3" without a transformer."""
+        """Return the release of the transformer's file; "2.3" without a transformer."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
 
     @property
@@ -225,6 +225,7 @@ class Ltx2(Ltx2Media):
             names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
+        # references of unscaled size are recorded only if the training is known to use them
         is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
@@ -237,11 +238,11 @@ class Ltx2(Ltx2Media):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the texts of both streams, as far as used, and their mask."""
+        """Return the cache keys of the used streams' text states, and of their mask."""
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media: references of LTX-2 have keys of their own."""
+        """Raise DatasetError if a table has control media: references of LTX-2 have separate keys."""
         if table.has_control:
             raise DatasetError(
                 f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
@@ -278,7 +279,7 @@ class Ltx2(Ltx2Media):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and note the LoRAs that only one stage uses."""
+        """Load the transformer, and record which LoRAs only one stage uses."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
@@ -381,7 +382,7 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve sizes, guidance, references, audio and stages of a request."""
+        """Check a request; fill in its size, guidance, references, audio and stages."""
         self.files.check(("dit",))
         if not self.files.has_images:
             self._reject_images(request)
@@ -389,6 +390,7 @@ class Ltx2(Ltx2Media):
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
         media = media_of(self.given, request)
         self._check_media(request, media)
+        # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.whole(self.latent)
         width, height, frames = size_of(request, self.defaults)
         frames = full_frames(frames, latent)
@@ -524,7 +526,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return the metadata of outputs about conditioning media, references and stages."""
+        """Return output metadata about given media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -595,6 +597,7 @@ class Ltx2(Ltx2Media):
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
+        # any medium that gives frames of the result
         clip = (
             request.image_path
             or self.drive_video
@@ -619,7 +622,7 @@ class Ltx2(Ltx2Media):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the image (as first latent frame) or the driving video, and references, on the CPU."""
+        """Encode the first image or the driving video, and the references; all results are on the CPU."""
         if not prepared.stages:
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}

@@ -94,7 +94,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def has_sound(self) -> bool:
-        """Whether the run has audio."""
+        """Return whether the run has audio."""
         return AUDIO in self.streams
 
     @property
@@ -134,7 +134,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def vae_path(self) -> Path:
-        """Path of the video VAE: its option, else the released file or folder."""
+        """Return the video VAE's path: its option, else the released file or folder."""
         return self._find_part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
 
     @property
@@ -201,7 +201,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _check_default_audio(self) -> None:
-        """Raise OptionError if the transformer takes other audio latents than the releases' VAEs make."""
+        """Raise OptionError if the transformer takes other audio latents than the released VAEs produce."""
         stream = None if self.dit is None else self.dit_header().config.audio
         default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // JOINED
         if stream is not None and stream.channels != default:
@@ -223,19 +223,22 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return Gemma with the connectors; their files are opened when they are loaded."""
+        """Return the text encoder: Gemma with the connectors; weights are read later."""
         # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
         # the projections
-        apart, gemma = self.connectors, None
-        if apart is not None and read_once(require_file(apart, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+        connectors_path, gemma_path = self.connectors, None
+        if connectors_path is not None and read_once(
+            require_file(connectors_path, gemma_4.OPTION, ""), gemma_4.is_gemma_4
+        ):
             if self.gemma not in (None, GEMMA):
                 raise OptionError(
-                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {apart}. Leave "
+                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {connectors_path}. Leave "
                     "--gemma_root or --gemma_safetensors out"
                 )
-            apart, gemma = None, apart
-        if gemma is None:
-            near = apart or self.checkpoint
+            connectors_path, gemma_path = None, connectors_path
+        if gemma_path is None:
+            # without Gemma's file, the file next to it shows which Gemma it needs
+            near = connectors_path or self.checkpoint
             is_missing = self.gemma is not None and not self.gemma.exists()
             if is_missing and near and near.is_file() and read_once(near, gemma_4.wanted_gemma):
                 raise OptionError(
@@ -243,18 +246,18 @@ class Ltx2Files(TransformerFiles):
                     f"{gemma_4.OPTION}"
                 )
             folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-            gemma = inside(folder, "text_encoder")
-        connectors = self._find_part(apart, gemma_4.OPTION, "connectors", "it joins texts")
-        gemma_4.check_version(connectors, gemma)
+            gemma_path = inside(folder, "text_encoder")
+        connectors = self._find_part(connectors_path, gemma_4.OPTION, "connectors", "it joins texts")
+        gemma_4.check_version(connectors, gemma_path)
         return Ltx2TextEncoder(
-            gemma,
+            gemma_path,
             connectors,
             dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
             streams=self.streams,
-            use=gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,
+            use=gemma_4.GEMMA_4_USE if read_once(gemma_path, gemma_4.is_gemma_4) else GEMMA_USE,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -346,7 +349,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file; if they differ, warn or raise OptionError, as options say."""
+    """Compare --ltx_version with the file; if they differ, warn or raise OptionError as the options say."""
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"

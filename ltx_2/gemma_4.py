@@ -125,7 +125,7 @@ def _own_version(checkpoint: Checkpoint) -> str | None:
 
 
 def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
-    """Return the version of Gemma that the metadata, or else config.json, names."""
+    """Return the Gemma version in the metadata or else in config.json; None if neither names it."""
     try:
         settings = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
         if not settings and key == CONFIG:

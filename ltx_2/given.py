@@ -74,21 +74,21 @@ class Extension:
     suffix_p: float
     is_one_draw: bool
 
-    def mark(self, count: int, draws: Tensor, who: Sequence[str], what: str) -> Tensor:
-        """Return the given latents of each sample, B count bool.
+    def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
+        """Draw which first and last latents of each sample are given, B count bool.
 
         Args:
             count: Number of latents in a row.
             draws: Two random numbers for each sample, 2 B.
-            who: Names of the samples, for messages.
-            what: What the latents are, for messages.
+            sample_names: Names of the samples, for messages.
+            unit: Plural name of the latents, for messages.
         """
         prefix_draws = draws[0]
         suffix_draws = prefix_draws if self.is_one_draw else draws[1]
         if self.prefix + self.suffix >= count:
             raise DatasetError(
-                f"{who[0]} has {count} {what}, and {self.prefix} at its start and {self.suffix} at its end "
-                "are given: nothing would be learned. Give fewer, or longer clips"
+                f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
+                f"{self.suffix} at its end are given: nothing would be learned. Give fewer, or longer clips"
             )
         is_prefix = mark_ends(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
         is_suffix = mark_ends(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
@@ -154,7 +154,7 @@ class AnchorRule:
 
 
 def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
-    """Return which are the `count` lowest numbers of each row, bool."""
+    """Return a bool mask of the `count` lowest values in each row."""
     return ranks.argsort(1).argsort(1) < count
 
 
@@ -189,7 +189,7 @@ class KeyframeRule:
 
 @dataclass(frozen=True)
 class GivenRules:
-    """Which parts of clips a training gives; see `protocols.family.GivesTokens`."""
+    """Rules by which a training gives parts of clips; see `protocols.family.GivesTokens`."""
 
     ends: Extension | None = None
     region: MaskRule | None = None
@@ -270,7 +270,7 @@ class GivenRules:
         ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
-        """Return the given share of each video latent, B 1 F H W int16; None without rules for video."""
+        """Return each video latent's given share, 0 to WHOLE, B 1 F H W int16; None without video rules."""
         if not (self.ends or self.region or self.mask or self.anchors):
             return None
         samples, _, frames, rows, columns = batch.tensor("latents").shape
@@ -283,6 +283,7 @@ class GivenRules:
         if self.mask is not None:
             is_drawn = draws[3] < self.mask.probability
             is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
+        # anchors may keep only a fraction; where rules overlap, the larger share counts
         shares = is_given * WHOLE
         if self.anchors is not None and frames > 1:
             marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
@@ -330,7 +331,7 @@ class GivenRules:
 
 @dataclass(frozen=True)
 class BatchGuide:
-    """An image that guides each clip of a batch."""
+    """A guide image for each clip of a batch."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
@@ -410,7 +411,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
 
 
 def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
-    """Warn of samples in which the conditions together give every latent, so that nothing is learned."""
+    """Warn about samples whose conditions give every latent, so that nothing is learned."""
     if shares is None:
         return
     for key, share in zip(keys, shares, strict=True):
@@ -453,7 +454,7 @@ def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
 
 
 def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
-    """Return how clips are extended in training: given frames at both ends; None if no end is drawn."""
+    """Return how many frames a training gives at both ends of clips; None if neither end is used."""
 
     def read(name: str) -> Any:
         return getattr(options, f"ltx2_{kind}extend_{name}")

@@ -186,9 +186,9 @@ class GivenImages:
         return self.clean.shape[2]
 
     def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = WHOLE) -> None:
-        """Keep a share of latents 1 C f H W from the latent frame `first` on.
+        """Mark latents, 1 C f H W, as given with a share, from the latent frame `first` on.
 
-        It is kept where `is_kept`, broadcast to f H W.
+        Only positions where `is_kept`, broadcast to f H W, is true are marked.
         """
         kept_frames = slice(first, first + clean.shape[2])
         is_kept = is_kept.expand(clean.shape[2:])
@@ -301,7 +301,7 @@ def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> 
 
 
 def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Return a mask of the latents that overlap an interval.
+    """Return a mask of latents that overlap an interval in seconds.
 
     `starts` and `ends` are the times of each latent, in seconds.
     """
@@ -337,7 +337,7 @@ def encode_given_audio(
 
 
 class _KeptAudio(NamedTuple):
-    """Audio of a file, of which a part is kept."""
+    """Audio of a file, part of which is given."""
 
     samples: Tensor  # 1 channels S
     is_kept: Tensor  # by latent step, bool

@@ -44,7 +44,7 @@ class PlacedImage:
 
 
 class Ltx2GivenMedia(Options, title="given parts of the result"):
-    """Parts of the result that are kept from other media, for a LoRA that has learned to make the rest."""
+    """Parts of the result that are taken from other media, for a LoRA trained to generate the rest."""
 
     extend_prefix: Path | None = _file(
         "continue this clip or image: its last frames are the start of the result"
@@ -171,7 +171,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def keyframes(self) -> tuple[PlacedImage, ...]:
-        """Images of --keyframe, at frames."""
+        """Return the images of --keyframe with their frame indices."""
         return tuple(read_placed_image("keyframe", text) for text in self.keyframe or ())
 
     @property
@@ -264,7 +264,7 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
 
 
 def read_interval(name: str, text: str | None) -> tuple[float, float] | None:
-    """Return the start and the end, in seconds, that an option names; None without a text."""
+    """Parse an option's start and end in seconds; None if the option is not set."""
     if text is None:
         return None
     try:

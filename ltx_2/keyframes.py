@@ -181,7 +181,7 @@ def append_learned(
     if given.keyframe_noise is not None:
         kept_share = clean_fraction(shares, keyframes)
         levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept_share)
-        # a clip that does not see a keyframe gets noise alone for it, as the clip itself would be in it
+        # a clip that may not see a keyframe gets pure noise for it: the clean one would show what is to learn
         levels = levels.masked_fill(kept_share == 0, 1)
         noise = given.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)

@@ -28,7 +28,7 @@ class Ltx2Media(OneTransformer):
 
         @property
         def files(self) -> Ltx2Files:
-            """Files of the run."""
+            """Return the model files of the run."""
 
         @property
         def name(self) -> str:
@@ -81,7 +81,7 @@ class Ltx2Media(OneTransformer):
         return networks[0].encode_clip(samples, frames, fps)
 
     def decode_audio(self, networks: tuple[AudioVae, Vocoder | None], latents: Tensor) -> Audio:
-        """Decode latents 1 C T M to a track, by way of a mel spectrogram."""
+        """Decode audio latents, 1 C T M, to a track: first to a mel spectrogram, then to samples."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
         return Audio(vocoder.decode(vae.decode(latents))[0], vocoder.rate)

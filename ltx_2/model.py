@@ -47,7 +47,7 @@ Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one fo
 
 
 class TimeModulation(nn.Module):
-    """Embeds the sinusoids of timesteps, and computes shifts, scales and gates from them, float32."""
+    """Embed timesteps' sinusoids, and compute shifts, scales and gates from them in float32."""
 
     def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TimeModulation(nn.Module):
         self.linear = nn.Linear(dim, rows * dim)
 
     def forward(self, waves: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows, n R C, and embedded times, n C, of the sinusoids of n timesteps, n freq_dim."""
+        """Return modulation rows, n R C, and time embeddings, n C, from sinusoids, n freq_dim."""
         layers: Any = self.emb["timestep_embedder"]
         time = run_float32(layers["linear_2"], functional.silu(run_float32(layers["linear_1"], waves)))
         rows = run_float32(self.linear, functional.silu(time))
@@ -80,7 +80,7 @@ class StreamInputs:
 
     @cached_property
     def waves(self) -> Tensor:
-        """Sinusoids of the timesteps, B freq_dim, which several layers embed."""
+        """Return the timesteps' sinusoids, B freq_dim, which several layers embed."""
         return self.make_waves(self.timesteps)
 
     def make_waves(self, timesteps: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class LtxModel(nn.Module):
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
             parts[f"{prefix}caption_projection"] = TwoLayers("linear_1 linear_2", sizes, gelu)
-        # shift, scale and gate of each sublayer: the attention to the text may have none
+        # shift, scale and gate of self-attention, feed-forward and, in some releases, attention to the text
         parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
         if config.modulates_text and config.times_text:
             parts[f"{prefix}prompt_adaln_single"] = modulation(2)
@@ -352,7 +352,7 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the embedded texts of a stream, B T C each, for attention to them."""
+        """Embed a stream's texts for cross-attention, B T C each."""
         if not self.config.projects_text:
             return texts
         layer = self._get_layer(names, "caption_projection")
@@ -413,10 +413,9 @@ class LtxModel(nn.Module):
         return velocities
 
     def _mark_single_frames(self, x: Tensor, inputs: StreamInputs) -> Tensor:
-        """Add the learned mark to the tokens of x, B L C, whose latent frame is generated as one pixel frame.
+        """Add the learned embedding to tokens of x, B L C, whose latent frame covers a single pixel frame.
 
-        These are the first latent frame and keyframes that are made; references and given images are not
-        marked.
+        These are the first latent frame and generated keyframes; references and given images are not marked.
         """
         before = sum(inputs.references.counts)
         count = inputs.latents.shape[-1] * inputs.latents.shape[-2]  # tokens of a latent frame

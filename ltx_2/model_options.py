@@ -80,7 +80,7 @@ class Ltx2TextOptions(Options):
 
     @property
     def gemma(self) -> Path:
-        """Path of Gemma: the single file, else the folder."""
+        """Return Gemma's path: the single file if given, else the folder."""
         return self.gemma_safetensors or self.gemma_root
 
     @property

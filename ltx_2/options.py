@@ -156,7 +156,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
     @property
     def audio_files(self) -> tuple[str, Path | None] | None:
-        """The option that takes audio from files, and their folder; None if audio is in the clips."""
+        """Return the option for separate audio files and their folder; None if audio is in the clips."""
         if self.ltx2_audio_source == "video":
             return None
         return "--ltx2_audio_source audio_files", self.ltx2_audio_dir
@@ -198,7 +198,7 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
 
 class Ltx2SigmaOptions(Options):
-    """How --timestep_sampling shifted_logit_normal draws noise levels: a normal number, shifted by length."""
+    """Options of shifted_logit_normal, which draws levels from a normal distribution shifted by length."""
 
     shifted_logit_mode: str | None = option(
         "legacy: as LTX-2 2.0 was trained; stretched: as 2.3, from 0 to 1, with a fraction of uniform "
@@ -353,7 +353,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def strategy(self) -> ReferenceStrategy:
-        """Which references are taken: by --ic_lora_strategy, else by the preset of its name."""
+        """Return which references are used, from --ic_lora_strategy or else the preset of that name."""
         return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[1]
 
     @property
@@ -474,7 +474,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Copy options with names of the official script into the shared record; return both records.
+    """Copy options under the official script's names into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -511,7 +511,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the selected attention modes, by option name. Raises OptionError if they differ.
+    """Return the selected attention modes by option name; raise OptionError if they differ.
 
     `values` are the shared options. A preset's mode gives way to an option of the official script.
     """

@@ -69,9 +69,10 @@ def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
 def check_references(
     paths: Sequence[Path], mask: Path | None, frames: int, rules: ReferenceRules, latent: LatentSpec
 ) -> None:
-    """Decode references and their mask for a target of `frames`, before a text encoder is loaded.
+    """Decode references and their mask once, to find errors before a text encoder is loaded.
 
-    Raises MediaError if one cannot be decoded, OptionError if the mask is shorter than a reference.
+    `frames` is the length of the result. Raises MediaError if one cannot be decoded, OptionError if the mask
+    is shorter than a reference.
     """
     for path in paths:
         count = 1 if is_still(path) else count_frames_up_to(path, frames)
@@ -83,7 +84,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if a mask has fewer than the `needed` frames that are encoded of a reference."""
+    """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
@@ -92,12 +93,12 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
 
 
 def reference_key(number: int) -> str:
-    """Return the name of a reference's latents in caches."""
+    """Return the cache key of a reference's latents."""
     return f"{REFERENCE_LATENTS}_{number}"
 
 
 def references_of(cond: Conditions) -> tuple[Tensor, ...]:
-    """Return the latents of references among conditions, B C f h w each, in order."""
+    """Return the reference latents among conditions, B C f h w each, in order."""
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
     references = [cond[name] for name in names]
     return tuple(latents for latents in references if isinstance(latents, Tensor))
@@ -109,7 +110,7 @@ def join_tokens(references: Sequence[Tensor]) -> Tensor:
 
 
 def pack(picture: Tensor, tokens: Tensor) -> Tensor:
-    """Append tokens of references, B C N, to latents, B C F H W, padded with zeros to whole frames."""
+    """Append reference tokens, B C N, to latents, B C F H W, padding with zeros to whole frames."""
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
@@ -122,14 +123,14 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DenoisedReferences:
-    """References, as tokens B C N, that are denoised together with the video, after its frames."""
+    """Reference tokens, B C N, that are denoised together with the video and follow its frames."""
 
     clean: Tensor
     noisy: Tensor
     strength: float  # fraction of the clean reference at the start; the rest is noise
 
     def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy tokens as latents of the shapes of `references`, B C f h w each."""
+        """Return the noisy reference tokens in the shapes of `references`, B C f h w each."""
         counts = [latents[0, 0].numel() for latents in references]
         parts = self.noisy.split(counts, dim=2)
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]

@@ -305,7 +305,7 @@ GENERATION: Table = {
 
 
 def declare_all(record: R, table: Table) -> R:
-    """Add the options of a table to a record and return it."""
+    """Add a table's options to a record and return it."""
     for reason, words in table.items():
         make: Callable[..., Rejection] = not_needed if reason.endswith(".") else unsupported
         for word in words.split():

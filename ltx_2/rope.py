@@ -46,7 +46,7 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 
 
 def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
-    """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
+    """Return each latent's start and end in seconds: a tensor per frame rate, or one for audio."""
     if not places.fps:
         frames = place_latents(places.grid[0], MEL_STRIDE, is_causal=True)
         if places.is_before:
@@ -77,7 +77,7 @@ def make_row_table(rows: int, longest: float, width: int, heads: int, device: to
 
 
 def place_latents(count: int, stride: int, is_causal: bool = False) -> Tensor:
-    """Return start and end of each latent in frames or pixels, count 2; a causal first latent covers one."""
+    """Return start and end of each latent, count 2; with `is_causal`, the first covers a single frame."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
 

@@ -88,7 +88,7 @@ class TwoStages:
         return UpscalerGrowth(frames, side)
 
     def whole(self, latent: LatentSpec) -> LatentSpec:
-        """Return the latent space with the steps of size and length that both stages can generate."""
+        """Return the latent space with size and length steps that both stages can generate."""
         growth = self.growth(latent)
         return replace(
             latent,
@@ -152,9 +152,9 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return functions that load the upscalers, and the shapes of their inputs.
+        """Return a loader for each upscaler, with the shape of the latents that it receives.
 
-        `shape` is that of the first stage's latents, B C F H W.
+        `shape` is the shape of the first stage's latents, B C F H W. Upscalers run in order.
         """
         loaders = []
         for option, path in self.upscalers.items():

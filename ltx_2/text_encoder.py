@@ -271,7 +271,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return all_conditions
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
-        """Return the conditions with the rows of texts scaled by their weights."""
+        """Return the conditions with each text row scaled by its weight."""
         texts = {prompt_key(stream) for stream in self.streams}
         return {
             name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()

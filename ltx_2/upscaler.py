@@ -79,7 +79,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _scale(checkpoint: Checkpoint, option: str) -> float:
-    """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError if it is not 1.5."""
+    """Return a resampler's scale, whose numerator is 3; raise CheckpointError if it is not 1.5."""
     settings = read_settings(checkpoint, "", DIFFUSERS_CLASS)
     scale = settings.get("rational_spatial_scale", settings.get("spatial_scale"))
     if scale != 1.5:
@@ -92,7 +92,7 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
 
 
 class UpscalerGrowth(NamedTuple):
-    """The factors by which upscalers multiply the frames and the sides of a clip."""
+    """Factors by which upscalers multiply a clip's frames and its height and width."""
 
     frames: int
     side: Fraction

@@ -64,12 +64,12 @@ class HalfConfig:
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
-        """The changes of resolution, in computing order."""
+        """Return the changes of resolution, in computing order."""
         return tuple(part for part in self.parts if isinstance(part, Resampling))
 
     @property
     def factors(self) -> Factors:
-        """Product of the factors of all resamplings: frames, rows, columns."""
+        """Return the product of all resampling factors: frames, rows, columns."""
         frames, rows, columns = (prod(part.factors[axis] for part in self.resamplings) for axis in range(3))
         return frames, rows, columns
 
@@ -85,34 +85,34 @@ class VideoVaeConfig:
 
     @property
     def stride(self) -> Factors:
-        """Frames, rows and columns of pixels for each latent."""
+        """Return how many frames, rows and columns of pixels a latent covers."""
         frames, rows, columns = self.encoder.factors
         return frames, rows * self.patch, columns * self.patch
 
 
 class ClipMemory:
-    """Frames that layers need again with the next chunk. Use one for each clip."""
+    """Frames that layers need again for the next chunk of a clip; each clip has its own."""
 
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()
 
     def take(self, layer: nn.Module) -> Tensor | None:
-        """Return and forget the frames that a layer kept; None if it kept none."""
+        """Return and remove the frames that a layer stored; None if there are none."""
         return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Keep a copy of `frames`, so that the tensor they are part of can be freed."""
+        """Store a copy of `frames`, so that the tensor they are part of can be freed."""
         self._frames[layer] = frames.clone()
 
     def starts(self, layer: nn.Module) -> bool:
-        """Return True at the first call for that layer, then False."""
+        """Return whether this is the first call for a layer."""
         is_first = layer not in self._started
         self._started.add(layer)
         return is_first
 
     def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
-        """Append x to the waiting frames; return the first `frames` of them, and keep the rest.
+        """Append x to the waiting frames; return the first `frames` of them, and store the rest.
 
         This keeps a shortcut in step with convolutions that look ahead.
         """
@@ -153,7 +153,7 @@ class ClipConv(nn.Module):
         return conv3d(self.conv, joined)
 
     def _join(self, frames_before: Tensor | None, x: Tensor) -> Tensor:
-        """Return x after the frames before it; None repeats the first frame of x instead.
+        """Prepend the frames before x (None: copies of its first frame), and mirror borders if needed.
 
         The result is written into one tensor, so that no concatenation copies x again.
         """
@@ -276,7 +276,7 @@ def _unfold(x: Tensor, factors: Factors) -> Tensor:
 
 
 class ResidualBlocks(nn.Module):
-    """A numbered list of residual blocks, as the official file names it."""
+    """Numbered list of residual blocks, named as in the official file."""
 
     def __init__(self, part: BlockGroup, half: HalfConfig) -> None:
         super().__init__()
@@ -315,7 +315,7 @@ class VideoVaeEncoder(nn.Module):
 
 
 class VideoVaeDecoder(nn.Module):
-    """Decode latents of a clip to pixels, a latent frame at a time."""
+    """Decode a clip's latents to pixels, one latent frame at a time."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ class Lumina(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and masks. Raises CacheError if they are missing or do not fit."""
+        """Return the captions' states and masks; raise CacheError if they are missing or do not fit."""
         remedy = "lumina_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim

@@ -68,7 +68,7 @@ class H3AudioVae:
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
-        """Return the normalized means of the posterior, B Z 2 A float32, on the VAE's device.
+        """Encode audio to normalized posterior means, B Z 2 A float32, on the VAE's device.
 
         `waveform` is B 2 S in -1..1 at `rate`, on any device. Silence is added to fill the last latent.
         """
@@ -78,7 +78,7 @@ class H3AudioVae:
         return ((means - mean) / std).unflatten(0, (-1, CHANNELS)).transpose(1, 2)
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's audio, cut or with silence added, B Z 2 A with A as `latent_count`.
+        """Encode a clip's audio, cut or padded with silence, as B Z 2 A with A from `latent_count`.
 
         `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
@@ -157,9 +157,9 @@ def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
 
 
 def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
-    """Return the settings of the decoder.
+    """Return the audio decoder's settings from its tensor shapes.
 
-    The rate of a stage follows from its kernel, which is 2 * rate or 2 * rate - 1.
+    An upsampling rate follows from its kernel, whose size is 2 * rate or 2 * rate - 1.
     """
     kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
     block_kernels = []

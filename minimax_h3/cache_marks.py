@@ -135,7 +135,7 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
 
 
 def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write the states of the empty prompt in the format of other trainers.
+    """Write the empty prompt's states in the file format of other trainers.
 
     `tensors` are those of the cache of the prompt `text`.
     """

@@ -108,7 +108,7 @@ def encode_references(
     frames: int,
     sizes: ReferenceSizes,
 ) -> dict[str, Tensor]:
-    """Return the latents of the references of an item by name, each without a batch axis.
+    """Encode the references of a dataset item to latents by name, each without a batch axis.
 
     `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
     """

@@ -49,12 +49,12 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Return the caption for a teacher that has the clip and its audio as references and has to copy them."""
+    """Rewrite a caption for a teacher that has the clip and its audio as references to copy."""
     return _COPIED + caption
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Return the caption for a teacher that has images of the subjects and copies only their looks.
+    """Rewrite a caption for a teacher that takes only the subjects' looks from images.
 
     `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
     """
@@ -207,7 +207,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
 
 @functools.cache  # cached, because uses are compared by identity
 def _make_use(blank: str) -> LanguageUse:
-    """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
+    """Return how the text encoder is used, with `blank` in place of an empty prompt."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
 

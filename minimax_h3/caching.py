@@ -65,7 +65,7 @@ class H3Caching:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Settings that latents depend on, in addition to files and VAEs."""
+        """Return the caching settings on which latents depend, besides files and VAEs."""
         identity = {**dict(self.declared), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
@@ -209,7 +209,7 @@ class H3Caching:
 
 
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
-    """Return a sample of the posterior of a clip, 1 3 F H W, normalized: 1 C f h w float32.
+    """Encode a clip, 1 3 F H W, to a normalized posterior sample, 1 C f h w float32.
 
     `owner` seeds the sample; see `posterior_generator`.
     """

@@ -78,7 +78,7 @@ def find_layout(path: Path) -> str:
 
 
 def find_task(path: Path) -> str | None:
-    """Return the task in a transformer's name, "fl2va" (includes text to video) or "ref2va"; else None.
+    """Return the task in a transformer's file name, "fl2va" (or text to video) or "ref2va"; else None.
 
     The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
     """
@@ -121,7 +121,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 
 
 def _reject_other_model(path: Path) -> None:
-    """Raise CheckpointError for a model with the same tensors, which only the file's name shows."""
+    """Raise CheckpointError if the file name shows another model with the same tensors."""
     what = kind_by_name(path, is_sharded(path))
     if what is not None:
         raise CheckpointError(
@@ -132,7 +132,7 @@ def _reject_other_model(path: Path) -> None:
 
 
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the frequencies of positions on each axis that the file records; None if it does not.
+    """Return the recorded number of rotary frequencies per axis; None if none is recorded.
 
     A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
     Raises CheckpointError if the value is not a whole number.
@@ -213,7 +213,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mappin
 def _make_stackers(
     checkpoint: Checkpoint, header: DitHeader[H3Config]
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return functions that stack rows, for each tensor with interleaved rows, by name."""
+    """Return, by tensor name, functions that reorder interleaved rows into stacked ones."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)

@@ -209,10 +209,7 @@ class MiniMaxH3(OneTransformer):
             self.caching.check_table(table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None, because clips are cached as a whole.
-
-        Raises MediaError if the model does not take the length.
-        """
+        """Return None, because clips are cached as a whole; raise MediaError if the length is invalid."""
         if self.caching is not None:
             self.caching.check_span(table, frames)
         return None
@@ -269,7 +266,7 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states. Raises CacheError if they come from another text encoder."""
+        """Return text states, tags and media conditions; raise CacheError if they do not fit the files."""
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
@@ -281,9 +278,11 @@ class MiniMaxH3(OneTransformer):
                 "option out, or give tables of pictures alone"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
+        # plain text to video has no media conditions
         if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
             return texts
         if batch.view:
+            # a teacher's pass: its own text states in place of the caption's
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
@@ -474,7 +473,7 @@ class MiniMaxH3(OneTransformer):
         return not prepared.family_record.media.is_empty
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return latents of keyframes and references, not noised yet, and the position of a single image.
+        """Encode keyframes and references to clean latents; for a single image, add the time positions.
 
         Raises MediaError if a file cannot be read, or a video is too short.
         """
@@ -482,6 +481,7 @@ class MiniMaxH3(OneTransformer):
         conditions = self._encode_references(encoders, prepared)
         keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
         keys += [control_key(number) for number in range(len(media.controls))]
+        # the same order as the keyframe sources: first, last, then control images
         for key, source in zip(keys, prepared.family_record.sources.keyframes, strict=True):
             conditions[key] = encode_condition(encoders.vae, _make_clip(source.read().unsqueeze(0)))
         if media.one_frame is not None:

@@ -58,7 +58,7 @@ class H3Condition:
         return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
-        """Return the condition's time; for images at least `image_time`, the time of the learned frames."""
+        """Return the condition's time; images are never noisier than the learned frames at `image_time`."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
@@ -102,7 +102,7 @@ class H3Tokens:
 
 
 class H3Attention(nn.Module):
-    """Self-attention over all tokens; all heads together are wider than the tokens."""
+    """Self-attention over all tokens, whose heads together are wider than the tokens."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class H3TokenRefiner(nn.Module):
 
 
 def _make_modulation(config: H3Config, rows: int) -> nn.ModuleDict:
-    """Return the layer that computes `rows` modulation rows from an embedded time."""
+    """Return the layer that computes `rows` modulation vectors from a time embedding."""
     return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
 
 
@@ -241,7 +241,7 @@ class FinalLayer(nn.Module):
         self.audio_out = nn.Linear(config.dim, config.audio_channels)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the learned tokens, B V Z*4 and B M Z', float32."""
+        """Project the learned tokens to their outputs, B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
@@ -403,7 +403,7 @@ class H3Model(nn.Module):
         return run_float32(self.video_patch_proj, patches)
 
     def _embed_audio(self, latents: Tensor) -> Tensor:
-        """Return the tokens of audio, the left channel's first, B Z' 2 A to B 2A C."""
+        """Embed audio, B Z' 2 A, as tokens, B 2A C, with the left channel's tokens first."""
         return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
 
     def _embed_text(self, text: Tensor) -> Tensor:

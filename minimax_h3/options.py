@@ -479,7 +479,7 @@ def resolve_length(frames: int | None, seconds: float | None) -> int:
 
 
 def check_ratio(what: str, width: int, height: int) -> None:
-    """Raise OptionError for sides that the model was not trained with. `what` is a file, for the message."""
+    """Raise OptionError for an aspect ratio that the model was not trained with; `what` names the file."""
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OptionError(
             f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MAX_RATIO} to "

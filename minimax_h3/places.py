@@ -94,7 +94,7 @@ def text_places(tokens: int) -> Tensor:
 
 
 def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
-    """Return the upper edges of rows and the left edges of columns: a square image spans 0 to 32."""
+    """Return the upper edges of rows and left edges of columns; a square image spans 0 to 32."""
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []
     for size in (grid.rows, grid.columns):
@@ -105,7 +105,7 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
 
 
 def all_places(media: Sequence[ImagePlace | AudioPlace], text: int) -> Tensor:
-    """Return the positions of all tokens, media first, then the text, L 3 float64."""
+    """Return all tokens' positions, media first, then text, L 3 float64."""
     parts = []
     for place in media:
         parts.append(image_places(place) if isinstance(place, ImagePlace) else audio_places(place))

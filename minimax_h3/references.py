@@ -99,10 +99,10 @@ class H3Media:
 
 
 def read_media(request: Request) -> H3Media:
-    """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
+    """Return the media of a request; raise OptionError if they contradict each other or cannot be used."""
     first, last = _select_keyframes(request)
-    texts = _split_lines(request, CONDITION_IMAGES)
-    controls = tuple(to_path("--condition_image", text) for text in texts)
+    control_names = _split_lines(request, CONDITION_IMAGES)
+    controls = tuple(to_path("--condition_image", text) for text in control_names)
     one_frame = request.extra.get(ONE_FRAME)
     places = None if one_frame is None else _read_places(one_frame)
     if places is None and controls:
@@ -170,9 +170,12 @@ def _check_places(places: OneFrame, controls: int) -> None:
 
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
-    """Yield references in order. Raises OptionError if two ways of naming them are mixed."""
+    """Yield the request's references in order; raise OptionError if two ways of naming them are mixed."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
+    ways = [
+        *(name for name in (REF, JSONL) if request.extra.get(name)),
+        *by_kind[:1],
+    ]  # options by kind count as one way
     if len(ways) > 1:
         listed = " and ".join(f"--{name}" for name in ways)
         raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
@@ -393,7 +396,7 @@ def _find_slot(number: int, fps: float) -> int:
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
-    """Return keyframes at the size of the clip: the first is stretched, later ones cover it, cropped."""
+    """Return keyframes at the clip's size: the first is stretched, later ones are scaled and cropped."""
     return [ImageSource(path, size, crops=index > 0) for index, path in enumerate(paths)]
 
 

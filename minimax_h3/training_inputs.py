@@ -126,12 +126,12 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
 
 
 def _read_places(tensors: Conditions) -> dict[str, Tensor]:
-    """Return the positions in time of an image and its control images; {} if caches have none."""
+    """Return the time positions of an image and its control images; {} if the cache has none."""
     return {key: _read_tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
 def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
-    """Raise CacheError if the caches of a batch have no conditions, or a teacher's keyframe is missing."""
+    """Raise CacheError if a batch has no cached conditions, or lacks a teacher's keyframe."""
     missing = [name for name in names if name not in keys]
     has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
     if not has_enough and missing and (batch.view or not keys):

@@ -113,7 +113,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
 
 class H3TargetOptions(Options, title="other names of shared targets"):
-    """The known tuner's names of options that every family has; `translate` copies the values to those."""
+    """Names of shared options in another trainer; `translate` copies their values to the shared options."""
 
     h3_guidance_loss_scale: float = option(
         "--guided_target SCALE; 0: none", default=0.0, minimum=0, facts=HABIT
@@ -210,7 +210,7 @@ TEACHER_OPTIONS = tuple(
 
 
 class H3RejectedOptions(Options, title="not for this model"):
-    """Options of the known tuners that this one has no use for, each with the reason."""
+    """Options of other tuners that do not apply to this model, each with the reason."""
 
     h3_convrot_int8_fwd: str = option(
         "inputs of layers in int8 are int8 too",
@@ -333,7 +333,7 @@ def translate(args: argparse.Namespace) -> None:
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
-    """Return how the training scripts change the shared options, for `TrainerChanges`.
+    """Return MiniMax-H3's changes to the training scripts' shared options, for `TrainerChanges`.
 
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.

@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _DeclaredInfo:
-    """What config.json says and tensors do not show; the release's values by default."""
+    """Dimensions that config.json states and tensors do not show; by default, the release's values."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
@@ -140,7 +140,7 @@ def _is_number(value: Any, kind: type) -> bool:
 def _read_config(
     checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _DeclaredInfo
 ) -> H3VideoVaeConfig:
-    """Return the dimensions. Raises CheckpointError if they do not match each other."""
+    """Return the VAE's dimensions; raise CheckpointError if they do not match each other."""
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
@@ -206,9 +206,9 @@ def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...
 
 
 def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
-    """Raise CheckpointError if parts do not fit each other.
+    """Raise CheckpointError if the VAE's encoder, decoder and latent statistics do not fit each other.
 
-    `patch` is the rows of the decoder's last layer.
+    `patch` is the number of rows of the decoder's last layer.
     """
     patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:

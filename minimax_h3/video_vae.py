@@ -111,7 +111,7 @@ class H3VideoVae(nn.Module):
         return joined[:, :, : joined.shape[2] - config.dropped]
 
     def _fill_up(self, clip: Tensor) -> Tensor:
-        """Repeat the last frame up to the length of a clip."""
+        """Pad a clip to its full length by repeating the last frame."""
         missing = self.config.clip - clip.shape[2]
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
@@ -143,7 +143,7 @@ class H3VideoVae(nn.Module):
         return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Return latents, B Z f h w, as the VAE has them."""
+        """Scale latents, B Z f h w, back from model space to the VAE's space."""
         return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
 
     def _of_channels(self, numbers: Sequence[float]) -> Tensor:

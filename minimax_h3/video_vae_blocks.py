@@ -63,12 +63,12 @@ class H3VideoVaeConfig:
 
     @property
     def space_stride(self) -> int:
-        """Rows, and columns, of pixels for each latent pixel."""
+        """Return how many rows and columns of pixels a latent pixel covers."""
         return math.prod(level.space_stride for level in self.levels)
 
     @property
     def first_padding(self) -> int:
-        """Number of frames that are missing before a clip to fill its first latent frame."""
+        """Return how many frames a clip lacks to fill its first latent frame."""
         return -self.clip % self.time_stride
 
     @property
@@ -78,7 +78,7 @@ class H3VideoVaeConfig:
 
     @property
     def clip_latents(self) -> int:
-        """Number of latent frames of a clip."""
+        """Return the number of latent frames of a clip."""
         return math.ceil(self.clip / self.time_stride)
 
     @property
@@ -273,7 +273,7 @@ class H3VideoDecoder(nn.Module):
         self.proj_out = nn.Linear(config.dim, 3 * config.time_stride * config.space_stride**2)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return pixels, B 3 4f 16h 16w, of latents, B Z f h w."""
+        """Decode latents, B Z f h w, to pixels, B 3 4f 16h 16w."""
         grid = latents.shape[2:]
         x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
         num_latents = x.shape[1]
@@ -284,9 +284,10 @@ class H3VideoDecoder(nn.Module):
         for block in self.transformer_blocks:
             x = block(x, rotary)
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
-        sides = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
-        patches = patches.unflatten(1, grid).unflatten(-1, sides)  # B f h w 3 t s s
+        patch_sizes = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
+        patches = patches.unflatten(1, grid).unflatten(-1, patch_sizes)  # B f h w 3 t s s
         pixels = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        # merge each grid axis with its axis of the patch: f t, h s, w s
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
     def _make_rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:

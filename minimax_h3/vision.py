@@ -63,7 +63,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file with the settings for images or for clips, and the settings; {} if there is none."""
+    """Return the first preprocessor file for images or clips, and its settings; {} without any file."""
     for folder in folders:
         for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
             if not file.is_file():
@@ -72,7 +72,9 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
                 raise _make_error(file, str(error)) from error
+            # the shared file has a section for each; a file of its own has the settings at the top
             settings = content.get(part) if part and isinstance(content, dict) else content
+            # the shared file lacks this section: look in the next file
             if part and settings is None:
                 continue
             if not isinstance(settings, dict):

@@ -93,7 +93,7 @@ class MossImage(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and which networks use them."""
+        """Return how many reference images the model takes, and which networks use them."""
         return ReferenceRules(maximum=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
@@ -103,7 +103,7 @@ class MossImage(pictures.ModelOfImages):
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
-        """Return the errors in a layout for an image of this size."""
+        """Return the errors in a JSON layout for an image of this size."""
         return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:

@@ -100,7 +100,7 @@ class MossImageText(nn.Module):
         choice: AttentionChoice,
         lengths: Lengths | None,
     ) -> Tensor:
-        """Return text tokens, B T C in the dtype `stream`, of states B T text_dim."""
+        """Refine states, B T text_dim, to text tokens, B T C in the dtype `stream`."""
         # states: B T text_dim. stream: dtype of the result
         x = in_own_dtype(self.proj, states).to(stream)
         for block in self.blocks:
@@ -246,12 +246,13 @@ class MossImageModel(BlockNetwork):
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` describes.
+        """Predict the velocity; arguments as in `embed`.
 
         With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
         """
         cache = overrides.section_cache if isolated and references else None
+        # NAG's second text would need other positions
         if cache is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
@@ -304,7 +305,7 @@ class MossImageModel(BlockNetwork):
         references: Sequence[Tensor] = (),
         isolated: bool = True,
     ) -> Hidden:
-        """Return the tokens of references, image and text, B R+L+T C, and the other inputs of the blocks.
+        """Embed references, image and text as tokens, B R+L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -363,7 +364,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text in the dtype `stream`. `arguments` are text and text_mask, as in `embed`."""
+        """Return a refined text in the dtype `stream`; `arguments` are text and text_mask, as in `embed`."""
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)
@@ -395,7 +396,7 @@ class MossImageModel(BlockNetwork):
         return torch.cat([rows, end_rows], dim=1)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
-        """Return the rows, B 8 S C, of references, which have time 0, and of all other tokens."""
+        """Return the modulation rows, B 8 S C: at time 0 for references, then at the image's time."""
         rows = self.embed_time(timesteps)[:, :, None]
         if not has_references:
             return rows
@@ -412,11 +413,11 @@ class MossImageModel(BlockNetwork):
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
+        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
 
-        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for those of reference
-        k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and columns are
-        counted from the middle of their image.
+        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for tokens of
+        reference k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and
+        columns are counted from the middle of their image.
         """
         tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
         samples = [tables[clock] for clock in layout.clocks]
@@ -434,7 +435,7 @@ class MossImageModel(BlockNetwork):
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
-        """Return the rotary pairs (cosine, sine) of a text's tokens, T 1 D/2 2."""
+        """Return the rotary pairs of a text's tokens, T 1 D/2 2."""
         zero = torch.zeros(1, dtype=torch.float64)
         return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
@@ -452,7 +453,7 @@ class MossImageModel(BlockNetwork):
 
 
 def select_stream(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the residual stream: float32 with float16, whose range trained values exceed."""
+    """Return the residual stream's dtype: float32 in place of float16, whose range trained values exceed."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -273,7 +273,7 @@ class Change:
         total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
-        """Return the rotation matrices at the strength of the LoRA, as `InputRotation.make` returns them."""
+        """Return R - I of the input rotation at the strength of the LoRA, on a device."""
         rotation = self.delta.rotation
         assert rotation is not None
         return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)

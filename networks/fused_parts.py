@@ -392,6 +392,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
         if rotation is not None:
             values.append(piece.factors[rotation.part])
             title = title or rotation.title
+    # a part of the weight for which the file has no tensors is not rotated
     joined_paths = {piece.part.theirs for piece in pieces}
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):

@@ -402,7 +402,7 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """Entry of a table for a name, and the number in the name."""
+    """A table's entry for a module name, and the block number in this name."""
 
     entry: Entry
     number: str  # "" if its template has none

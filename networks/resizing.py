@@ -343,7 +343,7 @@ def _resize_module(
     kept_values = singular_values[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
-    kernel_axes = [1] * len(product.kernel)
+    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank
@@ -408,6 +408,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
+    # ss_network_dim describes the linear layers; convolutions have conv_dim
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:

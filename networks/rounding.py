@@ -50,7 +50,7 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over elements of a weight, which show what rounding to the nearest leaves of a file's change.
+    """Sums over the elements of a weight that measure how much of a file's change survives rounding.
 
     With the change c by a file and the rounding error e, the fraction of the change that survives rounding is
     <c + e, c> / <c, c>: the projection of the rounded change on the exact one.

@@ -133,7 +133,7 @@ def multipliers_for(
 
     Args:
         files: The files.
-        multipliers: The given multipliers.
+        multipliers: Multipliers that the user typed.
         option: Option that names the file, for messages.
         warns: Whether multipliers without a file are logged; without any file they are not, because they may
             be the default.

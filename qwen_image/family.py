@@ -90,7 +90,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files, which depends on the release."""
+        """Return the suffix of cache file names, which depends on the release."""
         return self.version.cache_tag
 
     can: ClassVar = family.Abilities(tell_few_steps=True, tell_nodes=True)
@@ -100,7 +100,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def called(self) -> str:
-        """Name of the release in messages."""
+        """Return the release's name for messages."""
         return self.version.called
 
     @property

@@ -42,7 +42,7 @@ def official_size(size: Size, area: int) -> Size:
 
 
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
-    """Return the size in which the model sees an image (width, height).
+    """Return the size (width, height) in which the model sees an image.
 
     It is `target` if given, else the official size of `area` pixels, else the image's own size, rounded down
     to multiples of STEP.
@@ -98,7 +98,7 @@ def fill_size(request: Request) -> Request:
 
 
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
-    """Return the request with its images in all prompts, and in the names of its files on request.
+    """Add the request's images to all prompts and, if asked, the first image's name to the file names.
 
     Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
     another size than the result, or if the mask cannot be read.
@@ -118,6 +118,7 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
     if mask is not None or uses_threshold:
         option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), find_area(options), target)
+        # both compare the result with the first image pixel by pixel
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:
@@ -150,7 +151,7 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return the first image as the anchor of the result; None without a mask and without a threshold.
+    """Return an anchor that keeps the result like the first image; None without mask and threshold.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

@@ -84,7 +84,7 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model."""
+        """Return the model's metadata."""
         return self.metadata_of(
             {
                 "architecture": NAME,
@@ -96,7 +96,7 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance; Turbo takes as many steps as it has noise levels."""
+        """Return the default size, steps and guidance; Turbo takes one step per noise level."""
         turbo = find_turbo(self.files.dit)
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
@@ -147,6 +147,7 @@ class QwenImage21(pictures.ModelOfImages):
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
+            # slots are used as Python numbers, so they stay on the CPU
             slots = name_texts(text, {"slots": SLOTS}, torch.device("cpu"))
             return {**name_text_and_mask(text, "text", KEY, noisy.device), **slots}
 

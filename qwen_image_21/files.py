@@ -94,9 +94,9 @@ MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a file's header, with the --dit_config file or else the config.json next to it."""
+    """Read a transformer file's header, with settings from --dit_config or the config.json next to it."""
     names = checkpoint.tensors
-    # one modulation for all blocks, where Qwen-Image has one in each
+    # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -118,7 +118,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
-    """Return the settings in --dit_config. Raises CheckpointError for the file of another model."""
+    """Return the settings in --dit_config; raise CheckpointError if they belong to another model."""
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
@@ -137,8 +137,8 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
 def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
     """Return the dimensions of a transformer.
 
-    `settings` are those of the config.json `source`, {} without one. Raises CheckpointError if dimensions do
-    not match each other, or the network is another model's.
+    `settings` are the contents of `source`, a config.json; {} without one. Raises CheckpointError if
+    dimensions do not match each other, or the network is another model's.
     """
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
@@ -149,6 +149,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
             f"those of {WHAT}. Copy the file again.",
             shapes.path,
         )
+    # settings that the tensors do not show; the network supports only the released values
     for name, value in (("patch_size", 1), ("causal_condition", True)):
         if settings.get(name, value) != value:
             raise CheckpointError(
@@ -170,7 +171,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
                 "that of another file: give its own, or copy the file again.",
                 source,
             )
-    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))
+    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
             f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are there. Give the "
@@ -237,7 +238,7 @@ class Turbo(NamedTuple):
 
 
 def find_turbo(dit: Path | None) -> Turbo | None:
-    """Return the noise levels of Turbo, and the evidence that a transformer is Turbo; None if it is not.
+    """Return Turbo's noise levels, with the evidence that a transformer is Turbo; None for other models.
 
     The evidence is `sample_sigmas` of the release's model_index.json, else the nearest name, as in
     `FewSteps.judge`. Raises CheckpointError if model_index.json cannot be used.
@@ -303,11 +304,11 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_vae(self, device: torch.device) -> QwenImage21Vae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 

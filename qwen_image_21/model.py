@@ -117,7 +117,7 @@ class QwenImage21Tokens:
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the generated image: always 0."""
+        """Return the index of the generated image's first token, which is always 0."""
         return 0
 
     def cut(self, part: "TokenPart") -> Self:
@@ -158,7 +158,7 @@ class QwenImage21Attention(nn.Module):
         return in_own_dtype(self.to_out[0], attended.flatten(2))
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
-        """Return the attention of the tokens to each other, B L+P N D. `heads` are query, key and value."""
+        """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
         second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
         if part is not None:
             heads = part.gather_tokens(*heads)
@@ -204,7 +204,7 @@ class QwenImage21Attention(nn.Module):
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
 ) -> Tensor:
-    """Return the attention of samples with the same segments; queries of padding give zeros.
+    """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
 
     `query` is B L+P N D, or B L N D if the keys and values of the prefix were remembered. `key` and `value`
     are B L+P N D.
@@ -217,6 +217,7 @@ def attend_segments(
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
     if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
         for segment in segments:
+            # a segment sees all earlier ones and itself
             queries = query[:, start + segment.start : start + segment.end]
             keys = key[:, start : start + segment.end]
             values = value[:, start : start + segment.end]
@@ -278,7 +279,7 @@ class QwenImage21Block(nn.Module):
 
 
 class QwenImage21Time(nn.Module):
-    """Embeds timesteps, 0..1000, as B C float32."""
+    """Embed timesteps, 0..1000, as B C float32."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -291,7 +292,7 @@ class QwenImage21Time(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Return embeddings, B C float32, of timesteps, B."""
+        """Embed timesteps, B, as B C float32."""
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
@@ -513,7 +514,7 @@ class QwenImage21Model(BlockNetwork):
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
+        """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
@@ -566,7 +567,7 @@ class QwenImage21Model(BlockNetwork):
             along_columns = axis(columns // 2 - columns, columns, column_width)
             return on_grid([axis(time, 1, time_width), along_rows, along_columns])
 
-        # text tokens advance the position by one, an image by the length of its longer side
+        # a text token advances the position by one, an image by its longer edge
         position = 0
         texts_before = 0  # text tokens so far
         tables = []
@@ -578,6 +579,7 @@ class QwenImage21Model(BlockNetwork):
             position += max(grid)
         num_left = prefix.texts - texts_before
         tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
+        # the generated image comes after the prefix in time, but first in the sequence
         target = picture(layout.grid, position + num_left)
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
 
@@ -589,7 +591,7 @@ def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]
 
 
 def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
-    """Return the order of text and references in each sample.
+    """Return the order of text and references in each sample's prefix.
 
     Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
     """

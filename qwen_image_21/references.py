@@ -34,7 +34,7 @@ WHITE = 255
 
 
 def read_reference(path: Path, target: Size | None = None) -> Tensor:
-    """Read an image as the model takes it: H W 3 uint8, or H W 4 if it has transparency.
+    """Read an image for the model, H W 3 uint8, or H W 4 if it has transparency.
 
     It covers the size `target` and is cropped; without `target` it is stretched to its official size. Raises
     MediaError if it cannot be read, or is too small.

@@ -89,7 +89,7 @@ class ImageConv(nn.Conv2d):
     """A 2D convolution for clips of one frame, B C 1 H W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C 1 H W to B C' 1 H W."""
+        """Convolve x, B C 1 H W to B C' 1 H W."""
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
@@ -206,7 +206,7 @@ class ImageEncoder(nn.Module):
         self.conv_out = ImageConv(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return moments, B 2Z 1 h w, of pixels x, B 4 1 H W."""
+        """Encode pixels x, B 4 1 H W, to posterior moments, B 2Z 1 h w."""
         h = self.conv_in(x)
         for level in self.down_blocks:
             h = level(h)
@@ -361,18 +361,20 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Read the levels of the encoder or the decoder.
+    """Return the dimensions of the encoder's or the decoder's levels.
 
-    `start` and `resampler` are the names of the levels and of the last layer of each.
+    `start` names the list of levels, `resampler` the resampling layer at the end of a level.
     """
     levels = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         width_out, width_in = shape(f"{name}.resnets.0.conv1.weight")[:2]
-        side = 2 if f"{name}.{resampler}.resample.1.weight" in sources else 1
-        frames = 2 if f"{name}.{resampler}.time_conv.weight" in sources else 1
+        space_factor = 2 if f"{name}.{resampler}.resample.1.weight" in sources else 1
+        time_factor = 2 if f"{name}.{resampler}.time_conv.weight" in sources else 1
         blocks = count(sources, rf"{re.escape(name)}\.resnets\.\d+")
-        levels.append(VaeLevel(width_in, width_out, blocks, factors=(frames, side, side)))
+        levels.append(
+            VaeLevel(width_in, width_out, blocks, factors=(time_factor, space_factor, space_factor))
+        )
     return tuple(levels)
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
-        """Generate and join the clips with the family that the generation script has made."""
+        """Generate the clips with the generation script's family, and join them."""
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
-    """Return the files that match the patterns of an option."""
+    """Return the files that match an option's glob patterns."""
     return expand_patterns(tuple(map(Path, patterns or ())), option)
 
 

@@ -70,7 +70,7 @@ class ZImageModel(LuminaModel):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The layer from tokens to patches."""
+        """Return the final layer, which projects tokens to patches."""
         layer = self.all_final_layer[PART]
         assert isinstance(layer, LuminaFinalLayer)
         return layer
@@ -80,7 +80,7 @@ class ZImageModel(LuminaModel):
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
-        """Return the padded number of tokens of a text or an image."""
+        """Return the number of tokens of a text or image after padding."""
         return round_up(real, TOKEN_STEP)
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,7 +76,7 @@ class KontextFiles(FluxFiles):
     t5_use: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoders' options added."""
         return replace(
             self,
             t5xxl=options.text_encoder1,

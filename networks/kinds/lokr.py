@@ -96,7 +96,7 @@ def _translate_to_diffusers(
 
 
 class LokrKind(NetworkKind):
-    """Kronecker products of two matrices."""
+    """LoKr: a weight's change is the Kronecker product of two matrices."""
 
     name = NAME
     parts = (*FACTORS, CORE)

@@ -45,7 +45,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 class OftKind(NetworkKind):
-    """Rotation of a layer's inputs, block by block."""
+    """OFT: a rotation of a layer's inputs, block by block, in place of an added change."""
 
     name = "OFT"
     article = "an"
