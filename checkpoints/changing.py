@@ -48,7 +48,7 @@ _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 @dataclass(frozen=True)
 class Selection:
-    """Selects tensors by parts of their names."""
+    """Select tensors whose names contain given substrings."""
 
     targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the file has weights packed in another shape, which cannot be copied here."""
+    """Raise CheckpointError for weights that are packed in another shape, because these cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -159,7 +159,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without the scales and companions of the weights in `unscaled`."""
+    """Return tensor names without the scales and other additional tensors of the weights in `unscaled`."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")
@@ -173,7 +173,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: s
 def _check_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
 ) -> None:
-    """Raise OptionError if an 8-bit weight is kept without its scale, or a scale without its weight."""
+    """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)

@@ -22,7 +22,7 @@ def short_hash(path: Path) -> str:
 
 
 def name_base(file: Path) -> str:
-    """Return the name and short hash of a base model's file, as the metadata of an adapter record them."""
+    """Return the name and short hash of a base model's file, in the form of adapter metadata."""
     return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
 
 

@@ -126,7 +126,7 @@ class GgufFile(HeaderFile):
             previous_end = end
 
     def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return the shapes in the model of reshaped tensors, by name."""
+        """Read metadata keys into `metadata`; return the original shapes of reshaped tensors by name."""
         model_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(num_keys):
             key = reader.read_string()
@@ -248,7 +248,7 @@ class _HeaderReader:
         return self._file.read(size)
 
     def read_number(self, code: str) -> Any:
-        """Read a little-endian number; `code` is its type in `struct`."""
+        """Read a little-endian number of the `struct` type `code`."""
         return struct.unpack(f"<{code}", self.read_bytes(struct.calcsize(f"<{code}")))[0]
 
     def read_string(self, max_length: int | None = None) -> str:
@@ -312,7 +312,7 @@ def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Restore the five axes of a flattened patch embedding, because GGUF files have at most four axes.
+    """Return the five axes of a patch embedding, which GGUF flattens because it allows only four axes.
 
     Patches are taken to be 1 x 2 x 2, as in all released models with such an embedding.
     """

@@ -122,7 +122,7 @@ class Recognized:
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Return a tensor with its rows ordered as in a single file.
+        """Read a tensor with its rows in the order of the published single file.
 
         Raises:
             CheckpointError: If the tensor has NaN or infinite values.
@@ -289,7 +289,7 @@ def _write_comfyui(
     parts: dict[str, _OutputTensor] = {}
 
     def read_part(name: str) -> Tensor:
-        """Return a tensor of the new file when it is written."""
+        """Compute a tensor of the new file from the checkpoint, at the time it is written."""
         part = parts[name]
         if part.rounding is None:
             return model.read(checkpoint, name)
@@ -361,7 +361,7 @@ class _Rounding:
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a weight; return its codes and its scale."""
+        """Quantize a weight; return its codes and scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -574,7 +574,7 @@ class _DequantizedFile:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; if it is not quantized, it may be a view of `scratch`."""
+        """Return a dequantized tensor; one that is not quantized may be a view of `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

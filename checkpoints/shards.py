@@ -21,7 +21,7 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The files that a model is split into."""
+    """File names of shards, and which tensor is in which shard."""
 
     files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str
@@ -90,7 +90,7 @@ class SavedForm:
     option: str = "--max_shard_size"
 
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
-        """Return the names of tensors in the order in which they are written."""
+        """Return tensor names in the order in which they are written."""
         groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
         return [name for group in groups for name in order_of(group)]
 

@@ -86,7 +86,7 @@ class MergeModelsOptions(Options, title="what to do"):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the share of each model; equal ones by default."""
+        """Return the weight of each model in the sum; equal weights by default."""
         return self.ratios or (1 / len(self.models),) * len(self.models)
 
 
@@ -104,20 +104,20 @@ def merge_models(options: MergeModelsOptions) -> None:
         first, *others = models
         _reject_loras(models)
         averages = [name for name in first.tensors if name.startswith(AVERAGES)]
-        kept = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
-        merged = {name for name, info in kept.items() if info.dtype.is_floating_point}
+        saved = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
+        merged = {name for name, info in saved.items() if info.dtype.is_floating_point}
         if options.unet_only:
             merged = {name for name in merged if name.startswith(UNET)}
         for other in others:
             _check_fits(first, other, merged, options.unet_only)
-        _warn_of_skipped(models, kept, options)
+        _warn_of_skipped(models, saved, options)
         if averages:
             what = count_of(len(averages), "average")
             verb = "is" if len(averages) == 1 else "are"
             logger.info("%s of %s %s left out: they would not be merged", what, first.path, verb)
         written = {
             name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
-            for name, info in kept.items()
+            for name, info in saved.items()
         }
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
@@ -133,7 +133,7 @@ def merge_models(options: MergeModelsOptions) -> None:
 
 
 def _reject_loras(models: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if a file is a LoRA: the mean of its factors is not the mean of its changes."""
+    """Raise CheckpointError for LoRA files, because averaging their factors does not average their deltas."""
     for model in models:
         if is_lora(model.tensors):
             raise CheckpointError(
@@ -145,7 +145,7 @@ def _reject_loras(models: Sequence[Checkpoint]) -> None:
 
 @dataclass(frozen=True)
 class _Term:
-    """A checkpoint and its share of the sum."""
+    """A checkpoint and its weight in the sum."""
 
     model: Checkpoint
     share: float

@@ -109,7 +109,7 @@ def clean_tags(text: str) -> str:
 
 
 def _is_superfluous(tag: str, tags: list[str]) -> bool:
-    """Return whether another tag is more precise: `white shirt` for `shirt`."""
+    """Return whether a more specific tag exists: `white shirt` makes `shirt` superfluous."""
     if not _GENERAL.fullmatch(tag):
         return False
     return any(other.endswith(f" {tag}") for other in tags)

@@ -34,7 +34,7 @@ _PAIR = re.compile(r"\s*(\d{1,5}(?:\.\d{1,4})?)\s*,\s*(\d{1,5}(?:\.\d{1,4})?)\s*
 
 
 class CropFacesOptions(Options, title="what to do"):
-    """Options of tools/detect_face_rotate.py."""
+    """Options for cutting faces out of images."""
 
     src_dir: Path = option("folder of images", place="folder", required=True, by_place=True)
     dst_dir: Path = option("folder to write to", place="new folder", required=True, by_place=True)
@@ -75,7 +75,7 @@ class CropFacesOptions(Options, title="what to do"):
             )
 
     def crop_pixels(self) -> tuple[int, int] | None:
-        """Return width and height of --crop_size. Raises OptionError if it is no such pair."""
+        """Return width and height of --crop_size. Raises OptionError if it is not a pair of integers."""
         pair = _read_pair("--crop_size", self.crop_size, "512,512")
         if pair is None:
             return None
@@ -93,7 +93,7 @@ class CropFacesOptions(Options, title="what to do"):
 
 
 def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float] | None:
-    """Return the two numbers of an option. Raises OptionError if it holds anything else."""
+    """Parse an option that consists of two numbers. Raises OptionError if it is malformed."""
     if text is None:
         return None
     match = _PAIR.fullmatch(text)
@@ -106,16 +106,16 @@ def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float]
 
 @dataclass
 class Portrait:
-    """An image, and where its face is."""
+    """An image with the position and size of one face in it."""
 
     image: Frame  # H W 3
     center: tuple[float, float]  # x, y of the face in pixels
     size: tuple[float, float]  # width and height of the face in pixels
 
     def rotate(self, degrees: float) -> None:
-        """Turn the image around the face, counterclockwise for positive angles; its size stays.
+        """Rotate the image around the face, counterclockwise for positive angles, without resizing it.
 
-        Corners that the image does not reach repeat its edges.
+        Corners outside of the original image repeat its edge pixels.
         """
         height, width = self.image.shape[:2]
         matrix = cv2.getRotationMatrix2D(self.center, degrees, 1)
@@ -140,7 +140,7 @@ class Portrait:
         self.size = (self.size[0] * across, self.size[1] * down)
 
     def crop(self, width: int, height: int) -> None:
-        """Cut a rectangle around the face. At an edge it is moved inwards; it ends where the image ends."""
+        """Crop a rectangle around the face, moved inside the image where possible."""
         image_height, image_width = self.image.shape[:2]
         width, height = min(width, image_width), min(height, image_height)
         left = min(max(0, round(self.center[0] - width / 2)), image_width - width)
@@ -149,7 +149,7 @@ class Portrait:
         self.center = (self.center[0] - left, self.center[1] - top)
 
     def draw_frame(self) -> None:
-        """Draw a rectangle around the face."""
+        """Draw a rectangle around the face in the image."""
         (x, y), (width, height) = self.center, self.size
         corners = (round(x - width / 2), round(y - height / 2)), (round(x + width / 2), round(y + height / 2))
         image = np.ascontiguousarray(self.image)
@@ -238,7 +238,7 @@ def _measure(face: FoundFace) -> tuple[float, float]:
 def _write_faces(
     path: Path, folder: Path, image: Frame, faces: Sequence[FoundFace], options: CropFacesOptions
 ) -> None:
-    """Write an image for each face."""
+    """Write one cropped image for each face in an image."""
     for number, face in enumerate(faces, start=1):
         portrait = make_portrait(image, face, options)
         if options.debug:
@@ -249,10 +249,10 @@ def _write_faces(
 
 
 def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> Portrait:
-    """Return what is written for a face.
+    """Return the portrait of a face: the image, rotated, scaled and cropped according to the options.
 
     Raises:
-        CheckpointError: If the image is to be turned, and the detector does not say where the eyes are.
+        CheckpointError: With --rotate, if the detector finds no eyes.
         MediaError: If the image would become too large.
     """
     left, top, right, bottom = face.box
@@ -268,11 +268,15 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
     if options.resize_face_size is not None:
         portrait.scale(options.resize_face_size / max(portrait.size))
     if factors is not None:
-        cut = (max(1, round(portrait.size[0] * factors[0])), max(1, round(portrait.size[1] * factors[1])))
-        portrait.crop(*cut)
+        crop_size = (
+            max(1, round(portrait.size[0] * factors[0])),
+            max(1, round(portrait.size[1] * factors[1])),
+        )
+        portrait.crop(*crop_size)
     if pixels is not None:
         if options.resize_fit:
             height, width = portrait.image.shape[:2]
+            # the image covers the crop completely
             portrait.scale(max(pixels[0] / width, pixels[1] / height))
         portrait.crop(*pixels)
     return portrait

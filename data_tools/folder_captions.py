@@ -73,19 +73,19 @@ _WRITTEN = (
 
 
 def caption_folder(options: FolderCaptionOptions) -> None:
-    """Write a caption for each image of a folder that has none.
+    """Write captions for the images in a folder that have none.
 
     Raises:
-        UserError: If something is unusable, or captions failed.
+        UserError: If the folder or the model cannot be used, or if captions failed.
     """
     _caption_dataset(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
 
 
 def caption_folder_by_git(options: GitCaptionOptions) -> None:
-    """Write a caption of a GIT model for each image of a folder that has none.
+    """Caption each image in a folder that has no caption file, with a GIT model.
 
     Raises:
-        UserError: If something is unusable, or captions failed.
+        UserError: If the folder or the model cannot be used, or if captions failed.
     """
     model = CaptionModelOptions.usual(
         model=options.model_id, batch_size=options.batch_size, device=options.device

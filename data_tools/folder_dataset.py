@@ -13,7 +13,7 @@ from modules.text_files import real_path
 
 
 def make_folder_dataset(folder: Path, extension: str, is_recursive: bool, temporary: Path) -> DatasetConfig:
-    """Return the dataset of the images and clips in a folder.
+    """Write a temporary dataset.toml for the images and clips in a folder, and return it.
 
     Args:
         folder: The folder.
@@ -25,10 +25,11 @@ def make_folder_dataset(folder: Path, extension: str, is_recursive: bool, tempor
         DatasetError: If there are no images or clips.
     """
     tables: list[str] = []
-    for part in walk_folders(folder, is_recursive):
-        for key in sorted({f"{kind}_directory" for _, kind in list_media(part)}):
+    for subfolder in walk_folders(folder, is_recursive):
+        # a folder with images and clips gets two tables
+        for key in sorted({f"{kind}_directory" for _, kind in list_media(subfolder)}):
             values = {
-                key: str(real_path(part)),
+                key: str(real_path(subfolder)),
                 "caption_extension": extension,
                 "cache_directory": str(temporary / f"{len(tables)}"),
             }

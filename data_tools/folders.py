@@ -9,7 +9,7 @@ from modules.media.reading import image_suffixes
 
 
 def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
-    """Yield a folder and, with `is_recursive`, its subfolders, sorted; skips hidden folders and masks."""
+    """Yield a folder and, with `is_recursive`, its sorted subfolders, except hidden and mask folders."""
     yield folder
     if is_recursive:
         for parent, names, _ in os.walk(folder):
@@ -32,7 +32,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def find_equal_stems(images: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Return the first two images whose names differ in case or suffix only; None if there are none."""
+    """Return the first two images whose names differ only in case or suffix; None if there are none."""
     by_stem: dict[str, Path] = {}
     for path in images:
         first = by_stem.setdefault(path.stem.casefold(), path)

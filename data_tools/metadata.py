@@ -22,7 +22,7 @@ CAPTION, TAGS = "caption", "tags"
 
 
 class TextsToMetadataOptions(Options, title="what to do"):
-    """The images, and the file that gets their texts."""
+    """Which images and texts are merged into a metadata file, and which file."""
 
     train_data_dir: Path = option("folder of the images", positional=True, place="folder")
     out_json: Path = option(
@@ -38,7 +38,7 @@ class TextsToMetadataOptions(Options, title="what to do"):
 
 
 class CaptionsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
-    """Options of finetune/merge_captions_to_metadata.py."""
+    """Options for merging captions into a metadata file."""
 
     caption_extension: str = option(
         "suffix of the caption files",
@@ -48,7 +48,7 @@ class CaptionsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
 
 
 class TagsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
-    """Options of finetune/merge_dd_tags_to_metadata.py."""
+    """Options for merging tags into a metadata file."""
 
     caption_extension: str = option(
         "suffix of the tag files", default=".txt", flags=("--caption_extension", "--caption_extention")
@@ -56,7 +56,7 @@ class TagsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
 
 
 def merge_captions(options: CaptionsToMetadataOptions) -> None:
-    """Add the captions of a folder to a metadata file. Raises the errors of `_merge_texts`."""
+    """Add the captions of a folder to a metadata file. Raises UserError as `_merge_texts` does."""
     _merge_texts(options, options.caption_extension, CAPTION)
 
 
@@ -66,7 +66,7 @@ def merge_tags(options: TagsToMetadataOptions) -> None:
 
 
 def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> None:
-    """Add the texts of a folder to a metadata file.
+    """Write the texts next to a folder's images into a metadata file under the key `name`.
 
     Raises:
         DatasetError: If a file cannot be read, or if no image has a text.
@@ -100,9 +100,9 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
         num_missing = count_of(len(missing), "image")
         logger.warning("%s without a %s file: %s", num_missing, extension, list_some(missing))
     write_metadata(options.out_json, content)
-    what = f"{name} of {count_of(num_texts, 'image')}"
-    added = "" if source is None else f", added to the content of {source}"
-    logger.info("wrote %s: %s%s", options.out_json, what, added)
+    subject = f"{name} of {count_of(num_texts, 'image')}"
+    origin = "" if source is None else f", added to the content of {source}"
+    logger.info("wrote %s: %s%s", options.out_json, subject, origin)
 
 
 def check_name(path: Path) -> None:

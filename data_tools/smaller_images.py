@@ -28,7 +28,7 @@ _SIZE = re.compile(r"\s*(\d{1,6})[xX](\d{1,6})\s*")
 
 
 class ResizeImagesOptions(Options, title="what to do"):
-    """Options of tools/resize_images_to_resolution.py."""
+    """Options for reducing images to smaller sizes."""
 
     src_img_folder: Path = option(
         "folder of images", positional=True, place="folder", metavar="SRC_IMG_FOLDER"
@@ -61,7 +61,7 @@ class ResizeImagesOptions(Options, title="what to do"):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Return the sizes of --max_resolution.
+        """Return the (width, height) pairs in --max_resolution, without duplicates.
 
         Raises:
             OptionError: If one of them is not WIDTHxHEIGHT.
@@ -92,7 +92,7 @@ class _Counts:
 
 
 def resize_images(options: ResizeImagesOptions) -> None:
-    """Write a copy of each image of a folder for each size. Existing copies are kept.
+    """Write reduced copies of all images in a folder, one for each size; existing copies are kept.
 
     Raises:
         DatasetError: If the folder has no images; at the end, if images could not be read.
@@ -122,11 +122,11 @@ def resize_images(options: ResizeImagesOptions) -> None:
             continue
         if options.copy_associated_files:
             _copy_companions(path, images, target, options.sizes, counts)
-    there = f"{counts.existing} there before"
+    existing_text = f"{counts.existing} there before"
     if counts.existing:
-        there += "; delete them to make them again"
+        existing_text += "; delete them to make them again"
     rows: list[Row] = [
-        ("written", f"{count_of(counts.written, 'image')}, {there}"),
+        ("written", f"{count_of(counts.written, 'image')}, {existing_text}"),
         ("folder", str(options.dst_img_folder)),
     ]
     if options.copy_associated_files:
@@ -137,7 +137,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
 
 
 def _reject_equal_stems(images: Sequence[Path]) -> None:
-    """Raise DatasetError if two images would have copies of the same name."""
+    """Raise DatasetError if copies of two images would have the same file name."""
     pair = find_equal_stems(images)
     if pair is not None:
         first, second = pair
@@ -149,7 +149,7 @@ def _name_copy(stem: str, size: Size, suffix: str) -> str:
 
 
 def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts: _Counts) -> None:
-    """Write the copies of one image that do not exist yet."""
+    """Write those resized copies of an image that do not exist yet."""
     suffix = ".png" if options.save_as_png else ".jpg"
     targets = {size: folder / _name_copy(path.stem, size, suffix) for size in options.sizes}
     missing = {size: target for size, target in targets.items() if not target.exists()}

@@ -369,7 +369,7 @@ def _receive(
 
 
 def _make_bar(name: str, total: int, done: int = 0) -> "tqdm[Any]":
-    """Return a progress bar in bytes; it is hidden where no terminal shows it."""
+    """Return a progress bar that counts bytes; without a terminal it prints nothing."""
     return tqdm(
         total=total, initial=done, desc=name[:50], unit="B", unit_scale=True, disable=None, mininterval=0.5
     )

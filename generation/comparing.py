@@ -65,19 +65,19 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Heading of the column: the LoRA and its strength."""
+        """Heading of a comparison column: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
 class Cell(NamedTuple):
-    """A prompt, and its clip in one column."""
+    """One cell of a comparison: a prompt and its clip in one column."""
 
     prompt: GenerationJob
     clip: GenerationJob
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or image, and of its latents."""
+    """Paths of a finished clip or image and of its latents."""
 
     video: Path
     latents: Path
@@ -126,7 +126,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Return the run that generates all clips; its networks are loaded column by column."""
+    """Return the run that generates all clips of the comparison; networks are loaded for each column."""
     options, predicted = resolve_options(family, options, device, room_on(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -136,7 +136,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip; columns with equal labels share their clips."""
+    """Make the job of each clip; columns with equal labels have the same clips."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -264,7 +264,7 @@ def _find_first_path(column: network_setup.LorasByExpert) -> Path:
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 hashes of a column's files, by their names in metadata."""
+    """Return the SHA-256 hashes of a column's LoRA files, by their metadata keys."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -307,7 +307,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
 
 def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
-    """Return the files that a cell has after generation: the clip or image, and its latents."""
+    """Return the paths of a cell's results: the clip or image, and its latents."""
     options = run.options
     if run.family.latent.has_layers:
         suffix = f"{COMPOSITE}.png"
@@ -320,7 +320,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files of this name are of exactly this clip; True if there are none."""
+    """Return whether existing output files with this name belong to the same clip; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -332,7 +332,7 @@ def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a clip that records its settings, without the time."""
+    """Return the metadata that records a clip's settings, without its creation time."""
     return {
         name: text
         for name, text in tags.items()
@@ -425,7 +425,7 @@ def _begin_phase(
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
-    """Decode latents to clips; return the paths by label.
+    """Decode the latents of comparison cells to clips; return the paths of all clips by label.
 
     Latent files are removed unless --output_type asks for them.
     """
@@ -515,7 +515,7 @@ def _make_row(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the generation script's options that select this column's LoRAs."""
+    """Return the script options that select this column's LoRAs, as a command line."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]

@@ -237,7 +237,7 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw Gaussian noise of a shape, on the device of the run."""
+        """Draw Gaussian noise of a shape and return it on the run's device."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
         return send_ahead(drawn, self._device)  # asynchronous: solvers must not wait for the device
 

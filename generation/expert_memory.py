@@ -35,7 +35,7 @@ from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, S
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """The order in which the experts of a run work.
+    """Order in which the experts of a run are used.
 
     Attributes:
         order: Indices of experts, from `plan_turns`.
@@ -51,7 +51,7 @@ class ExpertTurns:
 
     @property
     def count(self) -> int:
-        """Number of experts that the run uses."""
+        """Number of distinct experts that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
@@ -67,6 +67,7 @@ class ExpertTurns:
         peak = 0
         for turn, expert in enumerate(self.order):
             later = self.order[turn + 1 :]
+            # unless it was read ahead, the expert is loaded to the device, apart from its swapped blocks
             host_bytes.setdefault(expert, swapped)
             if later:
                 host_bytes.setdefault(later[0], weights)  # read ahead while this one works

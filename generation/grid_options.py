@@ -36,7 +36,7 @@ class Axis:
     values: tuple[Value, ...]
 
     def describe(self, index: int) -> str:
-        """Return a label of one value: `guidance_scale = 3`."""
+        """Return the label of the axis value at an index, such as `guidance_scale = 3`."""
         return f"{self.name} = {self.texts[index]}"
 
 
@@ -83,7 +83,7 @@ class SheetOptions(Options, title="comparison sheet"):
 
 
 def split_values(text: str) -> list[str]:
-    """Split the values of an axis: at each `|` if there is one, else at each comma.
+    """Split the values of a grid axis at each `|`, or at each comma if there is no `|`.
 
     A backslash before a separator makes it part of a value.
     """

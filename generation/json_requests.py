@@ -62,7 +62,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let SIGINT raise KeyboardInterrupt in the block, once."""
+        """Let SIGINT raise KeyboardInterrupt once inside the `with` block."""
         self._may_raise = True
         try:
             yield
@@ -71,7 +71,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Delay a KeyboardInterrupt until the block has ended."""
+        """Delay a KeyboardInterrupt until the `with` block has ended."""
         self._is_held = True
         try:
             yield
@@ -208,7 +208,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """Request of the browser: the values of a prompt line, and the strengths of the LoRAs by expert."""
+    """Request from the browser: values of a prompt line, and LoRA strengths by expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]

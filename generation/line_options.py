@@ -34,7 +34,7 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
 
 
 def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
-    """Return the names that options of a line can have.
+    """Return all names that an option of a prompt line can have.
 
     Args:
         letters: Letters of the options.

@@ -444,7 +444,7 @@ def decode_all(
 def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
-    """Return label -> audio track of each video; an error only fails its own video."""
+    """Decode the audio of each video; return the tracks by label. An error fails only its own video."""
 
     @contextmanager
     def note(label: str) -> Iterator[None]:
@@ -458,7 +458,7 @@ def _decode_audio(
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Append to an error in the block which files of the clip were kept."""
+    """Add to an error in the `with` block which files of the clip still exist."""
     with name_preview_on_failure(job.preview):
         try:
             yield

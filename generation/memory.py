@@ -71,7 +71,7 @@ class PhasePrediction:
 
     @property
     def maximum(self) -> int:
-        """Largest number of blocks that can be swapped."""
+        """Largest possible number of swapped blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
@@ -88,11 +88,11 @@ class PhasePrediction:
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases, with this number of swapped blocks while denoising."""
+        """Return the memory plan of all phases with a number of swapped blocks."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the device memory of denoising with this number of swapped blocks, in bytes."""
+        """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
 
@@ -192,7 +192,7 @@ def rehearse_texts(
 def _with_fewer_weights(
     phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
 ) -> memory_plan.Phase:
-    """Return the phase of a text encoder without weights that are on other devices or in host memory."""
+    """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -359,7 +359,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse the decoding of `DECODED` frames, which is enough to reach the peak."""
+    """Rehearse decoding of `DECODED` frames, which suffices to reach the peak memory."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -381,7 +381,7 @@ def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> 
 
 
 def make_solid(conditions: Conditions) -> Conditions:
-    """Replace fake tensors of a dry run by real, uninitialized ones, which later dry runs accept.
+    """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
     """

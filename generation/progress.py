@@ -43,7 +43,7 @@ def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
 
 
 def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
-    """Describe the result of a request, without its prompt.
+    """Describe the size of a request's result.
 
     Args:
         prepared: The request with all values resolved.
@@ -136,7 +136,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe the schedule: solver, shift, and the number of steps of each expert in order."""
+    """Describe a request's schedule: solver, shift, and the steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -178,7 +178,7 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Return the work of a request in arbitrary units: steps times pixels."""
+    """Estimate the work of a request for time estimates: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
@@ -270,7 +270,7 @@ class GrowingVideo:
             return None
 
     def _decode_without_dit(self, piece: Piece) -> Tensor | None:
-        """Decode a piece while the DiT waits in host memory; return None if that fails."""
+        """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
         clip = None
         with ExitStack() as stack:
             with self._end_on_error():  # if the DiT cannot be moved away, it stays where it was
@@ -299,7 +299,7 @@ class GrowingVideo:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the frames that are final, then write them together with the frames that still wait."""
+        """Encode the final frames, then write them followed or preceded by the frames that still wait."""
         self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
@@ -323,7 +323,7 @@ class GrowingVideo:
 
 @contextmanager
 def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
-    """Log the preview's path if the block fails or is interrupted (Ctrl-C)."""
+    """Log the preview's path if the `with` block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:

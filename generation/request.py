@@ -49,7 +49,7 @@ TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; processes that generate together use that of the first one."""
+    """Draw a seed from the system's entropy; with several processes, all use the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -59,7 +59,7 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed of --seed, as `read_seed` does.
+    """Parse the value of --seed with `read_seed`.
 
     Raises:
         OptionError: If the number has too many digits.
@@ -321,7 +321,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate, later with its latents; `label` is its name in messages ("line 3")."""
+    """One request and, once denoised, its latents; `label` names it in messages, such as "line 3"."""
 
     label: str
     prepared: Prepared
@@ -353,7 +353,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with latent previews as the options select. May load a decoder of 20 MB."""
+        """Return the run with latent previews if the options ask for them; may load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -386,7 +386,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """Return the file name and the strength of each LoRA, by expert as `list_loras` names them."""
+        """File name and strength of each LoRA, by the expert names of `list_loras`."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
@@ -404,9 +404,9 @@ class GenerationRun:
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone. Loads no network.
+    """Make the job of a prompt line, or of the command line alone, without loading a network.
 
-    Raises as `prepare_line`, and OptionError if --post cannot process a single image.
+    Raises the errors of `prepare_line`, and OptionError if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

@@ -26,7 +26,7 @@ STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is 
 
 @dataclass(frozen=True)
 class Krea2StreamConfig:
-    """Dimensions of the blocks of a stream."""
+    """Dimensions of one stream's blocks."""
 
     dim: int
     ffn_dim: int

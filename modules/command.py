@@ -162,7 +162,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Return a message in which options are spelled differently.
+    """Replace options in a message, except in lines that hold a command.
 
     `names` maps a flag, or a flag and its value, to the flag to show.
     """
@@ -360,12 +360,12 @@ def as_typed(argv: Sequence[str]) -> str:
 
 
 def quote_for_shell(argv: Sequence[str]) -> str:
-    """Return words as a command line that this system's shell reads as the same words."""
+    """Quote arguments as a command line for this system's shell."""
     return shlex.join(argv) if os.name != "nt" else quote_for_windows(argv)
 
 
 def quote_for_windows(argv: Sequence[str]) -> str:
-    """Return a command for cmd and PowerShell: in double quotes, unless PowerShell reads a sign in them."""
+    """Quote a command for cmd and PowerShell: in double quotes, except words that PowerShell would expand."""
     quoted = []
     for word in argv:
         if PLAIN_IN_POWERSHELL.fullmatch(word):

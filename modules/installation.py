@@ -214,9 +214,9 @@ def check_requirements() -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         # without torch this is the wrong Python: do not list the other packages
-        what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
+        subject = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
-            f"{what} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"
+            f"{subject} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"
         )
 
 
@@ -269,7 +269,7 @@ def rejects_code() -> str | None:
 
 
 def is_started_by_file() -> bool:
-    """Return whether a described folder, or a job of the browser's queue, has this process started."""
+    """Return whether `run` with a folder, or a job in the browser's queue, started this process."""
     return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 

@@ -31,7 +31,7 @@ class KindLine(str):
 
 
 class ReadLine(NamedTuple):
-    """A printed line without its kind, and that kind."""
+    """The kind of a printed line, and its text without the kind."""
 
     kind: str  # "" for a line without a kind
     text: str

@@ -602,7 +602,7 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the public names of the given options that have a fact, including options of nested records."""
+    """Return the public names of given options whose metadata contains `fact`, also in nested records."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

@@ -80,7 +80,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
-    """Return whether this process runs a described folder, so that the limits hold."""
+    """Return whether this process runs somebody else's folder, which limits its options."""
     return bool(os.environ.get(FOLDERS))
 
 

@@ -40,7 +40,7 @@ def _generate(job: dict[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """The tag around answers, which changes no text."""
+        """Parse the tag `generation`, which templates put around answers; it changes no text."""
 
         tags = {"generation"}
 

@@ -33,7 +33,7 @@ HELP = {"-h", "--help"}
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: its names, its options, and its suffix for file names."""
+    """A postprocessing tool: its names, its options, and its suffix for file names."""
 
     name: str
     aliases: tuple[str, ...]  # other names, in lower case
@@ -54,14 +54,14 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 @dataclass(frozen=True)
 class Chain:
-    """Options of one run: its files, and the tools in order with their options."""
+    """Options of one postprocessing run: its files, and its tools in order."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
     def added(self) -> str:
-        """Text of all tools for the names of results."""
+        """Text about all tools that is added to the names of result files."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
@@ -81,12 +81,13 @@ class Chain:
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
-    """Parse the command line of a tool's script, including the tools that follow after `--then`.
+    """Parse the command line of a postprocessing script, including the tools after each `--then`.
 
     Invalid options end the program as in argparse. Raises OptionError if two options contradict each other.
     """
     if argv is None:
         argv = sys.argv[1:]
+    # --then starts the arguments of the next tool
     first, *later_tools = split_by_mark(split_assigned(argv, THEN), THEN)
     parser = Parser(description=description)
     before = f"{parser.prog} {THEN}"
@@ -125,24 +126,24 @@ def _add_then(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class NamedTools:
-    """The tools that an option names, in order."""
+    """The postprocessing tools that an option names, in their order of use."""
 
     option: str  # for messages
     tools: tuple[ToolOptions, ...]
 
     @property
     def labels(self) -> list[str]:
-        """Labels for progress bars, which name the option with the tools."""
+        """Labels for progress bars: the option's name with each tool's name."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
     def hiding(self) -> str | None:
-        """Name of the first tool that hides something; None if no tool does."""
+        """Name of the first tool that hides image content; None if there is none."""
         return hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str:
-        """Tools and settings for metadata, joined by "--then"."""
+        """Tools and settings as text for metadata, joined by "--then"."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
@@ -200,7 +201,7 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
 
 
 def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
-    """Return `--factor=2` for `factor=2`, `--only_center` for `only_center`, and other words unchanged."""
+    """Return a chain argument as on a command line: `--factor=2` for `factor=2`."""
     name, has_value, _ = word.partition("=")
     flag = flags.get(f"--{name}")
     is_option = flag is not None and (has_value or flag.nargs == 0)
@@ -208,7 +209,7 @@ def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a tool's options; --model defaults to the downloaded model.
+    """Parse the options of one postprocessing tool; --model defaults to the downloaded model.
 
     Raises OptionError if the model is neither given nor downloaded.
     """
@@ -222,7 +223,7 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool with a name, ignoring case.
+    """Return the postprocessing tool with a name, ignoring case.
 
     Raises:
         OptionError: If there is no such tool.
@@ -235,7 +236,7 @@ def find_tool(name: str) -> Tool:
 
 
 def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
-    """Return the name of the first tool that hides something, such as faces; None if no tool does."""
+    """Return the name of the first tool that hides image content, such as faces; None if none does."""
     return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
@@ -247,7 +248,7 @@ def tool_names() -> str:
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Prefix a UserError of the block with the tool's name, unless it has the prefix or the name is empty."""
+    """Prefix UserErrors in the `with` block with the tool's name, unless they have the prefix already."""
     try:
         yield
     except UserError as error:
@@ -291,7 +292,7 @@ def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
 
 
 def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    """Split each `flag=value` into two words."""
+    """Split each `flag=value` argument into two."""
     parts: list[str] = []
     for word in words:
         parts += word.split("=", 1) if word.startswith(f"{flag}=") else [word]
@@ -311,11 +312,11 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
-    """Return the downloaded model for a tool, and log it; None for a mode that the tool does not have.
+    """Return the path of a tool's downloaded model, and log it; None if the tool has no such mode.
 
     Args:
         tool: Name of the tool in `TOOLS`.
-        mode: Value of --mode, "" for tools without it.
+        mode: Value of --mode, "" for tools without modes.
         folders: Folders of downloaded models; the first one with all files of the first task is used.
 
     Raises:

@@ -32,11 +32,11 @@ class Clip:
 
 
 class Stage(Protocol):
-    """A loaded tool, which may process several clips in turn."""
+    """A loaded postprocessing tool, which can process several clips one after another."""
 
     @property
     def name(self) -> str:
-        """The tool's name for messages, such as upscaler."""
+        """Name of the tool in messages, such as `upscaler`."""
 
     def result(self, clip: Clip) -> Clip:
         """Return the properties of the stage's result for a clip.
@@ -46,10 +46,9 @@ class Stage(Protocol):
         """
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the results in playing order, with a bounded number of images in memory.
+        """Yield the processed images in playing order, with a bounded number of images in memory.
 
-        Images that a stage does not change keep their pixels, whatever their dtype. A summary of the clip is
-        logged after the last image.
+        Unchanged images keep their pixels and dtype. A summary of the clip is logged after the last image.
 
         Raises:
             UserError: If the result must not be kept; nothing is written then.
@@ -57,7 +56,7 @@ class Stage(Protocol):
 
 
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
-    """Return pixels (H W 3) as 1 3 H W float32, 0..1, on the device; they are copied as 8 or 16 bits."""
+    """Copy pixels, H W 3 in 8 or 16 bits, to the device as 1 3 H W float32, 0..1."""
     writable = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
     is_deep = writable.dtype == np.uint16
     white = 255.0
@@ -72,7 +71,7 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
-    """Clamp and round an image 1 3 H W, 0..1, and return it as H W 3 in 8 or 16 bits on the host."""
+    """Convert an image, 1 3 H W in 0..1, to 8 or 16 bit integers, H W 3 on the CPU."""
     values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
     if is_deep:  # with a sign, as in `to_tensor`
         values = torch.where(values < 32768, values, values - 65536)

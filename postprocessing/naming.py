@@ -44,7 +44,8 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         OutputError: If results exist and there is nobody to ask.
     """
     sources = list_sources(chain)
-    if chain.run.output is None:  # results next to the files of a dataset would become part of it
+    # results next to the files of a dataset would become part of it
+    if chain.run.output is None:
         for path in sources:
             _check_caption(path, chain)
     jobs = [FileJob(path, name_output(chain, path), is_image(path)) for path in sources]
@@ -97,7 +98,7 @@ def _check_collisions(jobs: Sequence[FileJob]) -> None:
 
 
 def list_sources(chain: Chain) -> list[Path]:
-    """Return the input file, or the files of the input folder except results of the same tools."""
+    """Return the input file, or the media files of the input folder, except results of the same tools."""
     path_of_input = chain.run.input
     if not path_of_input.is_dir():
         return [path_of_input]
@@ -166,7 +167,7 @@ def name_output(chain: Chain, source: Path) -> Path:
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
-    """Log if results get a different suffix than the one that the user gave."""
+    """Log a message if results get another suffix than the user typed."""
     form = chain.run.format
     output = chain.run.output_path
     if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
@@ -204,7 +205,7 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
 
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:
-    """Return the paths of the first results, for a message."""
+    """Return the paths of the first few results, for a message."""
     names = ", ".join(str(job.output) for job in jobs[:NAMED])
     return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
 

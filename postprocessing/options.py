@@ -75,7 +75,7 @@ def auto_or_number(text: str) -> int | None:
 
 
 class UpscalerOptions(Options, title="upscaling"):
-    """How images are upscaled."""
+    """Upscaling mode, scale and tiles."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
@@ -113,7 +113,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
 class InterpolationOptions(Options, title="interpolation"):
-    """The number of new images between two, and how they are generated."""
+    """How many images to generate between two frames, and how."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "folder with the GIMM-VFI files and those of its optical flow"}}
@@ -154,12 +154,12 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def part(self) -> Fraction:
-        """Scale at which motion is estimated, as an exact fraction."""
+        """Scale at which motion is estimated (--ds_factor), as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
-        """Number that image sides must be a multiple of, so that --ds_factor gives multiples of 32."""
+        """Number that image sides must be divisible by, so that --ds_factor yields multiples of 32."""
         step = ALIGNMENT / self.part
         return step.numerator  # the smallest whole multiple of the step
 
@@ -170,7 +170,7 @@ _BLUR = "blur"
 
 
 class BlurOptions(Options, title="what is blurred"):
-    """What to blur, and the shape of the blur."""
+    """What is blurred, and with which shape and strength."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a detector: YuNet or YOLO as .onnx, RetinaFace as .pth or .safetensors"}}

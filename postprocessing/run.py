@@ -38,10 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
-    """Run the tools of a command line. Raises UserError; wrong file names fail before networks load."""
+    """Run the postprocessing tools of a command line on its input files."""
     freeze_libraries()
     jobs = plan_jobs(chain, ask)
     device = select_device(chain.run.device)
+    # wrong files and folders are reported before networks are loaded
     check_tools(chain.tools, chain.labels, device)
     if not jobs:
         return
@@ -52,15 +53,16 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
         for folder in sorted({job.source.parent for job in jobs if not job.is_image}):
             make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_image:
+        # raises if the only video cannot be read; of several files, one may fail
         source_info(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Process the files in turn; if one of several fails, report it and continue with the others.
+    """Postprocess the files one after another; if one of several fails, report it and continue.
 
     Raises:
-        UserError: At the end if a file failed, with the exit code of the failures if they all share it.
+        UserError: After the last file, if any failed; with their exit code if all failures share one.
     """
     descriptions = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
@@ -120,7 +122,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few images in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
-    """Return metadata entries `post_N` for the tools of this run, numbered after those of earlier runs."""
+    """Return metadata entries `post_N` for this run's tools; the numbers continue those in `names`."""
     numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}

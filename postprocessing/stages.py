@@ -90,7 +90,7 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
 def run_stages(
     stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
 ) -> Iterator[Picture]:
-    """Yield the results of the last stage.
+    """Chain the stages: each one reads the images that the previous one yields; return the last results.
 
     Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
 
@@ -121,7 +121,7 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError with a remedy if memory runs out in the block.
+    """Turn an out-of-memory error in the `with` block into a MemoryPlanError that names a remedy.
 
     Args:
         what: What needs too much memory, for the message.
@@ -180,7 +180,9 @@ class PostTools:
                 )
 
     def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the processed frames and their frame rate; the first call loads the networks.
+        """Run frames through the postprocessing tools; return the results and their frame rate.
+
+        The networks are loaded in the first call.
 
         Args:
             frames: The frames.
@@ -197,6 +199,7 @@ class PostTools:
         self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
+        # NTSC rates such as 30000/1001 have the denominator 1001
         rate = Fraction(fps).limit_denominator(1001)
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))

@@ -18,7 +18,7 @@ LAST_WAIT = 3.0  # seconds that a writer gets to finish after Ctrl-C if it has r
 
 
 class Closed(Exception):
-    """Raised by a queue if its reader has stopped, so that nothing more can be added."""
+    """The reader of a queue has stopped, so nothing can be added."""
 
 
 class StreamStopped(Exception):
@@ -50,7 +50,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the input.
+        """Mark the end of the queue: the reader stops after the last waiting item, or raises `error`.
 
         Args:
             error: Error to raise in the reader, which then drops the waiting items.
@@ -63,7 +63,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the output: no more items will be taken, and waiting items are dropped."""
+        """Stop reading: no more items are accepted, and waiting items are dropped."""
         with self._changed:
             self._items.clear()
             self._is_closed = True
@@ -121,9 +121,9 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
 def write_behind(
     write: Callable[[Iterator[T]], object], last_wait: float = LAST_WAIT
 ) -> Iterator[Callable[[T], None]]:
-    """Call `write` in a thread with an iterator; yields a function that adds an item to that iterator.
+    """Yield a function that passes items to `write`, which consumes them in a thread as an iterator.
 
-    At most DEPTH items wait. `write` has returned when the block ends. Its errors are raised by the function
+    At most DEPTH items wait. When the block ends, `write` has returned. Its errors are raised by the function
     or at the end of the block. If the block fails, the iterator raises StreamStopped, so that `write` can
     remove its output.
 

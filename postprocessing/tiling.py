@@ -30,14 +30,14 @@ SHARE = 0.8  # fraction of the host's free memory to use; the system kills progr
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
-    """Extend images B C H W to multiples of `step` with their mirror images at the right and bottom.
+    """Pad images, B C H W, at the right and bottom with their reflection, to multiples of `step`.
 
-    It also works for images smaller than `step`.
+    The reflection is repeated for images smaller than `step`.
 
     Args:
         images: Images, B C H W.
         step: Number that the sides become multiples of.
-        repeats_edge: Whether the last row and column are repeated.
+        repeats_edge: Whether the reflection starts with the last row and column itself.
     """
     for axis in (-2, -1):
         size = images.shape[axis]
@@ -48,7 +48,7 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
 
 
 def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
-    """Return the source index of each of `length` positions in a row of `size` with mirrored ends."""
+    """Return the source index for each of `length` positions of a row that is reflected at its ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
     rising = torch.arange(length) % period
     falling = period - rising - (1 if repeats_edge else 0)
@@ -56,9 +56,10 @@ def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
 
 
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
-    """Return (start, end) of equal tiles that cover 0..length and overlap by at least `overlap`.
+    """Split a length into the smallest number of equal tiles; return their (start, end).
 
-    The number of tiles is minimal, then their size, because overlaps are computed twice. All numbers are
+    Tiles cover 0..length and overlap by at least `overlap`. They are as small as their number allows,
+    because overlaps are computed twice. All numbers are
     multiples of `step` if `length` is; `overlap` is rounded up to a multiple.
 
     Args:
@@ -72,6 +73,7 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
     if length <= tile:
         return [(0, length)]
     num_tiles = ceil_div(length - overlap, tile - overlap)
+    # n tiles cover n * size - (n - 1) * overlap
     size = round_up(ceil_div(length + (num_tiles - 1) * overlap, num_tiles), step)
     last = length - size  # start of the last tile, which ends at `length`
     starts = [index * last // (num_tiles - 1) // step * step for index in range(num_tiles - 1)]
@@ -118,14 +120,16 @@ class _Joined(NamedTuple):
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result from position `start` of an axis."""
+    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`."""
     end = start + tile.shape[axis]
     if joined is None:
+        # a single tile covers the whole axis
         if end == length:
             return _Joined(tile, length)
         size = list(tile.shape)
         size[axis] = length
         joined = _Joined(tile.new_empty(size), start)
+    # the overlap with the tiles before is faded, the remainder is copied
     shared = joined.filled - start
     if shared > 0:
         _fade_in(tile.narrow(axis, 0, shared), joined.room.narrow(axis, start, shared), axis)
@@ -158,7 +162,7 @@ def min_tile(step: int, overlap: int) -> int:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the first sentence of an error's message, or its type if it has no message."""
+    """Return the first sentence of an error's message; without a message, the error's type."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
@@ -201,7 +205,10 @@ class Fitting:
             free_memory(self.device)
 
     def _shrink_batch(self, images: Tensor, reason: str) -> None:
-        """Choose a smaller batch or smaller tiles; `reason` is why `images` failed, for MemoryPlanError."""
+        """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError.
+
+        `images` is the batch that failed, `reason` the message of its error.
+        """
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = min(self.tile or longest, longest)
@@ -261,7 +268,11 @@ class Guarded:
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Run images, B C H W float32. Raises CheckpointError if a result is not finite in float32 either."""
+        """Run the network on images, B C H W float32, again in float32 where results are not finite.
+
+        Raises:
+            CheckpointError: If results are not finite in float32 either.
+        """
         result = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return result
@@ -275,14 +286,14 @@ class Guarded:
                 str(self.dtype).removeprefix("torch."),
             )
             self._exact = self._load_exact()
-        bad = (~is_good).nonzero().flatten()
-        again = self._exact(images[bad]).float()
-        if not bool(again.isfinite().all()):
+        bad_indices = (~is_good).nonzero().flatten()
+        exact_result = self._exact(images[bad_indices]).float()
+        if not bool(exact_result.isfinite().all()):
             raise CheckpointError(
                 f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
                 "Download or copy it again."
             )
-        result[bad] = again
+        result[bad_indices] = exact_result
         return result
 
 
@@ -290,7 +301,7 @@ DEFAULT = Compilation()
 
 
 def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
-    """Raise OptionError if --dtype or --compile is not possible, before anything is loaded."""
+    """Raise OptionError before loading a network if the device does not support --dtype or --compile."""
     select_compute_dtype(options.dtype, "--dtype", torch.float32)
     check_compilation(DEFAULT if options.compile else None, device)
 

@@ -54,7 +54,7 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
 
 
 def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> str | None:
-    """Return a fingerprint of the files that the checks read; None if they also read files elsewhere."""
+    """Return a hash of the files that the checks read; None if some are outside the known folders."""
     try:
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):

@@ -91,7 +91,7 @@ class Choice:
 
     @property
     def folder(self) -> Path:
-        """The described folder, with links resolved."""
+        """Path of the dataset folder, with links resolved."""
         return real_path(self.options.folder)
 
     @property
@@ -101,12 +101,12 @@ class Choice:
 
     @property
     def model_name(self) -> str:
-        """Family and task of the model."""
+        """Model family and task, joined for messages."""
         return f"{self.model.family} {self.model.task}"
 
     @property
     def is_of_audio(self) -> bool:
-        """Whether the folder holds sounds to learn."""
+        """Whether the folder holds audio files to learn from, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property
@@ -128,12 +128,12 @@ class Choice:
 
     @property
     def has_small_encoders(self) -> bool:
-        """Return whether text encoders are used in 8 bits."""
+        """Whether the text encoders are loaded in 8 bits."""
         return 0 < self.memory < SMALL
 
     @property
     def needs_float32(self) -> bool:
-        """Return whether the run is on a CPU, where bfloat16 is many times slower than float32."""
+        """Return whether the run uses a CPU on which bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
 
     @property
@@ -142,7 +142,7 @@ class Choice:
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def inside(self, path: Path) -> str:
-        """Return a path relative to the folder, with forward slashes."""
+        """Return a path relative to the dataset folder, with forward slashes."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
@@ -164,9 +164,9 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
-    """Return the reason for the size that `select_size` chooses; "" for sounds, which have none."""
-    middle = _find_middle_by_area(model, media)
-    if middle is None:
+    """Return why `select_size` has chosen its size; "" for audio, which has none."""
+    typical = _find_middle_by_area(model, media)
+    if typical is None:
         return ""
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
@@ -174,10 +174,10 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
         span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
     default = model.data["resolution"]
     reduced = ""
-    if _area(middle.size) > _area(default):
+    if _area(typical.size) > _area(default):
         reduced = f", reduced to the area of {as_shape(default)} that the model's page has"
     return (
-        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every "
+        f"the size of a typical file, {typical.path.name} ({as_shape(typical.size)}){span}{reduced}. Every "
         "file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
@@ -213,7 +213,7 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return the number of frames to take of each clip: the default, or fewer if 1 in 4 clips is shorter."""
+    """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
     default = model.data["frames"]
     lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
@@ -228,7 +228,7 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def lengths_of(model: ModelSet) -> ClipLengths:
-    """Return the numbers of frames that clips of a model may have."""
+    """Return the frame counts that a model accepts for a clip."""
     return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
 
 
@@ -248,12 +248,12 @@ def is_too_short(item: Media, model: ModelSet) -> bool:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
-    """Return the number of frames of a clip at the model's frame rate, rounded down."""
+    """Return how many frames a clip has at the model's frame rate, rounded down."""
     return int((clip.seconds or 0) * model.data["fps"])
 
 
 def describe_dataset(choice: Choice) -> str:
-    """Return the text of dataset.toml: for each folder, a table for its clips, its images or its sounds."""
+    """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _format_toml_table("[general]", _make_general_keys(choice))
@@ -262,6 +262,7 @@ def describe_dataset(choice: Choice) -> str:
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
     for folder, kind in folders_and_kinds:
+        # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
         if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
@@ -288,8 +289,10 @@ def _describe_subsets(choice: Choice) -> list[str]:
     if shortest >= SIDE_STEP:  # bucket sides are multiples of SIDE_STEP
         shortest = shortest // SIDE_STEP * SIDE_STEP
     smallest = min(DEFAULT_SIDE, shortest)
-    largest = round_up(2 * max(choice.size), SIDE_STEP)  # the long side of an image of extreme aspect ratio
+    # leaves room for the long side of an image with an extreme aspect ratio
+    largest = round_up(2 * max(choice.size), SIDE_STEP)
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
+    # the [general] table already holds the keys in choice.data
     dataset_keys = {name: side for name, side in sides.items() if name not in choice.data}
     lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
     for folder in dict.fromkeys(item.path.parent for item in choice.media):
@@ -327,7 +330,7 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _clip_keys(choice: Choice) -> dict[str, Any]:
-    """Return the keys that select which frames of the clips are used."""
+    """Return the dataset.toml keys that select frames of clips."""
     frames = choice.frames
     single_length = frames == 1 or not learns_stills_of_clips(choice.model)
     keys: dict[str, Any] = {
@@ -378,8 +381,9 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 
 
 def describe_samples(choice: Choice) -> str:
-    """Return prompts.txt: the subject in two situations that no caption mentions, and a prompt without it.
+    """Return the text of prompts.txt: prompts for sample images, with the options of each prompt.
 
+    The prompts show the subject in two situations that no caption mentions; one more has no subject.
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
@@ -392,8 +396,8 @@ def describe_samples(choice: Choice) -> str:
     if edits:
         return _describe_edit_samples(choice, edits, released_values)
     captions = [find_text(item.caption) for item in choice.media if item.caption]
+    # names of regularization folders are left out: they contain only the class
     learned = {item.path.parent for item in choice.media}
-    # exclude names of regularization folders, which contain only the class
     names = [name.words for folder, name in choice.content.names.items() if folder in learned]
     subject = plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
@@ -414,7 +418,7 @@ def describe_samples(choice: Choice) -> str:
 
 
 def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
-    """Return prompt lines for two edits of the dataset, the first and a middle one, and for a new edit."""
+    """Return prompt lines for the first and a middle edit of the dataset, and for a new edit."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not choice.kind.learns_word:
@@ -427,7 +431,7 @@ def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_value
 
 
 def _describe_control_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last pair: caption, size and control image."""
+    """Return prompt lines for the first, a middle and the last control pair of the dataset."""
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
@@ -462,9 +466,9 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(choice: Choice) -> str:
-    """Return the sample options for width, height and frames.
+    """Return the size options of a sample prompt: --w, --h and --f.
 
-    Sounds only have a length; image models have no number of frames.
+    Audio only has a length (--f); image models have no --f.
     """
     if choice.is_of_audio:
         return f"--f {AUDIO_FRAMES}"
@@ -476,7 +480,7 @@ def _sample_size(choice: Choice) -> str:
 
 
 def _find_subject(captions: Sequence[str]) -> str:
-    """Return the words that all captions begin with, else the first part of the shortest one."""
+    """Return the words that all captions start with; otherwise the start of the shortest caption."""
     words = [text.split() for text in captions if text]
     common = os.path.commonprefix(words) if len(words) > 1 else []
     subject = " ".join(common)
@@ -486,7 +490,7 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions share, joined as in a prompt."""
+    """Return the trigger word and the tags that all captions share, in prompt form."""
     words = [] if trigger is None or trigger in tags.shared else [trigger]
     length = 0
     for tag in map(as_words, tags.shared):
@@ -497,7 +501,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text on one line, so that prompts.txt does not read parts of it as options or a comment."""
+    """Return a prompt in one line and without characters that prompts.txt reads as options or a comment."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
@@ -526,7 +530,7 @@ def _write_start_options(choice: Choice) -> str:
 
 
 def _list_edits(choice: Choice) -> list[Edit]:
-    """Return the edits of the dataset all of whose references can be read."""
+    """Return the edits in the dataset whose reference images can all be read."""
     references = choice.content.references
     edits = []
     for item in choice.media:
@@ -563,9 +567,9 @@ def _write_frames(choice: Choice) -> str:
 
 
 def list_commands(choice: Choice) -> list[list[str]]:
-    """Return the commands of a run, in the folder: download, two checks, latents, texts, training.
+    """Return the commands of a run: download, two checks, caching of latents and texts, training.
 
-    Texts that vary are not cached: the training encodes them.
+    Captions that vary from step to step are not cached: the training encodes them.
     """
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}  # by placeholder, such as {vae}
@@ -595,7 +599,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the arguments of a model's command, with its audio-only option if the folder has only audio."""
+    """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()
@@ -607,9 +611,10 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
-    """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
+    """Return the text of run.toml: the training options and the commands of the run."""
     # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
     values = choice.kind.change(_model_values(choice), choice.memory)
+    # the switch selects the kind of run on the command line, so it is not in run.toml
     own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
     values |= _read_options(own_options, {"word": choice.trigger or ""})
     values |= _run_values(choice)
@@ -661,7 +666,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
 
 
 def _training_words(choice: Choice) -> list[str]:
-    """Return the options of the model's training command, and those that the graphics card requires."""
+    """Return the arguments of the training script, adapted to the graphics card."""
     data = choice.model.data
     words = _words_of(choice, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -677,7 +682,7 @@ def _training_words(choice: Choice) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of typed options by name.
+    """Return the values of a command's options by option name.
 
     `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     """
@@ -693,7 +698,7 @@ def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, A
 
 
 def _read_number(word: str) -> int | float | str:
-    """Return a word as a number if possible, else unchanged."""
+    """Convert a word to a number if possible; otherwise return it unchanged."""
     number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
     if number is None:
         return word
@@ -701,15 +706,15 @@ def _read_number(word: str) -> int | float | str:
 
 
 def _run_values(choice: Choice) -> dict[str, Any]:
-    """Return the training's options for its length, and for what to save where."""
+    """Return the [training] options for length, saving, samples and validation."""
     steps = choice.options.max_train_steps
-    times = derive_times(steps, choice.kind.saves_models)
+    intervals = derive_times(steps, choice.kind.saves_models)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
         "save_state": True,
         "sample_prompts": "prompts.txt",
-        **times,
+        **intervals,
         "sample_at_first": True,
         "sample_now": True,
     }
@@ -717,6 +722,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
+    # such as CON or NUL, which cannot be file names on Windows
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
@@ -727,7 +733,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["output_name"] = choice.options.output_name or choice.trigger  # used as word
+        values["output_name"] = choice.options.output_name or choice.trigger
+        # prompts use an embedding by its file name
     return values
 
 

@@ -150,6 +150,7 @@ def _print_report(
     oddities: list[str] = []
     errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
+    # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(choice, remarks)
     lines += _describe_captions(choice)
@@ -196,14 +197,14 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
 
 
 def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
-    """Return the texts of the three files by name."""
+    """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
     dataset = describing.describe_dataset(choice)
     samples = describing.describe_samples(choice)
     return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(choice, commands)), strict=True))
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return the differences between the texts and the present files in the format of `diff -u`."""
+    """Return the changes to the existing files in the format of `diff -u`."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -227,7 +228,7 @@ def _gather_choice(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Read the folder, check the typed model files, and return everything that the three files depend on.
+    """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
 
     `kind` is what the run trains.
     """
@@ -237,13 +238,14 @@ def _gather_choice(
         model = next(
             entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
         )
-    typed = typed_files(options)
-    inside = find_inside(model, typed)
+    typed_paths = typed_files(options)
+    # components inside a typed checkpoint need no file of their own
+    inside = find_inside(model, typed_paths)
     if inside:
         model = without_files(model, inside)
     files = name_files(options, model)
     info = ask_family(model, files)
-    check_model_files(model, {name: files[name] for name in typed})
+    check_model_files(model, {name: files[name] for name in typed_paths})
     content = _collect_content(options, model, info, kind)
     if kind.makes_adapter:
         use_prompts_as_captions(content)
@@ -270,12 +272,13 @@ def _gather_choice(
         frames=describing.select_frames(model, content.media, memory),
         files=files,
         embedded_files=inside,
-        provided=[*typed, *inside],
+        provided=[*typed_paths, *inside],
         trigger=model_choice.trigger,
         tags=tags,
         data=data,
         folder_keys=_find_keys_of_folders(foreign, options.folder, content.media),
         training={} if foreign is None else foreign.training,
+        # a foreign project decides itself about validation
         holds_back=foreign is None,
     )
     if foreign is None:
@@ -290,7 +293,7 @@ def _gather_choice(
 def _find_keys_of_folders(
     foreign: ForeignProject | None, folder: Path, media: Sequence[Media]
 ) -> Mapping[Path, Mapping[str, Any]]:
-    """Return the keys of another trainer's project that apply to single folders of media."""
+    """Return the dataset.toml keys that another trainer's project sets for single folders."""
     if foreign is None:
         return {}
     folders = dict.fromkeys(item.path.parent for item in media)
@@ -298,7 +301,7 @@ def _find_keys_of_folders(
 
 
 def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
-    """Return the choice without those values of the foreign project that the training script rejects."""
+    """Remove the values of a foreign project that the training script rejects from a choice."""
 
     def write(training: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(choice, training=training)
@@ -347,10 +350,10 @@ def _texts_of(content: FolderContent) -> list[str]:
 def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
-    """Return the content of the folder, with hints about models that would suit it better."""
+    """Return the content of the folder, with hints about more suitable models of other tasks."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
-    edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
+    image_tasks = [entry.task for entry in of_family if needs_image(entry)]
     # options that select a model for audio without video
     audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
     if not audio_options:
@@ -365,14 +368,14 @@ def _collect_content(
         name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
-        edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
+        edits=f", --task {image_tasks[0]} does" if image_tasks else "",
         hearing=" or ".join(audio_options),
         silent=silent_tasks[0] if silent_tasks else "",
     )
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and the captions from lists into caption files.
+    """Write first frames of clips, and caption files for captions from lists.
 
     Existing caption files are not changed.
     """
@@ -385,7 +388,7 @@ def _write_content(content: FolderContent) -> None:
 
 
 def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
-    """Return the errors in the files of dataset.toml that would end a run, found by the check of `run`.
+    """Return the errors in the media and caption files of a dataset that would end a training run.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
     report them, except for files that cannot be read.
@@ -424,24 +427,25 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
                 problems.append(Fault("tables cannot be used", str(error)))
     written = str(choice.options.folder / WRITTEN[0])
     lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]
 
 
 def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
-    """Return the line with the training command, or with the steps that come before it."""
+    """Return the closing line of `new`: the training command, after any steps that must come first."""
     command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
         command += download_options(choice.options.models)
         downloads = "downloads the model, "
-    does = f"{own_command(*command)} {downloads}checks, caches and trains"
+    run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
     if has_errors:
         first.append("correct what is listed above")
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
     kind = MEND if has_errors else NEXT
-    return KindLine(kind, f"First {', and '.join(first)}. Then {does}" if first else does)
+    return KindLine(kind, f"First {', and '.join(first)}. Then {run_text}" if first else run_text)
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
@@ -503,7 +507,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
 
 
 def _summarize(choice: describing.Choice) -> str:
-    """Return the first line: the media by kind, the model, their size and the card."""
+    """Return the summary line: number of files, model, size and graphics card."""
     size = ""
     if not choice.is_of_audio:
         size = f" at {choice.size[0]}x{choice.size[1]}"
@@ -541,7 +545,7 @@ def _describe_model(choice: describing.Choice) -> str:
 
 
 def _describe_lengths(choice: describing.Choice) -> list[str]:
-    """Return lines about clips that are too short, and about images if the model is not trained on images."""
+    """Return lines about clips that are too short, and about images that the model does not use."""
     model = choice.model
     frames = choice.frames
     clips = [item for item in choice.media if item.is_clip]
@@ -565,7 +569,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return the media that have no caption, no trigger word and no folder name as a replacement."""
+    """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
     if choice.trigger:
         return []
     content = choice.content
@@ -575,31 +579,31 @@ def _find_bare(choice: describing.Choice) -> list[Path]:
 
 
 def _describe_captions(choice: describing.Choice) -> list[str]:
-    """Return lines about media without captions: what is used instead, or two ways to get captions."""
+    """Return lines about media without captions: their substitute, or two ways to get captions."""
     trigger = choice.trigger
     suffix = choice.content.captions
-    bare = _find_bare(choice)
+    uncaptioned = _find_bare(choice)
     lines = []
     empty = [item.path for item in choice.media if item.caption == ""]
     if empty:
-        what = "an empty caption" if len(empty) == 1 else "empty captions"
+        noun = "an empty caption" if len(empty) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
-        lines.append(warning(f"{name_some(empty)}: {what}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(choice, bare)
+        lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
+    by_trigger = _find_replaced_by_trigger(choice, uncaptioned)
     if by_trigger:
         names = name_some(by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
-    if bare:
-        write_words = make_caption_argv([shlex.split(choice.model.commands["latents"])])
-        kind_setting = (
-            f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
-            f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
-            f"{choice.folder}:"
+    if uncaptioned:
+        captioning_argv = make_caption_argv([shlex.split(choice.model.commands["latents"])])
+        problem = (
+            f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
+            f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
+            f"folder {choice.folder}:"
         )
         lines += [
-            KindLine(CAPTIONS, kind_setting),
-            f"  {typed_in(write_words, choice.folder)}",
+            KindLine(CAPTIONS, problem),
+            f"  {typed_in(captioning_argv, choice.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
             f"  {_describe_again(choice, trigger_word='WORD')}",
         ]

@@ -28,7 +28,7 @@ class KnownFolder:
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:
-    """Remember that the user has described a folder, or has read what its run does.
+    """Remember that the user has described this folder, or has confirmed what its run does.
 
     `models` is the download folder in the description. If nothing can be stored on this machine, the user is
     asked about the folder again.
@@ -48,9 +48,9 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the user's file about a folder, if files can be stored on this machine.
+    """Store information about a folder in the user's files, if these can be written.
 
-    `kind` is what is remembered; see `user_file_of`.
+    `kind` is the kind of information; see `user_file_of`.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -59,7 +59,7 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return the content of the user's file about a folder; {} if another folder took its place.
+    """Return the stored information about a folder; {} if the path now leads to another folder.
 
     Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
     """
@@ -72,9 +72,9 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 
 
 def user_file_of(kind: str, folder: Path) -> str:
-    """Return the name of the user's file about a folder.
+    """Return the name of the file in which information about a folder is stored.
 
-    `kind` names what is remembered, and begins the file's name.
+    `kind` is the kind of information, with which the name begins.
     """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"

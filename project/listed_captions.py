@@ -35,7 +35,7 @@ TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
 
 @dataclass
 class ListedCaptions:
-    """Captions of a folder's files, read from lists."""
+    """Captions of media files that were found in lists, such as CSV or JSON."""
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class ListedCaptions:
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
-    """Read the captions in the lists of some folders.
+    """Read the captions for media files from lists (JSON or tables) in the same folders.
 
     Args:
         files: The media of each folder.
@@ -59,6 +59,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
         names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
             listed.paths.add(path)
+            # cat.json may hold the caption of cat.png without naming the file
             subject = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
             try:
@@ -91,7 +92,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return files by their path, and by their path without suffix."""
+    """Return the media files by path, and also by path without suffix."""
     by_stem: dict[Path, list[Path]] = {}
     for path in media:
         by_stem.setdefault(path.parent / path.stem, []).append(path)
@@ -104,10 +105,9 @@ def _add_rows(
     rows: Sequence[tuple[str, Any]],
     by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list.
+    """Add the captions of a list to `listed`, with lines about rows that cannot be used.
 
-    `rows` are pairs of a file name, as the list spells it, and a caption. `by_name` is the result of
-    `_by_name`.
+    `rows` are pairs (file name, caption). `by_name` maps paths with and without suffix to media files.
     """
     missing: list[str] = []
     without_text: list[str] = []
@@ -119,6 +119,7 @@ def _add_rows(
         elif not _is_text(caption, f"{path}: {media.name}"):
             without_text.append(media.name)
         else:
+            # of several lists, the first one decides
             listed.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
@@ -147,7 +148,7 @@ def _is_text(caption: Any, place: str) -> bool:
 
 
 def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
-    """Find the file that a list means by a path, a file name, or a name without suffix."""
+    """Return the media file that a list names by path, by file name or without suffix; None if none."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
         candidates = by_name.get(path, ())
@@ -159,7 +160,7 @@ def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]])
 def _read_rows(
     path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the file names and captions in a list.
+    """Yield (file name, caption) for each row of a list of captions.
 
     Args:
         path: The list.
@@ -168,7 +169,7 @@ def _read_rows(
         remarks: Lines about rows that are left out or read in another way are appended to it.
 
     Raises:
-        DatasetError: If a table lacks a column.
+        DatasetError: If a table has no column of file names or captions.
         OSError: If the file cannot be read.
         ValueError: If its content cannot be parsed.
     """
@@ -204,12 +205,13 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table. `path` is for messages only.
+    """Yield (file name, caption) for each row of a table of captions. `path` is for messages only.
 
     Raises:
-        DatasetError: If the table lacks a column.
+        DatasetError: If the table has no column of file names or no column of captions.
     """
     columns = column_names(table)
+    # reversed: of columns that differ only in case, the first one is used
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
     text_column = next((by_lower_name[name] for name in TEXTS if name in by_lower_name), None)
@@ -227,7 +229,7 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
 
 @contextlib.contextmanager
 def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
-    """Yield a table in the form for `read_columns`: in UTF-8, with the names of its columns in line 1.
+    """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
 
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
     line of column names.
@@ -242,6 +244,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
         try:
             yield copied
         except DatasetError as error:
+            # name the user's file, not the temporary copy
             raise DatasetError(str(error).replace(str(copied), str(path))) from None
 
 
@@ -263,9 +266,9 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Return the text of a table, with a first line of column names added if it is missing.
+    """Add a first line with column names to a table's text, if the line is missing.
 
-    `names` are the names of the media in its folder.
+    `names` are the media files in the table's folder.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text

@@ -63,7 +63,7 @@ AUDIO_HELP = (
 
 @dataclass(frozen=True)
 class Media:
-    """A clip, an image or an audio file."""
+    """A clip, image or audio file in the dataset folder, with its size, duration and caption."""
 
     path: Path
     kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
@@ -79,7 +79,7 @@ class Media:
 
 @dataclass
 class FolderContent:
-    """Content of a folder; `lines` report which files are left out, and why."""
+    """What `new` finds in a folder; `lines` report which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
     names: dict[Path, FolderName] = field(default_factory=dict)  # folder names with a meaning to trainers
@@ -106,7 +106,7 @@ class FolderContent:
 
 @dataclass
 class SortedFolders:
-    """Subfolders, grouped by how their media are used."""
+    """Subfolders of the dataset folder, grouped by use."""
 
     training_folders: list[Path]  # the folder itself comes first
     sources: list[Path]  # folders of references, the sources of edited images
@@ -185,15 +185,16 @@ def collect_content(
 def _collect_media(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the captioned media of the training folders and lines about other files; return the audio files.
+    """Add the captioned media of the training folders to `content`; return the audio files.
 
-    Lines about lists of captions come before those about the files.
+    Lines about files that are not used are added, too, after those about lists of captions.
     """
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     files = {
         training_folder: _files_in(training_folder, suffixes)
         for training_folder in folders_by_use.training_folders
     }
+    # before the media, whose captions may stand in these lists
     content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
     start = len(content.lines)
     audios: list[Path] = []
@@ -202,12 +203,13 @@ def _collect_media(
         if training_folder != folder:
             content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
     _add_audios(content, audios, model_info)
+    # made last, because only now is it known which captions were used
     content.lines[start:start] = _describe_lists(content)
     return audios
 
 
 def _list_unsorted_folders(place: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return subfolders that are used neither for training, nor for regularization, nor as references."""
+    """Return subfolders that are not used for training, regularization or references."""
     sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -220,9 +222,10 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control images that belongs to the media folder or a training folder.
+    """Return a line for each folder of control images that belongs to the media folder.
 
-    Folders of control images are inside the media folder or next to it.
+    Folders of control images are inside the media folder, inside a training folder, or next to the media
+    folder.
 
     Args:
         folder: The media folder.
@@ -252,9 +255,9 @@ def _describe_control_pairs(
 def _describe_unused_sources(
     folders_by_use: SortedFolders, name: str, edits: str, described: Collection[Path]
 ) -> list[str]:
-    """Return lines about folders of references, for a model that does not edit images.
+    """Return lines about folders of reference images, which a model that does not edit cannot use.
 
-    `described` are folders about which there is a line already.
+    Folders in `described` already have a line.
     """
     inner_sources = [
         source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
@@ -279,13 +282,14 @@ def _describe_numbered(media: Sequence[Media]) -> list[str]:
 
 
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
-    """Sort the subfolders into those for training, for references and for regularization.
+    """Sort the subfolders by their use: for training, as references, or for regularization.
 
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]
     folders_by_use = SortedFolders(training_folders=[], sources=[], regularization={})
     for subfolder in _folders(folder):
+        # a link to a parent folder would be searched without end
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
         kind = subfolder.name.lower()
@@ -297,6 +301,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             content.lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
         elif kind not in OWN_FOLDERS:
             candidates.append(subfolder)
+            # sd-scripts' layout: folders such as img/10_cat class
             candidates += [inner for inner in _folders(subfolder) if _name_of(inner) is not None]
         elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
             text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
@@ -316,7 +321,8 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularization images next to a folder whose subfolders have kohya's names."""
+    """Return folders of regularization images next to `folder`, if its subfolders follow kohya's naming."""
+    # only kohya's layout has such a neighbor: img/10_cat next to reg/1_cat
     if not content.names or _name_of(folder) is not None:
         return {}
     outer: dict[Path, str] = {}
@@ -336,7 +342,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 def _describe_regularising(
     subfolder: Path, reason: str, content: FolderContent, model_info: "ModelInfo", kind: RunKind
 ) -> list[str]:
-    """Return a line about a folder of regularization images, and note the folder if it is used.
+    """Return a line about a folder of regularization images, and record the folder if it is used.
 
     `reason` explains why its images are for regularization. `kind` is the kind of run.
     """
@@ -353,17 +359,19 @@ def _describe_regularising(
             f"takes them (docs/image_datasets.md). {rename}"
         )
         return [warning(text)]
-    named = content.names.get(subfolder)
-    bare = [path for path in images if not caption_path(path, content.captions).exists()]
-    if bare and named is None:
+    class_name = content.names.get(subfolder)
+    uncaptioned = [path for path in images if not caption_path(path, content.captions).exists()]
+    if uncaptioned and class_name is None:
         text = (
-            f"{subfolder}: left out: {name_some(bare)}: regularization pictures without a caption, in a "
-            "folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
+            f"{subfolder}: left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
+            "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
         )
         return [warning(text)]
     content.regularization.append(subfolder)
     count = count_of(len(images), "regularization picture")
-    caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
+    caption = ""
+    if uncaptioned and class_name is not None:
+        caption = f", `{class_name.words}` for those without a caption"
     return [f"{subfolder}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
 
@@ -384,7 +392,7 @@ def _name_of(folder: Path) -> FolderName | None:
 
 
 def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return the reason to use a folder's images for regularization; None if there is none."""
+    """Return why a folder's images count as regularization images; None if they do not."""
     if subfolder == folder:
         return None
     for path in (subfolder, subfolder.parent):
@@ -395,6 +403,7 @@ def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, Fold
         return None
     class_words = name.words.strip().lower()
     for subject in names.values():
+        # `man` is the class of `ohwx man`
         if subject.words.strip().lower().endswith(f" {class_words}"):
             return (
                 f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
@@ -441,7 +450,7 @@ def _find_captions(folders_by_use: Sequence[Path]) -> str:
 
 
 def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
-    """Return lines about folders whose names have a meaning for image trainers."""
+    """Return lines about folders whose names image trainers read as repeats and a class."""
     lines = []
     for folder in folders_by_use:
         if folder in names:
@@ -455,7 +464,10 @@ def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderN
 
 
 def _describe_lists(content: FolderContent) -> list[str]:
-    """Return lines about lists of captions. Call this after captions have been assigned to the media."""
+    """Return lines that say which lists provide captions, and for how many files.
+
+    Call this after captions have been assigned to the media.
+    """
     lines = []
     single_files = []  # JSON files about one file each share a line
     for path, count in content.listed.lists.items():
@@ -466,6 +478,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
     if single_files:
         article = "the" if len(single_files) > 1 else "a"
         lines.append(f"{name_some(single_files)}: captions of {article} file of that name")
+    # captions from lists are copied into caption files
     if lines and content.new_captions:
         count = len(content.new_captions)
         lines[-1] += f". {count} are written into {content.captions} files, which count from now on"
@@ -477,10 +490,11 @@ def _describe_lists(content: FolderContent) -> list[str]:
 
 
 def _describe_deep(folders: Sequence[Path]) -> list[str]:
-    """Return lines with advice about media in folders below the subfolders, which are not searched."""
+    """Warn about media in subfolders of subfolders, which `new` does not search."""
     lines = []
     waiting = list(folders)
     visited = 0
+    # breadth first, with a limit on the number of folders
     while waiting and visited < MAX_FOLDERS:
         folder = waiting.pop(0)
         visited += 1
@@ -555,7 +569,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder has masks that this program generated, or that were drawn in the browser."""
+    """Return whether a folder holds masks made by this program, by a run or in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
@@ -564,16 +578,16 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return the line that makes dataset.toml use the masks in a folder.
+    """Return the line for dataset.toml that makes a training use the masks in a folder.
 
-    `folder` is the folder of dataset.toml.
+    `folder` contains dataset.toml.
     """
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
 
 def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: FolderContent) -> list[str]:
-    """Return lines about the files that OneTrainer puts next to images."""
+    """Return lines about masks and conditioning images that OneTrainer stores next to images."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.masks.get(real_path(place)) != real_path(place):
@@ -586,7 +600,7 @@ def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: 
 
 
 def _is_material(path: Path) -> bool:
-    """Return whether a path is the user's own file: not hidden, and not written by us or the system."""
+    """Return whether a path is a file of the user: not hidden, and not written by Reelsmith or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
     is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
     return not is_written and not is_of_system and not path.is_dir()
@@ -604,14 +618,14 @@ def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "Model
 
 
 def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
-    """Add a line about captions that are not UTF-8, if there are any."""
+    """Add a line about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
         content.lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
-    """Return the images that have layers, note the layers, and add a line about images without any."""
+    """Return the images that have layers; add a line about images without layers."""
     layers = group_layers(paths, content.captions)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
@@ -632,13 +646,13 @@ def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
 def _describe_other_files(
     other_files: Mapping[str, Sequence[Path]], media: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about captions without a media file, and about files that are left out.
+    """Return lines about caption files without media, and about files of other kinds that are not used.
 
     `other_files` holds all files except media, by suffix. `media` are the files that captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
-    handled = {*content.listed.paths, *media}
+    used_files = {*content.listed.paths, *media}
     lines = []
     for suffix, paths in other_files.items():
         if suffix == content.captions.lower():
@@ -647,7 +661,7 @@ def _describe_other_files(
                 owners = CaptionOwners(path.name for path in media)
                 lines.append(warning(_describe_ownerless(ownerless, content.captions, owners)))
             continue
-        unread = [path for path in paths if path not in handled]
+        unread = [path for path in paths if path not in used_files]
         if unread:
             reason = _why_left_out(unread, stems, content.captions)
             lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
@@ -667,7 +681,7 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return the reason why files with one suffix, which are not media, are left out."""
+    """Return why files with one suffix, which is not a media suffix, are not used."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -700,7 +714,7 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "Mod
 
 
 def _measure(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:
-    """Return a clip or an image with its size and caption.
+    """Return the size, duration and caption of a clip or an image.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -739,7 +753,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
 
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
-    """Replace each clip by its first frame, as an image that `new` writes.
+    """Replace each clip by its first frame, which `new` writes as an image.
 
     `name` is the name of the model.
     """
@@ -779,7 +793,7 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
 
 
 def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
-    """Return a path for the first frame of a clip that no other clip uses."""
+    """Return a path for a clip's first frame that no other clip uses."""
     inside = clip.parent.relative_to(folder)
     path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
     while path in content.first_frames:
@@ -794,7 +808,7 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 
 
 def _find_references(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
-    """Find each folder's references: in the folder, next to it, or next to the described folder."""
+    """Find the folder of references for each training folder: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
         _find_references_of(training_folder, _list_sources(training_folder, folder, folders_by_use), content)
     for source in folders_by_use.sources:
@@ -814,7 +828,7 @@ def _list_sources(place: Path, folder: Path, folders_by_use: SortedFolders) -> l
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
-    """Return whether the images of a folder have control images in a folder named for them.
+    """Return whether the images in a folder have control images, in a folder that is named so.
 
     The control folder is usually inside the folder. A control folder next to it may belong to another folder:
     it counts only if it has a control image for each image, if there are no other media next to it, and if no
@@ -854,7 +868,7 @@ def _find_controls(
 ) -> None:
     """For each image folder, use the first control folder that contains any of its control images.
 
-    If images are their own control images, as the kind of run says, the image folder itself is used.
+    For kinds of runs whose images are their own control images, the image folder itself is used.
     """
     for training_folder in folders_by_use.training_folders:
         if kind.controls_are_images:
@@ -904,7 +918,7 @@ def _find_references_of(image_folder: Path, sources: Sequence[Path], content: Fo
 
 
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
-    """Return the stems of images for which a folder has no reference."""
+    """Return the stems of images that have no reference in a folder."""
     with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # the folder cannot be listed
         folder = ControlFolder(source, {*stems})
@@ -916,13 +930,14 @@ def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
 
 
 def find_equal(media: Iterable[Media]) -> list[list[Path]]:
-    """Return groups of files with identical content."""
+    """Return groups of media files with identical content; files that cannot be read are ignored."""
     by_size: dict[int, list[Path]] = {}
     for item in media:
         with contextlib.suppress(OSError):
             by_size.setdefault(item.path.stat().st_size, []).append(item.path)
     by_digest: dict[str, list[Path]] = {}
     for paths in by_size.values():
+        # only files of equal size are hashed
         if len(paths) == 1:
             continue
         for path in paths:
@@ -933,7 +948,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
-    """Return a file's references in a folder; empty if there are none or their names do not fit."""
+    """Return the reference images of a file in a folder; () if none has a fitting name."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -941,7 +956,7 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
 
 
 def why_unused(path: Path) -> str:
-    """Return the reason why a reference cannot be read; "" if it can."""
+    """Return why a reference image cannot be used; "" if it can."""
     try:
         image_size(path)
     except MediaError as error:
@@ -950,7 +965,7 @@ def why_unused(path: Path) -> str:
 
 
 def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
-    """Return lines about references of a folder's images that cannot be read."""
+    """Return lines about reference images that cannot be used."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":
@@ -963,7 +978,7 @@ def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
-    """Return uncaptioned images whose names look like references of another image: cat_0, cat_input."""
+    """Return uncaptioned images that are named like references of another image: cat_0, cat_input."""
     stems = {item.path.stem for item in media if item.kind == "image"}
     numbered = []
     for item in media:
@@ -974,7 +989,7 @@ def _find_numbered(media: Sequence[Media]) -> list[Path]:
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return the message that shows where images and their references have to be stored."""
+    """Return a message that shows where images and their references should be stored."""
     numbered = _find_numbered(media)
     advice = ""
     if numbered:
@@ -989,7 +1004,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 
 def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
-    """Return lines about media that are used but may be unsuitable."""
+    """Return lines about used media that may be unsuitable: few, small, transparent or silent."""
     minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
@@ -998,6 +1013,7 @@ def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
         files = count_of(len(content.media), "file")
         lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
     images = [item.path for item in visible if item.kind == "image"]
+    # first frames of clips are not written yet, and have no alpha
     originals = [path for path in images if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
@@ -1021,7 +1037,7 @@ def is_narrow(item: Media) -> bool:
 
 
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
-    """Return lines about clips and images that are small or narrow."""
+    """Return lines about clips and images that are too small or too narrow for training."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
@@ -1049,7 +1065,7 @@ def _describe_equal(media: Sequence[Media]) -> list[str]:
 
 
 def _name_among(paths: Sequence[Path]) -> list[str]:
-    """Return the names of some files, with their folders if they are not all in one."""
+    """Return file names, with their folders unless all files share one folder."""
     if len({path.parent for path in paths}) == 1:
         return [path.name for path in paths[:SHOWN]]
     return [f"{path.parent.name}/{path.name}" for path in paths[:SHOWN]]

@@ -79,7 +79,7 @@ class ModelChoice:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return the information about a model from its family's record. Imports the family.
+    """Return what `new` has to know about a model, from its family's record. Imports the family.
 
     `files` maps each option to the model's file; the files need not exist.
     """
@@ -88,6 +88,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     references = 0 if rules is None or rules.clips else rules.maximum
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
+    # until a checkpoint shows otherwise
     hears, pairs_audios = True, False
     with contextlib.suppress(UserError):  # only families with audio need a file to decide this
         audio = audio_of(family)
@@ -112,12 +113,12 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
 
 
 def learns_audio_alone(model: ModelSet) -> bool:
-    """Return whether the model can be trained on sounds without images."""
+    """Return whether the model can be trained on audio without images."""
     return bool(model.data.get("sound_alone"))
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
-    """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
+    """Return the dtype options that a model's scripts accept, by kind of script."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
         kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
@@ -126,7 +127,7 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _has_latents(family: Any, fact: str) -> bool:
-    """Return a flag of the latents, such as has_alpha; False if it depends on the file of the VAE."""
+    """Return a flag of the latents, such as has_alpha; False if the flag depends on the VAE file."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, fact))
     return False
@@ -146,7 +147,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log only warnings during the block, because building a family logs which files are missing."""
+    """Log only warnings within the block, because building a family logs its missing files."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -155,9 +156,9 @@ def _without_log() -> Iterator[None]:
 
 
 def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
-    """Check files of a model that were named, by option, as the training script does.
+    """Check model files that --model_file names, with the checks of the training script.
 
-    Raises OptionError or CheckpointError if one is another kind of file than its option takes.
+    Raises OptionError or CheckpointError if an option does not accept its file.
     """
     if not files:
         return
@@ -166,14 +167,15 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     parser = training_parser(None)
     shared = _names_of(parser)  # training options, which do not affect the files
     add_options(parser, record)
-    of_images = {"pretrained_model_name_or_path", "vae"}
-    add_options(parser, ImageModelOptions, without=of_images & _names_of(parser))
+    image_options = {"pretrained_model_name_or_path", "vae"}
+    add_options(parser, ImageModelOptions, without=image_options & _names_of(parser))
     names = _names_of(parser)
-    words = _select_options(shlex.split(model.commands["train"]), names - shared, files)
+    # the model's own command selects the variant; then the typed files follow
+    argv = _select_options(shlex.split(model.commands["train"]), names - shared, files)
     for name, path in files.items():
         if name in names:
-            words += [f"--{name}", path]
-    args = parser.parse_args(words)
+            argv += [f"--{name}", path]
+    args = parser.parse_args(argv)
     if "ae" in names:
         take_ae(args)
     with _without_log():
@@ -181,7 +183,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(kind: RunKind, word: str | None) -> None:
-    """Raise OptionError if the training would reject the trigger word of a run that learns it."""
+    """Raise OptionError if a run that learns a trigger word has none, or an unusable one."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -196,10 +198,9 @@ def _names_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
-    """Return those options of a command that have one of the names, with their values.
+    """Return those options of a command whose names are in `names`, with their values.
 
-    `files` maps placeholders such as {vae} to paths. An option whose placeholder is missing there is left
-    out.
+    `files` maps placeholders such as {vae} to paths; options with an unknown placeholder are omitted.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -212,7 +213,7 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
-    """Return the family's rule for few-step models; None if this model is not one."""
+    """Return what a family knows about few-step models if this model is one; otherwise None."""
     if not knows_few_steps(family):
         return None
     reason = None
@@ -237,7 +238,7 @@ class TransformerKind(NamedTuple):
 
 
 def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
-    """Return the kind of a transformer from its file name or metadata; None if neither shows it."""
+    """Return the kind of a transformer from its file name or metadata; None if neither reveals it."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
@@ -360,7 +361,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
 
 
 def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
-    """Ask on a terminal which of a family's models is meant."""
+    """Ask the user on a terminal for one of a family's models."""
     tasks = [model.task for model in models]
 
     def read(text: str) -> str:
@@ -372,7 +373,7 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
 
 
 def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the models that match the named family and --task, from which the user still has to choose."""
+    """Return the models that match the named family and --task; the user has to choose among several."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
         tasks = _read_tasks(typed_task, of_family)
@@ -388,7 +389,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the default task if there is no terminal to ask on.
+    """Return the task to train without asking: the typed one, else the only one that suits a first LoRA.
 
     `text` is the value of --task, which matches all of `tasks`; None if it is not set.
 
@@ -437,24 +438,25 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Read the name of a task in any spelling; return several if a training script's name covers several.
+    """Return the tasks that a typed name means; a training script's task name may stand for several.
 
     Raises:
         OptionError: If no task has this name, or if it is ambiguous.
     """
-    plain = plain_name(text)
-    exact = [model for model in tasks if is_task_spelling(text, model.task)]
-    if not exact and plain:
-        exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
-    if exact:
-        return exact
-    partial = []
+    normalized = plain_name(text)
+    matches = [model for model in tasks if is_task_spelling(text, model.task)]
+    if not matches and normalized:
+        matches = [model for model in tasks if is_task_spelling(text, _training_task(model))]
+    if matches:
+        return matches
+    partial_matches = []
     for model in tasks:
-        is_part = len(plain) > 1 and plain in plain_name(model.task)
+        # a part of a name counts if it has no other number, such as 14b for 5b
+        is_part = len(normalized) > 1 and normalized in plain_name(model.task)
         if is_part and not has_other_number(text, model.task):
-            partial.append(model)
-    if len(partial) == 1:
-        return partial
+            partial_matches.append(model)
+    if len(partial_matches) == 1:
+        return partial_matches
     names = [model.task for model in tasks]
     script = _training_script(tasks[0])
     # families that share a training script are easily confused
@@ -467,14 +469,14 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
             f"{', '.join(names)}"
         )
     hint = did_you_mean(text, names)
-    if partial:
-        hint = f" Did you mean {' or '.join(model.task for model in partial)}?"
-    page = page_of_control(text) or _find_page_of_undescribed(plain, tasks[0].family)
+    if partial_matches:
+        hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
+    page = page_of_control(text) or _find_page_of_undescribed(normalized, tasks[0].family)
     raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the normalized spellings of a task: its own name, and the one in its training script."""
+    """Return the normalized names of a task: its own name, and the name in its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
 
@@ -489,7 +491,7 @@ def _training_task(model: ModelSet) -> str:
 
 
 def _find_page_of_undescribed(plain: str, family: str) -> str:
-    """Return a hint at the page of a task that `new` cannot set up; "" if the text is not such a task."""
+    """Return a hint to the documentation of a task that `new` does not support; "" for other texts."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
@@ -497,7 +499,7 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of families: what each generates, the size of its download, and what fits the card."""
+    """Return a table of model families: output, download size, and whether they fit the graphics card."""
     rows = []
     for family in families_of(models):
         tasks = [model for model in models if model.family == family]
@@ -510,7 +512,7 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of tasks: what each is, the size of its download, and what fits the card."""
+    """Return a table of tasks: description, download size, and whether they fit the graphics card."""
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))

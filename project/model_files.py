@@ -61,6 +61,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
         )
     names = {Path(file.name).name for file in part.files}
     is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
+    # a folder of the model's own layout is accepted as it is
     if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
         checkpoint_paths(path)  # raises if the folder has no checkpoint
     return path

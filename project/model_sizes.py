@@ -22,12 +22,12 @@ def needs_image(model: ModelSet) -> bool:
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the size in bytes of a model's transformers during a training; 0 if it is unknown."""
+    """Return the size in bytes of the transformers that a training loads; 0 if it is unknown."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the components with the trained network; a single checkpoint may hold all networks."""
+    """Return the components with the trained network, or the one checkpoint that contains all networks."""
     return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
 
@@ -43,14 +43,15 @@ def is_small(model: ModelSet, memory: float) -> bool:
 
 
 def weight_options(model: ModelSet, memory: float) -> list[str]:
-    """Return the options that make the trained network small enough for a card of `memory` GiB.
+    """Return the options for weights in fewer bits, so that the trained network fits a card of `memory` GiB.
 
-    Its weights are in int8, which is closer to 16 bits than fp8 and needs no fp8 units, or in nf4 if int8
+    The weights are in int8, which is closer to 16 bits than fp8 and needs no fp8 units, or in nf4 if int8
     does not fit. Source: the table of docs/small_cards.md.
     """
     if not memory or is_small(model, memory):
         return []
     words = shlex.split(model.data["fp8"])
+    # the model's own options do not quantize
     if not FP8 & {*words}:
         return words
     # of two transformers only the active one is on the card

@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the block ends, if `describe` was called in it.
+    """Start a command when the `with` block ends, if `describe` was called in the block.
 
     An error raised in the block is passed on.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        """Store the arguments of the command; if there are none, nothing is started."""
+        """Store the arguments of the command; without arguments, nothing is started."""
         self._words = words
         self._info: Callable[[], EndedRun] | None = None
 
     def describe(self, facts: Callable[[], EndedRun]) -> None:
-        """Register the command to start when the block ends; call this once the run begins.
+        """Register the command to start when the block ends; call this when the run begins.
 
-        `facts` returns what is known of the run when the command starts.
+        `facts` is called when the block ends, and returns the state of the run.
         """
         self._info = facts
 
@@ -43,7 +43,7 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
-    """Return the state of a run, from the files that its training has written.
+    """Return the state of a run for the --on_end command, from the files that its training has written.
 
     Args:
         output: Output folder of the training.
@@ -59,6 +59,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
         text, kind = run_history.ending
         is_finished = kind == "good"
         error = text if kind == "bad" else ""
+    # a length in epochs is known in steps once the training starts
     if steps is None and run_history.start is not None:
         steps = run_history.start.total_steps
     return EndedRun(
@@ -73,7 +74,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
 
 
 def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
-    """Return the history of a training; an empty one if the training has not written any."""
+    """Read the recorded history of a training; empty if none was written since `began`."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):
@@ -86,7 +87,7 @@ def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
 
 
 def _is_new(path: Path, began: float) -> bool:
-    """Return whether a file was written after the run began."""
+    """Return whether a file was modified after the run began."""
     try:
         return path.stat().st_mtime >= began
     except OSError:

@@ -41,7 +41,7 @@ WRITE_CAPTIONS = [
 
 
 def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
-    """Return the family whose JSON captions the model of these commands expects; "" for plain sentences."""
+    """Return the model family whose JSON captions these commands expect; "" for plain sentences."""
     scripts = {Path(word).name for words in commands for word in words if word.endswith(".py")}
     for name in caption_formats():
         entry = FAMILIES[name]
@@ -51,7 +51,7 @@ def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
 
 
 def make_caption_argv(commands: Iterable[Sequence[str]]) -> list[str]:
-    """Return the command that writes captions in a run's folder, in the form that its model expects."""
+    """Return the command that captions a folder in the form that a model expects."""
     format = find_caption_format(commands)
     return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS
 
@@ -85,7 +85,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def times_of_steps(steps: int) -> dict[str, int]:
-    """Return the options for saves, states and samples, which follow from a training's number of steps."""
+    """Return the intervals of saves, states and samples for a training of `steps` steps."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
 
@@ -103,7 +103,7 @@ def find_own_script(words: Sequence[str]) -> Path | None:
 
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
-    """Return a command as the user can type it in a folder."""
+    """Return a command line as a user in `folder` would type it."""
     script = find_own_script(words)
     if script is None or installation.PREFIX:
         return as_typed(words)
@@ -118,7 +118,7 @@ def as_operand(folder: Path) -> str:
 
 
 def download_options(models: Path) -> list[str]:
-    """Return the options with which `run` downloads the model into a folder of models."""
+    """Return the options that make `run` download missing model files into a folder."""
     if real_path(models) == real_path(MODELS):
         return ["--download"]
     return ["--download", "--models", str(models)]
@@ -140,7 +140,7 @@ def check_trigger(word: str) -> None:
 
 
 def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents.
+    """Return the model family of a command that caches latents.
 
     Raises:
         KeyError: If the command is not one that caches latents.

@@ -18,7 +18,7 @@ OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:
-    """Return whether a folder has nothing, except prompts that an earlier `new` has written."""
+    """Return whether a folder is empty, apart from prompts that an earlier `new` has written."""
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 

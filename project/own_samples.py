@@ -31,22 +31,23 @@ def use_prompts_as_captions(content: FolderContent) -> None:
 
 
 def balance_origins(content: FolderContent) -> None:
-    """Repeat real files, or those of the model itself, so that half of the steps see each kind.
+    """Repeat real files or generated files, whichever are fewer, until each kind fills half of the steps.
 
-    A folder that holds both kinds stays as it is.
+    Nothing changes if a folder holds both kinds.
     """
     by_folder: dict[Path, list[bool]] = {}
     for item in content.media:
         by_folder.setdefault(item.path.parent, []).append(bool(_read_prompt(content, item)))
-    own = {folder: len(files) for folder, files in by_folder.items() if all(files)}
+    generated = {folder: len(files) for folder, files in by_folder.items() if all(files)}
     real = {folder: len(files) for folder, files in by_folder.items() if not any(files)}
-    if not own or not real or len(own) + len(real) < len(by_folder):
+    # a folder with both kinds is in neither dictionary
+    if not generated or not real or len(generated) + len(real) < len(by_folder):
         return
-    fewer, more = sorted((own, real), key=lambda counts: sum(counts.values()))
+    fewer, more = sorted((generated, real), key=lambda counts: sum(counts.values()))
     repeats = round(sum(more.values()) / sum(fewer.values()))
     if repeats > 1:
         content.repeats = dict.fromkeys(fewer, repeats)
-        kind = "the model's own" if fewer is own else "the real ones"
+        kind = "the model's own" if fewer is generated else "the real ones"
         content.lines.append(
             f"{kind} are fewer: num_repeats = {repeats} of their tables gives both kinds half of the steps"
         )

@@ -46,7 +46,7 @@ LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may contain path
 
 @dataclass(frozen=True)
 class PackSource:
-    """Information about a folder from its run.toml."""
+    """What packing reads from a folder's run.toml."""
 
     folder: Path
     output: Path
@@ -59,7 +59,7 @@ class PackSource:
 
 @dataclass(frozen=True)
 class PackMember:
-    """A file of the packed folder."""
+    """A file in the archive."""
 
     name: str
     path: Path
@@ -72,7 +72,7 @@ class PackMember:
 
 
 def pack_folder(options: PackOptions) -> None:
-    """Write the archive; print its content, what is left out, and the command for the other machine.
+    """Pack a training folder into a zip archive for another machine; print what it contains and omits.
 
     Raises:
         OptionError: If the folder is not described, or if its texts contain paths outside of it.
@@ -147,7 +147,7 @@ def read_described(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the folder that the commands download into, exactly as written in run.toml."""
+    """Return the download folder in the commands, exactly as written in run.toml."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -163,7 +163,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 
 
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
-    """Map the paths of model files to paths in the packed folder, and list files that cannot be downloaded.
+    """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
     `target` is the download folder, exactly as written in run.toml.
     """
@@ -178,17 +178,19 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
         number = 2
         name = f"{MODELS_PART}/{path.name}"
         while name in names.values():
+            # files of equal names from different folders
             name = f"{MODELS_PART}/{number}/{path.name}"
             number += 1
         names[file] = name
+        # files outside of the download folder are not downloaded
         own.append(name)
     return names, own
 
 
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
-    """Yield the files to pack, following links.
+    """Yield the files of a folder that go into its archive; links are followed.
 
-    The names of files that are never packed are appended to `hidden`.
+    Names of hidden files, and of entries that are not files, are appended to `hidden`.
 
     Raises:
         OptionError: If a file's name is not allowed on every system.
@@ -197,10 +199,12 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
     for folder_text, folders, files in os.walk(described.folder, followlinks=True):
         folder = Path(folder_text)
         hidden += [str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME]
+        # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if real_path(folder) in walked or real_path(folder) in described.left_out:
             folders.clear()
             continue
+        # links may lead to a folder that was visited already
         walked.add(real_path(folder))
         for name in sorted(files):
             path = folder / name
@@ -236,7 +240,7 @@ def _find_state(described: PackSource) -> list[PackMember]:
 def _relocate_texts(
     described: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Return the members with relocated paths in their texts, and the secret options that were removed.
+    """Make the paths in the packed texts relative; also return the secret options that were removed.
 
     Raises:
         OptionError: If a text contains other paths of this machine.
@@ -257,6 +261,7 @@ def _relocate_texts(
             text, paths_outside, _ = _relocate_file(relocate_prompts, described.machine_paths, member.path)
         elif member.path.parent == described.output and member.path.suffix == ".jsonl":
             text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.machine_paths)
+        # lists are not rewritten: paths of this machine in them are an error
         elif member.path.suffix.lower() in LISTS:
             paths_outside = find_own_names(member.path, described.machine_paths)
         outside += [f"{member.path}: {path}" for path in paths_outside]

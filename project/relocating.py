@@ -24,19 +24,20 @@ _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+
 
 @dataclass(frozen=True)
 class MachinePaths:
-    """The paths of this machine that a folder's texts may contain."""
+    """Finds and replaces paths of this machine in the texts of a folder."""
 
     folder: Path  # path as typed
     models: Mapping[str, str] = field(default_factory=dict)  # path in the texts -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Return a text for the packed folder: a path becomes relative, other texts are unchanged.
+        """Make a path relative to the packed folder; other texts are returned unchanged.
 
         Returns None for a path of this machine to something that is not packed.
         """
         if text in self.models:
             return self.models[text]
         is_rooted = _ROOTED.match(text) is not None
+        # not a path that could leave the folder
         if not is_rooted and ".." not in text:
             return text
         if is_rooted and not text.startswith("~") and not Path(text).is_absolute():
@@ -52,7 +53,7 @@ class MachinePaths:
 
     @functools.cached_property
     def shown(self) -> re.Pattern[str]:
-        """Pattern that finds paths of this machine anywhere in a text."""
+        """Regular expression that finds folders of this machine anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
@@ -74,7 +75,7 @@ class RelocatedText(NamedTuple):
 
 
 def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
-    """Return a TOML text with relative paths; comments are kept.
+    """Make the paths in a TOML text relative; comments are preserved.
 
     `without` are keys to remove from all tables.
 
@@ -113,7 +114,7 @@ def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") 
 
 
 def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
-    """Remove keys from tables and nested tables; return the keys that were removed."""
+    """Remove keys from a table and its nested tables; return the removed keys."""
     removed = []
     if isinstance(values, dict):
         removed = [name for name in names if name in values]
@@ -154,7 +155,7 @@ def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
 
 
 def relocate_prompts(text: str, machine_paths: MachinePaths) -> RelocatedText:
-    """Return prompt lines with relative paths."""
+    """Make the paths in prompt lines relative."""
     outside: list[str] = []
 
     def relocate(match: re.Match[str]) -> str:

@@ -38,7 +38,7 @@ else:
 
 
 class RunOptions(Options):
-    """Which described folder to train on."""
+    """Which dataset folder is trained, and what `run` may download or start."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 
@@ -76,7 +76,7 @@ class RunOptions(Options):
 
     @property
     def words(self) -> list[str]:
-        """Return the words after `reelsmith` that repeat this run, without those that may not be stored."""
+        """Return the arguments that repeat this run, without options that may not be stored."""
         unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
             unsaid["models"] = None
@@ -85,7 +85,7 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return the sentence with the command that continues an interrupted run."""
+        """Return a sentence with the command that continues an interrupted run."""
         return f"The same command continues: {own_command(*self.words)}"
 
 

@@ -63,7 +63,7 @@ UNREADABLE = "cannot be read"  # kind of error that does not end a run: these fi
 
 @dataclass(frozen=True)
 class Project:
-    """Content of run.toml."""
+    """A training described by run.toml: its commands, model files and output."""
 
     folder: Path  # working folder of the commands
     download: list[str]
@@ -79,12 +79,12 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
-        """Model files that the run needs and that do not exist."""
+        """Model files that the run needs and that are missing."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
 class MediaCheck(NamedTuple):
-    """Result of checking the media."""
+    """Outcome of checking the media files."""
 
     fault_kinds: list[str]  # kinds of errors that end the run; empty if it can start
     left_out: list[str]  # files that the run leaves out
@@ -97,7 +97,7 @@ def run_project(options: RunOptions) -> None:
 
 
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
-    """Check, download, cache and train; finally print the path of the training's page.
+    """Run the commands of a project: check, download, cache and train; then print the path of its page.
 
     Files that cannot be read are left out and listed at the end. Exits with the code of the first command
     that fails.
@@ -109,11 +109,12 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     typed = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
-    writing = {"output_dir", *options_reaching("writes")}
-    folders += [value for name, value in options.typed_for_training.items() if name in writing]
+    writing_options = {"output_dir", *options_reaching("writes")}
+    folders += [value for name, value in options.typed_for_training.items() if name in writing_options]
     folders += options.may_write
     if options.download:
         folders.append(options.models)
+    # run.toml may come from a stranger: its commands can only write into these folders
     with limit_run(folders, typed.keys(), own_command(*options.words)):
         _run_within_limits(options, _read_project(options.folder, typed), trace, end)
 
@@ -127,10 +128,11 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
-    """Do the work of `run_commands`, once the process can only write into the run's folders."""
+    """Carry out `run` for a project: check it, or run its commands until one fails."""
     if options.check:
         check_project(project)
         return
+    # the LoRA is finished already
     if _report_trained(project, options):
         return
     if _has_state(project):
@@ -146,12 +148,12 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
-    left_out = _run_until_one_fails(commands, project, trace)
-    _print_ending(project, left_out)
+    skipped_files = _run_until_one_fails(commands, project, trace)
+    _print_ending(project, skipped_files)
 
 
 def _has_state(project: Project) -> bool:
-    """Return whether the training can continue from a complete state."""
+    """Return whether a complete saved state exists from which the training can resume."""
     recover_states(project.output, project.name)
     pattern = state_pattern(project.name)
     names = [path.name for path in project.output.iterdir()] if project.output.is_dir() else []
@@ -172,9 +174,9 @@ def _print_ending(project: Project, left_out: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the message about missing files of the model.
+    """Return the error message about missing model files, with the options that download them.
 
-    `models` is explained in `_download_words`.
+    `models` is the default folder of --download.
     """
     size = _download_size(project.download)
     options = _download_words(project, models)
@@ -191,7 +193,7 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands; return lines about the files that the check of media leaves out.
+    """Run the commands in order, except checks that have passed before; return lines about skipped files.
 
     Exits with the code of the first command that fails.
 
@@ -220,7 +222,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 
 
 def check_project(project: Project) -> None:
-    """Make the checks at the start of a run and print what they find; nothing is cached or trained.
+    """Run the checks that precede a training, and print what they find; nothing is cached or trained.
 
     Exits with code 1 if an error would end the run.
 
@@ -249,6 +251,7 @@ def check_project(project: Project) -> None:
             has_errors |= bool(run_command(argv, project.folder))
     if has_errors:
         raise SystemExit(1)
+    # `run` skips checks that have passed in full for unchanged files
     if not left_out and not project.missing:
         remember_checked(project.folder, project.commands, project.files)
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
@@ -288,7 +291,7 @@ def _run_or_exit(
 
 
 def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
-    """Read the run.toml of a folder.
+    """Read the training described by a folder's run.toml, and check its paths.
 
     Args:
         place: The folder, or its run.toml.
@@ -313,6 +316,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
     option = f"{path}: output_name"
+    # before history_path, which makes a path of the name
     check_output_name(option, project.name, is_new=False)
     reject_outside("output_dir", project.output)
     has_begun = history_path(project.output, project.name).exists()
@@ -326,7 +330,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
-    """Return the project with more words added to its last command, the training."""
+    """Append arguments to the training command, which is the project's last command."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *argv]])
 
@@ -345,7 +349,10 @@ def _find_described_folder(place: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, Any]) -> Project:
-    """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
+    """Make the record of a run from the tables of run.toml, with typed options in place of its own.
+
+    Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
+    """
     project_table = tables[OTHERS_TABLE]
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
@@ -424,7 +431,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return the model in a trained file's metadata if it differs from the project's, else None."""
+    """Return the model named in a trained file's metadata if it is not the project's model."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -440,9 +447,9 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options that allow `run` to download the missing files.
+    """Return the options with which the user lets `run` download missing files.
 
-    `models` is the folder that plain --download fills; another folder has to be named.
+    `models` is the default folder of --download; another folder has to be named.
     """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
@@ -450,7 +457,7 @@ def _download_words(project: Project, models: Path) -> str:
 
 
 def _download_size(argv: Sequence[str]) -> str:
-    """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
+    """Return the download size of a command's model in brackets, or "" if the model is unknown."""
     typed = _list_typed_values(argv)
     for model in find_models("--fp8_encoders" in argv):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
@@ -477,7 +484,7 @@ def _is_check_of_media(argv: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files before the long caching.
+    """Run the training script's check of its options and files, before hours of caching.
 
     Raises OptionError if the script rejects them.
     """
@@ -503,7 +510,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Print what the check of the media finds, in place of caching, and collect the errors."""
+        """Check the media instead of caching them; print the findings and collect the errors."""
         # imported here because they load torch, which most project commands do not need
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of
@@ -517,6 +524,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
             verify=options.verify,
             validation=validation,
         )
+        # captions are checked by the command that encodes texts
         findings = replace(findings, counters=TOKENS_ELSEWHERE)
         print_check(findings, family, config, page=options.page, workers=workers)
         for table in findings.tables:
@@ -531,7 +539,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
 
 
 def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print what to do after a check has failed.
+    """Print how to correct what a failed check has found.
 
     `kinds` are the kinds of errors that it found.
     """
@@ -557,10 +565,10 @@ def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> No
 
 
 def _require_script(argv: Sequence[str]) -> Path:
-    """Return the script of a command.
+    """Return the path of a command's script.
 
     Raises:
-        OptionError: If no run uses this script: run.toml may come from somebody else.
+        OptionError: If no run uses this script; run.toml may come from a stranger.
     """
     script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():
@@ -592,6 +600,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     """
     script = _require_script(argv)
     interrupts: list[int] = []
+    # the script prints no hint about the next command, which this process starts
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:
         variables[installation.PROGRESS] = str(progress)

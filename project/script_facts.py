@@ -22,7 +22,7 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 @dataclass(frozen=True)
 class AskedOption:
-    """An option of a script."""
+    """Kind, choices and default of one training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
@@ -50,7 +50,7 @@ class AskedOption:
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """The options of a script, by name."""
+    """Names of a training script's options: those it takes, and those it refuses with a reason."""
 
     name: str
     known: Mapping[str, AskedOption]
@@ -59,7 +59,7 @@ class ScriptOptions:
 
 @cache
 def ask_script(name: str) -> ScriptOptions:
-    """Return the options of a training script.
+    """Return the options that a training script takes and those that it refuses.
 
     Raises:
         OptionError: If the script does not exist.
@@ -83,7 +83,7 @@ def ask_script(name: str) -> ScriptOptions:
 
 
 def _read_default(option: DescribedOption) -> Any:
-    """Return the default of an option, converted from the text in its help."""
+    """Return the default of an option, parsed from its help text."""
     if option.kind == "switch":
         return option.default == "true"
     if option.kind in NUMBERS and option.default:
@@ -95,7 +95,7 @@ def _read_default(option: DescribedOption) -> Any:
 
 
 def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
-    """Return the message with which a script rejects its options; None if it accepts them.
+    """Return the message with which a script rejects its arguments; None if it accepts them.
 
     The script runs in `folder`, and ends after reading its options, before torch loads.
     """
@@ -106,7 +106,7 @@ def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
 def _run_script(
     name: str, argv: Sequence[str], folder: Path, variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a script of this program and return its output. Raises OptionError if it cannot be started."""
+    """Run one of our scripts without input, and return its captured output."""
     script = installation.find_script(name)
     if script is None:
         raise OptionError(f"{name}: there is no such script")

@@ -23,7 +23,7 @@ WRITE_BLANKS = ["--replace_regex", UNDERSCORE.pattern, " "]
 
 @dataclass(frozen=True)
 class TagLists:
-    """Captions of a folder that are lists of tags."""
+    """The captions of a folder, split into tags."""
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
@@ -54,11 +54,12 @@ class TagLists:
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":
             keys["caption_separator"] = self.separator
-        texts = [self.separator.join(tags) for tags in self.lists]
-        adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in texts)
+        captions = [self.separator.join(tags) for tags in self.lists]
+        adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
         if self.has_kept:
             keys["keep_tokens_separator"] = KEPT
         elif self.kept or adds_trigger:
+            # the trigger word, added in front, must not be shuffled either
             num_added = 1 if adds_trigger else 0
             keys["keep_tokens"] = self.kept + num_added
         if self.has_choices:
@@ -67,7 +68,7 @@ class TagLists:
 
 
 def find_tags(captions: Iterable[str]) -> TagLists | None:
-    """Return the captions as lists of tags; None if too few of them are lists of tags."""
+    """Split captions into tags; None if too few of the captions are lists of tags."""
     texts = [text for text in captions if text.strip()]
     for separator in (",", " "):
         lists = [tags for text in texts if (tags := _read_list(text, separator))]
@@ -84,12 +85,12 @@ def write_blanks(tags: TagLists) -> list[str]:
 
 
 def as_words(tag: str) -> str:
-    """Return a tag with blanks in place of underscores: `red hair`."""
+    """Return a tag with spaces instead of underscores: `red hair`."""
     return UNDERSCORE.sub(" ", tag)
 
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
-    """Return the tags in a caption; empty if the caption is not a list of tags."""
+    """Split a caption into tags; empty if it does not look like a list of tags."""
     tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
     if len(tags) < LEAST or SENTENCE.search(text):
         return ()
@@ -101,6 +102,6 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
 
 
 def _are_joined(words: Sequence[str]) -> bool:
-    """Return whether words separated by blanks are tags (`red_hair`) and not a sentence."""
+    """Return whether space-separated words are tags (`red_hair`) and not a sentence."""
     joined = [word for word in words if UNDERSCORE.search(word)]
     return len(joined) * 4 >= len(words) and "," not in "".join(words)

@@ -45,7 +45,7 @@ def describe_step(argv: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Describe a progress: `11.2 GB of 34.8 GB`, `40 of 120`."""
+    """Describe how much is done, such as `11.2 GB of 34.8 GB` or `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"
@@ -90,7 +90,7 @@ class RunTrace:
             self._history.add(0, commands=[command])
 
     def note(self, argv: Sequence[str]) -> None:
-        """Note which command begins now."""
+        """Record which command begins."""
         self._step, self._since = describe_step(argv), time.time()
         if self._history is not None:
             with self._guarded():
@@ -121,7 +121,7 @@ class RunTrace:
                 path.unlink(missing_ok=True)
 
     def _show_progress(self, path: Path, step: str, is_over: threading.Event) -> None:
-        """Add a line to the history whenever the progress in a file has changed, every few seconds."""
+        """Every few seconds, add a line to the history if the progress in a file has changed."""
         shown = ""
         while not is_over.wait(SHOWN_EVERY):
             progress = read_progress(path)
@@ -133,7 +133,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Record how the run ended, unless its training does so itself.
+        """Record in the run's history how the run ended, unless its training records that itself.
 
         `kind` is the kind of the history's end.
         """
@@ -141,6 +141,7 @@ class RunTrace:
             return
         with self._guarded():
             if not reason or self._has_training():
+                # a run that ended well, or whose training writes a history, needs no entry here
                 self._history.path.unlink(missing_ok=True)
                 return
             ended = f"ended while {self._step}" + (f": {reason}" if reason else "")
@@ -149,7 +150,7 @@ class RunTrace:
             self._history.flush()
 
     def _has_training(self) -> bool:
-        """Return whether the training has begun to write its own history."""
+        """Return whether the training has started to write its own history."""
         try:
             return self._step == TRAINING and self._training.stat().st_mtime >= self._since
         except OSError:
@@ -166,7 +167,7 @@ class RunTrace:
 
 @contextmanager
 def trace_run() -> Iterator[RunTrace]:
-    """Yield a trace, and record in it how the block ends."""
+    """Yield the trace of a run, and record in it how the `with` block ends."""
     trace = RunTrace()
     try:
         yield trace

@@ -82,6 +82,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
         manifest = parse_json(_read_member(file).decode("utf-8"))
     if manifest["version"] != VERSION:
         raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
+    # raises KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
     name, modified = manifest["name"], manifest["modified"]
     reason = find_error_of_name(name, os.name == "nt")
@@ -154,13 +155,13 @@ def _write(
     folder: Path,
     options: UnpackOptions,
 ) -> None:
-    """Write all members to a folder that appears once they are complete. Raises as `unpack_folder`."""
+    """Write all members into a folder that appears only when it is complete."""
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
     check_space(folder, total)
-    kept = _without_new_parents(folder)
-    with kept, atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
+    cleanup = _without_new_parents(folder)
+    with cleanup, atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
         for entry in members:
             path = temporary / entry.filename
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +174,7 @@ def _write(
         run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:
             nanoseconds = modified.get(entry.filename)
+            # run.toml was changed just now, so its old time would be wrong
             if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS and entry.filename != RUN_FILE:
                 os.utime(temporary / entry.filename, ns=(nanoseconds, nanoseconds))
 
@@ -213,7 +215,7 @@ def _place_models(text: str, models: Path) -> str:
 
 
 def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
-    """Return the lines about an unpacked folder: its size, missing models, and the training command.
+    """Return lines about an unpacked folder: its size, missing models, and the next command.
 
     `models` are the paths that run.toml lists.
     """

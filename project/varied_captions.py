@@ -45,7 +45,7 @@ STYLES = (
 
 
 def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
-    """Return distinct captions, the same ones for the same seed."""
+    """Return distinct random captions; equal seeds give equal captions."""
     rng = random.Random(seed)
     cycles = [_cycle(words, rng) for words in (SUBJECTS, PLACES, LIGHTS, STYLES)]
     captions: dict[str, None] = {}

@@ -47,11 +47,11 @@ class ControlNets:
     """Run several ControlNets next to the U-Net and add their residuals."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
-        """Store loaded ControlNets for a model.
+        """Prepare loaded ControlNets for use with a model.
 
         Args:
             networks: Diffusers' ControlNetModels on the model's device.
-            uses: How each network is used.
+            uses: Strength, preprocessor and steps of each network.
             model: The loaded model.
         """
         self._networks = networks
@@ -115,7 +115,7 @@ class ControlNets:
 
 
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
-    """Compare the headers of all ControlNets with a U-Net, before anything is loaded.
+    """Check by the headers that all ControlNets fit a U-Net, before anything is loaded.
 
     Args:
         options: Options of ControlNets.
@@ -217,7 +217,7 @@ class BatchGuides:
         return tuple(guides)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return each model's guides, B 3 H W in 0..1, at the present size of Gradual Latent's latents."""
+        """Return each network's guide images, B 3 H W in 0..1, resized to fit the latents of a U-Net call."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -227,16 +227,16 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Return whether a model acts in the step of a call, which is one of the first `ratio` of the steps."""
+    """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
     return call.step / call.num_steps <= use.ratio
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Resize an image, H W 3, or replace it by its edges.
+    """Resize a guide image, H W 3, or draw its edges instead.
 
     Args:
         image: The image.
-        canny: Thresholds of the edges that are drawn in its place; None keeps the image.
+        canny: Canny thresholds for drawing edges; None keeps the image.
         width: Width in pixels.
         height: Height in pixels.
     """

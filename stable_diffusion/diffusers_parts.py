@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
-    """Import the class of the U-Net."""
+    """Import diffusers' U-Net class on first use."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
@@ -25,10 +25,10 @@ def vae_class() -> type[Any]:
 
 
 def scheduler_class(name: str) -> type[Any]:
-    """Return a scheduler of diffusers by its file and class, such as ddim.DDIMScheduler.
+    """Import a diffusers scheduler by its file and class, such as ddim.DDIMScheduler.
 
-    The class is imported from its own file: the package leaves out classes that need scipy if scipy is
-    missing.
+    The class is imported from its own file, because the package leaves out classes that need scipy if scipy
+    is missing.
     """
     file, _, class_name = name.partition(".")
     found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)
@@ -43,7 +43,7 @@ def make_xformers_processor() -> Any:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return the betas of a schedule whose last timestep is noise alone.
+    """Rescale betas so that the last timestep is pure noise.
 
     Args:
         betas: Betas of the schedule, float32, one per timestep.

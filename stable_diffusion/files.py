@@ -57,7 +57,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """What is known about a checkpoint in addition to the sizes of its tensors."""
+    """Kind and prediction type of a checkpoint, which the sizes of its tensors do not show."""
 
     kind: ModelKind
     predicts_velocity: bool
@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the model predicts, by its checkpoint; "" for noise or if that is not recorded."""
+        """Return what the checkpoint predicts, in words; "" for noise or if that is not recorded."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
@@ -154,7 +154,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
-    """Return what a file is if it is a model that is not supported; None if it may be supported."""
+    """Return the kind of an unsupported model; None if the file may be supported."""
     for mark, what in _OTHERS:
         if _has(names, mark):
             return what

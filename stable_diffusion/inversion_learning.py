@@ -63,14 +63,14 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
         if content is None and word.weights is None:
             return None
         if content is None:
-            (found,) = read_words([path], option=option)
+            (learned_word,) = read_words([path], option=option)
         else:
-            with quiet():  # it is not about prompts
-                (found,) = read_bundled({path: {word.text: content}}, option)
+            with quiet():  # its log line is about words for prompts
+                (learned_word,) = read_bundled({path: {word.text: content}}, option)
         with files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
-        check_words([found], widths, files.kind)
-        return dict(zip(keys, found.vectors, strict=True))
+        check_words([learned_word], widths, files.kind)
+        return dict(zip(keys, learned_word.vectors, strict=True))
 
     towers = [
         WordTower(key, PooledClip.embedding, partial(_tokenize, files, number))
@@ -123,7 +123,7 @@ def learn_alone(
 
 
 def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
-    """Return the templates that replace captions; none if the word is learned in captions."""
+    """Return caption templates for a new word; () if the word is learned from the data's own captions."""
     if options.use_object_template:
         return OBJECT_SENTENCES
     return STYLE_SENTENCES if options.use_style_template else ()

@@ -44,7 +44,7 @@ class LatentRefinerBlock(nn.Module):
 
 
 class LatentRefiner(nn.Module):
-    """Predict the detail that enlarged latents lack, and add it. Layer names are as published."""
+    """Add the detail that enlarged latents lack; layer names are those of the published file."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -144,10 +144,12 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
-    """Return the seeds in a line's --d; None without it. Choosing the line's variants needs them first.
+    """Return the seeds in a line's --d option; None without it.
+
+    They are needed before the line's variants are chosen.
 
     Raises:
-        OptionError: If the seeds cannot be read.
+        OptionError: If the seeds cannot be parsed.
     """
     for part in prompt_lines.split_line(line).options:
         word, _, text = part.partition(" ")
@@ -369,7 +371,7 @@ def import_prompter(name: str) -> ModuleType:
         OptionError: If the module cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
-        reason = rejects_code()
+        reason = rejects_code()  # with `run` and the queue, names come from files of others
         if reason is not None:
             raise OptionError(f"--from_module {name}: {reason}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)

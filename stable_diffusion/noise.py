@@ -44,7 +44,7 @@ class VariedNoise:
         return self._add_levels(noise, generator) if self.levels else noise
 
     def _add_offset(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Source: "Diffusion with Offset Noise", Guttenberg 2023."""
+        """Add noise that is constant per channel ("Diffusion with Offset Noise", Guttenberg 2023)."""
         assert self.offset is not None
         share = torch.rand((), generator=generator) if self.offset_is_random else torch.ones(())
         offset = self.offset * share
@@ -93,7 +93,7 @@ def make_noise_spec(
     weights: LossWeightOptions | None = None,
     vary: VariedNoise | None = None,
 ) -> NoiseSpec:
-    """Return the noise conventions of a model that predicts noise or v.
+    """Describe the noise schedule, prediction type and loss factors of a model that predicts noise or v.
 
     Args:
         predicts_v: Whether the U-Net predicts v instead of noise.
@@ -132,7 +132,7 @@ def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -
         return ()
     alphas_cumprod = shares.double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    capped = snr.clamp(max=MAX_SNR)  # Min-SNR has its own, smaller limit
+    capped = snr.clamp(max=MAX_SNR)  # not for Min-SNR, which has its own, smaller limit
     factors = torch.ones_like(snr)
     if weights.min_snr_gamma:
         factors *= snr.clamp(max=weights.min_snr_gamma) / (snr + 1 if predicts_v else snr)

@@ -147,7 +147,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
 
 
 class ImageOutputOptions(Options, title="output"):
-    """Where images are written, and under which names."""
+    """Folder and file names of generated images."""
 
     outdir: Path = option(
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True

@@ -85,7 +85,7 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of the derivative from `which` steps ago (0 is the latest) in a linear multistep.
+    """Return the weight in a linear multistep of the derivative from `which` steps ago (0 is the latest).
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
@@ -100,7 +100,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide FutureWarning and DeprecationWarning of diffusers, on which users cannot act."""
+    """Hide diffusers' FutureWarning and DeprecationWarning, on which users cannot act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -108,7 +108,7 @@ def _no_warnings_to_developers() -> Iterator[None]:
 
 
 def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
-    """Raise OptionError if a model cannot be sampled with --zero_terminal_snr."""
+    """Raise OptionError if --zero_terminal_snr is used with a model that does not predict v."""
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
@@ -131,7 +131,7 @@ MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample ->
 
 @dataclass
 class SchedulerSolver:
-    """A solver that wraps a scheduler of diffusers for one batch. Samples in the loop are B 4 1 h w.
+    """Solver that wraps a diffusers scheduler for one batch; samples in the loop are B 4 1 h w.
 
     All random numbers of a step come from the images' own generators, so no image depends on its batch.
     """
@@ -157,7 +157,7 @@ class SchedulerSolver:
 
     @property
     def timesteps_of_steps(self) -> tuple[float, ...]:
-        """Return the timestep at which each step begins. A step may call the network several times."""
+        """Return the timestep at which each step begins; a step may call the network several times."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])
 
@@ -253,11 +253,11 @@ class ScaledSolver:
 
     @property
     def schedule(self) -> Schedule:
-        """Schedule of the wrapped solver."""
+        """Noise schedule of the wrapped solver."""
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the start latents of an image, scaled for the U-Net, and the first step.
+        """Return the start latents, scaled for the U-Net, and the index of the first step.
 
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
@@ -285,7 +285,7 @@ class ScaledSolver:
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample, scaled for the U-Net; after the last step, the result."""
+        """Take one step; return the next sample scaled for the U-Net or, after the last step, the result."""
         del sample  # scaled for the U-Net; the scheduler needs the unscaled one
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
         return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
@@ -354,7 +354,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 
 
 def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments that pass the residuals of ControlNets to the U-Net; {} without ControlNets."""
+    """Return the U-Net arguments for ControlNet residuals; {} without ControlNets."""
     if call.residuals is None:
         return {}
     skips, middle = call.residuals

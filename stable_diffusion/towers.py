@@ -62,7 +62,7 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """Tokenizer and settings that are loaded together with a text encoder's network."""
+    """Tokenizer and settings that belong to a loaded text encoder."""
 
     words: ClipWords
     pad: int
@@ -71,7 +71,7 @@ class LoadedWords:
 
 @dataclass(frozen=True)
 class LearningTexts:
-    """How a training treats text encoders and captions."""
+    """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
@@ -83,7 +83,7 @@ class LearningTexts:
 
 
 class TowerEncoder:
-    """One of the text encoders of a checkpoint."""
+    """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
 
     can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True, take_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
@@ -130,7 +130,7 @@ class TowerEncoder:
 
     @property
     def network(self) -> ClipText:
-        """The network. Call `load` first."""
+        """The loaded network; call `load` first."""
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
@@ -251,7 +251,7 @@ class TowerEncoder:
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks of a prompt with weights, at least 1.
+        """Return the number of 75-token chunks of a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -343,7 +343,7 @@ class TowerEncoder:
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> int:
-    """Return the number of characters covered by the first `maximum` tokens of a text, in whole words."""
+    """Return how many characters the first `maximum` tokens of a text cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     number = bisect_right(ends, maximum, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0

@@ -82,7 +82,7 @@ class LossWeightOptions(Options, title="loss"):
 
     @property
     def has_any(self) -> bool:
-        """Whether any factor is on."""
+        """Whether one of the loss factors is set."""
         return bool(
             self.min_snr_gamma
             or self.scale_v_pred_loss_like_noise_pred
@@ -130,7 +130,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def is_full(self) -> bool:
-        """Whether the script trains a whole checkpoint; `OfFullCheckpoint` overrides this."""
+        """Whether the script trains all weights; only options for full fine-tuning can return True."""
         return False
 
     @property

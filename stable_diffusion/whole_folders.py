@@ -79,7 +79,7 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Writes the checkpoint folders of a training. The source stays open, in case it is deleted meanwhile."""
+    """Write trained checkpoints in diffusers' layout; the source stays open in case it is deleted."""
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
@@ -292,9 +292,9 @@ def _text_class(number: int) -> str:
 
 
 def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return the settings of a text encoder, named as in the package transformers."""
+    """Return the configuration of a text encoder in the names of transformers."""
     dimensions = asdict(config)
-    names = {
+    names = {  # name in transformers -> field of `ClipTextConfig`
         "vocab_size": "vocabulary",
         "max_position_embeddings": "positions",
         "hidden_size": "dim",

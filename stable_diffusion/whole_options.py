@@ -33,12 +33,12 @@ class OfFullCheckpoint:
 
     @property
     def learns_in_bf16(self) -> bool:
-        """Whether --full_bf16 is given."""
+        """Whether weights are trained in bf16 (--full_bf16)."""
         return self.full_bf16
 
 
 def text_switch(help: str) -> Any:
-    """Return the switch that trains the text encoders too, with a help text of the script."""
+    """Declare the switch that also trains the text encoders."""
     return option(help, facts=IDENTITY, often=True)
 
 

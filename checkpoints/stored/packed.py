@@ -23,7 +23,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class RowForm:
-    """A form whose tensors all have N rows or one; `make` decodes some rows to float32."""
+    """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -37,11 +37,11 @@ class RowForm:
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ class RowForm:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows, from `first` on; companions of one row apply to all rows and are not cut."""
+        """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -100,7 +100,7 @@ class RowForm:
         return self
 
     def check_device(self, device: torch.device) -> None:
-        """Do nothing: every device can dequantize these forms."""
+        """Accept any device, because every device can dequantize these forms."""
         pass
 
 
@@ -124,7 +124,7 @@ def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply N K by scales N K/G."""
+    """Multiply values, N K, by one scale for each group of columns, N K/G."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -150,7 +150,7 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the values of signed int4: weight N K/2, scale N 1."""
+    """Dequantize signed int4: weight N K/2 bytes, row scale N 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
@@ -161,7 +161,7 @@ def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Return the values of w6a8: weight N 3K/4, scales N K/16, scale N 1, codebook 1 64."""
+    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1, codebook 1 64."""
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)

@@ -43,13 +43,13 @@ class NoCaptionError(Exception):
     """The reason why an image or clip gets no caption. The run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
-        """Keep the reason; `server_failed` says that repeated attempts got no answer from the server."""
+        """Store the reason; `server_failed` says that the server answered none of several requests."""
         super().__init__(reason)
         self.server_failed = server_failed
 
 
 def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
-    """Return the indices of at most `maximum` frames to show, the middle ones of as many equal parts.
+    """Return the indices of at most `maximum` frames: the middle frame of each of as many equal segments.
 
     All frames of a shorter clip are shown.
 
@@ -80,7 +80,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
-    """Shrink a frame to at most `max_pixels` pixels; its aspect ratio, and smaller frames, are unchanged."""
+    """Shrink a frame to at most `max_pixels` pixels, keeping its aspect ratio; never enlarge it."""
     height, width = frame.shape[:2]
     if height * width <= max_pixels:
         return frame
@@ -97,7 +97,7 @@ def answer_in_batches(
     item_bytes: int,
     answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionLocation, str | Exception]]],
 ) -> Answers:
-    """Yield the answer of a local model for each image or clip, in order, while threads read files ahead.
+    """Caption images and clips in batches with a local model, while threads read files ahead.
 
     `item_bytes` is the memory that the frames of a location take. `answer_batch` answers for at most
     `batch_size` images or clips.
@@ -120,7 +120,7 @@ def answer_in_batches(
 
 
 def prompt_for(location: CaptionLocation, ask: AskOptions) -> str:
-    """Return the question for a source: its own, else that of the options, else the default for its kind."""
+    """Return the prompt for a source: its own, else the option's, else the default for its kind."""
     if location.question is not None:
         return location.question
     return ask.prompt if ask.prompt is not None else PROMPTS[location.source.table.kind]

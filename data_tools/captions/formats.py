@@ -46,7 +46,7 @@ class ObjectAsker:
     unsaid: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
     def make_question(self, location: CaptionLocation) -> str:
-        """Return the model's prompt for an image or clip: the request, and a line about each JSON key."""
+        """Return the prompt for an image or clip: the request, with a line about each JSON key."""
         what = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _QUESTION.format(what=what)]
         for key in self.format.keys:
@@ -107,18 +107,18 @@ class ObjectAsker:
         return answer
 
     def describe_unsaid(self) -> str | None:
-        """Describe which keys answers lacked, and how many answers; None if no key was missing."""
+        """Return each key that answers lacked, with its number of answers; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.unsaid.most_common())
         return counts or None
 
 
 def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
-    """Return the location with a question that also says what was wrong with the last answer."""
+    """Return the location with a prompt that also explains the error in the last answer."""
     return dataclasses.replace(location, question=f"{location.question}\n{_WRONG.format(fault=error)}")
 
 
 def write_object(caption: dict[str, Any]) -> str:
-    """Return a caption that is a JSON object as one line of text."""
+    """Serialize a JSON caption in one line."""
     return json.dumps(caption, ensure_ascii=False)
 
 
@@ -131,7 +131,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:
-        """Return a value of the object with its texts reworded, at any depth."""
+        """Reword all texts in a JSON value, at any depth."""
         if isinstance(value, str):
             return reword(value, replacements)
         if isinstance(value, list):
@@ -143,6 +143,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     reworded = caption
     if wording.replace or wording.replace_regex:
         reworded = reword_value(caption)
+    # trigger word, prefix and suffix
     additions = dataclasses.replace(wording, replace=(), replace_regex=())
     if not additions.changes_something:
         return reworded

@@ -58,7 +58,7 @@ class LocalModel:
     takes_text: bool = True  # False: it describes a single image, and no question can be asked
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Return a caption, or the reason why there is none, for each image or clip, in order.
+        """Yield (location, caption or error) for each image or clip, in order.
 
         If a batch fails, its images and clips are processed one by one.
 
@@ -134,7 +134,7 @@ class LocalModel:
         return answers
 
     def _make_inputs(self, texts: Sequence[str], frames_of: Sequence[Frames]) -> Any:
-        """Return the model's inputs for texts with their frames, on its device."""
+        """Return the model's input tensors for several prompts and their frames, on its device."""
         images = [[Image.fromarray(frame) for frame in frames] for frames in frames_of]
         start = self.processor.tokenizer.bos_token
         settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -155,7 +155,7 @@ class LocalModel:
         return inputs.to(self.model.device, self.model.dtype)
 
     def _end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end an answer."""
+        """Return the IDs of the tokens that end a generated text."""
         ends = self.model.generation_config.eos_token_id
         if ends is None:
             return frozenset()
@@ -223,7 +223,7 @@ class RowNoise:
 
 
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
-    """Load the model that --model names.
+    """Load the captioning model that --model names, from a folder or a repository.
 
     Raises:
         CheckpointError: If the folder holds an unusable model.
@@ -275,7 +275,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
-    """Load the processor, which turns texts and images into a model's inputs.
+    """Load the processor that prepares a model's texts and images.
 
     Raises:
         CheckpointError: If the processor takes no images.
@@ -286,6 +286,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, **LOCAL)
     except ImportError as error:
+        # only its video part may need the missing package
         processor = _without_videos(folder, model_type)
         if processor is None:
             raise InstallationError(
@@ -302,7 +303,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
 
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:
-    """Return the error for a model that cannot be used."""
+    """Return an error that says why a model folder cannot be used."""
     return CheckpointError(f"--model {folder}: {reason}", folder)
 
 
@@ -351,7 +352,7 @@ def _reject_quantized(folder: Path, config: Any) -> None:
 
 
 def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
-    """Load a model with sdpa, or with its plain attention if it has no other."""
+    """Load a model with scaled-dot-product attention, or with eager attention if that is unsupported."""
     from transformers import AutoModelForImageTextToText
 
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}

@@ -19,7 +19,7 @@ KEY = "the key of this name in the dataset's TOML does the same without touching
 
 
 class CaptionModelOptions(Options, title="a model that runs here"):
-    """Options of a vision-language model that runs on this machine."""
+    """Options of a captioning model that runs on this machine."""
 
     model: str | None = option(
         "folder of a vision-language model for transformers (config.json, safetensors), or the name of "
@@ -70,7 +70,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
 
 
 class AskOptions(Options, title="what is asked"):
-    """What the model is shown and asked, and how its answer is sampled."""
+    """Prompt, frames and sampling settings for captioning."""
 
     prompt: str | None = option(
         "what the model is asked about each image or clip; default: to describe it in one paragraph"
@@ -152,7 +152,7 @@ class WordingOptions(Options, title="the text that is written"):
 
     @property
     def changes_something(self) -> bool:
-        """Whether any of these options is given."""
+        """Whether any of the wording options is set."""
         return any(
             (self.trigger_word, self.caption_prefix, self.caption_suffix, self.replace, self.replace_regex)
         )
@@ -182,7 +182,7 @@ class WritingOptions(Options, title="what to do"):
 
 
 class CaptioningOptions(WritingOptions, title="what to do"):
-    """Options of captioning: which captions to write, which model writes them, and how they are changed."""
+    """Which captions are written, by which model, and how they are reworded."""
 
     key_files = (DATASET_FILE,)
 

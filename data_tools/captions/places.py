@@ -52,6 +52,7 @@ class CaptionList:
         self._numbers: dict[str, int] = {}  # index of the line, by the path in it
         self._stamp: _Stamp | None = None
         self._has_backup = False  # whether the state before this run is backed up
+        # fills _lines and _numbers
         self._read()
         self.entries: dict[Path, str] = {}  # path in the line, by path of the source
         rows = RowReader(table, self.path, self._key, is_list=True)
@@ -92,7 +93,7 @@ class CaptionList:
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
-        """Write values into lines, except lines that have changed on disk meanwhile.
+        """Write captions into lines of the list, except lines that have changed on disk meanwhile.
 
         The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
         all the replaced values.
@@ -109,6 +110,7 @@ class CaptionList:
         """
         for _ in range(TRIES):
             try:
+                # another program has written the list: read it again before changing lines
                 if _stamp_of(self.path) != self._stamp:
                     self._read()
                 lines, count = self._change_lines(changes)
@@ -131,7 +133,7 @@ class CaptionList:
         )
 
     def _change_lines(self, changes: Mapping[str, Change]) -> tuple[list[str], int]:
-        """Return all lines with the changes applied, and the number of changed lines.
+        """Return all lines of the list after the changes, and the number of changed lines.
 
         A change applies only if its line still has the old values.
         """
@@ -146,6 +148,7 @@ class CaptionList:
                 text = json.dumps(values | new)
             index = self._numbers[entry]
             line = lines[index]
+            # the line break and a byte order mark remain
             lines[index] = line.replace(line.strip("\ufeff\r\n"), text)
             count += 1
         return lines, count
@@ -173,7 +176,7 @@ class CaptionList:
 
 
 class _ListChanged(Exception):
-    """Raised if a list has changed since it was read."""
+    """The list was changed by another program after it was read."""
 
 
 class _Stamp(NamedTuple):
@@ -184,7 +187,7 @@ class _Stamp(NamedTuple):
 
 
 def _stamp_of(path: Path) -> _Stamp:
-    """Return what changes when a file is changed."""
+    """Return a file's modification time and size."""
     state = path.stat()
     return _Stamp(state.st_mtime_ns, state.st_size)
 
@@ -222,7 +225,7 @@ class CaptionLocation:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
 
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
-        """Write a caption atomically and return True; return False if the caption has changed meanwhile.
+        """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
         `is_foreign` says that a person wrote the replaced caption. `record` is the record of the folder.
 
@@ -236,6 +239,7 @@ class CaptionLocation:
         try:
             has_changed = read_caption(self.file) != self.caption
         except DatasetError:
+            # the file cannot be read any more
             has_changed = True
         if has_changed:
             return False
@@ -247,7 +251,7 @@ class CaptionLocation:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
-    """Return where each caption of a dataset is, or will be.
+    """Return where each caption of a dataset is, or would be written: in a text file or in a line of a list.
 
     Sources are listed as for caching, without control media and masks. A caption that several tables share is
     returned once. With `texts`, the captions in files are read, too.
@@ -272,12 +276,13 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
         else:
             assert source.table.jsonl_file is not None  # else the source would have a caption file
             location = _locate_in_list(source, lists[source.table.jsonl_file])
+        # tables may share files; each caption is located once
         locations.setdefault((location.file, location.entry), location)
     return list(locations.values())
 
 
 def _with_media_only(table: DatasetTable) -> DatasetTable:
-    """Return a table without control media, masks and audio, and with a caption_extension."""
+    """Return a copy of a table without control media, masks and audio, so that only media are listed."""
     return dataclasses.replace(
         table,
         caption_extension=table.caption_extension or EXTENSION,
@@ -297,7 +302,7 @@ def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> Captio
 
 
 def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
-    """Return the location of a caption in a line of a list.
+    """Return the location of a caption that is in a line of a list.
 
     Raises:
         DatasetError: If the list has changed since the source was found.
@@ -331,7 +336,7 @@ class MadeCaptions:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the record of a folder, if there is one.
+        """Read the record of which captions in a folder this program has written.
 
         Raises:
             DatasetError: If the record cannot be read.
@@ -354,7 +359,7 @@ class MadeCaptions:
             ) from None
 
     def _apply(self, entry: Any) -> None:
-        """Apply a line of the journal: a pass begins or ends, or a caption was written."""
+        """Apply a line of the record file: a pass begins or ends, or a caption was written."""
         if "begin" in entry:
             self._pass = entry["begin"]
             self._of_pass = set()
@@ -365,7 +370,7 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
-        """Return whether this program wrote `text` as the caption with the name `name`."""
+        """Return whether this program wrote `text` as the caption called `name`."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -381,7 +386,7 @@ class MadeCaptions:
         return self._of_pass if self._pass == pass_id else set()
 
     def begin_pass(self, pass_id: str) -> None:
-        """Record that a pass begins, unless it continues the last recorded pass."""
+        """Record the start of a pass over the files, unless it continues the last recorded pass."""
         if self._pass != pass_id:
             self._append({"begin": pass_id})
 
@@ -391,7 +396,7 @@ class MadeCaptions:
             self._append({"end": True})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        """Append an entry to the file, and apply it."""
+        """Append an entry to the record file, and apply it."""
         append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
         self._start = ""
         self._apply(entry)
@@ -409,7 +414,7 @@ def read_made(locations: Iterable[CaptionLocation]) -> dict[Path, MadeCaptions]:
 
 
 class WhichCaptions(NamedTuple):
-    """Which existing captions to make again, in addition to the missing ones."""
+    """Which existing captions are made again, in addition to missing ones."""
 
     ours: bool  # captions that this program wrote and nobody has edited since
     all: bool  # all captions, also hand-written and empty ones
@@ -423,7 +428,7 @@ def plan_captions(
     rewritten: WhichCaptions,
     pass_id: str,
 ) -> tuple[dict[CaptionLocation, str], int]:
-    """Select the captions to make.
+    """Select the captions to make, with the reason for each.
 
     Args:
         locations: Locations of all captions.

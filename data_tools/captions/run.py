@@ -82,7 +82,7 @@ class CaptionMaker:
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Write or edit captions.
+    """Caption the files of a dataset, or edit their existing captions.
 
     Raises:
         UserError: If an option or the dataset is invalid, or if captions failed.
@@ -90,6 +90,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(options.wording, name).strip()
+            # training would add the text a second time
             if text and getattr(table, name) == text:
                 raise OptionError(
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
@@ -209,7 +210,7 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_
 
 
 def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
-    """Make captions for `count` files and print each below the path of its file; write nothing.
+    """Caption `count` files as a trial: print the captions and write nothing.
 
     Files without a caption come first.
 
@@ -262,7 +263,7 @@ def _show_start(
     num_kept: int,
     num_done: int,
 ) -> None:
-    """Show the plan: data, numbers of captions, and the model.
+    """Show what a captioning run will do: dataset, numbers of captions, and model.
 
     `num_done` is the number of captions that an interrupted run has already replaced.
     """
@@ -283,7 +284,7 @@ def _show_start(
 
 
 def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
-    """Return the function that makes captions: it asks a server, or the local model, which is loaded."""
+    """Return the function that makes captions, with a server or with a local model that is loaded first."""
     if options.api.api_base is None:
         return load_model(options.model, ask).answer
     return ApiServer(options.api, ask).answer
@@ -295,7 +296,7 @@ def _make_captions(
     records: Mapping[Path, MadeCaptions],
     maker: CaptionMaker,
 ) -> tuple[list[Failure], int]:
-    """Make captions, and write each of them immediately.
+    """Ask for the captions one after another, and write each caption as soon as it arrives.
 
     Returns:
         The failures, and the number of captions that were not replaced because somebody changed them
@@ -333,7 +334,7 @@ def _make_captions(
 
 
 class _Rejections:
-    """Count readable sources that get no caption, to stop the run if nearly all of them fail."""
+    """Count sources without a caption in order to end a run in which nearly all fail."""
 
     def __init__(self) -> None:
         self._has_answer = False
@@ -346,7 +347,7 @@ class _Rejections:
         self._of_server = 0
 
     def add(self, error: NoCaptionError) -> None:
-        """Count a source without a caption.
+        """Count a source that got no caption, and end the run if nearly all fail.
 
         Raises:
             UserError: If the server fails many times in a row, or if the first sources all get no caption.
@@ -365,13 +366,13 @@ class _Rejections:
 
 
 def _print(lines: Sequence[str]) -> None:
-    """Print lines. Control codes, which a caption may hold, are made visible."""
+    """Print lines with control codes made visible, since captions may contain some."""
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
 @dataclass(frozen=True)
 class _Edit:
-    """The change of one caption."""
+    """One caption before and after editing."""
 
     location: CaptionLocation
     old: str
@@ -416,7 +417,7 @@ def edit_captions(
 
 
 def _print_edits(edits: Sequence[_Edit]) -> None:
-    """Print which captions would be changed, for --dry_run."""
+    """Print the captions before and after editing, for --dry_run."""
     lines = [f"{edit.location.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
     head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
     _print([head, *first_lines(lines, LISTED_EDITS)])
@@ -441,16 +442,17 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
         else:
             changes[location.lines][location.entry] = edit.change
     for captions, by_entry in changes.items():
+        # the old list is always backed up, as its captions may be a person's
         captions.write(by_entry, is_foreign=True)
 
 
 def _list_edits(
     locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_Edit]:
-    """Yield an edit for each caption that `wording` changes."""
+    """Yield the old and the new text of each caption that the wording options change."""
 
     def reword_text(location: CaptionLocation, caption: str) -> str:
-        """Apply the wording options to a caption: to a plain text, or to the texts in a JSON object."""
+        """Apply the wording options to a plain caption, or to each text in a JSON caption."""
         content = read_if_object(caption)
         if content is None:
             return reword(caption, wording)
@@ -465,6 +467,7 @@ def _list_edits(
                 yield edit
         elif location.caption is not None:
             lines = lines_of(location.caption) if is_several else [location.caption]
+            # a caption that becomes empty loses its line
             text = "\n".join(filter(None, (reword_text(location, line) for line in lines)))
             if text != location.caption:
                 yield _Edit(location, location.caption, text)

@@ -57,24 +57,26 @@ OTHER_NAMES: Mapping[str, str | None] = {
 
 
 class _TryAgain(Exception):
-    """The server could not answer: (reason, seconds that it asks to wait, else NaN)."""
+    """A request that may be repeated: (reason, seconds to wait; NaN if the server names none)."""
 
 
 class _Session(requests.Session):
     """A session that follows no redirects, because the other address would get the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Return no address, so that the library follows none."""
+        """Return None, so that requests follows no redirect."""
         return
 
 
 class ApiServer:
-    """Settings and state of requests to a server, shared by the threads that send them."""
+    """Sends requests to a caption server; threads share its settings and state."""
 
     def __init__(
         self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
     ) -> None:
-        """Set up the server that --api_base names, without a request.
+        """Set up the server that --api_base names.
+
+        The first request is sent later, by the first caption.
 
         Raises:
             OptionError: If OPENAI_API_KEY holds an impossible key.
@@ -103,28 +105,28 @@ class ApiServer:
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Yield a caption, or the reason why there is none, for each location, in the order of arrival.
+        """Yield (location, caption or error) for each location, in the order in which answers arrive.
 
         The caller can stop at any time: requests that are still pending are then abandoned.
         """
-        done: queue.SimpleQueue[tuple[CaptionLocation, Any]] = queue.SimpleQueue()
-        waiting: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
+        results_queue: queue.SimpleQueue[tuple[CaptionLocation, Any]] = queue.SimpleQueue()
+        open_locations: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
 
         def work() -> None:
-            """Answer for one location after the other, until none is waiting or the run ends."""
+            """Caption locations from the queue until it is empty or the run is stopped."""
             with contextlib.suppress(queue.Empty):
                 while not self._stop.is_set():
-                    location = waiting.get_nowait()
+                    location = open_locations.get_nowait()
                     try:
-                        done.put((location, self.describe(location, look(location))))
+                        results_queue.put((location, self.describe(location, look(location))))
                     except BaseException as error:
                         if not isinstance(error, (MediaError, NoCaptionError)):
                             self._stop.set()  # such an error ends the run: no more requests are sent
-                        done.put((location, error))
+                        results_queue.put((location, error))
 
         self._stop.clear()
         for location in locations:
-            waiting.put(location)
+            open_locations.put(location)
         for number in range(min(self._workers, len(locations))):
             threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
@@ -132,7 +134,7 @@ class ApiServer:
             while num_left:
                 try:
                     # a limited wait, because Ctrl-C on Windows is noticed only between two calls
-                    location, result = done.get(timeout=0.5)
+                    location, result = results_queue.get(timeout=0.5)
                 except queue.Empty:
                     continue
                 num_left -= 1
@@ -141,10 +143,9 @@ class ApiServer:
             self._stop.set()
 
     def describe(self, location: CaptionLocation, frames: Frames) -> str:
-        """Return the caption of an image or clip.
+        """Request the caption of an image or clip, up to TRIES times.
 
-        A failed request is sent again after a wait that doubles each time, unless the server asks for
-        another.
+        The wait before the next try doubles each time, unless the server demands another wait.
 
         Raises:
             NoCaptionError: If the server returns no caption.
@@ -157,6 +158,7 @@ class ApiServer:
                 return self._request(body)
             except _TryAgain as error:
                 reason, server_seconds = error.args
+            # NaN compares as false: the server demands nothing
             seconds = server_seconds if server_seconds >= 0 else self.first_wait * 2**number
             seconds = min(seconds, MAX_WAIT_SECONDS)
             is_last = number + 1 == TRIES
@@ -168,7 +170,7 @@ class ApiServer:
         raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
 
     def _make_body(self, prompt: str, frames: Frames) -> dict[str, Any]:
-        """Return the body of a request for a caption."""
+        """Return the JSON body of a chat completion request that sends frames and asks for a caption."""
         content: list[dict[str, Any]] = []
         for frame in frames:
             content.append({"type": "image_url", "image_url": {"url": _data_url(frame)}})
@@ -183,6 +185,7 @@ class ApiServer:
             "max_tokens": self.ask.max_new_tokens,
             "temperature": self.ask.temperature,
         }
+        # at temperature 0 the answer does not depend on a seed
         if self.ask.temperature:
             body["seed"] = self.ask.seed
         return body
@@ -229,7 +232,7 @@ class ApiServer:
         raise NoCaptionError(f"the server answers {status}: {message}")
 
     def _explain_connection_error(self, error: BaseException) -> UserError | _TryAgain:
-        """Return the exception for a failed connection: fatal if the server has never answered."""
+        """Return the exception for a failed connection: fatal if the server never answered, else a retry."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
@@ -278,29 +281,30 @@ class ApiServer:
             return answer.status_code, server_seconds, content.decode("utf-8", "replace")
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the key to a request.
+        """Add the API key to a request.
 
-        Passed as `auth`, because the library sends a password of the user's netrc file if it gets none.
+        This is passed as `auth`, because without it requests sends a password from the user's netrc file.
         """
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
     def _caption_in(self, text: str) -> str:
-        """Return the caption in a server's answer.
+        """Extract the caption from a server's JSON response.
 
         Raises:
-            NoCaptionError: If there is none.
+            NoCaptionError: If the response has another form or an empty caption.
         """
         try:
             choice = parse_json(text)["choices"][0]
             content = choice["message"].get("content")
+            # the answer reached the maximum number of tokens
             was_cut = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
             raise NoCaptionError(f"the server's answer is of another form: {self._hide(text)!r}") from None
         if isinstance(content, list):  # some servers return parts
-            texts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = " ".join(part for part in texts if isinstance(part, str))
+            part_texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = " ".join(part for part in part_texts if isinstance(part, str))
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _adapt(self, text: str, parameters: Mapping[str, Any]) -> bool:
@@ -330,7 +334,7 @@ def _data_url(frame: Frame) -> str:
 
 
 def _read_error_text(text: str) -> str:
-    """Return a server's error message: from OpenAI's form, or the text itself."""
+    """Return the error message in a server's response; without OpenAI's JSON, the response itself."""
     try:
         error = parse_json(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -68,7 +68,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedItem:
-    """One clip and the files that are made from it."""
+    """A clip with its caption, and the paths of the files prepared from it."""
 
     name: str
     caption: str  # one line
@@ -76,7 +76,7 @@ class PreparedItem:
     folder: Path
 
     def file(self, kind: str) -> Path:
-        """Return the path of a file that is made from the clip, by its kind: videos, tensors, ..."""
+        """Return the path of a result file by its kind, such as `videos` or `prompts`."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
@@ -145,9 +145,11 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     for row in rows:
         num_rows[row.video] += 1
         path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
+        # a hash makes the name reproducible; file names may contain bytes that are not UTF-8
         text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         uid = str(uuid.UUID(bytes=digest[:16], version=4))
+        # a caption file has one line
         caption = " ".join(row.caption.splitlines())
         items.append(PreparedItem(uid, caption, row.video, folder))
     return items
@@ -176,7 +178,7 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
 
 
 def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
-    """Write a tensor, or tensors by name, with `torch.save`, as trainers of this form read them.
+    """Save tensors with `torch.save`, in the form that CogVideoX trainers read.
 
     Raises OutputError, or CacheError if a value is NaN.
     """
@@ -190,7 +192,7 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
 
 
 def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
-    """Write the results for a clip: video, first frame and moments, then the file that marks it as done.
+    """Write the video, first frame and VAE moments of a clip, then the file that marks it as finished.
 
     `frames` is F H W 3.
 
@@ -219,7 +221,7 @@ def write_texts(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write the results for a caption: embeddings, if any, a note on their origin, and last the caption.
+    """Write the embeddings of a caption and a note on their origin; the caption itself is written last.
 
     `tensors` have the keys that they have in caches. A single tensor is stored without a dictionary, as other
     trainers expect. Raises OutputError, or CacheError if a value is NaN.
@@ -302,7 +304,7 @@ def prepare_clips(
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of a clip and of its first frame, 2C f h w, on the CPU; None: not encoded."""
+    """VAE moments of a clip and of its first frame, 2C f h w, on the CPU; None: not encoded."""
 
     of_clip: Tensor | None = None
     of_first_frame: Tensor | None = None
@@ -311,7 +313,7 @@ class Moments:
 def _encode_batch(
     clips: Sequence[Clip], encode: EncodeMoments | None, device: torch.device, settings: EncodingOptions
 ) -> list[Moments]:
-    """Encode clips of one shape, and also their first frames if the settings ask for them."""
+    """Encode clips of one shape, and their first frames if the options ask for it."""
     if encode is None:
         return [Moments() for _ in clips]
     of_clips = _encode_clips(clips, encode, device, settings)
@@ -344,7 +346,7 @@ def _encode_clips(
 
 
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
-    """Read the selected frames of a clip at the selected size: F H W 3.
+    """Decode evenly spaced frames of a clip, and fit them to a size bucket: F H W 3.
 
     The item's `name` seeds the random choices, so that they are the same in every run. `threads` is the
     number of threads for decoding.
@@ -354,6 +356,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     """
     generator = random.Random(derive_seed(options.seed, "prepare", name))
     crop_position = (generator.random(), generator.random())
+    # drawn once, so that all frames are cropped and mirrored equally
     draws = Draws(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
@@ -369,7 +372,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         return range(0, step * count, step)
 
     def shape(frame: Frame) -> Frame:
-        """Resize and crop a frame to the bucket of the first one."""
+        """Resize and crop a frame to the size bucket of the clip's first frame."""
         nonlocal size
         if size is None:
             sides = (frame.shape[1], frame.shape[0])
@@ -397,7 +400,7 @@ def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:
-    """Resize, crop and mirror a frame H W 3 to a size, as the options say."""
+    """Resize a frame, H W 3, to `size`, then crop and mirror it according to the options."""
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:

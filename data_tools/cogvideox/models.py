@@ -55,7 +55,7 @@ EncodeMoments = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PipelineNetworks:
-    """The networks of one model; none is loaded yet."""
+    """The networks of one CogVideoX model, which are loaded only when they are used."""
 
     architecture: str  # `Family.name` of the model
     latent: LatentSpec
@@ -66,10 +66,10 @@ class PipelineNetworks:
 
 
 def find_maker(options: EncodingOptions) -> PipelineNetworks:
-    """Describe the networks of the pipeline --model_id; of a repository, the transformer is not downloaded.
+    """Describe the networks of a diffusers pipeline for encoding; a repository is downloaded first.
 
     Raises:
-        CheckpointError: If a part is missing or belongs to another model.
+        CheckpointError: If a component is missing or of another model.
         OptionError: If the number of tokens is not possible.
         InstallationError: If a package is missing.
         DownloadError: If the repository cannot be downloaded.
@@ -87,6 +87,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
         text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
         raise CheckpointError(text, folder)
     family, texts, tokens = KNOWN[vae_class]
+    # only CogVideoX can encode a chosen number of tokens
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
             f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
@@ -95,7 +96,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
 
 
 def _read_vae_class(folder: Path, hint: str) -> str:
-    """Return the class of a pipeline's VAE, which tells the model. `hint` ends the message of an error."""
+    """Return the class name of a pipeline's VAE, which identifies the model."""
     path = folder / "vae" / "config.json"
     try:
         return str(parse_json(read_text(path))["_class_name"])
@@ -182,7 +183,7 @@ def usable_frames(frames: int) -> int:
 
 
 class CogTextEncoder:
-    """T5 with its tokenizer, as the shared loops use it: load, encode, free."""
+    """T5 text encoder with its tokenizer; shared loops call load, encode and free."""
 
     name = "t5_xxl"
     keys = frozenset({KEY})
@@ -190,7 +191,7 @@ class CogTextEncoder:
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, dtype: torch.dtype, max_tokens: int) -> None:
-        """Set up the encoder of a pipeline's folder; `load` reads the files."""
+        """Store the settings of a pipeline's T5 encoder; `load` reads its files."""
         self.folder = folder
         self.dtype = dtype
         self.max_tokens = max_tokens
@@ -199,7 +200,7 @@ class CogTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the fingerprint of the checkpoint, its dtype and the number of tokens."""
+        """Return what cached embeddings depend on: checkpoint fingerprint, dtype and maximum token count."""
         return {
             "t5_xxl": fingerprint(self.folder / "text_encoder"),
             "t5_xxl_dtype": dtype_name(self.dtype),
@@ -207,7 +208,7 @@ class CogTextEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts tokens, including the end token; only the tokenizer is loaded.
+        """Return a function that counts a caption's tokens with the end token; only the tokenizer is loaded.
 
         Raises:
             CheckpointError: If the tokenizer does not return the offsets of tokens in a text.
@@ -217,8 +218,9 @@ class CogTextEncoder:
             raise CheckpointError(f"{self.folder / 'tokenizer'} does not say where its tokens are")
 
         def count(text: str) -> TokenCount:
-            """Return how many tokens a caption has, and how many of its characters are encoded."""
+            """Return how many tokens a caption has, and how many characters fit within the maximum."""
             ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+            # the last token is the end token, which covers no text
             num_characters = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
             return TokenCount(text, len(ends), self.max_tokens, num_characters)
 
@@ -232,12 +234,12 @@ class CogTextEncoder:
         self._model = model.to(device).eval()
 
     def _load_tokenizer(self) -> Any:
-        """Load the tokenizer of the text encoder."""
+        """Load the T5 tokenizer from the pipeline's folder."""
         return _load_part(_import_packages()[1].AutoTokenizer, self.folder / "tokenizer")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"prompt_embeds": T C} on the CPU for each prompt; T is `max_tokens`, including padding."""
+        """Encode prompts to {"prompt_embeds": T C} on the CPU, padded to T = `max_tokens`."""
         ids = self._tokenizer(
             [prompt.text for prompt in prompts],
             padding="max_length",
@@ -251,7 +253,7 @@ class CogTextEncoder:
         return [{KEY: state.clone()} for state in states]
 
     def free(self) -> None:
-        """Release tokenizer and T5."""
+        """Release the tokenizer and the T5 encoder."""
         self._model = self._tokenizer = None
 
 
@@ -270,7 +272,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _import_packages() -> tuple[Any, Any]:
-    """Return diffusers and transformers. Only work that needs a network waits for them."""
+    """Import diffusers and transformers, which takes seconds, only when a network is needed."""
     with hide_packages("bitsandbytes"):  # imported if it is installed, but unused here
         import diffusers  # slow
         import transformers

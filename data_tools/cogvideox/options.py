@@ -121,7 +121,7 @@ class EncodingOptions(Options, title="encoding"):
 
 
 class WorkerOptions(Options):
-    """Numbers of threads for each kind of work."""
+    """Number of threads for each stage of the preparation."""
 
     num_decode_threads: int = option(
         "threads that decode one clip; 0: FFmpeg's choice", default=0, minimum=0, maximum=MAX_THREADS
@@ -136,7 +136,7 @@ class WorkerOptions(Options):
 
 
 class PrepareOptions(Options, title="output and threads"):
-    """Options of prepare_dataset.py."""
+    """Output folder and number of threads of the preparation."""
 
     source: ClipSourceOptions
     shape: ShapeOptions

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(options: PrepareOptions) -> None:
-    """Prepare missing files, write the lists, and show the results.
+    """Prepare a dataset for CogVideoX trainers: encode missing files, and write the lists of all files.
 
     A clip that cannot be read does not stop the run; it is reported at the end.
 
@@ -66,6 +66,7 @@ def prepare(options: PrepareOptions) -> None:
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
+        # each process takes every n-th item
         work = _find_work(items[share.rank :: share.count], options, maker)
         if is_main:
             _show_start(options, share, num_items=len(items), num_to_do=work.num_items)
@@ -75,6 +76,7 @@ def prepare(options: PrepareOptions) -> None:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
+        # items whose files all exist now, from this run or earlier ones
         # items whose files all exist now, from this run or earlier ones
         complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
@@ -89,7 +91,7 @@ def prepare(options: PrepareOptions) -> None:
 
 
 def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
-    """Print what is prepared, and how much of it is still to do."""
+    """Print what will be prepared, and how much of it is not done yet."""
     who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
@@ -98,7 +100,7 @@ def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do
 
 @dataclass(frozen=True)
 class _Work:
-    """The items of a process whose files are missing."""
+    """The items of one process that lack files."""
 
     without_texts: Sequence[clips.PreparedItem]
     without_media: Sequence[clips.PreparedItem]
@@ -112,7 +114,7 @@ class _Work:
 def _find_work(
     items: Sequence[clips.PreparedItem], options: PrepareOptions, maker: PipelineNetworks | None
 ) -> _Work:
-    """Return the clips of which files are missing."""
+    """Return the clips whose text or media files are missing."""
     saves_latents = maker is not None
     saves_images = options.encoding.save_image_latents
     without_texts = [item for item in items if not item.has_texts(saves_latents)]
@@ -121,7 +123,7 @@ def _find_work(
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
-    """Write the lists that name the finished items."""
+    """Write the list files with the names of all finished items."""
     for name, text in clips.list_texts([(item, item.read_info()) for item in items]).items():
         write_text(folder / name, text)
     logger.info("%s in the lists of %s", count_of(len(items), "item"), folder)
@@ -137,9 +139,10 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
         return shape
     step = maker.latent.pixel_step
     for name in ("height_buckets", "width_buckets"):
-        wrong = [str(side) for side in getattr(shape, name) if side % step]
-        if wrong:
-            raise OptionError(f"--{name} {', '.join(wrong)}: the model takes multiples of {step}")
+        invalid_sides = [str(side) for side in getattr(shape, name) if side % step]
+        if invalid_sides:
+            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model takes multiples of {step}")
+    # the order is kept, and lengths that are equal after rounding appear once
     distinct = tuple(dict.fromkeys(shape.frame_buckets))
     rounded = tuple(dict.fromkeys(map(maker.usable_frames, shape.frame_buckets)))
     if rounded != distinct:
@@ -228,14 +231,16 @@ def _encode_captions(
     batch_size = options.encoding.batch_size
 
     def write(item: clips.PreparedItem, conditions: Conditions, *, is_first: bool, is_last: bool) -> None:
-        """Add what an encoder made to the file of a caption."""
+        """Add one encoder's embeddings to the file of a caption."""
         tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
         if not is_first:
             earlier = load_pickled(item.file(EMBEDS))
+            # a copy, because the file that is read here is replaced
             tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
         if is_last:
             clips.write_texts(item, maker.architecture, identities, tensors)
         else:
+            # without its caption file, an item counts as unfinished and is encoded again
             item.file(clips.PROMPTS).unlink(missing_ok=True)
             clips.save_pickled(item.file(EMBEDS), tensors)
 
@@ -261,7 +266,7 @@ def _encode_captions(
 
 
 def _own_copy(tensor: Tensor | list[Tensor]) -> Tensor:
-    """Return a tensor, or the only one of a list, on the CPU; a view would be stored with its whole base."""
+    """Copy a tensor, or a list's only tensor, to the CPU; a view would be saved with all of its base."""
     if isinstance(tensor, list):
         tensor = tensor[0]
     return tensor.detach().cpu().clone()

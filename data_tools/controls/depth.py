@@ -32,7 +32,7 @@ class DepthModel:
 
     @torch.no_grad()
     def draw(self, image: Frame) -> Frame:
-        """Return the depth map of an image, H W 3, at its size, H W 3: from black (far) to white (near).
+        """Return the depth map of an image as gray RGB, H W 3 of equal size: black is far, white is near.
 
         The nearest point of each image is white and the farthest black, as in the maps that depth ControlNets
         were trained with.
@@ -48,6 +48,7 @@ class DepthModel:
                 "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         if _gives_distances(self.network.config):
+            # this model returns distances, which are large for far points
             depth = 1 / depth.clamp(min=MIN_DISTANCE)
         depth = interpolate(depth[:, None], size=image.shape[:2], mode="bicubic", align_corners=False)[0, 0]
         low, high = depth.min(), depth.max()

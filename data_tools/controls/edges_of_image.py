@@ -38,7 +38,7 @@ class DrawEdgesOptions(Options, title="what to do"):
 
 
 def draw_edges_of_image(options: DrawEdgesOptions) -> None:
-    """Write the edges of an image, white on black.
+    """Write an image with the edges of another image, white on black.
 
     Raises:
         MediaError: If the image cannot be read.

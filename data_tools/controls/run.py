@@ -27,7 +27,7 @@ FOLDER_NAME = "conditioning"  # of the control images, in the folder of the imag
 
 
 class ControlImageOptions(Options, title="what to make"):
-    """Options for making control images: the images, the kind of control image, and the output folder."""
+    """Which images get control images, of which kind, and where they are written."""
 
     folder: Path = option("folder of images", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
@@ -74,7 +74,7 @@ class ControlImageOptions(Options, title="what to make"):
 
 @dataclass
 class Plan:
-    """What to do for each image of a folder."""
+    """Which images of a folder get a control image, and which existing ones stay."""
 
     jobs: list[tuple[Path, Path]] = field(default_factory=list)  # image, its control image to write
     done: list[Path] = field(default_factory=list)  # made before, in the same way
@@ -83,12 +83,12 @@ class Plan:
 
 
 def make_control_images(options: ControlImageOptions) -> None:
-    """Write a control image for each image of a folder that has none.
+    """Draw a control image for each image in a folder that does not have one yet.
 
-    Each one is written completely or not at all, so the same command continues an interrupted run.
+    Files are written atomically, so the same command continues an interrupted run.
 
     Raises:
-        UserError: If nothing can be done.
+        UserError: If an option or the folder cannot be used.
         DatasetError: At the end, if images could not be read.
     """
     folder = real_path(options.folder)
@@ -140,14 +140,14 @@ def _reject_equal_stems(pictures: Sequence[Path]) -> None:
 
 
 def _describe_method(options: ControlImageOptions) -> str:
-    """Return how control images are made, as it is written into them."""
+    """Return the text about how control images are made, which is stored in their files."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
     return "canny {} {}".format(*options.thresholds)
 
 
 def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
-    """Return the function from an image to its control image, both H W 3."""
+    """Return the function that draws the control image of an image, both H W 3."""
     if options.depth is not None:
         from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
 
@@ -190,7 +190,7 @@ def _read_method(path: Path) -> str | None:
 
 
 def _warn_of_kept(plan: Plan) -> None:
-    """Warn of control images that are kept although they were made by another method."""
+    """Warn about existing control images that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",

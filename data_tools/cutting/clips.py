@@ -25,7 +25,7 @@ BLACK_PART = 0.5  # part of the frames that are black in a clip that is left out
 
 @dataclass(frozen=True, slots=True)
 class ImageMeasures:
-    """Measures of one frame."""
+    """Brightness, sharpness and uniformity of one video frame."""
 
     number: int
     brightness: float
@@ -37,7 +37,7 @@ class ImageMeasures:
 
 @dataclass
 class VideoLook:
-    """Facts about a fully decoded video. Two hours take about 60 MB, mostly for the samples."""
+    """Times, scenes and samples of a video that was decoded completely; two hours take about 60 MB."""
 
     width: int
     height: int
@@ -51,7 +51,7 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
-        """Return the measures of the sampled frames from number `begin` up to, but not including, `end`."""
+        """Return the measures of sampled frames with `begin` <= number < `end`."""
         first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
         last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]
@@ -76,7 +76,7 @@ def look_at(
 
 
 def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasures:
-    """Measure a frame; `number` is its index in the video."""
+    """Measure brightness, sharpness and uniformity of a frame; `number` is its index in the video."""
     frame = in_eight_bits(pixels)
     height, width = frame.shape[:2]
     factor = min(1.0, CELLS / min(height, width))  # the shorter side is reduced to CELLS
@@ -96,7 +96,7 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasur
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """Frames from `first` to before `end` of a video, which become a clip or are left out."""
+    """Frames `first` to `end` (exclusive) of a video, planned as a clip or left out for a reason."""
 
     scene: int  # from 1
     first: int
@@ -115,9 +115,10 @@ class PlannedClip:
 
 
 def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
-    """Return all clips of a video in order, including those to leave out."""
+    """Plan the clips of a video in order; clips that are left out have a reason in `dropped`."""
     clips = []
     for scene, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
+        # the ends of a scene may show a transition to another scene
         trimmed_begin = begin + lengths.trim_frames
         trimmed_end = end - lengths.trim_frames
         if trimmed_begin >= trimmed_end:
@@ -140,10 +141,7 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
 
 
 def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Yield first and end of the pieces of a scene: as few equal ones as the greatest length allows.
-
-    If these would be too short, the pieces have the greatest length, and the last one is a rest.
-    """
+    """Yield first and end frame of each clip in a scene: equal clips, or long ones and a shorter last."""
     pieces = _split_equally(look, first, end, lengths)
     are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
     if len(pieces) == 1 or (pieces and are_long_enough):
@@ -152,6 +150,7 @@ def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) 
     while first < end:
         last = min(end, first + lengths.max_frames) if lengths.max_frames else end
         if not _is_short_enough(look, first, last, lengths):
+            # the last frame that starts within the limit; a clip has at least one frame
             limit = look.time(first) + lengths.max_seconds + ROUNDING
             last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
         yield first, last
@@ -159,7 +158,7 @@ def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) 
 
 
 def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
-    """Divide a scene into as few pieces of equal duration as possible; [] if no division fits the limits."""
+    """Divide a scene into as few clips of equal duration as possible; [] if no division meets the limits."""
     seconds = look.time(end) - look.time(first)
     num_frames = end - first
     minimum = 1
@@ -171,8 +170,9 @@ def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions
     for count in range(minimum, num_frames + 1):
         # equal in time, not in frames, because the rate may vary
         times = [look.time(first) + seconds * index / count - ROUNDING for index in range(1, count)]
-        inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
-        borders = [first, *(border for border in inner if first < border < end), end]
+        # without duplicates: short times may fall on one frame
+        cut_frames = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
+        borders = [first, *(border for border in cut_frames if first < border < end), end]
         pieces = list(zip(borders, borders[1:], strict=False))
         if all(_is_short_enough(look, begin, stop, lengths) for begin, stop in pieces):
             return pieces
@@ -180,7 +180,7 @@ def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
-    """Return whether frames fit the greatest lengths."""
+    """Return whether frames from `first` to `end` exceed neither maximum length."""
     num_frames = end - first
     if num_frames == 1:  # a single frame cannot be split further
         return True
@@ -197,7 +197,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _find_content_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return the reason why the content of a clip excludes it; "" if the clip is kept."""
+    """Return why the content of a clip excludes it from the output; "" if it does not."""
     samples = look.samples_between(first, end)
     if not samples:
         return ""

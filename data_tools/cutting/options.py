@@ -54,7 +54,7 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Options that exclude clips because of their content."""
+    """Options that exclude clips by their content."""
 
     static_threshold: float = option(
         "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
@@ -81,7 +81,7 @@ class ChoiceOptions(Options, title="what is left out"):
 
 
 class ClipFormat(CodecOptions, title="video format"):
-    """How clips are written."""
+    """File format and codec of the clips."""
 
     crf: int = option(
         "quality of h264 and h265, 0 to 51: a lower one is better and larger",
@@ -95,7 +95,7 @@ class ClipFormat(CodecOptions, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Options of cutting: which videos, how, and where the clips and their list go."""
+    """Options of cutting: the videos, the output folder and the list of clips."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",
@@ -130,5 +130,5 @@ class CuttingOptions(Options, title="input and output"):
 
     @property
     def list_path(self) -> Path:
-        """Path of the list of clips: the option's, else one in the folder of the clips."""
+        """Path of the list of clips: given by an option, or in the output folder."""
         return self.output / LIST_NAME if self.jsonl is None else self.jsonl

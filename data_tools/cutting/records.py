@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class WrittenClip:
-    """A clip that is, or will be, written, with its file name and size."""
+    """A clip to write, with its file name and, once written, its size."""
 
     name: str
     clip: PlannedClip
@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """Record of the cutting of a source, finished or not."""
+    """How a source was cut into clips, recorded before and after cutting."""
 
     stem: str  # beginning of its clips' names
     source: str
@@ -48,7 +48,7 @@ class CutRecord:
     lists: tuple[str, ...] = ()  # lists that its lines were written to
 
     def is_unchanged(self, source: Path) -> bool:
-        """Return whether the source has the size and time that it had when it was cut."""
+        """Return whether the source still has the size and modification time from when it was cut."""
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
@@ -67,7 +67,7 @@ class CutRecord:
 def start_record(
     source: Path, stem: str, options: CuttingOptions, look: VideoLook, clips: Sequence[PlannedClip]
 ) -> CutRecord:
-    """Return the record of a source that is about to be cut."""
+    """Return the record of a source video that is about to be cut, with names for the clips to write."""
     status = source.stat()
     written: list[WrittenClip] = []
     for clip in clips:
@@ -87,7 +87,7 @@ def start_record(
 
 
 def _list_deciding_options(options: CuttingOptions) -> dict[str, Any]:
-    """Return the options that decide which clips a source gives, and what is in them."""
+    """Return the options that decide which clips a source yields and what they contain."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)
@@ -95,7 +95,7 @@ def _list_deciding_options(options: CuttingOptions) -> dict[str, Any]:
 
 
 def read_records(output: Path) -> dict[str, CutRecord]:
-    """Read the records of an output folder, by the path of the source.
+    """Read the cutting records of an output folder, keyed by the path of the source.
 
     Raises:
         DatasetError: If a record is damaged.
@@ -115,7 +115,7 @@ def read_records(output: Path) -> dict[str, CutRecord]:
 
 
 def _parse_record(text: str) -> CutRecord:
-    """Parse the text of a record; a damaged one raises many kinds of errors."""
+    """Parse a cutting record. A damaged record raises ValueError, KeyError or TypeError."""
     content = parse_json(text)
     if content.pop("version") != VERSION:
         raise ValueError("it is of another version")
@@ -125,8 +125,8 @@ def _parse_record(text: str) -> CutRecord:
     )
     lists = tuple(content.pop("lists"))
     record = CutRecord(**content, clips=clips, lists=lists)
-    # a changed record could name files elsewhere, which cutting again would remove
     names = [record.stem, *(clip.name for clip in clips)]
+    # a changed record could name files elsewhere, which cutting again would remove
     if any(Path(name).name != name or name == ".." for name in names):
         raise ValueError("it names files in other folders")
     return record
@@ -162,7 +162,7 @@ class ClipList:
 
     @property
     def captioned(self) -> set[str]:
-        """Return the clips that have a caption in their line of the list.
+        """Return the paths of the clips whose line in the list contains a caption.
 
         Raises:
             OutputError: If the list cannot be read.
@@ -201,18 +201,20 @@ class ClipList:
             for record, is_new in self._unlisted:
                 for clip in record.clips:
                     info = _make_entry(self._output, record, clip)
+                    # a clip of an earlier run is listed only if its file still exists
                     is_listed = info["video_path"] in listed_paths
                     if not is_listed and (is_new or (self._output / clip.name).exists()):
                         lines.append(json.dumps(info, ensure_ascii=False))
             content = "".join(f"{line}\n" for line in lines)
             write_bytes(self._path, content.encode("utf-8"))
             for record, _ in self._unlisted:
+                # the record notes this list, so that lines that a user removes stay removed
                 lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
                 write_record(self._output, replace(record, lists=lists))
             self._unlisted = []
 
     def _read(self) -> Iterator[tuple[str, str]]:
-        """Yield (path of the clip, line) for each line; the path is empty for other lines."""
+        """Yield (clip path, line) for each line of the list; the path is empty if the line names no clip."""
         try:
             for line in read_lines(self._path):
                 try:
@@ -230,7 +232,7 @@ class ClipList:
 
 
 def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return the list entry of a clip: its path and its properties. Captions are added later."""
+    """Return a clip's entry in the list: path and properties. Captions are added by other programs."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),

@@ -42,7 +42,7 @@ MICRO = 1_000_000  # in a second; times of clips are rounded to microseconds
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source to cut, with its stem."""
+    """A source video to cut, with the stem for the names of its clips."""
 
     source: Path  # absolute
     stem: str  # beginning of the names of its clips
@@ -64,10 +64,10 @@ class CutResult:
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Cut all videos that the options name, write the list of clips, and show the numbers.
+    """Cut all videos that the options name into clips, and write the list of clips.
 
     Raises:
-        UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
+        UserError: If an option or the folder cannot be used; at the end, if sources could not be cut.
     """
     started = time.monotonic()
     sources = find_videos(options.input, options.output)
@@ -88,13 +88,13 @@ def cut_footage(options: CuttingOptions) -> None:
     try:
         for source, result in _cut_all(jobs, cutter, failures):
             results.append(result)
-            words = f"{source}: {_count_in_words(result.clips)}"
+            summary = f"{source}: {_count_in_words(result.clips)}"
             if result.record is None:
-                lines = [words, *map(_format_scene_line, result.clips)]
+                lines = [summary, *map(_format_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
             if result.is_new:
-                logger.info("%s", words)
+                logger.info("%s", summary)
             clip_list.add(result.record, result.is_new)
     finally:
         clip_list.write()
@@ -105,7 +105,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
-    """Raise DatasetError for the sources that could not be cut; for a single source its own error."""
+    """Raise DatasetError about all sources that failed; a single source raises its own error."""
     if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
@@ -114,9 +114,9 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
-    """Return a job for each source, whose stem no other source has.
+    """Return a cutting job for each source video, with file names that no other source uses.
 
-    `stems` are those that are wanted, by source.
+    `stems` maps each source to the preferred stem of its clips; a number is appended if it is used already.
     """
     # without capitals, because file systems of Windows and macOS ignore them
     used_stems = {record.stem.casefold() for record in records.values()}
@@ -190,7 +190,7 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts sources with the options, output folder and list that all of them share, also in threads."""
+    """Cut videos into clips; all threads share the options, the output folder and the list of clips."""
 
     options: CuttingOptions
     output: Path  # absolute
@@ -227,7 +227,7 @@ class Cutter:
         return CutResult(self._finish(record), clips, written=num_written)
 
     def _finish(self, record: CutRecord) -> CutRecord:
-        """Record that all clips of a source are written, with their file sizes; return the record."""
+        """Record the file sizes of all clips of a source, which marks its cut as finished."""
         clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size
@@ -257,10 +257,10 @@ class Cutter:
         return record
 
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
-        """Raise OutputError if a user has put work into the clips of an earlier cut.
+        """Raise OutputError if a user has edited the clips of an earlier cut, before the source is cut again.
 
-        Work is a file next to a clip, a caption in the list, or a changed clip. `why` is the reason for
-        cutting again.
+        Edits are a file next to a clip, a caption in the list of clips, or a clip of another size. `why`
+        is the reason for cutting again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]
@@ -268,16 +268,17 @@ class Cutter:
         captioned = self.clip_list.captioned
         with_caption = [path for path in existing if str(path) in captioned]
         neighbors = [path for path in self.output.iterdir() if path.stem in stems and path not in sizes]
+        # an interrupted cut has recorded 0 bytes, which cannot be compared
         changed = [path for path in existing if sizes[path] and path.stat().st_size != sizes[path]]
         touched = {
             f"with a caption in {self.options.list_path.name}": with_caption,
             "with other files of their names next to them": sorted(neighbors),
             "that were changed": changed,
         }
-        for words, paths in touched.items():
+        for edit, paths in touched.items():
             if paths:
                 raise OutputError(
-                    f"{source} was cut in another way ({why}), and there are clips {words}, such as "
+                    f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
                     f"{paths[0].name}. Cutting again would make them wrong: move them away, or choose "
                     "another --output."
                 )
@@ -362,11 +363,12 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 def _cut_all(
     jobs: Sequence[CuttingJob], cutter: Cutter, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
-    """Yield each source and its result, in order; collect errors in `failures`, and log them."""
+    """Cut all jobs in threads; yield (source, result) in order, and collect errors in `failures`."""
     pool = ThreadPoolExecutor(cutter.options.num_workers, thread_name_prefix="cut")
     try:
         futures = [pool.submit(cutter.cut, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
+            # short waits, so that Ctrl-C is noticed on Windows
             while not future.done():
                 wait([future], WAIT_SECONDS)
             error = future.exception()
@@ -384,7 +386,7 @@ def _cut_all(
 
 
 def _format_scene_line(clip: PlannedClip) -> str:
-    """Describe a clip, or what is left out, in a line of --dry_run."""
+    """Return a line about a planned clip, with its times and the reason if it is left out."""
     start = clock_time(Fraction(clip.start))
     end = clock_time(Fraction(clip.start + clip.seconds))
     status = f"left out: {clip.dropped}" if clip.dropped else "clip"
@@ -395,7 +397,7 @@ def _format_scene_line(clip: PlannedClip) -> str:
 
 
 def _count_in_words(clips: Sequence[PlannedClip]) -> str:
-    """Return the numbers of scenes, clips and reasons to leave out some."""
+    """Return a line with the numbers of scenes, of clips, and of clips left out for each reason."""
     scenes = count_of(len({clip.scene for clip in clips}), "scene")
     written = count_of(sum(not clip.dropped for clip in clips), "clip")
     reasons = _describe_reasons(clips)

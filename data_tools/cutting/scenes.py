@@ -24,7 +24,7 @@ BEGUN = 0.08  # share of the other scene from which a frame belongs to a dissolv
 
 
 class _Jump(NamedTuple):
-    """A frame that differs from its predecessor: a cut, or the start of a flash."""
+    """A frame that differs strongly from the frame before it: a cut, or the start of a flash."""
 
     number: int
     before: Thumbnail
@@ -40,7 +40,7 @@ class SceneDetector:
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
-        """Start with no frame seen; `rate` is the number of frames per second."""
+        """Start before the first frame; `rate` is the number of frames per second."""
         self._threshold = threshold
         self._flash_frames = max(1, round(rate * FLASH_SECONDS))
         self._plain_frames = max(2, round(rate * PLAIN_SECONDS))
@@ -78,11 +78,11 @@ class SceneDetector:
         self._dissolves.see(now, number, is_break)
 
     def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
-        """Return whether two frames look like different scenes."""
+        """Return whether two frames differ enough to belong to different scenes."""
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
-        """Return the changes, in order, after the last frame."""
+        """Return all scene changes in order, after the last frame."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._num_seen, is_other=True)
@@ -146,7 +146,7 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Take the next frame into account, which has the index `number`.
+        """Examine the next frame, whose index is `number`, for a dissolve.
 
         `is_break` says that the frame follows a cut or has a single color.
         """
@@ -175,7 +175,7 @@ class _Dissolves:
         self.changes.append((first + mixed[0], first + mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, reach: int) -> bool:
-        """Return whether the variances from `offset` on are low enough between the ends."""
+        """Return whether the variance falls between the ends of a span of frames, as in a dissolve."""
         begin = self._variances[offset]
         end = self._variances[-1]
         for part, maximum in DIPS:

@@ -19,7 +19,7 @@ FINDERS = ("what", "watermark", "background", "faces", "colour")
 
 
 class FinderOptions(Options, title="what to find"):
-    """Options that select the method of finding what the masks show."""
+    """What the masks should cover, and how it is found."""
 
     what: tuple[str, ...] | None = option(
         'find this, in a few words, such as "the person"; may be given several times: what fits any of them '
@@ -89,7 +89,7 @@ class FinderOptions(Options, title="what to find"):
             )
 
     def require_one(self) -> None:
-        """Raise OptionError if no option says what to find."""
+        """Raise OptionError unless an option says what the masks should cover."""
         if not any(getattr(self, name) not in (None, False) for name in FINDERS):
             raise OptionError(
                 'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
@@ -133,7 +133,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
 
 
 class MaskOptions(Options, title="what to do"):
-    """Options for making masks: the media, the folder of masks, and what happens to existing masks."""
+    """Which media get masks, where the masks are written, and what happens to existing ones."""
 
     folder: Path = option("folder of images and clips", positional=True, place="folder")
     recursive: bool = option("also make masks for the folders below, each in its own")
@@ -166,5 +166,5 @@ class MaskOptions(Options, title="what to do"):
 
     @property
     def inverts(self) -> bool:
-        """Return whether the found regions are excluded from learning instead of selected for it."""
+        """Return whether the found regions are excluded from the loss instead of selected for it."""
         return self.shape.invert != self.finder.watermark

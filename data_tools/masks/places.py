@@ -48,7 +48,7 @@ MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 
 @dataclass(frozen=True)
 class MaskPlace:
-    """An image or clip and the location of its mask, as found when the folder was listed."""
+    """An image or clip with the path of its mask, as found when the folder was listed."""
 
     medium: Path
     kind: Kind
@@ -58,7 +58,7 @@ class MaskPlace:
 
     @property
     def mask(self) -> Path | None:
-        """Return the mask's path; None if there is no mask."""
+        """Path of the existing mask; None if there is none."""
         return self.masks[0] if self.masks else None
 
     @property
@@ -68,7 +68,7 @@ class MaskPlace:
 
     @property
     def is_removed(self) -> bool:
-        """Return whether a person has removed the mask; a copy is kept until a new mask is made."""
+        """Return whether a person has removed the mask; its copy stays until a new mask is made."""
         return not self.masks and self.before.is_dir() and any(self.before.iterdir())
 
     def target(self, moves: bool) -> Path:
@@ -104,7 +104,7 @@ def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]
 
 
 def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
-    """Return the place of the mask of a single image or clip.
+    """Return where the mask of one image or clip is, or would be written.
 
     `masks` is the folder of masks; None means a folder `masks` next to the medium.
     """
@@ -136,7 +136,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
 
 
 def _kind_of(path: Path) -> Kind:
-    """Return whether a file is a clip or an image; an animation is a clip."""
+    """Return whether a file counts as an image or as a clip, which animations do."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
     try:
@@ -146,7 +146,7 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskPlace]:
-    """Return each image or clip with the masks in a folder, and the name that a new mask gets."""
+    """Return for each image or clip which masks exist in a folder, and what a new mask is called."""
     entries: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
@@ -171,7 +171,7 @@ def mask_line(folder: PurePath) -> str:
 
 
 def read_frames(mask: Path) -> Iterator[Gray]:
-    """Yield the frames of a mask, each H W: one of an image, all of a clip or folder.
+    """Yield the frames of a mask, H W each: one for an image, several for a clip or a folder.
 
     Raises MediaError if the mask cannot be read.
     """
@@ -196,14 +196,14 @@ def read_frame(mask: Path, number: int) -> Gray:
 
 
 def as_gray(pixels: NDArray[np.uint8]) -> Gray:
-    """Convert an image, H W 3 or H W, to grayscale, H W, in the same way as the dataset converts masks."""
+    """Convert an image, H W 3 or H W, to grayscale, H W, exactly as the dataset converts masks."""
     if pixels.ndim == 2:
         return pixels
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 class _AllBlackError(Exception):
-    """No frame of a new mask has anything that is learned."""
+    """All frames of a new mask are black, so that nothing would be learned."""
 
 
 def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
@@ -234,13 +234,14 @@ def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Map
             write_png(target, gray, texts)
     except _AllBlackError:
         return False
+    # an old mask of another form, such as a folder of frames
     if place.mask is not None and place.mask != target:
         _delete(place.mask)
     return True
 
 
 def _write_frames(folder: Path, frames: Iterable[Gray], texts: Mapping[str, str]) -> None:
-    """Write frames, H W each, into a folder. Raises _AllBlackError if all of them are black."""
+    """Write grayscale frames, H W each, as PNG files. Raises _AllBlackError if all are black."""
     has_white = False
     for number, gray in enumerate(frames):
         has_white = has_white or bool(gray.any())
@@ -360,7 +361,7 @@ def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None
 
 
 def undo_change(place: MaskPlace) -> bool:
-    """Restore the mask as it was before its last change; return whether there was a change to undo.
+    """Restore the mask from before its last change; return False if there is no earlier mask.
 
     Changes by runs can be undone too. Raises OutputError if files cannot be changed.
     """

@@ -101,7 +101,7 @@ def make_masks(options: MaskOptions) -> None:
 
 
 def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: int, method: str) -> None:
-    """Log the files without a mask, and show how many masks were made and the lines for dataset.toml."""
+    """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
     _warn_of_files("Nothing is found in %s (without a mask a file is learned whole): %s", outcome.empty)
     _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.black)
     masked = [place for place in places if place.mask is not None]
@@ -152,10 +152,10 @@ def _reject_unclear(places: Sequence[MaskPlace]) -> None:
 
 
 def _find_kind(finder: FinderOptions) -> str:
-    """Return the kind of finder: of a model for words, else the name of the option that is given.
+    """Return what finds the masked areas: a model type for prompts, otherwise the name of the option.
 
     Raises:
-        CheckpointError: If the model is of a kind that finds no words in images.
+        CheckpointError: If the model cannot search for prompts.
     """
     if finder.prompts:
         from data_tools.masks.words import read_kind  # imports torch, which a color does not need
@@ -180,7 +180,7 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
 
 
 def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
-    """Describe how masks are made, for the text that is stored in them."""
+    """Return a text about how masks are made, which is stored in the mask files."""
     parts = [
         _describe_finder(options.finder, kind),
         f"threshold {shape.threshold:g}",
@@ -194,7 +194,7 @@ def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
 
 
 def _describe_finder(finder: FinderOptions, kind: str) -> str:
-    """Describe how masks are found, for the record of each mask."""
+    """Return a text about how masks are found, which is stored in each mask."""
     if finder.background is not None:
         return f"foreground by {real_path(finder.background).name}"
     if finder.faces is not None:
@@ -206,7 +206,7 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 
 
 def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -> MaskPlan:
-    """Decide for each place whether its mask is made, kept or changed."""
+    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason."""
     plan = MaskPlan()
     for place in places:
         texts = place.texts()
@@ -220,6 +220,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -
             continue  # the last line of the text in the mask names its last method: it is this one
         elif options.mode != "fill":
             plan.jobs.append(place)
+        # a person has drawn or accepted the mask
         elif not made_by or ACCEPTED in texts:
             plan.by_hand.append(place)
         elif options.overwrite:
@@ -282,7 +283,7 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load the model that finds the masked areas.
+    """Load the model, or make the color rule, that finds the areas to mask, depending on the options.
 
     Raises CheckpointError if its file is missing or damaged.
     """
@@ -290,7 +291,8 @@ def _load_finder(options: FinderOptions) -> Finder:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 
         return load_word_finder(options.model, options.prompts, options.least_score, options.device)
-    from data_tools.masks import seen  # only if there is a mask to make
+    # imported late, when an image needs a mask
+    from data_tools.masks import seen
 
     if options.background is not None:
         return seen.load_background_finder(options.background)
@@ -301,7 +303,7 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 
 def _warn_of_kept(plan: MaskPlan) -> None:
-    """Warn of masks that are kept although this run would have made different ones."""
+    """Warn about existing masks that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",

@@ -55,10 +55,10 @@ class BackgroundFinder:
 
 
 def load_background_finder(path: Path) -> BackgroundFinder:
-    """Load an ONNX file whose network is like U2Net.
+    """Load a background remover: an ONNX file of a network like U2Net.
 
     Raises:
-        CheckpointError: If it is not such a file or cannot be run.
+        CheckpointError: If the network does not take square RGB images of one size.
     """
     _require_file("--background", path)
     model = load_onnx(path)
@@ -73,14 +73,14 @@ def load_background_finder(path: Path) -> BackgroundFinder:
 
 
 def _require_file(option: str, path: Path) -> None:
-    """Raise CheckpointError if a file is missing; for a released file the message names its download."""
+    """Raise CheckpointError if a model file is missing; say how to download it if it is a released file."""
     if not path.is_file():
         raise CheckpointError(f"{option} {path}: no such file", path)
 
 
 @dataclass(frozen=True)
 class FaceFinder:
-    """A loaded detector of boxes."""
+    """Finds faces with a loaded detector, as boxes."""
 
     detector: Detector
     least_score: float
@@ -96,10 +96,10 @@ class FaceFinder:
 
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
-    """Load a detector of faces.
+    """Load a face detector.
 
     Raises:
-        CheckpointError: If the file is missing or no detector.
+        CheckpointError: If the file is missing or is not a face detector.
     """
     _require_file("--faces", path)
     chosen = select_device(device)
@@ -108,7 +108,7 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """Finds a color, given in 0..1, and all colors within a distance of it."""
+    """Finds all pixels whose color is within a distance of a color, 0..1."""
 
     colour: tuple[float, float, float]
     distance: float

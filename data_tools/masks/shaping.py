@@ -21,7 +21,7 @@ Values = NDArray[np.float32]  # h w, 0..1
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How found values become a mask; the fields are the values of the options of the same names."""
+    """How the values of a finder become a mask; each field is the option of the same name."""
 
     threshold: float
     smooth_pixels: int
@@ -81,7 +81,7 @@ def to_gray(mask: Values) -> Gray:
 
 
 def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
-    """Yield for each frame of a clip the median of its values and those of its neighbors.
+    """Yield a median over time for each frame: of its values and those of its neighbors.
 
     v'[t] = median(v[t - frames], ..., v[t + frames]) for each pixel; beyond the ends, the first and the last
     frame are repeated.
@@ -94,6 +94,7 @@ def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
         if window and value.shape != window[-1].shape:
             raise MediaError("its frames change their size, so that no mask of them can be steady")
         window.append(value)
+        # the window is centered on the frame: `frames` values before and after it
         if len(window) == 2 * frames + 1:
             yield np.median(np.stack(window), axis=0).astype(np.float32) if frames else value
 

@@ -86,17 +86,26 @@ class WordFinder:
 
 
 def read_kind(folder: Path) -> str:
-    """Return the kind of model in a folder.
+    """Return the type of a text-prompted segmentation model, from the config.json in its folder.
 
     Raises:
         CheckpointError: If the kind of model is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():
-        to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
-        words = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to", str(to)]
+        models = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        argv = [
+            "python",
+            "tools/download.py",
+            "--family",
+            "tools",
+            "--task",
+            "clipseg",
+            "--to",
+            str(models),
+        ]
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {as_typed(words)} downloads CLIPSeg, "
+            f"--model {folder}: there is no config.json in this folder. {as_typed(argv)} downloads CLIPSeg, "
             "after its size and license",
             folder,
         )
@@ -116,7 +125,7 @@ def read_kind(folder: Path) -> str:
 def load_word_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
 ) -> WordFinder:
-    """Load CLIPSeg or SAM 3, which find words in images, from a folder.
+    """Load CLIPSeg or SAM 3, which segment what a prompt describes.
 
     Args:
         folder: Folder of the model, as transformers saves it.

@@ -31,7 +31,7 @@ WAVE_HEIGHT = 40
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Facts from the headers of a clip and of its audio track."""
+    """What the headers of a clip say about its audio track."""
 
     track: TrackInfo | None = None
     silent: str | None = None  # why the clip has no sound
@@ -44,7 +44,7 @@ def is_heard(table: DatasetTable) -> bool:
 
 
 def listen(source: MediaSource) -> Heard:
-    """Return information about the audio of a clip, without decoding it.
+    """Return what the headers of a clip say about its audio, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -67,7 +67,7 @@ def listen(source: MediaSource) -> Heard:
 
 
 def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
-    """Return the warnings about an audio track that does not fit its clip.
+    """Return in which ways an audio track does not fit its clip.
 
     `seconds` is the duration of the clip; None means unknown.
     """
@@ -87,7 +87,7 @@ def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
 
 @dataclass(frozen=True)
 class AudioFindings:
-    """Findings about the sound of a table."""
+    """Findings about the audio of a table."""
 
     lines: list[str]  # about the sound and its caches
     faults: list[Fault]
@@ -100,7 +100,7 @@ def check_audio(
     """Report on a table's audio and its caches; `plans` are the plans for caching the table's latents."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
-        """Return information about a clip's audio, and how many of its caches are valid."""
+        """Return what a clip's audio is, and how many of its audio caches are valid."""
         try:
             audio = listen(plan.source)
             num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.kept)
@@ -142,7 +142,7 @@ def check_audio(
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
-    """Describe the formats of tracks as ": 3 with 2 channels at 48000 Hz, ..."; "" if there are none."""
+    """Return the formats of audio tracks as ": 3 with 2 channels at 48000 Hz, ..."; "" without tracks."""
     words = [
         f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
         for rate, channels, count in count_tracks(tracks)
@@ -151,14 +151,14 @@ def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
 
 
 def count_tracks(tracks: Iterable[TrackInfo]) -> list[tuple[int, int, int]]:
-    """Return (rate, channels, number of such tracks), the most frequent first."""
+    """Count audio tracks by (sample rate, channels); return (rate, channels, count), most frequent first."""
     counts = Counter((track.rate, track.channels) for track in tracks)
     by_frequency = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return [(rate, channels, count) for (rate, channels), count in by_frequency]
 
 
 def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
-    """Draw the audio of the first `used` kept frames of a clip; None if the clip has no audio.
+    """Return an SVG of the audio that belongs to the first `used` frames of a clip; None without audio.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -172,6 +172,7 @@ def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
     amplitudes = np.abs(samples[0].numpy())
     num_bars = min(WAVE_BARS, len(amplitudes))
     edges = np.linspace(0, len(amplitudes), num_bars + 1).astype(int)
+    # the loudest sample of each bar
     peaks = np.maximum.reduceat(amplitudes, edges[:-1])
     heights = peaks.clip(0, 1) * WAVE_HEIGHT
     bars = ""  # a path of SVG: one vertical line for each bar, centered

@@ -128,7 +128,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 
 class _Scope(NamedTuple):
-    """The parts of a configuration that a check reads."""
+    """Whether a check reads media, cached latents and cached text embeddings."""
 
     media: bool
     latents: bool
@@ -157,7 +157,7 @@ def check_caching(
     validation: tuple[float, int] = (0.0, 0),
     counters: Counters | None = None,
 ) -> CheckResult:
-    """Report what caching would do, without encoding or writing anything and without loading encoders.
+    """Report what caching would do, without loading encoders and without writing anything.
 
     Args:
         family: Family that would cache.
@@ -182,7 +182,7 @@ def check_caching(
     folders = TableFolders(config)
 
     def check_table(table: DatasetTable) -> TableFindings:
-        """Return the findings of a table."""
+        """Check a table of the dataset, as far as `scope` says, and return the findings."""
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
@@ -218,13 +218,10 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return the settings with which caching would make latents.
-
-    `identity` identifies the media encoders.
-    """
+    """Return the settings with which caching would encode latents; `identity` is that of the encoders."""
 
     def sections(table: MediaTable, frames: int) -> int | None:
-        """Return the number of sections that the family learns of an item; None if it is unknown."""
+        """Return the number of sections into which a family divides an item; None if it is unknown."""
         # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
             return None
@@ -272,7 +269,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
 
 
 def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add faults for folders whose caches are not in the cache_format of the table."""
+    """Add faults for cache folders in another format than the table's cache_format."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
@@ -297,7 +294,7 @@ def _check_text_caches(
 
 
 def _check_objects(findings: TableFindings, family: Caches) -> None:
-    """Add faults for captions that are invalid JSON objects."""
+    """Add a fault for each caption that has to be a JSON object and is not valid."""
     if not fits_captions(family):
         return
     for source in findings.sources:
@@ -329,7 +326,7 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check the media of a table.
+    """Run the family's own check of a table's media.
 
     Raises:
         DatasetError: If the family cannot cache them.
@@ -346,9 +343,9 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 def _check_table_audio(
     findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
-    """Add the findings about the audio of a table's clips.
+    """Check the audio of a table's clips, and add the results to `findings`.
 
-    `plans` are the plans for caching their latents.
+    `plans` say how the latents of the clips are cached.
     """
     table = findings.table
     work = AudioWork(family, [table], recipe.stores, torch.device("cpu"))
@@ -390,7 +387,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Return plans and failures of all sources; sources without a record are decoded and come last."""
+    """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
     existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
@@ -423,7 +420,7 @@ def _plan_sources(
 
 
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Add the items of all plans; if references cannot be read, add a fault and no items."""
+    """Add the items of all plans to the findings; if references cannot be read, add a fault instead."""
     table = findings.table
     sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
     if table.references is not None:
@@ -503,10 +500,12 @@ def check_training(
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
     if cached.items:
+        # all items share the model, and therefore the cache layout
         stores = stores_for(cached.items[0], latent)
         if learn_no_references(cached.items, stores):
             tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained, held_back = split_validation(cached.items, *validation)
+    # the same items are subtracted from the bucket counts of the report
     hold_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if held_back:
@@ -526,7 +525,7 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
 
 
 def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
-    """Return a line about the items, batches and steps of an epoch."""
+    """Return a line with the number of items, batches and steps in an epoch."""
     order = BatchOrder(items, seed=0)
     num_steps = ceil_div(order.num_batches, batches_per_step)
     steps = count_of(num_steps, "step")
@@ -550,10 +549,11 @@ def _check_caches(
         findings.faults.append(Fault(NO_ITEM, text))
         return
     stores = stores_for(items[0], latent)
-    for item, number in _list_captions(items):
+    for item, caption_index in _list_captions(items):
         try:
-            batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
+            batch = read_batch([item], latent, encoders.commands, captions=[caption_index], stores=stores)
         except CacheError as error:
+            # the first line names the error; the lines below it say how to correct it
             text = str(error).splitlines()[0]
             findings.faults.append(Fault("cannot be used", text, item.source_stem))
         else:
@@ -563,7 +563,7 @@ def _check_caches(
 
 
 def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
-    """Add a fault for each cache of a table that is missing or unfinished."""
+    """Add a fault for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
         "text caches are missing": (*cached.missing_text, *cached.missing_empty),

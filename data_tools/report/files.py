@@ -38,12 +38,13 @@ States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TE
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[Numbers]:
-    """Return all files as JSON values, table by table. `tables` have been measured."""
+    """Return findings and cache states of all media files as JSON values, table by table."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
         errors = findings.texts_by_stem("faults", with_kind=True)
         warnings = findings.texts_by_stem("remarks", with_kind=True)
+        # without decoding there are no looks
         looks = findings.looks or [Look()] * len(findings.sources)
         for source, look in zip(findings.sources, looks, strict=True):
             findings_of_file = {
@@ -77,7 +78,7 @@ def _describe_source(source: MediaSource) -> Numbers:
 
 
 def _describe_look(look: Look) -> Numbers:
-    """Return the measured values of a source as JSON values."""
+    """Return the measurements of a source as JSON values."""
     fit = look.fit
     return {
         "size": look.size,
@@ -117,9 +118,11 @@ def _compare_caches(
         store = stores.of(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
+        # the caches cannot be listed, so one entry with no model name holds the error
         unknown = (UNKNOWN, str(error))
         no_model = ""
         return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}
+    # a tag is the name of a model in its cache files
     for tag in _find_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
@@ -142,7 +145,7 @@ def _find_tags(names: Iterable[str]) -> list[str]:
 
 
 def _count_sections(caches: Iterable[tuple[str, str, LatentName]]) -> dict[int, int]:
-    """Return, by length, into how many sections (one file each) a model divides an item."""
+    """Map the number of frames of an item to the number of its sections, each cached in one file."""
     num_files: Counter[tuple[str, tuple[int, int]]] = Counter()  # by item: stem and span
     for _, stem, name in caches:
         if name.span is not None and name.section is not None:
@@ -163,7 +166,7 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's latent caches, by the stem of their source.
+    """Return the state of a model's latent caches, by the stem of the media file.
 
     No model is loaded: the options and the encoder of the first caches count as those of the model, so caches
     that differ from them are outdated.
@@ -175,6 +178,7 @@ def _compare_media(
         return {}
     record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
     sections = _count_sections(caches)
+    # other programs' caches have no record
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,
@@ -201,7 +205,7 @@ def _compare_media(
 
 
 def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | None:
-    """Return the first record in these files of latents; None if no file has one that can be read."""
+    """Return the first readable record in the headers of cached latents; None if there is none."""
     for name in names:
         with contextlib.suppress(CacheError):
             record = latent_record(store.read(name, is_full=False))
@@ -261,6 +265,7 @@ def _compare_texts(
     states: dict[str, State] = {}
     # a caption without a plan, such as an empty one, needs no cache
     for source in sources:
+        # 0 is the main caption of a source
         for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))
             if state == VALID:  # the first caption that is not valid decides
@@ -272,7 +277,7 @@ def _compare_texts(
 def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return stand-ins for the encoders in records, with their recorded identities; they cannot encode."""
+    """Return placeholders for the text encoders named in cache records, with their recorded identities."""
     encoders = []
     for name, record in records.items():
         keys = frozenset(map(tensor_key, record.crc32))
@@ -291,7 +296,7 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 
 
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
-    """Return the state of the cache of one caption.
+    """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
     `records` are the records of some caption of the dataset, by encoder; they show which encoders are used.
     """
@@ -301,6 +306,7 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return UNKNOWN, "made by another program, without a record of its caption"
     if not plan.missing:
         return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+    # the first encoder whose embeddings have to be computed again
     encoder = plan.missing[0]
     try:
         record = text_records(store.read(plan.file_name, is_full=False)).get(encoder)

@@ -49,7 +49,7 @@ class BucketRow(NamedTuple):
 
 @dataclass
 class TableFindings:
-    """Results of a check for one table; each step of the check adds to them."""
+    """Results of the checks of one dataset table, filled in step by step."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -65,7 +65,7 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # one per source, if sources were measured
 
     def unusable(self, error: DatasetError) -> None:
-        """Add the error that makes the entire table unusable."""
+        """Add the error that prevents all use of the table."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
@@ -83,13 +83,13 @@ class TableFindings:
         return texts
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
-        """Count items of one bucket, by the stems of their sources."""
+        """Count the items that sources have in one bucket."""
         self.buckets[bucket] += len(stems)
         self.places += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
-        """Number of items in all buckets."""
+        """Total number of items in all buckets."""
         return self.buckets.total()
 
     def bucket_rows(self) -> list[BucketRow]:
@@ -104,7 +104,7 @@ class TableFindings:
         return rows
 
     def lines(self) -> list[str]:
-        """Return all findings as lines to print."""
+        """Return all findings as printable lines."""
         size = self.table.batch_size
         repeats = self.table.num_repeats * self.times
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
@@ -118,7 +118,7 @@ class TableFindings:
         return [self.title, *indent([*lines, *self.caches, *errors])]
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
-        """Describe the size of items, and their frames or references."""
+        """Describe a bucket: image size, and the number of frames or the references."""
         frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_of_audio:
             return frames.removeprefix(", ")
@@ -133,7 +133,7 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Counters:
-    """Token counters of the text encoders, and lines about those that are missing."""
+    """Token counters of the text encoders, and lines about encoders that are not available."""
 
     by_name: tuple[tuple[str, CountTokens], ...] = ()
     missing: tuple[str, ...] = ()  # report lines
@@ -163,7 +163,7 @@ class CheckResult:
 
     @property
     def num_faults(self) -> int:
-        """Number of faults in all tables."""
+        """Total number of faults in all tables."""
         return sum(len(findings.faults) for findings in self.tables)
 
     @property
@@ -183,7 +183,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """0 if nothing is wrong, else 1; SOURCES_LEFT_OUT if the run continues without the faulty sources."""
+        """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
         errors = [error for findings in self.tables for error in findings.faults]
         if os.environ.get(RUN_GOES_ON) and not any(error.ends_run for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
@@ -203,7 +203,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _PlacedItem:
-    """Table and source of an item, for `split_validation`."""
+    """An item with its table and source, in the form that `split_validation` takes."""
 
     table: DatasetTable
     source_stem: str
@@ -225,7 +225,7 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` of regularization images so that they are as many as other images in an epoch.
+    """Set how often regularization images repeat, so that an epoch has as many of them as of other images.
 
     Args:
         tables: Findings for all tables of a configuration.
@@ -237,6 +237,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
         counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
     for findings in tables:
         group = findings.table.batch_group
+        # batches only mix tables of one batch group
         if findings.table.is_reg and regularization[group]:
             findings.times = learned[group] / regularization[group]
 
@@ -256,6 +257,7 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
             key = (table.batch_group, *bucket)
             counts[key] = counts.get(key, 0) + count * table.num_repeats * findings.times
             sizes[key] = table.batch_size
+    # rounded first, since `times` is a quotient and may end in ...0001
     return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
 
 
@@ -265,10 +267,10 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
-    """Start the findings of a table with its sources, all errors of listing them, and unused files.
+    """Start the findings of a table: list its sources, the errors of listing them, and unused files.
 
-    Unused files are reported only if they look as if they were meant to be used. `folders` has the folders of
-    all tables.
+    Only those unused files are reported that seem to be meant for use. `folders` holds the folders of all
+    tables.
     """
     findings = TableFindings(table)
     try:
@@ -291,6 +293,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
     left_out = folders.left_out_files(table)
     if left_out is not None:
         findings.remarks.append(Fault("folders have files that are not used", left_out))
+    # folders that no table uses are reported once, with the first table
     if table is config.datasets[0]:
         lines = folders.left_out_folders(config.datasets)
         findings.remarks += [Fault("folders are not searched", line) for line in lines]
@@ -298,7 +301,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Count reference images; if only some images have references, add a warning for each other image."""
+    """Count reference images; add a warning for each image without any if other images have some."""
     counts = count_references(findings.sources)
     if not counts:
         return
@@ -379,7 +382,7 @@ def is_unused(source: MediaSource) -> bool:
 
 
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Convert the captions of all tables that are not UTF-8; old files are kept as .bak.
+    """Convert caption files that are not UTF-8; the old files are kept as .bak.
 
     `encoding` is a Python codec name, or GUESS, which does not change files of uncertain encoding. Returns
     report lines.
@@ -388,7 +391,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         OutputError: If a file cannot be written.
     """
     converted: list[str] = []
-    left: list[str] = []
+    left_unchanged: list[str] = []
     for table in config.datasets:
         try:
             sources = find_sources(table, captions=False, faults=[])
@@ -398,9 +401,9 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         paths = [path for path in sorted(caption_paths) if _is_other_encoding(path)]
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
-            _repair_caption(path, guess, converted, left)
+            _repair_caption(path, guess, converted, left_unchanged)
     counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
-    return [f"{counts}, {len(left)} left unchanged", *converted, *left]
+    return [f"{counts}, {len(left_unchanged)} left unchanged", *converted, *left_unchanged]
 
 
 def _is_other_encoding(path: Path) -> bool:
@@ -413,7 +416,7 @@ def _is_other_encoding(path: Path) -> bool:
 
 
 def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
-    """Convert a caption to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
+    """Convert a caption file to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
     if guess is None or bad_character(guess.text):
         left.append(f"  {path}: unchanged: it is not text in that encoding")
         return
@@ -435,7 +438,7 @@ def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:
-    """Return a caption file's text in an encoding; None if it is not in that encoding."""
+    """Decode a caption file with an encoding; None if its bytes are invalid in this encoding."""
     try:
         return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
     except (OSError, ValueError):

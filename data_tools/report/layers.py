@@ -23,7 +23,7 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
 
 
 def _read_all(plan: SourcePlan) -> Failure | None:
-    """Return a failure if the layers of an image cannot be used."""
+    """Read all layers of an image; return a failure if they cannot be used."""
     try:
         read_layers(plan.source, image_size(plan.source.path), fit_image=_keep_corner)
     except MediaError as error:
@@ -32,5 +32,5 @@ def _read_all(plan: SourcePlan) -> Failure | None:
 
 
 def _keep_corner(frame: Frame) -> Frame:
-    """Return one pixel: only whether a layer can be used is asked for."""
+    """Return one pixel of a layer, because the check only needs to know whether the layer can be read."""
     return frame[:1, :1]

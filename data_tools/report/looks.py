@@ -63,7 +63,7 @@ class StripSize:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Measures of the used frames of a source; for a clip, means over some frames."""
+    """Brightness, motion, sharpness and hashes of a media file; for a clip, from some of its frames."""
 
     brightness: float  # 0..1
     motion: float  # 0..1; 0 for an image
@@ -78,7 +78,7 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Facts from reading a source; None or empty if unreadable. Kept small, as there may be a million."""
+    """What reading a source reveals; empty if it is unreadable. Small, as there may be a million."""
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height
@@ -102,7 +102,7 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
-        """Percentage of the resized image that the bucket cuts off."""
+        """Percentage of the resized image that cropping to the bucket removes."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
@@ -112,7 +112,7 @@ class Look:
 
     @property
     def seconds(self) -> float | None:
-        """Duration; None if the rate is not known."""
+        """Duration in seconds; None if the frame rate is unknown."""
         return self.frames / self.fps if self.frames and self.fps else None
 
 
@@ -122,7 +122,7 @@ def cut_percent(fit: Fit) -> float:
 
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Decode a source as caching does, with its control media and mask, and measure the frames it uses."""
+    """Decode a media file as caching does, and measure the frames that training would use."""
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
@@ -140,6 +140,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         look = _check_companions(look, source, fps, latent)
     measures: Measures | None = None
     if look.problem is None and sample.frames:
+        # EvenFrames collects up to twice as many
         frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
@@ -147,7 +148,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the look with the problem that caching would have with control media or the mask, if any.
+    """Return the look of a source with the error that its control media or its mask would cause in caching.
 
     The source is decoded again, because only caching's own function reads it together with them.
     """
@@ -168,14 +169,14 @@ def _check_companions(look: Look, source: MediaSource, fps: float, latent: Laten
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
-    """Return the (width, height) at which a frame is measured."""
+    """Return the (width, height) to which a frame is reduced for measuring."""
     height, width = frame.shape[:2]
     factor = min(1.0, SHARP_SIDE / max(height, width))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
-    """Decode a source and draw its frames; only a few small frames are kept in memory.
+    """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
     With `hears`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result has a
     `problem`, and the frames before that part are drawn.
@@ -184,7 +185,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     height = sizes.clip_height if is_clip else sizes.image_height
 
     def reduce(frame: Frame) -> Frame:
-        """Scale a frame to the size of its thumbnail."""
+        """Scale a frame to thumbnail size."""
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return _scale(frame, height, sizes.width, method)
 
@@ -220,7 +221,7 @@ def _add_audio(look: Look, source: MediaSource, fps: float) -> Look:
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw as many frames of equal height side by side as fit in `width`; `fit` None draws no crop."""
+    """Draw as many frames of equal height next to each other as fit in `width`, with the crop of `fit`."""
     widest = max(frame.shape[1] for frame in frames)
     maximum = min(MAX_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
@@ -252,7 +253,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _listen(source: MediaSource) -> Heard | None:
-    """Return information about a clip's audio; None if it is not trained or cannot be read."""
+    """Return what a clip's audio is; None if it is not used in training or cannot be read."""
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return listen(source)
@@ -262,7 +263,7 @@ def _listen(source: MediaSource) -> Heard | None:
 def _collect_facts(
     source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
 ) -> Look:
-    """Pass each used frame of a source to `take`, at its own size; return what can be found out about it."""
+    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals."""
     facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
@@ -278,7 +279,7 @@ def _collect_facts(
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the information in the header of latents that were computed before."""
+    """Add the contents of a cached latents header to `facts`."""
     tensors = measure_source(source, latent)
     span = full_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)
@@ -291,7 +292,7 @@ def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]
 
 
 def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the spans of the items of a source, or why it has none."""
+    """Add the frame spans of a source's items to `facts`, or the reason why there are none."""
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
@@ -334,7 +335,7 @@ def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
 
 
 def _read_file_size(source: MediaSource) -> int | None:
-    """Return the size of a source's file; None for a folder, or if it cannot be read."""
+    """Return the size of a source's file in bytes; None for a folder or an unreadable file."""
     try:
         path = source.path if source.tensors is None else source.tensors.moments
         return None if path.is_dir() else path.stat().st_size
@@ -346,16 +347,16 @@ class EvenFrames:
     """Collect at most 2 * MAX_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
-        """Prepare to collect; `reduce` makes the small version of a frame, only for frames that are kept."""
+        """Start without frames; `reduce` scales down each frame that is collected."""
         self.frames: list[Frame] = []
         self._num_seen = 0
         self._reduce = reduce
         self._step = 1
 
     def add(self, frame: Frame) -> None:
-        """Keep the frame if its number is a multiple of the step.
+        """Store a scaled-down frame if its index is a multiple of the current step.
 
-        If too many frames are kept, the step is doubled, and every second kept frame is dropped.
+        When too many frames are stored, the step doubles and every second stored frame is dropped.
         """
         if self._num_seen % self._step == 0:
             self.frames.append(self._reduce(frame))
@@ -373,7 +374,7 @@ def select_evenly(items: Sequence[T], maximum: int) -> list[T]:
 
 
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
-    """Return a copy of a frame (H W 3, of any scale) whose cropped part is dark, outside of a line."""
+    """Return a copy of a frame (H W 3) in which the area that cropping removes is darkened."""
     height, width = frame.shape[:2]
     left = fit.crop[0] / fit.resized[0] * width
     top = fit.crop[1] / fit.resized[1] * height
@@ -388,12 +389,12 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 
 def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
-    """Return the measures of an image or a clip from its frames, all of one size."""
+    """Measure brightness, motion, sharpness and hashes of an image or a clip, from frames of one size."""
     are_black = all(map(is_black, frames))
-    flat = [is_flat(frame) for frame in frames]
+    are_flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
     num_blurred = 0
-    for frame_is_flat, frame_sharpness in zip(flat, sharpnesses, strict=True):
+    for frame_is_flat, frame_sharpness in zip(are_flat, sharpnesses, strict=True):
         num_blurred += not frame_is_flat and frame_sharpness < BLURRED
     brightnesses = [brightness(frame) for frame in frames]
     small_colors = [_small_colors(frame) for frame in hashed_frames(frames)]
@@ -404,15 +405,16 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         sharpness=round(float(np.median(sharpnesses)), DIGITS),
         is_black=are_black,
         is_static=can_move and is_static(frames),
+        # more than half of the frames
         is_blurred=2 * num_blurred > len(frames),
-        is_flat=all(flat),
+        is_flat=all(are_flat),
         hashes=clip_hash(frames),
         colors=b"".join(small_colors),
     )
 
 
 def _small_colors(frame: Frame) -> bytes:
-    """Return the colors of a frame reduced to a few pixels, to compare frames."""
+    """Return a tiny copy of a frame as bytes, for comparing frames."""
     small = cv2.resize(frame, (COLOR_SIDE, COLOR_SIDE), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8).tobytes()
 
@@ -423,7 +425,7 @@ def _small_colors(frame: Frame) -> bytes:
 
 @dataclass(frozen=True)
 class ShownReference:
-    """A reference image, or another control image, as a card shows it."""
+    """A reference or control image as it is shown on a card."""
 
     name: str
     picture: Markup | None = None
@@ -432,11 +434,9 @@ class ShownReference:
 
 
 def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
-    """Draw the control images of an image; () for clips.
+    """Return thumbnails of the control images of an image; () for clips.
 
-    `image` is the fit of the image, None if it is unreadable.
-
-    Of `sizes` its picture_height is used.
+    `image` says how the image itself is resized and cropped; None if it cannot be read.
     """
     if source.table.kind == "video" or not source.control:
         return ()
@@ -447,7 +447,7 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
                 _show_reference(source.table, path, name, image=image, sizes=sizes)
                 for path, name in zip(local.control, names, strict=True)
             ]
-    except MediaError as error:  # a download
+    except MediaError as error:  # downloading the control images failed
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]
 
 

@@ -35,7 +35,7 @@ LONE = "masks belong to nothing by their names, and are not read"
 
 @dataclass(frozen=True)
 class MaskShare:
-    """Fraction of an item that its mask allows to be learned."""
+    """Fraction of an image or clip that its mask includes in the loss."""
 
     path: Path
     stem: str
@@ -46,7 +46,7 @@ class MaskShare:
 def check_masks(
     findings: TableFindings, plans: Sequence[SourcePlan], latent: LatentSpec, workers: int
 ) -> None:
-    """Report which fraction of latents the masks of a table allow to be learned; warn of useless masks.
+    """Report which share of the latents the masks of a table include in the loss; warn about empty masks.
 
     At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """
@@ -72,7 +72,7 @@ def check_masks(
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
-    """Measure the learned fraction of a mask; None if it cannot be read, which caching reports."""
+    """Measure which fraction of the latents a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]
@@ -117,9 +117,9 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:
-    """Return the masks in a folder by the names of what they mask.
+    """Return the mask files in a folder, grouped by the stem of the masked file.
 
-    `media` is the folder with that.
+    `media` is the folder of the masked files.
     """
     is_beside = media is not None and folder_id(folder) == folder_id(media)
     try:

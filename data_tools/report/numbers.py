@@ -49,10 +49,9 @@ def collect_numbers(
     pixel_step: int,
     decodes: bool,
 ) -> Numbers:
-    """Return the report as JSON values.
+    """Return all results of the report as JSON values.
 
-    `tables` have been measured. `copies` are groups of near duplicates. `decodes` is False if only headers
-    were read.
+    `copies` are groups of near duplicates. `decodes` is False if only headers were read.
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]
@@ -90,7 +89,7 @@ def collect_numbers(
 
 
 def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
-    """Return the number of items of each size in all tables, ascending by size."""
+    """Return the number of items of each bucket size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
         for bucket, count in findings.buckets.items():
@@ -112,7 +111,7 @@ def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
 
 
 def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
-    """List (table, source, look) for all sources that were looked at."""
+    """List (table, source, look) for all measured sources."""
     looks = []
     for findings in tables:
         for source, look in zip(findings.sources, findings.looks, strict=False):
@@ -142,7 +141,7 @@ def _list_texts(
 
 
 def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
-    """Count, for each bucket, the ways in which sources with items are resized and cropped to it."""
+    """Count, for each bucket, the combinations of resize and crop that its media files need."""
     fits: dict[Size, Counter[Fit]] = {}
     for look in findings.looks:
         if look.lengths and look.fit is not None:
@@ -151,16 +150,16 @@ def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
 
 
 def _items_per_epoch(findings: TableFindings) -> int:
-    """Return how many items of a table an epoch trains on; none of a validation table."""
+    """Return how many items of a table are trained per epoch; 0 for a validation table."""
     if findings.table.validation:
         return 0
     return round(findings.num_items * findings.table.num_repeats * findings.times)
 
 
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
-    """Return the statistics of a table.
+    """Return the statistics of a dataset table as JSON values.
 
-    `epoch` is the number of items in an epoch, of all tables together.
+    `epoch` is the number of items in an epoch, in all tables together.
     """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
@@ -192,7 +191,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
-    """Return the items and batches of each bucket of a table, and how much is cut off."""
+    """Return the items, batches and crop of each bucket in a table."""
     cuts: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
@@ -261,7 +260,7 @@ def _count_audio(looks: Sequence[Look]) -> Numbers:
 
 
 def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
-    """Return the summary and the histogram of values."""
+    """Return the summary statistics and the histogram of `values`."""
     return {name: summarize(values), "histogram": count_bins(values)}
 
 
@@ -281,10 +280,10 @@ def summarize(values: Sequence[float]) -> Numbers | None:
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
-    """Return a histogram: `from` (included), `to` (excluded except in the last bin), `count` of each bin.
+    """Return the histogram of values as a list of bins: `from` (inclusive), `to` (exclusive), `count`.
 
-    All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. A few
-    outliers share the last bin, so that they do not squeeze the remaining values into one.
+    All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. The last
+    bin includes its `to`, and any outliers.
     """
     if not len(values):
         return []
@@ -292,8 +291,8 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     low = float(numbers.min())
     high = float(numbers.max())
     # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
-    usual_high = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * usual_high - low else usual_high
+    high_without_outliers = float(np.quantile(numbers, 0.98))
+    end = high if high <= 2 * high_without_outliers - low else high_without_outliers
     are_integers = bool((numbers == np.floor(numbers)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     edges = _place_edges(width, low, end, high)
@@ -307,7 +306,7 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
 
 
 def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
-    """Return the edges of bins of equal width from `low` to `end`; the last bin is extended to `high`."""
+    """Return edges of equally wide bins from `low` to `end`; the last bin extends to `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     if high >= start + count * width:
@@ -357,7 +356,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
 
 
 class _CaptionCounts:
-    """Counts about captions, added source by source."""
+    """Statistics about captions, updated with each source."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
@@ -370,7 +369,7 @@ class _CaptionCounts:
         self.present: Counter[str] = Counter()  # those that hold the trigger word
 
     def add(self, source: MediaSource) -> None:
-        """Count the captions of a source."""
+        """Add all captions of a source to the counts; note the source if it has no usable caption."""
         path = str(source.path)
         if source.caption is None:
             self.without["unreadable" if is_unused(source) else "missing"].append(path)
@@ -380,23 +379,24 @@ class _CaptionCounts:
             if not caption.strip():
                 self.without["empty"].append(path)
                 continue
-            words = [word.lower() for word in _WORD.findall(caption)]
-            self.words.update(words)
-            self.num_captions_with.update(set(words))
-            self.num_words.append(len(words))
+            lower_words = [word.lower() for word in _WORD.findall(caption)]
+            self.words.update(lower_words)
+            self.num_captions_with.update(set(lower_words))
+            self.num_words.append(len(lower_words))
             self.num_characters.append(len(caption))
             paths = self.paths.setdefault(caption, {})
+            # a file that is reached by two paths counts once
             paths.setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
-        """Count a caption for its trigger word, and whether it has the word."""
+        """Count a caption of a table with a trigger word, and whether it contains the word."""
         if trigger:
             self.triggers[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
             self.present[trigger] += is_present
 
     def list_trigger_words(self) -> list[Numbers]:
-        """List the trigger words, and how many captions of their tables contain them."""
+        """List the trigger words, with the number of captions that contain them in their tables."""
         return [
             {"word": word, "captions": count, "present": self.present[word]}
             for word, count in sorted(self.triggers.items())

@@ -75,7 +75,7 @@ def write_check_page(
     workers: int,
     hears: bool = False,
 ) -> None:
-    """Write the page of a check: at most `maximum` files, each read once, in `workers` threads.
+    """Write the HTML page of a dataset check with at most `maximum` files.
 
     `hears` says that the model is trained with audio.
 
@@ -86,11 +86,11 @@ def write_check_page(
     drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
     cards = _make_cards(tables, maximum, workers, drawing)
     num_files = sum(len(findings.sources) for findings in tables)
-    sections = [
+    table_sections = [
         (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
         for findings in tables
     ]
-    values = {"result": result, "sections": sections, "files": num_files}
+    values = {"result": result, "sections": table_sections, "files": num_files}
     title = f"{config.path.name}: {count_of(num_files, 'file')} checked"
     _write_page(path, title, values, cards=cards, fps=fps)
 
@@ -104,7 +104,7 @@ def write_report_page(
     latent: LatentSpec,
     workers: int,
 ) -> None:
-    """Write the page of the report.
+    """Write the HTML page of the dataset report.
 
     `numbers` is the result of `collect_numbers`; the page shows nothing else.
 
@@ -114,15 +114,16 @@ def write_report_page(
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
     cards = _make_cards(tables, options.items, workers, drawing)
-    sections = []  # of the template: numbers, drawings, number of drawings left out, and cards of a table
+    # per table: its numbers, drawings, the number of drawings left out, and its cards
+    table_sections = []
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
+        table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,
         "report": numbers,
-        "sections": sections,
+        "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _format_number,
         "in_words": in_words,
@@ -131,7 +132,7 @@ def write_report_page(
 
 
 def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
-    """Return the cards of a table's sources."""
+    """Return the report cards of the files in a table."""
     return [card for card in cards if card.source.table is table]
 
 
@@ -141,12 +142,13 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    """Write a page with the values that every page of the report needs, and with `values` of this page."""
+    """Write a page of the report from `values` and from the values that all its pages share."""
     filters = []
-    for mark, words in FILTERS:
+    for mark, label in FILTERS:
         count = sum(mark in card.marks for card in cards)
+        # a filter that matches no card is not offered
         if count:
-            filters.append((mark, words, count))
+            filters.append((mark, label, count))
     shared: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
@@ -224,13 +226,14 @@ def _make_cards(
 
 
 def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
-    """Read a file again and return its card."""
+    """Return the card that shows one media file on the report page; the file is decoded again for it."""
     source = job.source
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
     # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
     errors = [text for text in job.faults if text not in paths]
     warnings = [text for text in job.remarks if text not in paths]
+    # the check found no error, but the frames cannot be decoded here
     if look.problem is not None and not errors:
         errors = [look.problem]
     looks = job.findings.looks
@@ -247,6 +250,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
         "static": measures is not None and measures.is_static,
         "blurred": measures is not None and measures.is_blurred,
         "copy": str(source.path) in drawing.copies,
+        # percent of the image that resizing to the bucket crops away
         "cut": look.cut_percent > 20,
     }
     return Card(
@@ -264,7 +268,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
 
 
 def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
-    """Select at most `maximum` sources: those with errors first, then those with warnings, then the others.
+    """Select at most `maximum` media files to show: first those with errors, then those with warnings.
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
@@ -302,7 +306,7 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text at each point where one of its encoders stops reading."""
+    """Split a text wherever one of the text encoders reaches its maximum length."""
     ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(ends, ends[1:], strict=False):
@@ -314,14 +318,14 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
 
 
 def _shorten(text: str, maximum: int) -> str:
-    """Return at most `maximum` characters of a text, and how many are left out."""
+    """Truncate a text to `maximum` characters, and add how many characters are missing."""
     if len(text) <= maximum:
         return text
     return f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
 
 
 def _place_spans(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
-    """Return (length, [(start, width)], count) of the spans, in percent of the used frames."""
+    """Return (length, [(start, width)], count) for spans of equal length, in percent of the used frames."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for start, length in look.spans:
         position = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
@@ -357,7 +361,7 @@ def _describe_settings(table: DatasetTable) -> str:
 
 
 def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers], int]:
-    """Draw what the largest buckets cut off; return the drawings, and the number of sizes not drawn.
+    """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
@@ -375,7 +379,7 @@ def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers],
 
 
 def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
-    """Draw the most frequent outlines of sources around a bucket of `size`."""
+    """Return the data of a drawing: the most frequent image outlines around a bucket of `size`."""
     # left, top, width, height of each source relative to the bucket's corner, and its number of files
     outlines = [
         (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MAX_OUTLINES)
@@ -384,6 +388,7 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     top = min(y for _, y, *_ in outlines)
     width = max(x + outline_width for x, _, outline_width, _, _ in outlines) - left
     height = max(y + outline_height for _, y, _, outline_height, _ in outlines) - top
+    # MARGIN is in percent
     pad = MARGIN * max(width, height) / 100
     text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
     return {
@@ -394,5 +399,5 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
 
 
 def _format_number(value: float) -> str:
-    """Return a number with separators of thousands, or with three digits."""
+    """Return a whole number with thousands separators, or another number with three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -50,12 +50,13 @@ DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
-    """Read the dataset, then write the page and the JSON that the options name. Errors are logged.
+    """Check and measure a dataset, then write the report page and the JSON file that the options name.
 
     Raises:
         DatasetError: If there is nothing to report on.
         OutputError: If a file cannot be written.
     """
+    # one core is left for this process
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
     config = with_lengths(config, latent.lengths)
@@ -72,6 +73,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
+    # regularization images count as often as it takes to match the other images of an epoch
     balance(tables)
     copies = _find_copies(tables, "image") + _find_copies(tables, "video")
     numbers = collect_numbers(
@@ -102,7 +104,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _reject_downloads(config: DatasetConfig) -> None:
-    """Raise DatasetError if the sources of a table can be listed only after a download."""
+    """Raise DatasetError if a table's files can be listed only after downloading a list."""
     for table in config.datasets:
         for address in form_of(table).list_addresses(table):
             text = f"{hide_secrets(address)} is downloaded to be listed: leave out --no_download"
@@ -118,7 +120,7 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
-    """Write the report's numbers to a file, or print them."""
+    """Write the report as JSON into a file, or print it."""
     # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
@@ -129,7 +131,7 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 
 
 def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return the warnings that headers and listings alone can reveal.
+    """Return warnings that follow from file headers and folder listings alone.
 
     `fps` is the frame rate of the model.
     """
@@ -161,7 +163,7 @@ def _measure_table(
         return findings
 
     def read(source: MediaSource) -> Look:
-        """Read the header of a source, or measure it, as the options ask."""
+        """Read only the headers of a source, or decode and measure it, depending on the options."""
         remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
@@ -204,8 +206,8 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
 
 
 def _list_warnings(look: Look) -> dict[str, str | None]:
-    """Return the warnings about a source by their kind; None for kinds that do not apply."""
-    remarks = {
+    """Return warnings about a media file, keyed by the end of the sentence "N files ..."; None: absent."""
+    warnings = {
         "give no item": look.none,
         "give no item of some lengths": look.short,
         SIZE_CHANGES: look.size_change,
@@ -213,16 +215,16 @@ def _list_warnings(look: Look) -> dict[str, str | None]:
     measures = look.measures
     if measures is not None:
         if measures.is_black:
-            remarks["are black"] = "black"
+            warnings["are black"] = "black"
         if measures.is_static:
-            remarks["do not move"] = "nothing moves"
+            warnings["do not move"] = "nothing moves"
         if measures.is_blurred:
-            remarks["are blurred"] = f"blurred: sharpness {measures.sharpness:g}"
-    return remarks
+            warnings["are blurred"] = f"blurred: sharpness {measures.sharpness:g}"
+    return warnings
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of near duplicates among files of a kind, and add a warning to each file of a group.
+    """Return groups of near duplicates of one kind, and add a warning to each file in a group.
 
     A file that several tables name, by absolute or relative paths, counts once.
     """
@@ -235,6 +237,7 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
             group = group_of.get(path, [])
             copies = [copy for copy in group if copy.absolute() != path]
             if copies:
+                # one is this file, one is named
                 and_others = f" and {len(group) - 2} more" if len(group) > 2 else ""
                 text = f"nearly the same as {copies[0].name}{and_others}"
                 findings.remarks.append(Fault("are nearly the same as another", text, source.stem))
@@ -253,6 +256,7 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
                 files.setdefault(source.path.absolute(), (source.path, look.measures))
     # by number of hashes: only files with the same number, such as clips of several frames, are compared
     by_length: dict[int, list[tuple[Path, Measures]]] = {}
+    # sorted, so that the groups do not depend on the order of the tables
     for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
         by_length.setdefault(len(measures.hashes), []).append((path, measures))
     groups = []
@@ -294,13 +298,14 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     they look alike without being copies.
     """
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
-    for index, measured in enumerate(measures):
-        if not measured.is_black:
-            key = (measured.hashes, measured.colors, measured.is_flat)
+    for index, file_measures in enumerate(measures):
+        if not file_measures.is_black:
+            key = (file_measures.hashes, file_measures.colors, file_measures.is_flat)
             by_key.setdefault(key, []).append(index)
     exact_copies = list(by_key.values())
     if not exact_copies:
         return []
+    # one measure stands for all its exact copies
     labels = _label_matches([measures[indices[0]] for indices in exact_copies])
     groups: dict[int, list[int]] = {}
     for label, indices in zip(labels, exact_copies, strict=True):
@@ -323,7 +328,7 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 
 
 def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
-    """Yield each index with the later ones whose hashes differ in few bits."""
+    """Yield each index with all later indices of files whose hashes differ in few bits."""
     signs = _hash_signs(measures)
     minimum = (BITS - 2 * NEAR) * len(measures[0].hashes)
     at_once = max(1, PRODUCTS // len(measures))
@@ -335,7 +340,7 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
 
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
-    """Stack the colors of measured sources, to compare all at once."""
+    """Stack the colors of all measured files in one array."""
     num_frames = len(measures[0].hashes)
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
@@ -343,7 +348,7 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N hashes as -1 or 1.
+    """Return the bits of N perceptual hashes as -1 or 1.
 
     The dot product of two rows is the number of equal bits minus the number of different bits.
     """
@@ -372,14 +377,14 @@ class _Centered(NamedTuple):
 
 
 def _center(pictures: NDArray[np.float32]) -> _Centered:
-    """Return images without their mean brightness, which does not tell images apart."""
+    """Return images minus their mean brightness, so that only their structure is compared."""
     mean = pictures.mean(axis=(1, 2))
     centered = pictures - mean[:, None, None]
     return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))
 
 
 def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return N bool: which `copies` (N K C) are `pictures` (1 K C) at other brightness and contrast."""
+    """Compare images, 1 K C, with N copies, N K C: which copies differ in brightness or contrast only?"""
     first = _center(pictures)
     second = _center(copies)
     # least squares: the image of less contrast is `gain` times the other, plus the misfit

@@ -60,9 +60,9 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         )
 
     def show_items(media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` items of a source, until the user answers something other than NEXT.
+        """Show at most `maximum` items of a source; return the last answer of the user.
 
-        Returns that answer.
+        Any answer other than NEXT ends the loop.
         """
         for span in media.spans[:maximum]:
             _log_item(media, span)
@@ -111,7 +111,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 
 def _log_item(media: DecodedMedia, span: Span) -> None:
-    """Print an item as training sees it: name, size and caption."""
+    """Print name, size and caption of a training item."""
     width, height = media.bucket
     size = f"{media.size[0]}x{media.size[1]}"
     frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
@@ -142,9 +142,9 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
 
 
 def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
-    """Show frames F H W 3 of an item; return the user's answer.
+    """Show frames, F H W 3, of an item in the chosen way; return what the user wants to see next.
 
-    `file` is the path without suffix.
+    `file` is the path to write, without suffix. Only a window waits for a key.
     """
     if display == "console":
         image = sheet(frames, CONSOLE_FRAMES)
@@ -165,7 +165,7 @@ def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug
 
 
 def _caption(source: MediaSource) -> str:
-    """Return a source's caption as training may use it; random changes are drawn once."""
+    """Return a caption of a source as training could use it, with one draw of all random changes."""
     table = source.table
     return changed_caption(
         source.caption or "", table.changes, table, step=1, total_steps=1, generator=_make_rng(source)
@@ -173,7 +173,7 @@ def _caption(source: MediaSource) -> str:
 
 
 def _make_rng(source: MediaSource) -> random.Random:
-    """Return a random source that shows the same variant of an image each time."""
+    """Return a random generator that always draws the same variant of an image."""
     return random.Random(derive_seed(0, source.stem))
 
 
@@ -204,6 +204,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.
     """
+    # a terminal character is twice as high as wide
     rows = max(round(frame.shape[0] / frame.shape[1] * columns / 2), 1)
     lines = []
     if background is None:
@@ -219,14 +220,14 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
 
 
 def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
-    """Return a character that shows two pixels in a terminal, one above the other."""
+    """Return a terminal character that shows two pixels, one above the other."""
     return f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀"
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
-    """Return a pixel as a character of SHADES in its color.
+    """Return a character of SHADES for a pixel, in the pixel's color.
 
-    `back` is the terminal code of the background.
+    `background_code` is the ANSI code of the background color.
     """
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
     return f"\033[{background_code};38;2;{_rgb(pixel)}m{shade}"

@@ -25,14 +25,14 @@ _MAX_TAGS = 1_000_000
 
 @dataclass(frozen=True)
 class Label:
-    """A tag that a tagger knows; `category` is one of CATEGORIES."""
+    """A tag that a tagger can predict, with its category from CATEGORIES."""
 
     name: str
     category: str
 
 
 def read_labels(folder: Path) -> tuple[Label, ...]:
-    """Read the tags of a tagger's folder from its CSV table, else from its JSON mapping.
+    """Read a tagger's labels from the CSV table in its folder, otherwise from the JSON mapping.
 
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.
@@ -53,12 +53,12 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
 
 
 def has_mapping(folder: Path) -> bool:
-    """Return whether the tags come from a JSON mapping; such taggers scale inputs and outputs differently."""
+    """Return whether the labels are a JSON mapping; such taggers scale inputs and outputs differently."""
     return not (folder / TABLE).is_file()
 
 
 def _read_table(text: str) -> tuple[Label, ...]:
-    """Read `tag_id,name,category,count`. Raises ValueError if a row is malformed."""
+    """Read tags from CSV, `tag_id,name,category,count`. Raises ValueError if a row is malformed."""
     labels = []
     rows = csv.DictReader(text.splitlines())
     if not {"name", "category"} <= {*(rows.fieldnames or ())}:
@@ -72,11 +72,12 @@ def _read_table(text: str) -> tuple[Label, ...]:
 
 
 def _read_mapping(text: str) -> tuple[Label, ...]:
-    """Read {index: {"tag": ..., "category": ...}}. Raises ValueError if the content is malformed."""
+    """Read tags from JSON: {index: {"tag": ..., "category": ...}}. Raises ValueError if malformed."""
     content = parse_json(text, no_repeats=True)
     if not isinstance(content, dict) or len(content) > _MAX_TAGS:
         raise ValueError("it has to be an object of numbers and tags")
     labels = []
+    # indices are positions in the tagger's output, so none may be missing
     for index in range(len(content)):
         entry = content.get(str(index))
         if not isinstance(entry, dict):

@@ -30,7 +30,7 @@ _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagg
 
 @dataclass(frozen=True)
 class Tagger:
-    """A loaded tagger."""
+    """A tagging network that is loaded, with its labels and image size."""
 
     model: OnnxModel
     labels: tuple[Label, ...]
@@ -86,6 +86,7 @@ class Tagger:
             CheckpointError: If the network fails.
             MemoryPlanError: If memory runs out.
         """
+        # some networks are exported for one batch size only
         size = self.fixed_batch or self.batch_size
         parts = []
         for start in range(0, len(frames), size):
@@ -131,7 +132,7 @@ class Tagger:
         """Return the probability of each tag for each image, B T; NaN becomes 0.
 
         Raises:
-            CheckpointError: If the network has another number of tags than the list.
+            CheckpointError: If the network does not return one value per tag of the list.
         """
         output = self.model.run(pictures)[0]
         if output.shape != (len(pictures), len(self.labels)):

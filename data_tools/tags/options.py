@@ -42,7 +42,7 @@ class TaggerOptions(Options, title="the tagger"):
 
 
 class ThresholdOptions(Options, title="which tags are taken"):
-    """Least probabilities of tags, by category."""
+    """Minimum probability of a tag, for each category."""
 
     thresh: float = option("least probability of a tag", default=0.35, minimum=0, maximum=1)
     general_threshold: float | None = option("the same, of what is seen; --thresh", minimum=0, maximum=1)
@@ -77,7 +77,7 @@ class TagWordOptions(Options, title="the text that is written"):
 
 
 class TaggingOptions(WritingOptions, title="what to do"):
-    """Files to tag, and where the tags go."""
+    """Which files are tagged, and where their tags are written."""
 
     folder: Path = option(
         "folder of images and clips, or a dataset's file (.toml, .json)", positional=True, place="there"

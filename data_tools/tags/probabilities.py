@@ -15,14 +15,14 @@ from modules.media.reading import Frame
 
 @dataclass(frozen=True)
 class TagProbabilities:
-    """A tagger whose vector of an image has the probability of each tag."""
+    """A tagger that represents an image by the vector of its tag probabilities."""
 
     tagger: Tagger
     identity: str  # equal for folders with the same tagger
 
     @property
     def names(self) -> list[str]:
-        """The tags, in the order of the probabilities."""
+        """Tag names, in the order of the probabilities."""
         return [label.name for label in self.tagger.labels]
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:

@@ -39,7 +39,7 @@ def tag_folder(options: TaggingOptions) -> None:
     choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
 
     def load() -> Answerer:
-        """Load the tagger and return the function that answers with its tags."""
+        """Load the tagger, and return its function that answers with tags."""
         tagger = options.tagger
         loaded = load_tagger(
             tagger.model_dir,
@@ -50,7 +50,7 @@ def tag_folder(options: TaggingOptions) -> None:
         return _counted(loaded.answerer(choice, separator), separator, found)
 
     def finish(location: CaptionLocation, answer: str) -> str:
-        """Return the caption to write: the tags, with --append_tags behind the caption that is there."""
+        """Return the caption to write: the new tags, appended to the existing caption with --append_tags."""
         if not options.append_tags or not location.caption:
             return answer
         if read_if_object(location.caption) is not None:
@@ -88,10 +88,10 @@ def tag_folder(options: TaggingOptions) -> None:
 
 
 def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
-    """Wrap an answerer so that the tags in its answers are counted in `found`."""
+    """Wrap an answerer in order to count the tags in its answers in `found`."""
 
     def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Yield the answers, and count the tags in each."""
+        """Yield the tags of each location, and count how often each tag occurs."""
         with contextlib.closing(answerer(locations, look)) as answers:
             for location, text in answers:
                 if isinstance(text, str):
@@ -102,7 +102,7 @@ def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answere
 
 
 def _make_pass_id(options: TaggingOptions) -> str:
-    """Return an id that is equal for runs which write the same tags, so that one continues another."""
+    """Return a hash of the options that change tags: only runs with equal options continue each other."""
     records = (options.tagger, options.thresholds, options.words)
     info = [dataclasses.asdict(record) for record in records]
     info.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
@@ -111,7 +111,7 @@ def _make_pass_id(options: TaggingOptions) -> str:
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
-    """Read the dataset from a file, or make one for a folder.
+    """Read the dataset file to tag, or make a dataset of a folder.
 
     `temporary` is an empty folder, in which the dataset file for a folder is written.
 

@@ -16,7 +16,7 @@ _LONG_FACES = frozenset({"(o)_(o)", "<o>_<o>", "<|>_<|>", "||_||"})
 
 @dataclass(frozen=True)
 class TagChoice:
-    """Which tags are written, and how."""
+    """Which tags are written, and in which spelling and order."""
 
     thresholds: Mapping[str, float]  # least probability by category
     ends: Mapping[str, str | None]  # where rating and quality stand: "first", "last" or None: nowhere
@@ -64,7 +64,7 @@ class TagChoice:
         return [*characters, *general]
 
     def _spell(self, label: Label) -> list[str]:
-        """Return a label as it is written: one tag, or name and series; none if it is undesired."""
+        """Return the tags written for a label: one, or name and series separately; [] if undesired."""
         if label.name in self.undesired:
             return []
         names = [label.name]
@@ -76,13 +76,13 @@ class TagChoice:
 
 
 def remove_underscores(tag: str) -> str:
-    """Return a tag with spaces in place of underscores, except those of faces such as ^_^."""
+    """Replace underscores in a tag by spaces, except in emoticons such as ^_^."""
     is_face = len(tag) <= _LONGEST_FACE or tag in _LONG_FACES
     return tag if is_face else tag.replace("_", " ")
 
 
 def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
-    """Return the choice that options ask for.
+    """Return which tags are written, and how, from the options of the command line.
 
     Raises:
         OptionError: For a bad --tag_replacement.
@@ -118,12 +118,12 @@ def _choose_end(is_first: bool, is_last: bool) -> str | None:
 
 
 def split_tags(text: str, separator: str) -> list[str]:
-    """Return the tags in a text, without blanks round them."""
+    """Split a text at `separator` into tags, without surrounding spaces."""
     return [tag.strip() for tag in text.split(separator) if tag.strip()]
 
 
 def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
-    """Return a caption with those tags behind it that it lacks; the caption itself if it lacks none."""
+    """Append those tags to a caption that it does not contain yet."""
     present = split_tags(caption.replace(KEPT, separator), separator.strip())
     missing = [tag for tag in tags if tag not in present]
     if not missing:

@@ -427,11 +427,11 @@ class SecondText:
     steer: Steer
 
     def without(self, x: Tensor) -> Tensor:
-        """Return the image with the first text, B L+T ..."""
+        """Return the tokens of the image and of the first text, B L+T ..."""
         return x[:, : -self.count]
 
     def alone(self, x: Tensor) -> Tensor:
-        """Return the image with the second text, B L+T' ..."""
+        """Return the tokens of the image and of the second text, B L+T' ..."""
         return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:

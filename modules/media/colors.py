@@ -185,7 +185,7 @@ def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
-    """Return H W 3: a frame H W 4 of 8 or 16 bits over white."""
+    """Lay a frame with alpha, H W 4 in 8 or 16 bits, over white; return H W 3."""
     blended = np.empty((*frame.shape[:2], 3), frame.dtype)
     for rows in row_blocks(frame.shape[0], frame.shape[1]):
         blended[rows] = _blend_rows(frame[rows])

@@ -155,7 +155,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
 
 
 def _has_all_bytes(path: Path) -> bool:
-    """Return whether a Matroska file has the size that it states, with no zeros for an end not fetched."""
+    """Return whether a Matroska file has its stated size and no zeros of an unfinished download."""
     declared = _read_matroska_size(path)
     if not 0 < declared <= path.stat().st_size:
         return False
@@ -376,7 +376,7 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of a GIF from behind its first 6 bytes. Raises EOFError at a cut."""
+    """Yield the seconds of each frame of a GIF, read from after its signature. Raises EOFError at a cut."""
     _skip_colors(file, _read_exactly(file, 7)[4])
     hundredths = 0
     while (kind := _read_exactly(file, 1)) != b";":
@@ -384,7 +384,7 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
             label = _read_exactly(file, 1)
             size = _read_exactly(file, 1)[0]
             block = _read_exactly(file, size)
-            if label == b"\xf9" and size >= 3:
+            if label == b"\xf9" and size >= 3:  # graphic control extension: delay of the next frame
                 hundredths = int.from_bytes(block[1:3], "little")
             if size:
                 _skip_blocks(file)

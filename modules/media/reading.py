@@ -215,7 +215,7 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the mask, by its frames so far, is the alpha channel instead of the brightness."""
+        """Whether the frames read so far define the mask by their alpha instead of their brightness."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 
@@ -267,7 +267,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, without keeping its proportions.
 
-    `interpolation` is "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
+    `interpolation` is "none" if the frame has that size already, "lanczos" or "box" for Pillow, or a key of
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -357,7 +357,7 @@ class FrameSizes:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames unchanged, H W C."""
+        """Yield the frames (H W C) unchanged, and record the first change of their size."""
         first: Size | None = None
         for number, frame in enumerate(frames, 1):
             size = frame.shape[1], frame.shape[0]

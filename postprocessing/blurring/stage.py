@@ -34,7 +34,7 @@ COARSE = 48  # pixels: larger blurs are computed on a copy that is downscaled to
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a copy of an image (H W 3) with the boxes covered; pixels outside of them are bit-identical.
+    """Return a copy of an image (H W 3) with the boxes covered; other pixels remain bit-identical.
 
     `pixels` itself is not changed.
     """
@@ -66,7 +66,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
-    """Return an area of an image, blurred or black.
+    """Return a rectangle of an image, blurred or black.
 
     Args:
         pixels: The image, H W 3.
@@ -79,6 +79,7 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     # the requested size, but at least half of the box, which leaves a few spots of color at any resolution;
     # more than the whole box would only mix in its surroundings
     longer = max(core.right - core.left, core.bottom - core.top)
+    # OpenCV's kernel sizes are odd, hence all the | 1
     strength = options.strength | 1
     size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
     sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
@@ -95,7 +96,8 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
-    kernel = (size // factor) | 1  # odd
+    # OpenCV needs an odd kernel size
+    kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)
     if factor > 1:
         small_size = (ceil_div(width, factor), ceil_div(height, factor))  # rounded up
@@ -110,7 +112,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 def _measure_from_ellipse(
     x: NDArray[np.float32], y: NDArray[np.float32], ellipse: Box
 ) -> NDArray[np.floating[Any]]:
-    """Return the distance of pixels from an ellipse, approximately; 0 inside of it."""
+    """Return the approximate distance of pixels from an ellipse; 0 inside of it."""
     left, top, right, bottom = ellipse
     half_width = max((right - left) / 2, 0.5)
     half_height = max((bottom - top) / 2, 0.5)
@@ -140,7 +142,7 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 
 
 def check_blur(options: BlurOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the headers of the detector files. Raises CheckpointError or OptionError if they do not fit."""
     if options.network.compile and may_be_onnx(options.network.model):
         raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
     check_detector(options.network.model)
@@ -178,7 +180,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Find, track and cover objects; images without anything to cover pass unchanged."""
+    """Stage that finds, tracks and covers objects; other images pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -189,9 +191,9 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the images with all found objects covered, including those found only in neighboring images.
+        """Yield all images with the found objects covered, also where only neighboring images show them.
 
-        The larger of `hold` and `lookback` images wait in memory.
+        As many images as the larger of `hold` and `lookback` wait for boxes of later images.
 
         Raises:
             NothingFoundError: If nothing was found in any image.
@@ -230,7 +232,7 @@ class BlurStage:
             )
 
     def _report_nothing(self, clip: Clip) -> None:
-        """Raise NothingFoundError, or only log it with --allow_none."""
+        """Raise NothingFoundError because nothing was found to blur; with --allow_none, only log it."""
         minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
         if not self.options.allow_none:
             raise NothingFoundError(
@@ -250,7 +252,7 @@ class BlurStage:
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Clamp found boxes to at most one image size outside of the image.
+    """Return the boxes of faces, clamped to at most one image size beyond the image.
 
     A box with NaN becomes the whole image: covering too much is safer than covering nothing.
     """

@@ -23,7 +23,7 @@ GROWTH, MAX_GROWN = 0.02, 0.3  # growth of a box on each side, per image since i
 
 
 class Sighting(NamedTuple):
-    """Position of an object found in one image."""
+    """Box of an object that was detected in one image."""
 
     number: int  # index of the image
     box: Box
@@ -31,7 +31,7 @@ class Sighting(NamedTuple):
 
 @dataclass(eq=False)
 class Track:
-    """The sightings of one object in consecutive images."""
+    """Detections of one object in consecutive images."""
 
     sightings: deque[Sighting]  # in order
     is_new: bool  # False: the first sighting is also the last one of another track
@@ -43,12 +43,12 @@ class Track:
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        """Return the box where the object is expected in an image, extrapolated from its recent motion."""
+        """Return where the object is expected in image `index`, extrapolated from its recent motion."""
         motion = _measure_motion(list(self.sightings)[-MOTION:])
         return _move_box(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return the box to cover in an image; None if the image is too far before or after the sightings.
+        """Return the box to cover in an image; None if no detection is close enough in time.
 
         Args:
             index: Index of the image.
@@ -71,6 +71,7 @@ class Track:
             if num_images > hold:
                 return None
             return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
+        # the image lies between two detections
         before = [sighting for sighting in self.sightings if sighting.number <= index]
         if before[-1].number == index:
             return before[-1].box
@@ -80,9 +81,10 @@ class Track:
 
 @dataclass
 class Tracks:
-    """All tracks of a stream of images.
+    """Track detected objects through a stream of images.
 
-    Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
+    Call `see` for each image in order, and `boxes` for an image once the `hold` and `lookback` images after
+    it have been seen.
     """
 
     hold: int  # number of images in which an object stays covered after its last sighting
@@ -92,7 +94,7 @@ class Tracks:
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Record the boxes found in an image."""
+        """Assign the boxes found in an image to tracks; boxes that fit no track start new ones."""
         # an object may be missing in at most `hold` images between two sightings of a track
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
@@ -162,7 +164,7 @@ def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return how near boxes are to a track's last or expected position, 0..1; 0 if they are too far."""
+    """Score, from 0 to 1, how close each box is to a track's last or predicted position; 0 if too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -175,7 +177,7 @@ def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
-    """Return a box that covers an object between two sightings.
+    """Return a box that covers an object in an image between two detections.
 
     It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
     them.
@@ -194,11 +196,12 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
     else:
         num_images = last.number - index
         extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+    # the position is less certain the farther the image is from a detection
     return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
 
 
 def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
-    """Return the mean motion per image in pixels, to the right and down."""
+    """Return the mean motion per image of a tracked object in pixels: (right, down)."""
     first = sightings[0]
     last = sightings[-1]
     images = last.number - first.number

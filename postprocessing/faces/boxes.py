@@ -14,7 +14,7 @@ from modules.media.encoding import Pixels
 
 @dataclass(frozen=True)
 class FoundFace:
-    """One detection, most often a face."""
+    """A detection, usually a face: box, score and landmarks."""
 
     # left, top, right, bottom in pixels; it may reach outside the image
     box: tuple[float, float, float, float]
@@ -45,10 +45,10 @@ def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
 
 
 def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, maximum: int | None = None) -> list[int]:
-    """Return the indices of boxes that no better box overlaps by more than `max_overlap`, best first.
+    """Select boxes by non-maximum suppression; return their indices, best first.
 
-    This is non-maximum suppression. Of equal scores the first counts as better. A box that is not finite
-    overlaps nothing.
+    A box is dropped if a better one overlaps it by more than `max_overlap`. Of equal scores the first
+    counts as better. A box that is not finite overlaps nothing.
 
     Args:
         boxes: Boxes, N 4.
@@ -62,6 +62,7 @@ def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, maximum: in
         best = int(waiting[0])
         waiting = waiting[1:]
         chosen.append(best)
+        # not `<=`: NaN compares as false, so boxes with NaN stay
         waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > max_overlap)]
     return chosen
 
@@ -100,7 +101,7 @@ class Area:
         )
 
     def slices(self, origin: "Area | None" = None) -> tuple[slice, slice]:
-        """Return the slices of its rows and columns, relative to the corner of `origin` or the image."""
+        """Return the slices of the rectangle's rows and columns, relative to `origin` or to the image."""
         x, y = (origin.left, origin.top) if origin else (0, 0)
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
@@ -125,7 +126,7 @@ MIN_EYE_DISTANCE = 5.0  # pixels; smaller faces do not improve
 
 
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
-    """Return the faces that can be restored: they have landmarks, and their eyes are far enough apart.
+    """Return the faces that can be restored: those with landmarks, and with a large enough eye distance.
 
     Args:
         faces: Found faces.
@@ -138,7 +139,8 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
 
     def distance_to_center(face: FoundFace) -> float:
         left, top, right, bottom = face.box
-        return math.hypot(left + right - size[0], top + bottom - size[1])  # doubled: only compared
+        # twice the distance, which is sufficient for sorting
+        return math.hypot(left + right - size[0], top + bottom - size[1])
 
     return sorted(large, key=distance_to_center)[:1]
 

@@ -96,7 +96,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let all positions of B C H W attend to each other."""
+        """Return features after self-attention over all positions, B C H W."""
         normed = self.norm(x)
         # float32: in float16 the products of wide features may be beyond the range
         q, k, v = (
@@ -107,14 +107,14 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """Convolution of stride 2, padded by one pixel only at the right and bottom."""
+    """Convolution with stride 2 that pads one pixel at the right and bottom only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve height and width."""
+        """Return features of half the height and width, B C h w."""
         return self.conv(pad(x, (0, 1, 0, 1)))
 
 
@@ -126,7 +126,7 @@ class Doubling(nn.Module):
         self.conv = _make_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Double height and width."""
+        """Return features of twice the height and width."""
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -173,7 +173,7 @@ class CodeFormerAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and two linear layers, each after a norm and with a residual connection."""
+    """Transformer layer: attention and an MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Fusion(nn.Module):
         self.scale, self.shift = _make_steering(width), _make_steering(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
-        """Return the fused features, B C h w.
+        """Return generator features modulated by encoder features, B C h w.
 
         Args:
             encoded: Features of the encoder, B C h w.
@@ -218,7 +218,7 @@ def _make_steering(width: int) -> nn.Sequential:
 
 
 class CodeFormer(nn.Module):
-    """Restore faces that are aligned to the template."""
+    """CodeFormer: restores faces that are aligned to the face template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class CodeFormer(nn.Module):
         self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
-        """Return restored faces, about -1..1, float32, not clamped.
+        """Restore aligned faces: replace latents by codebook entries, and decode them, B 3 S S.
 
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
@@ -252,7 +252,7 @@ class CodeFormer(nn.Module):
         return self._generate(x, encoded, fidelity).float()
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
-        """Run the generator on x, B C h w, with the encoder's features to fuse, by size."""
+        """Run the generator on x, B C h w, and fuse the encoder's features, which are keyed by their size."""
         size = self.config.side
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
@@ -272,7 +272,7 @@ class CodeFormer(nn.Module):
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the latents, B C h w, and the features to fuse, by size."""
+        """Return the latents, B C h w, and the encoder features to fuse, keyed by their size."""
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         fused = {}
@@ -296,7 +296,7 @@ def _measure_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return the index of the encoder's last block before the next halving, by the size of its features."""
+    """Map each feature size to the index of the encoder's last block with that size."""
     blocks = {}
     size = config.size
     for number, block in enumerate(config.encoder):
@@ -356,13 +356,13 @@ _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "we
 
 
 def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
-    """Derive the blocks of the encoder or the generator from the tensors."""
+    """Return the configuration of the encoder's or the generator's blocks, from their tensors."""
     num_blocks = count(checkpoint.tensors, rf"{part}\.blocks\.\d+")
     return tuple(_read_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
 
 
 def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
-    """Derive a block from its tensors. Raises CheckpointError if there is no such block."""
+    """Return the kind and the widths of a CodeFormer block, derived from the shapes of its tensors."""
     shapes = {}
     for tensor_name, info in checkpoint.tensors.items():
         if tensor_name.startswith(f"{name}."):

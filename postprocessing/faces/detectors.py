@@ -48,7 +48,7 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a detector, whose type follows from the content of its file.
+    """Load a face or object detector; the content of its file shows which kind it is.
 
     Many YOLO files accept only one size; those that accept any size get squares
     of `side`.
@@ -80,7 +80,7 @@ def load_detector(
 
 
 def no_landmarks(detector: str) -> CheckpointError:
-    """Return the error for a detector without the required landmarks.
+    """Return the error for a detector that finds no landmarks.
 
     Args:
         detector: The detector as the user named it.
@@ -92,7 +92,7 @@ def no_landmarks(detector: str) -> CheckpointError:
 
 
 def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) -> YoloLayout | None:
-    """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    """Return the layout of a YOLO's output; None for a YuNet. Raises CheckpointError for other files."""
     if model.outputs.keys() >= OUTPUTS:  # a YuNet of 2023 or later
         return None
     layout = read_layout(path, model, side)

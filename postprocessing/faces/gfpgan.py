@@ -49,7 +49,7 @@ def _resize(x: Tensor, factor: float) -> Tensor:
 
 
 class StyleResidualBlock(nn.Module):
-    """Two convolutions with a resize between them, and a residual connection."""
+    """Residual block with two convolutions and a resize between them."""
 
     def __init__(self, width_in: int, width: int, factor: float) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ModulatedConv(nn.Module):
         self.demodulate = demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """Return the new features, B C h w.
+        """Convolve the features with kernels that are scaled by a style vector (StyleGAN2), B C h w.
 
         Args:
             x: Features, B C h w.
@@ -93,7 +93,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyleConv(nn.Module):
-    """A modulated convolution with noise, bias and activation, optionally after doubling the size."""
+    """Modulated convolution with noise, bias and activation, optionally at twice the size."""
 
     def __init__(self, width_in: int, width: int, style: int, doubles: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ToRgb(nn.Module):
         self.bias = nn.Parameter(torch.empty(1, 3, 1, 1))
 
     def forward(self, x: Tensor, style: Tensor, smaller: Tensor | None = None) -> Tensor:
-        """Return colors, B 3 h w.
+        """Return RGB values, B 3 h w, added to the enlarged result of the previous level.
 
         Args:
             x: Features, B C h w.
@@ -138,6 +138,7 @@ class StyleDecoder(nn.Module):
     """StyleGAN2 with a separate style for each layer, modulated by the U-Net."""
 
     def __init__(self, config: GfpganConfig) -> None:
+        """Create the empty layers of the decoder, with the module names of the released GFPGAN file."""
         super().__init__()
         widths = config.decoder
         style = config.style
@@ -154,6 +155,7 @@ class StyleDecoder(nn.Module):
             self.style_convs.append(StyleConv(width_in, width, style, doubles=True))
             self.style_convs.append(StyleConv(width, width, style, doubles=False))
             self.to_rgbs.append(ToRgb(width, style))
+            # each level doubles the side, and its two convolutions have a noise buffer each
             side = SMALLEST << (level + 1)
             for number in (2 * level + 1, 2 * level + 2):
                 self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
@@ -183,9 +185,10 @@ class StyleDecoder(nn.Module):
 
 
 class Gfpgan(nn.Module):
-    """Restore faces that are aligned to the template."""
+    """GFPGAN: restores faces that are aligned to the face template."""
 
     def __init__(self, config: GfpganConfig) -> None:
+        """Create the layers of GFPGAN, with the module names of the released file."""
         super().__init__()
         body = config.body
         levels = len(body) - 1
@@ -197,16 +200,19 @@ class Gfpgan(nn.Module):
         self.final_linear = nn.Linear(body[-1] * SMALLEST**2, (2 * levels + 2) * config.style)
         upwards = body[::-1]
         self.conv_body_up = nn.ModuleList(StyleResidualBlock(a, b, 2) for a, b in pairwise(upwards))
-        steered = list(zip(upwards[1:], config.steered, strict=True))
-        self.condition_scale = nn.ModuleList(_make_steering(a, b) for a, b in steered)
-        self.condition_shift = nn.ModuleList(_make_steering(a, b) for a, b in steered)
+        skip_widths = list(zip(upwards[1:], config.steered, strict=True))
+        self.condition_scale = nn.ModuleList(_make_steering(a, b) for a, b in skip_widths)
+        self.condition_shift = nn.ModuleList(_make_steering(a, b) for a, b in skip_widths)
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Return restored faces, B 3 S S, about -1..1, float32, not clamped.
+        """Encode aligned faces with a U-Net, and decode them with a StyleGAN that the U-Net steers.
 
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
+
+        Returns:
+            Restored faces, B 3 S S, about -1..1, float32, not clamped.
         """
         x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
         skips = []
@@ -220,6 +226,7 @@ class Gfpgan(nn.Module):
             reversed(skips), self.conv_body_up, self.condition_scale, self.condition_shift, strict=True
         ):
             x = up(x + skip)
+            # each level of the decoder is scaled and shifted by features of its size
             steering.append((scale(x), shift(x)))
         return self.stylegan_decoder(styles, steering).float()
 

@@ -51,12 +51,12 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """Number of pixels per position of the coarsest features."""
+        """Number of pixels per position of the coarsest feature map."""
         return 1 << (len(self.down) - 1)
 
 
 class ConvLayer(nn.Module):
-    """A 3 x 3 convolution with reflection padding; with a norm it has no bias."""
+    """3 x 3 convolution with reflection padding, without bias if a normalization follows."""
 
     def __init__(self, width_in: int, width: int, has_norm: bool, stride: int = 1) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ParsingBlock(nn.Module):
 
 
 class ParseNet(nn.Module):
-    """Segment faces: predict a score for each part of a face at each pixel."""
+    """Face segmentation network: a score for each part of a face at each pixel."""
 
     def __init__(self, config: ParseNetConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ParseNet(nn.Module):
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Return the scores, B 19 h w float32.
+        """Return class scores of each pixel, B 19 h w float32.
 
         Args:
             faces: Faces, B 3 h w, -1..1, with sides that are multiples of the stride.
@@ -120,7 +120,7 @@ class ParseNet(nn.Module):
 
 
 def face_parts(scores: Tensor) -> Tensor:
-    """Return the mask of the face, B h w bool, from the scores of ParseNet, B 19 h w."""
+    """Return the face mask, B h w bool, from ParseNet's class scores, B 19 h w."""
     is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
     is_face[list(OF_THE_FACE)] = True
     return is_face[scores.argmax(dim=1)]
@@ -163,7 +163,7 @@ PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial
 
 @dataclass(frozen=True)
 class Restorer:
-    """Two loaded networks and the size of their faces in pixels."""
+    """The face restoration network, ParseNet, and the size of their faces in pixels."""
 
     restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
     parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
@@ -173,7 +173,7 @@ class Restorer:
 def load_both(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load both networks.
+    """Load the network that restores faces, and ParseNet, which finds the parts of a face.
 
     Raises:
         CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
@@ -192,7 +192,7 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load the network that restores faces and ParseNet, which masks them, in the dtype of --dtype.
+    """Load the face restoration network, and ParseNet, which finds the mask of a face.
 
     Raises:
         CheckpointError: If a file is missing or of another kind.
@@ -283,7 +283,7 @@ ORIGINS = {
 
 
 class FacefixFiles(NamedTuple):
-    """The files needed to restore faces."""
+    """Paths of the model files for face restoration."""
 
     model: Path
     parsenet: Path
@@ -313,7 +313,7 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
 
 
 def _find_detector(name: str, folder: Path, mode: str) -> Path:
-    """Return the path of a detector.
+    """Return the model file of a face detector.
 
     Args:
         name: Name of a released detector in the folder, or the path of a detector.
@@ -366,7 +366,7 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
 
 
 def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
-    """Return the error for a missing file; `task` is its name in tools/download.py, if it has one."""
+    """Return the error for a missing model file; `task` is its task in tools/download.py, if any."""
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(

@@ -93,7 +93,7 @@ class Context(nn.Module):
 
 
 class AnchorHead(nn.Module):
-    """Predict `values` numbers for each anchor."""
+    """Predict `values` numbers for each anchor box."""
 
     def __init__(self, width: int, values: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class AnchorHead(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """The whole network; its parts are named as in the published files."""
+    """RetinaFace network with the module names of the published files."""
 
     def __init__(self, config: RetinaFaceConfig) -> None:
         super().__init__()
@@ -138,6 +138,7 @@ class RetinaFace(nn.Module):
         classes = run_heads(self.ClassHead)
         boxes = run_heads(self.BboxHead)
         landmarks = run_heads(self.LandmarkHead)
+        # class 0 is the background, class 1 a face
         return classes.softmax(dim=-1)[..., 1], boxes, landmarks
 
 
@@ -161,21 +162,21 @@ def anchors(height: int, width: int) -> Tensor:
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
-    """Return left, top, right, bottom (N 4) from the network's output and the anchors (both N 4)."""
+    """Convert network outputs and anchors (both N 4) to boxes (left, top, right, bottom)."""
     center = priors[:, :2] + CENTER_SCALE * values[:, :2] * priors[:, 2:]
     half = priors[:, 2:] * torch.exp(SIZE_SCALE * values[:, 2:]) / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
-    """Return points (N 5 2) from the network's output (N 10) and the anchors (N 4)."""
+    """Convert network outputs (N 10) and anchors (N 4) to landmarks (N 5 2)."""
     offsets = rearrange(values, "n (p d) -> n p d", d=2)
     return priors[:, None, :2] + CENTER_SCALE * offsets * priors[:, None, 2:]
 
 
 @dataclass(frozen=True)
 class RetinaFaceDetector:
-    """A loaded network. Images whose short side exceeds `side` are searched in a smaller copy."""
+    """Finds faces with a loaded RetinaFace; large images are reduced to a short side of `side`."""
 
     network: RetinaFace
     side: int | None  # None: every image at its full size
@@ -228,7 +229,7 @@ class RetinaFaceDetector:
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
-    """Plan how to load a RetinaFace of any width.
+    """Plan the loading of a RetinaFace with either body, of any width.
 
     Raises:
         CheckpointError: If the file is not a RetinaFace file.
@@ -240,11 +241,11 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
         raise other_kind(checkpoint, "a detector of faces", option, FILES)
     sources = plain_sources(checkpoint)
-    wrong = CheckpointError(
+    shape_error = CheckpointError(
         f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {FILES} to {option}.",
         checkpoint.path,
     )
-    shape = shapes_of(checkpoint, sources, wrong)
+    shape = shapes_of(checkpoint, sources, shape_error)
     body: ResNetConfig | MobileNetConfig = (
         _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
     )
@@ -287,7 +288,7 @@ def load_retinaface(
 
 
 def _make_conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
-    """Build a convolution and its norm, followed by a leaky ReLU unless `slope` is None."""
+    """Return a convolution with its normalization, and a leaky ReLU unless `slope` is None."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
         batch_norm(wider),

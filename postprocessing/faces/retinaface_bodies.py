@@ -19,7 +19,7 @@ MOBILE_SLOPE = 0.1
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Widths of a ResNet made of bottleneck blocks."""
+    """Channel counts and numbers of blocks of a ResNet with bottleneck blocks."""
 
     stem: int
     blocks: tuple[int, ...]  # number of blocks of each of the four layers
@@ -34,18 +34,18 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class MobileNetConfig:
-    """Output channels of each block of a MobileNet, for each of three stages."""
+    """Output channels of each block in the three stages of a MobileNet."""
 
     stages: tuple[tuple[int, ...], ...]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the three scales of features that the detector uses."""
+        """Channel counts of the three feature maps that the detector uses."""
         return tuple(stage[-1] for stage in self.stages)
 
 
 class Bottleneck(nn.Module):
-    """A residual block: 1x1 to fewer channels, 3x3, and 1x1 back."""
+    """Residual block of a ResNet: 1x1 convolution to fewer channels, 3x3, and 1x1 back."""
 
     def __init__(self, width: int, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class ResNet(nn.Module):
     """ResNet without its classifier."""
 
     def __init__(self, config: ResNetConfig) -> None:
+        """Create the layers of a ResNet, with torchvision's module names."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, config.stem, 7, 2, padding=3, bias=False)
         self.bn1 = batch_norm(config.stem)
@@ -82,6 +83,7 @@ class ResNet(nn.Module):
             # the first block of each stage halves the size, except in the first stage
             strides = [1 if stage == 0 else 2] + [1] * (count - 1)
             blocks = [
+                # only the first block changes the number of channels
                 Bottleneck(width if block == 0 else outer, inner, outer, stride)
                 for block, stride in enumerate(strides)
             ]
@@ -90,7 +92,7 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return three features, B C h w, finest first.
+        """Return three feature maps, B C h w, the largest first.
 
         Args:
             x: Images, B 3 H W.
@@ -107,6 +109,7 @@ class MobileNet(nn.Module):
     """MobileNet v1 without its classifier: depthwise convolutions followed by 1x1 convolutions."""
 
     def __init__(self, config: MobileNetConfig) -> None:
+        """Create MobileNet's three stages with the module names of the RetinaFace file."""
         super().__init__()
         width_in = 3
         stages = []
@@ -125,7 +128,7 @@ class MobileNet(nn.Module):
         self.stage1, self.stage2, self.stage3 = stages
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return three features, B C h w, finest first.
+        """Return three feature maps, B C h w, the largest first.
 
         Args:
             x: Images, B 3 H W.

@@ -38,13 +38,13 @@ Landmarks = NDArray[np.float32]  # 5 2
 
 
 class SteadyLandmarks:
-    """Damp the jitter of detected landmarks, using only the faces of the previous image.
+    """Smooth the landmarks of faces over time, using only the previous image.
 
     Faces are pasted back where they were cut out, so a slightly wrong landmark does not displace anything.
     """
 
     def __init__(self, strength: float) -> None:
-        """Start without faces.
+        """Start with no faces tracked.
 
         Args:
             strength: Weight of the previous landmarks for a face at rest, from 0 (no damping) to below 1.
@@ -95,12 +95,13 @@ class Restored:
 
 
 def soften(is_face: NDArray[np.bool_]) -> Plane:
-    """Return a mask with soft edges, S S, 0..1.
+    """Blur the edges of a face mask: S S, 0..1.
 
     Args:
         is_face: Mask of the face, S S bool.
     """
     scale = len(is_face) / TEMPLATE_SIZE
+    # BLUR is for the template size; the kernel size must be odd
     kernel = 2 * round(BLUR // 2 * scale) + 1
     mask = is_face.astype(np.float32)
     for _ in range(BLUR_TIMES):
@@ -126,7 +127,7 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
-    """Return the enlarged image (H W 3) with faces pasted; where all masks are 0, values do not change.
+    """Paste restored faces into the enlarged image (H W 3); only pixels within the masks change.
 
     Of overlapping faces, the later one is on top. Values are rounded once.
 
@@ -141,6 +142,7 @@ def paste(
     to_canvas = _make_canvas_matrix(pixels, canvas)
     face_to_canvas = []
     for matrix in matrices:
+        # a third row makes the 2 x 3 matrices 3 x 3, so that they can be multiplied
         to_image = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_image)
     regions = [_find_region(matrix, size, canvas) for matrix in face_to_canvas]
@@ -148,18 +150,19 @@ def paste(
     if changed.is_empty:
         return canvas
     white = float(np.iinfo(canvas.dtype).max)
+    # only the rectangle around all faces is converted to float32
     values = canvas[changed.slices()].astype(np.float32)
     for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
         if not region.is_empty:
-            part = values[region.slices(changed)]
-            _blend(part, face, matrix, region, white=white)
+            region_values = values[region.slices(changed)]
+            _blend(region_values, face, matrix, region, white=white)
     result: Pixels = canvas.copy()  # the canvas may be the caller's image itself
     result[changed.slices()] = np.rint(values).clip(0, white)
     return result
 
 
 def _enclose(regions: Sequence[Area]) -> Area:
-    """Return the smallest rectangle that contains all regions."""
+    """Return the smallest rectangle that contains all rectangles in `regions`."""
     return Area(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
@@ -169,9 +172,9 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix from pixel coordinates in the image to those in the enlarged image.
+    """Return the matrix that converts pixel coordinates of the image to those of its enlarged copy.
 
-    Coordinates refer to the centers of pixels.
+    Both refer to pixel centers.
     """
     across = canvas.shape[1] / pixels.shape[1]
     down = canvas.shape[0] / pixels.shape[0]
@@ -208,7 +211,7 @@ FACES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Facefix:
-    """Restore faces with loaded networks. No state is kept from one `run` to the next."""
+    """Restore faces with loaded networks; no state carries over from one `run` to the next."""
 
     options: FacefixOptions
     detector: Detector
@@ -255,7 +258,7 @@ class Facefix:
             )
 
     def _find_matrices(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
-        """Find the faces to restore; return the matrix from the image to each."""
+        """Detect the faces to restore; return the matrix that aligns each face to the template."""
         faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
         if any(face.landmarks is None for face in faces):
             raise no_landmarks(f"--detection_model {self.options.detection_model}")
@@ -266,7 +269,7 @@ class Facefix:
         return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
-        """Restore the faces that `matrices` align, in batches, and paste them into the enlarged frame."""
+        """Restore the faces that `matrices` align, in batches, and paste them into the upscaled frame."""
         if not matrices and self.options.upscale == 1:
             return pixels
         pixels = in_sixteen_bits(pixels) if is_deep else pixels
@@ -298,7 +301,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
+    """Load the networks of face restoration. Raises CheckpointError or OptionError if files do not fit."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter

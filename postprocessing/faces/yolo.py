@@ -36,7 +36,7 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Layout of the rows in a YOLO's output."""
+    """Input size, classes and landmarks of a YOLO network, which decide the columns of its output rows."""
 
     side: int  # side of the square input image
     classes: int | None  # None: the file does not say
@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Faces(NamedTuple):
-    """Detections of a YuNet, in pixels of the searched image."""
+    """Faces that YuNet has detected, in pixels of the input image."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -52,7 +52,7 @@ class _Faces(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Detections of a YOLO, in pixels of the square input."""
+    """Detections of a YOLO network, in pixels of its square input."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -61,14 +61,14 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class YoloDetector:
-    """A loaded YOLO; detections of all classes count."""
+    """Detects objects with a loaded YOLO, regardless of their class."""
 
     path: Path
     network: OnnxModel
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the objects in an image (H W 3, RGB) with at least this score, best first."""
+        """Detect objects in an image (H W 3, RGB) with at least this score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
         rows = self._read(self._take_boxes(outputs), least_score)
@@ -83,7 +83,7 @@ class YoloDetector:
         return faces
 
     def _take_boxes(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
+        """Return the box rows of the output, without the mask output (four axes) of segmentation models."""
         for output in outputs:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
@@ -124,7 +124,7 @@ class YoloDetector:
         return _Rows(boxes, scores[is_chosen], points)
 
     def _split_columns(self, width: int) -> tuple[int, int]:
-        """Return the number of classes in a row of `width` numbers, and how many numbers a landmark has."""
+        """Return the number of classes, and of values per landmark, in an output row of `width` values."""
         if self.layout.classes is not None:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
@@ -132,7 +132,7 @@ class YoloDetector:
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
-    """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
+    """Return the layout of a YOLO's output rows; None if the model does not look like a YOLO.
 
     Raises CheckpointError for a YOLO without boxes.
 
@@ -180,28 +180,29 @@ def _count_landmark_numbers(model: OnnxModel) -> Any:
 
 
 def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
-    """Return a YOLO that has been run once as a test.
+    """Return a YOLO detector after a test run; warn if its file finds several classes of objects.
 
     Raises:
         CheckpointError: If it cannot be run.
     """
     detector = YoloDetector(model.path, model, layout)
+    # a black image, neither square nor of the network's size
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     names = _parse_literal(model.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
-        shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        listed = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
+        others = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
         logger.warning(
-            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, shown, left
+            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, listed, others
         )
     return detector
 
 
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """Fit an image (H W 3) into a gray square.
+    """Scale an image (H W 3) to fit into a square with `side` pixels, and pad it with gray.
 
     Returns:
-        The square, the scale of the image, and its left and top in the square.
+        The square, the scale factor, and the position (left, top) of the image in the square.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
@@ -251,9 +252,9 @@ PADDED = 32  # pixels: sides are multiples of it
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """A loaded YuNet. Images whose long side exceeds `side` are searched in a smaller copy.
+    """Finds faces with a loaded YuNet; large images are reduced to a long side of `side`.
 
-    It was trained for faces of about 10 to 300 pixels.
+    YuNet was trained for faces of about 10 to 300 pixels.
     """
 
     path: Path
@@ -262,27 +263,28 @@ class YuNetDetector:
     canvas: tuple[int, int] | None = None  # width and height that the file requires; None for any size
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
+        """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
         small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
-        found = self._search(small)
+        candidates = self._search(small)
+        # back to the pixels of the image
         scale = np.array([width / small_width, height / small_height], np.float32)
         # only the most likely candidates are compared with each other
-        likely = np.flatnonzero(found.scores >= least_score)
-        likely = likely[np.argsort(-found.scores[likely], kind="stable")[:MAX_BEFORE]]
-        boxes = found.boxes[likely]
-        scores = found.scores[likely]
+        likely = np.flatnonzero(candidates.scores >= least_score)
+        likely = likely[np.argsort(-candidates.scores[likely], kind="stable")[:MAX_BEFORE]]
+        boxes = candidates.boxes[likely]
+        scores = candidates.scores[likely]
         faces = []
         for index in select_best(boxes, scores, MAX_OVERLAP_YUNET):
             left, top = (boxes[index, :2] * scale).tolist()
             right, bottom = (boxes[index, 2:] * scale).tolist()
-            points = found.points[likely[index]] * scale
+            points = candidates.points[likely[index]] * scale
             faces.append(FoundFace((left, top, right, bottom), float(scores[index]), points))
         return faces
 
     def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
-        """Return the candidates of all grid cells of an image (H W 3, RGB), with any score."""
+        """Return a candidate for each grid cell of an image (H W 3, RGB), whatever its score."""
         height, width = pixels.shape[:2]
         canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
         image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
@@ -314,7 +316,7 @@ class YuNetDetector:
         return _Faces(boxes.astype(np.float32), scores, points.astype(np.float32))
 
     def _read_output(self, outputs: Mapping[str, Numbers], kind: str, step: int, cells: int) -> Numbers:
-        """Return an output with a row for each cell. Raises CheckpointError if its shape differs."""
+        """Return one output of YuNet with a row per cell. Raises CheckpointError if its shape is wrong."""
         output = outputs[f"{kind}_{step}"]
         columns = WIDTHS[kind]
         if output.size != cells * columns or not np.isfinite(output).all():

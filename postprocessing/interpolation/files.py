@@ -73,14 +73,14 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _our_name(name: str) -> str:
-    """Return the name of a tensor in our network, which consists of two parts."""
+    """Return our name for a tensor, in a network that consists of two modules."""
     if name == "g_filter" or name.startswith(ESTIMATOR):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
 
 
 def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
-    """Read the sizes of the implicit network of motion and of its encoder."""
+    """Return the sizes of the motion encoder and of the implicit motion network."""
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
@@ -170,7 +170,7 @@ class ModeFiles(NamedTuple):
 
 
 def find_files(path: Path, kind: str) -> ModeFiles:
-    """Return the paths of a mode's files; `path` is the folder or the main file.
+    """Return the paths of an interpolation model's files; `path` is the folder or the main file.
 
     Raises CheckpointError if a file is missing.
     """
@@ -181,6 +181,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
         )
     names_of_kind = tuple(
         f"{kind}_arb{perceptual}{ending}"
+        # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
@@ -201,6 +202,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
                 "there.",
                 folder,
             )
+        # one file may hold both networks
         flow = main
     settings = folder / f"{kind}_arb.yaml"
     return ModeFiles(main, flow, settings if settings.is_file() else None)
@@ -213,7 +215,7 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return the first file with a known name, else the only model with a name beginning with `start`.
+    """Return a model file with a released name, else the only one whose name begins with `start`, or None.
 
     Returns None if there is neither.
     """
@@ -249,11 +251,10 @@ def read_settings(path: Path | None) -> ModeSettings:
 
 
 def _parse_settings(path: Path) -> ModeSettings:
-    """Parse the settings in a YAML file.
+    """Read the settings of a GIMM-VFI model from its YAML file.
 
     Raises:
-        CheckpointError: If they ask for an unsupported computation. Any other error means that the file
-            cannot be read.
+        CheckpointError: If a setting is not supported. Any other error means that the file cannot be read.
     """
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
@@ -291,7 +292,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Return the parts that are worth compiling: sequences of layers without lookups or warps."""
+        """Return the sequential submodules, without lookups or warps, for which compilation pays off."""
         motion = self.gimm.motion
         synthesis = self.gimm.synthesis
         parts: list[nn.Module] = []

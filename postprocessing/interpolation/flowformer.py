@@ -34,7 +34,7 @@ COSTS = SIDE**2  # number of costs that each position reads per iteration
 
 @dataclass(frozen=True)
 class FlowDecoderConfig:
-    """Dimensions of the decoder."""
+    """Channel counts of FlowFormer's decoder."""
 
     memory: int  # D
     query: int
@@ -97,7 +97,7 @@ class Aggregator(nn.Module):
 
 
 class FlowFormerUpdate(nn.Module):
-    """One refinement of the flow."""
+    """Layers of one refinement step of the optical flow."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class FlowFormerUpdate(nn.Module):
 
 
 class MemoryDecoder(nn.Module):
-    """Decode the flow of the first image from the cost memory."""
+    """Decode the optical flow of the first image from the cost memory."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class MemoryDecoder(nn.Module):
     def forward(
         self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
     ) -> Tensor:
-        """Return the flow, 1 2 8H 8W.
+        """Refine the optical flow iteratively, and return it at full size, 1 2 8H 8W.
 
         Args:
             costs: Costs of the pair of images.
@@ -153,6 +153,7 @@ class MemoryDecoder(nn.Module):
             motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
             hidden = block.gru(hidden, motion_and_mean, turns)
             positions = positions + block.flow_head(hidden)
+        # 0.25: as trained
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:
@@ -165,7 +166,7 @@ class MemoryDecoder(nn.Module):
 
 
 def _flatten_rows(x: Tensor) -> Tensor:
-    """Reshape 1 C H W to N C."""
+    """Reshape a feature map, 1 C H W, to rows N C."""
     return x[0].flatten(1).T
 
 
@@ -194,7 +195,7 @@ class FlowFormerConfig:
 
 
 class MemoryEncoder(nn.Module):
-    """Encode images into features, and the costs of a pair into a memory."""
+    """Encode images into features, and the matching costs of two images into memory tokens."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
@@ -235,7 +236,7 @@ class FlowFormer(nn.Module):
             return EncodedImage(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
+        """Return the optical flow from the first to the second image, 1 2 H W (x, y) in pixels."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # depends on the size only, so that an image gives the same flow on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
@@ -269,7 +270,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
 
 
 def _is_possible(config: FlowFormerConfig) -> bool:
-    """Return whether the widths are divisible as required, and the parts fit each other."""
+    """Return whether the sizes read from a file describe a FlowFormer that this code can build."""
     features, context = config.features, config.context
     memory, decoder = config.memory, config.decoder
     heads = flowformer_memory.HEADS

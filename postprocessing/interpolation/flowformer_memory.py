@@ -18,7 +18,7 @@ HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not sh
 
 
 class TokenAttention(nn.Module):
-    """Attention of queries to tokens, then two linear layers, both with a residual connection."""
+    """Cross-attention of queries to tokens, then two linear layers, both with a residual connection."""
 
     def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
         """Create the layers.
@@ -64,7 +64,7 @@ class TokenAttention(nn.Module):
 
 
 def position_code(positions: Tensor, width: int) -> Tensor:
-    """Return position codes, ... width, float32: sines and cosines of x, then of y.
+    """Return sine and cosine position codes of x, then of y, as ... width in float32.
 
     Args:
         positions: Positions (x, y), ... 2.
@@ -81,7 +81,7 @@ COARSE = 4  # side of the square of positions that becomes one key, as trained
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Dimensions of the encoder."""
+    """Sizes of the cost memory encoder."""
 
     tokens: int  # K
     width: int  # D
@@ -92,9 +92,10 @@ class MemoryConfig:
 
 
 class CostEmbed(nn.Module):
-    """Embed patches of cost maps as tokens."""
+    """Embed patches of cost maps as tokens, together with their positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
+        """Create the layers that embed 8 x 8 patches of cost maps, with FlowFormer's module names."""
         super().__init__()
         first, second, third = config.costs
         self.proj = nn.Sequential(
@@ -134,7 +135,7 @@ def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class WindowContextAttention(nn.Module):
-    """Self-attention within windows, for one token of each position."""
+    """Self-attention within windows, among tokens with the same index."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the tokens with the same index at other positions."""
+    """Attention of each token to the tokens with the same index at other positions of the image."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -213,7 +214,7 @@ class VerticalLayer(nn.Module):
         self.global_block = TwinsBlock(CoarseContextAttention(config), config.width, eps=1e-5)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return the new tokens, K H W D.
+        """Return the tokens after attention within windows and to a coarse grid, K H W D.
 
         Args:
             x: Tokens, K H W D.
@@ -237,7 +238,7 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """Return the tokens, N K D.
+        """Encode the matching costs of two images into the cost memory's tokens, N K D.
 
         Args:
             costs: Costs of a pair of images.
@@ -250,13 +251,14 @@ class CostPerceiver(nn.Module):
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
+            # for the vertical layers, each of the K tokens forms an H x W map
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
             maps = in_parts(partial(vertical, context=context), maps, 64 * maps[0].numel(), part_bytes)
             x = maps.flatten(1, 2).transpose(0, 1)
         return x + first
 
     def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
-        """Return N K D: the learned tokens after attention to the cost map of each position."""
+        """Return the first memory tokens: learned tokens that attend to each position's cost map, N K D."""
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
@@ -265,6 +267,7 @@ class CostPerceiver(nn.Module):
 
         # the largest number of float32 bytes that one position takes at a time, for the size of a part
         first, second, _ = self.config.costs
+        # both sides rounded up to multiples of PATCH
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
         convolved = 2 * 16 + 4 * first + second

@@ -25,10 +25,10 @@ class EncodedImage:
 
 
 class FlowEstimator(Protocol):
-    """Estimator of the motion between two images, in float32."""
+    """Estimates the optical flow between two images, in float32."""
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single image.
+        """Compute the features of one image.
 
         Args:
             image: Image, 1 3 H W, 0..255, float32, with sides that are multiples of 32.
@@ -43,7 +43,7 @@ DEVICE_BYTES = 1 << 27  # large enough to keep all cores of a GPU busy
 
 
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
-    """Return the number of rows to compute at once.
+    """Return how many rows to compute at once within the memory limit.
 
     Args:
         bytes_each: Memory to compute one row.
@@ -102,7 +102,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Sample the image where the flow of each pixel points to; outside of the image the edge is repeated.
+    """Sample an image where the flow of each pixel points; outside of the image, its edge is repeated.
 
     Args:
         image: Image, B C H W.
@@ -114,6 +114,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     height, width = flow.shape[-2:]
     # float32: half precision has no exact columns above 2048
     x, y = flow.float().unbind(1)
+    # grid_sample takes coordinates from -1 to 1, so pixels are divided by half the size
     x = torch.linspace(-1, 1, width, device=x.device) + x / ((width - 1) / 2)
     y = torch.linspace(-1, 1, height, device=y.device)[:, None] + y / ((height - 1) / 2)
     grid = torch.stack([x, y], dim=-1)
@@ -141,7 +142,7 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Return the sum of the rows that the flow moves to each position, as in forward warping.
+    """Sum the rows that the optical flow moves to each position (forward warping).
 
     A row is shared among the four pixels around its target, by bilinear weights.
 
@@ -176,12 +177,13 @@ def _weigh_neighbor(
     height, width = size
     weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
     is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    # positions outside are clamped to a valid index; their weight is 0
     index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
     return index, torch.where(is_inside, weight, 0.0)
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, of the positions that a flow points to; outside if they are not finite."""
+    """Return x and y, H*W each, of where the flow moves each pixel; outside if the flow is not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -291,7 +293,7 @@ class Correlation:
         return mixed.transpose(1, 2).flatten(1)
 
     def _from_volume(self, level: int, start: Tensor) -> Tensor:
-        """Return products P 10 10 (y, x), gathered from the stored volume."""
+        """Gather correlations P 10 10 (y, x) around positions from the stored volume."""
         height, width = self._sizes[level]
         steps = torch.arange(REACH, device=start.device)
         x = start[:, :1] + steps  # P 10
@@ -327,7 +329,7 @@ class Correlation:
 
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:
-    """Return the bytes of the products of all pairs of positions, at all scales."""
+    """Return the memory of the correlations of all pairs of positions, at all scales."""
     positions = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * positions
 
@@ -341,6 +343,6 @@ def positions_of(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def grid_of(features: Tensor) -> Tensor:
-    """Return 1 2 h w: x and y of each position, in float32."""
+    """Return the pixel coordinates (x, y) of each position of a feature map, 1 2 h w in float32."""
     height, width = features.shape[-2:]
     return positions_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()

@@ -59,7 +59,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
 
 
 class HypoNet(nn.Module):
-    """Map features and coordinates (t, y, x) to normalized flow; sine layers with weights of norm 1."""
+    """Implicit network with sine layers: maps features and coordinates (t, y, x) to normalized flow."""
 
     def __init__(self, inputs: int, config: MotionConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def coordinates_at(self, like: Tensor, time: float) -> Tensor:
-        """Return 1 3 H W: the time, and the center's y and x, of each pixel of `like`."""
+        """Return the time and the pixel center (y, x) at each pixel of `like`, 1 3 H W."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -81,7 +81,7 @@ class HypoNet(nn.Module):
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Return the normalized flow, 1 2 H W, about 0..1.
+        """Evaluate the implicit network at each position; return the normalized flow, 1 2 H W, about 0..1.
 
         Args:
             features: Features, 1 C H W.
@@ -90,6 +90,7 @@ class HypoNet(nn.Module):
         values = torch.cat([features, positions], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
+            # rows of weights, and the bias as the last row
             both = self.params_dict[f"linear_wb{number}"]
             # as a 1x1 convolution, which needs no other memory layout
             weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
@@ -100,7 +101,7 @@ class HypoNet(nn.Module):
 
 
 class MotionField(nn.Module):
-    """The motion between two images, encoded once from both flows and then evaluated at any time."""
+    """Motion between two images: encoded once from both flows, evaluated at any time between them."""
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
@@ -111,13 +112,14 @@ class MotionField(nn.Module):
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
     def between(self, forward_flow: Tensor, backward_flow: Tensor) -> "Motion":
-        """Return the motion between two images.
+        """Return the motion between two images, from their optical flow in both directions.
 
         Args:
             forward_flow: Flow from the first image to the second, 1 2 H W.
             backward_flow: Flow from the second image to the first, 1 2 H W.
         """
         normal, scale = normalize_flows(forward_flow, backward_flow)
+        # normal: 1 2 2 H W; axis 2 is the direction
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
         first_weight, second_weight = self.splat_weights(forward_flow, backward_flow)
         return Motion(
@@ -131,7 +133,7 @@ class MotionField(nn.Module):
         )
 
     def splat_weights(self, forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of splatted pixels, 1 1 H W for each image.
+        """Return the weights with which the pixels of each image are splatted, 1 1 H W each.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
@@ -148,7 +150,7 @@ class MotionField(nn.Module):
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion from the first image to the second at a time, 1 2 H W in pixels."""
+        """Return the motion from the first to the second image at `time`, 1 2 H W in pixels."""
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
@@ -162,7 +164,7 @@ class MotionField(nn.Module):
 
 @dataclass(frozen=True)
 class Motion:
-    """Tensors of a pair of images that all times between them share."""
+    """Encoded motion of a pair of images, shared by all times between them."""
 
     forward_flow: Tensor
     backward_flow: Tensor
@@ -181,7 +183,7 @@ def _blur(values: Tensor) -> Tensor:
 
 
 def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalize both flows by the largest movement.
+    """Scale both flows by the largest movement to 0..1.
 
     Returns:
         1 2 2 H W (x and y, then the forward and the negative backward flow), 0..1 with 0.5 for no motion; and
@@ -208,7 +210,7 @@ class GimmConfig:
 
 
 class GimmVfi(nn.Module):
-    """The network without its optical flow."""
+    """GIMM-VFI without its optical flow network."""
 
     def __init__(self, config: GimmConfig) -> None:
         super().__init__()
@@ -219,7 +221,7 @@ class GimmVfi(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """An image and its features."""
+    """An image with its encoded features."""
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same, scaled to the size at which flow is computed
@@ -228,7 +230,7 @@ class Frame:
 
 
 class Interpolation:
-    """The full network: `frame` encodes single images, `between` interpolates pairs of them."""
+    """GIMM-VFI: `frame` encodes one image, `between` interpolates images between two encoded ones."""
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
         """Combine the networks.

@@ -46,7 +46,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class RaftResidual(nn.Module):
-    """Two convolutions with a shortcut."""
+    """Residual block with two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RaftResidual(nn.Module):
 
 
 class RaftEncoder(nn.Module):
-    """Encode an image into features of an eighth of its size."""
+    """Encode an image into features at an eighth of its size."""
 
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class MotionEncoder(nn.Module):
 
 
 class RecurrentTurn(NamedTuple):
-    """Weights of one step of the recurrent unit along rows or columns, with the context's constant part."""
+    """GRU weights for one direction, rows or columns, with the part of the context precomputed."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
@@ -126,7 +126,7 @@ class RecurrentTurn(NamedTuple):
 
 
 class SeparableGru(nn.Module):
-    """A recurrent unit whose convolutions run along rows first, then along columns."""
+    """Convolutional GRU that runs along rows first, then along columns."""
 
     def __init__(self, hidden: int, inputs: int) -> None:
         """Create the layers.
@@ -190,7 +190,7 @@ class FlowHead(nn.Module):
         self.conv2 = conv(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the change of the flow, B 2 H W."""
+        """Return the correction of the optical flow, B 2 H W."""
         return self.conv2(relu(self.conv1(x)))
 
 
@@ -214,7 +214,7 @@ class UpdateBlock(nn.Module):
 
 
 class Raft(nn.Module):
-    """The network: a `FlowEstimator`."""
+    """RAFT, a `FlowEstimator`."""
 
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Raft(nn.Module):
         return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion (x, y) of each pixel from the first image to the second."""
+        """Return the optical flow from the first to the second image, 1 2 H W (x, y) in pixels."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)

@@ -38,7 +38,7 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
+    """Load the networks of frame interpolation. Raises CheckpointError or OptionError if files do not fit."""
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)
@@ -47,7 +47,7 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
 
 
 class Interpolator:
-    """A `Stage` that adds images between images. It holds two images and their features at a time."""
+    """Stage that inserts generated frames; it stores two frames and their features at a time."""
 
     name = NAME
 
@@ -82,7 +82,7 @@ class Interpolator:
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the images unchanged, and new images between them.
+        """Yield all frames, with interpolated frames between them.
 
         Raises:
             MediaError: If there is only one image.
@@ -92,36 +92,37 @@ class Interpolator:
             return
         cuts: list[Fraction] = []  # beginnings of new scenes
         count = 0
-        before = None
+        previous = None
         for image in pictures:
-            now = _Shown(image, self._make_frame)
-            if before is not None:
-                yield from self._pair(before, now, clip.is_deep, cuts)
+            current = _Shown(image, self._make_frame)
+            if previous is not None:
+                yield from self._pair(previous, current, clip.is_deep, cuts)
             count += 1
-            before = now
-        if before is None:
+            previous = current
+        if previous is None:
             return  # whoever reads the file raises the error
         if count == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
-        last = before.picture
+        last = previous.picture
         # at a constant rate the last image lasts one step of the new rate; if it lasts longer, it is
         # shortened by one step of the old rate at most
-        default = 1 / clip.rate if clip.rate else last.seconds
-        shown = max(last.seconds / self._options.factor, last.seconds - default)
-        yield replace(last, seconds=shown)
+        old_duration = 1 / clip.rate if clip.rate else last.seconds
+        duration = max(last.seconds / self._options.factor, last.seconds - old_duration)
+        yield replace(last, seconds=duration)
         if len(cuts) > SHOWN:
             logger.info("%d scenes began; at their beginnings the picture before is repeated.", len(cuts))
 
     def _pair(
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
     ) -> Iterator[Picture]:
-        """Yield the first image and the new images between the two.
+        """Yield the first of two frames, then the frames interpolated between them.
 
         Nothing is interpolated across a cut, or between equal images: the first image is repeated.
         """
         factor = self._options.factor
         start = first.picture.start
         step = (second.picture.start - start) / factor
+        # each output frame lasts one step
         yield replace(first.picture, seconds=step)
         is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
         is_cut = not is_same and self._is_cut(first, second)
@@ -156,7 +157,7 @@ class Interpolator:
         return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
 
     def _make_pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
-        """Return an image of the network without its margins, as pixels; raise an error if it has NaN."""
+        """Convert an interpolated image to pixels without its padding; raise an error if it has NaN."""
         height, width = like.pixels.shape[:2]
         left, _, top, _ = self._measure_margins(height, width)
         image = image[..., top : top + height, left : left + width]

@@ -30,7 +30,7 @@ SLOPE = 0.1
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """Widths of a decoder, as counts of channels."""
+    """Channel counts of a decoder."""
 
     doublings: int  # of height and width
     first: int  # size of the first convolution
@@ -42,7 +42,7 @@ class RefinementConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """Widths of an update."""
+    """Channel counts of an update block."""
 
     correlation: tuple[int, int]
     flow: tuple[int, int]
@@ -56,7 +56,7 @@ def prelu(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Five convolutions with a residual connection, two of which change only the last channels."""
+    """Five convolutions with a residual connection; the second and fourth change only the last channels."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upsample the features of each image, then predict `outputs` channels from them and other inputs."""
+    """Upsample the features of each image, and predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, other_channels: int, config: RefinementConfig) -> None:
         """Create the layers.
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
 
 class Update(nn.Module):
-    """Refine the flow and the feature once."""
+    """One update block of AMT, which refines the flow and the feature."""
 
     def __init__(self, feature: int, config: UpdateConfig) -> None:
         super().__init__()
@@ -162,18 +162,18 @@ class SynthesisConfig:
 
     @property
     def feature(self) -> int:
-        """Number of feature channels that the first stage passes on, in addition to its flows and mask."""
+        """Number of feature channels that the first decoder outputs besides its flows and mask."""
         return self.first.outputs - FLOWS - 1
 
     @property
     def blends(self) -> int:
-        """Number of blended images whose mean is the result."""
+        """Number of blended images that are averaged for the result."""
         return self.last.outputs // PER_BLEND
 
 
 @dataclass(frozen=True)
 class Maps:
-    """An image's features for the synthesis."""
+    """Feature maps of one image, at two scales, for synthesizing frames."""
 
     quarter: Tensor  # in the dtype of the layers
     eighth: Tensor
@@ -194,7 +194,7 @@ class Blend:
     colors: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":
-        """Return the blend for images that are larger by a factor."""
+        """Return the blend, resized for images that are `factor` times as large."""
         if factor == 1:
             return self
         return Blend(
@@ -206,6 +206,7 @@ class Synthesis(nn.Module):
     """The layers of the synthesis."""
 
     def __init__(self, config: SynthesisConfig) -> None:
+        """Create the layers of the AMT decoder, with the module names of the released GIMM-VFI file."""
         super().__init__()
         feature = config.feature
         blends = config.blends
@@ -216,9 +217,11 @@ class Synthesis(nn.Module):
             self.amt_last_cproj = conv(*eighth, 1)
             self.amt_fproj = conv(*matching, 1)
         self.amt_init_decoder = Decoder(config.eighth, FLOWS + IMAGES, config.first)
+        # + 1: the blending mask of the previous decoder
         self.amt_final_decoder = Decoder(config.quarter, feature + FLOWS + 1 + IMAGES, config.last)
         self.amt_update4_low = Update(feature, config.low)
         self.amt_update4_high = Update(feature, config.high)
+        # three channels for each of the blended images
         self.amt_comb_block = nn.Sequential(
             conv(3 * blends, config.mixed, 7), nn.PReLU(config.mixed), conv(config.mixed, 3, 7)
         )
@@ -251,7 +254,7 @@ class Synthesis(nn.Module):
         correlations: "PairCorrelations",
         time: float,
     ) -> Blend:
-        """Return the blend that produces the image at a time, 0..1.
+        """Return the blend of two images that produces the image at a time between them.
 
         Args:
             images: The first and the second image, 2 3 H W, -1..1.
@@ -266,7 +269,7 @@ class Synthesis(nn.Module):
         return self._end(images, refined, first.quarter, second.quarter)
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
-        """Make the first estimate at a quarter of the size, from feature maps at an eighth."""
+        """Return the first estimate of flow, mask and features at a quarter of the size."""
         flow = 0.25 * resize(flow, 0.25)
         images = resize(images, 0.25)
         decoder = self.amt_init_decoder
@@ -291,7 +294,7 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Make the estimate at full size, from flows and feature maps at a quarter of it.
+        """Predict the final flows, masks and colors at full size from estimates at a quarter of the size.
 
         Args:
             images: Both images, 2 3 H W.
@@ -301,6 +304,7 @@ class Synthesis(nn.Module):
         """
         decoder = self.amt_final_decoder
         flow, mask, feature = refined
+        # flows are in pixels, so their values grow with the size
         both_flows = 4 * resize(flow, 4)
         mask = resize(mask, 4)
         flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
@@ -331,7 +335,7 @@ class Synthesis(nn.Module):
 
 
 class PairCorrelations:
-    """Correlations between the features of two images, in both directions."""
+    """Correlations between the features of two images, from each image to the other."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers
@@ -340,7 +344,7 @@ class PairCorrelations:
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, for a flow 1 4 h w from the image at `time` to both images."""
+        """Return correlations, 1 648 h w, where the flow from `time` to both images points to."""
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forward, self._backward.lookup(self._grid + to_first / time)], dim=1)

@@ -18,7 +18,7 @@ HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Dimensions of one stage."""
+    """Sizes of one Twins stage."""
 
     patch: int  # side of the square of positions that is merged into one
     width: int
@@ -53,7 +53,7 @@ class TwinsBlock(nn.Module):
         self.mlp = TwinsMlp(width)
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the new features, B H W C.
+        """Return features after attention and MLP, B H W C.
 
         Args:
             x: Features, B H W C.
@@ -73,7 +73,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attention result, B H W C."""
+        """Return features after windowed attention, B H W C."""
 
         def run(windows: Tensor) -> Tensor:
             q, k, v = self.qkv(windows).chunk(3, dim=-1)
@@ -83,7 +83,7 @@ class WindowAttention(nn.Module):
 
 
 class CoarseAttention(nn.Module):
-    """Attention of each position to a grid with one key per `reduction` x `reduction` positions."""
+    """Attention from each position to a coarse grid with one key per `reduction` x `reduction` positions."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class TwinsPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the merged features, B H/patch W/patch C.
+        """Return features with `patch` x `patch` positions merged, B H/patch W/patch C.
 
         Args:
             x: Features, B channels H W.
@@ -126,17 +126,18 @@ class Neighbors(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the new features, B H W C."""
+        """Return features with position information added, B H W C."""
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Twins(nn.Module):
-    """Features of images at the resolutions of all stages."""
+    """Twins transformer that returns features of every stage."""
 
     def __init__(self, stages: tuple[StageConfig, ...]) -> None:
+        """Create the encoder's layers, with the module names of the released FlowFormer file."""
         super().__init__()
-        before = (3, *(stage.width for stage in stages))
-        self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, before, stages))
+        input_widths = (3, *(stage.width for stage in stages))
+        self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, input_widths, stages))
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 TwinsBlock(attention, stage.width, eps=1e-6)  # as trained
@@ -150,7 +151,7 @@ class Twins(nn.Module):
         self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the output of each stage, B C h w.
+        """Return the feature maps of each encoder stage, B C h w.
 
         Args:
             images: Images, B 3 H W, -1..1.

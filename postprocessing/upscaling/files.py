@@ -76,7 +76,7 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return a file's kind and config from its header.
+    """Return the kind and the configuration of an upscaler file, from its header.
 
     Raises:
         CheckpointError: If the file is not an upscaler.
@@ -86,7 +86,7 @@ def check_file(path: Path) -> tuple[UpscalerKind, Config]:
 
 
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    """Load the network of a file; its kind and dimensions follow from its tensors.
+    """Load an upscaler; its kind and dimensions follow from the names and shapes of its tensors.
 
     Norms and attention biases stay in float32.
 
@@ -97,6 +97,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         names = checkpoint.tensors
         read: Callable[[Checkpoint], LoadPlan[Any]]
+        # HAT has SwinIR's names too, and is not supported
         if SWINIR_NAME in names and HAT_NAME not in names:
             kind, read = SWINIR, _read_swinir
         elif "body.0.weight" in names:
@@ -116,7 +117,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    """Plan how to load an ESRGAN or Real-ESRGAN, whose names differ between releases.
+    """Plan the loading of an ESRGAN or Real-ESRGAN, whose tensor names differ between releases.
 
     Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
     """
@@ -128,6 +129,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     num_doublings = 0
     while f"conv_up{num_doublings + 1}.weight" in sources:
         num_doublings += 1
+    # pixel unshuffle by r multiplies the color channels by r * r
     unshuffle = isqrt(channels // COLOURS)
     factors = [2**power for power in range(num_doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
@@ -181,7 +183,7 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
 
 
 def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
-    """Plan how to load a SwinIR; its sizes follow from the shapes of its tensors."""
+    """Plan the loading of a SwinIR, whose configuration is derived from the shapes of its tensors."""
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
@@ -201,6 +203,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         depths=depths,
         window=window,
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
+        # three convolutions form a sequence, whose names contain an index
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=end.upsampler,
         ups=tuple(end.ups),
@@ -235,6 +238,7 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
         if "conv_up1.weight" in sources:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
+        # the digits are layer numbers: pixel shuffles between the convolutions have no weights
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
         layers = sorted(int(name.split(".")[1]) for name in names)
         ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
@@ -256,13 +260,13 @@ def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The shapes of a file's tensors under our names."""
+    """Shapes of a checkpoint's tensors, by the names of our modules."""
 
     checkpoint: Checkpoint
     shape: Callable[[str], tuple[int, ...]]
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape.
+        """Return the shape of a tensor in the file.
 
         Raises:
             CheckpointError: If the tensor is missing or does not have `axes` axes.

@@ -36,17 +36,17 @@ class RrdbConfig:
 
     @property
     def step(self) -> int:
-        """Number that image sides must be a multiple of."""
+        """Number that image sides must be divisible by."""
         return self.unshuffle
 
     @property
     def short(self) -> "RrdbConfig":
-        """Return the same network with one block of each kind, which needs as much memory per pixel."""
+        """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, blocks=1)
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each of which takes the outputs of all earlier ones."""
+    """Five convolutions; each one receives the outputs of all previous ones."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -72,19 +72,19 @@ class DenseBlock(nn.Module):
 
 
 class DenseResidualBlock(nn.Module):
-    """Three dense blocks in a row."""
+    """Three consecutive dense blocks with a residual connection around them."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus SHARE times the output of the three dense blocks."""
+        """Return the input plus the scaled output (SHARE) of the three dense blocks."""
         return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
 class RRDBNet(nn.Module):
-    """Upscale images. The names of its parts are those in Real-ESRGAN's files."""
+    """RRDBNet, the upscaling network of Real-ESRGAN, with the module names of its files."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Parts of equal shape, which share one compilation."""
+        """Submodules of equal shape, which share one compilation."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class RRDBNet(nn.Module):
 # realesr-general-x4v3 of Wang et al. 2021, arXiv 2107.10833.
 @dataclass(frozen=True)
 class CompactConfig:
-    """Dimensions of a compact network."""
+    """Widths, depth and factor of a compact upscaling network."""
 
     features: int
     depth: int  # convolutions between the first and the last one
@@ -136,12 +136,12 @@ class CompactConfig:
 
     @property
     def short(self) -> "CompactConfig":
-        """Return the same network with one block of each kind, which needs as much memory per pixel."""
+        """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, depth=1)
 
 
 class CompactNet(nn.Module):
-    """Upscale images. Its layers are numbered in the files."""
+    """Compact upscaling network of Real-ESRGAN; its layers are numbered in the files."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()

@@ -33,25 +33,25 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network take equal memory, so only one block of each kind is run.
     """
-    sizes = [round_up(size, config.step) for size in SIZES]
+    sides = [round_up(side, config.step) for side in SIZES]
     peaks = []
-    for size in sizes:
+    for side in sides:
         with META:
             network = kind.build(config.short).to(dtype)
         with dry_run() as ledger, torch.no_grad():
             place(network, ledger)
-            images = torch.empty(1, 3, size, size, dtype=dtype, device=ACCELERATOR)
+            images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
             network(images.contiguous(memory_format=torch.channels_last))
         _, peak = largest(ledger.peaks)
         peaks.append(sum(peak.values()))
     # the difference of two sizes: what does not grow with the image is left out
-    small, large = sizes
+    small, large = sides
     small_peak, large_peak = peaks
     return (large_peak - small_peak) / (large**2 - small**2)
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
-    """Return the bytes of a full result on the device in float32, including its conversion to pixels."""
+    """Return the device memory of a whole upscaled image in float32, including its conversion to pixels."""
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
@@ -79,6 +79,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     factor = upscaler.config.factor
     if upscaler.kind.mode != options.mode:
         logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
+    # for the log: a network only enlarges by its own factor
     resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
     tiling.compile_parts(options.network, upscaler.network.repeated)
@@ -93,7 +94,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
 
 @dataclass(frozen=True)
 class UpscalerStage:
-    """Upscale each image with the network, resize it to the requested size, and round once."""
+    """Stage that upscales each image, resizes it to the requested size, and rounds once."""
 
     upscaler: Upscaler
     network: tiling.Guarded
@@ -179,6 +180,7 @@ class UpscalerStage:
         free = available - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
             return tiling.FULL
+        # a square tile, rounded down to the network's step
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
         tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
         logger.info(
@@ -194,9 +196,9 @@ class UpscalerStage:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images B 3 H W to a size (height, width); they are unchanged if they have it.
+    """Resize images B 3 H W to (height, width); images of that size are returned unchanged.
 
-    It is bicubic with antialiasing, in float32, by torch's own function, which works on every device.
+    Bicubic with antialiasing in float32, by a PyTorch function that every device supports.
     """
     if tuple(images.shape[-2:]) == size:
         return images

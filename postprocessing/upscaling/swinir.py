@@ -31,7 +31,7 @@ CUDA_WIDTH = 8  # CUDA's fused attention needs a multiple of this as head width;
 
 @dataclass(frozen=True)
 class SwinirConfig:
-    """Dimensions of a SwinIR."""
+    """Sizes and upsampling method of a SwinIR, as read from its file."""
 
     dim: int  # C
     heads: tuple[int, ...]  # of each layer
@@ -46,7 +46,7 @@ class SwinirConfig:
 
     @property
     def factor(self) -> int:
-        """Factor on width and height."""
+        """Upscaling factor of width and height."""
         return prod(self.ups)
 
     @property
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return the attention bias, heads N N in float32.
+        """Return the attention bias of a window, heads N N in float32.
 
         Args:
             index: Row in the bias table for each pair of tokens, N N.
@@ -92,9 +92,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
-    """Compute attention; returns G heads N D. The head width is zero-padded to a multiple of `multiple`.
+    """Compute attention with a bias; return G heads N D.
 
-    Torch's kernels compute scores and softmax in float32, whatever the dtype.
+    The head width is zero-padded to a multiple of `multiple`. Torch's kernels compute scores and softmax in
+    float32, whatever the dtype.
     """
     width = q.shape[-1]
     if width % multiple:
@@ -104,7 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tens
 
 
 class SwinMlp(nn.Module):
-    """Two linear layers."""
+    """MLP of a Swin block: two linear layers with an activation."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class SwinMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on windows; its layer divides feature maps into windows."""
+    """Transformer block on windows; the layer around it divides feature maps into windows."""
 
     def __init__(self, config: SwinirConfig, heads: int) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class Block(nn.Module):
         self.mlp = SwinMlp(config.dim, config.hidden)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return the new tokens, G N C.
+        """Return tokens after attention within windows, G N C (G windows of N tokens).
 
         Args:
             x: Tokens of windows, G N C.
@@ -138,7 +139,7 @@ class Block(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """The blocks of a layer."""
+    """The transformer blocks of a layer."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -202,16 +203,17 @@ class _WindowRange(NamedTuple):
 
 
 def _split_windows(count: int, shift: int) -> list[_WindowRange]:
-    """Return the rows or columns of windows; with a shift, the last one is separate."""
+    """Return the ranges of windows along an axis; with a shift, the last window is a range of its own."""
     if not shift:
         return [_WindowRange(range(count), 0)]
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
 def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Divide a batch of grids of windows into pieces of at most `maximum` windows (batch, rows, columns)."""
+    """Divide a batch of grids of windows into blocks of at most `maximum` windows; yield their slices."""
     if not rows or not columns:
         return
+    # as many whole rows as possible, then as many whole grids
     max_columns = min(len(columns), maximum)
     max_rows = max(1, min(len(rows), maximum // max_columns))
     max_batch = max(1, min(batch, maximum // (max_columns * max_rows)))
@@ -248,7 +250,7 @@ def convolutions(config: SwinirConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Blocks followed by convolutions, with a residual connection."""
+    """Transformer blocks followed by convolutions, with a residual connection."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -261,12 +263,12 @@ class Layer(nn.Module):
 
 
 def as_map(x: Tensor) -> Tensor:
-    """Return B H W C as B C H W, a view with channels last."""
+    """View a feature map B H W C as B C H W, in channels-last memory format."""
     return rearrange(x, "b h w c -> b c h w")
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """Return B C H W as B H W C, a view if the channels are last in memory."""
+    """View a feature map B C H W as B H W C, without a copy if its memory format is channels last."""
     return rearrange(x, "b c h w -> b h w c").contiguous()
 
 
@@ -354,7 +356,7 @@ class SwinIR(nn.Module):
 
 
 def distances(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each pair of tokens, N N, by their distance in y and x."""
+    """Return which row of the bias table applies to each pair of tokens in a window, N N."""
     place = torch.arange(window, device=device)
     rows = place.repeat_interleave(window)
     columns = place.repeat(window)

@@ -30,7 +30,7 @@ _SLIDER = "--slider of a training script learns from two texts, without files: d
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of training a job is, with the key that shows it; raise NoRun for any other."""
+    """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise NoRun."""
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST}.type", ""))
     if job in {"extract", "generate", "mod"}:
@@ -64,7 +64,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect: empty lists, and settings of an EMA that is turned off."""
+    """Return the keys without effect: empty lists, and EMA settings while EMA is off."""
     without_effect = set()
     if not is_on(values.get(f"{_FIRST}.train.ema_config.use_ema")):
         without_effect |= {f"{_FIRST}.train.ema_config.ema_decay"}

@@ -24,7 +24,7 @@ def check_run(
     folder: Path,
     write: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
-    """Drop values that the script rejects, each with the script's message as the reason.
+    """Remove options that the training script rejects, one by one, with its message as the reason.
 
     Args:
         project: The project to check.
@@ -32,37 +32,42 @@ def check_run(
         folder: The described folder.
         write: Returns the run's files (name -> text) with the given training options.
     """
+    # a script reports one bad option at a time
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
         if message is None or NOT_THERE.search(message):
             return
         blamed = _find_blamed(project, message)
         if blamed is None:
+            # the message is about none of the project's options
             project.omitted.append(f"this run would not begin: {message}")
             return
         project.drop(blamed, message)
 
 
 def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
-    """Return the message with which a script rejects its options; None if it accepts them.
+    """Return the message with which a training script rejects a run's options; None if it accepts them.
 
-    `texts` maps the name of each of the run's files to its text; the files are not in the folder yet.
+    `texts` maps file names of the run to their contents. The files are not in the folder yet, so
+    temporary copies are checked.
     """
     with temporary_folder() as copies:
         for name, text in texts.items():
             write_text(copies / name, text)
         argv = ["--config_file", str(copies / RUN_FILE)]
         for option, value in parse_toml(texts[RUN_FILE])["training"].items():
+            # the option names another of the run's files
             if isinstance(value, str) and value in texts:
                 argv += [f"--{option}", str(copies / value)]
         message = check_options(script, argv, folder)
         if message is None:
             return None
+        # paths of the temporary copies mean nothing to the user
         message = message.replace(f"{copies / RUN_FILE}: ", "").replace(f"{copies}{os.sep}", "")
         return " ".join(message.split())
 
 
 def _find_blamed(project: ForeignProject, message: str) -> str | None:
-    """Return the first option of a message that the project has set."""
+    """Return the first option in an error message that the foreign project has set."""
     names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
     return next((name for name in names if name in project.training), None)

@@ -33,7 +33,7 @@ MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """How to handle a key. `read` converts its value to ours, or raises ValueError with a reason."""
+    """How a key of a foreign file is handled; `read` converts its value or raises ValueError."""
 
     to: str
     name: str = ""  # name of the option or key; for OMITTED, the reason
@@ -57,7 +57,7 @@ class NoRun(Exception):
 
 @dataclass(frozen=True)
 class Parts:
-    """Which networks of a model learn, and how fast."""
+    """Which networks of a model a foreign project trains, and at which learning rates."""
 
     keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
@@ -67,12 +67,12 @@ class Parts:
 
     @property
     def trains_texts(self) -> bool:
-        """Whether any text encoder learns."""
+        """Whether any text encoder is trained."""
         return any(rate != 0 for rate in self.text_rates)
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
-    """Return a LoRA run, for a program whose files only train LoRAs."""
+    """Return a LoRA run; used for programs whose project files only train LoRAs."""
     return ForeignRun("lora", "")
 
 
@@ -87,7 +87,7 @@ def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
 
 
 def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return no guess of the model."""
+    """Return None: this trainer's files cannot reveal the model by other keys."""
     return None
 
 
@@ -130,24 +130,24 @@ class Program:
 
 
 def omitted(reason: str) -> KeyRule:
-    """Return the rule for a key that has no counterpart here, with the reason."""
+    """Return a rule that omits a key, with the reason for the user."""
     return KeyRule(OMITTED, reason)
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value means yes; the programs' pages also write it as a text or a number."""
+    """Return whether a value means yes; some programs write yes as a text or as a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value means "not set": an empty text or list, false or none."""
+    """Return whether a value means "not set": empty text, empty list, false or none."""
     return (
         value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
     )
 
 
 def read_rate(value: Any) -> float | None:
-    """Return a learning rate; None if the value is not a number."""
+    """Return a learning rate as a number; None if the value is not a number."""
     try:
         return number(0, 1000)(value)
     except (ValueError, TypeError):
@@ -155,7 +155,7 @@ def read_rate(value: Any) -> float | None:
 
 
 def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
-    """Return a reader of numbers within limits."""
+    """Return a function that reads a number between `minimum` and `maximum`."""
 
     def read(value: Any) -> float:
         if isinstance(value, str):  # YAML reads 1e-4 as a text, and web forms send texts
@@ -171,7 +171,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 
 def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
-    """Return a function that reads an integer within limits."""
+    """Return a function that reads an integer between `minimum` and `maximum`."""
     of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
@@ -195,10 +195,10 @@ def read_warmup(value: Any) -> float:
 
 
 def read_switch(value: Any) -> bool:
-    """Return a value as true or false.
+    """Convert a value to True or False.
 
     Raises:
-        ValueError: If the value is neither.
+        ValueError: If the value means neither.
     """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
@@ -206,9 +206,9 @@ def read_switch(value: Any) -> bool:
 
 
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
-    """Return a reader of names in any spelling.
+    """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    `instead` is the remedy in the error about other names.
+    Other names raise an error, whose remedy is `instead`.
     """
 
     def read(value: Any) -> str:
@@ -262,7 +262,7 @@ read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_sche
 
 
 def read_name(value: Any) -> str:
-    """Return the name of a LoRA: the file name without folders and suffix."""
+    """Return the name of a LoRA: the file name without folder and suffix."""
     name = re.split(r"[/\\]", str(value).strip())[-1].removesuffix(".safetensors")
     if not name:
         raise ValueError("it is empty")
@@ -271,7 +271,7 @@ def read_name(value: Any) -> str:
 
 
 def read_adapter(value: Any) -> str:
-    """Return the path of a training adapter; a name on the hub has to be downloaded first."""
+    """Return the absolute path of a training adapter. Raises ValueError unless it is a .safetensors file."""
     path = Path(str(value).strip()).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(
@@ -282,7 +282,7 @@ def read_adapter(value: Any) -> str:
 
 
 def read_trigger(value: Any) -> str:
-    """Return a trigger word, without the brackets around placeholders of embeddings."""
+    """Return a trigger word without the <> of an embedding placeholder."""
     word = str(value or "").strip()
     if re.fullmatch(r"<[^<>]+>", word):
         word = word[1:-1]
@@ -338,7 +338,7 @@ def read_network(value: Any) -> str | None:
 
 
 def read_arguments(value: Any) -> dict[str, str]:
-    """Return an optimizer's arguments by name, from texts KEY=VALUE separated by blanks or commas."""
+    """Parse optimizer arguments: KEY=VALUE texts, separated by spaces or commas."""
     texts = value if isinstance(value, list) else re.split(r"\s+|,(?=\s*[A-Za-z_]\w*\s*=)", str(value))
     stripped = [str(text).strip("\"' ") for text in texts]
     return split_pairs("arguments of an optimizer", [text for text in stripped if text])

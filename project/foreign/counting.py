@@ -25,7 +25,7 @@ DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
 @dataclass(frozen=True)
 class CountedFile:
-    """A file of an epoch, with the values that decide its batch."""
+    """A media file in an epoch, with the values that decide which batch it joins."""
 
     table: DatasetTable
     bucket: tuple[int, ...]
@@ -37,19 +37,19 @@ class CountedFile:
 
 
 def find_pixel_step(family: Any) -> int:
-    """Return the number that sides must be multiples of; the family's files may not be downloaded yet."""
+    """Return the number that image sides must be divisible by; works before the model is downloaded."""
     with contextlib.suppress(UserError):
         return int(family.latent.pixel_step)
     return DEFAULT_STEP
 
 
 def count_steps_of_epoch(choice: describing.Choice) -> int:
-    """Return the optimizer steps per epoch with the dataset.toml that would be written.
+    """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
     Sizes of files and lengths of clips decide which files share a batch, as in training.
     """
     files: list[CountedFile] = []
-    known = {real_path(item.path): item for item in choice.media}
+    media_by_path = {real_path(item.path): item for item in choice.media}
     with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
         copy = copies / WRITTEN[0]
         write_text(copy, describing.describe_dataset(choice))
@@ -57,7 +57,8 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
             config = with_lengths(load_dataset_config(copy), describing.lengths_of(choice.model))
             for table in config.datasets:
                 for source in find_sources(table, faults=[]):
-                    item = known.get(real_path(source.path))
+                    item = media_by_path.get(real_path(source.path))
+                    # an image is one item of one frame, a clip one item for each length
                     lengths = [1] if item is None or not item.is_clip else _lengths(choice, table, item)
                     bucket = _bucket(choice, table, source.path, None if item is None else item.size)
                     files += [CountedFile(table, (*bucket, length)) for length in lengths]

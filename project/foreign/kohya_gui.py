@@ -50,14 +50,14 @@ def _is_lllite(values: Mapping[str, Any]) -> bool:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Guess the model of a file that names none: Anima for its LLLite, SD 1.5 if `v2` is a key, else None."""
+    """Guess the model if no key names it: Anima for its LLLite, SD 1.5 if `v2` is a key; otherwise None."""
     if _is_lllite(values) and any(key.startswith("anima_") for key in values):
         return "anima", "base"
     return ("stable_diffusion", "1.5") if "v2" in values else None
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of training the settings describe, with the setting that shows it."""
+    """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
     kind = values.get("LoRA_type")
     slider = next((key for key in _OF_SLIDER if key in values), None)
     if slider is not None:
@@ -79,9 +79,9 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
             return ForeignRun("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
         return ForeignRun("lora", "network_dim")
-    mark = next((key for key in _OF_FINE_TUNING if key in values), None)
+    tuning_key = next((key for key in _OF_FINE_TUNING if key in values), None)
     return ForeignRun(
-        "whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})"
+        "whole", f"no LoRA_type ({'DreamBooth' if tuning_key is None else f'fine-tuning, by {tuning_key}'})"
     )
 
 
@@ -90,7 +90,7 @@ _OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which networks are trained. For a LoRA, two rates of 0 mean both networks at learning_rate."""
+    """Return which networks a kohya GUI file trains, and their learning rates."""
     full_keys = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *full_keys)
     keys = tuple(key for key in all_keys if key in values)
@@ -100,6 +100,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
         text_rate = read_rate(values.get("text_encoder_lr")) or 0
         if not dit_rate and not text_rate:
             has_both = "unet_lr" in values and "text_encoder_lr" in values
+            # two rates of 0: both networks are trained at learning_rate
             return Parts(keys, text_rates=(None,) if has_both else ())
         text_rates = (text_rate,) if text_rate else ()
         return Parts(keys, trains_dit=dit_rate > 0, dit_rate=dit_rate or None, text_rates=text_rates)

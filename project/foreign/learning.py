@@ -83,7 +83,7 @@ def _set_rate(project: ForeignProject, rate: float) -> None:
 
 
 def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
-    """Return the rate of each text encoder; None is the common rate, 0 freezes the encoder."""
+    """Return each text encoder's learning rate; None stands for the common rate, 0 for frozen."""
     rates = project.parts.text_rates
     optimizer = project.training.get("optimizer_type")
     default = project.training.get("learning_rate")

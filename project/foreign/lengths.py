@@ -15,21 +15,22 @@ _TYPED = "--max_train_steps says otherwise"
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of the described folder."""
+    """Number of training steps and media files in one epoch of the dataset."""
 
     steps: int
     num_files: int
 
 
 def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
-    """Return options with the project's number of steps, or with the steps that its epochs amount to.
+    """Return the options with the number of training steps that a project file asks for.
 
-    `in_epoch` is the number of steps per epoch with the dataset.toml that is written.
+    A number of epochs is converted to steps. `in_epoch` is the number of steps per epoch with the
+    dataset.toml that is written.
     """
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
     file_steps = _take_file_steps(project)
-    epochs = [file_epochs for file_epochs in project.epochs if file_epochs.number]
-    project.without_effect += [file_epochs.key for file_epochs in project.epochs if not file_epochs.number]
+    epochs = [setting for setting in project.epochs if setting.number]
+    project.without_effect += [setting.key for setting in project.epochs if not setting.number]
     if _is_typed(options):
         _leave_length(project, epochs, file_steps, options.max_train_steps)
         steps = options.max_train_steps
@@ -54,7 +55,7 @@ def _is_typed(options: NewOptions) -> bool:
 
 
 def _take_file_steps(project: ForeignProject) -> int | None:
-    """Return the number of steps that a project sets; None if it sets none, or 0."""
+    """Return the number of steps that a project sets; None if the number is missing or 0."""
     steps: int | None = project.new.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new:
         key = project.key_of("max_train_steps")
@@ -76,10 +77,10 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the number of steps that applies: the project's own number, or the steps of its epochs."""
+    """Return the training length that a project sets: its number of steps, or the steps of its epochs."""
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
-    counted = project.key_of("max_train_steps") if chosen is None else chosen.key
-    reason = f"{counted} counts, as in {project.title}"
+    deciding_key = project.key_of("max_train_steps") if chosen is None else chosen.key
+    reason = f"{deciding_key} counts, as in {project.title}"
     for file_epochs in epochs:
         if file_epochs is not chosen:
             project.leave_value(file_epochs.key, file_epochs.number, reason)
@@ -110,7 +111,7 @@ def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoc
 
 
 def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
-    """Note that the project's number of steps is not used."""
+    """Report that the project's number of steps is not used."""
     key = project.key_of("max_train_steps")
     project.forget(key)
     project.assumed.pop(key, None)

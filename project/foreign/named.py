@@ -52,7 +52,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 
 
 def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Take over a key of dataset.toml. Raises Unfit or ValueError if the key cannot have the value."""
+    """Adopt a dataset.toml key unchanged. Raises Unfit or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
     project.data[key] = fact.form.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
@@ -60,7 +60,7 @@ def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _as_plain(value: Any, usual: Any) -> Any:
-    """Convert a value that a page wrote as text to the type of the key's default: a number or a switch."""
+    """Convert a value that was written as text to the type of the default: a number or a switch."""
     if isinstance(usual, bool):
         return value if isinstance(value, bool) else is_on(value)
     if isinstance(value, str) and isinstance(usual, int | float):
@@ -73,7 +73,7 @@ def _as_plain(value: Any, usual: Any) -> Any:
 def _adopt_option(
     project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool
 ) -> None:
-    """Take over the value of an option, unless `new` selects its own value (`is_chosen`).
+    """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
 
     Raises:
         ValueError: If the option cannot have the value.
@@ -86,10 +86,10 @@ def _adopt_option(
     if is_empty and not turns_off:
         project.without_effect.append(show(key))
         return
-    read = option.read(value)
+    converted = option.read(value)
     project.adopted.append(show(key))
-    if read != option.default or is_chosen:
-        project.training[key] = read
+    if converted != option.default or is_chosen:
+        project.training[key] = converted
         project.source_keys[key] = show(key)
 
 

@@ -16,7 +16,7 @@ _VARIANT, _FILE, _KIND = range(3)
 
 
 class FileModel(NamedTuple):
-    """A model that a key names."""
+    """The model that a key of a foreign file names."""
 
     source: int  # _VARIANT, _FILE or _KIND
     family: str
@@ -31,19 +31,21 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
     models: list[FileModel] = []
     has_unknown_variant = False
     for key, rule in rules.items():
-        found = _read_model(project, rule, key, values)
-        if found is not None:
-            models.append(found)
-        has_unknown_variant |= found is None and key in project.program.variants
+        file_model = _read_model(project, rule, key, values)
+        if file_model is not None:
+            models.append(file_model)
+        has_unknown_variant |= file_model is None and key in project.program.variants
     if not models:
         guessed = project.program.guess_model(values)
         if guessed is not None:
             models.append(FileModel(_KIND, *guessed))
             project.changed.append(f"no key says another model: --family {guessed[0]} --task {guessed[1]}")
-    if has_unknown_variant:  # do not use the default variant instead
+    # the default task would be a wrong guess for a variant that is not known
+    if has_unknown_variant:
         models = [model._replace(task=None) if model.source == _KIND else model for model in models]
     if not models:
         return
+    # the most specific one: with a task first, then by the order _VARIANT, _FILE, _KIND
     chosen = min(models, key=lambda model: (model.task is None, model.source))
     project.new["family"] = chosen.family
     if chosen.task is not None:
@@ -100,7 +102,7 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
-    """Return the error about a missing model or task, extended by the project's keys that name one."""
+    """Return an error about a missing model, extended by the keys of the project file that name a model."""
     unsupported = [
         f"{key} = {value}: {model} is not supported"
         for key, value in project.models.items()
@@ -112,6 +114,7 @@ def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
     if settings:
         settings[-1] += ", which names no model known here"
     if "family" in project.new:
+        # the family follows from keys that do not name a model
         settings.append(f"--family {project.new['family']}, by its other keys")
     if not settings:
         return error

@@ -35,7 +35,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which networks are trained, and at which rates. The only text encoder is called text_encoder."""
+    """Return which networks an OneTrainer file trains, and their learning rates."""
     keys = [key for key in values if key.split(".")[0] in {*_TEXTS, *_DITS}]
     used_keys = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
     # the transformer is called unet, prior or transformer, depending on the model
@@ -44,10 +44,12 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
     trains_dit = not any(values.get(f"{name}.train") is False for name in _DITS)
     text_rates: list[float | None] = []
     for name in _TEXTS:
+        # files of models with one text encoder call it text_encoder, and may have no key of it
         is_in_file = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
         if not is_in_file:
             continue
         if values.get(f"{name}.train", True) is False:
+            # 0: the encoder is not trained
             text_rates.append(0)
         else:
             text_rates.append(read_rate(values.get(f"{name}.learning_rate")))
@@ -61,12 +63,12 @@ def _read_scheduler(value: Any) -> str:
 
 
 def _read_noise(value: Any) -> int:
-    """Return the timestep, 0 to 1000, for a fraction of the noise."""
+    """Convert a noise fraction to a timestep, 0 to 1000."""
     return round(1000 * number(0, 1)(value))
 
 
 def _read_every(value: Any) -> int:
-    """Return the number of steps in `10 STEP`; 0 for never."""
+    """Return the number of steps in a text such as `10 STEP`; 0 for NEVER."""
     count, _, unit = str(value).partition(" ")
     if unit == "NEVER":
         return 0

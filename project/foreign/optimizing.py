@@ -17,7 +17,7 @@ _OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Write the arguments that our optimizer has, and note which ones are left out.
+    """Write the foreign project's optimizer arguments that our optimizer has; report the others.
 
     `memory` is the card's memory in GiB; 0 means a CPU.
     """
@@ -41,6 +41,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         )
     arguments = {**project.program.arguments.get(optimizer, {}), **_join_arguments(project, optimizer)}
     _write_arguments(project, optimizer, arguments)
+    # Adafactor sets its learning rate itself unless relative_step is off
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
         _leave_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
@@ -48,7 +49,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return arguments with pairs of numbers joined: betas of Adam, eps of Adafactor."""
+    """Return the optimizer arguments, with the numbers of betas (Adam) or eps (Adafactor) combined."""
     arguments = {name: value for name, value in project.arguments.items() if value is not None}
     for name in project.arguments.keys() - arguments.keys():
         project.empty.append(project.key_of(name))
@@ -60,7 +61,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Write beta1 and beta2 as betas; a missing one gets its default value."""
+    """Combine beta1 and beta2 into `betas`; a missing one gets its default value."""
     if not {"beta1", "beta2"} & found.keys():
         return
     first = found.pop("beta1", 0.9)
@@ -86,23 +87,25 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the arguments that our optimizer has, and note the others."""
-    has = OPTIMIZER_ARGUMENTS.get(optimizer)
-    texts = []
+    """Write the optimizer arguments that our optimizer has, and report the others."""
+    known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)
+    assignments = []
     for name, value in arguments.items():
         key = project.key_of(name)
-        if has is None or name in has:
-            texts.append(f"{name}={_as_literal(value)}")
+        # None: an optimizer of which no list of arguments exists here
+        if known_arguments is None or name in known_arguments:
+            assignments.append(f"{name}={_as_literal(value)}")
+            # arguments of the program's defaults have no key in the file
             if key != name or name in project.arguments:
                 project.adopted.append(key)
         elif is_off(value):
             project.without_effect.append(key)
         else:
             project.leave(key, f"{optimizer} has no argument {name} here")
-    if texts:
-        project.training["optimizer_args"] = texts
+    if assignments:
+        project.training["optimizer_args"] = assignments
         project.source_keys["optimizer_args"] = "optimizer arguments"
-        project.changed.append(f"arguments of the optimizer: optimizer_args = {texts}")
+        project.changed.append(f"arguments of the optimizer: optimizer_args = {assignments}")
 
 
 def _as_literal(value: Any) -> str:
@@ -112,7 +115,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _leave_rates(project: ForeignProject) -> None:
-    """Drop rates, schedule and warm-up for an Adafactor that determines them itself."""
+    """Remove learning rates, schedule and warm-up for an Adafactor that sets its rate itself."""
     training = project.training
     for name in ("learning_rate", "unet_lr"):
         if name in training:

@@ -17,7 +17,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_datasets(project: ForeignProject) -> None:
-    """Resolve the keys of each dataset in a list; if there is only one, move its keys to [general]."""
+    """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     for dataset in project.datasets.values():
         if dataset.num_drawn is not None:
             # for this program, the number of repeats is the number of files that it draws in an epoch
@@ -40,7 +40,7 @@ def join_datasets(project: ForeignProject) -> None:
 
 
 def _resolve_sizes(project: ForeignProject) -> None:
-    """Keep the largest size of each folder, and set the size of all tables for folders without their own."""
+    """Reduce each folder to its largest size, and use the largest of all as size in [general]."""
     largest: dict[Path | None, Size] = {}
     with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.data]
     for dataset in with_size:
@@ -56,10 +56,11 @@ def _resolve_sizes(project: ForeignProject) -> None:
     if "resolution" in project.data and len(with_size) == len(project.datasets):
         _omit_general_key(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
-    of_all = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
+    general_size = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
     for dataset in with_size:
+        # reports name the first key that gave a size
         project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
-        if dataset.data["resolution"] == of_all:
+        if dataset.data["resolution"] == general_size:
             dataset.data.pop("resolution")
 
 
@@ -87,7 +88,7 @@ def _move_to_general(project: ForeignProject) -> None:
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
-    """Drop a key of all tables, because each folder has its own."""
+    """Remove a key from the [general] table, because each folder has its own value."""
     project.data.pop(name)
     key = project.source_keys.pop(name, name)
     project.forget(key)
@@ -119,7 +120,7 @@ def find_table_keys(
 
 
 def leave_sizes(project: ForeignProject) -> None:
-    """Drop keys of single folders that [[datasets]] tables accept and their subsets do not."""
+    """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.data if name not in SUBSET_KEYS]
         _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)

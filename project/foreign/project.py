@@ -27,7 +27,7 @@ class FileEpochs(NamedTuple):
 
 @dataclass
 class ForeignDataset:
-    """A folder of a list of datasets, with the keys of its table."""
+    """A dataset folder in another trainer's project file, with the settings of its table."""
 
     path: Path | None = None
     key: str = ""
@@ -39,7 +39,7 @@ class ForeignDataset:
 
 @dataclass
 class ForeignProject:
-    """The settings in another trainer's file, translated to ours."""
+    """The settings of another trainer's project file, translated into options of ours."""
 
     path: Path
     program: Program
@@ -83,27 +83,27 @@ class ForeignProject:
         return self.source_keys.get(name, name)
 
     def leave(self, key: str, reason: str) -> None:
-        """Note a key that is left out. Keys with the same reason share a line."""
+        """Record why a key is omitted. Keys with the same reason share a line."""
         self.reasons.setdefault(reason, []).append(show(key))
 
     def leave_value(self, key: str, value: Any, reason: str) -> None:
-        """Note a key that is left out, on a line with its value."""
+        """Record a key that is omitted, on a line with its value."""
         self.omitted.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
-        """Note a key whose value differs in our files.
+        """Record a key of the foreign file whose value is changed for this program.
 
-        `result` is what it became.
+        `result` describes the new setting.
         """
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
     def forget(self, key: str) -> None:
-        """Remove a key from the notes about kept and changed values."""
+        """Remove a key from the lists of adopted and changed values."""
         self.adopted = [name for name in self.adopted if name != key]
         self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
 
     def drop(self, name: str, reason: str) -> None:
-        """Drop an option of the training; the reason replaces the earlier note about its key."""
+        """Remove a training option; `reason` replaces the earlier note about its key."""
         value = self.training.pop(name)
         key = self.key_of(name)
         self.forget(key)
@@ -175,7 +175,7 @@ def without_numbers(key: str) -> str:
 
 
 def find_beside(file: Path, name: str) -> Path | None:
-    """Find a file or folder that a project names: next to the project, or where its program was started."""
+    """Find a file that a project names: next to it, in a folder above it, or in the working folder."""
     if "\0" in name:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
@@ -187,12 +187,12 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 
 def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
-    """Return whether a project's folder is the described one, or contains it, or lies in it."""
+    """Return whether a project's folder is the dataset folder, or one is inside the other."""
     found = find_beside(file, str(place))
     there, here = real_path(file.parent / place if found is None else found), real_path(folder)
     return there == here or there in here.parents or here in there.parents
 
 
 def show(value: Any) -> str:
-    """Return a value on one line of at most 120 characters."""
+    """Format a value on one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)

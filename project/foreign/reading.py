@@ -85,10 +85,10 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert the values of a file, or report why not; return the rules of the keys that name a model."""
+    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model."""
     program = project.program
     without_effect = program.find_idle(values)
-    of_models: dict[str, KeyRule] = {}
+    model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
             continue  # the additional file was read before
@@ -101,22 +101,23 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
             _note_unknown(project, key, value)
         elif is_empty(value):
             project.empty.append(show(key))
+        # a default of the trainer is not reported as omitted
         elif key in project.assumed and rule.to == contract.OMITTED:
             continue
         elif rule.to in {contract.MODEL, contract.FILE}:
-            of_models[key] = rule
+            model_rules[key] = rule
         else:
             convert_value(project, rule, key, value)
-    return of_models
+    return model_rules
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value means the same as a missing key."""
+    """Return whether a value is equivalent to a missing key."""
     return value is None or value in ("", [])
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
-    """Store a key that no rule covers until the script is known; then log it as unknown."""
+    """Record a key that no rule covers; whether it is an option of ours is decided later."""
     if project.program.knows_options:
         project.others[key] = value
     elif is_empty(value):
@@ -128,7 +129,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Join numbers and their units into one value such as `10 MINUTE`; counts of epochs get another key."""
+    """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
     for key, unit_key in program.units.items():
         if key not in values or unit_key not in values:
             continue
@@ -141,10 +142,10 @@ def _join_units(project: ForeignProject, program: Program, values: dict[str, Any
 
 
 def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
-    """Return the program whose project a file is, by suffix and keys."""
-    generic = {without_numbers(key).removeprefix("--") for key in values}
+    """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
+    key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
-        if path.suffix.lower() in program.suffixes and not generic.isdisjoint(program.marks):
+        if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.marks):
             return program
     if path.suffix.lower() == ".toml" and any(map(_OF_SCRIPTS.search, values)):
         raise OptionError(
@@ -176,7 +177,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Parse a text in the format that the suffix names.
+    """Parse TOML, JSON or YAML, depending on a file's suffix.
 
     Raises:
         ValueError: If the text cannot be parsed.
@@ -191,12 +192,12 @@ def _parse(suffix: str, text: str) -> Any:
 
 
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a file with their dotted keys.
+    """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
 
-    `counter` counts tables and lists too, which may be empty.
+    `counter` counts every value, table and list, so that no file can produce an endless number.
 
     Raises:
-        ValueError: If there are too many values.
+        ValueError: If there are too many values, or tables nested too deeply.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
@@ -206,6 +207,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
     if isinstance(content, dict):
         for name, value in content.items():
             inner = str(name).removeprefix("--")  # the name as on a command line
+            # the key of the whole file is "", or a prefix that ends with a colon
             separator = "" if not key or key.endswith(":") else "."
             yield from _flatten(value, f"{key}{separator}{inner}", depth + 1, counter)
     elif is_list and any(isinstance(item, dict) for item in content):

@@ -29,7 +29,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 
 
 class Forms(NamedTuple):
-    """Which keys the tables of dataset.toml can have."""
+    """Which keys the tables of the new dataset.toml may have."""
 
     step: int  # sides are multiples of this
     takes_subsets: bool  # the model supports [[datasets.subsets]]
@@ -38,18 +38,18 @@ class Forms(NamedTuple):
 
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
-    """Return options with the values of the project where nothing else is typed."""
+    """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
     default = NewOptions(folder=options.folder)
-    named = dict(project.new)
+    file_values = dict(project.new)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
-        named["train"] = project.run.kind
+        file_values["train"] = project.run.kind
     if options.family not in {None, project.new.get("family")}:
-        task = named.pop("task", None)
+        task = file_values.pop("task", None)
         if task is not None and options.task is None:  # the typed task belongs to the project's family
             project.leave_value("task", task, "--family says otherwise")
-    named.pop("max_train_steps", None)  # `select_length` compares it with the epochs
+    file_values.pop("max_train_steps", None)  # `select_length` compares it with the epochs
     values = {}
-    for name, value in named.items():
+    for name, value in file_values.items():
         if getattr(options, name) == getattr(default, name):
             values[name] = value
         elif getattr(options, name) != value:
@@ -65,9 +65,10 @@ def resolve_project(
     memory: float,
     forms: Forms,
 ) -> None:
-    """Keep the values in `training` and `data` that the run accepts, and note why others are left out.
+    """Reduce a foreign project's values to those that the run accepts, and report why others are omitted.
 
-    `memory` is the card's memory in GiB; 0 means a CPU. `forms` states which keys dataset.toml can have.
+    `memory` is the graphics card's memory in GiB; 0 means a CPU. `forms` says which keys dataset.toml can
+    have.
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)
@@ -87,13 +88,13 @@ def resolve_project(
 
 
 def _list_chosen(model: ModelSet) -> set[str]:
-    """Return the options that `new` writes for a model."""
+    """Return the names of the options that `new` sets itself for a model."""
     words = f"{model.commands['train']} {model.data.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write rank, alpha and arguments of the network, or leave them if none is trained."""
+    """Write the network's rank, alpha and arguments; omit them if the run trains no network of that kind."""
     if kind is LORA:
         _leave_of_lora_alone(project)
         _write_network_arguments(project)
@@ -112,7 +113,7 @@ def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
 
 
 def _leave_of_lora_alone(project: ForeignProject) -> None:
-    """Drop settings that only a LoRA has."""
+    """Remove settings that only a LoRA has from a project that trains another network type."""
     module = project.training.get("network_module")
     if module is None:
         return
@@ -128,7 +129,7 @@ def _leave_of_lora_alone(project: ForeignProject) -> None:
 
 
 def _write_network_arguments(project: ForeignProject) -> None:
-    """Put the arguments of the network into `network_args`; empty ones are listed as without effect."""
+    """Write the network's arguments to `network_args`; list those with an empty value as having no effect."""
     arguments: dict[str, Any] = {}
     for name, value in project.network_arguments.items():
         if value:
@@ -137,11 +138,11 @@ def _write_network_arguments(project: ForeignProject) -> None:
             project.without_effect.append(project.source_keys[name])
     if not arguments:
         return
-    texts = [f"{name}={_as_text(value)}" for name, value in arguments.items()]
-    project.training["network_args"] = texts
+    assignments = [f"{name}={_as_text(value)}" for name, value in arguments.items()]
+    project.training["network_args"] = assignments
     project.source_keys["network_args"] = "arguments of the network"
     project.adopted += [project.source_keys[name] for name in arguments]
-    project.changed.append(f"arguments of the network: network_args = {texts}")
+    project.changed.append(f"arguments of the network: network_args = {assignments}")
 
 
 def _as_text(value: Any) -> str:

@@ -23,7 +23,7 @@ from project.foreign.contract import (
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of training the settings describe, with the setting that shows it."""
+    """Return what kind of run a SimpleTuner file describes, with the key that shows it."""
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")
@@ -43,7 +43,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that do nothing: rank and alpha of a LyCORIS, whose file has its own."""
+    """Return the keys without effect: rank and alpha of a LyCORIS, which its own file sets."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
     return set()
@@ -58,7 +58,7 @@ def _read_size(value: Any) -> tuple[int, int]:
 
 
 def _read_limit(value: Any) -> float:
-    """Return the limit of a norm from `1.0 norm`; without a method, the program clips each value."""
+    """Return the maximum norm from a text such as `1.0 norm`. Raises ValueError for other methods."""
     limit, _, method = str(value).partition(" ")
     if method != "norm":
         raise ValueError("each value of a gradient is clipped there, and the norm of all here")

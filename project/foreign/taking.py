@@ -25,7 +25,7 @@ class FileValue:
 
 
 def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
-    """Take over a value, or note why it is left out."""
+    """Adopt a value from a foreign project, or record why it is omitted."""
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
     if rule.to == contract.OMITTED:
@@ -41,7 +41,7 @@ def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) 
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
-    """Return the rule of a key, or the rule `table.*` of the table that contains the key."""
+    """Return the rule for a key: its own, or the longest `table.*` rule that matches it."""
     generic = without_numbers(key)
     if generic in program.rules:
         return program.rules[generic]
@@ -82,7 +82,7 @@ def _leave(project: ForeignProject, setting: FileValue) -> None:
 
 
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
-    """Set the kind of network. `module` is our module that implements it; None for a LoRA."""
+    """Set the network type that a foreign project names: `module`, or the default LoRA for None."""
     if module is None:
         project.adopted.append(setting.key)
         return
@@ -159,7 +159,7 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 def _set(
     project: ForeignProject, target: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
-    """Set an option or key, unless another key of the file has set it to something else.
+    """Set an option or dataset key, unless another key of the foreign file has set another value.
 
     `keys` maps each target that is set to the key of the file that set it.
     """
@@ -170,6 +170,7 @@ def _set(
         keys[name] = setting.key
     if target.setdefault(name, value) != value:
         project.leave_value(setting.key, setting.value, f"{name} is {target[name]} already, from another key")
+    # a default of the other program is not reported as a key of the file
     elif setting.key in project.assumed:
         return
     elif _is_same(value, setting.value):

@@ -44,7 +44,7 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return the default kind of run for a folder with control images."""
+    """Return which kind of run a model trains on a folder with control images; None if it has none."""
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
 
 
@@ -59,7 +59,7 @@ def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
 
 @cache
 def kinds_by_script() -> dict[str, RunKind]:
-    """Return the kinds of runs by the name of their training script; the script of LoRAs means LORA."""
+    """Return the kind of run for each training script; LORA for scripts that several kinds share."""
     kinds: dict[str, RunKind] = {}
     for model in find_models():
         for kind in list_kinds(model):

@@ -14,7 +14,7 @@ OF_LORA = ("network_", "lora_format")
 
 
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run without the options of a LoRA.
+    """Return training options without those that only a LoRA has.
 
     `memory` has the meaning that it has in `RunKind.change`.
     """
@@ -48,7 +48,7 @@ def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains, and how it differs from the run of a LoRA."""
+    """What a run trains, and how its options differ from those of a LoRA training."""
 
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"
@@ -71,6 +71,6 @@ class RunKind:
     makes_adapter: bool = False  # it reverts a distillation, so that other LoRAs can be trained on top
 
     def find_script(self, model: ModelSet) -> Path | None:
-        """Return the script that trains this kind for a model; None if there is none."""
+        """Return the training script of this kind of run for a model; None if there is none."""
         words = self.find_words(model)
         return installation.find_script(words[0]) if words else None

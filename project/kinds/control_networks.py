@@ -23,7 +23,7 @@ def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 
 def _why_no_inpainting(model: ModelSet, memory: float) -> str | None:
-    """Return why a ControlNet-LLLite for inpainting cannot be made for a model; None if it can."""
+    """Return why a model cannot train a ControlNet-LLLite for inpainting; None if it can."""
     if read_words(INPAINTING, model) or not read_words("lllite", model):
         return find_reason(INPAINTING, INPAINTING_TITLE, model, memory)
     return (

@@ -54,6 +54,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
+    # without block swapping, all weights have to be on the card
     if memory and not model.data.get("swaps", True) and size + FREE > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {FREE} more, and the card has {memory:g} GiB"
@@ -62,7 +63,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA run to the options of a full training run.
+    """Convert the options of a LoRA training into those of a full training.
 
     `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """

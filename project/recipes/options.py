@@ -11,7 +11,7 @@ NAME = re.compile(r"\w[\w-]{0,80}")
 
 
 class RecipeOptions(Options):
-    """What to do with recipes."""
+    """Whether recipes are listed, or from which run a recipe is saved."""
 
     action: str = option(
         "save: make a recipe of a finished run; list: show all recipes", positional=True, choices=(SAVE, LIST)

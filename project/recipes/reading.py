@@ -64,20 +64,20 @@ class TrainingRecipe:
 
     @property
     def values_text(self) -> str:
-        """The values in a line, as run.toml has them: `network_dim = 16, learning_rate = 0.001`."""
+        """The [training] options in one line: `network_dim = 16, learning_rate = 0.001`."""
         return ", ".join(f"{name} = {value}" for name, value in self.training.items())
 
     @property
     def figures_text(self) -> str:
-        """The figures in a line."""
+        """The measured figures in one line."""
         return "; ".join(f"{name}: {value}" for name, value in self.figures.items())
 
 
 def find_recipe(name: str) -> TrainingRecipe:
-    """Return a recipe by its name, own ones first, or by the path of its file.
+    """Return a recipe by name, preferring the user's own, or by file path.
 
     Raises:
-        OptionError: If there is no such recipe, or if it holds anything but values.
+        OptionError: If there is no such recipe, or if it contains something that a recipe must not set.
     """
     if name.endswith(".toml"):
         return read_recipe(Path(name))
@@ -96,12 +96,13 @@ def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
     """
     typed = {"family": options.family, "task": options.task, "train": options.trains}
     for name, value in typed.items():
-        named = getattr(recipe, name)
-        if value not in (None, named):
+        wanted = getattr(recipe, name)
+        if value not in (None, wanted):
             raise OptionError(
-                f"--recipe {options.recipe} is for --{name} {named}, not {value}. Leave one of them out"
+                f"--recipe {options.recipe} is for --{name} {wanted}, not {value}. Leave one of them out"
             )
     steps = recipe.training.get("max_train_steps", options.max_train_steps)
+    # a number that differs from the default was typed: it has precedence
     if options.max_train_steps != NewOptions(folder=options.folder).max_train_steps:
         steps = options.max_train_steps
     return dataclasses.replace(
@@ -109,6 +110,7 @@ def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
         family=recipe.family,
         task=recipe.task,
         train=recipe.train,
+        # `train` already holds the kind of run that --whole_model stands for
         whole_model=False,
         max_train_steps=steps,
     )
@@ -132,15 +134,15 @@ def describe_recipe(recipe: TrainingRecipe) -> list[str]:
 
 @cache
 def list_shipped() -> tuple[TrainingRecipe, ...]:
-    """Return the recipes of this program, sorted by name."""
+    """Return the recipes that come with this program, sorted by name."""
     return tuple(read_recipe(path) for path in sorted(SHIPPED.glob("*.toml")))
 
 
 def read_recipe(path: Path) -> TrainingRecipe:
-    """Read a recipe, which may be somebody else's.
+    """Read a recipe file, and check every value in it, because the file may come from a stranger.
 
     Raises:
-        OptionError: If the file cannot be read, or for a key that is no value, which the message names.
+        OptionError: If the file cannot be read, or if a value is not valid; the message names its key.
     """
     try:
         content = parse_toml(read_text(path, MAX_BYTES))
@@ -181,10 +183,10 @@ def _show(key: str) -> str:
 
 
 def _read_text(key: str, value: Any) -> str:
-    """Return a text that pages and tables can show.
+    """Return a single line of text that pages and tables can show.
 
     Raises:
-        ValueError: If the value is no text of one line, or an address.
+        ValueError: If the value is not one line of text, or is an address.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{_show(key)} is missing, or no text")
@@ -257,10 +259,10 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
 
 @cache
 def list_allowed(script: str) -> frozenset[str]:
-    """Return the options of a script that a recipe may set.
+    """Return the names of the training options that a recipe may set.
 
-    These are the options that a resumed run has to repeat, or is warned of if it does not, except for those
-    that a card decides.
+    These are the options that a resumed run must or should repeat, except for those that depend on the
+    graphics card.
     """
     allowed: set[str] = set(FURTHER)
     records: list[type] = [TrainingOptions]
@@ -269,8 +271,8 @@ def list_allowed(script: str) -> frozenset[str]:
             records.append(entry.options_record("Training"))
     for record in records:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
-    of_the_card = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
-    return frozenset(allowed - of_the_card - DECIDED)
+    hardware_options = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
+    return frozenset(allowed - hardware_options - DECIDED)
 
 
 def _list_own_modules(model: ModelSet) -> list[str]:
@@ -280,7 +282,7 @@ def _list_own_modules(model: ModelSet) -> list[str]:
 
 
 def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
-    """Return a value as run.toml has it.
+    """Check one value of a recipe against its training option, and return it as run.toml stores it.
 
     Args:
         action: The option.
@@ -289,7 +291,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
         modules: Modules that `network_module` may name.
 
     Raises:
-        ValueError: If the option takes no such value, or takes more than values.
+        ValueError: If the option does not accept the value, or may not be set by a recipe.
     """
     if name in ("optimizer_args", "network_args", "lr_scheduler_args"):
         return [_read_pair(name, text) for text in _as_list(value)]
@@ -299,6 +301,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
         return _read_listed(name, value, read_optimizer(value))
     if name == "lr_scheduler":
         return _read_listed(name, value, read_scheduler(value))
+    # recipes come from strangers: they may not set paths, addresses, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} reaches out of the training, and only who types it may set it")
     if action.nargs == 0:

@@ -33,7 +33,7 @@ DIGITS = 4  # significant digits of figures
 
 
 def run_recipe_command(options: RecipeOptions) -> None:
-    """List all recipes, or make one of a run.
+    """List all recipes, or save the recipe of a run.
 
     Raises:
         UserError: If the run has not ended, or if its recipe cannot be written.
@@ -46,7 +46,7 @@ def run_recipe_command(options: RecipeOptions) -> None:
 
 
 def find_history(path: Path) -> Path:
-    """Return the history of a run in a folder, or in the folder `output` in it.
+    """Return the history file of a run: `path` itself, or the only one in the folder or its `output`.
 
     Raises:
         OptionError: If there is none, or if there are several.
@@ -54,19 +54,20 @@ def find_history(path: Path) -> Path:
     if path.name.endswith(END):
         return path
     for folder in (path, path / "output"):
-        found = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(map(str, found))
-            raise OptionError(f"{path} has {len(found)} runs. Give the history of one: {names}")
+        # .run files are histories of `run`, not of a training
+        histories = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        if len(histories) == 1:
+            return histories[0]
+        if histories:
+            names = ", ".join(map(str, histories))
+            raise OptionError(f"{path} has {len(histories)} runs. Give the history of one: {names}")
     raise OptionError(
         f"{path} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
     )
 
 
 def save_recipe(options: RecipeOptions, history: Path) -> None:
-    """Write the recipe of a finished run, and print how to use it.
+    """Write the recipe of a finished training, and print how to use it.
 
     Raises:
         OptionError: If the run has not ended, or is of a kind that `new` does not set up.
@@ -96,9 +97,9 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read
-    given = name if options.to == OWN else path.as_posix()
+    operand = name if options.to == OWN else path.as_posix()
     lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
-    lines.append(f"{own_command('new', 'FOLDER', '--recipe', given)} trains another folder with it")
+    lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
     print_lines(lines)
 
 
@@ -121,29 +122,29 @@ def write_recipe(recipe: TrainingRecipe) -> str:
 
 
 def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[str, str, str]:
-    """Return family, task and kind of a run: from the run.toml of its folder, else from its options.
+    """Return family, task and kind of a training run, from its folder's run.toml or from its options.
 
     Raises:
         OptionError: If neither names a model that `new` can set up.
     """
-    described = _read_commands(history)
-    for words in described:
-        given = dict(zip(words, words[1:], strict=False))
-        if "--family" in given and "--task" in given:
-            return given["--family"], given["--task"], find_kind_of(described).name
+    commands = _read_commands(history)
+    for words in commands:
+        values = dict(zip(words, words[1:], strict=False))
+        if "--family" in values and "--task" in values:
+            return values["--family"], values["--task"], find_kind_of(commands).name
     task = typed.get("task") or typed.get("model_version") or typed.get("model_type") or ""
     models = [model for model in find_models() if model.family == start.model]
-    named = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
-    if not named or "network_module" not in typed:
+    candidates = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
+    if not candidates or "network_module" not in typed:
         raise OptionError(
             f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
             "that `new` described, and of LoRAs of a model with a --task of its name"
         )
-    return start.model, named[0].task, "lora"
+    return start.model, candidates[0].task, "lora"
 
 
 def _read_commands(history: Path) -> list[list[str]]:
-    """Return the commands in the run.toml next to a run, or in the folder around it; none without one."""
+    """Return the commands of the run.toml next to a run or in its parent folder; [] if there is none."""
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
         if path.is_file():

@@ -254,7 +254,7 @@ def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
+    """Save the result of an attention that is expensive to recompute, and recompute other operators."""
     name = operator.name()
     tensors = (*inputs, *named.values())
     if name.startswith(ATTENTION):
@@ -397,6 +397,7 @@ class _CommonInputs:
             if self._num_recomputed == self._count:
                 self.forget()
         with ExitStack() as stack:
+            # torch turns its modes off during the backward pass: enter those of the forward pass again
             for mode in self._modes if is_recomputing else ():
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)

@@ -247,10 +247,10 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer:
-    """Copies to and from a device, in the order in which they are requested. Here each is done at once.
+    """Copy between host and device in the order of the requests; this class copies at once.
 
-    This is for devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return
-    moments, whose type the subclass chooses.
+    It serves devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return moments,
+    whose type the subclass chooses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -311,7 +311,7 @@ class CudaTransfer(Transfer):
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """Return the kind of transfer that suits the device."""
+    """Return an object that copies between the host and this device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
@@ -371,7 +371,7 @@ class LoadedNetwork(Generic[Network, Beside]):
             move(self._pair[0], device)
 
     def get(self) -> tuple[Network, Beside]:
-        """Return both. Call `load` first."""
+        """Return the network and its companion. Call `load` first."""
         assert self._pair is not None, "call load() first"
         return self._pair
 

@@ -74,7 +74,7 @@ class ShardedBlocks:
         return note
 
     def split(self, network: nn.Module) -> None:
-        """Split the blocks of a network that was loaded without this place."""
+        """Split the blocks of a network that was loaded without this object."""
         from torch.distributed.fsdp import FSDPModule
 
         for block in _blocks_of(network).values():

@@ -21,7 +21,7 @@ from runtime.offload.host_memory import HostTensors, Machine, allocate, machine_
 
 @dataclass(frozen=True)
 class ListPlan:
-    """How the device's memory is divided among the blocks of one list."""
+    """Which blocks of one list are streamed, and how many slots on the device they share."""
 
     name: str  # name of the nn.ModuleList
     num_blocks: int

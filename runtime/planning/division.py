@@ -24,7 +24,7 @@ EXCHANGED = 3  # tensors of an attention's exchange: reordered, sent, received
 
 
 class TokenCounter(TorchDispatchMode):
-    """Record the sizes of tensors that GPUs would share, from the operators that run while this is active."""
+    """Record sizes of the tensors that several GPUs would divide, from operators run in this mode."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -350,7 +350,7 @@ def print_plan(
     plan_of: Callable[[int, Sequence[str]], MemoryPlan],
     advice: Callable[[Room], Sequence[str]],
 ) -> None:
-    """Print a plan and whether it fits.
+    """Print the memory plan of a run, and whether it fits into the available memory.
 
     Args:
         prediction: Prediction of the device bytes.
