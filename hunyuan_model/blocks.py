@@ -345,7 +345,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     second = tokens.second  # a second text, which the video attends to separately
     part = tokens.part  # this process's part of the tokens
     choice = tokens.attention
-    if part is not None:
+    if part is not None:  # from all heads of this part to all tokens of some heads
         query, key, value = part.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
