@@ -45,7 +45,7 @@ class AdapterAttention(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """Self-attention, attention to the states, feed-forward; each is normed before and added."""
+    """Self-attention, cross-attention to the states, and feed-forward, each with a norm before it."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def read_texts(
     rows: int,
     attention: AttentionChoice,
 ) -> list[Tensor]:
-    """Return the adapter's rows of each prompt, n C with n <= `rows`; the transformer pads them with zeros.
+    """Run the LLM adapter on each prompt, and return its weighted rows, n C with n <= `rows`.
 
     Args:
         adapter: The adapter.

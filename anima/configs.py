@@ -64,7 +64,7 @@ class AnimaConfig:
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode time, rows and columns."""
+        """Return the channels of a head that encode time, rows and columns."""
         side = self.head_width // 6 * 2
         return self.head_width - 2 * side, side, side
 

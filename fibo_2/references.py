@@ -55,7 +55,7 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Downscale an image, H W C uint8, for the text encoder: H W 3 with sides of at most `SHOWN_SIDE`."""
+    """Reduce an image, H W C uint8, for the text encoder: H W 3, edges of at most `SHOWN_SIDE` pixels."""
     image = Image.fromarray(picture[..., :3].numpy())
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return torch.from_numpy(np.array(image))
@@ -95,5 +95,5 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 
 def find_size(path: Path) -> Size:
-    """Return the size of an edit's result, from the first image. Raises MediaError if that cannot be read."""
+    """Return the size of an edit's result, from the first image; raise MediaError if it cannot be read."""
     return trained_size(image_size(path))

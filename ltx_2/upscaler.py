@@ -137,7 +137,7 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 
 
 def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a latent upscaler. Raises CheckpointError for another file."""
+    """Load a latent upscaler; raise CheckpointError for another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
         return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
@@ -157,7 +157,7 @@ def _read_settings(checkpoint: Checkpoint, option: str) -> Settings:
 
 
 def _read_statistics(checkpoint: Checkpoint) -> list[Tensor]:
-    """Return mean and standard deviation of the VAE's latents, 1 C 1 1 1 float32."""
+    """Return the latents' mean and standard deviation, each 1 C 1 1 1 float32."""
     plan = read_video_vae(checkpoint)
     names = (plan.sources[name].names[0] for name in ("latents_mean", "latents_std"))
     return [plan.checkpoint.read(name).float().view(1, -1, 1, 1, 1) for name in names]

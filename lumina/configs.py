@@ -47,7 +47,7 @@ class LuminaConfig:
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode the position in the caption, the row and the column."""
+        """Return the channels of a head that encode the position in the caption, the row and the column."""
         return (self.head_width // 3,) * 3
 
 
