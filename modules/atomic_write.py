@@ -87,7 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     with path_written.open("rb+") as file:
                         os.fsync(file.fileno())
             flush_folder(temporary)
-            aside = path.with_name(f".{path.name}.old")
+            aside = path.with_name(f".{path.name}.old")  # the name that `recover_folder` looks for
             if path.exists():
                 replace_file(path, aside)
             replace_file(temporary, path)

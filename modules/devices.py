@@ -170,9 +170,9 @@ def leave_cudnn_out(device: torch.device) -> None:
 
 
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
-    """Return whether an option for CUDA devices has an effect, and warn if it has none.
+    """Return whether an option for CUDA devices has an effect on `device`, and warn if it has none.
 
-    `what` names what the option changes.
+    `what` names the operations that the option changes, such as "matrix products".
     """
     if device.type == "cuda":
         return True

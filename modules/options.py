@@ -323,7 +323,7 @@ class Options:
 
 
 def _list_values(record: Options) -> dict[str, Any]:
-    """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
+    """Return a record's field values by name, without cached properties and `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
 

@@ -292,7 +292,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _to_json_value(value: Any) -> Any:
-    """Return a value of an action as JSON can hold it."""
+    """Convert a value of an argparse action to a value that JSON can store."""
     if isinstance(value, (list, tuple)):
         return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):

@@ -238,7 +238,7 @@ def run_ahead(
 
 
 def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Bar) -> Iterator[R]:
-    """Yield the results of small pieces of work in the order of `values`, while threads do the next ones.
+    """Yield `work(value)` for each value in order, while threads compute the next results.
 
     A thread takes a group of values at a time, because passing single values would take as long as the work.
     """

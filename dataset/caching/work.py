@@ -314,7 +314,7 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans, while threads decode the next ones.
+        """Yield the missing items of the plans in order, while threads decode the next sources.
 
         Completed plans are added to `finished`, and sources that cannot be read to `failures`.
         """

@@ -401,7 +401,7 @@ def make_source(
     rejected: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Make a source from one row, or from one sample of a tar; `where` is its position, for messages."""
+    """Make a source from a row, or from a sample of a tar; `where` is its position, for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)

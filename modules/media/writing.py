@@ -155,7 +155,7 @@ class Timing:
                 )
             last = frame.start
             self._end = frame.start + frame.seconds
-            tick = max(round(frame.start * self._ticks), tick + 1)
+            tick = max(round(frame.start * self._ticks), tick + 1)  # rounded times must increase too
             self._shown[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
