@@ -29,7 +29,7 @@ _ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_att
 
 @dataclass(frozen=True)
 class LlliteConfig:
-    """Dimensions of the trunk and of the modules."""
+    """Dimensions of a ControlNet-LLLite's trunk and modules."""
 
     cond_emb_dim: int = 32  # E
     cond_dim: int = 64  # D, even
@@ -51,7 +51,7 @@ def make_norm(channels: int) -> nn.GroupNorm:
 
 
 class ControlResidual(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+    """Residual block x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ControlResidual(nn.Module):
 
 
 class ControlPyramid(nn.Module):
-    """Joins views of several widths (ASPP): dilated convolutions, and the mean of the whole image."""
+    """Atrous spatial pyramid (ASPP): joins dilated convolutions and the mean of the whole image."""
 
     def __init__(self, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ControlPyramid(nn.Module):
         self.proj = layer(size=1, dilation=1, inputs=channels * (len(dilations) + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the joined views of x, B C H W."""
+        """Apply the pyramid to x, B C H W, and join its branches."""
         views = [branch(x) for branch in self.branches]
         full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
         views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))

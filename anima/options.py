@@ -86,7 +86,7 @@ class AnimaTextOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self) -> dict[str, Any]:
-        """Return the values of command-line options with which another script encodes texts alike."""
+        """Return the options that select the same text encoder in another script."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
             "--t5_tokenizer_path": self.t5_tokenizer_path,
@@ -273,7 +273,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
     @property
     def part_rates(self) -> dict[str, float]:
-        """Learning rates that are given, by what the names of their parameters contain."""
+        """Return the given learning rates, keyed by a part of their parameters' names."""
         rates = {part: getattr(self, name) for name, part in PARTS.items()}
         return {part: rate for part, rate in rates.items() if rate is not None}
 

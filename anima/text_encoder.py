@@ -63,7 +63,7 @@ def make_use(maximum: int) -> LanguageUse:
 
 
 class AnimaTextEncoder(LanguageModelEncoder):
-    """Qwen3 with its final norm; states after a text's end are zeros. T5's tokens have no states."""
+    """Qwen3 with its final norm; states after the text's end are zeros. T5's tokens need no encoder."""
 
     can = EncoderAbilities(learn=True, wait=True, divide=True, take_words=True)
     lora_prefix = "lora_te"

@@ -21,7 +21,7 @@ from protocols.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Secti
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: the conditions of a section that it uses, and its overrides.
+    """A pass of the network: the conditions and the overrides that it uses.
 
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
@@ -60,7 +60,7 @@ class PassPlan:
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
-        """Return the velocity that the solver follows. There is at least one pass.
+        """Apply the guidance stages to the passes' velocities, and return the guided velocity.
 
         Images and audio are guided separately. If one of them is given instead of denoised, its velocity is
         0.
@@ -81,7 +81,7 @@ class PassPlan:
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    """Return the guided velocity of images or audio: the positive velocity, changed by each stage in turn."""
+    """Apply all stages in turn to a stream's positive velocity, and return the guided velocity."""
     velocity = velocities[POSITIVE]
     for stage in stages:
         if stage.is_of_clean:
@@ -94,7 +94,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
-    """Run all passes in this process; passes with the same overrides are one call of `predict`.
+    """Run all passes in this process; passes with equal overrides share one call of `predict`.
 
     `predict` may run the conditions of a call as a batch.
     """
@@ -181,7 +181,7 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """Make the stage of `--guidance_rescale`, which reduces the contrast of each sample.
+    """Return the stage of `--guidance_rescale`: match each sample's contrast to the positive velocity's.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
@@ -218,7 +218,7 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the positive one's norm.
+    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive one's.
 
     Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
@@ -234,12 +234,12 @@ def limit_norm(limit: float) -> GuidanceStage:
 
 
 def keep_norms(side: int) -> GuidanceStage:
-    """Make the stage that gives each token of a guided velocity the Euclidean norm of the positive one's.
+    """Return the stage that rescales each token of the guided velocity to the positive velocity's norm.
 
     Source: the released code of Qwen-Image.
 
     Args:
-        side: Side of a token, in latent pixels.
+        side: Edge length of a token, in latent pixels.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -284,7 +284,7 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Make the stage that guides by the momentum: with limited norm, and less along the positive velocity.
+    """Return the stage of projected guidance: by a momentum of limited norm, reduced along the positive one.
 
     Each sample is treated separately.
     """
@@ -310,7 +310,7 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
 
 
 def _measure_norms(velocity: Tensor) -> Tensor:
-    """Return the Euclidean norm of each sample, B 1 1 1 1."""
+    """Return each sample's Euclidean norm, B 1 1 1 1."""
     return _sum_sample(velocity.square()).sqrt()
 
 
@@ -326,7 +326,7 @@ class NormalizedGuidance:
     alpha: float
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Combine the attention to the prompt and to the negative attention text, both B L N D.
+        """Combine the attention to the prompt with the attention to the NAG text, both B L N D.
 
         guided = scale * positive - (scale - 1) * negative, limited to `tau` times the size of `positive`, and
         then blended: alpha * guided + (1 - alpha) * positive. A size is the sum of absolute values over all

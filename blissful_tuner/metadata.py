@@ -110,7 +110,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
 
 
 def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
-    """Return the values that only some outputs have."""
+    """Return the metadata values that are set for only some outputs."""
     request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,
@@ -132,7 +132,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
 
 
 def lora_name(expert: str) -> str:
-    """Return the name of an expert's LoRAs in metadata: `lora_high_noise`; `lora` if it has no name."""
+    """Return the metadata name of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
     return f"lora_{expert}" if expert else "lora"
 
 
@@ -262,7 +262,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
 
 
 def read_shown(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored region of the decoded pixels that is the result; None if all of them are."""
+    """Return the stored region of the decoded pixels that forms the result; None if all of them do."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

@@ -125,7 +125,7 @@ class ModelUtilityOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a file in bytes; 0 if the model is not split."""
+        """Return the maximum size of a file in bytes; 0 if the model is not split."""
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
@@ -164,7 +164,7 @@ class ModelSummary:
 
     @property
     def numbers(self) -> int:
-        """Number of values in all tensors."""
+        """Return the number of values in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
@@ -185,10 +185,10 @@ def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]
 
 
 def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield readable lines about a model: kind, files, dtypes, metadata and listed tensors.
+    """Yield lines of text that describe a model: kind, files, dtypes, metadata and listed tensors.
 
     Args:
-        model: What is known about it.
+        model: The model's summary.
         listed: Tensors to list; None lists none.
     """
     yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
@@ -291,7 +291,7 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _shorten_line(text: str) -> str:
-    """Return a text in one line, at most MAX_OF_VALUE characters long."""
+    """Return a text as one line of at most MAX_OF_VALUE characters."""
     return shorten(_join_lines(text), MAX_OF_VALUE)
 
 
@@ -390,7 +390,7 @@ def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    """Print what a file is, as text or JSON, with its tensors and checksums if they are asked for."""
+    """Print a model file's description as text or JSON, with tensors and checksums on request."""
     info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
@@ -408,8 +408,10 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     if options.json:
         lines = [format_json(info, listed, hashes, lora_hashes)]
     else:
-        plain = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
-        lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
+        text_lines = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
+        lines = [
+            escape_control_codes(line) for line in text_lines
+        ]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -101,6 +101,7 @@ class Drawing:
             where: Name of the text in errors.
             keys: Wildcards that led to this one.
         """
+        # refuse a wildcard that draws itself, or too many draws
         self._check_draws(key, where, keys)
         lines = self._read_lines(key, where)
         index = self._choose(lines.cumulative_weights)
@@ -115,7 +116,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if a wildcard contains itself, directly or through others, or draws too often."""
+        """Raise OptionError if wildcards draw each other endlessly or too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(

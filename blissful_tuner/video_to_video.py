@@ -71,7 +71,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 
 
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
-    """Return the request with the step at which denoising of its source starts, after checking its length.
+    """Check the length of a request's source, and set the step at which its denoising starts.
 
     Raises:
         MediaError: If a video has too few frames.
@@ -93,6 +93,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
         _warn_of_stretching(prepared, source, family.latent)
     timesteps: Sequence[float] = prepared.timesteps
     if not timesteps:
+        # the family's own levels are known only as a schedule
         schedule = make_schedule(
             prepared.solver,
             prepared.steps,

@@ -45,7 +45,7 @@ class Unfit(Exception):
 
 
 class Form(NamedTuple):
-    """The type of a key's value."""
+    """Type of a key's value: a function that reads the value, and a description of allowed values."""
 
     read: Callable[[Any], Any]  # converts a value of the file, or raises Unfit
     allowed: str  # describes valid values, for messages

@@ -250,7 +250,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
 
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return an error line for each missing key of a subset, and for keys that conflict."""
+    """Return an error line for each conflict between the keys of a subset, and for each missing key."""
     errors = []
     conditioning = values["conditioning_data_dir"]
     masks = values["mask_directory"]

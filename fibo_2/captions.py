@@ -58,7 +58,7 @@ EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name
 
 
 class WrittenCaption(NamedTuple):
-    """A caption as the text encoder gets it. Plain text is wrapped in JSON, between `before` and `after`."""
+    """A caption as it is encoded; a plain text's characters are between `before` and `after`."""
 
     text: str
     before: str = ""
@@ -81,7 +81,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """Return a value without its empty parts, at any depth."""
+    """Remove empty parts from a JSON value, at any depth."""
     if isinstance(value, dict):
         cleaned = {key: _clean(part) for key, part in value.items()}
         return {key: part for key, part in cleaned.items() if not _is_empty(part)}
@@ -91,7 +91,7 @@ def _clean(value: Any) -> Any:
 
 
 def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
-    """Return a caption as training captions are: without empty values and scores, in the same order.
+    """Remove empty values and scores from a caption, as in the training data; keep the order of keys.
 
     A caption of exactly a short description and texts keeps both, also an empty list, which says "no text".
     """
@@ -109,7 +109,7 @@ def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_caption(text: str) -> dict[str, Any] | None:
-    """Return the object in a caption or prompt; None for plain text.
+    """Parse a caption or prompt as a JSON object; return None for plain text.
 
     Raises CaptionError for text that begins like an object but is not valid JSON.
     """
@@ -169,7 +169,7 @@ def _wrap_plain(key: str, text: str) -> WrittenCaption:
 
 
 def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None, Any]:
-    """Return the cleaned caption in an object, and the instruction next to it."""
+    """Split an edit's JSON into its cleaned caption and its instruction."""
     caption: Any = {key: value for key, value in content.items() if key != INSTRUCTION}
     if CAPTION in caption:
         caption = caption[CAPTION]
@@ -190,7 +190,7 @@ def find_edit_error(content: dict[str, Any]) -> str:
 
 
 def find_caption_errors(text: str) -> list[str]:
-    """Return the missing and the misspelled keys of a caption that is an object; [] if there are none."""
+    """Return the missing and misspelled keys of a JSON caption; [] if there are none."""
     try:
         content = read_object(text)
     except ValueError as error:

@@ -194,7 +194,7 @@ class Fibo2(pictures.ModelOfImages):
         return replace(request, width=width, height=height)
 
     def _show_images(self, prompt: Prompt, prepared: Prepared) -> Prompt:
-        """Return the prompt with the images to edit. Raises OptionError for a mask that does not fit."""
+        """Add the images to edit to the prompt; raise OptionError for a mask that does not fit."""
         paths = prepared.request.control_images
         mask = prepared.request.extra.get(MASK)
         if mask and len(paths) != 1:
@@ -203,6 +203,7 @@ class Fibo2(pictures.ModelOfImages):
             )
         if not paths:
             return prompt
+        # several images keep their trained sizes
         size = (prepared.width, prepared.height) if len(paths) == 1 else None
         prompt = replace(prompt, pictures=paths, image_size=size)
         if not mask:
@@ -224,7 +225,7 @@ class Fibo2(pictures.ModelOfImages):
         return {0: conditions}
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of an image, 1 C 1 h w float32, drawn before it is packed, as released."""
+        """Draw an image's noise, 1 C 1 h w float32, before it is packed, as released."""
         channels = LATENT.channels // PATCH**2
         _, _, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         drawn = noise.draw((1, channels, 1, PATCH * height, PATCH * width), torch.float32)

@@ -75,9 +75,10 @@ class Fibo2Tokens(LuminaTokens):
         return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of attention to each of `texts`, B L' ... each, to one output.
+        """Merge the attention outputs for the two texts, B L' ... each, into one output.
 
-        The image steers away from the second text; gist tokens read the text that they were made of.
+        The image steers away from the second text; each text's gist tokens keep the output for their own
+        text.
         """
         if self.second is None:
             return attended[0]
@@ -101,7 +102,7 @@ class Fibo2CrossAttention(ZImageAttention):
         self.to_k, self.to_v = (nn.Linear(config.text_dim, config.dim, bias=False) for _ in range(2))
 
     def attend_text(self, x: Tensor, bundle: TextBundle, choice: AttentionChoice) -> Tensor:
-        """Return the attention of tokens x, B L C, to the text's states without their padding: B L N D."""
+        """Return the cross-attention of tokens x, B L C, to a bundle of text states: B L N D."""
         query, key, value = (
             in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
             for layer, tokens in ((self.to_q, x), (self.to_k, bundle.states), (self.to_v, bundle.states))
@@ -131,7 +132,7 @@ class PerceiverLayer(nn.Module):
     def forward(
         self, x: Tensor, bundle: TextBundle, lengths: Lengths | None, choice: AttentionChoice
     ) -> Tensor:
-        """Apply the layer to gist tokens x, B G C.
+        """Apply the layer to gist tokens x, B G C: attend to the text, then to each other, then feed forward.
 
         Args:
             x: Gist tokens.
@@ -303,7 +304,7 @@ class Fibo2Model(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of image, references and gist, B L+R+G C, and the other inputs of the blocks.
+        """Embed image, references and gist as tokens, B L+R+G C; return them with the blocks' other inputs.
 
         Args:
             noisy: Packed latents, B Z 1 H W.
@@ -365,7 +366,7 @@ class Fibo2Model(BlockNetwork):
         return time
 
     def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return tokens of image and references, B L+R C, that attended to each other."""
+        """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
         if count == tokens.split:  # no references: one row of modulation serves all
@@ -392,7 +393,7 @@ class Fibo2Model(BlockNetwork):
         return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: Fibo2Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+R+G 1 D/2 2 float32.
+        """Return the rotary table, (cosine, sine) pairs L+R+G 1 D/2 2 float32.
 
         Positions are (i, 0, 0) for gist token i (from 1), (maximum of gist tokens + 1, row, column) for the
         image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as

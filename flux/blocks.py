@@ -36,7 +36,7 @@ class ModulationRows(nn.Module):
         self.rows = torch.arange(first, first + count, device="cpu")
 
     def place(self, device: torch.device) -> None:
-        """Copy the indices of the rows to the device of the vectors, once, without synchronizing."""
+        """Copy the row indices to the vectors' device once, without synchronizing."""
         if self.rows.device != device:
             self.rows = send_ahead(self.rows, device)
 
@@ -72,7 +72,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """The layers around the attention of one of the two streams."""
+    """Layers before and after the joint attention, for one of two streams."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class FluxControl(nn.Module):
         control: Tensor,
         strength: float = 1.0,
     ) -> list[Tensor | None]:
-        """Return what `compute_additions` computes with this network."""
+        """Return what the frozen ControlNet adds after each block of the transformer."""
         return compute_additions(
             self.network,
             self._blocks,
@@ -135,7 +135,10 @@ def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
 
 
 def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
-    """Load a frozen ControlNet for a transformer. Raises as `read_control_net`."""
+    """Load a frozen ControlNet for a transformer.
+
+    Raises the errors of `read_control_net`.
+    """
     network = load_network(path, config, device, dtype)
     logger.info("ControlNet: %s, frozen", path)
     return FluxControl(network, config)
@@ -146,7 +149,7 @@ def load_network(
 ) -> FluxControlNetModel:
     """Load a ControlNet for a transformer; on the meta device no weights are read.
 
-    Raises as `read_control_net`.
+    Raises the errors of `read_control_net`.
     """
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
@@ -155,20 +158,20 @@ def load_network(
 
 
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
-    """Build diffusers' class with these arguments."""
+    """Build diffusers' ControlNet with these arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
         return FluxControlNetModel(**settings)
 
 
 def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
-    """Compare a ControlNet's header with a transformer. Returns and raises as `read_control_net`."""
+    """Check a ControlNet's header against a transformer, as `read_control_net` does."""
     with _open(path) as checkpoint:
         return read_control_net(path, checkpoint, config)
 
 
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return the settings of diffusers' class, from the folder's config.json or the tensors' shapes.
+    """Check a ControlNet file, and return its settings from config.json or the tensors' shapes.
 
     Args:
         path: File or folder, for messages.
@@ -197,7 +200,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         )
 
     def takes(layer: str) -> int:
-        """Return the number of a layer's inputs; 0 if the file lacks the layer."""
+        """Return a layer's number of inputs; 0 if the file lacks the layer."""
         return names[layer].shape[1] if layer in names else 0
 
     # dimension -> its size in the ControlNet and in the transformer

@@ -49,7 +49,7 @@ class TrainedFluxControl(nn.Module):
         self._blocks = config.double_blocks, config.single_blocks
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of what the ControlNet adds."""
+        """Set the factor of the ControlNet's additions."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -128,7 +128,7 @@ def make_control_net(
 
 
 def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Tensor]:
-    """Return a new ControlNet's weights: the transformer's, and zeros for its own layers.
+    """Return a new ControlNet's weights: copies of the transformer's, and zeros for its own layers.
 
     `network` is on the meta device; the result is float32 on the CPU.
     """
@@ -204,6 +204,6 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without this file."""
+    """Return the command that generates with a trained file; `usual` is the command without it."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]

@@ -147,7 +147,7 @@ class Flux(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: FLUX.1 with its task, or Chroma."""
+        """Return the model's metadata: FLUX.1 with its task, or Chroma."""
         kind = self.files.kind
         names = {
             "architecture": configs.ARCHITECTURES[kind],
@@ -236,7 +236,7 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text, and guidance (B).
+        """Return a batch's text states, guidance (B) and control latents.
 
         Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
         captions with other settings than this training has.
@@ -255,7 +255,7 @@ class Flux(ModelOfImages):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the latents of control images for a ControlNet. Raises CacheError if their size differs."""
+        """Return a batch's control latents, {} without a ControlNet; raise CacheError if sizes differ."""
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:

@@ -25,7 +25,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):
-    """Computes the modulations of all blocks. Only full training trains it."""
+    """Compute all blocks' modulations; only full training trains this network."""
 
     def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
         """Build the network for M = `rows` modulations of C = `out_dim` channels each."""
@@ -44,7 +44,7 @@ class Approximator(nn.Module):
             return self._make_rows(timesteps, guidance)
 
     def _make_rows(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Return all rows of modulation, B M D, from timestep, guidance and the number of each row."""
+        """Compute all modulation rows, B M D, from timestep, guidance and each row's number."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
@@ -215,7 +215,7 @@ class FluxModel(BlockNetwork):
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return the embedding of time, pooled text and guidance, B 1 C float32; `guidance` may be None."""
+        """Embed timestep, pooled text and guidance as one vector, B 1 C float32; `guidance` may be None."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training

@@ -27,7 +27,7 @@ class Flux2Config:
 
     @property
     def kind(self) -> str:
-        """Kind of the model: dev, which takes guidance as an input, or klein."""
+        """Return the kind of model: dev, which takes guidance as an input, or klein."""
         return "dev" if self.has_guidance else "klein"
 
 

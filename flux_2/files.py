@@ -79,7 +79,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Map
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Return a description of a transformer, by its header."""
+    """Describe a transformer by its header."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
@@ -107,7 +107,7 @@ class Flux2Files(LanguageModelFiles):
         return self.version.use
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder; without a transformer, compare it with those of all releases."""
+        """Check the text encoder's width against the transformer's, or without one against all releases'."""
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()

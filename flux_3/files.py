@@ -111,7 +111,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Map
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
-    """Return a description of a transformer, by its header."""
+    """Describe a transformer by its header."""
     release = "distilled" if header.config.is_flow_map else "base"
     return f"the {release} {NAME} Klein transformer"
 

@@ -63,17 +63,17 @@ class Flux3Tokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """How many tokens of each kind this process has."""
+        """Return how many tokens of each modality this process has."""
         return self.counts
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+        """Return the index of the first token of the latents to learn, where `grid` begins."""
         return 0
 
     @property
     def split(self) -> tuple[int, ...]:
-        """Indices at which the second and the third kind of tokens begin."""
+        """Return the indices at which the second and the third modality begin."""
         return tuple(accumulate(self.counts[:-1]))
 
     def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
@@ -134,7 +134,7 @@ class ParallelBlock(nn.Module):
         return output
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """Return the feed-forward of modulated tokens, B L C; each token is processed independently."""
+        """Apply the feed-forward to modulated tokens, B L C; each token is processed independently."""
         return in_own_dtype(self.mlp_out, gate_half(in_own_dtype(self.mlp_in, h)))
 
 
@@ -146,7 +146,7 @@ class ModeBlock(ParallelBlock):
         self.mode = mode
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
-        """Apply the block to its kind among the tokens x, B L+R+T C."""
+        """Apply the block to the tokens of its modality in x, B L+R+T C."""
         # x: B L+R+T C
         if self.mode not in tokens.modes:
             return x
@@ -248,7 +248,7 @@ def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
 
 
 class Flux3Layout(NamedTuple):
-    """Sizes that determine the rotary table of a batch; the key under which the table is cached."""
+    """Sizes of images and texts, which determine a rotary table."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # rows, columns of each reference's tokens
@@ -263,7 +263,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return the number of real tokens of each sample, plus `before` in front; None without padding."""
+        """Return each sample's number of real tokens plus `before`; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -391,7 +391,7 @@ class Flux3Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
-        """Return the tokens of an image or reference, B Z 1 H W to B L C."""
+        """Embed an image or a reference as tokens: B Z 1 H W to B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
         return in_own_dtype(self.emb_in[mode], pixels)
 
@@ -403,7 +403,7 @@ class Flux3Model(BlockNetwork):
         return Flux3Text(in_own_dtype(self.txt_in, states).to(dtype), counts, is_even)
 
     def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
-        """Return the rows for each kind of tokens, B S 7 C float32. References and texts have time 0."""
+        """Return each modality's modulation and time embedding, B S 7 C; references and texts have time 0."""
         time = self.time_in(self._embed_waves(timesteps))
         zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
         if next_timesteps is not None:
@@ -429,7 +429,7 @@ class Flux3Model(BlockNetwork):
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+R+T 1 D/2 2 float32, from float64 angles.
+        """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles.
 
         Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for those of
         reference k (from 1), and (0, 0, 0, index) for the text.
@@ -437,15 +437,15 @@ class Flux3Model(BlockNetwork):
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
-            sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
-            tables.append(self._make_grid_table((zero, *sides, zero - number), device))
+            axes = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
+            tables.append(self._make_grid_table((zero, *axes, zero - number), device))
         for length in layout.texts:
-            places = torch.arange(length, dtype=torch.float64)
-            tables.append(self._make_grid_table((zero, zero, zero, places), device))
+            positions = torch.arange(length, dtype=torch.float64)
+            tables.append(self._make_grid_table((zero, zero, zero, positions), device))
         return torch.cat(tables)
 
     def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the pairs of a grid from the positions along each axis, float64 on the CPU."""
+        """Return a grid's rotary pairs from the positions along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
@@ -459,5 +459,5 @@ def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
 
 
 def _measure_grid(latents: Tensor) -> tuple[int, int]:
-    """Return rows and columns of an image's tokens, which are its latent pixels."""
+    """Return rows and columns of an image's tokens, one token for each latent pixel."""
     return latents.shape[-2], latents.shape[-1]

@@ -30,7 +30,7 @@ class Canvas(NamedTuple):
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Left and top of the centered image."""
+        """Return left and top of the centered image."""
         return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
 
 

@@ -48,6 +48,7 @@ class FramePackLlama(LlavaTextEncoder):
         for prompt in prompts:
             (encoded,) = super().encode([prompt])
             states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
+            # prompts without weights have plain tensors
             assert isinstance(states, Tensor)
             assert isinstance(mask, Tensor)
             count = int(mask.sum())

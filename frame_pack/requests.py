@@ -149,7 +149,7 @@ def _read_prompts(request: requests.Request, sections: int, is_image: bool) -> l
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> requests.Request:
-    """Return the request without unusable media, with a warning.
+    """Drop media that FramePack cannot use from the request, with a warning.
 
     Raises OptionError if a file cannot be opened.
     """
@@ -166,7 +166,7 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
 
 
 def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
-    """Return how many sections a request asks for: by a number, by seconds or by frames."""
+    """Return a request's number of sections, from --video_sections, --video_seconds or its frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
     if is_image:

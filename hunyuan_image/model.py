@@ -73,7 +73,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention

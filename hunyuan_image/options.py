@@ -153,7 +153,7 @@ def name_attention(args: argparse.Namespace) -> None:
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Translate HunyuanImage's own names of shared options into the shared ones, for a LoRA.
+    """Translate HunyuanImage's option names to the shared ones, for training a LoRA.
 
     Raises OptionError if only text encoders are to be trained, because those of this model cannot be.
     """

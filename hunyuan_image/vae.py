@@ -72,7 +72,7 @@ class FoldUp(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out * FOLDED, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x at twice the height and width, with its shortcut added."""
+        """Upsample x to twice the height and width, and add the shortcut."""
         unfolded = self.conv(x)
         return _unfold(unfolded).add_(_unfold(repeat_channels(x, unfolded.shape[1])))
 
@@ -137,7 +137,7 @@ class RowConvolution(nn.Module):
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C H W to B C' H W."""
+        """Convolve x, B C H W to B C' H W."""
         # x: B C H W
         height = x.shape[2]
         if height <= self._rows:

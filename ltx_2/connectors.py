@@ -77,7 +77,7 @@ NAMES: Names = (  # official; then diffusers' layout
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """Dimensions of the connector of one stream."""
+    """Dimensions of one stream's connector."""
 
     dim: int  # S
     ffn_dim: int
@@ -104,7 +104,7 @@ class ConnectorsConfig:
 
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
-    """Open a file of connectors; in LTX-2.5 also Gemma's file, which has the projections before them."""
+    """Open a file of connectors; for LTX-2.5, add the projections from Gemma's file."""
     paths = checkpoint_paths(path)
     with open_checkpoint(path) as checkpoint:
         names = [name for name in checkpoint.tensors if name.startswith(PARTS)]
@@ -163,7 +163,7 @@ def _read_connector(
     settings: Mapping[str, Any],
     damaged: CheckpointError,
 ) -> ConnectorConfig:
-    """Read the dimensions of a connector. `shape` returns a tensor's, by its name and number of axes."""
+    """Read a connector's dimensions; `shape` returns a tensor's shape, given its name and number of axes."""
     connector = f"{stream}_embeddings_connector"
     block = f"{connector}.transformer_1d_blocks.0."
     gates = f"{block}attn1.to_gate_logits.weight"
@@ -188,7 +188,7 @@ def _read_connector(
 
 
 def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
-    """Return the number of rows that text positions are divided by.
+    """Return the number of rows by which the connectors divide text positions.
 
     Raises CheckpointError if the settings are of positions of another kind.
     """
@@ -209,7 +209,7 @@ def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
 
 
 class TextConnectors(nn.Module):
-    """Projections and connectors of the wanted streams."""
+    """Projections and connectors of the loaded streams."""
 
     def __init__(self, config: ConnectorsConfig) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class TextConnectors(nn.Module):
             self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Return the text for each stream, T S, of states L n C of the prompt's tokens.
+        """Turn a prompt's states, L n C (n layers), into text rows for each stream, T S.
 
         `rows` is T, the number of rows to fill.
         """
@@ -269,7 +269,7 @@ class Connector(nn.Module):
 
 
 class ConnectorBlock(nn.Module):
-    """Attention among all rows, then a feed-forward network; the norms before both have no weights."""
+    """Self-attention among all rows, then a feed-forward; both start with a norm without weights."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()

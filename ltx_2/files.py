@@ -79,7 +79,7 @@ class Ltx2Files(TransformerFiles):
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
-        """Return the files with the options of Gemma. `dtype`, a name, replaces --text_encoder_dtype."""
+        """Return these files with Gemma's options added; `dtype`, a name, replaces --text_encoder_dtype."""
         return replace(
             self,
             gemma=options.gemma,
@@ -121,7 +121,7 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer. For one stream alone, the layers of the other are left out."""
+        """Load the transformer; for a single stream, leave out the other stream's layers."""
         dit_format = FORMAT
         if not self.has_images:
             dit_format = AUDIO_ALONE
@@ -139,9 +139,9 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of the video VAE.
+        """Return the video VAE's latent space.
 
-        Without its file it is the releases', for the transformer's channels; for audio alone it is a
+        Without the VAE's file, it is the released one with the transformer's channels; for audio alone, a
         placeholder.
         """
         if not self.has_images:
@@ -164,7 +164,7 @@ class Ltx2Files(TransformerFiles):
         return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
@@ -172,7 +172,7 @@ class Ltx2Files(TransformerFiles):
         return super().vae_identity() if self.has_images else NO_IMAGES
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the video or the audio VAE, as far as used, is another model's."""
+        """Raise CheckpointError if a VAE that the run uses belongs to another model."""
         if self.has_images:
             read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
@@ -184,7 +184,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Latent space of audio; None if the run has no audio."""
+        """Return the latent space of audio; None if the run has no audio."""
         if not self.has_sound:
             return None
         try:
@@ -287,7 +287,7 @@ class Ltx2Files(TransformerFiles):
                 check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
-        """Return the names of the texts that the transformer needs.
+        """Check a batch's cached texts, and return the keys of those that the transformer needs.
 
         Raises CacheError if texts or sound are missing, or texts are of another release.
         """
@@ -327,19 +327,19 @@ def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
 
 
 def _lacks(checkpoint: Checkpoint, part: str) -> bool:
-    """Return whether a file has a transformer, but no tensor whose name begins with `part`."""
+    """Return whether a file has a transformer but no tensors that begin with `part`."""
     names = checkpoint.tensors
     has_dit = any(name.endswith("audio_patchify_proj.weight") for name in names)
     return has_dit and not any(name.startswith(part) for name in names)
 
 
 def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return the shape C T M of the latents of a clip's audio."""
+    """Return the shape C T M of a clip's audio latents."""
     return channels, latent_count(frames, fps), bins
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training or a generation. `streams` are those to train or generate."""
+    """Return the files of a training or generation; `streams` are the ones it trains or generates."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,

@@ -84,20 +84,17 @@ class StreamInputs:
         return self.make_waves(self.timesteps)
 
     def make_waves(self, timesteps: Tensor) -> Tensor:
-        """Return the sinusoids of timesteps, n to n freq_dim, of float32 angles as in training."""
+        """Return timesteps' sinusoids, n to n freq_dim, with float32 angles as in training."""
         return sinusoid(timesteps, self.freq_dim, torch.float32)
 
     @property
     def num_given(self) -> int:
-        """Number of tokens of references and given frames; these come first and have their own time."""
+        """Return the number of reference and given tokens, which come first and have their own time."""
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return channels to append to queries and keys, which weaken attention to references.
-
-        None if all references have full strength.
-        """
+        """Return extra query and key channels that weaken attention to references; None at full strength."""
         strengths = self.references.strengths
         if strengths is None:
             return None
@@ -106,14 +103,14 @@ class StreamInputs:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """The times of a stream's tokens, as fractions of its timestep."""
+    """Fractions of its timestep that a stream's tokens have."""
 
     fractions: Tensor  # S float32, different ones
     indices: Tensor  # B L int64: the fraction of each token
 
 
 def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
-    """Return the fraction of the timestep of each token of a stream, references first.
+    """Return which fraction of the timestep each token of a stream has, references first.
 
     Args:
         inputs: Inputs of the stream.
@@ -123,11 +120,12 @@ def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
     references = inputs.references
     num_reference_tokens = sum(references.counts)
     num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
-    with disable_modes():  # they have values even in a rehearsal of memory
+    with disable_modes():  # `unique` needs values, also in a rehearsal of memory
         shares = given.flatten(1).expand(len(latents), -1).clone()
         shares[:, :num_given_tokens] = WHOLE
         reference_share = WHOLE - round(WHOLE * references.share)
         reference_shares = shares.new_full((len(latents), num_reference_tokens), reference_share)
+        # few distinct shares: modulation is computed once for each
         distinct, indices = torch.cat([reference_shares, shares], dim=1).unique(return_inverse=True)
     fractions = 1 - distinct.float() / WHOLE
     return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
@@ -275,7 +273,7 @@ class LtxModel(nn.Module):
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> Hidden:
-        """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
+        """Embed all streams as tokens, B L+M W; return them with the blocks' other inputs.
 
         The arguments are those of `forward`, by stream. References come before the tokens of their stream;
         attention depends on positions only, not on the order of tokens.
@@ -359,7 +357,7 @@ class LtxModel(nn.Module):
         return [layer(text) for text in texts]
 
     def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
-        """Return shift and scale of a stream's text, B 1 2 C; zeros if no time changes them.
+        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the time.
 
         Returns None if texts are not modulated. `rows` are the stream's, for their dtype and device.
         """
@@ -400,7 +398,7 @@ class LtxModel(nn.Module):
         return self._mark_single_frames(tokens, inputs)
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
-        """Turn tokens B L+M W into the velocity of each stream, float32, in the shape of its latents."""
+        """Project tokens B L+M W to each stream's velocity, float32, in the shape of its latents."""
         velocities = {}
         for names, stream_x in tokens.split(x).items():
             stream = tokens.streams[names]
@@ -430,7 +428,7 @@ class LtxModel(nn.Module):
         return getattr(self, names.prefix + name)
 
     def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
-        """Return the rows of the modulation, B S R C, and the embedded times, B S C, from the layer.
+        """Return modulation rows, B S R C, and time embeddings, B S C, for the S times of a stream.
 
         S counts the different times in a stream. It is 1 if all tokens have the timestep, and 2 if given
         tokens stand in front: first their time, the references' fraction of the timestep (0 if they are

@@ -172,7 +172,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
 
     @property
     def text_dtype(self) -> str | None:
-        """Dtype of the text encoder by name. Raises OptionError if two are given."""
+        """Return the text encoder's dtype by name; raise OptionError if two are given."""
         mixed = DTYPES.get(self.mixed_precision)
         return _select_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
@@ -193,7 +193,7 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
-        """File of the transformer: --dit, else the released file."""
+        """Return the transformer's file: --dit, else the released file."""
         return self.dit or self.model.ltx2_checkpoint
 
 
@@ -456,7 +456,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Streams to generate."""
+        """Return the streams to generate."""
         return (AUDIO,) if self.sample_audio_only else self.model.streams
 
 
@@ -526,7 +526,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
 
 
 def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return the value that is given under either name; None if neither is given.
+    """Return an option's value given under either of two names; None if neither is given.
 
     Raises OptionError if both are given and differ.
     """
@@ -556,12 +556,12 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
-    """Return the options that cache texts with a release's text encoder, with a placeholder for its file."""
+    """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
     return Ltx2TextOptions.usual().words(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

@@ -25,11 +25,11 @@ from protocols.requests import PixelEdit, Prepared
 
 
 def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -> Prepared:
-    """Return a request whose decoded result gets the source's pixels where its latents were kept.
+    """Return the request with an edit that pastes the source's pixels where its latents stayed unchanged.
 
     Args:
         prepared: The request, of full size if it has stages.
-        media: Options of what is kept, with --paste_source.
+        media: Options of given media, with --paste_source.
         latent: Latent space of the video.
 
     Raises:

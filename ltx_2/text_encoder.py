@@ -241,11 +241,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def text_side(self) -> nn.Module:
-        """The connectors."""
+        """Return the connectors."""
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of Gemma that stay in host memory next to the connectors."""
+        """Return how many bytes of Gemma stay in host memory next to the connectors."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(

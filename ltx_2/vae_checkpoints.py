@@ -95,10 +95,7 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 
 
 class _NestedLevel(NamedTuple):
-    """Position of a residual block or resampling layer in diffusers' layout.
-
-    Positions sort in the order of the layers.
-    """
+    """Position of a residual block or resampling layer in diffusers' layout, which sorts in layer order."""
 
     half: str  # encoder or decoder
     # index of its level; the middle block is the last level of the encoder, or the first of the decoder
@@ -120,7 +117,7 @@ def _read_level(match: re.Match[str]) -> _NestedLevel:
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that translates diffusers' nested names to flat ones.
+    """Return a function that translates diffusers' nested layer names to the official flat ones.
 
     The official names count residual blocks and resamplings of all levels in one list. A level's resampling
     comes first in the decoder, last in the encoder.
@@ -148,7 +145,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
-    """Read the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
+    """Read the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """

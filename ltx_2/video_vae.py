@@ -102,7 +102,7 @@ class LtxVideoVae(nn.Module):
         return tiles(size, max(MIN_TILE, edge))
 
     def _means(self, pixels: Tensor) -> Iterator[Tensor]:
-        """Yield the means of each latent frame, B Z 1 h w float32."""
+        """Yield the posterior mean of each latent frame, B Z 1 h w float32."""
         step = self.config.stride[0]
         memory = ClipMemory()
         for group in pixels.split([1] + [step] * ((pixels.shape[2] - 1) // step), dim=2):

@@ -192,7 +192,7 @@ class ClipConv(nn.Module):
 
 
 def _mirror_borders(x: Tensor) -> None:
-    """Fill the border of one pixel around x, B C T H W, by reflection."""
+    """Fill the one-pixel border of x, B C T H W, by reflection."""
     x[..., 0, :] = x[..., 2, :]
     x[..., -1, :] = x[..., -3, :]
     x[..., 0] = x[..., 2]
@@ -224,7 +224,7 @@ class PixelsToChannels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
-        """Return the next frames x, B C T H W, at the lower resolution."""
+        """Downsample the next frames x, B C T H W."""
         if memory.starts(self):
             x = torch.cat([x[:, :, :1]] * (self.part.factors[0] - 1) + [x], dim=2)
         h = _fold(self.conv(x, memory), self.part.factors)
@@ -232,10 +232,7 @@ class PixelsToChannels(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Convolve, then move channels to pixels, which multiplies frames, height and width by `part.factors`.
-
-    The first input frame of a clip yields a single frame, as the VAE is causal.
-    """
+    """Convolve, then move channels to blocks of pixels; of the first block, keep only the last frame."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()
@@ -243,7 +240,7 @@ class ChannelsToPixels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Return the next frames x, B C T H W, at the higher resolution; None marks the end of the clip."""
+        """Upsample the next frames x, B C T H W; None marks the end of the clip."""
         h = self.conv(x, memory)
         frames = h.shape[2]
         h = _unfold(h, self.part.factors)
@@ -254,7 +251,7 @@ class ChannelsToPixels(nn.Module):
 
 
 def _fold(x: Tensor, factors: Factors) -> Tensor:
-    """Return blocks of pixels as channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
+    """Move blocks of pixels to channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
     i, j, k = factors
     batch, channels, frames, height, width = x.shape
     size = (batch, channels * i * j * k, frames // i, height // j, width // k)
@@ -291,7 +288,7 @@ def _flat(groups: nn.ModuleList) -> list[nn.Module]:
 
 
 class VideoVaeEncoder(nn.Module):
-    """Encode pixels of a clip as means of the posterior and one additional channel."""
+    """Encode a clip's pixels as posterior means and one additional channel."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()
@@ -305,7 +302,7 @@ class VideoVaeEncoder(nn.Module):
         self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
-        """Encode the first frame, or whole groups of later ones: B 3 T H W to B Z+1 t h w."""
+        """Encode the first frame, or whole groups of later frames: B 3 T H W to B Z+1 t h w."""
         # unlike a plain unfolding, the column in a patch changes slower than the row
         x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch)
         x = x.contiguous(memory_format=layouts(x.device)[0])

@@ -57,9 +57,9 @@ class LuminaTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
@@ -109,7 +109,7 @@ class GroupedAttention(nn.Module):
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        """Return the attention of tokens, B L N D, from heads that are not rotated yet."""
+        """Return the attention of tokens, B L N D, from heads without rotary embedding."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         return attend(query, *serve(query, key, value), tokens.attention, lengths)
@@ -200,7 +200,7 @@ class JointTransformerBlock(nn.Module):
         return self.feed(x, scale2, gate2, tokens.dtype)
 
     def modulation(self, time: Tensor) -> tuple[Tensor | None, ...]:
-        """Return scale and gate of attention and of feed-forward, each B 1 C float32.
+        """Return scale and gate for attention and for the feed-forward, each B 1 C float32.
 
         Each is None in a block without modulation.
         """
@@ -225,7 +225,7 @@ class JointTransformerBlock(nn.Module):
 
 
 class LuminaFinalLayer(nn.Module):
-    """Final norm, scaled by the time, and projection to patches."""
+    """Final norm, scaled by the timestep, and projection to patches."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ class LuminaModel(BlockNetwork):
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -95,7 +95,7 @@ class LuminaModel(BlockNetwork):
         caption_mask: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
+        """Embed and refine image and caption tokens, B L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B in_dim H W.
@@ -127,6 +127,7 @@ class LuminaModel(BlockNetwork):
         text, tokens = captions[0]
 
         image = self.embed_image(patches, dtype)
+        # the refiner sees the image alone: the first rows of the joint rotary table
         image_tokens = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, image_tokens)

@@ -128,7 +128,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
             system_prompt: Text before every prompt; "" for none.
-            in_negative: Put it before negative prompts, too.
+            in_negative: Whether the system prompt also precedes negative prompts.
             max_tokens: Maximum length of a prompt, rounded up to a multiple of 8.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer)

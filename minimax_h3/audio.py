@@ -89,7 +89,7 @@ class H3AudioVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Audio:
-        """Return the audio of normalized latents, 1 Z 2 A on any device."""
+        """Decode normalized latents, 1 Z 2 A on any device, to audio."""
         mean, std = self._statistics()
         by_channel = latents[0].transpose(0, 1).to(self.device, torch.float32)  # 2 Z A
         waveform: Tensor = self._network.decode(by_channel * std + mean).sample
@@ -100,7 +100,7 @@ class H3AudioVae:
         return prod(self._network.config.encoder_rates)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 Z 1: one for each channel of the latents."""
+        """Return each latent channel's mean and standard deviation, both 1 Z 1."""
         config = self._network.config
         numbers = (config.latents_mean or AUDIO_MEAN, config.latents_std or AUDIO_STD)
         mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1) for values in numbers)
@@ -128,12 +128,14 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
     }
+    # declared_settings returns the path of config.json and its settings
     declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})[1]
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
         if declared.get(key) is not None:
             settings[key] = declared[key]
     statistics = (settings.get("latents_mean", AUDIO_MEAN), settings.get("latents_std", AUDIO_STD))
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
+    # encoder and decoder must change the length by the same factor
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
         raise rejection
     return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrized))

@@ -72,7 +72,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_l
 
 @contextmanager
 def _of_dataset(name: str) -> Iterator[None]:
-    """Convert errors of the block about options and files to errors about a table."""
+    """Convert option and file errors in the block to errors that name a table."""
     try:
         yield
     except (OptionError, MediaError) as error:

@@ -78,7 +78,7 @@ def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
 
 
 class H3CachingEncoder(H3TextEncoder):
-    """The text encoder that caches the states for one task. Set its fields before it is used."""
+    """Text encoder that caches states for one task; set its fields before use."""
 
     task = "t2va"
     teacher: str | None = None  # key of `TEACHER_ROWS` for a teacher's additional states; None without
@@ -228,7 +228,7 @@ class H3CachingFiles(H3Files):
         return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
-        """Return the text encoder, set to the task."""
+        """Return the text encoder, set up for the task."""
         encoder = super().language_model()
         assert isinstance(encoder, H3CachingEncoder)
         encoder.set_task(self.task, self.teacher, self.states_dtype)

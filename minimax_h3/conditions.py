@@ -58,9 +58,9 @@ def control_key(number: int) -> str:
 
 @torch.no_grad()
 def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
-    """Return the latents of a keyframe, reference image or clip, 1 Z f h w float32 on the CPU.
+    """Encode a keyframe, reference image or clip as 1 Z f h w float32 on the CPU.
 
-    They are normalized and not noised yet. `pixels` are 1 3 F H W uint8, F = 1 or 17n + 5.
+    The latents are normalized and not noised yet. `pixels` are 1 3 F H W uint8, F = 1 or 17n + 5.
     """
     moments = vae.encode_moments(pixels)
     generator = torch.Generator().manual_seed(SEED)
@@ -86,7 +86,7 @@ def is_visual(key: str) -> bool:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return the names of conditions in order: first and last frame, controls, references by number.
+    """Return the condition names in order: first and last frame, controls, references by number.
 
     Other names are left out. Noise is drawn in this order. A clip's audio comes before the clip.
     """

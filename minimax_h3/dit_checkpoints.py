@@ -69,10 +69,9 @@ IGNORED = ("rope.inv_freq",)  # computed here instead
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of rows in fused weights: INTERLEAVED in a sharded model, STACKED in a single file.
+    """Return the row order of the fused matrix in a file with released names, according to its file name.
 
-    The tensors of both releases are alike, so only the path shows the order. `path` is a file, or the first
-    shard, index or folder of a sharded model.
+    `path` is a file, a first shard, an index or a folder; the last three count as shards.
     """
     return INTERLEAVED if is_sharded(path) else STACKED
 
@@ -151,7 +150,7 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
 
 
 def _check_positions(config: H3Config, path: Path) -> None:
-    """Raise CheckpointError if heads have fewer channels than positions rotate."""
+    """Raise CheckpointError if heads have fewer channels than the rotary embedding rotates."""
     turned = 2 * AXES * config.frequencies
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
@@ -223,7 +222,7 @@ def _make_stackers(
 
 @functools.cache
 def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return the format of transformer files. `layout` is as in `read_header`."""
+    """Return the format of transformer files; `layout` is as in `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

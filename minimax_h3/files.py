@@ -162,7 +162,7 @@ class H3TextEncoder(LanguageModelEncoder):
     def _list_tokens(
         self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
-        """Return the tokens of the media before a prompt, and the tag of each token."""
+        """Return the token ids of the media before a prompt, with a tag (text or image) for each."""
         begin = self.find_token(tokenizer, BEGIN)
         pad = self.find_token(tokenizer, PAD)
         end = self.find_token(tokenizer, END)
@@ -203,7 +203,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
-        """Format of transformer files, which depends on --h3_qkv_layout."""
+        """Return the format of transformer files, which depends on --h3_qkv_layout."""
         return make_format(self.qkv_layout)
 
     def add_vaes(self, options: H3VaeOptions) -> Self:
@@ -214,7 +214,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def check_task(self) -> None:
@@ -280,7 +280,7 @@ class H3Files(LanguageModelFiles):
         return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
 
     def audio_identity(self) -> dict[str, str]:
-        """Return what cached audio depends on apart from the samples; the VAE is float32."""
+        """Return what cached audio depends on besides the samples; the VAE is float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
     def load_audio(self, device: torch.device) -> H3AudioVae:

@@ -19,7 +19,7 @@ SIDE = 32.0  # side of a square image, in units of space
 
 
 class ImageGrid(NamedTuple):
-    """Latent frames, and rows and columns of their tokens."""
+    """Number of latent frames, and of rows and columns of tokens in each."""
 
     frames: int
     rows: int
@@ -41,7 +41,7 @@ class ImagePlace:
 
 @dataclass(frozen=True)
 class AudioPlace:
-    """Position of audio tokens on the clock: all latents of the left channel, then of the right one."""
+    """Time position of audio tokens: all latents of the left channel, then of the right one."""
 
     latents: int
     start: float
@@ -61,7 +61,7 @@ def last_frame_place(start: float, frames: int) -> float:
 
 
 def clip_span(frames: int) -> float:
-    """Return the duration of a reference clip of `frames` latent frames, the sum of their durations."""
+    """Return the duration of a reference clip: the sum of its latent frames' durations."""
     return float(sum(spans(frames).tolist()))
 
 

@@ -53,7 +53,7 @@ SHOWN_AUDIO = Shown(AUDIO)
 
 
 def show_image(pixels: Tensor) -> Shown:
-    """Present an image, H W 3 uint8."""
+    """Present an image, H W 3 uint8, to the text encoder."""
     return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
 
 
@@ -68,12 +68,12 @@ def _hash(pixels: Tensor) -> str:
 
 
 def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
-    """Present keyframes, first and last, H W 3 uint8 each, as large as the clip."""
+    """Present the first and last keyframes, H W 3 uint8 each in the clip's size, to the text encoder."""
     return tuple(show_image(image) for image in pictures)
 
 
 class PresentedPiece(NamedTuple):
-    """A text, or a vision block, in the order of a presentation."""
+    """A text or a block of vision tokens, in the order of presentation."""
 
     text: str = ""
     tokens: int = 0  # number of tokens between the block's start and end tokens

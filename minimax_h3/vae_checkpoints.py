@@ -56,7 +56,7 @@ DIFFUSERS: Names = (
 
 
 def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
-    """Plan how to load a video VAE. Raises CheckpointError for any other file."""
+    """Plan how to load MiniMax-H3's video VAE; raise CheckpointError for any other file."""
     names = checkpoint.tensors
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
-    """Return what the config.json next to the file declares."""
+    """Read the settings that the config.json next to the file declares."""
     path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():

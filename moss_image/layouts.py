@@ -80,7 +80,7 @@ def _find_box_errors(box: Any, size: Size) -> list[str]:
 
 
 def fit_layout(text: str, size: Size, fit: Fit) -> str:
-    """Return a layout whose boxes are in the pixels of the image's bucket; other texts unchanged.
+    """Convert a JSON layout's boxes to pixels of the image's bucket; return other texts unchanged.
 
     `size` is the image's width and height. Boxes are clipped at the edges of the bucket; items that are
     cropped away are left out.

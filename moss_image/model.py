@@ -54,7 +54,7 @@ class MossImageTokens(Krea2Tokens):
 
 
 class MossImageTextBlock(nn.Module):
-    """Block in which all tokens of a text attend to each other, without modulation."""
+    """Self-attention block among a text's tokens, without modulation."""
 
     def __init__(self, config: MossImageConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class MossImageTextBlock(nn.Module):
 
 
 class MossImageText(nn.Module):
-    """Turns states of the language model into tokens, which attend to each other."""
+    """Project the language model's states to tokens, and let the tokens attend to each other."""
 
     def __init__(self, config: MossImageConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class MossImageBlock(GroupedAttention):
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two normed."""
+        """Return heads of modulated tokens B L C: query, key, value, each B L N D; q and k normalized."""
         query, key, value = (
             in_own_dtype(self.proj[name], x).unflatten(-1, (-1, self.head_width)) for name in "qkv"
         )
@@ -156,7 +156,7 @@ class MossImageBlock(GroupedAttention):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
         image = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.norm1(image), shift, scale, tokens.dtype)
@@ -169,7 +169,7 @@ class MossImageBlock(GroupedAttention):
 
 
 class MossImageLayout(NamedTuple):
-    """Key of a rotary table."""
+    """Sizes of images and texts, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
     references: tuple[Grid, ...]
@@ -190,7 +190,7 @@ class RefinedText(NamedTuple):
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
+        """Return sequence lengths: each sample's real tokens plus `before`; None if all tokens are real."""
         if len(self.clocks) == 1:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -220,7 +220,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -292,7 +292,7 @@ class MossImageModel(BlockNetwork):
         return remember(self, Hidden(x, tokens), self.attentions(), overrides)
 
     def attentions(self) -> list[MossImageBlock]:
-        """The blocks, which are attention layers themselves."""
+        """Return the blocks, which are attention layers themselves."""
         return [block for block in self.layers if isinstance(block, MossImageBlock)]
 
     def embed(
@@ -382,7 +382,7 @@ class MossImageModel(BlockNetwork):
         return height, width
 
     def embed_image(self, latents: Tensor) -> Tensor:
-        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
+        """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
         return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
@@ -424,7 +424,7 @@ class MossImageModel(BlockNetwork):
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
     def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
-        """Return the pairs of a sample's tokens, R+L+T 1 D/2 2. `clock` is the length of its text."""
+        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `clock` is its text's length."""
         tables = []
         grids = [*enumerate(layout.references, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
@@ -440,10 +440,7 @@ class MossImageModel(BlockNetwork):
         return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
     def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the rotary pairs (cosine, sine) of a grid's n tokens, n 1 D/2 2 float32.
-
-        `positions` holds the float64 positions along each axis.
-        """
+        """Return a grid's rotary pairs, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:

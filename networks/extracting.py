@@ -349,7 +349,7 @@ class KeptChange:
         return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
-        """Add a module's change and the product of its LoRA factors; both out x in, float32."""
+        """Count a module's change, out x in, and its difference from the product of the LoRA factors."""
         self.total += float(torch.linalg.vector_norm(change)) ** 2
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 

@@ -169,6 +169,7 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
         fits = len(a) == len(b) == 2 and a[1] == b[0]
         shape = (a[0], *b[1:])
     else:
+        # r x out, r x in, and a core r x r x kernel
         fits = len(a) == len(b) == 2 and core[:2] == (a[0], b[0])
         shape = (a[1], b[1], *core[2:])
     if not fits:

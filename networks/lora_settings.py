@@ -159,7 +159,7 @@ class LoraSettings:
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
-        num_parts = 0
+        num_parts = 0  # a layer that is not fused
         for ending, count in self.rules.fused.items():
             if name.endswith(ending.replace(".", "_")):
                 num_parts = count

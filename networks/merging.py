@@ -499,7 +499,7 @@ class _LowRank(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, int]:
-        """Return the shape of the inputs (x kernel), and the number of outputs."""
+        """Return the input axes of the weight (with the kernel), and the number of outputs."""
         return self.down.shape[1:], len(self.up)
 
     def in_words(self) -> str:

@@ -343,7 +343,7 @@ def _resize_module(
     kept_values = singular_values[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
-    kernel_axes = [1] * len(product.kernel)
+    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank

@@ -198,6 +198,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
         pieces = _order_pieces(keys_by_number, tensors, alpha)
         if not _can_be_joined(module, list(keys_by_number), pieces):
             continue
+        # the joined LoRA replaces the numbered factors and the module's alpha
         for keys in keys_by_number.values():
             for key in keys.values():
                 del joined[key]

@@ -223,6 +223,7 @@ def without_starts(path: str) -> list[Bare]:
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [Bare(path, special)]
     known = _find_starts()
+    # a name with the prefix of a tool has underscores, even if it also contains a dot
     starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
     while True:
         start = next((start for start in starts if path.startswith(start)), "")

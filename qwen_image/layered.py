@@ -91,7 +91,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model."""
+        """Return the model's metadata."""
         return self.metadata_of(
             {
                 "architecture": VERSION.architecture,
@@ -105,7 +105,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE and the range of its input."""
+        """Return what cached latents depend on: the VAE and the range of its input."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -199,7 +199,7 @@ class QwenImageLayered(ModelOfImages):
         return request
 
     def _count_layers(self, request: Request) -> int:
-        """Return the number of layers in a training's sample, in a prompt line, or in the option."""
+        """Return the number of layers from a training's sample, a prompt line or the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:
@@ -232,7 +232,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for starts of denoising: saved latents of this model only."""
+        """Return what denoising may start from: saved latents of this model only."""
         return SourceRules((LATENTS,), self.called, False, self.same_latents)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:

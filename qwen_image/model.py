@@ -277,8 +277,8 @@ class QwenImageModel(BlockNetwork):
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
         An image's token is at (index of the image, row, column), with rows and columns counted from the
-        middle. A text's token j is at j + the largest half of an image's side, on all three axes; with
-        layers, at least at j + their number.
+        middle. A text's token j is at j + start on all three axes, where start is half the longest edge of
+        all images, or with layers at least their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis

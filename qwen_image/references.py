@@ -31,7 +31,7 @@ AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 
 def official_size(size: Size, area: int) -> Size:
-    """Return a size of about `area` pixels in the shape of `size`, in multiples of OFFICIAL_STEP."""
+    """Return a size of about `area` pixels with the aspect ratio of `size`, in multiples of OFFICIAL_STEP."""
     shape = size[0] / size[1]
     width = math.sqrt(area * shape)
     height = width / shape
@@ -57,7 +57,7 @@ def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size
 def read_reference(
     path: Path, target: Size | None = None, *, area: int | None = None, has_alpha: bool = False
 ) -> Tensor:
-    """Read an image as the model takes it: H W 3 uint8, or H W 4 with alpha.
+    """Read an image and resize or crop it for the model: H W 3 uint8, or H W 4 with alpha.
 
     Args:
         path: The image file.
@@ -87,7 +87,7 @@ def find_area(options: QwenImageReferenceOptions) -> int | None:
 
 
 def fill_size(request: Request) -> Request:
-    """Fill in a missing size of the request: a megapixel in the shape of its last image."""
+    """Fill in a missing size: about a megapixel, with the aspect ratio of the last image."""
     if request.width is not None or request.height is not None or not request.control_images:
         return request
     try:

@@ -42,7 +42,7 @@ def hash_images(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the entry of each image of a batch with the hashes of its references."""
+    """Return the cache entries of a batch's images, with the hashes of their references added."""
     hashed = []
     for index, (entry,) in enumerate(entries):
         hashes = hash_images([frames[index, 0] for frames in media.control])

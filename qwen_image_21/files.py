@@ -216,7 +216,7 @@ def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Ma
 
 @functools.cache  # so that headers that were read are found again
 def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
-    """Return the format of transformer files. `config_json` is that of --dit_config."""
+    """Return the format of transformer files; `config_json` is the path from --dit_config."""
     return DitFormat(
         functools.partial(_read_header, config_json=config_json),
         lambda _: WHAT,
@@ -259,7 +259,7 @@ def find_turbo(dit: Path | None) -> Turbo | None:
 
 
 def _read_levels(index: Path) -> tuple[float, ...] | None:
-    """Return `sample_sigmas` of a model_index.json; None if it has none.
+    """Return the noise levels `sample_sigmas` of a model_index.json; None if it has none.
 
     Raises CheckpointError if they are not noise levels.
     """
@@ -272,7 +272,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         return None
     is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
     if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
-        levels = [0, 0]  # these do not fall, so that the error below is raised
+        levels = [0, 0]  # not falling, so the error below is raised
     if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
         raise CheckpointError(
             f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
@@ -292,7 +292,7 @@ class QwenImage21Files(LanguageModelFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def add_config(self, path: Path | None) -> Self:
-        """Return the files with --dit_config. Raises OptionError if there is no such file."""
+        """Return a copy of these files with --dit_config added; raise OptionError if that file is missing."""
         if path is not None and not path.is_file():
             raise OptionError(f"--dit_config {path}: no such file. Correct the path, or leave the option out")
         return replace(self, dit_config=path)
@@ -324,7 +324,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Number of latent channels of the files; None if no option names a file."""
+        """Return the latent channels of the run's files; None if no option names a file."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

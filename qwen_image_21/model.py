@@ -55,7 +55,7 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a prefix that attend to the same tokens."""
+    """Consecutive tokens of a prefix that see the same tokens."""
 
     start: int  # in the prefix
     end: int
@@ -91,7 +91,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the prefix, references included."""
+        """Return the number of tokens in the prefix, including references."""
         return self.texts + sum(rows * columns for rows, columns in self.grids)
 
 
@@ -121,7 +121,7 @@ class QwenImage21Tokens:
         return 0
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of one process of sequence parallelism; `rotary` still covers all tokens."""
+        """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
@@ -135,7 +135,7 @@ class QwenImage21Tokens:
 
 
 class QwenImage21Attention(nn.Module):
-    """Attention of an image to all tokens; tokens of the prefix attend to earlier tokens only."""
+    """Attention of image tokens to all tokens; tokens of the prefix attend only to earlier ones."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class QwenImage21Block(nn.Module):
         return x.clamp(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
 
     def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B L+P C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B L+P C to B L C."""
         scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
         return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
 
@@ -314,7 +314,7 @@ class QwenImage21TextLayers(nn.Module):
 
 
 class QwenImage21LastNorm(nn.Module):
-    """Final norm, scaled by the time."""
+    """Final norm, scaled by the timestep."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class QwenImage21LastNorm(nn.Module):
 
 
 class QwenImage21Layout(NamedTuple):
-    """Key of a rotary table."""
+    """Grid and prefixes, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
     prefixes: tuple[Prefix, ...]  # prefix of each sample
@@ -428,7 +428,7 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
-        """Return the tokens of image and prefix, B L+P C, and the other inputs of the blocks.
+        """Embed an image and its prefix as tokens, B L+P C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -438,7 +438,7 @@ class QwenImage21Model(BlockNetwork):
             slots: B n ascending, on the host: the text token before which each reference is inserted.
             overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
-            is_remembered: Leave out the prefix, whose keys and values the blocks have.
+            is_remembered: Leave out the prefix, because the blocks have stored its keys and values.
 
         Raises:
             ValueError: If sizes do not match.
@@ -523,7 +523,7 @@ class QwenImage21Model(BlockNetwork):
         return height, width
 
     def embed_image(self, latents: Tensor) -> Tensor:
-        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
+        """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
         return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def modulation_rows(self, times: Tensor) -> Tensor:
@@ -539,11 +539,11 @@ class QwenImage21Model(BlockNetwork):
         return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
+        """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
 
-        They are computed from float64 angles. Each token of the text advances all three positions by one. An
+        It is computed from float64 angles. Each token of the text advances all three positions by one. An
         image's token is at (time, row, column), with the time that the text has reached, and rows and columns
-        counted from the middle; the text continues after its longer side.
+        counted from the middle; the text continues after its longer edge.
         """
         tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:

@@ -112,7 +112,7 @@ class ImageResidual(nn.Module):
 
 
 class ImageMiddle(nn.Module):
-    """Two residual blocks with an attention among all pixels between them."""
+    """Two residual blocks with self-attention among all pixels between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ImageMiddle(nn.Module):
 
 
 class ImageResample(nn.Module):
-    """Halves or doubles height and width. The released layers over time leave a single frame unchanged."""
+    """Halve or double height and width; the released layers over time leave a single frame unchanged."""
 
     def __init__(self, width: int, is_down: bool) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class QwenImage21Vae(ImageVae):
         return (means - mean) / deviation
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """Return pixels, B 4 H W float32, of normalized latents, B Z h w."""
+        """Decode normalized latents, B Z h w, to RGBA pixels, B 4 H W float32."""
         mean, deviation = self._statistics()
         # in float32: 16 bits would tint every image
         means = self.place(latents.to(self.device).float() * deviation + mean)
@@ -313,7 +313,7 @@ class QwenImage21Vae(ImageVae):
 
 
 def add_alpha(pixels: Tensor) -> Tensor:
-    """Return pixels, uint8 or -1..1, with four channels, B 4 F H W; three channels become opaque."""
+    """Add an opaque alpha channel to pixels, B 3 F H W uint8 or -1..1; leave four channels unchanged."""
     if pixels.shape[1] == PIXEL_CHANNELS:
         return pixels
     opaque = 255 if pixels.dtype == torch.uint8 else OPAQUE
@@ -322,7 +322,7 @@ def add_alpha(pixels: Tensor) -> Tensor:
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
-    """Plan how to load the VAE: a single file or diffusers' folder.
+    """Plan how to load Qwen-Image-2.1's VAE, from a single file or a diffusers folder.
 
     Raises CheckpointError for any other file, or if config.json next to it does not fit.
     """
@@ -434,7 +434,7 @@ def _are_numbers(values: Any, length: int, minimum: float) -> bool:
 
 
 def read_vae_config(path: Path) -> QwenImage21VaeConfig:
-    """Return the dimensions of the VAE in a file, or in the folder `vae` of a release, from its header.
+    """Read the VAE's dimensions from the header of a file, or of a release folder's `vae`.
 
     Raises CheckpointError if it is missing, damaged or another model.
     """

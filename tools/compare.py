@@ -24,7 +24,7 @@ from protocols.families import identify, with_scripts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate one clip for each prompt, LoRA file and strength, and join them in a grid.
+    """Generate a clip for each combination of prompt, LoRA file and strength, and join them in a grid.
 
     Options that this command does not know are passed to the family's generation script.
     """
@@ -56,7 +56,7 @@ def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
 
 
 def _with_lora_option(words: list[str]) -> list[str]:
-    """Return the command line; if it begins with files, --lora is put in front of them."""
+    """Insert --lora at the front of a command line that begins with files."""
     begins_with_file = bool(words) and not words[0].startswith("-")
     return ["--lora", *words] if begins_with_file else words
 

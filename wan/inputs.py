@@ -198,7 +198,7 @@ def encode_inputs(
             width=prepared.width,
             height=prepared.height,
             frames=prepared.frames,
-            end_frames=FRAMES_PER_LATENT if has_end else 0,
+            end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
         )
         control = control_channels(task, vae.encode(pixels), image, has_end)
         conditions["condition_latents"] = control.cpu()

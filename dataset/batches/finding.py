@@ -237,7 +237,7 @@ def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
 
 
 class _AudioCaches:
-    """Audio caches of a table."""
+    """Audio caches of a table, which are added to the table's training items."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems

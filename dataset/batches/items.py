@@ -152,7 +152,7 @@ class CachingCommands:
 
 
 def _name_scripts() -> tuple[str, str]:
-    """Return words for the scripts, where no family names them."""
+    """Return generic names of the two caching scripts, for messages without a family."""
     return "the latent caching script", "the text caching script"
 
 

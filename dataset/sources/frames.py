@@ -39,10 +39,11 @@ LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read 
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
-    """Return the spans of a clip with `kept_frames` frames; () if it is too short for all target_frames.
+    """Return the spans (first frame, length) of a clip with `kept_frames` frames.
 
-    Spans are sorted by target, then by start, without duplicates. `lengths` are the clip lengths of the
-    family, to which frame_extraction = "full" rounds down.
+    The result is () if the clip is shorter than all target_frames. Spans are sorted by target, then by start,
+    without duplicates. `lengths` are the clip lengths of the family, to which frame_extraction = "full"
+    rounds down.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)

@@ -164,7 +164,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Identity of a file, or of a folder of images."""
+    """Name, size, time and hash of a file or folder of images, by which changes are detected."""
 
     name: str
     size_bytes: int

@@ -80,7 +80,7 @@ def find_media_warnings(
 
 
 def whole_texts(source: MediaSource) -> Iterator[str]:
-    """Yield the captions of a source as the text encoder gets them if nothing is dropped or shuffled.
+    """Yield the captions of a source as an encoder gets them when nothing is dropped or shuffled.
 
     One alternative of each choice `{a|b}` is drawn, always the same.
     """
