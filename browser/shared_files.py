@@ -194,9 +194,8 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
         head = file.read(8)
         if len(head) < 8:
             return
-        length = min(
-            int.from_bytes(head[4:], "little"), size - start - 8
-        )  # a wrong length ends at the end of the file
+        # a wrong length must not lead beyond the end of the file
+        length = min(int.from_bytes(head[4:], "little"), size - start - 8)
         if head[:4] in WAV_TEXTS:
             yield Blank(start, 4, b"JUNK")
             yield Blank(start + 8, length)
