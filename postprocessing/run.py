@@ -229,7 +229,6 @@ def run_video(
     ):
         for image in run_stages(stages, pictures, clips):
             put(image)
-            # x
             del image  # written and forgotten while the next one is made
             frames += 1
             bar.update()

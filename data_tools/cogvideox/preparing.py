@@ -77,7 +77,6 @@ def prepare(options: PrepareOptions) -> None:
                 raise SystemExit(DatasetError.exit_code)
             return
         # items whose files all exist now, from this run or earlier ones
-        # items whose files all exist now, from this run or earlier ones
         complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
     num_prepared = sum(count for count, _ in gathered) - len(failures)

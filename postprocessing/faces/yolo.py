@@ -105,7 +105,6 @@ class YoloDetector:
             counts.append(sum(cells))
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             # the file selects the best boxes itself: corners, score, class, then points
-            # x
             rows = result[result[:, BOX] >= least_score]
             points = _read_points(rows[:, BOX + 2 :], numbers_of_point=3)
             return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)

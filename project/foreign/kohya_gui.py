@@ -129,7 +129,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
         without_effect |= {*_OFFSET}
     if not is_on(values.get("flux1_checkbox")):
         without_effect |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
-        # the checkbox itself is read even if it is off
+        # it is read above, although its name starts with flux1_
         without_effect.discard("flux1_checkbox")
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
         without_effect.add("min_snr_gamma")
