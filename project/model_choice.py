@@ -391,7 +391,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the task to train without asking: the typed one, else the only one that suits a first LoRA.
+    """Return the typed task, else the only one without few steps, an adapter or an image to edit.
 
     `text` is the value of --task, which matches all of `tasks`; None if it is not set.
 

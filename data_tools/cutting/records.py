@@ -232,7 +232,7 @@ class ClipList:
 
 
 def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return a clip's entry in the list: path and properties. Captions are added by other programs."""
+    """Return a clip's entry in the list: path and properties. Captions are added later."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),
