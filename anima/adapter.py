@@ -45,7 +45,7 @@ class AdapterAttention(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """Self-attention, attention to the states, feed-forward; each is normed before and added."""
+    """Self-attention, cross-attention to the states, and feed-forward, each with a norm before it."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Return the rows of one prompt, 1 T C. There is no padding, so that nothing is masked.
+        """Turn one prompt's T5 tokens and Qwen3 states into text rows, 1 T C, without padding or masks.
 
         Args:
             states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of
@@ -114,7 +114,7 @@ def read_texts(
     rows: int,
     attention: AttentionChoice,
 ) -> list[Tensor]:
-    """Return the adapter's rows of each prompt, n C with n <= `rows`; the transformer pads them with zeros.
+    """Run the LLM adapter on each prompt, and return its weighted rows, n C with n <= `rows`.
 
     Args:
         adapter: The adapter.

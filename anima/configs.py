@@ -59,12 +59,12 @@ class AnimaConfig:
 
     @property
     def head_width(self) -> int:
-        """Number of channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.dim // self.num_heads
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode time, rows and columns."""
+        """Return the channels of a head that encode time, rows and columns."""
         side = self.head_width // 6 * 2
         return self.head_width - 2 * side, side, side
 

@@ -101,7 +101,7 @@ class Anima(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
+        """Return the default size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
         if self.custom_network is None:
             return DEFAULTS
         mask = (control_pictures.MASK_PATH,) if self.takes_mask else ()
@@ -109,13 +109,13 @@ class Anima(ModelOfImages):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the ControlNet-LLLite that is trained sees a mask, too."""
+        """Return whether the ControlNet-LLLite in training also takes a mask."""
         return self.noise.vary_inputs is not None
 
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError unless a table fits: control images belong to a ControlNet-LLLite only."""
+        """Raise DatasetError if a table has control images without a ControlNet-LLLite, or the reverse."""
         if self.custom_network is not None:
             table = control_pictures.check_controls(table, self.custom_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -133,7 +133,7 @@ class Anima(ModelOfImages):
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Learning rates of parts, if full training sets any."""
+        """Return the learning rates of parts, if full training sets any."""
         return self.options.part_rates if isinstance(self.options, AnimaFullTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
@@ -159,7 +159,7 @@ class Anima(ModelOfImages):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and tokens. Raises CacheError or CheckpointError if they do not fit."""
+        """Return text states, T5 tokens and controls; raise CacheError or CheckpointError for misfits."""
         batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
         adapter = self.files.adapter_config()
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
@@ -207,7 +207,7 @@ class Anima(ModelOfImages):
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the control image for a ControlNet-LLLite, as pixels."""
+        """Return the pixels of the control image, and its mask, for a ControlNet-LLLite."""
         size = prepared.width, prepared.height
         if self.custom_network is not None:
             controls = control_pictures.sample_controls(prepared)
@@ -230,7 +230,7 @@ class Anima(ModelOfImages):
         return {0: controls}
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve size, flow shift and guidance of a request."""
+        """Fill in a request's size, flow shift and guidance."""
         return self.resolve_image(request, FLOW_SHIFT)
 
     def sections(
@@ -240,7 +240,7 @@ class Anima(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, after checking that the adapter has all of the prompt's tokens."""
+        """Yield the only section, after checking that the adapter has all tokens of the prompt."""
         vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)
@@ -249,7 +249,7 @@ class Anima(ModelOfImages):
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions of texts under the names of the network's arguments."""
+    """Return the conditions of texts, keyed by the names of the network's arguments."""
     arguments = {}
     for argument, name in INPUTS.items():
         value = conditions[name]

@@ -60,7 +60,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
-    """Read config and dialect of an Anima file; raise CheckpointError for another model."""
+    """Read the header of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -165,7 +165,7 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 
 
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
-    """Read dimensions, dialect and dtype of an open file with its adapter, or with that of another file.
+    """Read a transformer file's header, including its adapter, or the adapter in another file.
 
     Raises CheckpointError for another model's file, and if there is no adapter.
     """
@@ -219,11 +219,11 @@ class AnimaFiles(QwenImageFiles):
 
     @property
     def adapter_path(self) -> Path | None:
-        """Path of a separate adapter file; None if there is none. Raises OptionError if it does not exist."""
+        """Return the path of a separate adapter file, or None; raise OptionError if it does not exist."""
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
 
     def dit_header(self) -> DitHeader[AnimaConfig]:
-        """Read the header of the transformer with its adapter, once per file and process."""
+        """Return the transformer's header with its adapter; it is read once per file and process."""
         return read_once(self.dit_path, read_dit_header, self.adapter_path)
 
     def language_model(self) -> AnimaTextEncoder:
@@ -240,7 +240,7 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def check_texts(self, config: AnimaConfig | None, needed: bool) -> None:
-        """Check the text encoder and both tokenizers, if they are given or needed."""
+        """Check the text encoder and both tokenizers if they are given or needed."""
         super().check_texts(None if config is None else config.adapter, needed)
         if self.t5_tokenizer is not None:
             T5_FILES.check_given(self.t5_tokenizer)

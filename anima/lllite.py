@@ -58,7 +58,7 @@ class AttachedLllite(AnimaLllite):
     """A ControlNet-LLLite that modifies a transformer's layers in every call."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
-        """Build the modules; `scale` is their strength, in training too."""
+        """Build the modules; `scale` multiplies their outputs, in training too."""
         super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
         self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
@@ -74,7 +74,7 @@ class AttachedLllite(AnimaLllite):
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
-        """Set the control images of the next call.
+        """Embed the control images for the transformer's next call.
 
         Args:
             controls: Control images, B 3 H W in 0..1; None for none.
@@ -95,7 +95,7 @@ class AttachedLllite(AnimaLllite):
         self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
-        """Attach the modules to the inputs of their layers. `path` is their file, for messages.
+        """Let each module change its layer's input in every call of the transformer.
 
         Raises CheckpointError if they do not fit the transformer.
         """
@@ -115,6 +115,7 @@ class AttachedLllite(AnimaLllite):
                     path,
                 )
             layer.register_forward_pre_hook(partial(self._change_input, module))
+        # `predict` passes the control images through this attribute
         dit.beside = Beside(self)  # type: ignore[assignment]
 
     def _change_input(
@@ -136,7 +137,7 @@ class Beside:
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
-    """Plan how to load the file that `option` names. Raises CheckpointError for another file."""
+    """Plan how to load the ControlNet-LLLite that `option` names; raise CheckpointError for another file."""
     names = checkpoint.tensors
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
@@ -218,7 +219,7 @@ def load_lllite(
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
-    """Compare a file's header with the expected tensors, and return its plan.
+    """Check a file's header against the expected tensors, and return its plan.
 
     Raises CheckpointError if they differ.
     """
@@ -230,7 +231,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
 
 
 def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
-    """Raise OptionError unless a mask is given exactly if the file `path` takes one."""
+    """Raise OptionError if the ControlNet-LLLite in `path` needs a mask and none is given, or the reverse."""
     if config.cond_in_channels == MASKED_CHANNELS:
         if mask is None:
             raise OptionError(f"--lllite_weights {path} is for inpainting. Give its mask to --mask_image")
@@ -254,7 +255,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
-    """Return ControlNet-LLLite as the network that a training makes."""
+    """Describe a ControlNet-LLLite for the training loop: how it is made and checked, and its metadata."""
     config = _start_config(options)
     return CustomNetwork(
         label=CALLED,
@@ -266,7 +267,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
         # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
-            "lllite.version": VERSION,
+            "lllite.version": VERSION,  # metadata of the saved file
             "lllite.cond_emb_dim": config.cond_emb_dim,
             "lllite.cond_dim": config.cond_dim,
             "lllite.cond_resblocks": config.resblocks,
@@ -282,7 +283,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
 
 
 def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the dimensions that the options ask for."""
+    """Return the dimensions that the options set."""
     targets = read_targets(options.lllite_target_layers)
     return LlliteConfig(
         cond_emb_dim=options.cond_emb_dim,
@@ -308,7 +309,7 @@ def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
-    """Make the modules for a transformer and attach them to it.
+    """Build a ControlNet-LLLite for a transformer, and attach it.
 
     With `with_values`, they get the weights of --network_weights. Raises CheckpointError if the file does not
     fit.
@@ -335,7 +336,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:
-    """Check --network_weights by its header. Raises CheckpointError, or OptionError for other sizes."""
+    """Check that the file of --network_weights has the dimensions that the options set."""
     path = options.network_weights
     if path is None:
         return
@@ -358,9 +359,9 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
 
 
 def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Conditions:
-    """Return the tensors of a batch with a random mask for each control image, B 1 H W uint8.
+    """Draw a random mask for each control image of a batch, B 1 H W uint8; return the tensors with masks.
 
-    1 is painted anew. The masks are those of --train_inpainting.
+    1 marks pixels to paint anew. The masks are those of --train_inpainting.
     """
     controls = inputs[CONTROL_PIXELS]
     assert isinstance(controls, Tensor)
@@ -373,7 +374,7 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
 def _say_generation(
     takes_mask: bool, file: Path, sample: Mapping[str, Any], usual: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without it."""
+    """Return the command that generates with a trained file; `usual` is the command without the file."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:

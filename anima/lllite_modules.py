@@ -29,7 +29,7 @@ _ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_att
 
 @dataclass(frozen=True)
 class LlliteConfig:
-    """Dimensions of the trunk and of the modules."""
+    """Dimensions of a ControlNet-LLLite's trunk and modules."""
 
     cond_emb_dim: int = 32  # E
     cond_dim: int = 64  # D, even
@@ -51,7 +51,7 @@ def make_norm(channels: int) -> nn.GroupNorm:
 
 
 class ControlResidual(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+    """Residual block x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ControlResidual(nn.Module):
 
 
 class ControlPyramid(nn.Module):
-    """Joins views of several widths (ASPP): dilated convolutions, and the mean of the whole image."""
+    """Atrous spatial pyramid (ASPP): joins dilated convolutions and the mean of the whole image."""
 
     def __init__(self, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ControlPyramid(nn.Module):
         self.proj = layer(size=1, dilation=1, inputs=channels * (len(dilations) + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the joined views of x, B C H W."""
+        """Apply the pyramid to x, B C H W, and join its branches."""
         views = [branch(x) for branch in self.branches]
         full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
         views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))
@@ -92,7 +92,7 @@ class ControlPyramid(nn.Module):
 
 
 class LlliteTrunk(nn.Module):
-    """Turns control images, B 3 or 4 H W in -1..1, into a condition for each token, B L E, row by row."""
+    """Turn control images, B 3 or 4 H W in -1..1, into one condition per token, B L E, in row order."""
 
     def __init__(self, config: LlliteConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class LlliteTrunk(nn.Module):
         self.out_norm = nn.LayerNorm(config.cond_emb_dim)
 
     def forward(self, controls: Tensor) -> Tensor:
-        """Return the condition of each token, B L E, of control images B 3 or 4 H W."""
+        """Return one condition per token, B L E, for control images B 3 or 4 H W."""
         h = functional.silu(self.norm1(self.conv1(controls)))
         h = functional.silu(self.norm2(self.conv2(h)))
         h = functional.silu(self.norm3(self.conv3(h)))
@@ -137,7 +137,7 @@ class AnimaLlliteModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return the change of x, B L C, for the embedded control image, B L E."""
+        """Return the change of x, B L C, computed from the embedded control image, B L E."""
         own = condition + self.depth_embed
         gamma, beta = self.cond_to_film(own).chunk(2, dim=-1)
         h = self.mid(torch.cat([own, functional.silu(self.down(x))], dim=-1))
@@ -145,7 +145,7 @@ class AnimaLlliteModule(nn.Module):
 
 
 class AnimaLllite(nn.Module):
-    """The trunk, and the modules of all blocks by their names in files."""
+    """The trunk and all blocks' modules of a ControlNet-LLLite, named as in files."""
 
     def __init__(
         self, config: LlliteConfig, blocks: int, widths: dict[str, int], dropout: float = 0.0

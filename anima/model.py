@@ -49,7 +49,7 @@ class AnimaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs restricted to the tokens of one process."""
+        """Return the inputs restricted to one process's tokens."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
@@ -58,7 +58,7 @@ class AnimaTokens:
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x.
+        """Return the block inputs for some tokens of x.
 
         `kept` are the ascending indices of these tokens, B K.
         """
@@ -66,7 +66,7 @@ class AnimaTokens:
 
 
 class BranchRows(NamedTuple):
-    """Modulation of a branch of a block, each B 1 C float32."""
+    """Shift, scale and gate of a branch of a block, each B 1 C float32."""
 
     shift: Tensor
     scale: Tensor
@@ -74,7 +74,7 @@ class BranchRows(NamedTuple):
 
 
 class AnimaAttention(nn.Module):
-    """Attention with normed queries and keys of each head: of the image to itself, or to the text."""
+    """Self-attention of the image or cross-attention to the text, with normalized queries and keys."""
 
     def __init__(self, config: AnimaConfig, source_dim: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
 
 
 class AnimaBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; the time shifts, scales and gates each."""
+    """Self-attention, cross-attention to the text and feed-forward, each modulated by the timestep."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class AnimaBlock(nn.Module):
         return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
 
     def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the input of self-attention for an input x of the block, both B L C."""
+        """Return the block's modulated input of self-attention, B L C, from its input x, B L C."""
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         return modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
 
@@ -226,7 +226,7 @@ class AnimaModel(BlockNetwork):
     dtype_of = "blocks.0.self_attn.q_norm.weight"
 
     def __init__(self, config: AnimaConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -234,6 +234,7 @@ class AnimaModel(BlockNetwork):
         assert config.adapter is not None  # `anima.files` refuses a file without it
         # a channel more than the latents have, for a mask of padding, which is 0 everywhere
         columns = (config.channels + 1) * PATCH**2
+        # the Identity and index 1 reproduce the names in the file
         proj = nn.ModuleList([nn.Identity(), nn.Linear(columns, dim, bias=False)])
         self.x_embedder = nn.ModuleDict({"proj": proj})
         layers = TwoLayers("linear_1 linear_2", (dim, dim, 3 * dim), bias=False, in_float32=True)
@@ -254,7 +255,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return image tokens, B L C, and the other inputs of the blocks.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -272,7 +273,7 @@ class AnimaModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = (noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
         patches = cut_patches(noisy)
-        # columns of the mask of padding, which come last and are 0
+        # the model also takes a padding mask, all 0, as the last channels of each patch
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
@@ -329,7 +330,7 @@ class AnimaModel(BlockNetwork):
         )
 
     def _make_table(self, grid: tuple[int, int], /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L 1 D/2 2 float32, from float64 angles."""
+        """Return the rotary table, (cosine, sine) pairs L 1 D/2 2 float32, from float64 angles."""
         axes = []
         sizes = (1, *grid)
         for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):
@@ -345,7 +346,7 @@ def cut_patches(latents: Tensor) -> Tensor:
 
 
 def count_real(mask: Tensor) -> list[int]:
-    """Return each text's number of real states. `mask` is B S, on the host if possible.
+    """Return each text's number of real states. `mask` is B S, ideally on the host.
 
     Raises ValueError if padding comes before a real state.
     """

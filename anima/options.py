@@ -86,7 +86,7 @@ class AnimaTextOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self) -> dict[str, Any]:
-        """Return the values of command-line options with which another script encodes texts alike."""
+        """Return the options that select the same text encoder in another script."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
             "--t5_tokenizer_path": self.t5_tokenizer_path,
@@ -273,7 +273,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
     @property
     def part_rates(self) -> dict[str, float]:
-        """Learning rates that are given, by what the names of their parameters contain."""
+        """Return the given learning rates, keyed by a part of their parameters' names."""
         rates = {part: getattr(self, name) for name, part in PARTS.items()}
         return {part: rate for part, rate in rates.items() if rate is not None}
 
@@ -308,7 +308,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Translate other names of shared options into the shared ones.
+    """Set the shared options for which the Anima script has other names.
 
     Raises OptionError if two options to keep activations in host memory are given.
     """
@@ -316,6 +316,7 @@ def translate_training(args: argparse.Namespace) -> None:
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
+        # error messages then name the option that the user typed
         names[flag] = f"--attn_mode {args.attn_mode}"
     if args.unsloth_offload_checkpointing:
         if args.cpu_offload_checkpointing or args.blocks_to_swap:
@@ -342,7 +343,7 @@ def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

@@ -63,7 +63,7 @@ def make_use(maximum: int) -> LanguageUse:
 
 
 class AnimaTextEncoder(LanguageModelEncoder):
-    """Qwen3 with its final norm; states after a text's end are zeros. T5's tokens have no states."""
+    """Qwen3 with its final norm; states after the text's end are zeros. T5's tokens need no encoder."""
 
     can = EncoderAbilities(learn=True, wait=True, divide=True, take_words=True)
     lora_prefix = "lora_te"
@@ -85,12 +85,12 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on in addition to the text, found without loading weights."""
+        """Return what the text states depend on besides the text; reads no weights."""
         lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_max_tokens)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
-        """Load Qwen3, and T5's tokenizer before the first use."""
+        """Load Qwen3 and, once, T5's tokenizer."""
         if self._read_t5 is None:
             self._read_t5 = T5_SOURCE.load(self.t5_tokenizer, self.path, "the adapter")
         super().load(device)
@@ -114,10 +114,10 @@ class AnimaTextEncoder(LanguageModelEncoder):
         return conditions
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return the four tensors of each prompt, on the CPU; gradients flow to trained parts.
+        """Encode prompts with Qwen3, and add T5's token ids and mask; all four tensors are on the CPU.
 
-        If parts of a prompt have weights, the mask of T5's tokens holds these, in float32. Raises
-        CheckpointError if a tokenizer has more tokens than the network.
+        Gradients flow to trained parts. If parts of a prompt have weights, T5's mask holds them in float32.
+        Raises CheckpointError if a tokenizer has more tokens than the network.
         """
         tokenizer = self._read_t5
         assert tokenizer is not None  # call `load` first

@@ -52,7 +52,7 @@ def make_guidance(
     experts: Sequence[Expert] = ONE_EXPERT,
     run: RunPasses = run_passes,
 ) -> Guidance:
-    """Make the guidance of one section.
+    """Return the function that computes a section's guided velocity from the passes of a step.
 
     Args:
         prepared: The request with all values resolved.
@@ -70,7 +70,7 @@ def make_guidance(
     steering = _Steering(options.nag) if options.nag.is_on else None
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        """Return the guided velocity of a step."""
+        """Run the passes of a step's plan, and return the guided velocity."""
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
         if guided_below is not None and 1 - step.sigma >= guided_below:
@@ -97,7 +97,7 @@ def make_guidance(
 
 
 class _Steering:
-    """Makes the overrides of positive passes for --nag_scale, once for each section of a video."""
+    """Overrides of positive passes for --nag_scale, one object per section."""
 
     def __init__(self, options: NagOptions) -> None:
         self._options = options
@@ -112,7 +112,7 @@ class _Steering:
         return self._overrides
 
     def _make_overrides(self, section: Section) -> Overrides:
-        """Return the overrides that steer attention away from the section's text."""
+        """Return overrides that steer attention away from the section's NAG text."""
         nag = self._options
         assert section.nag is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
@@ -136,7 +136,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
 
 class _StepPlanner:
-    """Choose the passes and stages of each step. All steps and experts use the same passes and overrides."""
+    """Chooses each step's passes and stages; all steps and experts share the same pass objects."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
         self._prepared = prepared
@@ -239,7 +239,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative(self, index: int, weakens: bool) -> Pass:
-        """Return the negative pass of a step.
+        """Return the negative pass of a step: with the prompt, and with layers skipped if the options say so.
 
         Args:
             index: Index of the step.
@@ -278,7 +278,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        """Return the velocity of the standard formula."""
+        """Combine the velocities by the standard CFG formula."""
         without = velocities[negative]
         return without + scale * (velocities[POSITIVE] - without)
 
@@ -339,7 +339,7 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     skip guidance: early, late, in the middle, or early and late.
     """
     if mode == "alternate":
-        # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
+        # not with fractions: 0.6 added five times is a little below 3, and existing tools depend on that
         applied = []
         due = 0.0  # accumulated number of steps that should have guidance so far
         for _ in range(num_steps):
@@ -399,7 +399,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 
 def _parse_steps(text: str, steps: int) -> range:
-    """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError if the entry is not valid."""
+    """Parse the steps of `k`, `a-b` or `e~m` (every m-th step); raise ValueError if invalid."""
     not_integer = "{!r} is not a whole number"
     first_text, dash, last_text = text.strip().partition("-")
     if first_text.startswith("e~"):
@@ -461,7 +461,7 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 def _warn_of_unused_prompts(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    """Warn if a negative prompt or --nag_prompt acts on no pass."""
+    """Warn if a negative prompt or --nag_prompt has no effect on any pass."""
     text = prepared.request.negative_prompt
     nag = prepared.request.nag_prompt
     if nag is not None and not options.nag.is_on:
@@ -482,7 +482,7 @@ def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
     """Warn about each given option of guidance that has no effect on these passes."""
-    # texts of the options in warnings; also the keys of `is_given` and `reasons`
+    # option texts for warnings, which are the keys of `is_given` and `reasons`
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
@@ -501,6 +501,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
+    # some step is guided, but no pass skips a layer
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
@@ -526,7 +527,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
         return
     option_by_scale = _name_scales(prepared)
     for scales_of_step in scheduled:
-        for standard_scale in scales_of_step:  # these count from 1
+        for standard_scale in scales_of_step:  # in the standard formula, where 1 turns guidance off
             if standard_scale is not None:
                 typed_scale = standard_scale - 1 + off
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")

@@ -21,7 +21,7 @@ from protocols.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Secti
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: the conditions of a section that it uses, and its overrides.
+    """A pass of the network: the conditions and the overrides that it uses.
 
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
@@ -36,7 +36,7 @@ Velocities = Mapping[Pass, Tensor]  # velocity of each pass of a step, B C F H W
 
 @dataclass(frozen=True)
 class GuidanceStage:
-    """One guidance formula in one step."""
+    """A guidance formula of one step, with the passes that it needs."""
 
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
@@ -60,7 +60,7 @@ class PassPlan:
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
-        """Return the velocity that the solver follows. There is at least one pass.
+        """Apply the guidance stages to the passes' velocities, and return the guided velocity.
 
         Images and audio are guided separately. If one of them is given instead of denoised, its velocity is
         0.
@@ -81,7 +81,7 @@ class PassPlan:
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    """Return the guided velocity of images or audio: the positive velocity, changed by each stage in turn."""
+    """Apply all stages in turn to a stream's positive velocity, and return the guided velocity."""
     velocity = velocities[POSITIVE]
     for stage in stages:
         if stage.is_of_clean:
@@ -94,7 +94,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
-    """Run all passes in this process; passes with the same overrides are one call of `predict`.
+    """Run all passes in this process; passes with equal overrides share one call of `predict`.
 
     `predict` may run the conditions of a call as a batch.
     """
@@ -115,10 +115,9 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--cfgzerostar_scaling`.
+    """Return the stage of CFG-Zero* (`--cfgzerostar_scaling`).
 
-    It is guidance from a negative velocity that is first scaled, per sample, to be as close to the positive
-    one as possible.
+    The negative velocity is first scaled, per sample, to be as close to the positive one as possible.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -135,7 +134,7 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--perp_neg`: guidance from the empty prompt, away from the negative prompt.
+    """Return the stage of Perp-Neg: guidance from the empty prompt, away from the negative prompt.
 
     It subtracts `weight` times the part of the negative direction that is perpendicular to the positive
     direction, per sample. A weight of 0 needs no negative pass.
@@ -161,7 +160,7 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
 # Video tools skip them with the negative text, as here, so that their settings can be reused.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps in which skip-layer guidance acts, from the fractions --slg_start and --slg_end."""
+    """Return the steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
@@ -182,7 +181,7 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """Make the stage of `--guidance_rescale`, which reduces the contrast of each sample.
+    """Return the stage of `--guidance_rescale`: match each sample's contrast to the positive velocity's.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
@@ -199,7 +198,7 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Make the stage that guides images or audio by the differences to several passes, and rescales them.
+    """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
     See `StreamGuidance` for the formula and its source.
 
@@ -219,7 +218,7 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the positive one's norm.
+    """Return the stage of `--renorm_cfg`: limit the guided norm to `limit` times the positive one's.
 
     Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
@@ -235,12 +234,12 @@ def limit_norm(limit: float) -> GuidanceStage:
 
 
 def keep_norms(side: int) -> GuidanceStage:
-    """Make the stage that gives each token of a guided velocity the Euclidean norm of the positive one's.
+    """Return the stage that rescales each token of the guided velocity to the positive velocity's norm.
 
     Source: the released code of Qwen-Image.
 
     Args:
-        side: Side of a token, in latent pixels.
+        side: Edge length of a token, in latent pixels.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -275,7 +274,7 @@ class Momentum:
 
 
 def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Make a stage that does the same, and adds the difference of its passes to the momentum."""
+    """Return a stage with the same formula that also adds the difference of its passes to the momentum."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
@@ -285,7 +284,7 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Make the stage that guides by the momentum: with limited norm, and less along the positive velocity.
+    """Return the stage of projected guidance: by a momentum of limited norm, reduced along the positive one.
 
     Each sample is treated separately.
     """
@@ -311,7 +310,7 @@ def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> Gu
 
 
 def _measure_norms(velocity: Tensor) -> Tensor:
-    """Return the Euclidean norm of each sample, B 1 1 1 1."""
+    """Return each sample's Euclidean norm, B 1 1 1 1."""
     return _sum_sample(velocity.square()).sqrt()
 
 
@@ -320,14 +319,14 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """The formula for `NagText.steer`. Equal settings make equal objects, so that compiled code is reused."""
+    """Normalized attention guidance for `NagText.steer`. Equal settings are equal, to reuse compiled code."""
 
     scale: float
     tau: float
     alpha: float
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Combine the attention to the prompt and to the negative attention text, both B L N D.
+        """Combine the attention to the prompt with the attention to the NAG text, both B L N D.
 
         guided = scale * positive - (scale - 1) * negative, limited to `tau` times the size of `positive`, and
         then blended: alpha * guided + (1 - alpha) * positive. A size is the sum of absolute values over all
@@ -343,5 +342,5 @@ class NormalizedGuidance:
 
 
 def _measure_size(attended: Tensor) -> Tensor:
-    """Return the L1 norm over the heads and channels of each token: B L 1 1 float32."""
+    """Return each token's L1 norm over heads and channels: B L 1 1 float32."""
     return torch.linalg.vector_norm(attended, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)

@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 
 
 class LatestWriter(Generic[Item]):
-    """Call `write` in a thread for each item; a newer item replaces one that is still waiting.
+    """Call `write` for each item in a thread; a newer item replaces one that is still waiting.
 
     The first item starts the thread. `write` must not raise.
 
@@ -59,7 +59,7 @@ class LatestWriter(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def put(self, item: Item) -> None:
-        """Queue an item to be written instead of a waiting one. Returns immediately."""
+        """Queue an item for writing in place of a waiting one, and return immediately."""
         with self._changed:
             self._waiting = item
             self._changed.notify()
@@ -69,7 +69,7 @@ class LatestWriter(Generic[Item]):
             self._thread.start()
 
     def close(self, drop: bool = False) -> None:
-        """Write the waiting item without a pause, or drop it; then end the thread."""
+        """Write the queued preview without a pause, or drop it; then end the thread."""
         with self._changed:
             self._ending.set()
             if drop:
@@ -102,7 +102,7 @@ CPU = torch.device("cpu")
 
 
 class Shot(NamedTuple):
-    """A preview that is not written yet."""
+    """A preview that waits to be written."""
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
     fps: float
@@ -111,7 +111,7 @@ class Shot(NamedTuple):
 
 @dataclass
 class LatentPreviews:
-    """The previews of all clips of a run, which replace each other in the same file."""
+    """Previews of all clips of a run, which replace each other in one file."""
 
     every: int  # number of steps or sections between previews
     folder: Path
@@ -123,7 +123,7 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # whether an error has ended the run's previews
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview: compute on the device now, and return a `Shot` for the rest of the work.
+        """Start a preview: queue the work on the device, and return a `Shot` for the work on the host.
 
         Args:
             latents: Latents in model space, 1 C F h w.
@@ -145,6 +145,7 @@ class LatentPreviews:
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
+        # without a decoder: one frame of colors for each latent frame
         colors = copy_to_host(project(latents[0], self.latent))
         return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
@@ -164,7 +165,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
-        """Write the image or clip that `take` returns over the previous preview; None writes nothing."""
+        """Replace the preview file atomically by the next preview."""
         with self.optional():
             shot = take()
             if shot is None:
@@ -207,7 +208,7 @@ class LatentPreviews:
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield the step watchers of a clip and a function for its sections, while the clip is denoised.
+    """Yield a clip's step watchers and its section callback, and end the previews with the clip.
 
     Args:
         previews: The previews; None for no watchers.
@@ -238,7 +239,7 @@ class _ClipPreviews:
         self.writer = LatestWriter(previews.write, REST_ON_CPU if self.is_on_cpu else 0.0)
 
     def watch(self, done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, without audio. Returns False: denoising continues."""
+        """Preview the clean clip predicted from a step, without audio; False lets denoising continue."""
         if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
             self._show(lambda: done.picture, done.step.index + 1)
         return False
@@ -251,7 +252,7 @@ class _ClipPreviews:
             self._show(lambda: so_far, self.made_sections)
 
     def _show(self, latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if a preview is due after this number of steps or sections."""
+        """Show a clip if a preview is due after `count` steps or sections."""
         if count % self.previews.every or self.previews.has_ended:
             return
         with self.previews.optional(), torch.no_grad():
@@ -263,7 +264,7 @@ class _ClipPreviews:
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Copy a tensor to the host; return a function that waits for the copy and returns it.
+    """Start copying a tensor to the host; return a function that waits for the copy and returns it.
 
     The function may be called in any thread. From CUDA the copy is asynchronous, into pinned memory; for
     other devices this call waits.
@@ -276,7 +277,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
-        """Return the copy once it is complete."""
+        """Wait until the copy is complete, and return it."""
         copied.synchronize()
         return copy
 
@@ -311,7 +312,7 @@ def make_previews(
 
 
 def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
-    """Check that these latents can be previewed. Loads nothing.
+    """Check that the family's latents can be previewed, without loading weights.
 
     Raises:
         OptionError: If there is no map from the latents to colors, and no decoder is given.

@@ -87,6 +87,7 @@ def output_metadata(
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
+    # options of the run, then those of the prompt line, override the values above
     values |= _record({**(settings or {}), **prepared.request.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
@@ -95,7 +96,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales of all experts but the first, and the timesteps at which they start."""
+    """Return the guidance scales and starting timesteps of all experts but the first."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
@@ -109,7 +110,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
 
 
 def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
-    """Return the values that only some outputs have."""
+    """Return the metadata values that are set for only some outputs."""
     request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,
@@ -131,7 +132,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
 
 
 def lora_name(expert: str) -> str:
-    """Return the name of an expert's LoRAs in metadata: `lora_high_noise`; `lora` if it has no name."""
+    """Return the metadata name of an expert's LoRAs: `lora_high_noise`, or `lora` without an expert name."""
     return f"lora_{expert}" if expert else "lora"
 
 
@@ -246,7 +247,7 @@ def read_value(metadata: Mapping[str, str], name: str) -> str | None:
 
 
 def read_stored_seed(metadata: Mapping[str, str]) -> int:
-    """Return the stored seed, 0 if there is none. It is never parsed as a float, which rounds above 2^53."""
+    """Return the stored seed, or 0; it is parsed as an integer, because floats round above 2^53."""
     text = (read_value(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
@@ -261,7 +262,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
 
 
 def read_shown(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored region of the decoded pixels that is the result; None if all of them are."""
+    """Return the stored region of the decoded pixels that forms the result; None if all of them do."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

@@ -125,7 +125,7 @@ def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
-    """Yield `NAME: value` lines; with several files, each group follows its path and an empty line."""
+    """Yield `NAME: value` lines; of several files, each group follows its path and ends in an empty line."""
     for index, info in enumerate(files):
         if info.error:
             continue
@@ -137,7 +137,7 @@ def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the entries in order: first the settings of the generation, in capitals, then the rest by name.
+    """Sort metadata: first the generation's settings, with names in capitals, then the rest by name.
 
     Entries about the generation have a prefix, in lower or upper case. An entry that is stored with and
     without it is returned once. Latent files of FramePack have no prefixes; all of their entries are about

@@ -125,7 +125,7 @@ class ModelUtilityOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a file in bytes; 0 if the model is not split."""
+        """Return the maximum size of a file in bytes; 0 if the model is not split."""
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
@@ -159,12 +159,12 @@ class ModelSummary:
 
     @property
     def file_bytes(self) -> int:
-        """Size of all files in bytes."""
+        """Return the size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def numbers(self) -> int:
-        """Number of values in all tensors."""
+        """Return the number of values in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
@@ -185,10 +185,10 @@ def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]
 
 
 def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield readable lines about a model: kind, files, dtypes, metadata and listed tensors.
+    """Yield lines of text that describe a model: kind, files, dtypes, metadata and listed tensors.
 
     Args:
-        model: What is known about it.
+        model: The model's summary.
         listed: Tensors to list; None lists none.
     """
     yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
@@ -291,12 +291,12 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _shorten_line(text: str) -> str:
-    """Return a text in one line, at most MAX_OF_VALUE characters long."""
+    """Return a text as one line of at most MAX_OF_VALUE characters."""
     return shorten(_join_lines(text), MAX_OF_VALUE)
 
 
 def _join_lines(text: str) -> str:
-    """Return a text in one line, in which line breaks can still be told."""
+    """Return a text as one line that still shows where lines broke."""
     return text.replace("\n", "\\n")
 
 
@@ -319,7 +319,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_to_overwrite,
 ) -> None:
-    """Show what a file is, and rewrite it if the options ask for it.
+    """Describe a model file, and rewrite it if the options ask for it.
 
     Args:
         options: Options of the command.
@@ -336,6 +336,7 @@ def work(
             _show(options, knowledge, checkpoint)
             return
         may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
+        # an input must not be overwritten while it is read
         inputs = [*checkpoint.parts, options.input]
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
@@ -389,7 +390,7 @@ def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    """Print what a file is, as text or JSON, with its tensors and checksums if they are asked for."""
+    """Print a model file's description as text or JSON, with tensors and checksums on request."""
     info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
@@ -407,14 +408,16 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     if options.json:
         lines = [format_json(info, listed, hashes, lora_hashes)]
     else:
-        plain = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
-        lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
+        text_lines = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
+        lines = [
+            escape_control_codes(line) for line in text_lines
+        ]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 
 def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
-    """Return the kind of model that a file holds, in words."""
+    """Describe the kind of model in a file, for display."""
     description = knowledge.describe_lora(checkpoint)
     if description is not None:
         return description

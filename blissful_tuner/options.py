@@ -153,7 +153,7 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def scaled_steps(self) -> int:
-        """Number of steps at the start whose velocity CFG-Zero* scales; 0 if the factor is 1."""
+        """Return the number of initial steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -374,6 +374,6 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
 
     @property
     def is_on(self) -> bool:
-        """Whether passes are skipped or measured."""
+        """Return whether passes are skipped or measured."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)

@@ -58,7 +58,7 @@ class PromptRewriter:
         self._known: dict[str, str] = {}
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer; if they are loaded already, move the model to the device.
+        """Load the model and tokenizer, or move a loaded model to the device.
 
         Raises:
             CheckpointError: If the folder has no chat model, or a tokenizer without a chat template.
@@ -102,11 +102,11 @@ class PromptRewriter:
         return model.to(device), tokenizer
 
     def _unusable(self, why: str) -> CheckpointError:
-        """Return the exception for a folder whose model cannot be used."""
+        """Return an exception that says why the folder's model cannot be used."""
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
-        """Release the chat model."""
+        """Unload the chat model."""
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:
@@ -127,7 +127,7 @@ class PromptRewriter:
 
     @torch.no_grad()
     def _ask(self, message: str) -> str:
-        """Return the model's answer to a message, with its thought in <think>."""
+        """Return the model's answer to a message, including its <think> part."""
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -139,7 +139,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a conversation that starts with `message`, for `generate`."""
+    """Return the tokens of a chat with the single user message `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
     # enable_thinking=False turns off thinking in templates that support it
     text = render_chat(tokenizer, None, turns, enable_thinking=False)

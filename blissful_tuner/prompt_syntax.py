@@ -101,6 +101,7 @@ class Drawing:
             where: Name of the text in errors.
             keys: Wildcards that led to this one.
         """
+        # refuse a wildcard that draws itself, or too many draws
         self._check_draws(key, where, keys)
         lines = self._read_lines(key, where)
         index = self._choose(lines.cumulative_weights)
@@ -115,7 +116,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if a wildcard contains itself, directly or through others, or draws too often."""
+        """Raise OptionError if wildcards draw each other endlessly or too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(
@@ -228,6 +229,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
     texts, weights, numbers = [], [], []
     content = _read_content(path, where)
     for number, line in enumerate(content.split("\n"), 1):
+        # empty lines and comments are not choices
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         text, weight = _parse_line(line)
@@ -260,7 +262,7 @@ def _read_content(path: Path, where: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a line into its text, without quotation marks, and the weight after its last colon, or 1."""
+    """Split a wildcard line into its text, without quotation marks, and its weight, by default 1."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -316,7 +318,7 @@ def select_alternatives(text: str, choose: Choose) -> str:
     starts = [group.start for group in groups]
 
     def expand(start: int, end: int) -> str:
-        """Return a part of the text with one alternative chosen in each group."""
+        """Return the text from `start` to `end` with one alternative chosen in each group."""
         pieces = []
         position = start
         while True:
@@ -336,7 +338,7 @@ def select_alternatives(text: str, choose: Choose) -> str:
 
 
 def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
-    """Return the alternatives of a group, in order."""
+    """Return a group's alternatives in order."""
     alternatives = []
     for border, end in pairwise([group.start, *group.bars, group.end]):
         mark = _WEIGHT.match(text, border + 1, end)
@@ -413,7 +415,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     spans: list[tuple[int, int, float]] = []
     length = 0  # total length of the pieces
     position = 0  # in the original text
-    opened: _Opened | None = None  # the last "(" without its ")"
+    opened: _Opened | None = None  # the innermost open parenthesis: marks do not nest
     for mark in _PARENTHESES.finditer(text):
         pieces.append(text[position : mark.start()])
         length += mark.start() - position
@@ -468,7 +470,7 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
         return replace(prompt, text=text, spans=spans, second=second)
 
     def weigh_optional(prompt: Prompt | None) -> Prompt | None:
-        """Return a prompt without marks, if there is one."""
+        """Return a prompt with its weight marks parsed, or None for None."""
         return None if prompt is None else weigh(prompt)
 
     weighted = {}

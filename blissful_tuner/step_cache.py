@@ -30,7 +30,7 @@ SHARES = {"magcache_retention_ratio"}  # options whose values are at most 1
 def select_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
-    """Return the step cache for a video, and the values of its prompt line that replace options.
+    """Return a video's step cache, and the values of its prompt line that replaced options.
 
     A line can only change a cache that the command line turned on; other values are ignored with a warning.
 
@@ -84,7 +84,7 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
 
 
 def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
-    """Raise OptionError if a video cannot be generated with the step cache that it asks for."""
+    """Raise OptionError if a request's step cache does not fit the model or the request."""
     if isinstance(choice, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
         raise OptionError("TeaCache compares the modulated input of the first block, which this model lacks")
     if isinstance(choice, TeaCache) and not (choice.coefficients or spec.teacache_coefficients):
@@ -112,7 +112,7 @@ class StepCaches:
     """Step caches that wrap the blocks of the networks generating one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """Make the step cache that a request asks for.
+        """Set up the step cache or the calibration that a request selects.
 
         Args:
             prepared: The request with all values resolved.
@@ -139,7 +139,7 @@ class StepCaches:
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
-        """Yield `dit_at` with the cache around the networks' blocks for one section.
+        """Wrap the networks' blocks in the cache or the measurement while one section is denoised.
 
         At the end the cached tensors are freed, and the networks run as before.
         """

@@ -79,7 +79,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 
 @dataclass(frozen=True)
 class TaehvConfig:
-    """Dimensions of a decoder."""
+    """Dimensions of a TAEHV decoder."""
 
     channels: int  # of latents
     widths: tuple[int, int, int, int]  # of the features: before and after each stage
@@ -88,12 +88,12 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Number of frames from each latent frame; from the first latent frame only the last one is used."""
+        """Return how many frames a latent frame decodes to; of the first one, only the last frame is used."""
         return prod(self.strides)
 
 
 class MemoryBlock(nn.Module):
-    """Residual convolutions over the current and the previous frame."""
+    """Residual convolutions over the current frame and the previous one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class MemoryBlock(nn.Module):
 
 
 class Growth(nn.Module):
-    """Expand each frame to `stride` frames."""
+    """Expand each frame to `stride` frames by a convolution."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Split the channels of each frame into `stride` frames."""
+        """Split each frame's channels into `stride` frames."""
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
@@ -146,13 +146,13 @@ class TinyDecoder(nn.Module):
         self.config = config
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield chunks F 3 H W, about 0..1 but not clamped.
+        """Decode a clip; yield the colors of each latent frame, F 3 H W, about 0..1 but not clamped.
 
         Args:
             latents: Latents in model space, C F h w, on any device.
         """
         weight = next(self.parameters())
-        memory: dict[int, Tensor] = {}  # the last input of each memory block
+        memory: dict[int, Tensor] = {}  # each memory block's input for the previous frame
         layers = self.decoder
         for index in range(latents.shape[1]):
             latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
@@ -179,12 +179,13 @@ class TinyVae:
 
     @torch.no_grad()
     def frames(self, latents: Tensor, device: torch.device) -> Iterator[Tensor]:
-        """Yield chunks of frames F H W 3, uint8 on `device`.
+        """Decode latents on `device`; yield the frames of each latent frame, F H W 3 uint8.
 
         Args:
             latents: Latents, C F h w, on any device.
             device: Device of the run.
         """
+        # weights are on the device only during this call
         with META:
             decoder = TinyDecoder(self.config)
         moved = {name: send_ahead(weight, device) for name, weight in self.weights.items()}
@@ -211,7 +212,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     shape_of = shapes_of(checkpoint, sources)
 
     def sides(layer: str) -> tuple[int, int]:
-        """Return the output channels and the input channels of a convolution."""
+        """Return a convolution's output and input channels."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _make_kind_error(checkpoint)
@@ -221,7 +222,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
 
 
 def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
-    """Return the exception for a file that is no TAEHV."""
+    """Return the exception for a file that is not a TAEHV decoder."""
     return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 
@@ -256,7 +257,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
     config = plan.config
     path = plan.checkpoint.path
     if latent.stride[0] == 1:
-        # of the frames that each growth makes, keep the last one: its channels come last
+        # TAEHV upsamples time by adding frames as channels; keep those of the last frame
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):

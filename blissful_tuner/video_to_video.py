@@ -38,7 +38,7 @@ MAX_UNSEEN_STRETCHING = 1.05
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check the source of a request; take its number of frames if the request has none.
+    """Check a request's source, and fill in the number of frames from saved latents or an image.
 
     Only headers are read, and one frame of a video.
 
@@ -71,7 +71,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 
 
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
-    """Return the request with the step at which denoising of its source starts, after checking its length.
+    """Check the length of a request's source, and set the step at which its denoising starts.
 
     Raises:
         MediaError: If a video has too few frames.
@@ -93,6 +93,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
         _warn_of_stretching(prepared, source, family.latent)
     timesteps: Sequence[float] = prepared.timesteps
     if not timesteps:
+        # the family's own levels are known only as a schedule
         schedule = make_schedule(
             prepared.solver,
             prepared.steps,
@@ -105,7 +106,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
 
 
 def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
-    """Raise OptionError if the number of frames in saved latents differs from the request's."""
+    """Raise OptionError if saved latents have another number of frames than the request."""
     num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
@@ -146,7 +147,7 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
 
 
 def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
-    """Return the index of the step at which denoising starts.
+    """Return the index of the first denoising step for a source that is only partly noised.
 
     In the mode "traditional" the last fraction `denoise` of all steps is run, at least one step. In the mode
     "direct" denoising starts at the step whose noise level is closest to `denoise`; of equally close steps,
@@ -158,7 +159,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
         steps: Number of steps.
     """
     if source.noise_mode == "direct":
-        # rounded, because float32 makes equal gaps above and below slightly different
+        # rounded, because float32 makes gaps of equal size differ slightly
         levels = [timestep / TRAIN_TIMESTEPS for timestep in timesteps]
         gaps = [round(abs(level - source.denoise), 6) for level in levels]
         return gaps.index(min(gaps))

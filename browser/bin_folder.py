@@ -29,10 +29,10 @@ class BinEntry:
 
 
 class BinFolder:
-    """A bin for removed files: renames files into the bin, lists its entries, and deletes them for good."""
+    """A bin for removed files: moves files into the bin, lists its entries, and deletes them permanently."""
 
     def __init__(self, *folders: Path) -> None:
-        """Use `folders` as the folders of the bin.
+        """Use a bin that has one of these folders on each disk.
 
         The first folder on the same disk as a removed file takes that file, because renaming within a disk
         takes no time and no space. Folders are created when something is removed.
@@ -107,7 +107,7 @@ class BinFolder:
         return self.folders[0]
 
     def empty(self, mark: str) -> int:
-        """Delete the content of the bin for good, and return the number of deleted bytes.
+        """Permanently delete the content of the bin, and return the number of deleted bytes.
 
         Args:
             mark: Checksum of the content that the user saw, as `mark` returned it.
@@ -136,7 +136,7 @@ def _mark_entries(entries: Sequence[BinEntry]) -> str:
 
 
 def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
-    """Rename a file or folder to a path below a folder of a bin, which takes no time and no space.
+    """Move a file or folder into a folder of the bin by renaming, which copies no data.
 
     Args:
         path: File or folder to move.
@@ -167,15 +167,15 @@ def _measure(path: Path) -> BinEntry:
     size_bytes = num_files = 0
     waiting = [path]
     while waiting:
-        inner = waiting.pop()
+        entry = waiting.pop()
         with contextlib.suppress(OSError):
-            if inner.is_symlink():
+            if entry.is_symlink():
                 num_files += 1
-            elif inner.is_dir():
-                waiting += inner.iterdir()
+            elif entry.is_dir():
+                waiting += entry.iterdir()
             else:
                 num_files += 1
-                size_bytes += inner.stat().st_size
+                size_bytes += entry.stat().st_size
     return BinEntry(path, size_bytes, num_files)
 
 

@@ -55,7 +55,7 @@ class CaptionText:
         )
 
     def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another caption in the same form."""
+        """Encode another caption with the byte order mark, line ends and white space of this file."""
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         content = self.head + text + self.tail
         return self.start + content.replace("\n", self.newline).encode()
@@ -83,7 +83,7 @@ class CaptionConflictError(Exception):
 
 @dataclass
 class Captions:
-    """Reads and saves caption files, and keeps their earlier contents for undoing."""
+    """Reads and saves caption files, and stores their earlier contents so that saves can be undone."""
 
     _before: dict[Path, deque[bytes | None]] = field(default_factory=dict)  # None: there was no file
     _first: dict[Path, bytes | None] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class Captions:
         return 200, ""
 
     def save(self, path: Path, text: str, checksum: str) -> None:
-        """Write a caption, and keep the file's earlier content for undoing.
+        """Write a caption, and store the file's earlier content so that the save can be undone.
 
         Args:
             path: Caption file; it need not exist.
@@ -156,15 +156,15 @@ class Captions:
             OutputError: If the file cannot be written.
         """
         with self._lock, _only_one_writes(path):
-            now = self._require_unchanged(path, checksum)
-            new = _encode(text, now or b"")
-            if new != now:
-                _write(path, new)
-                self._first.setdefault(path, now)
-                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(now)
+            old_content = self._require_unchanged(path, checksum)
+            new_content = _encode(text, old_content or b"")
+            if new_content != old_content:
+                _write(path, new_content)
+                self._first.setdefault(path, old_content)
+                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(old_content)
 
     def save_all(self, edits: Sequence["CaptionEdit"], checksums: dict[Path, str]) -> None:
-        """Write many captions, keep each earlier file as .bak, and skip files that have changed.
+        """Write many captions with a .bak copy of each old file, skipping files that have changed.
 
         Args:
             edits: Captions to write.
@@ -188,7 +188,7 @@ class Captions:
             write_files({name_backup(path): content for path, content in before.items()})
 
             def note(path: Path) -> None:
-                """Remember a written file for undoing."""
+                """Store the earlier content of a written file, so that the save can be undone."""
                 self._first.setdefault(path, before[path])
                 self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(before[path])
                 checksums[path] = compute_checksum(contents[path])
@@ -223,16 +223,16 @@ class Captions:
     def undo(self, path: Path, checksum: str, is_all: bool = False) -> None:
         """Undo the last save of a caption; with `is_all`, undo all of them.
 
-        Raises LookupError if there is no save to undo; otherwise raises as `save`.
+        Raises LookupError if there is no save to undo, CaptionConflictError if the file has changed since.
         """
         with self._lock, _only_one_writes(path):
             before = self._before[path]
-            now = self._require_unchanged(path, checksum)
-            earlier = self._first[path] if is_all else before[-1]  # None: there was no file
-            if earlier is None and now is not None:
+            content = self._require_unchanged(path, checksum)
+            earlier_content = self._first[path] if is_all else before[-1]  # None: there was no file
+            if earlier_content is None and content is not None:
                 path.unlink()
-            elif earlier is not None and earlier != now:
-                _write(path, earlier)
+            elif earlier_content is not None and earlier_content != content:
+                _write(path, earlier_content)
             before.pop()
             if is_all or not before:
                 del self._before[path], self._first[path]

@@ -81,7 +81,7 @@ class ComparableRun:
 
     @property
     def working_folder(self) -> Path:
-        """Folder in which the run's command was typed; see `working_folder`."""
+        """Folder in which the run's command was typed, also if its history does not record the folder."""
         return working_folder(self.run, self.options)
 
     @property
@@ -213,13 +213,13 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """
     run_history = runs.open(run).run_history
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(current_commands(run_history, run.history.parent, run.name), families):
+    for command in _read_commands(current_commands(run_history, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
             run_history=run_history,
-            family=families[typed.script],
-            options=group_options(typed.argv),
-            missing=typed.missing,
+            family=families[command.script],
+            options=group_options(command.argv),
+            missing=command.missing,
         )
     return None
 
@@ -317,7 +317,7 @@ def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
 
 
 def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
-    """Return the runs that a form names directly or by one of their files. Raises as `read_comparison`."""
+    """Return the runs that a form names directly or by a file. Raises OptionError if they do not match."""
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
     candidates = [runs.find(id) for id in dict.fromkeys(ids)]
     chosen_runs = [run for run in candidates if run is not None]
@@ -444,7 +444,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """What identifies a generated clip: its prompt, its seed and its LoRA files."""
+    """Key of a generated clip: its prompt, its seed and the hashes of its LoRA files."""
 
     prompt: str
     seed: str

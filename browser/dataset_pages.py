@@ -92,7 +92,7 @@ def read_part(query: Mapping[str, str]) -> slice:
 
 
 def answer_stamped(jpeg: bytes) -> Response:
-    """Return a small image that browsers may cache for good: its address changes when its file does."""
+    """Return a small image that browsers may cache forever: its address changes when its file does."""
     headers = {"cache-control": "private, max-age=31536000, immutable"}
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
@@ -200,7 +200,7 @@ class DatasetPages:
         Raises:
             ValueError: If `from` or `count` is not a number.
         """
-        part = read_part(query)
+        page_slice = read_part(query)
         try:
             outside = self.datasets.list_outside(dataset)
             if outside:
@@ -216,13 +216,13 @@ class DatasetPages:
         words = query.get("text", "").lower().split()
         only = query.get("only", "")
         chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
-        shown = [self.show(dataset, id, files[id]) for id in chosen[part]]
+        listed = [self.show(dataset, id, files[id]) for id in chosen[page_slice]]
         return {
             **status,
             "counts": _count_filtered(files.values()),
             "items": _count_items(files.values()),
             "chosen": len(chosen),
-            "files": shown,
+            "files": listed,
         }
 
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
@@ -262,7 +262,7 @@ class DatasetPages:
         return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{file_path.stat().st_mtime_ns}")
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
-        """Return the current caption of a file, and the reason if it cannot be edited on this page."""
+        """Return the current caption of a file, with the reason if this page cannot edit it."""
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
@@ -350,14 +350,14 @@ class DatasetPages:
         return list_table_folders(self.runs, dataset.path, dataset.folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
-        """Answer with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
+        """Respond with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
         try:
             return answer_json(self.items(dataset, request.query_params))
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
-        """Answer with a small image of a dataset's first file, for the list of datasets."""
+        """Respond with a small image of a dataset's first file, for the list of datasets."""
         media, _words = self.datasets.describe(dataset)
         try:
             if media.first is None or not self.datasets.is_open(dataset, media.first):
@@ -369,7 +369,7 @@ class DatasetPages:
         return Response(image, media_type="image/jpeg")
 
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
-        """Answer with a small image of a part of a file.
+        """Respond with a small image of a part of a file.
 
         The status is 404 if the address differs from the one on the current page.
         """
@@ -381,11 +381,11 @@ class DatasetPages:
         parts = file["parts"] if file else ()
         if number >= len(parts):
             return answer_not_found()
-        part = parts[number]
-        if self.address(dataset, item, number, part) != request.url.path:
+        item_part = parts[number]
+        if self.address(dataset, item, number, item_part) != request.url.path:
             return answer_not_found()  # outside the roots, or changed since the page was built
         try:
-            image = self.thumbnails.make(part, request.path_params["stamp"])
+            image = self.thumbnails.make(item_part, request.path_params["stamp"])
         except (MediaError, StopIteration):
             return answer_unreadable()
         return answer_stamped(image)

@@ -195,7 +195,7 @@ class MediaFiles:
 
     @property
     def words(self) -> str:
-        """The counts in words, such as `5 pictures, 1 clip`."""
+        """The counts as a text such as `5 pictures, 1 clip`."""
         counts = []
         if self.pictures:
             counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
@@ -242,7 +242,7 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
 
 
 class Datasets:
-    """Finds the datasets below the folders of some runs, and keeps the measurements of each."""
+    """Finds the datasets below the roots of some runs, and caches the measurements of each dataset."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -274,9 +274,9 @@ class Datasets:
         formats: dict[Path, str] = {}
         for run in self.runs.list_all():
             changed = run.start.changed if run.start else ()
-            typed = dict(changed).get("dataset_config")
-            if typed:
-                folder, path = _locate(typed, run)
+            typed_config = dict(changed).get("dataset_config")
+            if typed_config:
+                folder, path = _locate(typed_config, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
                 default_model = IMAGES if run.model in image_families() else next(iter(MODELS))
                 models.setdefault(path, OF_RUNS.get(run.model, default_model))
@@ -349,7 +349,7 @@ class Datasets:
     def measure(self, dataset: FoundDataset) -> Measured:
         """Return the measurements of a dataset; start a new one if its files have changed.
 
-        Raises as `list_outside`.
+        Raises OSError or ValueError if the configuration cannot be read.
         """
         mark = self.mark(dataset)
         with self.lock:
@@ -365,7 +365,7 @@ class Datasets:
             return measured
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
-        """Return the media of a dataset's folders, and what is known about them in words.
+        """Return the media counts of a dataset's folders, and a description of its measurement.
 
         Starts no measurement.
         """
@@ -381,7 +381,7 @@ class Datasets:
             return media, _describe_measured(self._measured.get(dataset.id))
 
     def mark(self, dataset: FoundDataset) -> object:
-        """Return a value that changes whenever files of a dataset change. Raises as `FoundDataset.places`."""
+        """Return a value that changes with the dataset's files. Raises OSError or ValueError."""
         marks: list[object] = []
         for path in (dataset.path, *dataset.named_paths()):
             with contextlib.suppress(OSError):
@@ -492,7 +492,7 @@ class Datasets:
 
 
 def _describe_measured(measured: Measured | None) -> str:
-    """Return in words what is known about a dataset's files. The caller holds the lock of `Datasets`."""
+    """Describe the state of a dataset's measurement. The caller holds the lock of `Datasets`."""
     if measured is None:
         return say("not measured yet")
     if not measured.version:  # the first measurement is running

@@ -78,7 +78,7 @@ class KeyChanges:
 
     @property
     def text(self) -> str:
-        """The changed lines in words, `run.toml: max_train_steps = 100`, and the lines that are kept."""
+        """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that stay."""
         lines = [
             say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
@@ -321,7 +321,7 @@ class DraftFile:
         return self.form.text
 
     def save(self, text: str) -> None:
-        """Write another text into the file. Raises as `replace_content`."""
+        """Replace the file's text. Raises ChangedMeanwhileError if the file has changed since it was read."""
         replace_content(self.path, self.form.with_text(text), self.mark)
 
 
@@ -355,17 +355,17 @@ def replace_content(path: Path, content: bytes, checksum: str) -> None:
     """
     with _WRITING, only_one(path.with_name(f".{path.name}.lock")):
         try:
-            present: bytes | None = read_content(path)
+            present_content: bytes | None = read_content(path)
         except FileNotFoundError:
-            present = None
-        if compute_checksum(present) != checksum:
+            present_content = None
+        if compute_checksum(present_content) != checksum:
             raise ChangedMeanwhileError
-        if content != present:
+        if content != present_content:
             write_bytes(path, content)
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Return a run.toml with options set, or removed by None; all other text is kept, comments too.
+    """Set the options of a run.toml, or remove those that are None; all other text and comments stay.
 
     A key is changed in the table that has it, the last one if several do, because tables only group keys. A
     new key is added at the end of TRAINING_TABLE. Raises ValueError as `change_keys`.

@@ -49,7 +49,7 @@ STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """Preview of what saving a form would change, shown in one part of the page."""
+    """Preview of the changes that saving a form would make, shown in one section of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -125,7 +125,8 @@ def plan_change(
 def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `texts` are as in `plan_change`. Raises as `replace_content`, also if a file changed after it was read.
+    `texts` has the new text of each file. Raises ChangedMeanwhileError if a file has changed since it was
+    read, OutputError if it cannot be written.
     """
     if change.fault:
         return change
@@ -161,14 +162,14 @@ def describe_following(before: str, after: str) -> str:
     }
     if not unchanged:
         return ""
-    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in unchanged)
-    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in unchanged.items())
+    current_values = ", ".join(f"{name} = {toml_value(keys[name])}" for name in unchanged)
+    derived_values = ", ".join(f"{name} = {toml_value(value)}" for name, value in unchanged.items())
     return say(
         "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
         "The field Training steps, at the top, changes them together.",
-        now=now,
+        now=current_values,
         steps=f"{steps:,}",
-        wanted=wanted,
+        wanted=derived_values,
     )
 
 
@@ -334,16 +335,16 @@ def require_full(fields: Mapping[str, str]) -> None:
 
 
 class FolderPages(Protocol):
-    """One part of a page about a folder, such as a part of New about a described folder.
+    """A section of a page about one folder, such as the sample prompts on the page New.
 
     Its methods raise OSError, ValueError or UserError if a file of the folder cannot be read.
     """
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the part of the page for a folder. `query` is the query of the address."""
+        """Return the HTML of the section for a folder. `query` is the query of the address."""
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button of the part. `action` is the button's name, `fields` are the fields of its form."""
+        """Handle a button of the section: `action` is its name, `fields` are the fields of its form."""
 
 
 def folder_routes(
@@ -352,7 +353,7 @@ def folder_routes(
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
-    """Return two routes of a part of a folder's page: one shows the part, the other serves its buttons.
+    """Return two routes for a section of a folder's page: to show it, and to handle its buttons.
 
     `find` returns the folder that a text names, or None if the part is not about that folder.
     """

@@ -62,7 +62,7 @@ class InputFolder:
         return path
 
     def keep(self, path: Path, name: str) -> Path:
-        """Give an uploaded file its final name, and return the new path; an equal file is kept once.
+        """Move an uploaded file to its final name, and return the new path; equal files are stored once.
 
         The name contains a digest of the content, so equal files of one name replace each other. `name` is
         the original name. Raises OptionError if the file is neither an image nor a clip.

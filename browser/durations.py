@@ -23,7 +23,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 def describe_duration(
     runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
 ) -> str:
-    """Return the time that `steps` of a described folder take, in words; "" if no run here has measured it.
+    """Describe the time that `steps` of a described folder take; "" if no run here has measured it.
 
     The folder's own run takes precedence, then the latest finished run of the same model with images and
     batches of the same size. Runs of another machine are ignored; `cards` are the names of this machine's
@@ -46,22 +46,22 @@ def describe_duration(
 
 
 def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
-    """Describe how long steps take, in seconds, minutes or hours."""
+    """Describe the duration of some steps in seconds, minutes or hours."""
     hours = steps * seconds / 3600
     if hours >= 1:
-        full = say("%(hours)s hours", hours=f"{hours:.1f}")
+        duration = say("%(hours)s hours", hours=f"{hours:.1f}")
     elif round(hours * 60) <= 1:
-        full = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
+        duration = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
     else:
-        full = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
+        duration = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
     if is_rough:
-        full = say("about %(time)s", time=full)
+        duration = say("about %(time)s", time=duration)
     return counted(
         steps,
         "%(steps)s step take %(time)s: %(seconds)s seconds each",
         "%(steps)s steps take %(time)s: %(seconds)s seconds each",
         steps=steps,
-        time=full,
+        time=duration,
         seconds=f"{seconds:.2g}",
     )
 
@@ -82,7 +82,7 @@ def _may_be_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
-    """Return whether this machine made a run: since its last boot, or on a card of the same name."""
+    """Return whether a run was made on this machine since its last boot, or on a card of the same name."""
     is_of_boot = run.start is not None and is_living(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
 
@@ -97,8 +97,8 @@ def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[st
         is_measured = run.state == FINISHED and run.step_seconds is not None
         if not is_measured or run.network != network or not _is_own_measurement(run, cards):
             continue
-        typed = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
-        if _is_alike(described.values, typed) and _find_run_sizes(runs, run, typed) == sizes:
+        run_options = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
+        if _is_alike(described.values, run_options) and _find_run_sizes(runs, run, run_options) == sizes:
             return run
     return None
 

@@ -148,8 +148,8 @@ class LeftOut:
             raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
         path = start / name
         paths = [path]
-        others = [other for other in list_names(start) if Path(other).stem == path.stem]
-        if len(others) == 1:  # otherwise the caption also belongs to another file
+        same_stem = [media_name for media_name in list_names(start) if Path(media_name).stem == path.stem]
+        if len(same_stem) == 1:  # otherwise the caption also belongs to another file
             captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
             paths += [caption for caption in captions if caption.is_file()]
         for moved in paths:
@@ -168,7 +168,7 @@ class LeftOut:
 
 
 class FolderFiles:
-    """Answers the requests of a page for the files of a media folder."""
+    """Handles the requests of pages for the files of a media folder."""
 
     def __init__(self, runs: Runs, read_only: bool) -> None:
         self.runs = runs
@@ -191,7 +191,7 @@ class FolderFiles:
         return find_folder(self.runs, text)
 
     def show_items(self, request: Request) -> Response:
-        """Answer with a part of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
+        """Respond with a part of a folder's files as JSON; the query has `text`, `only`, `from`, `count`."""
         folder = self.find(request)
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
@@ -209,7 +209,7 @@ class FolderFiles:
             OSError: If the folder cannot be read.
             ValueError: If `from` or `count` is not a number.
         """
-        part = read_part(query)
+        page_slice = read_part(query)
         names = list_names(folder)
         uncaptioned = list_uncaptioned(folder, names)
         chosen = uncaptioned if query.get("only") == "uncaptioned" else names
@@ -222,7 +222,7 @@ class FolderFiles:
             "how": "",
             "counts": {"": len(names), "uncaptioned": len(uncaptioned)},
             "chosen": len(chosen),
-            "files": [self.show(folder, name) for name in chosen[part]],
+            "files": [self.show(folder, name) for name in chosen[page_slice]],
         }
 
     def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
@@ -290,7 +290,7 @@ class FolderFiles:
         return [name for name in names if self.read_header(folder / name).fault != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the caption of a file, and the reason if it cannot be edited on this page."""
+        """Return the caption of a file, with the reason if this page cannot edit it."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
             return caption_values(say("It cannot be read: it is a link that leads outside"))
@@ -337,7 +337,7 @@ class FolderFiles:
         return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
 
     def show_image(self, request: Request) -> Response:
-        """Answer with a small image of an image or clip below the roots."""
+        """Respond with a small image of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
         is_media = path.suffix.lower() in SHOWN and path.is_absolute()
         try:

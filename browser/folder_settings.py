@@ -247,13 +247,13 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
             continue
         if row.unused and field not in fields:  # the page has no field for it; absent does not mean emptied
             continue
-        typed = fields.get(field, "").strip()
-        if typed == row.text:
+        typed_text = fields.get(field, "").strip()
+        if typed_text == row.text:
             continue
-        reason = bad_character(typed)
+        reason = bad_character(typed_text)
         if reason is not None:
             raise OptionError(say("%(key)s cannot hold %(reason)s", key=row.key, reason=reason))
-        changes[row.key] = row.setting.convert(typed) if typed else None
+        changes[row.key] = row.setting.convert(typed_text) if typed_text else None
     return edit_toml(text, changes)
 
 
@@ -391,31 +391,31 @@ class FolderSettingsPages:
             return None
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button: preview or save the form's changes, or determine the values that `new` chose."""
+        """Handle a button: preview or save the settings, or compute the values that `new` would choose."""
         if action == CHOSEN:
             return self.ask_chosen(folder)
-        part = fields.get("part", TABLE)
-        if action not in ("look", "save") or part not in (TABLE, *FILES):
+        edited_part = fields.get("part", TABLE)
+        if action not in ("look", "save") or edited_part not in (TABLE, *FILES):
             return answer_unknown()
-        name = RUN_FILE if part == TABLE else part
+        name = RUN_FILE if edited_part == TABLE else edited_part
         try:
-            present = read_draft_file(self.site, folder, name)
-            if present.mark != fields.get("have", ""):
-                return self.answer_conflict(folder, part, present, fields)
-            edited_text = self.read_edited(part, present, fields)
-            texts: Mapping[DraftFile, str] = {present: edited_text}
+            current_draft = read_draft_file(self.site, folder, name)
+            if current_draft.mark != fields.get("have", ""):
+                return self.answer_conflict(folder, edited_part, current_draft, fields)
+            edited_text = self.read_edited(edited_part, current_draft, fields)
+            texts: Mapping[DraftFile, str] = {current_draft: edited_text}
             typed_text: str | None = edited_text
-            if part == TABLE:  # the table also has the batch size, which is in dataset.toml
+            if edited_part == TABLE:  # the table also has the batch size, which is in dataset.toml
                 texts = self.with_batch(folder, texts, fields)
                 typed_text = None  # the fields are shown again, not a text
             run_file = read_draft_file(self.site, folder, RUN_FILE)
-            change = plan_change(self.site, part, texts, run_file, typed_text)
+            change = plan_change(self.site, edited_part, texts, run_file, typed_text)
             if action == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:
-            return self.answer_conflict(folder, part, read_draft_file(self.site, folder, name), fields)
+            return self.answer_conflict(folder, edited_part, read_draft_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
-            change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
+            change = DraftChange(part=edited_part, fault=str(error), text=fields.get("text"))
         return self.answer(folder, change, is_rejected=action == "save" and change.fault != "")
 
     def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
@@ -441,40 +441,40 @@ class FolderSettingsPages:
             ChangedMeanwhileError: If dataset.toml has changed since the page was made.
             OptionError: If the batch size is not a number.
         """
-        typed = fields.get(name_dataset_field(BATCH), "").strip()
+        typed_size = fields.get(name_dataset_field(BATCH), "").strip()
         before = fields.get(f"{name_dataset_field(BATCH)} before", "")
-        if typed == before:
+        if typed_size == before:
             return texts
-        size = read_batch_field(typed)
-        present = read_draft_file(self.site, folder, DATASET_FILE)
-        if present.mark != fields.get("have_dataset", ""):
+        size = read_batch_field(typed_size)
+        dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
+        if dataset_draft.mark != fields.get("have_dataset", ""):
             raise ChangedMeanwhileError
         # dataset.toml takes precedence: the training would ignore its own option
         runs = {run: edit_toml(text, {BATCH_OPTION: None}) for run, text in texts.items()}
-        return {**runs, present: write_batch(present.text, size)}
+        return {**runs, dataset_draft: write_batch(dataset_draft.text, size)}
 
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
     ) -> Response:
         """Return the page of the current file, with the text that was typed for its earlier content."""
-        typed = fields.get("text")
+        typed_text = fields.get("text")
         base = fields.get("base", "")
-        now = describe_difference(base, present.text)
+        file_changes = describe_difference(base, present.text)
         try:
-            edited = typed or ""
+            edited = typed_text or ""
             if part == TABLE:
                 edited = apply_edits(base, self.read_rows(base, None), fields)
-            wanted = describe_difference(base, edited)
+            user_changes = describe_difference(base, edited)
         except (ValueError, UserError) as error:
-            wanted = [str(error)]
+            user_changes = [str(error)]
         fault = say(
             "%(name)s has changed meanwhile, and nothing was overwritten. The file now: "
             "%(names)s. What you changed: %(names2)s",
             name=present.name,
-            names=join("; ", now or [say("as before")]),
-            names2=join("; ", wanted or [say("nothing")]),
+            names=join("; ", file_changes or [say("as before")]),
+            names2=join("; ", user_changes or [say("nothing")]),
         )
-        change = DraftChange(part=part, fault=fault, text=typed)
+        change = DraftChange(part=part, fault=fault, text=typed_text)
         return self.answer(folder, change, is_rejected=True)
 
     def ask_chosen(self, folder: Path) -> Response:

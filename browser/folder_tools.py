@@ -44,7 +44,7 @@ class FolderTool:
         }
 
     def press(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
-        """Handle a button (try, write, stop, go_on), and return whether there is a button of this name.
+        """Handle the button try, write, stop or go_on; return False for any other name.
 
         `make_argv` returns the command line; its argument is true for a dry run. Raises UserError if the
         command cannot be started.
@@ -73,7 +73,7 @@ class FolderTool:
         self.site.queue.add_and_begin(argv, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the try and the job of a folder; a waiting job is removed from the queue.
+        """Stop the dry run and the job of a folder; a waiting job is removed from the queue.
 
         Raises UserError if the queue cannot be changed.
         """
@@ -85,7 +85,7 @@ class FolderTool:
             self.site.queue.remove(job.id)
 
     def go_on(self, folder: Path) -> None:
-        """Queue a stopped or failed job again; the tool skips what it has already done."""
+        """Queue a stopped or failed job again; the tool skips files that it has already processed."""
         job = self.find_job(folder)
         if job is None or job.state not in ENDED or job.state == FINISHED:
             raise OptionError(say("There is nothing to continue."))

@@ -60,7 +60,7 @@ class MediaFolder:
 
     @property
     def words(self) -> str:
-        """The counts in words, such as `12 clips, 3 without caption`."""
+        """The counts as a text such as `12 clips, 3 without caption`."""
         phrases = []
         if self.pictures:
             phrases.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
@@ -80,7 +80,7 @@ class MediaFolder:
 
 
 def list_media_folders(runs: Runs) -> list[MediaFolder]:
-    """Return the folders below the roots that hold media, at most MAX_FOLDERS."""
+    """Return the folders below the roots that contain media, at most MAX_FOLDERS."""
     folders = []
     for top in dict.fromkeys(runs.tops):
         for folder in _walk(top, DEEPEST):
@@ -132,14 +132,14 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
     media = [*images, *clips, *audios]
     if not media:
         return None
-    shown = min([*images, *clips], default=None)
+    first_name = min([*images, *clips], default=None)
     return MediaFolder(
         path=folder,
         pictures=len(images),
         clips=len(clips),
         audios=len(audios),
         uncaptioned=sum(not has_text.get(Path(name).stem) for name in media),
-        first=None if shown is None else folder / shown,
+        first=None if first_name is None else folder / first_name,
         is_described=is_described(folder),
     )
 
@@ -182,7 +182,7 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
 
 
 def _read_inner(folder: Path) -> list[MediaFolder]:
-    """Return the subfolders of a folder that hold media."""
+    """Return the subfolders of a folder that contain media."""
     return [
         media_folder
         for path in itertools.islice(_walk(folder, 1), 1, None)

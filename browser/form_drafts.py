@@ -59,7 +59,7 @@ class Drafts:
         return self.folder / f"{name}.json"
 
     def _names(self) -> list[str]:
-        """Return the names of all drafts, the one changed last first."""
+        """Return the names of all drafts, the most recently changed first."""
         changed = {}
         with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:

@@ -150,7 +150,7 @@ class GenerateForm:
 
 
 class GeneratePages:
-    """Shows the page Generate, and does what its buttons request."""
+    """Shows the page Generate, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -259,7 +259,7 @@ class GeneratePages:
         return answer_template("generate.html", say("Generate"), values, is_rejected=error != "")
 
     def work_values(self) -> dict[str, object]:
-        """Return the values for the part of the page about render jobs."""
+        """Return the template values for the page's list of render jobs."""
         render_jobs = self.render_worker.list_all()
         mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
         ended = mentioned[-SHOWN_ENDED:][::-1]  # the newest first
@@ -284,11 +284,11 @@ class GeneratePages:
         }
 
     def show_work(self, _: Request) -> Response:
-        """Answer with the part of the page about render jobs, which the page requests every second."""
+        """Respond with the HTML of the list of render jobs, which the page requests every second."""
         return self.answer_work()
 
     def answer_work(self, error: str = "", queued_message: str = "") -> Response:
-        """Return the part of the page about render jobs.
+        """Return the HTML of the page's list of render jobs.
 
         Args:
             error: Reason why the request was not carried out.
@@ -304,7 +304,7 @@ class GeneratePages:
         return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
 
     def show_preview(self, request: Request) -> Response:
-        """Answer with the newest preview; empty if it has just been removed, which the next poll reports."""
+        """Respond with the newest preview; empty if it has just been removed, which the next poll reports."""
         preview = self.render_worker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
@@ -316,7 +316,7 @@ class GeneratePages:
             return Response(status_code=204)
 
     def show_input(self, request: Request) -> Response:
-        """Answer with a dropped image, by its name."""
+        """Respond with a dropped image, by its name."""
         path = self.inputs.folder / request.path_params["name"]
         kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
         kind = kinds.get(path.suffix)
@@ -372,7 +372,7 @@ class GeneratePages:
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
-        """Return the form for another source: prompts and seed are kept, other fields get new defaults."""
+        """Return the form for another source, with its prompts and seed but the new source's defaults."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(default.texts)
@@ -415,14 +415,14 @@ class GeneratePages:
         )
 
     def format_command_line(self, render_request: RenderRequest, form: GenerateForm) -> str:
-        """Return the command line that gives the same result as the form."""
+        """Return the command line that generates the same result as the form."""
         words = render_request.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
             words += [find_flag("num_videos", render_request.recipe.defaults), form.count.strip()]
         return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
-        """Do what a button requests."""
+        """Handle a button of the page: fill the form, generate, or change a render job."""
         action = request.path_params["what"]
         # each field of a form is a list of texts; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
@@ -460,13 +460,13 @@ class GeneratePages:
         return self.answer_pressed(queued_message=queued_message)
 
     def answer_pressed(self, error: str = "", queued_message: str = "") -> Response:
-        """Return the part about render jobs after a button was pressed; arguments as in `answer_work`."""
+        """Return the list of render jobs after a button was pressed; arguments as in `answer_work`."""
         response = self.answer_work(error, queued_message)
         response.headers["hx-trigger"] = "render_added"
         return response
 
     def make(self, form: GenerateForm) -> str:
-        """Add the render jobs of a form to the queue, and return in words what will be generated.
+        """Queue the render jobs of a form, and return a message about the results to come.
 
         Raises OptionError if the form is not valid.
         """
@@ -553,7 +553,7 @@ class GeneratePages:
         return handle
 
     def keep_input(self, path: Path, name: str) -> Response:
-        """Keep an uploaded image or clip as a start image, and answer with its path."""
+        """Store an uploaded image or clip as a start image, and answer with its path."""
         kept = self.inputs.keep(path, name)
         return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 

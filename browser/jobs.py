@@ -261,7 +261,7 @@ class JobQueue:
         return self._read_book().jobs
 
     def now(self) -> QueueNow:
-        """Return all jobs and the worker with a single read of the files. Raises as `jobs`."""
+        """Return all jobs and the worker, read at one moment. Raises OutputError if a file cannot be read."""
         book = self._read_book()
         return QueueNow(book.jobs, self._find_worker(book))
 
@@ -364,7 +364,7 @@ class JobQueue:
             book.wait_again(job, line)
 
     def edit(self, number: int, line: str) -> None:
-        """Change the line of a job that is not running, and queue it again. Raises as `add`."""
+        """Replace the line of a job that is not running, and queue it again. Raises OptionError."""
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
@@ -513,9 +513,9 @@ class JobQueue:
         else:
             added = waiting - before
             jobs = (known.jobs & waiting) + added
-        now = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
-        if now != known:
-            remember_queue(self.folder, now.is_open, now.jobs.elements())
+        updated = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
+        if updated != known:
+            remember_queue(self.folder, updated.is_open, updated.jobs.elements())
 
     def _reject_unknown(self, book: _Book) -> None:
         """Raise UnknownJobsError if a job waits that the user does not know."""
@@ -627,7 +627,7 @@ def may_still_write(job: Job) -> bool:
 
 
 def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
-    """Return the jobs that may still write files; the check of a later job takes them into account."""
+    """Return the jobs that may still write files, for the check of a job that runs after them."""
     earlier = []
     for job in filter(may_still_write, jobs):
         with contextlib.suppress(OptionError):  # an invalid line will be rejected and writes nothing
@@ -644,7 +644,7 @@ def as_line(argv: Sequence[str]) -> str:
 
 
 def _find_line_folder(line: str) -> Path:
-    """Return the folder in which a line of the text file runs: the one in its `cd`, or the working folder."""
+    """Return the folder in which a line's command runs: the folder of its `cd`, or the working folder."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()

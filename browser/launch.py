@@ -186,7 +186,7 @@ def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_arguments(argv: Sequence[str]) -> int:
-    """Return the number of words that `accelerate launch` and its options take up.
+    """Return the number of leading words that belong to `accelerate launch` and its options.
 
     Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
@@ -470,7 +470,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start the process that waits for a job, in a process group of its own. It ends if it gets no job.
+    """Start a process that waits for a job in a new process group, and ends if it gets no job.
 
     Args:
         log: File for the output.

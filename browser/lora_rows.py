@@ -23,7 +23,7 @@ MAX_FILES = 500
 
 @dataclass(frozen=True)
 class LoraRow:
-    """A LoRA of the form Generate: its file, or the files of both experts, and what is known about it."""
+    """A LoRA in the form Generate: its file, or one file for each expert, with its step, loss and family."""
 
     path: str
     title: str
@@ -48,7 +48,7 @@ class LoraRow:
         return {self.name, *(Path(path).name for path in self.copies)}
 
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
-        """Return the row with the path that the recipe's command uses, and the reason if it may not fit."""
+        """Return the row with the path in the recipe's command, and a reason if it may not fit the task."""
         task = "".join(recipe.fixed.get("--task", ()))
         reason = (
             say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)

@@ -140,7 +140,7 @@ class MachineLine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
-        """Answer with the HTML of the line about graphics cards and running processes."""
+        """Respond with the HTML of the line about graphics cards and running processes."""
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
@@ -174,7 +174,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return what runs on this machine: trainings, other jobs of the queue, render jobs, downloads."""
+        """Return the processes on this machine: trainings, other queue jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
@@ -195,7 +195,7 @@ class MachineLine:
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return running jobs that have no run of their own, and the number of jobs in a paused queue."""
+        """Return running jobs that no run represents, and the number of jobs in a paused queue."""
         try:
             now = self.site.queue.now()
         except UserError:  # the queue's page reports it

@@ -66,18 +66,18 @@ FORM = ToolForm(
 
 
 class MaskMakingPages:
-    """Shows the form for the masks of a folder, and does what its buttons request."""
+    """Shows the form that makes the masks of a folder, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.tool = FolderTool(site, FORM.script, "trymasks")
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the form, or the part of it named in the query; see `FolderPages`."""
+        """Return the HTML of the form, or of its section named in the query; see `FolderPages`."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", error: str = "") -> Response:
-        """Return the part of the page.
+        """Return the HTML of the form for masks and its progress.
 
         Args:
             folder: The folder. If it is a described folder with several media folders, the form selects one.
@@ -196,7 +196,7 @@ class MaskMakingPages:
         return [*argv, "--dry_run"] if tries else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Do what a button requests, and show the progress again."""
+        """Handle a button of the form, and return the HTML of the progress."""
 
         def make_argv(tries: bool) -> list[str]:
             self.require_ready(fields, tries)
@@ -215,7 +215,7 @@ class MaskMakingPages:
         return self.answer(folder, fields, "progress")
 
     def require_ready(self, fields: Mapping[str, str], tries: bool) -> None:
-        """Raise OptionError if the form does not say what to find, or the model is not downloaded."""
+        """Raise OptionError if the form names nothing to find, or if the model is not downloaded."""
         finder = fields.get("finder", WORDS)
         if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))

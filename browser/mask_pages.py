@@ -72,7 +72,7 @@ class MaskPages:
         return answer_template("masks.html", say("Masks"), values)
 
     def show_item(self, request: Request) -> Response:
-        """Answer with one image or clip as JSON. The query has `at`, its index in the list."""
+        """Respond with one image or clip as JSON. The query has `at`, its index in the list."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
@@ -97,11 +97,11 @@ class MaskPages:
         }
 
     def show_image(self, request: Request) -> Response:
-        """Answer with a frame of an image or clip, as JPEG."""
+        """Respond with a frame of an image or clip, as JPEG."""
         return self._answer_image(request, lambda place, number: self.review.read_picture(place, number))
 
     def show_mask(self, request: Request) -> Response:
-        """Answer with a mask as PNG: reduced, or in full size if the query has `whole`."""
+        """Respond with a mask as PNG: reduced, or in full size if the query has `whole`."""
         is_full = "whole" in request.query_params
         return self._answer_image(
             request, lambda place, number: self.review.read_mask(place, number, is_full)
@@ -153,7 +153,7 @@ class MaskPages:
         return self._answer_change(query, act)
 
     def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskPlace], None]) -> Response:
-        """Change a mask, and answer with its file as JSON, with the reason if nothing was done."""
+        """Change a mask, and answer with its file as JSON, or with the reason why nothing was changed."""
         folder = self.find_folder(query)
         id = query.get("id", "")
         place = None
@@ -181,7 +181,7 @@ class MaskPages:
     def _answer_item(
         self, folder: Path | None, place: MaskPlace | None, status: int = 200, error: str = ""
     ) -> Response:
-        """Answer with the current state of an image or clip as JSON."""
+        """Respond with the current state of an image or clip as JSON."""
         if folder is None or place is None:
             return answer_json({"error": error or NOT_FOUND}, status if error else 404)
         try:

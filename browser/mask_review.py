@@ -157,7 +157,7 @@ class MaskReview:
             self._note(folder, place)
 
     def draw(self, folder: Path, place: MaskPlace, png: bytes, version: str) -> None:
-        """Replace the mask of an image by a drawn mask of the image's size. Raises as `change`."""
+        """Replace an image's mask by a drawn one. Raises MaskConflictError if the mask has changed."""
         with self._lock, only_one(folder / LOCK):
             place = self._require_unchanged(place, version)
             if place.kind != "image":

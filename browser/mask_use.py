@@ -35,7 +35,8 @@ class MaskUse:
     def write(self, learns: bool) -> bool:
         """Write whether the training uses the masks, and return whether that changed the file.
 
-        Raises OptionError or ValueError if dataset.toml cannot be edited, and as `replace_content`.
+        Raises OptionError or ValueError if dataset.toml cannot be edited,
+        ChangedMeanwhileError if it has changed.
         """
         if learns and not self.num_masks:
             raise OptionError(say("There are no masks yet: make or draw one first."))
@@ -88,7 +89,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
 def use_first_mask(runs: Runs, folder: Path) -> bool:
     """Let a training use the masks of a folder if the first mask was just written; return whether it does.
 
-    Raises as `MaskUse.write`.
+    Raises OptionError or ValueError if dataset.toml cannot be edited.
     """
     use = read_mask_use(runs, folder)
     return use is not None and use.num_masks == 1 and not use.is_used and use.write(learns=True)

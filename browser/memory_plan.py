@@ -186,9 +186,9 @@ def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str],
         "weights": (WEIGHTS, switches.weights),
         "checkpointing": (CHECKPOINTING, switches.checkpointing),
     }
-    for name, (keys_by_choice, present) in menus.items():
+    for name, (keys_by_choice, current_choice) in menus.items():
         chosen = fields.get(name, "")
-        if chosen == present or chosen not in ("", *keys_by_choice):
+        if chosen == current_choice or chosen not in ("", *keys_by_choice):
             continue
         for keys in keys_by_choice.values():
             for key in keys:
@@ -214,11 +214,11 @@ class MemoryPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the part of the page; see `FolderPages`."""
+        """Return the HTML of the memory section; see `FolderPages`."""
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
-        """Return the part of the page. `fault` is an error message, `done` a message about what was done."""
+        """Return the HTML of the memory section, with an error (`fault`) or success message (`done`)."""
         described = read_described(folder)
         file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -313,19 +313,19 @@ class MemoryPages:
         return self.answer(folder, done=done)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
-        """Write the switches that were changed, and return in words what was written."""
-        present = read_draft_file(self.site, folder, RUN_FILE)
-        if present.mark != fields.get("have", ""):
+        """Write the changed switches into run.toml, and return a message with the changed lines."""
+        draft = read_draft_file(self.site, folder, RUN_FILE)
+        if draft.mark != fields.get("have", ""):
             raise ChangedMeanwhileError
-        text = present.text
+        text = draft.text
         names = [setting.name for setting in read_settings(find_training_script(text))]
         switches = read_switches(read_described(folder).values, names)
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
         self.site.tracked_runs.reject_while_it_runs(folder)
-        note = reject_new_errors(present, after, text)
-        present.save(after)
+        note = reject_new_errors(draft, after, text)
+        draft.save(after)
         lines_of_one = {*text.splitlines()} ^ {*after.splitlines()}  # lines that only one of the texts has
         changed = [f"-{line}" for line in text.splitlines() if line in lines_of_one]
         changed += [f"+{line}" for line in after.splitlines() if line in lines_of_one]

@@ -42,7 +42,7 @@ class ModelPart:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """`family task` of each model that uses the part."""
+        """Names, as `family task`, of the models that use the part."""
         return tuple(name_task(model) for model in self.models)
 
     @property
@@ -52,7 +52,7 @@ class ModelPart:
 
     @property
     def shown_size(self) -> str:
-        """Size of the part on disk or, if it is not there, of its download."""
+        """Size of the part on disk or, if it is missing, of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
         if known is None:
             return say("not known") if "LoRA" in self.component.role else say("a few MB")
@@ -60,7 +60,7 @@ class ModelPart:
 
     @property
     def state(self) -> str:
-        """State of the part in words: on disk, partly on disk, to load, or not the released file."""
+        """Text about the part's state: on disk, partly on disk, to load, or not the released file."""
         if self.has_other_size:
             return say("another file than the released one, by its size")
         if self.is_there:
@@ -97,7 +97,7 @@ class TaskFiles:
 
     @property
     def size(self) -> str:
-        """Total size of the task's files in GB, in words."""
+        """Total size of the task's files as a text in GB."""
         return gigabytes(total_bytes(self.model.components))
 
     @property
@@ -165,7 +165,7 @@ def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = No
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
 ) -> TaskFiles | None:
-    """Return a task of the catalogue; None if there is none of this name. Arguments as in `list_tasks`."""
+    """Return a task of the catalogue, with arguments as in `list_tasks`; None if it does not exist."""
     known = {} if known is None else known
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):
@@ -231,7 +231,7 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
 def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
     """Return all parts with files on disk, even unfinished ones, the largest first.
 
-    `known` as in `list_tasks`.
+    `known` caches the parts that were read already.
     """
     parts: KnownParts = {}
     for in_fp8 in (False, True):
@@ -256,12 +256,12 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
             known_names |= {file.name for file in component.files}
     files = []
     for path in _walk(models, DEEPEST):
-        inner = path.relative_to(models)
-        if inner.as_posix() in known_names or path.name.startswith("."):
+        relative_path = path.relative_to(models)
+        if relative_path.as_posix() in known_names or path.name.startswith("."):
             continue
         size = _read_size(path)
         if size is not None:
-            files.append(UnknownFile(inner, size))
+            files.append(UnknownFile(relative_path, size))
         if len(files) == MAX_FILES:
             break
     return sorted(files, key=lambda file: -file.size_bytes)
@@ -282,7 +282,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_folder: BinFolder) -> Path:
-    """Move parts of a task into the bin, and return the folder that holds them now.
+    """Move parts of a task into the bin, and return the bin's folder that contains them now.
 
     Args:
         models: The models folder.
@@ -311,12 +311,12 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
         component = parts[name].component
         paths += [models / file.name for file in component.files]
         paths += _list_partial_paths(component, models)
-    present = [path for path in paths if os.path.lexists(path)]
-    for path in present:
+    existing_paths = [path for path in paths if os.path.lexists(path)]
+    for path in existing_paths:
         if not real_path(path.parent).is_relative_to(real_path(models)):
             raise OutputError(f"{path.parent} is a link to another place than {models}: remove it there")
-    folder = bin_folder.move_in(f"models {files.name}", models, present)
-    for path in present:
+    folder = bin_folder.move_in(f"models {files.name}", models, existing_paths)
+    for path in existing_paths:
         _remove_empty(path.parent, models)
     return folder
 

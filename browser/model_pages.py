@@ -68,7 +68,7 @@ def open_bin(site: Site) -> BinFolder:
 
 
 class ModelPages:
-    """Shows the page Models, and does what its buttons request."""
+    """Shows the page Models, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -134,14 +134,14 @@ class ModelPages:
         return answer_template("models.html", say("Models"), values, is_rejected=error != "")
 
     def describe_free(self) -> str:
-        """Return the free disk space for models, in words."""
+        """Return the free disk space for models as a text in GB."""
         try:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:
             return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button requests, and show the page again."""
+        """Handle a button: download a task, stop a download, or remove parts; then show the page again."""
         chosen = Chosen.of_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
@@ -175,7 +175,7 @@ class ModelPages:
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
-        """Move parts into the bin, and return the name of the folder that holds them."""
+        """Move parts into the bin, and return the name of the bin's folder that contains them."""
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue

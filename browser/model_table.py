@@ -118,11 +118,11 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     )
     num_suggested = 0 if content is None else SUGGESTED
     suggested = [replace(item.row, is_suggested=True) for item in ranked[:num_suggested]]
-    others = sorted(
+    other_rows = sorted(
         ranked[num_suggested:],
         key=lambda item: (not item.suits, item.row.model.title.lower()),
     )
-    return [*suggested, *(item.row for item in others)]
+    return [*suggested, *(item.row for item in other_rows)]
 
 
 class _RankedRow(NamedTuple):
@@ -224,7 +224,7 @@ def describe_file(text: str) -> str:
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:
-    """Return the reason why a file does not fit an option of a model, in the words of `new`; "" if it fits.
+    """Return the reason, as `new` states it, why a file does not fit a model's option; "" if it fits.
 
     It is also "" if `describe_file` rejects the file, or if the check takes too long. `text` is the typed
     path.

@@ -242,7 +242,7 @@ def find_model(family: str, task: str) -> ModelSet | None:
 
 
 def _name_default(form: NewForm) -> str | None:
-    """Return the name that selects LoRA training for `new`; None if that is what `new` trains by default."""
+    """Return the value of --train that selects a LoRA; None if `new` trains a LoRA by default."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
 

@@ -166,7 +166,7 @@ MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """What the button Describe will do, and the text next to it."""
+    """The command or the changes that the button Describe will apply, and the text next to the button."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
@@ -181,7 +181,7 @@ class DescribePlan:
 
 
 class NewPages:
-    """Shows the page New, and does what its buttons request."""
+    """Shows the page New, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -440,7 +440,7 @@ class NewPages:
         return NewForm.of_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
-        """Return how long the steps in the form take, in words; "" if it is not known."""
+        """Describe how long the steps in the form take; "" if that is not known."""
         if described is None or described.steps is None:
             return ""
         try:
@@ -459,7 +459,7 @@ class NewPages:
             return None, str(reason)
 
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the values for the part of the page that changes while commands run."""
+        """Return the template values for the section that changes while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
@@ -553,7 +553,7 @@ class NewPages:
         checking: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
-        """Return what `new` reported as missing and is still missing, as fields of `FolderStanding`.
+        """Return fields of `FolderStanding`: captions and errors that `new` reported and that remain.
 
         `lines` were printed by `new` about files that still exist.
         """
@@ -648,20 +648,20 @@ class NewPages:
         }
 
     def show_progress(self, request: Request) -> Response:
-        """Answer with the part of the page that changes while commands run."""
+        """Respond with the HTML of the section that changes while commands run."""
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
             return answer_not_found()
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, error: str = "") -> Response:
-        """Return the same part as `show_progress`. `error` is the reason why a button did nothing."""
+        """Return the section of `show_progress`. `error` is the reason why a button changed nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": error, "is_part": True}
         return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Answer with the command that writes captions with the form's settings, or with an error message."""
+        """Respond with the command that writes captions as the form requests, or with an error message."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -673,7 +673,7 @@ class NewPages:
         return answer_page(str(escape(text)))
 
     def show_folders(self, request: Request) -> Response:
-        """Answer with the next part of the list of folders."""
+        """Respond with the next part of the list of folders."""
         first_text = request.query_params.get("from", "")
         first = int(first_text[:6]) if first_text.isascii() and first_text.isdecimal() else 0
         folders = list_media_folders(self.site.runs)
@@ -686,7 +686,7 @@ class NewPages:
         return answer_template("new_folders.html", say("New"), values)
 
     def show_check(self, request: Request) -> Response:
-        """Answer with a folder's check.html.
+        """Respond with a folder's check.html.
 
         The folder may come from somebody else, so the page runs no scripts and loads no other files.
         """
@@ -811,7 +811,7 @@ class NewPages:
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> DescribePlan:
-        """Return the plan of Describe; for an incomplete form, the command with what is known so far."""
+        """Return the plan of Describe; for an incomplete form, the command with the fields filled so far."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)
@@ -837,7 +837,7 @@ class NewPages:
         return DescribePlan(make_new_argv(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button requests, and show the page of the folder again."""
+        """Handle a button of the page, and show the folder's page again."""
         sent = NewForm.of_fields(form)
         action = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
@@ -871,7 +871,7 @@ class NewPages:
         return response
 
     def carry_out(self, action: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
-        """Do what a button requests, and return whether there is a button of this name.
+        """Handle any button except Describe; return False for an unknown button.
 
         Raises UserError, OSError or ValueError if it fails, and ChangedMeanwhileError if the files have
         changed since the page was made.
@@ -917,8 +917,8 @@ class NewPages:
         """
         if not shown:
             return
-        present = self.make_form(read_described(folder))
-        labels = list_unwritten(sent, NewForm.of_address(shown), present)
+        form_of_files = self.make_form(read_described(folder))
+        labels = list_unwritten(sent, NewForm.of_address(shown), form_of_files)
         if labels:
             raise OptionError(
                 say(
@@ -929,7 +929,7 @@ class NewPages:
             )
 
     def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
-        """Carry out `plan_describe`, and return what was done at once, as a message for the next page.
+        """Apply the plan of Describe, and return a message about changes that were written at once.
 
         Args:
             folder: The folder.
@@ -964,8 +964,8 @@ class NewPages:
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
-        kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
-        keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
+        copy_name = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
+        keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / copy_name)
         form = NewForm.of_argv(shlex.split(comparing.line))
         argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
@@ -1026,16 +1026,16 @@ class NewPages:
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), argv, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
-        """Answer with a description of a model file, from its header."""
+        """Respond with a description of a model file that is read from its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
         chosen = NewForm.of_fields(form)
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
         described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
-        known = NewForm() if described is None else self.make_form(described)
+        form_of_files = NewForm() if described is None else self.make_form(described)
         # `new` has already checked the file that the described folder uses
-        is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
-            known.model_files.get(option) == chosen.model_files.get(option)
+        is_known = (form_of_files.family, form_of_files.task) == (chosen.family, chosen.task) and (
+            form_of_files.model_files.get(option) == chosen.model_files.get(option)
         )
         values = {
             "text": describe_file(text),
@@ -1045,7 +1045,7 @@ class NewPages:
         return answer_template("new_file.html", say("New"), values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:
-        """Answer with the reason, as `new` states it, why a model file does not fit the selected model."""
+        """Respond with the reason, as `new` states it, why a model file does not fit the selected model."""
         option = request.query_params.get("option", "")
         chosen = NewForm.of_fields(form)
         text = "".join(form.get(f"file_{option}", ()))
@@ -1060,7 +1060,7 @@ class NewPages:
 
 
 def explain_empty(folder: Path) -> str:
-    """Return the reason why a folder cannot be described; "" if it, or a folder in it, may hold media."""
+    """Return the reason why a folder without media cannot be described; "" if it may have media."""
     if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
         return ""
     return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)

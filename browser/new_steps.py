@@ -68,7 +68,7 @@ class FolderStanding:
 
     @property
     def done(self) -> str:
-        """What has been completed, in words."""
+        """Text about the steps that are complete."""
         words = [say("Prepared")]
         if self.download is not None and self.download.state == FINISHED and not self.to_load:
             words.append(say("the model is here"))

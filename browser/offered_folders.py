@@ -32,13 +32,13 @@ def read_tables(config: Path) -> list[Mapping[str, Any]]:
         tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    found: list[Mapping[str, Any]] = []
+    all_tables: list[Mapping[str, Any]] = []
     for table in tables if isinstance(tables, list) else ():
         if isinstance(table, dict):
             subsets = table.get("subsets")
-            inner = subsets if isinstance(subsets, list) else []
-            found += [table, *(subset for subset in inner if isinstance(subset, dict))]
-    return found
+            subset_tables = subsets if isinstance(subsets, list) else []
+            all_tables += [table, *(subset for subset in subset_tables if isinstance(subset, dict))]
+    return all_tables
 
 
 def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:

@@ -131,7 +131,7 @@ def find_return_address(address: str) -> str:
 
 
 def show_scripts(request: Request) -> Response:
-    """Answer with the texts of JavaScript, and the functions that look them up, as a script."""
+    """Respond with a script that contains the texts of JavaScript and the functions that look them up."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()

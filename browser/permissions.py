@@ -29,7 +29,7 @@ MAX_SHOWN = 64 << 10  # bytes of a file
 
 @dataclass(frozen=True)
 class Permission:
-    """An act of a run, and what the user should know about it."""
+    """Something that a run may do, with a note for the user."""
 
     text: str
     note: str = ""  # why it is rejected or unusual
@@ -37,7 +37,7 @@ class Permission:
 
 
 def read_permissions(folder: Path) -> list[Permission]:
-    """Return what a described folder's files let a run do; acts that `new` never writes come first.
+    """List the actions that a described folder's files permit; actions that `new` never writes come first.
 
     Acts beyond MAX_LINES are counted in a last line.
 

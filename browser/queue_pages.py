@@ -140,7 +140,7 @@ def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list
 
 
 class QueuePages:
-    """Shows the queue, and handles its buttons."""
+    """Shows the page of the queue, and handles its buttons."""
 
     def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
         self.runs = runs
@@ -167,8 +167,8 @@ class QueuePages:
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
         """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
-        now = self.queue.now()
-        jobs, worker = now.jobs, now.worker
+        queue_state = self.queue.now()
+        jobs, worker = queue_state.jobs, queue_state.worker
         running = [job for job in jobs if job.state == RUNNING]
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
@@ -205,7 +205,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button requests, and show the queue again."""
+        """Handle a button of the queue, and show the queue again."""
         action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))

@@ -175,7 +175,7 @@ class ModelRecipe:
         return list(self.keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value used if a field is empty, in words; "" if only the model knows it.
+        """Return the value, as text, that is used if a field is empty; "" if only the model has it.
 
         Defaults of the model's files take precedence over those of its task, and these over those of its
         script.
@@ -203,7 +203,7 @@ class ModelRecipe:
         return "" if value in (None, "") else f"{value:g}"
 
     def find_limits(self, name: str) -> tuple[float, float]:
-        """Return the minimum and maximum of a field that holds a number."""
+        """Return the minimum and maximum of a numeric field."""
         # an input of the network is not negative, a CFG scale may be
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MAX_MADE_FRAMES / self.defaults.fps
@@ -429,17 +429,19 @@ def _make_recipe(
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
-    typed = []
+    typed_options = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
         # the field for a start image also accepts a clip
         name = names.get("i2i_path" if key == "video_path" else key)
         typed_words = [word for word in words if not is_example(word)]
-        typed.append(_TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words)))
-    fixed = [option for option in typed if option.is_fixed]
-    examples = [option.field for option in typed if option.has_example and not option.is_size]
-    by_key = {option.key: option.words for option in typed}
-    default = _list_default_texts(typed, defaults)
+        typed_options.append(
+            _TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words))
+        )
+    fixed = [option for option in typed_options if option.is_fixed]
+    examples = [option.field for option in typed_options if option.has_example and not option.is_size]
+    by_key = {option.key: option.words for option in typed_options}
+    default = _list_default_texts(typed_options, defaults)
     return ModelRecipe(
         title=title,
         family=family,
@@ -604,8 +606,8 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        near = self.recipe.nearest(name, value)
-        if near != value:
+        nearest = self.recipe.nearest(name, value)
+        if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
                 rule = say("a multiple of %(side_step)s", side_step=self.recipe.side_step)
@@ -615,7 +617,7 @@ class RenderRequest:
                     label=self._label(name),
                     text=text,
                     rule=rule,
-                    near=near,
+                    near=nearest,
                 )
             )
 

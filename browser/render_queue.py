@@ -192,7 +192,7 @@ class RenderQueue:
             return job
 
     def remove(self, number: int) -> None:
-        """Remove an ended render job from the list; its result stays. Raises as `change`."""
+        """Remove a render job from the list; its result stays. Raises OptionError if it has not ended."""
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):

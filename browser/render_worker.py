@@ -125,9 +125,8 @@ class RenderWorker:
         self._thread: threading.Thread | None = None
         self._is_ended = False
         self._cancels = 0  # stops that were requested for the current job: the second one kills
-        self._unsaved: dict[
-            int, RenderJob
-        ] = {}  # ended jobs whose end is not stored yet, because the disk was full
+        # ended jobs whose end is not stored yet, because the disk was full
+        self._unsaved: dict[int, RenderJob] = {}
         if not self.read_only:
             self._end_orphan()
             queue.before_start = self.free_card
@@ -169,7 +168,7 @@ class RenderWorker:
         return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
 
     def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
-        """Store new render jobs, and return their numbers. Raises as `RenderQueue.add`."""
+        """Store new render jobs, and return their numbers. Raises OptionError if too many are waiting."""
         if self.read_only:
             raise OutputError(NO_WRITING)
         numbers = self.store.add(new_jobs)
@@ -355,11 +354,11 @@ class RenderWorker:
     def _find_blocking_job(self) -> Job | None:
         """Return the queue's job that uses the graphics card or is next to use it; None if there is none."""
         try:
-            now = self.queue.now()
+            queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
             return None
-        for state in (RUNNING, WAITING) if now.worker else (RUNNING,):
-            for job in now.jobs:
+        for state in (RUNNING, WAITING) if queue_state.worker else (RUNNING,):
+            for job in queue_state.jobs:
                 if job.state == state:
                     verb = "runs" if state == RUNNING else say("is next")
                     self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)

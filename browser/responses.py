@@ -30,7 +30,7 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 def answer_template(
     name: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return the page made from a template of this folder.
+    """Return a page filled in from a template of this folder.
 
     `is_rejected` marks the page as the explanation of a rejected request (status 422).
     """
@@ -38,7 +38,7 @@ def answer_template(
 
 
 def answer_message(text: str, is_rejected: bool = False) -> Response:
-    """Return a short message for the line next to a button. `is_rejected` says that nothing was done."""
+    """Return a short message for the line next to a button. `is_rejected` marks a rejected request."""
     return answer_template("message.html", "", {"message": text, "is_bad": is_rejected}, is_rejected)
 
 
@@ -63,7 +63,7 @@ def answer_file(path: Path) -> Response:
 
 
 def answer_move(address: str) -> Response:
-    """Answer a form of htmx so that the browser opens another page of this server.
+    """Return the response to a form of htmx that makes the browser open another page of this server.
 
     Forms are sent by htmx, because a plain form without a referrer has the origin null, which is rejected.
     """

@@ -175,7 +175,7 @@ class ResultTile:
 
     @property
     def title(self) -> str:
-        """First words of the prompt, or the name of the file."""
+        """Beginning of the prompt, or the name of the file."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
         return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
@@ -203,7 +203,7 @@ class ResultTile:
 
     @property
     def mark(self) -> str:
-        """Text that changes with what the tile shows."""
+        """Key that changes when anything that the tile shows has changed."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
         return short_digest(text, 6)
 
@@ -230,7 +230,7 @@ MONTHS = (
 
 
 def name_day(seconds: float, today: date) -> str:
-    """Return the day of a result in words."""
+    """Return the day of a result as a text: Today, Yesterday or the date."""
     day = datetime.fromtimestamp(seconds).date()
     if day == today:
         return say("Today")
@@ -362,7 +362,7 @@ class Remaker:
 
 
 class ResultPages:
-    """Answers requests for results."""
+    """Handles the requests for generated results."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -414,7 +414,7 @@ class ResultPages:
         return results, chosen, unread
 
     def show_layout(self, request: Request) -> Response:
-        """Answer with the days and the number of their results as JSON; 204 if nothing has changed.
+        """Respond with the days and the number of their results as JSON; 204 if nothing has changed.
 
         The query has the fields of `read_choice`, `have` (the mark of an earlier answer) and `compared` (ids
         of results that the page keeps; the answer lists those that no longer exist).
@@ -455,7 +455,7 @@ class ResultPages:
         return [(title, title) for title in sorted(titles, key=str.lower)]
 
     def show_part(self, request: Request) -> Response:
-        """Answer with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
+        """Respond with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
@@ -490,7 +490,7 @@ class ResultPages:
         return self.folders.find(request.path_params["id"])
 
     def show_file(self, request: Request) -> Response:
-        """Answer with the file of a result."""
+        """Respond with the file of a result."""
         id, _, suffix = request.path_params["name"].partition(".")
         result = self.folders.find(id)
         if result is None or f".{suffix}" != result.path.suffix.lower():
@@ -505,7 +505,7 @@ class ResultPages:
         return settings
 
     def show_sheet(self, request: Request) -> Response:
-        """Answer with the dialog that a button opens before its action is carried out."""
+        """Respond with the dialog that a button opens before its action is carried out."""
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
@@ -524,7 +524,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Answer with the commands of a result's buttons, as JSON."""
+        """Respond with the commands of a result's buttons, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()
@@ -575,7 +575,7 @@ class ResultPages:
         return self.answer_sheet("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
-        """Answer with the file of a layer."""
+        """Respond with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
         paths = (
@@ -699,7 +699,7 @@ class ResultPages:
     # --- start from this
 
     def start_from(self, result: Result, _: Form) -> Response:
-        """Answer with the path of an image, or of a clip's last frame, which is written as an image."""
+        """Respond with the path of an image, or of a clip's last frame, which is written as an image."""
         if result.kind == "sound":
             raise OptionError(say("A sound is no picture to start from."))
         if result.kind == "clip":
@@ -796,7 +796,7 @@ class ResultPages:
         return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button requests."""
+        """Handle the button of a result that the address names."""
         result = self.find(request)
         change = self.changes.get(request.path_params["what"])
         if change is None:
@@ -850,7 +850,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
         raise ChangedMeanwhileError
     before = content or b""
     text = before.decode("utf-8-sig")
-    if line in [shown.strip() for shown in text.splitlines()]:
+    if line in [existing_line.strip() for existing_line in text.splitlines()]:
         return False
     newline = b"\r\n" if b"\r\n" in before else b"\n"
     start = newline if before and not before.endswith((b"\n", b"\r")) else b""
@@ -865,7 +865,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
 
 
 def describe_larger(result: Result) -> str:
-    """Return the size of an enlarged image or clip in words; "" if the file cannot be read."""
+    """Describe the size of an enlarged image or clip; "" if the file cannot be read."""
     if result.kind == "sound":
         return ""
     try:

@@ -79,7 +79,7 @@ class ResultSettings:
 
     @property
     def embeddings(self) -> list[str]:
-        """File names of the embeddings. Raises OptionError if they cannot be told apart."""
+        """File names of the embeddings. Raises OptionError if the names cannot be separated."""
         flag, text = f"--{EMBEDDINGS}", self.get(EMBEDDINGS)
         return [re.split(r"[\\/]", word)[-1] for word in _split_words(flag, text)]  # old files have paths
 
@@ -115,7 +115,7 @@ class ResultSettings:
     def rows(self) -> list[tuple[str, str]]:
         """Return all settings with their names, the most important ones first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
-        shown: dict[str, str] = {
+        main_values: dict[str, str] = {
             say("prompt"): self.get("prompt"),
             say("negative"): self.get("negative_prompt"),
             say("size"): size,
@@ -126,7 +126,7 @@ class ResultSettings:
             say("seed"): self.get("seeds"),
             say("model"): self.title,
         }
-        rows = [(name, text) for name, text in shown.items() if text]
+        rows = [(name, text) for name, text in main_values.items() if text]
         for lora in self.loras:
             expert = f", {lora.expert.replace('_', ' ')}" if lora.expert else ""
             rows.append(
@@ -303,11 +303,11 @@ def remake(
     )
     request = render_request.request("")  # no seed here: the line's options include it
     request["options"] = {**request["options"], **line}
-    typed = {**fixed, **type_options(line, recipe.defaults)}
+    typed_options = {**fixed, **type_options(line, recipe.defaults)}
     # only this result is generated again, even if its command generated several
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
-        typed.pop(flag, None)
-    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed))
+        typed_options.pop(flag, None)
+    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed_options))
     return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
 
 
@@ -329,8 +329,8 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
             continue
         flag = flags.get(name, option.flags[0])
         words = fixed.get(flag)
-        present = [str(option.default)] if words is None else words
-        if not _is_equal(present, text):
+        present_words = [str(option.default)] if words is None else words
+        if not _is_equal(present_words, text):
             _set_option(fixed, flag, option, text)
     return fixed
 
@@ -366,9 +366,9 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     if option.num_words == 0:
         fixed[flag] = True
         return
-    typed = [text] if option.num_words is None else _split_words(flag, text)
-    _reject_options(flag, typed)
-    fixed[flag] = typed
+    new_words = [text] if option.num_words is None else _split_words(flag, text)
+    _reject_options(flag, new_words)
+    fixed[flag] = new_words
 
 
 def _split_words(flag: str, text: str) -> list[str]:
@@ -459,7 +459,7 @@ def _read_line(
         if is_default and not is_set_by_recipe and key not in SIZES:  # sizes are always written
             continue
         if key in MEDIA or line_option.read is read_path:
-            paths = [find_media(part) for part in text.split("\n")]
+            paths = [find_media(media_name) for media_name in text.split("\n")]
             line[key] = paths if line_option.repeats else paths[0]
         else:
             line[key] = text

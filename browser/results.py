@@ -173,7 +173,7 @@ def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | N
 
 
 def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
-    """Return the results of a folder; in the list, a derived file follows the file it was made from.
+    """Return the results of a folder, each derived file directly after the file it was made from.
 
     The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
     layers.

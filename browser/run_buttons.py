@@ -159,7 +159,7 @@ class RunActions:
 
 
 class RunButtons:
-    """Shows the state of a run with its buttons, and does what they request."""
+    """Shows the state of a run with its buttons, and handles the buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -253,16 +253,18 @@ class RunButtons:
         run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
-        typed = format_command(find_start_argv(plan, self.site.models))
+        start_command = format_command(find_start_argv(plan, self.site.models))
         actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
         if shown.state.name != FINISHED:
-            actions = replace(actions, start=typed, start_label=say("Start") if is_draft else say("Continue"))
+            actions = replace(
+                actions, start=start_command, start_label=say("Start") if is_draft else say("Continue")
+            )
         if shown.state.name in (DRAFT, FAULTS):
             actions = replace(actions, check=format_command(make_check_argv(plan.folder)))
         if has_run and plan.steps:
             actions = replace(
                 actions,
-                train_on=typed,
+                train_on=start_command,
                 steps=suggest_steps(run, plan.steps),
                 have=compute_checksum(read_content(plan.folder / RUN_FILE)),
             )
@@ -277,14 +279,14 @@ class RunButtons:
         if command is None:
             return actions
         index, page_command = command
-        typed = f"{format_cd(run.working_folder)}{page_command.bash}"
+        resume_command = f"{format_cd(run.working_folder)}{page_command.bash}"
         if not run.is_of_here:
             return replace(actions, read_line=f"/queue?run={run.id}&command={index}#words")
         if shown.state.name != FINISHED:
-            actions = replace(actions, start=typed)
+            actions = replace(actions, start=resume_command)
         if STEPS_OPTION in page_command.bash:
             steps = suggest_steps(run, run.total_steps)
-            actions = replace(actions, steps=steps, train_on=typed)
+            actions = replace(actions, steps=steps, train_on=resume_command)
         return actions
 
     def work_command(self) -> str:
@@ -397,14 +399,14 @@ class RunButtons:
         return self.tracked_runs.find(request.path_params["id"])
 
     def show_actions(self, request: Request) -> Response:
-        """Answer with the buttons of a run as HTML."""
+        """Respond with the buttons of a run as HTML."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
         return answer_page(self.render(shown) + self.render(shown, "more_actions.html"))
 
     def show_standing(self, request: Request) -> Response:
-        """Answer with the state of a run, which its page requests every few seconds."""
+        """Respond with the state of a run, which its page requests every few seconds."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -418,7 +420,7 @@ class RunButtons:
         )
 
     def show_panel(self, request: Request) -> Response:
-        """Answer with a button's panel: the prompts, what a removal affects, or what a run.toml may do."""
+        """Respond with a button's panel: the prompts, the files to remove, or a run.toml's permissions."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -489,7 +491,7 @@ class RunButtons:
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
-        """Answer with the sample panel for the typed values, noting sizes that the model cannot generate."""
+        """Respond with the sample panel for the typed values, noting sizes that the model cannot generate."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -586,7 +588,7 @@ class RunButtons:
     # ---- what the buttons do
 
     def act(self, request: Request, form: Form) -> Response:
-        """Do what a button requests, and answer with its message."""
+        """Handle a button of a run, and answer with its message."""
         action = request.path_params["what"]
         shown = self.find(request)
         if shown is None:
@@ -744,7 +746,7 @@ def has_lora(run: RunSummary) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return the files that a training has written under a name, and its request files (such as .stop)."""
+    """Return the files that a training has written under a name, and its request files such as .stop."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]

@@ -83,7 +83,7 @@ class RunState:
 
     @property
     def text(self) -> str:
-        """The state in words: `caching 40 of 120, latents`."""
+        """The state as a text such as `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
         return join(separator, filter(None, (name_state(self.name), self.words)))
 
@@ -191,7 +191,7 @@ def _find_default_history(folder: Path) -> Path:
 
 
 def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
-    """Read what a described folder will train from its run.toml; any wrong value raises an error."""
+    """Parse the training that a described folder's run.toml defines; any invalid value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -296,13 +296,13 @@ class TrackedRuns:
         jobs = self._list_jobs()
         by_folder = group_jobs(jobs)
         waiting = self._list_waiting(jobs)
-        shown = []
+        shown_runs = []
         for plan in plans:
             run = runs_by_history.pop(plan.history, None)
             preparation = runs_by_history.pop(plan.preparation, None)
-            shown.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
-        shown += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
-        return sorted(shown, key=lambda shown_run: -shown_run.summary.changed)
+            shown_runs.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
+        shown_runs += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
+        return sorted(shown_runs, key=lambda shown_run: -shown_run.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""
@@ -395,7 +395,7 @@ class TrackedRuns:
     def _find_state(
         self, plan: FolderPlan, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a described folder's run: what is active now, else what ended last."""
+        """Return the state of a described folder's run: its active process, or else its latest ending."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
@@ -471,7 +471,7 @@ class TrackedRuns:
                 yield
 
     def _start(self, folder: Path, argv: Sequence[str], is_read: bool) -> None:
-        """Do what `start` does, while nobody else starts a run of this queue."""
+        """Queue a run as `start` does; the caller holds the lock that lets one request start runs."""
         jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
             raise OptionError(say("It is in the queue already."))

@@ -122,12 +122,12 @@ def list_page(
     runs = [shown_run.summary for shown_run in shown_runs]
     states_of_runs = {shown_run.summary.id: shown_run.state for shown_run in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
-    shown = chosen if query.get("all") else chosen[:MAX_RUNS]
+    listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
     is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
-        "runs": label_runs(shown),
+        "runs": label_runs(listed_runs),
         "is_table": is_table,
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
@@ -200,7 +200,7 @@ class LiveStanding:
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
-    """Return what a training does between two steps, or the remaining time, in words."""
+    """Describe the work of a training between two steps, or else its remaining time."""
     if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
     if run_history.left:
@@ -242,12 +242,12 @@ def run_page(
         OSError: If the history cannot be read.
     """
     run_history = runs.open(run).run_history
-    now = LiveStanding.of(run, run_history, ended_at_once)
-    start = now.shown.start
+    standing = LiveStanding.of(run, run_history, ended_at_once)
+    start = standing.shown.start
     values = page_values(
         run.history.parent,
         run_history,
-        now.shown,
+        standing.shown,
         load=linked_clip,
         maximum=MAX_SAMPLES,
         name=run.name,
@@ -258,10 +258,10 @@ def run_page(
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,
-        "mark": mark_page(run_history, now),
-        "left": now.left,
+        "mark": mark_page(run_history, standing),
+        "left": standing.left,
         "name": run.name,
-        "can_ask": can_write and start.listens and now.state == RUNNING,
+        "can_ask": can_write and start.listens and standing.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
         "shape": read_shape(runs, run.history.parent, sample_names),
@@ -339,20 +339,20 @@ def collect_news(
     """
     history = runs.open(run)
     run_history = history.run_history
-    now = LiveStanding.of(run, run_history, ended_at_once)
+    standing = LiveStanding.of(run, run_history, ended_at_once)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino  # a new run in this folder writes a new file
     folder = run.history.parent
     scores = scores_path(folder, run.name)
     scored = scores.stat().st_mtime_ns if scores.is_file() else 0
-    key = f"{file_number}-{scored}-{len(run_history.starts)}-{now.shown.step}-{low}-{high}"
+    key = f"{file_number}-{scored}-{len(run_history.starts)}-{standing.shown.step}-{low}-{high}"
     news = {
         "key": key,
-        "page": mark_page(run_history, now),
-        "state": now.state,
-        "step": now.shown.step,
-        "left": now.left,
+        "page": mark_page(run_history, standing),
+        "state": standing.state,
+        "step": standing.shown.step,
+        "left": standing.left,
         "name": run.name,
     }
     if query.get("have") != key:
@@ -362,7 +362,7 @@ def collect_news(
                 folder, run.name, run_history=run_history, low=low, high=high
             )  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.shown, run_history)
+        news["tiles"] = list_tiles(standing.shown, run_history)
     return news
 
 

@@ -130,7 +130,7 @@ class RunSummary:
 
     @property
     def left(self) -> str:
-        """Remaining time in words; "" if the run is not running, or the time is not known."""
+        """Remaining time as a text; "" if the run is not running or the time is not known."""
         if self.state != RUNNING:
             return ""
         if self.seconds_left:
@@ -174,9 +174,10 @@ class RunSummary:
         if not written_in.is_relative_to(typed_in):
             return None
         # the run's folder has moved: if it still ends in the same subfolders, the working folder moved along
-        inner = written_in.relative_to(typed_in).parts
-        outer = actual.parts[: len(actual.parts) - len(inner)]
-        return Path(*outer) if outer and (*outer, *inner) == actual.parts else None
+        subfolder_parts = written_in.relative_to(typed_in).parts
+        outer_parts = actual.parts[: len(actual.parts) - len(subfolder_parts)]
+        has_moved_along = (*outer_parts, *subfolder_parts) == actual.parts
+        return Path(*outer_parts) if outer_parts and has_moved_along else None
 
     @property
     def network(self) -> str:
@@ -228,7 +229,7 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
 
 
 def describe_left(steps: int, seconds: float | None) -> str:
-    """Return the time for `steps` at `seconds` each, in words; "" if it is not known or none are left."""
+    """Describe the time for `steps` at `seconds` each; "" if it is not known or no steps are left."""
     return say_duration(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
@@ -406,7 +407,7 @@ class Runs:
     """Finds the runs below some folders. Links are resolved; files outside the folders are ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
-        """Look below `folders`, which may also be history files."""
+        """Search for runs below `folders`, which may also be history files."""
         self.roots = [real_path(folder) for folder in folders]
         self._folders: dict[Path, ListedFolder] = {}
         self._histories: dict[str, ReadHistory] = {}
@@ -461,8 +462,8 @@ class Runs:
             return
         yield from content.histories
         if depth:
-            for inner in content.folders:
-                yield from self._walk(inner, depth - 1)
+            for subfolder in content.folders:
+                yield from self._walk(subfolder, depth - 1)
 
     def find(self, id: str) -> RunSummary | None:
         """Return the run of this id, read again; None if there is none."""
@@ -499,7 +500,7 @@ class Runs:
 
     @property
     def tops(self) -> list[Path]:
-        """Folders that are shown: the given folders, and the folders of given files."""
+        """Folders that the pages show: the given folders, and the folders of given history files."""
         return [root.parent if root.is_file() else root for root in self.roots]
 
     def find_top(self, path: Path) -> Path:
@@ -544,5 +545,5 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
 
 
 def _belongs_to_run(name: str) -> bool:
-    """Return whether a folder of this name is hidden, removed, or holds samples or the state of a run."""
+    """Return whether a folder of this name is hidden, is a bin, or contains a run's samples or state."""
     return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

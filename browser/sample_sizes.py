@@ -52,28 +52,28 @@ def is_number(text: str) -> bool:
 
 
 def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a line for each size that samples cannot have, with the one that they get."""
+    """Yield a line for each size that the model cannot generate, with the size that samples get instead."""
     for name in SIDES:
         pixels = values.get(name)
-        made = None if pixels is None else fit_side(pixels, recipe.side_step)
-        if made != pixels:
+        used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
+        if used_size != pixels:
             yield say(
                 "%(name)s %(pixels)s: give a multiple of %(side_step)s. The sample is made with %(made)s.",
                 name=SIDE_NAMES[name],
                 pixels=pixels,
                 side_step=recipe.side_step,
-                made=made,
+                made=used_size,
             )
     frames = values.get("frames")
     if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
         return
-    made = recipe.defaults.lengths.fit(frames)
-    if made != frames:
+    used_size = recipe.defaults.lengths.fit(frames)
+    if used_size != frames:
         yield say(
             "%(frames)s frames: give a length of %(lengths)s. The sample is made with %(made)s.",
             frames=frames,
             lengths=recipe.defaults.lengths,
-            made=made,
+            made=used_size,
         )
 
 
@@ -81,8 +81,8 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
     """Return sentences about the size in a prompt line that the model cannot generate."""
     for name in SIDES:
         pixels = values.get(name)
-        made = None if pixels is None else fit_side(pixels, recipe.side_step)
-        if made != pixels:
+        used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
+        if used_size != pixels:
             yield say(
                 "%(file)s, line %(number)s, --%(letter)s %(pixels)s: give a multiple of %(side_step)s. The "
                 "sample is made with %(made)s.",
@@ -91,13 +91,13 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
                 letter=name[0],
                 pixels=pixels,
                 side_step=recipe.side_step,
-                made=made,
+                made=used_size,
             )
     frames = values.get("frame_count")
     if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
         return
-    made = recipe.defaults.lengths.fit(frames)
-    if made != frames:
+    used_size = recipe.defaults.lengths.fit(frames)
+    if used_size != frames:
         yield say(
             "%(file)s, line %(number)s, --f %(frames)s: give a length of %(lengths)s. The sample is made "
             "with %(made)s.",
@@ -105,5 +105,5 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
             number=number,
             frames=frames,
             lengths=recipe.defaults.lengths,
-            made=made,
+            made=used_size,
         )

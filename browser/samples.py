@@ -265,14 +265,14 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
     keys = read_keys(text)
     changes: dict[str, Any] = {}
-    every = fields.get("every", "").strip()
-    if every != str(keys.get(EVERY, "")):
-        number = parse_integer(every, MAX_STEPS)
-        if every and number is None:
+    typed_interval = fields.get("every", "").strip()
+    if typed_interval != str(keys.get(EVERY, "")):
+        number = parse_integer(typed_interval, MAX_STEPS)
+        if typed_interval and number is None:
             raise OptionError(
                 say(
                     "Made after every: %(every)s is no whole number above 0, such as 200.",
-                    every=shorten(every, 40),
+                    every=shorten(typed_interval, 40),
                 )
             )
         changes[EVERY] = number  # None removes the key
@@ -291,7 +291,7 @@ class SamplePages:
         self.site = site
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the part of the page; `rows` of the query is the minimum number of rows."""
+        """Return the HTML of the sample section; `rows` of the query is the minimum number of rows."""
         number = query.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
@@ -320,7 +320,7 @@ class SamplePages:
         is_rejected: bool = False,
         typed: Mapping[str, str] | None = None,
     ) -> Response:
-        """Return the part of the page.
+        """Return the HTML of the sample section.
 
         Args:
             folder: The described folder.
@@ -341,7 +341,7 @@ class SamplePages:
         return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
-        """Return the values for the template. Raises as `read_drafts` and `read_described`."""
+        """Return the template values. Raises OSError, ValueError or OptionError if a file is invalid."""
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
         keys = read_keys(run.text)
@@ -357,7 +357,7 @@ class SamplePages:
         }
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Show what a form would save, or save it."""
+        """Preview or save the changes of the sample form."""
         if action not in ("look", "save"):
             return answer_unknown()
         try:

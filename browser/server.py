@@ -163,7 +163,7 @@ class _SentResponse:
 
 @dataclass
 class Gate:
-    """Passes only requests that come from pages of this server, carry the token, and are small.
+    """Passes only requests that come from this server's pages, have the token, and are small.
 
     A page of another site can make a browser send requests to this server; their origin reveals that. Host
     names that are not this server's are rejected too (DNS rebinding), because pages under them would share
@@ -251,8 +251,8 @@ class Gate:
 
         The address with the token admits a browser.
         """
-        typed = request.query_params.get("token")
-        if request.url.path == "/" and typed is not None and self._opens(request, typed):
+        typed_token = request.query_params.get("token")
+        if request.url.path == "/" and typed_token is not None and self._opens(request, typed_token):
             # not a redirect: after a link from another site, browsers would not send the cookie to its target
             page = HTMLResponse(TO_THE_LIST.format(root=access.root))
             page.set_cookie(
@@ -340,7 +340,7 @@ class RunPages:
         return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        """Answer with the list of runs; 304 if the browser has it and nothing has changed."""
+        """Respond with the list of runs; 304 if the browser has it and nothing has changed."""
         found_runs = self.tracked_runs.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
@@ -350,7 +350,7 @@ class RunPages:
         return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
-        """Answer with the page of a run; of a draft, the page with its buttons."""
+        """Respond with the page of a run; of a draft, the page with its buttons."""
         shown = self.tracked_runs.find(request.path_params["id"])
         if shown is None:
             return answer_not_found_page(request)
@@ -378,7 +378,7 @@ class RunPages:
         return answer_page(page)
 
     def show_news(self, request: Request) -> Response:
-        """Answer with what a run's page polls, as JSON; 400 if `from` or `to` is not a number."""
+        """Respond with the values that a run's page polls, as JSON; 400 if `from` or `to` is not a number."""
         run = self.find(request)
         if run is None:
             return answer_not_found()
@@ -390,13 +390,13 @@ class RunPages:
             return answer_text("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
-        """Answer with the description of a file: hash and metadata."""
+        """Respond with the description of a file: hash and metadata."""
         with self.runs.lock:
             path = self.find_file(request)
         return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
 
     def show_file(self, request: Request) -> Response:
-        """Answer with a file of a run."""
+        """Respond with a file of a run."""
         path = self.find_file(request)
         return answer_not_found() if path is None else answer_file(path)
 
@@ -413,7 +413,7 @@ class RunPages:
         return answer_text(KINDS[kind])
 
     def show_static(self, request: Request) -> Response:
-        """Answer with a script or style sheet of the page."""
+        """Respond with a script or style sheet of the page."""
         path = STATIC.get(request.path_params["name"])
         return answer_not_found() if path is None else FileResponse(path)
 

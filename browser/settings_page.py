@@ -38,7 +38,7 @@ class ShownSetting(NamedTuple):
 
 
 class SettingsPages:
-    """Shows the page Settings, and does what its buttons request."""
+    """Shows the page Settings, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -132,7 +132,7 @@ class SettingsPages:
     def _make_argv(
         self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()
     ) -> list[str]:
-        """Return the command that starts a server; an option with None is left out of it."""
+        """Return the command that starts a server, without the options whose value is None."""
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,
@@ -147,7 +147,7 @@ class SettingsPages:
         return ["python", "tools/run_browser.py", *folders, *option_words(options)]
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button requests, and show the page again."""
+        """Start or pause the queue, or empty the bin; then show the page again."""
         action = request.path_params["what"]
         try:
             if action == "work":

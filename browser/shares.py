@@ -218,7 +218,7 @@ class SharePages:
         return run if run is not None and read_session(run.history) == share.session else None
 
     def show_page(self, request: Request) -> Response:
-        """Answer with the page of a shared run, without private data; 401 if the link has ended."""
+        """Respond with the page of a shared run, without private data; 401 if the link has ended."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None or not run.history.exists():
@@ -226,11 +226,11 @@ class SharePages:
             run_history = self.site.runs.open(run).run_history
             if self.find(request) is None:  # another run began meanwhile, whose history may have been read
                 return answer_text(ENDED, 401)
-        now = LiveStanding.of(run, run_history)
+        standing = LiveStanding.of(run, run_history)
         values: dict[str, Any] = page_values(
             run.history.parent,
             run_history,
-            make_shared_standing(now),
+            make_shared_standing(standing),
             load=shared_clip,
             maximum=MAX_SHOWN,
             name=run.name,
@@ -241,12 +241,12 @@ class SharePages:
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # ignored in a meta element, so sent as a header
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
-        if now.state == RUNNING:
+        if standing.state == RUNNING:
             headers["refresh"] = RELOAD_SECONDS
         return answer_page(text, headers=headers)
 
     def show_file(self, request: Request) -> Response:
-        """Answer with a file of a shared run, without its metadata; 401 if the link has ended."""
+        """Respond with a file of a shared run, without its metadata; 401 if the link has ended."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None:
@@ -261,7 +261,7 @@ class SharePages:
     # ---- for the user
 
     def render(self, run_id: str, origin: str, is_open: bool = False, error: str = "") -> str:
-        """Return the part of a run's page with its links.
+        """Return the section of a run's page with the links to the run.
 
         Args:
             run_id: Id of the run.
@@ -301,8 +301,8 @@ class SharePages:
             else:
                 self.shares.add(run_id, read_days(form), read_session(run.history))
         except (UserError, OSError) as error:
-            shown = self.render(run_id, self.find_origin(request), is_open=True, error=str(error))
-            return answer_page(shown, 422)
+            section = self.render(run_id, self.find_origin(request), is_open=True, error=str(error))
+            return answer_page(section, 422)
         return answer_page(self.render(run_id, self.find_origin(request), is_open=True))
 
 

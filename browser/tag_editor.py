@@ -29,7 +29,7 @@ class TagChange:
 
     @property
     def about(self) -> str:
-        """The change and its number of captions, in words."""
+        """Message about the change and its number of captions."""
         if self.new:
             return counted(
                 len(self.checksums),
@@ -64,13 +64,13 @@ def rename_tag(text: str, old: str, new: str) -> str:
     lines: list[str] = []
     for line in text.split("\n"):
         if old in split_line(line):
-            known = {""}  # tags of earlier sections, which later ones need not repeat; and the removed tag
+            used_tags = {""}  # "" (the removed tag), and tags of earlier sections, which are not repeated
             sections = []
             for section in line.split(KEPT):
                 # the keys of a dictionary keep their order and have no duplicates
                 renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
-                sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in known))
-                known |= renamed.keys()
+                sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in used_tags))
+                used_tags |= renamed.keys()
             line = f" {KEPT} ".join(sections).strip()
         lines.append(line)
     return "\n".join(lines)
@@ -93,7 +93,7 @@ class TagEditor:
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Replace a tag in all captions of a folder, and return a message about what was done.
+        """Replace a tag in all captions of a folder, and return a message about the changed captions.
 
         The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
 
@@ -146,7 +146,7 @@ class TagEditor:
         return changes[-1] if changes else None
 
     def undo(self, folder: Path) -> str:
-        """Undo the last change of a folder's tags, and return in words what was done.
+        """Undo the last change of a folder's tags, and return a message about the restored captions.
 
         A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
         """

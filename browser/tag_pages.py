@@ -68,7 +68,7 @@ FORM = ToolForm(
 
 
 class TagPages:
-    """Shows the part of a page about the tags of a folder, and does what its buttons request."""
+    """Shows the section of a page about the tags of a folder, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -76,13 +76,13 @@ class TagPages:
         self.editor = TagEditor(site.runs)
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the part of the page, or the section of it named in the query; see `FolderPages`."""
+        """Return the HTML of the tag section, or of its part named in the query; see `FolderPages`."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(
         self, folder: Path, texts: Mapping[str, str], part: str = "", message: str = "", error: str = ""
     ) -> Response:
-        """Return the part of the page.
+        """Return the HTML of the tag section or of one part of it.
 
         Args:
             folder: The folder.
@@ -152,7 +152,7 @@ class TagPages:
         return argv if try_on is None else [*argv, "--try_on", str(try_on)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Do what a button requests, and show its section again."""
+        """Handle a button about tags, and return the HTML of the part that it belongs to."""
         part = "editor" if action in ("rename", "remove", "undo") else "progress"
         try:
             message = self.carry_out(folder, action, fields)
@@ -161,7 +161,7 @@ class TagPages:
         return answer_unknown() if message is None else self.answer(folder, fields, part, message)
 
     def carry_out(self, folder: Path, action: str, fields: Mapping[str, str]) -> str | None:
-        """Handle a button, and return a message about what was done; None if there is no button of this name.
+        """Handle a button, and return a message about its effect; None for an unknown button.
 
         Raises UserError, OSError or ValueError.
         """
@@ -205,5 +205,5 @@ def _has_only(folder: Path, suffix: str) -> bool:
 
 
 def tag_routes(site: Site) -> list[Route]:
-    """Return the routes of the part about tags."""
+    """Return the routes of the section about tags."""
     return folder_routes(site, "tags", TagPages(site), find_open_folder)

@@ -43,7 +43,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class PageToken:
-    """The secret token of a server, and the file that holds it."""
+    """The secret token of a server, and the file in which it is stored."""
 
     word: str | None  # None: no token is required
     place: Path | None = None  # file of the token; None: not stored

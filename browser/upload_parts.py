@@ -38,7 +38,7 @@ OLD_SECONDS = 60 * 60 * 24
 
 @dataclass(frozen=True)
 class Arriving:
-    """A file that arrives in pieces. `size` is the size of the complete file in bytes."""
+    """A file that is uploaded in pieces. `size` is the size of the complete file in bytes."""
 
     folder: Path
     name: str
@@ -106,7 +106,7 @@ class PieceUploads:
         return await run_in_threadpool(answer_received, arriving.folder)
 
     def show(self, request: Request) -> Response:
-        """Answer with the number of bytes of a file that have arrived."""
+        """Respond with the number of bytes of a file that have arrived."""
         try:
             arriving = self.find(request)
             return answer_json({"at": arriving.count_bytes(), "folder": str(arriving.folder)})
@@ -130,7 +130,7 @@ class PieceUploads:
     async def add(self, request: Request, arriving: Arriving) -> int:
         """Append the body of a request, and return the bytes received so far.
 
-        If the body breaks off, what has arrived of it is kept.
+        If the body breaks off, the bytes received until then stay in the file.
         """
         with arriving.part.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
@@ -143,7 +143,7 @@ class PieceUploads:
             return file.tell()
 
     def finish(self, arriving: Arriving) -> None:
-        """Check a complete file, and give it its name. Raises UserError if it is rejected, and removes it."""
+        """Check a complete file and move it to its final name. A rejected file is deleted (UserError)."""
         target = arriving.folder / arriving.name
         with claim_file(arriving.folder, arriving.name), atomic_files(target) as temporary:
             path = temporary / arriving.name

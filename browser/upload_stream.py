@@ -14,7 +14,7 @@ DECODING = threading.Lock()
 
 
 async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, max_bytes: int) -> None:
-    """Write the arriving bytes to a new file.
+    """Write the bytes of an upload to a new file as they arrive.
 
     If an error is raised, the file is incomplete, and the caller has to remove it.
 

@@ -115,7 +115,7 @@ def check_file_name(name: str) -> None:
 
 
 def find_kind(name: str) -> str:
-    """Return the kind of media or caption file that a name's suffix stands for.
+    """Return the kind of media or caption file that a file name's suffix indicates.
 
     Raises OptionError, with a remedy where one is known, if the page accepts no such files.
     """
@@ -188,7 +188,7 @@ def name_upload_folder(top: Path, day: date) -> str:
 
 
 def answer_received(folder: Path) -> Response:
-    """Answer after a complete upload: its folder, and the folder's current content."""
+    """Return the folder and its current content as the response to a complete upload."""
     media_folder = read_media_folder(folder)
     words = "" if media_folder is None else media_folder.words
     return answer_json({"folder": str(folder), "words": words})
@@ -210,7 +210,7 @@ class FileUploads:
         self.limits = limits
 
     async def take(self, request: Request) -> Response:
-        """Take one file: the body is its content, the query has its name and folder."""
+        """Receive one file: the body is its content, the query has its name and folder."""
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
@@ -239,10 +239,10 @@ class FileUploads:
                 )
             return folder
         name = into.strip()
-        typed = Path(complete_home(name))
-        top = next((top for top in self.runs.tops if typed.parent == top), self.runs.tops[0])
-        if typed.parent == top:
-            name = typed.name
+        typed_path = Path(complete_home(name))
+        top = next((top for top in self.runs.tops if typed_path.parent == top), self.runs.tops[0])
+        if typed_path.parent == top:
+            name = typed_path.name
         check_file_name(name)
         path = real_path(top) / name
         if path.exists() or path.is_symlink():

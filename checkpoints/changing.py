@@ -48,7 +48,7 @@ _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 @dataclass(frozen=True)
 class Selection:
-    """Selects tensors by parts of their names."""
+    """Select tensors whose names contain given substrings."""
 
     targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the file has weights packed in another shape, which cannot be copied here."""
+    """Raise CheckpointError for weights that are packed in another shape, because these cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -104,7 +104,7 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 
 
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
-    """Plan the new file; no tensor is read yet.
+    """Plan the tensors, metadata and notes of a changed checkpoint, without reading tensors.
 
     Args:
         checkpoint: The opened source file.
@@ -159,7 +159,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without the scales and companions of the weights in `unscaled`."""
+    """Return tensor names without the scales and other additional tensors of the weights in `unscaled`."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")
@@ -173,7 +173,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: s
 def _check_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
 ) -> None:
-    """Raise OptionError if an 8-bit weight is kept without its scale, or a scale without its weight."""
+    """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
@@ -222,6 +222,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     only_strip = replace(change, add="")
     if change.strip and any(not rename(name, only_strip) for name in names):
         raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
+    # safetensors headers have this key for metadata
     if NO_NAME in {rename(name, change) for name in names}:
         raise OptionError(
             f"a tensor would be called {NO_NAME}, which stands for the metadata: leave it out with "
@@ -390,7 +391,7 @@ def gather(path: Path) -> Checkpoint:
 
 
 def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model, and their index if there is one."""
+    """Return the files of a model and its index; None without an index."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
     indexes = sorted(path.glob(f"*{INDEX}"))

@@ -77,7 +77,7 @@ OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file has more tensors than any model, which would take too long to list."""
+    """Raise CheckpointError if a file lists more tensors than any model has."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -87,7 +87,7 @@ def check_count(path: Path, tensors: int) -> None:
 
 
 class HeaderFile:
-    """A file whose header lists its tensors."""
+    """Base of files with a header that lists their tensors."""
 
     left_out: Sequence[str] = ()  # names of entries that are not tensors
     header = "header"  # description of the header, for messages
@@ -113,17 +113,17 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_offsets`; `size` is the size of the file in bytes."""
+        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor that must be copied at once; it may be a view of `scratch` (uint8)."""
+        """Return a tensor that must be copied immediately; it may be a view of `scratch` (uint8)."""
         info = self.tensors[name]
         return info.read(self._file, self._offsets[name], scratch=scratch, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
-    """A safetensors file, read without the safetensors library, whose `safe_open` maps the full file.
+    """Safetensors file that is read without the safetensors library, which maps the full file.
 
     Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """
@@ -169,7 +169,7 @@ class SafetensorsFile(HeaderFile):
         return info
 
     def _make_dtype_error(self, name: str, kind: str) -> Exception:
-        """Return the error for a tensor with an unsupported dtype."""
+        """Return the error for a tensor whose dtype is not supported."""
         if kind in OTHER_DTYPES:
             return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
@@ -197,7 +197,7 @@ def _check_spans(spans: Iterable[tuple[int, int, str]]) -> int:
 
 
 class TorchFile:
-    """A file of `torch.save`, memory-mapped and unpickled without running code."""
+    """A file of `torch.save` that is memory-mapped and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -234,12 +234,12 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor of the mapped file; `scratch` is not used."""
+        """Return a tensor of the memory-mapped file; `scratch` is not needed."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
-        """Release all tensors, which unmaps the file."""
+        """Release all tensors, which unmaps the file from memory."""
         self._tensors = {}
 
 
@@ -294,7 +294,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file with a limited number of reads, because torch reads a pickle one instruction at a time."""
+    """File that limits the number of reads, because torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file = file
@@ -335,7 +335,7 @@ _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a 
 
 
 def _check_plain(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor in a container is sparse, nested, quantized or without data."""
+    """Raise CheckpointError if a tensor of a pickled file is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a malicious file may nest a container in itself
     while waiting:
@@ -351,7 +351,7 @@ def _check_plain(content: Any, path: Path) -> None:
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
-    """Name the kind of a tensor that is not plain and dense, such as sparse; None for a plain one."""
+    """Return the kind of a tensor that is not a plain dense one, such as sparse; None for a plain tensor."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:

@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Everything needed to load a network from an open file."""
+    """How to load a network from an open file: its configuration, and the source of each tensor."""
 
     config: Config  # dimensions of the network
     checkpoint: Checkpoint  # names have no prefix
@@ -120,10 +120,10 @@ def text_quantization(form: str) -> Quantization:
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the size of a linear weight in bytes once it is loaded.
+    """Return the bytes that a linear weight takes once it is loaded.
 
     Args:
-        plan: The plan.
+        plan: The plan to load the network.
         name: Our name of the weight.
         dtype: Dtype if the weight is not quantized.
         form: Module of `checkpoints.stored` that quantizes linear weights, or None.
@@ -137,6 +137,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     if stored is None:
         if form is None:
             return math.prod(shape) * dtype.itemsize
+        # quantized on the meta device, to count the bytes of codes and scales
         stored = form_of(text_quantization(form)).empty((shape[0], shape[1]))
     return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
 
@@ -157,7 +158,7 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Translate a name in the file to ours; an unknown name stays, and is later reported as unexpected."""
+    """Translate a tensor name of a file to ours; an unknown name is kept and later reported."""
     # one combined pattern first, because most names of an all-in-one file match none
     if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
@@ -170,14 +171,14 @@ def translate_name(name: str, table: Names) -> str:
 
 @functools.cache
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Compile one pattern that matches if any of `patterns` does; these must not have backreferences."""
+    """Combine patterns without backreferences into one that matches if any of them does."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Return the sources under new names; `name_of` maps an old name to the new one."""
+    """Rename sources; `name_of` maps an old name to the new one."""
     return {name_of(name): source for name, source in sources.items()}
 
 
@@ -234,7 +235,7 @@ def shapes_of(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """Shapes of a transformer's tensors, to read its dimensions from."""
+    """Read a transformer's dimensions from the shapes of its tensors."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
@@ -262,7 +263,7 @@ class DitShapes:
         return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Return the width of the model, the number of latent channels, and the size of a patch (F, H, W).
+        """Return hidden size, latent channels and patch size (F, H, W) of a transformer.
 
         `name` is the weight of the layer that turns latents into tokens.
         """
@@ -270,7 +271,7 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
-        """Count the blocks whose names consist of `start` and an index."""
+        """Count the blocks with names that consist of `start` and an index."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
@@ -346,7 +347,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
-    """Return one source whose tensor is the concatenation of the parts' tensors."""
+    """Return one source whose tensor concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
 
@@ -382,9 +383,9 @@ def _join(parts: list[TensorSource]) -> TensorSource:
 
 
 def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
-    """Split tensors that the file stacks by rows into sources of the parts; other tensors are unchanged.
+    """Split fused weights, which the file stacks by rows, into one source per part; keep the others.
 
-    A quantized weight stays quantized; each part gets its rows of the scales.
+    A quantized weight stays quantized; each part gets the scales of its rows.
     """
     sources: dict[str, TensorSource] = {}
     for name, source in stored.items():
@@ -409,7 +410,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
 
 
 def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
-    """Return our names of the parts of a tensor; () if the tensor is not split."""
+    """Return our names of the parts that a fused tensor is split into; () if it is not split."""
     for pattern, parts in cuts:
         match = re.fullmatch(pattern, name)
         if match:

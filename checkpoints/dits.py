@@ -60,7 +60,7 @@ FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
 
 class DitConfig(Protocol):
-    """Dimensions of a family's transformer, read from a file's tensors."""
+    """Dimensions of a transformer, read from the shapes of its tensors."""
 
     @property
     def dim(self) -> int:
@@ -95,7 +95,7 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """Description of a family's transformer files: how to recognize and read them."""
+    """How to recognize and read the transformer files of a family."""
 
     # takes a checkpoint without prefixes; raises CheckpointError for files of other families
     read_bare: Callable[[Checkpoint], DitHeader[Config]]
@@ -175,7 +175,7 @@ class DitFormat(Generic[Config, Dit]):
             sources = self.sources(checkpoint, header)
 
             def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
-                """Return the dtype of a tensor that has the dtype `stored` in the file."""
+                """Return the dtype to load a tensor in; `stored` is its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
@@ -253,14 +253,14 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the dtype in the file."""
+    """Return the weight dtype: `compute_dtype`, `storage_dtype`, or the dtype in the file, in this order."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
     return placement.compute_dtype or placement.storage_dtype or block_dtype
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
-    """Return a placement with --dit_dtype as compute dtype, unless it already has a dtype."""
+    """Set --dit_dtype as the compute dtype of a placement, unless it already has one."""
     has_dtype = placement.compute_dtype is not None or placement.storage_dtype is not None
     return placement if has_dtype else replace(placement, compute_dtype=dit_dtype)
 
@@ -273,7 +273,7 @@ def stored_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> StoredLoading | None:
-    """Return which linear layers are in 8 or 4 bits: those of the file, else those that the family selects.
+    """Select the linear layers to load in 8 or 4 bits: those that the file has so, or those of the options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 
@@ -313,7 +313,7 @@ def stored_layers(
 
 
 def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return the name prefixes of the last `LAST_IN_16_BITS` blocks to run; () if there are few blocks."""
+    """Return name prefixes of the last blocks, `LAST_IN_16_BITS` in number; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
@@ -326,7 +326,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that the option `flag` would round a second time."""
+    """Return the error for a quantized file that the option `flag` would quantize again."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:
@@ -351,7 +351,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether quantized weights of a file all have the form that the options ask for."""
+    """Return whether all quantized weights of a file have the form that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
@@ -361,11 +361,11 @@ def have_chosen_form(
 def _without_patched(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the names of quantized weights, without those that a LoRA is merged into, in 16 bits."""
+    """Return the quantized weights that stay so; weights that a LoRA is merged into are kept in 16 bits."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    leave = placement.leave_unmerged
+    leave = placement.leave_unmerged  # decides for which weights the LoRA is computed separately
     staying = frozenset(
         name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
     )

@@ -68,12 +68,12 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
 
 
 def list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the entries of a file that are tensors."""
+    """Return only the entries of a file that are tensors, by name."""
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def describe_content(content: Mapping[str, Any]) -> str:
-    """Describe the contents of a file, for a message."""
+    """List the first entries of a file, for the error that it is not an embedding."""
     if not content:
         return "it is empty"
     first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])

@@ -197,7 +197,7 @@ def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | N
 
 
 def check_groups(checkpoint: Checkpoint, widths: Iterable[int], groups: int) -> None:
-    """Raise CheckpointError if GroupNorm cannot divide one of the widths, in channels, into `groups`."""
+    """Raise CheckpointError if one of the channel counts `widths` is not divisible by `groups`."""
     uneven = next((width for width in widths if width % groups), None)
     if uneven is not None:
         raise CheckpointError(

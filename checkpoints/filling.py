@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Which weights of linear layers are in 8 or 4 bits once a network is loaded."""
+    """Names and storage form of the linear weights that a network is loaded with in 8 or 4 bits."""
 
     form: StoredForm | None  # from the options; None if they set none
     rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form` while loading
@@ -53,12 +53,12 @@ class StoredLoading:
 def linear_weights(
     module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> frozenset[str]:
-    """Return the names of the weights of linear layers.
+    """Return the names of the weights of a network's linear layers.
 
     Args:
         module: The network.
-        lists: Names of its lists of blocks, whose layers alone count; None: all layers.
-        exclude: Parts of names; weights whose names contain one are skipped.
+        lists: Names of block lists to which the result is limited; None: all layers.
+        exclude: Substrings; weights whose names contain one are skipped.
     """
     prefixes = None if lists is None else tuple(f"{name}." for name in lists)
     names = set()
@@ -110,13 +110,13 @@ INITIALIZERS = {init.constant_, init.kaiming_uniform_, init.normal_, init.unifor
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Build modules without weights; initializers are skipped, because they would load torch's compiler."""
+    """Create modules on the meta device and skip initializers, which would load torch's compiler."""
     with torch.device("meta"), _SkipInitializers():
         yield
 
 
 class _SkipInitializers(TorchFunctionMode):
-    """Replace functions that initialize weights by ones that return the tensor unchanged."""
+    """Replace torch's weight initializers by functions that return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -172,7 +172,7 @@ def load_module(
     _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
     dtypes, sizes = {}, {}
     for name in targets:
-        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
         dtypes[name] = dtype(name, infos[0].dtype)
         sizes[name] = sum(info.size_bytes for info in infos)
     filling = _Filling(
@@ -232,8 +232,10 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
         names_by_form.setdefault(filling.rounded_forms[name], []).append(name)
     for form_text, names in names_by_form.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
-        for name, is_sound in zip(names, errors.isfinite().tolist(), strict=True):
-            if not is_sound:  # a LoRA must have caused it, because values of the file are checked when read
+        for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
+            if (
+                not is_finite_error
+            ):  # a LoRA must have caused it, because values of the file are checked when read
                 form_name = "" if stored.form is None else stored.form.name
                 raise CheckpointError(
                     f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "
@@ -255,7 +257,7 @@ _ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for rea
 
 
 class _Filling:
-    """Makes the tensors of one network and assigns them to its parameters."""
+    """Load the tensors of one network and assign them to its parameters."""
 
     def __init__(
         self,
@@ -291,7 +293,7 @@ class _Filling:
         self.scratch = self._make_scratch()
 
     def _make_scratch(self) -> Tensor:
-        """Allocate one buffer for all reads, because temporary tensors would leave holes in the heap."""
+        """Allocate one buffer for all reads, because temporary tensors would fragment the heap."""
         size_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
             infos = [self._checkpoint.tensors[part] for part in self._sources[name].names]
@@ -301,7 +303,7 @@ class _Filling:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
-        """Return the dtype and shape of a tensor once it is loaded."""
+        """Return the dtype and shape that a tensor has once it is loaded."""
         if self._stored is not None and name in self._stored:
             weight = self._make_empty(name).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
@@ -357,7 +359,7 @@ class _Filling:
         return Stored(form, stored.shape, (weight, *copies))
 
     def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
-        """Return a quantized weight as in the file; its tensors may be views of `scratch`."""
+        """Read a quantized weight unchanged; its tensors may be views of `scratch`."""
         source = self._sources[name]
         stored = source.make_stored(self._read_parts(source))
         assert stored is not None
@@ -418,7 +420,7 @@ class _Filling:
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Return the file's tensors for one source, on the device; they may be views of `scratch`."""
+        """Read the stored tensors of one source to the device; they may be views of `scratch`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:
@@ -432,8 +434,8 @@ class _Filling:
     def _check_finite(self, part: str, tensor: Tensor) -> None:
         """Check a tensor of the file for NaN and infinite values.
 
-        On a CPU, an error is raised at once. Copies to other devices are asynchronous, and reading a result
-        would wait for them, so these results are only collected, and read after loading.
+        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading a
+        check would wait for them; so those checks are collected and read after loading.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
@@ -442,7 +444,7 @@ class _Filling:
 
 
 def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
-    """Return sum |error| / sum |weight| of a rounded weight on some rows; NaN if a scale is not finite."""
+    """Return sum |error| / sum |weight| of a quantized weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     rounded = stored.form.quantize(sample).value()
     exact = sample.float()
@@ -526,7 +528,7 @@ def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int
 
 
 def add_leading_axes(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Return a shape with leading axes of length 1, which converters to GGUF drop, up to `axes` axes."""
+    """Prepend axes of length 1, which GGUF converters drop, until the shape has `axes` axes."""
     return (1,) * (axes - len(shape)) + shape
 
 
@@ -537,10 +539,13 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Return sorted names, joining those that differ only in their first number: `blocks.{0..39}.weight`."""
+    """Shorten a list of tensor names: names that differ only in their first number become one with a range.
+
+    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`. The result is sorted.
+    """
     groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
-        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
             groups.setdefault((name, ""), [])  # a name without a number is a group of its own
         else:
@@ -557,7 +562,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
 
 
 def _find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Group sorted numbers into runs without gaps; return the first and last number of each run."""
+    """Group sorted numbers into runs of consecutive numbers; return the first and last number of each."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

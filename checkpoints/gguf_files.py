@@ -61,7 +61,7 @@ _UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of e
 
 
 class GgufFile(HeaderFile):
-    """A GGUF file. Tensors of text encoders get the names and the row order of the transformers library."""
+    """GGUF file in which text encoder tensors get the names and the row order of transformers."""
 
     header = "GGUF header"
     faults = (ValueError, struct.error)
@@ -126,7 +126,7 @@ class GgufFile(HeaderFile):
             previous_end = end
 
     def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return the shapes in the model of reshaped tensors, by name."""
+        """Read metadata keys into `metadata`; return the original shapes of reshaped tensors by name."""
         model_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(num_keys):
             key = reader.read_string()
@@ -216,7 +216,7 @@ class GgufFile(HeaderFile):
             self._offsets[new] = self._offsets.pop(old)
 
     def _count_heads(self, layer: str, info: TensorInfo) -> int:
-        """Return the number of heads of Llama's attn_q or attn_k, after checking that it divides the rows."""
+        """Return the head count of Llama's attn_q or attn_k, after checking that it divides the rows."""
         key = "llama.attention.head_count" + ("_kv" if layer == "attn_k" else "")
         heads = int(self.metadata.get(key, 0))
         if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
@@ -224,7 +224,7 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor whose rows are in the order of the transformers library."""
+        """Return a tensor with its rows in the order of transformers; it may be a view of `scratch`."""
         tensor = super().borrow(name, scratch)
         if name in self._heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
@@ -248,7 +248,7 @@ class _HeaderReader:
         return self._file.read(size)
 
     def read_number(self, code: str) -> Any:
-        """Read a little-endian number; `code` is its type in `struct`."""
+        """Read a little-endian number of the `struct` type `code`."""
         return struct.unpack(f"<{code}", self.read_bytes(struct.calcsize(f"<{code}")))[0]
 
     def read_string(self, max_length: int | None = None) -> str:
@@ -291,7 +291,7 @@ class _HeaderReader:
 
 
 def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
-    """Return the packing of a tensor, from its shape in the file and its shape in the model."""
+    """Return how a tensor is packed, from its shapes in the file and in the model."""
     # if each row of the model has whole quantization blocks, a layer can use them directly
     has_full_rows = shape[-1] % kind.weights == 0
     *leading, columns = shape if has_full_rows else stored_shape
@@ -312,7 +312,7 @@ def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Restore the five axes of a flattened patch embedding, because GGUF files have at most four axes.
+    """Return the five axes of a patch embedding, which GGUF flattens because it allows only four axes.
 
     Patches are taken to be 1 x 2 x 2, as in all released models with such an embedding.
     """

@@ -141,7 +141,7 @@ _OF_LORAS = re.compile(
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Return whether one of the tensor names is that of a LoRA, LoHa, LoKr or OFT."""
+    """Return whether a tensor name belongs to a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
 
 
@@ -160,7 +160,7 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
-    """Return the kind of a file from its tensor names, such as "a RetinaFace face detector"; None if unknown.
+    """Recognize a file by its tensor names, such as "a RetinaFace face detector"; return None if unknown.
 
     `marks` lists the kinds to recognize, each with a tensor name; the first that is in the file counts. None
     means all known kinds.

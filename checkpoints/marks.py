@@ -123,7 +123,7 @@ def _require_table(value: Any) -> dict[str, Any]:
 
 
 def _read_settings(mark: Any) -> dict[str, Any]:
-    """Return a layer's settings from its mark: the name of a format, or a dictionary.
+    """Return a layer's quantization settings from its mark, which is a format name or a dictionary.
 
     The entries of the inner dictionary `params` are moved to the top level.
     """
@@ -149,7 +149,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A quantized layer of a file; errors of its methods continue the sentence "the layer NAME ..."."""
+    """A quantized layer of a file; messages of its errors continue the sentence "the layer NAME ..."."""
 
     stem: str  # name of the layer in the file
     settings: Mapping[str, Any]  # what the mark of the layer says
@@ -161,7 +161,7 @@ class _Layer:
         return self.tensors[f"{self.stem}.weight"]
 
     def get_number(self, key: str, default: int) -> int:
-        """Return a setting; raise ValueError if it is not an integer from 1 to `_MAX_GROUP`."""
+        """Return an integer setting; raise ValueError if it is not an integer from 1 to `_MAX_GROUP`."""
         value = self.settings.get(key, default)
         if type(value) is not int or not 0 < value <= _MAX_GROUP:
             raise ValueError(f"has the {key} {str(value)[:60]!r}")
@@ -214,7 +214,7 @@ class _Layer:
         return info.shape
 
     def find_scale(self, *shapes: tuple[int, ...], any_shape: bool = False) -> str:
-        """Return the suffix of the layer's scale, which must have one of `shapes` unless `any_shape`."""
+        """Return the suffix of the layer's scale, whose shape must be one of `shapes` unless `any_shape`."""
         for suffix in ("weight_scale", "scale_weight"):
             if f"{self.stem}.{suffix}" in self.tensors:
                 if not any_shape:
@@ -244,7 +244,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Expand one scale per layer or per row to N 1 float32.
+    """Expand a scale per layer or per row to float32, N 1.
 
     Raises:
         ValueError: If a scale is not positive and finite.
@@ -280,13 +280,13 @@ def _keep_int8(rotation: int, multiplies_in_16_bits: bool, weight: Tensor, scale
 
 
 def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: int) -> None:
-    """Check a scale per block of columns, as Blackwell GPUs read it: in tiles of 128 rows and 4 columns."""
+    """Check block scales that are stored in the tiles of Blackwell GPUs: 128 rows and 4 columns."""
     padded_shape = (round_up(rows, 128), round_up(columns, 4))
     layer.check_companion("weight_scale", (dtype,), padded_shape)
 
 
 def _set_mxfp8(layer: _Layer) -> None:
-    """Record a layer in MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
+    """Record how to unpack MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
     rows, columns = layer.check_matrix(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 32")
@@ -443,7 +443,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
 def _set_four_bits(
     layer: _Layer, shape: tuple[int, int], suffixes: tuple[str, ...], quant_map: Tensor
 ) -> None:
-    """Record a 4-bit weight of bitsandbytes with its 16 levels in `quant_map`."""
+    """Record how to unpack a 4-bit weight of bitsandbytes; `quant_map` holds its 16 levels."""
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
     group_size = layer.get_number("nested_blocksize", default=256)

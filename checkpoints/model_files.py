@@ -87,9 +87,9 @@ def _read_once(
     read: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> Any:
-    """Read the file at `path`, as messages name it.
+    """Read the file at `path`, the name for messages, and cache the result.
 
-    `absolute_path` and `stamp` are only keys of the cache, which identify the file and its version.
+    `absolute_path` and `stamp` only identify the file and its version in the cache.
     """
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint, *arguments)

@@ -79,7 +79,7 @@ def check_language_settings(folder: Path, option: str) -> list[Shape]:
 
 
 def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield the path and the content of each JSON file in a folder."""
+    """Yield path and content of each JSON settings file in a folder."""
     for path in sorted(folder.glob("*.json")):
         try:
             yield path, parse_json(read_text(path, MAX_TOKENIZER_BYTES))
@@ -154,7 +154,7 @@ def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_numbers(path: Path, content: Any, maximum: int, reason: str) -> None:
-    """Raise CheckpointError if a size in a settings file is above `maximum`, which `reason` explains."""
+    """Raise CheckpointError if a size in a settings file exceeds `maximum`, which `reason` explains."""
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NOT_SIZES)
         if is_size and not abs(number) <= maximum:  # written with `not`, so that NaN is rejected too
@@ -198,7 +198,7 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield all numbers of a JSON value with their keys; a number in a list has the key of the list."""
+    """Yield all numbers in a JSON value with their keys; numbers in a list have the key of the list."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _list_numbers(value, str(key)[:100])

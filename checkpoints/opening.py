@@ -48,7 +48,7 @@ Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
-    """The tensors of one or several files, by name, read on demand. Use it as a context manager."""
+    """Tensors of one or several files, read on demand by name; use it as a context manager."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Checkpoint(contextlib.ExitStack):
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
-        Tensors that begin with one of `others`, prefixes of other networks in an all-in-one file, do not
-        count. They are left out if a prefix is removed. Both checkpoints share the open files: close only
-        one of them.
+        Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
+        check; they are left out if a prefix is removed. Both checkpoints share the open files: close only one
+        of them.
         """
         locations: Mapping[str, Location] = self._locations
         for prefix in prefixes:
@@ -145,7 +145,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return a checkpoint with the tensors of both; `self` takes precedence. It shares the open files."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. Open files are shared."""
         locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, locations, files, self.rejection or second.rejection)
@@ -274,7 +274,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path names a sharded model: one of the shards, their index, or a folder."""
+    """Return whether a path names a sharded model: a shard, an index, or a folder."""
     return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
 
 
@@ -287,7 +287,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=4)
 def _list_shards(name: str) -> list[str]:
-    """Return the names of all shards of the model that a shard belongs to."""
+    """Return the names of all shards of a model, given the name of one."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -406,7 +406,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _register_packed(path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]) -> str:
-    """Tell files which of their tensors are packed; return the reason if a packing is unknown, else ""."""
+    """Record in the open files which tensors are packed; return why if a packing is unknown, else ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
     checkpoint = Checkpoint(path, locations, files)
@@ -426,7 +426,7 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Describe an unsupported quantization and a tensor that shows it; return None if there is none."""
+    """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unmarked = _without_packed(tensors) if is_packed else tensors
     for suffix, form in _UNSUPPORTED.items():
@@ -463,7 +463,7 @@ _TABLES = ("_ids", "_index", "_ind")  # suffixes of tables of integers, which ar
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of integers or 8-bit floats looks like a quantized weight of a layer."""
+    """Return whether an integer or 8-bit float tensor looks like a layer's quantized weight."""
     info = tensors[name]
     layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
     if not separator:
@@ -537,7 +537,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of scales by the names of their weights."""
+    """Map each weight name to the name of its scale."""
     scales = {}
     for name in names:
         for suffix in _SCALES:

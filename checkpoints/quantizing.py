@@ -112,7 +112,7 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class Recognized:
-    """The network of a file, and its layers that can be quantized; all names are those in the file."""
+    """A recognized network and its layers that can be quantized, by their names in the file."""
 
     what: str  # description for messages
     family: str | None  # None: a text encoder
@@ -122,7 +122,7 @@ class Recognized:
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Return a tensor with its rows ordered as in a single file.
+        """Read a tensor with its rows in the order of the published single file.
 
         Raises:
             CheckpointError: If the tensor has NaN or infinite values.
@@ -172,7 +172,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries about the old tensors or the GGUF format, and log these."""
+    """Return the metadata without entries about the old tensors or GGUF, and log the removed entries."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -281,7 +281,7 @@ def _write_comfyui(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write the file in ComfyUI's layout; return the number of quantized layers.
+    """Write the model in ComfyUI's quantized layout; return the number of quantized layers.
 
     A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
     file and only one tensor is held in memory.
@@ -289,7 +289,7 @@ def _write_comfyui(
     parts: dict[str, _OutputTensor] = {}
 
     def read_part(name: str) -> Tensor:
-        """Return a tensor of the new file when it is written."""
+        """Compute a tensor of the new file from the checkpoint, at the time it is written."""
         part = parts[name]
         if part.rounding is None:
             return model.read(checkpoint, name)
@@ -361,7 +361,7 @@ class _Rounding:
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a weight; return its codes and its scale."""
+        """Quantize a weight; return its codes and scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -574,7 +574,7 @@ class _DequantizedFile:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; if it is not quantized, it may be a view of `scratch`."""
+        """Return a dequantized tensor; one that is not quantized may be a view of `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

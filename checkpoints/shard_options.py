@@ -17,7 +17,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def read_shard_size(option: str, text: str) -> int:
-    """Parse a size such as 5GB, 500MB or 2GiB; return it in bytes.
+    """Parse a size such as 5GB, 500MB or 2GiB into bytes.
 
     Raises:
         OptionError: If the text is not such a size.
@@ -31,5 +31,5 @@ def read_shard_size(option: str, text: str) -> int:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Return whether a folder holds a transformer under diffusers' file names: one file, or an index."""
+    """Return whether a folder contains a transformer under diffusers' file names, as one file or an index."""
     return any((folder / name).is_file() for name in (MODEL, f"{MODEL}{INDEX}"))

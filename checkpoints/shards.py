@@ -21,14 +21,14 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The files that a model is split into."""
+    """File names of shards, and which tensor is in which shard."""
 
     files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str
     total_bytes: int  # of all tensors
 
     def index(self) -> str:
-        """Return the JSON text of the index, which maps each tensor to its file."""
+        """Return the JSON content of the index, which maps each tensor to its file."""
         weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -90,7 +90,7 @@ class SavedForm:
     option: str = "--max_shard_size"
 
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
-        """Return the names of tensors in the order in which they are written."""
+        """Return tensor names in the order in which they are written."""
         groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
         return [name for group in groups for name in order_of(group)]
 
@@ -116,9 +116,13 @@ class SavedForm:
     def write_in(
         self, file: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a network into a temporary folder: as `file` if it fits into one, else as shards.
+        """Write a network into a temporary folder, as one file or as shards.
 
-        The names of the shards are derived from `file`. `read` returns a tensor by name.
+        Args:
+            file: Path of the single file, from which names of shards are derived.
+            tensors: Dtype and shape of each tensor.
+            read: Returns a tensor by name.
+            metadata: Metadata of each file.
         """
         size_bytes = sum(info.size_bytes for info in tensors.values())
         if not self.max_bytes or size_bytes <= self.max_bytes:

@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files that make up the tokenizer of one text encoder, and where they may be."""
+    """Names and possible locations of one text encoder's tokenizer files."""
 
     option: str  # such as "--t5_tokenizer"
     names: tuple[str, ...]  # file names; the first that exists is used
@@ -82,7 +82,7 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return a tokenizer's identity for cache records; None as `file` stands for the one on the hub."""
+        """Return a tokenizer's identity for cache records; `file` None means the hub's tokenizer."""
         if file is not None:
             return fingerprint(file)
         return f"{self.repository}/{self.folder}" if self.folder else self.repository
@@ -133,7 +133,7 @@ class TokenizerFiles:
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """Read a tokenizer file.
+        """Return the content of a tokenizer file.
 
         Raises:
             CheckpointError: If the file is too large or cannot be read.
@@ -144,7 +144,7 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
+        """Raise CheckpointError if a file is too large for a tokenizer or is not a regular file."""
         try:
             require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
@@ -152,7 +152,7 @@ class TokenizerFiles:
 
     @contextlib.contextmanager
     def explain(self, file: Path) -> Iterator[None]:
-        """Turn errors that the library raises in the block into CheckpointError."""
+        """Turn errors that the tokenizer library raises in the `with` block into CheckpointError."""
         try:
             with catch_panics():
                 yield
@@ -162,7 +162,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is not a tokenizer; it names the option and the right files."""
+        """Return the error for a file that is not a tokenizer, with the option and the accepted files."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",
@@ -199,7 +199,7 @@ class TokenizerFiles:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _describe(self) -> str:
-        """Describe the right files, for the end of a message."""
+        """Describe which files are accepted, for the end of an error message."""
         source = f"the files of {self.repository}"
         if self.folder:
             source = f"the folder {self.folder} of {self.repository}"
@@ -207,7 +207,7 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class name if it has no text."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -216,7 +216,7 @@ _PIECE = 1 << 3 | 2
 
 
 def check_sentencepiece(model: bytes) -> None:
-    """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
+    """Raise ValueError if a SentencePiece model is damaged or could lengthen a text too much.
 
     Its normalizer may make a text at most MAX_TOKENIZER_GROWTH times longer. Source:
     sentencepiece_model.proto: NormalizerSpec is field 3 of ModelProto, and precompiled_charsmap its field 2.
@@ -227,7 +227,7 @@ def check_sentencepiece(model: bytes) -> None:
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
-    """Return the text of each token (piece) in an encoded text.
+    """Return the text of each token (piece) in a tokenized text.
 
     If the bytes of one character are separate pieces, only the last of these has the character. Source:
     sentencepiece.proto: pieces are field 2 of SentencePieceText, and the surface is field 3 of a piece.
@@ -243,7 +243,7 @@ def piece_surfaces(encoded: bytes) -> list[str]:
 
 
 def _check_growth(growth: float) -> None:
-    """Raise ValueError if one character may become more than MAX_TOKENIZER_GROWTH characters."""
+    """Raise ValueError if one character could become more than MAX_TOKENIZER_GROWTH characters."""
     if growth > MAX_TOKENIZER_GROWTH:
         raise ValueError(
             f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"

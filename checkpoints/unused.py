@@ -11,7 +11,7 @@ from protocols.loading import TensorInfo, TensorSource
 
 @dataclass(frozen=True)
 class UnusedTensors:
-    """Tensors of a transformer's file that its network does not use, by their published names.
+    """Tensors of a transformer file that its network does not use, by their published names.
 
     Full fine-tuning copies them into its result, so that the result has the same names as the source.
     """
@@ -32,7 +32,7 @@ class UnusedTensors:
 
 @dataclass(frozen=True, eq=False)
 class OpenedTensors:
-    """Unused tensors of a file that stays open, so that it cannot be deleted before they are copied."""
+    """Unused tensors of a transformer file that is held open, so that it cannot be deleted before copying."""
 
     sources: Mapping[str, TensorSource]
     checkpoint: Checkpoint

@@ -86,7 +86,7 @@ class MergeModelsOptions(Options, title="what to do"):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the share of each model; equal ones by default."""
+        """Return the weight of each model in the sum; equal weights by default."""
         return self.ratios or (1 / len(self.models),) * len(self.models)
 
 
@@ -104,20 +104,20 @@ def merge_models(options: MergeModelsOptions) -> None:
         first, *others = models
         _reject_loras(models)
         averages = [name for name in first.tensors if name.startswith(AVERAGES)]
-        kept = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
-        merged = {name for name, info in kept.items() if info.dtype.is_floating_point}
+        saved = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
+        merged = {name for name, info in saved.items() if info.dtype.is_floating_point}
         if options.unet_only:
             merged = {name for name in merged if name.startswith(UNET)}
         for other in others:
             _check_fits(first, other, merged, options.unet_only)
-        _warn_of_skipped(models, kept, options)
+        _warn_of_skipped(models, saved, options)
         if averages:
             what = count_of(len(averages), "average")
             verb = "is" if len(averages) == 1 else "are"
             logger.info("%s of %s %s left out: they would not be merged", what, first.path, verb)
         written = {
             name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
-            for name, info in kept.items()
+            for name, info in saved.items()
         }
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
@@ -133,7 +133,7 @@ def merge_models(options: MergeModelsOptions) -> None:
 
 
 def _reject_loras(models: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if a file is a LoRA: the mean of its factors is not the mean of its changes."""
+    """Raise CheckpointError for LoRA files, because averaging their factors does not average their deltas."""
     for model in models:
         if is_lora(model.tensors):
             raise CheckpointError(
@@ -145,21 +145,21 @@ def _reject_loras(models: Sequence[Checkpoint]) -> None:
 
 @dataclass(frozen=True)
 class _Term:
-    """A checkpoint and its share of the sum."""
+    """A checkpoint and its weight in the sum."""
 
     model: Checkpoint
     share: float
 
 
 def _add_up(name: str, of_first: Tensor, terms: Sequence[_Term]) -> Tensor:
-    """Return the weighted sum of a tensor in float32.
+    """Return the weighted sum of one tensor over all models, in float32.
 
-    Where a model lacks the tensor, or input channels of it, the first model's values have its share.
+    Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
     """
     first = of_first.float()
     total = first * terms[0].share
     for term in terms[1:]:
-        values = first
+        values = first  # if this model lacks the tensor
         if name in term.model.tensors:
             tensor = term.model.read(name)
             check_finite(term.model.path, name, tensor)
@@ -211,25 +211,29 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
 def _warn_of_skipped(
     models: Sequence[Checkpoint], kept: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
-    """Say which tensors are in some of the models only."""
+    """Warn about tensors that only some of the models contain."""
     first, *others = models
     for other in others:
         skipped = [
             name for name in sorted(other.tensors) if name not in kept and not name.startswith(AVERAGES)
         ]
         if skipped:
-            shown = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
+            skipped_names = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
             logger.warning(
                 "%s: %s not in %s, and skipped: %s",
                 other.path,
                 count_of(len(skipped), "tensor"),
-                *(first.path, shown),
+                first.path,
+                skipped_names,
             )
         missing = [name for name in sorted(kept) if name not in other.tensors]
         if missing:
             logger.warning(
                 "%s lacks %s, where %s has its share: %s",
-                *(other.path, count_of(len(missing), "tensor"), first.path, list_some(missing, 3)),
+                other.path,
+                count_of(len(missing), "tensor"),
+                first.path,
+                list_some(missing, 3),
             )
 
 

@@ -91,7 +91,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names in the order of a file: largest element size first, then by name."""
+    """Return tensor names in the order of a safetensors file: largest element size first, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
@@ -128,7 +128,7 @@ def _make_header(
             "data_offsets": [start, end],
         }
     text = _as_json(entries) + b" " * spare_bytes
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # up to the next multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
             f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} bytes; "

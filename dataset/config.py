@@ -374,7 +374,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
         return config
     tables = []
     for table in config.datasets:
-        if rules.clips:
+        if rules.clips:  # references of clips; other models take reference images
             table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropped)
         elif table.kind == "image":
             table = replace(table, references=rules)
@@ -592,8 +592,8 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
     """Describe a conflict between a table's keys for guides; None if there is none."""
     for prefix in ("keyframe_guide", "latent_idx_guide"):
-        others = [name for name in fields if name.startswith(prefix) and name != f"{prefix}_directory"]
-        set_names = [name for name in others if fields[name] != KEYS[name].default]
+        other_keys = [name for name in fields if name.startswith(prefix) and name != f"{prefix}_directory"]
+        set_names = [name for name in other_keys if fields[name] != KEYS[name].default]
         if set_names and not fields[f"{prefix}_directory"]:
             return f"{set_names[0]} needs {prefix}_directory"
     lists: dict[str, Sequence[Any]] = {}

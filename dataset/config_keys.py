@@ -45,7 +45,7 @@ class Unfit(Exception):
 
 
 class Form(NamedTuple):
-    """The type of a key's value."""
+    """Type of a key's value: a function that reads the value, and a description of allowed values."""
 
     read: Callable[[Any], Any]  # converts a value of the file, or raises Unfit
     allowed: str  # describes valid values, for messages
@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Make a type of values.
+    """Make the `Form` of a key's values.
 
     Args:
         kinds: Python types of values in the file.

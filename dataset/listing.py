@@ -261,7 +261,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError that names the sources without a caption; at least one of `sources` has none."""
+    """Raise a DatasetError that lists the sources without a caption; at least one has to lack its caption."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_errors([Fault(kind, line) for line in missing_captions(sources)])
 

@@ -149,7 +149,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the values of options by key, as they would be in a dataset file."""
+    """Return the values of options under the keys of a dataset file, in the types of such a file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -250,7 +250,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
 
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return an error line for each missing key of a subset, and for keys that conflict."""
+    """Return an error line for each conflict between the keys of a subset, and for each missing key."""
     errors = []
     conditioning = values["conditioning_data_dir"]
     masks = values["mask_directory"]

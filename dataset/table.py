@@ -24,7 +24,7 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """Changes to a caption at each training step; separators divide a caption into parts."""
+    """Changes to captions that vary between training steps; separators divide captions into parts."""
 
     shuffle: bool = False
     separator: str = ","
@@ -63,7 +63,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes to an image at each training step."""
+    """Random changes to images at each training step."""
 
     flip: bool = False  # the latents of the mirrored image are cached too
     color: bool = False  # hue and gamma

@@ -104,7 +104,7 @@ class ModelSet:
 
     @property
     def has_adapter(self) -> bool:
-        """Return whether the set is another one and a training adapter, which generations do not use."""
+        """Return whether this set adds a training adapter, which generation does not use, to another set."""
         return any(part.option == TRAINING_ADAPTER for part in self.components)
 
     @property
@@ -113,9 +113,9 @@ class ModelSet:
         return family_title(self.family)
 
     def typed_commands(self, folder: Path) -> list[str]:
-        """Return the commands for files below `folder`, as a user types them.
+        """Return the model's commands as a user types them, with placeholders replaced by paths in `folder`.
 
-        A placeholder that is not a component becomes a name such as DIT_FILE, after its option.
+        A placeholder for a file outside the download becomes a name after its option, such as DIT_FILE.
         """
         paths = {}
         for component in self.components:
@@ -330,7 +330,7 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
 
 
 def _list_downloads(path: Path) -> list[_Download]:
-    """Return the downloads that include a file, to the folder in which its path ends with a released one."""
+    """Return the downloads that would create the file `path`, each with the folder to download to."""
     downloads = []
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):

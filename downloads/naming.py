@@ -65,7 +65,7 @@ _COMMON_WORDS = {"video", "image"}  # words that several models have in their na
 
 
 class NamedModel(NamedTuple):
-    """The model to which a name belongs."""
+    """The family and task that a typed model name stands for."""
 
     family: str
     task: str | None  # None: it names the family alone
@@ -83,7 +83,7 @@ def is_task_spelling(text: str, task: str) -> bool:
 
 
 def has_other_number(text: str, task: str) -> bool:
-    """Return whether a text has a decimal number that differs from one in a task's name only by its point."""
+    """Return whether a text has a decimal number such as 1.4 where the task's name has 14."""
     numbers = re.findall(r"\d+(?:\.\d+)?", task)
     decimals = re.findall(r"\d+\.\d+", text)
     return any(number.replace(".", "") in numbers for number in decimals if number not in numbers)
@@ -154,7 +154,7 @@ def _read_exact_name(
 
 
 def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
-    """Return families whose names contain a text, else models whose tasks contain it."""
+    """Return families whose names contain the text `plain`; if there are none, models by their tasks."""
     if len(plain) > 1 and plain not in _COMMON_WORDS:
         # at the beginning of a word: anima is not a part of image
         named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
@@ -176,13 +176,13 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
 
 
 def _begins_a_word(plain: str, name: str) -> bool:
-    """Return whether a normalized text begins at a word of a name; `4b` and `2v` do not in t2v-14B."""
+    """Return whether a word of a name begins with the text `plain`; `4b` begins no word of t2v-14B."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
     return any(plain_name("".join(words[index:])).startswith(plain) for index in range(len(words)))
 
 
 def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
-    """Return the release that a known model was trained from, by the beginning of its name, else None.
+    """Return the released model from which a known fine-tune was made; None if the name is unknown.
 
     Raises:
         OptionError: If the model is known but not supported.
@@ -223,7 +223,7 @@ def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
 
 
 def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
-    """Raise OptionError, with the options to type, if a name belongs to a fine-tuned model."""
+    """Raise OptionError, with the options to type instead, if a name is that of a fine-tuned model."""
     if not named.made_from:
         return
     (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
@@ -241,7 +241,7 @@ def families_of(models: Sequence[ModelSet]) -> list[str]:
 
 
 def page_of_control(text: str) -> str:
-    """Return a hint at the page of a model trained with control clips; "" if the text names none."""
+    """Return a hint to the documentation of a model trained with control clips; "" if `text` names none."""
     plain = plain_name(text)
     for model in model_sets():
         if not model.data.get("control"):

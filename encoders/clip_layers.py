@@ -248,7 +248,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: Cl
 
 
 class ClipVisionEmbeddings(nn.Module):
-    """Embed patches, put the class token in front of them, and add position embeddings."""
+    """Embed patches, insert the class token before the patches, and add position embeddings."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class ClipVision(nn.Module):
         size = self.image_size
         squares = []
         for image in images:
-            width, height = (size * side // min(image.size) for side in image.size)
+            width, height = (size * length // min(image.size) for length in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             left = (width - size) // 2
             top = (height - size) // 2
@@ -313,7 +313,7 @@ class ClipVision(nn.Module):
         """Prepare pixels, B 3 H W in 0..1, as `prepare` does, but differentiably."""
         size = self.image_size
         shorter = min(pixels.shape[-2:])
-        height, width = (size * side // shorter for side in pixels.shape[-2:])
+        height, width = (size * length // shorter for length in pixels.shape[-2:])
         resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         top = (height - size) // 2
         left = (width - size) // 2

@@ -38,7 +38,7 @@ CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the i
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
-    """Check that a table has control images; return it without them, for checks that reject control images.
+    """Check that a table has control images, and return it without them for checks that accept none.
 
     `taker` names the network that takes the control images.
 
@@ -54,7 +54,7 @@ def check_controls(table: MediaTable, taker: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entries of images with their control images, which are cropped and mirrored like them.
+    """Add control images to cache entries; they have the same crop and mirroring as their images.
 
     Raises:
         DatasetError: If an image has several control images.
@@ -85,7 +85,7 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)
-    sides = tuple(stride * side for side in latents.shape[-2:])
+    sides = tuple(stride * length for length in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != sides:
         raise CacheError(
             f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "

@@ -220,14 +220,14 @@ class OneTransformer:
             files: Words with their vectors, by file.
             option: Option that names the files, for messages.
         """
-        words = {word.text.lower(): word for word in self.files.words}
+        words_by_text = {word.text.lower(): word for word in self.files.words}
         for path, contents in files.items():
             for text, content in contents.items():
                 word = ModelWord(text, content=content, source=path, option=option)
-                first = words.setdefault(text.lower(), word)
+                first = words_by_text.setdefault(text.lower(), word)
                 if first is not word:
                     logger.warning("%s: the word %s of %s is used instead.", path, text, first.source)
-        return self._with_model_words([*words.values()])
+        return self._with_model_words([*words_by_text.values()])
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
         """Return a copy whose text encoders have rows for a word to train."""

@@ -127,7 +127,7 @@ class WordTower:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of all sets of vectors in files."""
+        """Keys of this encoder's vectors in files, one for each set of vectors."""
         return self.names or (self.key,)
 
 
@@ -206,7 +206,7 @@ class Inversion:
         rows = LearntRows(self.asked, initial)
         for tower in self.towers:
             table = tables[tower.key]
-            table.rows = partial(rows.join, tower.keys)
+            table.rows = partial(rows.join, tower.keys)  # the encoder reads the trained values in each pass
             if with_values:
                 norm = float(table.weight.detach().float().norm(dim=1).mean())
                 rows.mean_norms |= dict.fromkeys(tower.keys, norm)
@@ -322,11 +322,13 @@ class Inversion:
         word = self.word.text
         if len(without) == len(captions):
             flags = self.asked.flags
-            further = flags.without_captions and f", or {flags.without_captions}, which needs no captions"
+            alternative = ""
+            if flags.without_captions:
+                alternative = f", or {flags.without_captions}, which needs no captions"
             raise DatasetError(
                 f"{flags.word} {word}: no caption has this word, so that nothing would be learned. Write "
                 f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
-                f"{further}"
+                f"{alternative}"
             )
         if not without:
             return ""
@@ -335,7 +337,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return the vectors of a word in a LoRA file; None if `path` is not such a file or lacks the word."""
+    """Return the vectors of a word in a LoRA file; None if `path` is no LoRA file or lacks the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:

@@ -333,7 +333,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
         use = self.use
-        # a network on the CPU is not split over processes, which saves memory of devices
+        # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
         tower = None
         if use.pictures is not None and use.pictures.always:
@@ -440,7 +440,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Remove the states of image tokens; return the others with the images' positions and sizes, by key.
+        """Return the states of the text tokens, and the positions and sizes of the images, by key.
 
         Args:
             tokenizer: The tokenizer.
@@ -670,7 +670,7 @@ def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse)
 
 
 def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
-    """Return the prompt with the placeholder tokens of its images in front of it."""
+    """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):

@@ -39,7 +39,7 @@ def language_states(
     # state 0 is the embeddings, state n the output of layer n, and the last one is the network's output
     earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
     hooks = []
-    for state in states[len(earlier_states) : -1]:
+    for state in states[len(earlier_states) : -1]:  # the last state is the output below
         append_state = functools.partial(_append_output, earlier_states)
         hooks.append(layers[state - 1].register_forward_hook(append_state))
     # the last state is collected before image features are added to it, unless it is the network's output

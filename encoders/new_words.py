@@ -54,7 +54,7 @@ def _word_pattern(name: str) -> str:
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word for prompts: `cat` stands for all of its vectors, `cat1` for its second vector alone."""
+    """A new word for prompts: `cat` inserts all of its vectors, `cat1` only its second vector."""
 
     text: str
     count: int = 1  # number of the word's vectors
@@ -94,7 +94,7 @@ class ModelWord:
 
 
 class WordEncoder(TextEncoder, Protocol):
-    """A text encoder that can be given vectors of additional words."""
+    """A text encoder that accepts vectors of additional words."""
 
     embedding: str  # name of the weight of the token embeddings in the network
     # keys of its vectors in embedding files: first the key that is written, then others that are read
@@ -111,7 +111,7 @@ class WordEncoder(TextEncoder, Protocol):
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
-    """Return whether a text encoder can be given vectors of additional words."""
+    """Return whether a text encoder accepts vectors of additional words."""
     return encoder.can.take_words
 
 

@@ -166,16 +166,16 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     `size` becomes `Prompt.image_size`, the size at which the text encoder sees the images.
     """
     paths = prepared.request.control_images
-    texts = prepared.prompts[0]
+    prompt_set = prepared.prompts[0]
 
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, image_size=size)
 
     prompts = Prompts(
-        with_images(texts.positive),
-        negative=with_images(texts.negative),
-        blank=with_images(texts.blank),
-        nag=None if texts.nag is None else with_images(texts.nag),
+        with_images(prompt_set.positive),
+        negative=with_images(prompt_set.negative),
+        blank=with_images(prompt_set.blank),
+        nag=None if prompt_set.nag is None else with_images(prompt_set.nag),
     )
     return replace(prepared, prompts={0: prompts})
 

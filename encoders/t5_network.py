@@ -87,7 +87,7 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
-    """Plan how to load an encoder of the given kind, in 16 or 8 bits.
+    """Plan how to load a T5 or umT5 encoder from a file in 16 or 8 bits.
 
     Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in a
     file of their own or an all-in-one file.
@@ -220,7 +220,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """Lengths of prompts that are concatenated in `Hidden.x`, and the position bias that blocks share."""
+    """Lengths of the concatenated prompts, and the position bias that all blocks share."""
 
     lengths: Sequence[int]  # number of tokens of each prompt; their sum is L
     visible: Sequence[int]  # number of leading tokens of each prompt that attention sees
@@ -231,6 +231,7 @@ class T5Block(nn.Module):
     """Attention and feed-forward with residuals; with `has_table` the block has its own position table."""
 
     def __init__(self, config: T5Config, has_table: bool) -> None:
+        """Build the layers without weights, under the names of Wan's official checkpoints."""
         super().__init__()
         self.norm1 = T5Norm(config.dim)
         self.attn = T5Attention(config)
@@ -326,7 +327,7 @@ def load_t5(
     form: str | None = None,
     blocks: BlockPlace | None = None,
 ) -> T5Network:
-    """Load an encoder of the given kind.
+    """Load a T5 or umT5 encoder.
 
     Args:
         path: File or folder of the model.

@@ -223,8 +223,8 @@ class TokenizerSource:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
             places: list[Place] = [None] * len(added_begin)
-            for place, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_special else place)
+            for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                places.append(None if is_special else span)
             return Tokens([*added_begin, *encoded.ids], places)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
@@ -432,12 +432,13 @@ class FileTextEncoder(ABC, Generic[Network]):
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_after = tokens.count_after(written.end)
-            # a cut never drops the template and the end token after the prompt
-            droppable = tokens.places[: len(tokens.places) - num_after]
-            ends = [0 if place is None else place[1] - written.start for place in droppable]
+            # only these tokens may be cut off, not the template and the end token after the prompt
+            cuttable = tokens.places[: len(tokens.places) - num_after]
+            # characters of the prompt up to the end of each token
+            ends = [0 if place is None else place[1] - written.start for place in cuttable]
             length = len(written.prompt)
-            max_droppable = dropped + self.maximum - num_after  # how many of these tokens are read
-            characters = kept_characters(ends, max_droppable, length)
+            max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
+            characters = kept_characters(ends, max_read, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
@@ -570,9 +571,9 @@ def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
     start = written.start
     prompt_characters = range(start, start + len(written.prompt))
     prompt_places: list[Place] = []
-    for place in places:
-        is_of_prompt = place is not None and place[0] in prompt_characters
-        prompt_places.append(place if is_of_prompt else None)  # tokens of the template have weight 1
+    for span in places:
+        is_of_prompt = span is not None and span[0] in prompt_characters
+        prompt_places.append(span if is_of_prompt else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text
     spans = [(first + start, last + start, weight) for first, last, weight in written.spans]
     return token_weights(written.text, prompt_places, spans)

@@ -58,7 +58,7 @@ EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name
 
 
 class WrittenCaption(NamedTuple):
-    """A caption as the text encoder gets it. Plain text is wrapped in JSON, between `before` and `after`."""
+    """A caption as it is encoded; a plain text's characters are between `before` and `after`."""
 
     text: str
     before: str = ""
@@ -81,7 +81,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """Return a value without its empty parts, at any depth."""
+    """Remove empty parts from a JSON value, at any depth."""
     if isinstance(value, dict):
         cleaned = {key: _clean(part) for key, part in value.items()}
         return {key: part for key, part in cleaned.items() if not _is_empty(part)}
@@ -91,7 +91,7 @@ def _clean(value: Any) -> Any:
 
 
 def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
-    """Return a caption as training captions are: without empty values and scores, in the same order.
+    """Remove empty values and scores from a caption, as in the training data; keep the order of keys.
 
     A caption of exactly a short description and texts keeps both, also an empty list, which says "no text".
     """
@@ -109,7 +109,7 @@ def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_caption(text: str) -> dict[str, Any] | None:
-    """Return the object in a caption or prompt; None for plain text.
+    """Parse a caption or prompt as a JSON object; return None for plain text.
 
     Raises CaptionError for text that begins like an object but is not valid JSON.
     """
@@ -124,7 +124,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 
 
 def write_caption(text: str) -> WrittenCaption:
-    """Return a caption as the model was trained to read it; an empty one becomes the null caption.
+    """Return a caption in the JSON form of the training data; an empty one becomes the null caption.
 
     Raises CaptionError as `read_caption`.
     """
@@ -137,14 +137,14 @@ def write_caption(text: str) -> WrittenCaption:
 
 
 def write_edit(text: str) -> WrittenCaption:
-    """Return the caption or prompt of an edit, which follows its images: `...}`, without the opening brace.
+    """Return an edit's JSON without its opening brace, which comes before the images in the prompt.
 
     Raises CaptionError as `read_caption`, and if an object has no instruction.
     """
     content = read_caption(text)
     if content is None:
-        plain = _wrap_plain(INSTRUCTION, text)
-        return plain._replace(text=plain.text[1:], before=plain.before[1:])
+        wrapped_text = _wrap_plain(INSTRUCTION, text)
+        return wrapped_text._replace(text=wrapped_text.text[1:], before=wrapped_text.before[1:])
     error = find_edit_error(content)
     if error:
         raise CaptionError(f"the edit {shorten(text, 60)}: {error}")
@@ -169,7 +169,7 @@ def _wrap_plain(key: str, text: str) -> WrittenCaption:
 
 
 def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None, Any]:
-    """Return the cleaned caption in an object, and the instruction next to it."""
+    """Split an edit's JSON into its cleaned caption and its instruction."""
     caption: Any = {key: value for key, value in content.items() if key != INSTRUCTION}
     if CAPTION in caption:
         caption = caption[CAPTION]
@@ -178,7 +178,7 @@ def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None
 
 
 def find_edit_error(content: dict[str, Any]) -> str:
-    """Return the error in the object of an edit; "" if it is valid."""
+    """Return the error in the JSON object of an edit; "" if it is valid."""
     if not isinstance(content.get(INSTRUCTION), str) or not content[INSTRUCTION].strip():
         return f"it has no {INSTRUCTION}, a text that says what is changed"
     if CAPTION not in content:
@@ -190,7 +190,7 @@ def find_edit_error(content: dict[str, Any]) -> str:
 
 
 def find_caption_errors(text: str) -> list[str]:
-    """Return the missing and the misspelled keys of a caption that is an object; [] if there are none."""
+    """Return the missing and misspelled keys of a JSON caption; [] if there are none."""
     try:
         content = read_object(text)
     except ValueError as error:

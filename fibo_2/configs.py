@@ -41,7 +41,7 @@ class Fibo2Config(LuminaConfig):
 
     @property
     def state_dim(self) -> int:
-        """Width of one state of the language model."""
+        """Return the width of one of the language model's states."""
         return self.text_dim // STATES_OF_BUNDLE
 
     @property

@@ -88,7 +88,7 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def is_turbo(self) -> bool:
-        """Whether the transformer is edit-turbo, which only its name shows."""
+        """Return whether the transformer is edit-turbo, which only its name shows."""
         if self.samples_on_turbo or self.files.dit is None:
             return self.samples_on_turbo
         verdict = judge_distillation(self.few_steps, self.files.dit)
@@ -96,7 +96,7 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All models that use FLUX.2's autoencoder: its releases, and other families."""
+        """Return the names of all models that use FLUX.2's autoencoder, in this and other families."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     # captions that are JSON objects
@@ -164,14 +164,15 @@ class Fibo2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request: noise levels by the size, images to edit in the positive prompt only.
+        """Fill in a request's open fields; images to edit are shown with the positive prompt only.
 
-        Without a size, the result has the trained size that fits the first image's shape. Without a negative
-        prompt, the null caption is used. Raises OptionError for a prompt with invalid JSON.
+        The size determines the noise levels. Without a size, the result has the trained size that fits the
+        first image's shape. Without a negative prompt, the null caption is used. Raises OptionError for a
+        prompt with invalid JSON.
         """
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
-        (write_edit if edited else write_caption)(request.prompt)
+        (write_edit if edited else write_caption)(request.prompt)  # raises for invalid JSON
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
@@ -193,7 +194,7 @@ class Fibo2(pictures.ModelOfImages):
         return replace(request, width=width, height=height)
 
     def _show_images(self, prompt: Prompt, prepared: Prepared) -> Prompt:
-        """Return the prompt with the images to edit. Raises OptionError for a mask that does not fit."""
+        """Add the images to edit to the prompt; raise OptionError for a mask that does not fit."""
         paths = prepared.request.control_images
         mask = prepared.request.extra.get(MASK)
         if mask and len(paths) != 1:
@@ -202,6 +203,7 @@ class Fibo2(pictures.ModelOfImages):
             )
         if not paths:
             return prompt
+        # several images keep their trained sizes
         size = (prepared.width, prepared.height) if len(paths) == 1 else None
         prompt = replace(prompt, pictures=paths, image_size=size)
         if not mask:
@@ -212,7 +214,7 @@ class Fibo2(pictures.ModelOfImages):
         return replace(prompt, frames=(frames,), presented=(mask,))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode images to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive
@@ -223,7 +225,7 @@ class Fibo2(pictures.ModelOfImages):
         return {0: conditions}
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of an image, 1 C 1 h w float32, drawn before it is packed, as released."""
+        """Draw an image's noise, 1 C 1 h w float32, before it is packed, as released."""
         channels = LATENT.channels // PATCH**2
         _, _, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         drawn = noise.draw((1, channels, 1, PATCH * height, PATCH * width), torch.float32)

@@ -67,7 +67,7 @@ class Fibo2Tokens(LuminaTokens):
     split: int = 0  # where the clean tokens begin, among those that this process has
 
     def cut(self, part: "TokenPart") -> "Fibo2Tokens":
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs for the tokens that one process computes."""
         return replace(super().cut(part), split=part.of_first(self.split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
@@ -75,9 +75,10 @@ class Fibo2Tokens(LuminaTokens):
         return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of attention to each of `texts`, B L' ... each, to one output.
+        """Merge the attention outputs for the two texts, B L' ... each, into one output.
 
-        The image steers away from the second text; gist tokens read the text that they were made of.
+        The image steers away from the second text; each text's gist tokens keep the output for their own
+        text.
         """
         if self.second is None:
             return attended[0]
@@ -101,7 +102,7 @@ class Fibo2CrossAttention(ZImageAttention):
         self.to_k, self.to_v = (nn.Linear(config.text_dim, config.dim, bias=False) for _ in range(2))
 
     def attend_text(self, x: Tensor, bundle: TextBundle, choice: AttentionChoice) -> Tensor:
-        """Return the attention of tokens x, B L C, to the text's states without their padding: B L N D."""
+        """Return the cross-attention of tokens x, B L C, to a bundle of text states: B L N D."""
         query, key, value = (
             in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
             for layer, tokens in ((self.to_q, x), (self.to_k, bundle.states), (self.to_v, bundle.states))
@@ -131,7 +132,7 @@ class PerceiverLayer(nn.Module):
     def forward(
         self, x: Tensor, bundle: TextBundle, lengths: Lengths | None, choice: AttentionChoice
     ) -> Tensor:
-        """Apply the layer to gist tokens x, B G C.
+        """Apply the layer to gist tokens x, B G C: attend to the text, then to each other, then feed forward.
 
         Args:
             x: Gist tokens.
@@ -164,7 +165,7 @@ class Perceiver(nn.Module):
         choice: AttentionChoice,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Return gist tokens, B G C.
+        """Compress the texts' states to gist tokens, B G C.
 
         Args:
             text: States of the texts.
@@ -173,6 +174,7 @@ class Perceiver(nn.Module):
             choice: Attention to use.
             dtype: Dtype of the tokens.
         """
+        # bundle 0: the layer states for the Perceiver, not for a block
         bundle = text.bundle(0)
         x = self.latent_queries[:gist].to(dtype).expand(len(bundle.states), -1, -1)
         for layer in self.layers:
@@ -188,7 +190,7 @@ class Fibo2Block(JointTransformerBlock):
     activates_time = False
 
     def __init__(self, config: Fibo2Config, bundle: int | None = None) -> None:
-        """Build a block that reads the text's bundle with this number; None: it reads none."""
+        """Build a block that attends to the text bundle of this number; None builds one without."""
         super().__init__(config)
         self.bundle = bundle
         if bundle is not None:
@@ -220,7 +222,7 @@ class Fibo2Block(JointTransformerBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return the normed attention of the tokens x to this block's bundle of text states, B L' C."""
+        """Attend from tokens x to this block's bundle of text states, and normalize the result: B L' C."""
         h = self.cross_attn_norm1(x)
         attended = [
             self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
@@ -237,7 +239,7 @@ class Fibo2Block(JointTransformerBlock):
 
 
 def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
-    """Return the inputs of a block, x and tokens, with the bundle of each text that the block reads."""
+    """Return a block's inputs, x and tokens, with the bundle of text states that this block reads."""
     assert isinstance(block, Fibo2Block)
     assert block.bundle is not None
     x, tokens = inputs
@@ -246,7 +248,7 @@ def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple
 
 
 class Fibo2Layout(NamedTuple):
-    """Key of a rotary table: sizes of the image and of images to edit, and number of gist tokens."""
+    """Image sizes, reference sizes and number of gist tokens, which determine a rotary table."""
 
     grids: tuple[Grid, ...]  # grid of the image, then of each image to edit
     gist: int
@@ -277,7 +279,7 @@ class Fibo2Model(BlockNetwork):
     dtype_of = "layers.0.attention_norm1.weight"
 
     def __init__(self, config: Fibo2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -285,6 +287,7 @@ class Fibo2Model(BlockNetwork):
         self.t_embedder = TimeEmbedding(config, config.time_hidden)
         self.noise_refiner = nn.ModuleList(Fibo2Block(config) for _ in range(config.noise_refiner_layers))
         self.perceiver = Perceiver(config)
+        # bundle 0 is read by the Perceiver
         bundles = {block: number for number, block in enumerate(config.injections, 1)}
         self.layers = nn.ModuleList(
             Fibo2Block(config, bundles.get(number)) for number in range(config.num_layers)
@@ -301,7 +304,7 @@ class Fibo2Model(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of image, references and gist, B L+R+G C, and the other inputs of the blocks.
+        """Embed image, references and gist as tokens, B L+R+G C; return them with the blocks' other inputs.
 
         Args:
             noisy: Packed latents, B Z 1 H W.
@@ -363,7 +366,7 @@ class Fibo2Model(BlockNetwork):
         return time
 
     def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return tokens of image and references, B L+R C, that attended to each other."""
+        """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
         if count == tokens.split:  # no references: one row of modulation serves all
@@ -373,7 +376,7 @@ class Fibo2Model(BlockNetwork):
         return image
 
     def _make_gist(self, text: TextStates, before: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts. `before` counts the tokens in front of them, for `lengths`."""
+        """Return the gist tokens of texts, with lengths that include the `before` tokens in front of them."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
         are_equal = len(set(counts)) == 1
@@ -390,7 +393,7 @@ class Fibo2Model(BlockNetwork):
         return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: Fibo2Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+R+G 1 D/2 2 float32.
+        """Return the rotary table, (cosine, sine) pairs L+R+G 1 D/2 2 float32.
 
         Positions are (i, 0, 0) for gist token i (from 1), (maximum of gist tokens + 1, row, column) for the
         image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as

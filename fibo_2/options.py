@@ -85,7 +85,7 @@ def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     turbo: dict[str, Any] = {}
     # the distilled transformer needs Turbo's steps, and its file name need not show that; a sample's own
     # number of steps comes first

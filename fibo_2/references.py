@@ -26,13 +26,14 @@ PRECISION = 9  # digits of the share that is cropped
 
 
 def trained_size(size: Size) -> Size:
-    """Return the trained size (width, height), about a megapixel, that crops an image of this shape least.
+    """Return the trained size, width and height, to which an image of this aspect ratio is cropped least.
 
     Of several sizes, it is the one nearest to a megapixel, then the widest.
     """
     aspect = size[0] / size[1]
     sizes = []
     for width in range(MIN_SIDE, 2 * AREA // MIN_SIDE, STEP):
+        # areas between 0.9 and 1.1 of the trained area
         first = max(MIN_SIDE, math.ceil(0.9 * AREA / width / STEP) * STEP)
         last = min(2 * AREA // width, int(1.1 * AREA / width))
         sizes += [(width, height) for height in range(first, last + 1, STEP)]
@@ -55,7 +56,7 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Downscale an image, H W C uint8, for the text encoder: H W 3 with sides of at most `SHOWN_SIDE`."""
+    """Reduce an image, H W C uint8, for the text encoder: H W 3, edges of at most `SHOWN_SIDE` pixels."""
     image = Image.fromarray(picture[..., :3].numpy())
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return torch.from_numpy(np.array(image))
@@ -95,5 +96,5 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 
 def find_size(path: Path) -> Size:
-    """Return the size of an edit's result, from the first image. Raises MediaError if that cannot be read."""
+    """Return the size of an edit's result, from the first image; raise MediaError if it cannot be read."""
     return trained_size(image_size(path))

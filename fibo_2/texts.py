@@ -66,7 +66,7 @@ TEXT_USE = LanguageUse(
 
 
 class Fibo2TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL with JSON captions. The states of each layer have a root mean square of 1 per token."""
+    """Qwen3-VL for JSON captions; each layer's states are scaled to a root mean square of 1 per token."""
 
     def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
         super().__init__(use, path, *settings, **named_settings)
@@ -101,7 +101,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         return super().encode(prompts)
 
     def _tell_reading(self, prompt: Prompt) -> None:
-        """Log once how a text is read: as the JSON of the model's training, or with which differences."""
+        """Log once whether a text is read as the JSON of the model's training data, or how it differs."""
         text, is_edit = prompt.text, bool(prompt.pictures)
         if looks_like_object(text):
             new = [error for error in _list_oddities(text, is_edit) if error not in self._told_errors]
@@ -126,7 +126,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             )
 
     def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:
-        """Compute the states as `LanguageModelEncoder.compute`, and scale them."""
+        """Compute the states as `LanguageModelEncoder.compute` does, and scale them."""
         results: list[Conditions] = []
         for conditions in super().compute(*inputs, **named_inputs):
             states: Sequence[Tensor] = conditions[KEY]  # type: ignore[assignment]

@@ -27,7 +27,7 @@ from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_
 
 
 class ModulationRows(nn.Module):
-    """Selects the shifts, scales and gates of a block from all rows that Chroma's approximator computes."""
+    """Select one block's shifts, scales and gates from the output of Chroma's approximator."""
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ModulationRows(nn.Module):
         self.rows = torch.arange(first, first + count, device="cpu")
 
     def place(self, device: torch.device) -> None:
-        """Copy the indices of the rows to the device of the vectors, once, without synchronizing."""
+        """Copy the row indices to the vectors' device once, without synchronizing."""
         if self.rows.device != device:
             self.rows = send_ahead(self.rows, device)
 
@@ -72,7 +72,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """The layers around the attention of one of the two streams."""
+    """Layers before and after the joint attention, for one of two streams."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()

@@ -69,10 +69,10 @@ class FluxConfig:
 
     @property
     def channels(self) -> int:
-        """Number of latent channels."""
+        """Return the number of latent channels."""
         return self.token_dim // PATCH**2
 
     @property
     def modulations(self) -> int:
-        """Number of rows that Chroma's approximator computes: 344 for the published model."""
+        """Return how many rows Chroma's approximator computes: 344 for the published model."""
         return 3 * self.single_blocks + 12 * self.double_blocks + 2

@@ -37,7 +37,7 @@ TIMESTEPS = 1000  # diffusers' class takes 0..1
 
 
 class FluxControl(nn.Module):
-    """A frozen ControlNet next to a transformer: computes what is added after each of its blocks."""
+    """A frozen ControlNet that computes what is added after each block of a transformer."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
         """Wrap a ControlNet for a transformer with this `config`."""
@@ -56,7 +56,7 @@ class FluxControl(nn.Module):
         control: Tensor,
         strength: float = 1.0,
     ) -> list[Tensor | None]:
-        """Return what `compute_additions` computes with this network."""
+        """Return what the frozen ControlNet adds after each block of the transformer."""
         return compute_additions(
             self.network,
             self._blocks,
@@ -135,7 +135,10 @@ def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
 
 
 def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
-    """Load a frozen ControlNet for a transformer. Raises as `read_control_net`."""
+    """Load a frozen ControlNet for a transformer.
+
+    Raises the errors of `read_control_net`.
+    """
     network = load_network(path, config, device, dtype)
     logger.info("ControlNet: %s, frozen", path)
     return FluxControl(network, config)
@@ -146,7 +149,7 @@ def load_network(
 ) -> FluxControlNetModel:
     """Load a ControlNet for a transformer; on the meta device no weights are read.
 
-    Raises as `read_control_net`.
+    Raises the errors of `read_control_net`.
     """
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
@@ -155,20 +158,20 @@ def load_network(
 
 
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
-    """Build diffusers' class with these arguments."""
+    """Build diffusers' ControlNet with these arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
         return FluxControlNetModel(**settings)
 
 
 def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
-    """Compare a ControlNet's header with a transformer. Returns and raises as `read_control_net`."""
+    """Check a ControlNet's header against a transformer, as `read_control_net` does."""
     with _open(path) as checkpoint:
         return read_control_net(path, checkpoint, config)
 
 
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return the settings of diffusers' class, from the folder's config.json or the tensors' shapes.
+    """Check a ControlNet file, and return its settings from config.json or the tensors' shapes.
 
     Args:
         path: File or folder, for messages.
@@ -197,7 +200,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         )
 
     def takes(layer: str) -> int:
-        """Return the number of a layer's inputs; 0 if the file lacks the layer."""
+        """Return a layer's number of inputs; 0 if the file lacks the layer."""
         return names[layer].shape[1] if layer in names else 0
 
     # dimension -> its size in the ControlNet and in the transformer
@@ -220,7 +223,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
 
 
 def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
-    """Return the settings of diffusers' class for a ControlNet with this many blocks of a transformer."""
+    """Return diffusers' settings for a ControlNet with this many blocks of a FLUX.1 transformer."""
     head = config.dim // config.num_heads
     return {
         "in_channels": config.token_dim,
@@ -266,16 +269,17 @@ def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) ->
     settings = _read_config(path, checkpoint)
     if settings is not None:
         return settings
-    (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
-    head_there = config.dim // config.num_heads
-    if head != head_there:
+    (head_width,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
+    transformer_head = config.dim // config.num_heads
+    if head_width != transformer_head:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: heads of {head} numbers, those of the transformer have {head_there}. "
-            "Give the folder with its config.json",
+            f"{CONTROL_NET} {path}: heads of {head_width} numbers, those of the transformer have "
+            f"{transformer_head}. Give the folder with its config.json",
             path,
         )
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
+    # other dimensions are the transformer's
     settings = settings_of(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

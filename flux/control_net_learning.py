@@ -49,7 +49,7 @@ class TrainedFluxControl(nn.Module):
         self._blocks = config.double_blocks, config.single_blocks
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of what the ControlNet adds."""
+        """Set the factor of the ControlNet's additions."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -66,7 +66,7 @@ class TrainedFluxControl(nn.Module):
         control: Tensor,
         strength: float,
     ) -> list[Tensor | None]:
-        """Return what the ControlNet adds, as `compute_additions` does; [] if its factor is 0."""
+        """Return what the ControlNet adds after each block; [] if its factor is 0."""
         strength *= self.multiplier
         if strength == 0:
             return []
@@ -103,15 +103,16 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
 def make_control_net(
     options: FluxControlNetTrainingOptions, dit: nn.Module, with_values: bool
 ) -> TrainedFluxControl:
-    """Make a ControlNet for a transformer, and connect it so that each call of the transformer runs it.
+    """Build the ControlNet to train and attach it to the transformer, whose calls then run it.
 
-    It is a copy of the first blocks, or has the weights of a file. Without `with_values`, it stays on the
+    It starts from the transformer's first blocks or from a file. Without `with_values`, it stays on the
     meta device. Raises CheckpointError if the file does not fit the transformer.
     """
     assert isinstance(dit, FluxModel)
     path = options.controlnet
     if path is not None:
         device = torch.device("cpu" if with_values else "meta")
+        # trained in float32
         network = load_network(path, dit.config, device, torch.float32)
     else:
         settings = settings_of(dit.config, options.double_blocks, options.single_blocks)
@@ -127,7 +128,7 @@ def make_control_net(
 
 
 def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Tensor]:
-    """Return a new ControlNet's weights: the transformer's, and zeros for its own layers.
+    """Return a new ControlNet's weights: copies of the transformer's, and zeros for its own layers.
 
     `network` is on the meta device; the result is float32 on the CPU.
     """
@@ -203,6 +204,6 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without this file."""
+    """Return the command that generates with a trained file; `usual` is the command without it."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]

@@ -147,7 +147,7 @@ class Flux(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: FLUX.1 with its task, or Chroma."""
+        """Return the model's metadata: FLUX.1 with its task, or Chroma."""
         kind = self.files.kind
         names = {
             "architecture": configs.ARCHITECTURES[kind],
@@ -236,7 +236,7 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text, and guidance (B).
+        """Return a batch's text states, guidance (B) and control latents.
 
         Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
         captions with other settings than this training has.
@@ -255,7 +255,7 @@ class Flux(ModelOfImages):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the latents of control images for a ControlNet. Raises CacheError if their size differs."""
+        """Return a batch's control latents, {} without a ControlNet; raise CacheError if sizes differ."""
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
@@ -319,6 +319,7 @@ class Flux(ModelOfImages):
         """
         device = noisy.device
         images = references_in(cond, device)
+        # one image input serves as control image or, for Kontext, as references
         is_control = bool(images) and (self.controlnet is not None or self.custom_network is not None)
         return dit(
             noisy,
@@ -346,7 +347,8 @@ class Flux(ModelOfImages):
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
-        """Encode the control image as `latents_control`, 1 Z 1 h w: the mean of its posterior."""
+        """Encode the control image to its posterior mean `latents_control`, 1 Z 1 h w."""
+        # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:
             control = control_pictures.sample_controls(prepared)
         elif self._control_image is not None:
@@ -403,7 +405,7 @@ class Flux(ModelOfImages):
         return FLUX_NODES
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of an image, 1 C 1 h w float32, drawn in the order of its tokens."""
+        """Draw an image's noise in token order, 1 C 1 h w float32."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
         drawn = noise.draw((1, rows * columns, 4 * channels), self._noise_dtype)

@@ -174,12 +174,12 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def clip_l_path(self) -> Path:
-        """Path of CLIP-L. Raises OptionError if its option is missing."""
+        """Return CLIP-L's path; raise OptionError if its option is missing."""
         return require_file(self.clip_l, self.clip_use.option, "CLIP-L encodes the prompts")
 
     @property
     def t5xxl_path(self) -> Path:
-        """Path of T5. Raises OptionError if its option is missing."""
+        """Return T5's path; raise OptionError if its option is missing."""
         return require_file(self.t5xxl, self.t5_use.kind.option, "T5 encodes the prompts")
 
     def dit_header(self) -> DitHeader[FluxConfig]:
@@ -211,7 +211,7 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def uses_mask(self) -> bool:
-        """Whether padding is masked: with --apply_t5_attn_mask, and always for Chroma."""
+        """Return whether padding is masked: with --apply_t5_attn_mask, and always for Chroma."""
         return self.masks_text or self.kind == CHROMA
 
     @property
@@ -234,7 +234,7 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that the text encoders that are given or needed fit their options and the transformer."""
+        """Check that CLIP-L and T5, if given or needed, fit their options and the transformer."""
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
         clip, t5 = self.clip_use, self.t5_use

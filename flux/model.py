@@ -25,7 +25,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):
-    """Computes the modulations of all blocks. Only full training trains it."""
+    """Compute all blocks' modulations; only full training trains this network."""
 
     def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
         """Build the network for M = `rows` modulations of C = `out_dim` channels each."""
@@ -44,7 +44,7 @@ class Approximator(nn.Module):
             return self._make_rows(timesteps, guidance)
 
     def _make_rows(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Return all rows of modulation, B M D, from timestep, guidance and the number of each row."""
+        """Compute all modulation rows, B M D, from timestep, guidance and each row's number."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
@@ -62,7 +62,7 @@ class Approximator(nn.Module):
 
 
 class FluxFinalLayer(HunyuanFinalLayer):
-    """Final norm, modulated, and projection to the values of a token."""
+    """Final norm, modulated, and projection of tokens to their patches."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__(config.dim, config.token_dim, config.eps)
@@ -98,7 +98,7 @@ class FluxModel(BlockNetwork):
     dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -106,6 +106,7 @@ class FluxModel(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
+        # Chroma computes all modulation with an approximator instead of the embeddings
         if config.approximator is None:
             number_sizes = (config.freq_dim, dim, dim)
             self.time_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
@@ -214,7 +215,7 @@ class FluxModel(BlockNetwork):
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return the embedding of time, pooled text and guidance, B 1 C float32; `guidance` may be None."""
+        """Embed timestep, pooled text and guidance as one vector, B 1 C float32; `guidance` may be None."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training
@@ -252,12 +253,12 @@ class FluxModel(BlockNetwork):
 
 
 def grid_of(latents: Tensor) -> tuple[int, int, int]:
-    """Return frames, rows and columns of an image's tokens. `latents` are B Z 1 H W."""
+    """Return frames, rows and columns of the tokens of latents, B Z 1 H W."""
     return 1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    """Cut latents, B Z 1 H W, into tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
     return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
 
 

@@ -46,7 +46,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def dit_dtype(self) -> str:
-        """Compute dtype of the transformer: --flux_dtype unless it has 8 bits."""
+        """Return the transformer's compute dtype: --flux_dtype unless it has 8 bits."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 
@@ -103,12 +103,12 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMin
 
 
 def is_fp8(dtype: str | None) -> bool:
-    """Return whether a dtype's name means 8 bits."""
+    """Return whether a dtype's name is an 8-bit type."""
     return dtype is not None and "8" in dtype and "16" not in dtype
 
 
 def round_up_side(side: int) -> int:
-    """Return a side in pixels, rounded up to a multiple of 16."""
+    """Return an edge length in pixels, rounded up to a multiple of 16."""
     return round_up(side, SIZE_STEP)
 
 

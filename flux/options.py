@@ -217,12 +217,12 @@ class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, t
 
     @property
     def double_blocks(self) -> int:
-        """Number of double blocks that a new ControlNet copies."""
+        """Return the number of double blocks that a new ControlNet copies."""
         return DOUBLE_LAYERS if self.num_double_layers is None else self.num_double_layers
 
     @property
     def single_blocks(self) -> int:
-        """Number of single blocks that a new ControlNet copies."""
+        """Return the number of single blocks that a new ControlNet copies."""
         return SINGLE_LAYERS if self.num_single_layers is None else self.num_single_layers
 
 

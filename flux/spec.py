@@ -37,7 +37,7 @@ CHROMA_DIT = replace(FLUX_DIT, teacache_coefficients=())  # calibrate first
 
 
 def dit_spec(kind: str) -> DitSpec:
-    """Return the names inside the transformer of a kind."""
+    """Return the module names inside a transformer of this kind."""
     return CHROMA_DIT if kind == CHROMA else FLUX_DIT
 
 
@@ -47,7 +47,7 @@ FEW, MANY = (256, 0.5), (4096, 1.15)
 
 
 def tokens_of(height: int, width: int) -> int:
-    """Return the number of tokens of an image of this size in pixels."""
+    """Return the number of tokens of an image whose size is given in pixels."""
     return count_image_tokens(LATENT.shape(1, height, width))
 
 

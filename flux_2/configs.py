@@ -27,12 +27,12 @@ class Flux2Config:
 
     @property
     def kind(self) -> str:
-        """Kind of the model: dev, which takes guidance as an input, or klein."""
+        """Return the kind of model: dev, which takes guidance as an input, or klein."""
         return "dev" if self.has_guidance else "klein"
 
 
 def count_latents(shape: Sequence[int]) -> int:
-    """Return the number of tokens of an image of this shape, B C F H W: each latent pixel is one."""
+    """Return the number of tokens of an image, one for each latent pixel of `shape`, B C F H W."""
     return shape[-2] * shape[-1]
 
 

@@ -88,7 +88,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All releases of FLUX.2, and the other families that use its autoencoder."""
+        """Return the names of FLUX.2's releases and of other families that use its autoencoder."""
         return frozenset(version.name for version in VERSIONS.values()) | list_same_latents("flux_2")
 
     @property
@@ -113,7 +113,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model, with the architecture of the release."""
+        """Return the model's metadata, with the architecture of the release."""
         version = self.files.version
         names = {
             "architecture": version.architecture,
@@ -125,7 +125,7 @@ class Flux2(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text, guidance (B), and the references."""
+        """Return a batch's conditions: text, guidance (B) and references."""
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config, use = self.files.dit_header().config, self.files.version.use
         remedy = f"{TEXTS_AGAIN} --model_version {self.files.model_version} and {use.model.what}"
@@ -161,7 +161,7 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request. Without a flow shift, noise levels depend on size and steps, as released."""
+        """Fill in a request's open fields; by default, size and number of steps set the noise levels."""
         version = self.files.version
         default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):

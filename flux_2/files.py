@@ -68,6 +68,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
+    # a weight of the blocks shows the file's dtype
     block = next(name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight")))
     return DitHeader(config, dialect, names[block].dtype)
 
@@ -78,7 +79,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Map
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
-    """Return a description of a transformer, by its header."""
+    """Describe a transformer by its header."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
@@ -102,11 +103,11 @@ class Flux2Files(LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
-        """How the release's language model is used."""
+        """Return how the release uses its language model."""
         return self.version.use
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder; without a transformer, compare it with those of all releases."""
+        """Check the text encoder's width against the transformer's, or without one against all releases'."""
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()

@@ -36,14 +36,14 @@ IMAGE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), s
 
 
 class RowsOfAll(nn.Module):
-    """Selects a block's shifts, scales and gates from the rows for all blocks."""
+    """Select one block's shifts, scales and gates from the rows of all blocks."""
 
     def __init__(self, rows: slice) -> None:
         super().__init__()
         self.rows = rows
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return this block's rows, each B S C, of a vector of all rows, B S 16 C float32."""
+        """Select this block's rows, each B S C, from the rows of all blocks, B S 16 C float32."""
         # vector: B S 16 C float32 -> tensors B S C
         return vector[:, :, self.rows].unbind(2)
 
@@ -57,7 +57,7 @@ class SharedModulation(nn.Module):
         self.lin = nn.Linear(dim, count * dim, bias=False)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Return the rows, B count C float32, of a vector B C."""
+        """Compute modulation rows, B count C float32, from a vector, B C."""
         return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
 
 
@@ -71,7 +71,7 @@ class PairNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """Projections and query and key norms of the image's or the text's stream; both share one attention."""
+    """Layers before and after the joint attention, for one of two streams."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def gate_half(hidden: Tensor) -> Tensor:
 
 
 class GatedMlp(nn.Sequential):
-    """Two layers, the first of which computes values and their gates."""
+    """Gated MLP of two layers; the first computes values and their gates."""
 
     def __init__(self, config: Flux2Config) -> None:
         first = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
@@ -116,7 +116,7 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return blocks.split_heads(
@@ -161,9 +161,9 @@ class PixelFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=False))
 
     def forward(self, x: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return latent pixels, B L Z, of tokens x, B L C.
+        """Project tokens x, B L C, to latent pixels, B L Z.
 
-        `embedding` is B 1 C; `dtype` is that of activations between layers.
+        `embedding` is B 1 C; `dtype` is the dtype of activations between layers.
         """
         vector = functional.silu(embedding)
         shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
@@ -225,7 +225,7 @@ class Flux2Model(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
+        """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
         References come after the image, a second text after the first one.
 
@@ -279,7 +279,7 @@ class Flux2Model(BlockNetwork):
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the modulations of all blocks and the embedding, B 1 16 C float32.
+        """Return all blocks' modulation (6 + 6 + 3 rows) and the time embedding, B 1 16 C float32.
 
         `guidance` is B; None leaves it out.
         """

@@ -80,7 +80,7 @@ def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script that select the models of a training.
+    """Return the options with which the generation script uses the models of a training.
 
     Args:
         options: Options of the training.

@@ -43,7 +43,7 @@ class Flux2Encoder(AutoencoderEncoder):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z 2h 2w, of pixels B 3 H W."""
+        """Encode pixels, B 3 H W, to posterior means and log variances, B 2Z 2h 2w."""
         moments: Tensor = self.quant_conv(super().forward(x))
         return moments
 
@@ -56,7 +56,7 @@ class Flux2Decoder(AutoencoderDecoder):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pixels, B 3 H W, of latents B Z 2h 2w."""
+        """Decode latents, B Z 2h 2w, to pixels, B 3 H W."""
         return super().forward(self.post_quant_conv(x))
 
 

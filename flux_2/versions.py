@@ -85,7 +85,7 @@ _APACHE = ("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-
 
 @dataclass(frozen=True)
 class Flux2Version:
-    """Properties of a release that its transformer does not show."""
+    """Properties of a FLUX.2 release that its tensors do not show."""
 
     cache_tag: str
     name: str  # in caches, samples and LoRAs

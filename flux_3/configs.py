@@ -44,12 +44,12 @@ class Flux3Config:
 
     @property
     def head_width(self) -> int:
-        """Number of channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.dim // self.num_heads
 
 
 def count_swapped(blocks: int) -> tuple[int, ...]:
-    """Return how many blocks of each list leave the device. All blocks have the same size.
+    """Return how many blocks of each list to swap out of the device; all blocks are equally large.
 
     Joint blocks leave first. Up to 26 of the released 28 may leave, then up to four of each list of five.
     """

@@ -73,39 +73,39 @@ class Flux3(pictures.ModelOfImages):
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the transformer is distilled, which its tensors show."""
+        """Return whether the transformer is distilled, which its tensors show."""
         return self.files.dit is not None and self.files.dit_header().config.is_flow_map
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer is distilled, else None."""
+        """Return the evidence that the transformer is distilled; None without any."""
         if not self.is_distilled:
             return None
         return f"{self.files.dit_path} takes the time that a step jumps to"
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance of base or of the distilled model."""
+        """Return the default size, steps and guidance of base or of the distilled model."""
         return DISTILLED if self.is_distilled else BASE
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All models that use FLUX.2's autoencoder: its releases, and this model."""
+        """Return the names of all models that use FLUX.2's autoencoder: its releases, and this model."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and which networks use them."""
+        """Return how many reference images the model takes, and which networks use them."""
         return ReferenceRules(maximum=MAX_REFERENCES)
 
     # the network
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks for single kinds of tokens, and the number of joint blocks."""
+        """Return the number of blocks per modality, and the number of joint blocks."""
         config = self.files.dit_header().config
         return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions of a training batch: text and references.
+        """Return a training batch's text states and reference latents.
 
         Raises CacheError for states of another encoder, or without the states of padding.
         """
@@ -172,7 +172,7 @@ class Flux3(pictures.ModelOfImages):
         return replace(prepared, shown=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
-        """Return the request without guidance by a second pass, which a distilled model does not use."""
+        """Return the request without a guidance scale, which a distilled model does not use."""
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
@@ -189,10 +189,7 @@ class Flux3(pictures.ModelOfImages):
         return replace(request, guidance_scale=None)
 
     def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
-        """Return the size of the first reference, and its region on the canvas.
-
-        The region is None if the reference fills the canvas.
-        """
+        """Return the first reference's size and its region on the canvas, or None if it fills the canvas."""
         from flux_3.references import canvas_of, fit_among  # only with reference images
 
         step = LATENT.pixel_step

@@ -111,7 +111,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Map
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
-    """Return a description of a transformer, by its header."""
+    """Describe a transformer by its header."""
     release = "distilled" if header.config.is_flow_map else "base"
     return f"the {release} {NAME} Klein transformer"
 
@@ -145,7 +145,7 @@ class Flux3Files(LanguageModelFiles):
         return inner if inner.is_dir() else path
 
     def dit_header(self) -> DitHeader[Flux3Config]:
-        """Read dimensions, dialect and dtype of the file.
+        """Read the transformer file's header.
 
         Raises OptionError if the file is the base model and the options require the distilled one, or the
         reverse.

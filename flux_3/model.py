@@ -63,17 +63,17 @@ class Flux3Tokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """How many tokens of each kind this process has."""
+        """Return how many tokens of each modality this process has."""
         return self.counts
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+        """Return the index of the first token of the latents to learn, where `grid` begins."""
         return 0
 
     @property
     def split(self) -> tuple[int, ...]:
-        """Indices at which the second and the third kind of tokens begin."""
+        """Return the indices at which the second and the third modality begin."""
         return tuple(accumulate(self.counts[:-1]))
 
     def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
@@ -84,9 +84,9 @@ class Flux3Tokens:
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
 
-        `kept` are the ascending indices of the selected tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -115,7 +115,7 @@ class ParallelBlock(nn.Module):
         self.mlp_out = nn.Linear(config.ffn_dim, dim, bias=False)
 
     def heads(self, h: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two rotated."""
+        """Return rotated queries and keys, and values, of modulated tokens B L C: each B L N D."""
         value = self._split(self.v_proj, h)
         # float32 from the norms to the rotated heads, rounded once, as released
         query = self.norm.query_norm(self._split(self.q_proj, h).float())
@@ -126,7 +126,7 @@ class ParallelBlock(nn.Module):
         return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's output before its gate, B L C.
+        """Return the block's output, B L C, before its gate.
 
         `h` is the block's modulated input, B L C; `attended` is its attention, B L N D.
         """
@@ -134,19 +134,19 @@ class ParallelBlock(nn.Module):
         return output
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """Return the feed-forward of modulated tokens, B L C; each token is processed independently."""
+        """Apply the feed-forward to modulated tokens, B L C; each token is processed independently."""
         return in_own_dtype(self.mlp_out, gate_half(in_own_dtype(self.mlp_in, h)))
 
 
 class ModeBlock(ParallelBlock):
-    """Block in which the tokens of one kind attend to each other. Other tokens pass through unchanged."""
+    """Block in which tokens of one modality attend to each other, while other tokens pass unchanged."""
 
     def __init__(self, config: Flux3Config, mode: str) -> None:
         super().__init__(config)
         self.mode = mode
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
-        """Apply the block to its kind among the tokens x, B L+R+T C."""
+        """Apply the block to the tokens of its modality in x, B L+R+T C."""
         # x: B L+R+T C
         if self.mode not in tokens.modes:
             return x
@@ -166,7 +166,7 @@ class ModeBlock(ParallelBlock):
 
 
 class JointBlock(ParallelBlock):
-    """Block in which all tokens attend to each other, with one set of weights."""
+    """Block in which all tokens attend to each other and share one set of weights."""
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Apply the block to tokens x, B L+R+T C."""
@@ -202,7 +202,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
 
 
 def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
-    """Return the self-attention of heads, B L N D. `lengths` count the real ones of the L tokens."""
+    """Return the self-attention of heads, B L N D; `lengths` count each sample's real tokens among the L."""
     query, key, value = heads
     return attend(query, key, value, tokens.attention, lengths=lengths)
 
@@ -248,7 +248,7 @@ def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
 
 
 class Flux3Layout(NamedTuple):
-    """Sizes that determine the rotary table of a batch; the key under which the table is cached."""
+    """Sizes of images and texts, which determine a rotary table."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # rows, columns of each reference's tokens
@@ -256,14 +256,14 @@ class Flux3Layout(NamedTuple):
 
 
 class Flux3Text(NamedTuple):
-    """An embedded text."""
+    """A text's embedded tokens, with their lengths."""
 
     states: Tensor  # B T C
     counts: tuple[int, ...]  # real tokens of each sample
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return the number of real tokens of each sample, plus `before` in front; None without padding."""
+        """Return each sample's number of real tokens plus `before`; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -391,7 +391,7 @@ class Flux3Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
-        """Return the tokens of an image or reference, B Z 1 H W to B L C."""
+        """Embed an image or a reference as tokens: B Z 1 H W to B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
         return in_own_dtype(self.emb_in[mode], pixels)
 
@@ -403,7 +403,7 @@ class Flux3Model(BlockNetwork):
         return Flux3Text(in_own_dtype(self.txt_in, states).to(dtype), counts, is_even)
 
     def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
-        """Return the rows for each kind of tokens, B S 7 C float32. References and texts have time 0."""
+        """Return each modality's modulation and time embedding, B S 7 C; references and texts have time 0."""
         time = self.time_in(self._embed_waves(timesteps))
         zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
         if next_timesteps is not None:
@@ -429,7 +429,7 @@ class Flux3Model(BlockNetwork):
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+R+T 1 D/2 2 float32, from float64 angles.
+        """Return the rotary table, (cosine, sine) pairs L+R+T 1 D/2 2 float32, from float64 angles.
 
         Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for those of
         reference k (from 1), and (0, 0, 0, index) for the text.
@@ -437,15 +437,15 @@ class Flux3Model(BlockNetwork):
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
-            sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
-            tables.append(self._make_grid_table((zero, *sides, zero - number), device))
+            axes = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
+            tables.append(self._make_grid_table((zero, *axes, zero - number), device))
         for length in layout.texts:
-            places = torch.arange(length, dtype=torch.float64)
-            tables.append(self._make_grid_table((zero, zero, zero, places), device))
+            positions = torch.arange(length, dtype=torch.float64)
+            tables.append(self._make_grid_table((zero, zero, zero, positions), device))
         return torch.cat(tables)
 
     def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the pairs of a grid from the positions along each axis, float64 on the CPU."""
+        """Return a grid's rotary pairs from the positions along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
@@ -459,5 +459,5 @@ def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
 
 
 def _measure_grid(latents: Tensor) -> tuple[int, int]:
-    """Return rows and columns of an image's tokens, which are its latent pixels."""
+    """Return rows and columns of an image's tokens, one token for each latent pixel."""
     return latents.shape[-2], latents.shape[-1]

@@ -30,12 +30,12 @@ class Canvas(NamedTuple):
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Left and top of the centered image."""
+        """Return left and top of the centered image."""
         return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
 
 
 def fit_canvas(size: Size, step: int) -> Canvas:
-    """Return the canvas of an image: its sides rounded up to multiples of `step`, within the limits.
+    """Return an image's canvas, with edges rounded up to multiples of `step`, within the limits.
 
     An image is reduced only if its canvas would have too many pixels or too long a side.
     """
@@ -76,7 +76,7 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
 
 
 def fit_among(path: Path, step: int) -> Fit:
-    """Return the fit that reduces and crops one of several references.
+    """Return how to reduce and crop one of several references.
 
     Raises MediaError if its size cannot be read.
     """

@@ -28,7 +28,7 @@ _NEEDED = ("latent_indices", "image_embeddings")
 
 
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
-    """Return texts, image, indices and history of a batch, under their names in caches.
+    """Check a batch's cached text, image, indices and history, and return them by cache key.
 
     A kind of history may have indices without latents, or be missing altogether.
 
@@ -58,7 +58,7 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
     for latents, (_, indices) in HISTORY.items():
         if latents in tensors:
             _check_indices(batch, tensors, latents, indices)
-    del tensors["latents"]
+    del tensors["latents"]  # needed only for the checks
     return tensors
 
 

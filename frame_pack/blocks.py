@@ -17,7 +17,7 @@ from modules.speed_options import AttentionChoice
 
 
 class SingleAttention(nn.Module):
-    """Attention among all tokens with shared weights; the block projects the result."""
+    """Self-attention among all tokens with shared weights; the block projects the result."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SingleAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return the attention among all tokens x, B L+T C to B L+T C."""
+        """Return the joint self-attention of all tokens x, B L+T C."""
         # x: B L+T C
         q = self.norm_q(heads(self.to_q, x, self.num_heads))
         k = self.norm_k(heads(self.to_k, x, self.num_heads))
@@ -65,7 +65,7 @@ class FramePackAttention(SingleAttention):
 
 
 class RefinerAttention(nn.Module):
-    """Attention among text tokens, without positions."""
+    """Self-attention among text tokens, without positions."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

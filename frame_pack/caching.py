@@ -39,7 +39,7 @@ NO_MOMENTS = (
 
 
 def check_table(table: MediaTable, one_frame: bool) -> None:
-    """Raise DatasetError if a table's items are of the wrong kind, or too short for a section.
+    """Raise DatasetError if a dataset table has the wrong kind of items, or clips shorter than a section.
 
     `one_frame` is --one_frame. Warns of clips whose last frames do not fill a section.
     """
@@ -99,7 +99,7 @@ def _check_images(table: MediaTable) -> None:
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """Return the number of full sections in a clip of this many frames.
+    """Return how many full sections a clip has.
 
     Raises MediaError if it is too short for one section.
     """
@@ -125,7 +125,7 @@ def _count_least_frames(table: MediaTable) -> int:
 
 
 def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
-    """Return the cache entries of every clip, one for each section, with its number as `section`.
+    """Return one cache entry for each section of each clip, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
     seeded by its name; its first frame serves as the start image.
@@ -141,7 +141,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
-    """Return the sections of one clip in the order of generation.
+    """Return the cache entries of one clip's sections, in the order of generation.
 
     Args:
         latents: 1 C F h w, the start frame and full sections.
@@ -157,7 +157,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         target = targets[plan.index]
         clean = order.clean_latents(start, history)
         batched = {"latents": target, **clean.by_name()}
-        # a copy; else each section would keep the whole history
+        # copied, because a view would keep the whole history in memory
         tensors = {name: latents[0].clone() for name, latents in batched.items()}
         entry = _make_entry(tensors, plan.indices, features, section=plan.index)
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))

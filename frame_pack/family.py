@@ -96,12 +96,12 @@ class FramePack(OneTransformer):
 
     @property
     def order(self) -> Order:
-        """Order in which sections are generated."""
+        """Return the order in which sections are generated."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
     def defaults(self) -> data.SamplingDefaults:
-        """Defaults of a generation. The flow shift depends on the size."""
+        """Return the defaults of a generation; the flow shift is None because it depends on the size."""
         return data.SamplingDefaults(
             steps=25,
             fps=float(FRAMES_PER_SECOND),
@@ -123,7 +123,7 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model, and whether it was trained for images or for a version's videos."""
+        """Return the model's metadata, and whether it was trained for images or for a version's videos."""
         version = "-F1" if self.is_f1 else ""
         is_one_frame = self.one_frame is not None
         names = {
@@ -138,7 +138,7 @@ class FramePack(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: VAE, its tiling in time, image encoder, and kind of sections."""
+        """Return what caches depend on: VAE and its tiling in time, image encoder, and kind of sections."""
         kind = "f1" if self.is_f1 else "anti-drifting"
         if self.one_frame is not None:
             left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
@@ -167,7 +167,7 @@ class FramePack(OneTransformer):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Return the sections of every clip, or one entry for every image.
+        """Return the cache entries: one per section of each clip, or one per image.
 
         They are stored in the VAE's dtype, in model space.
         """
@@ -188,11 +188,11 @@ class FramePack(OneTransformer):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, with the factors of --te_multiplier on its text tokens."""
+        """Load the transformer, and scale its text tokens by --te_multiplier."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions of a training batch: all cached tensors except the target; guidance (B)."""
+        """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
@@ -256,7 +256,7 @@ class FramePack(OneTransformer):
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request to sections of a video or, for LoRAs trained on single images, to an image."""
+        """Plan a request as sections of a video or, for LoRAs trained on single images, as an image."""
         if self.one_frame is not None:  # samples of a training of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
@@ -278,17 +278,17 @@ class FramePack(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for what denoising may start from: a video, or latents of this model or HunyuanVideo."""
+        """Return what denoising may start from: a video, or latents of this model or HunyuanVideo."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames section by section as posterior samples with this seed."""
+        """Encode frames section by section as posterior samples drawn with `seed`."""
         return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
-        """Encode the start images of each section, or the control images of a single image."""
+        """Encode each section's start images, or a single image's control images."""
         settings: FramePackRequest = prepared.family_record
         if settings.one_frame is None:
             return video_inputs(encoders, prepared)
@@ -326,7 +326,7 @@ class FramePack(OneTransformer):
         )
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Yield pixels, one section after another unless --bulk_decode is set."""
+        """Decode latents to pixels, section by section unless --bulk_decode is set."""
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
@@ -394,7 +394,7 @@ def _tile_vae(files: FramePackFiles) -> FramePackFiles:
 
 
 def _make_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """Return all files. Clips decoded together are not tiled in time: sections have their own transitions."""
+    """Return all files; clips decoded together are not tiled in time, because sections are blended."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
     return _tile_vae(files.add_encoders(options.vae, options.text))
 

@@ -48,6 +48,7 @@ class FramePackLlama(LlavaTextEncoder):
         for prompt in prompts:
             (encoded,) = super().encode([prompt])
             states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
+            # prompts without weights have plain tensors
             assert isinstance(states, Tensor)
             assert isinstance(mask, Tensor)
             count = int(mask.sum())
@@ -58,14 +59,14 @@ class FramePackLlama(LlavaTextEncoder):
 
 
 class FramePackClip(PooledClip):
-    """Text encoder 2: CLIP-L's pooled state, one vector for each prompt, each encoded alone."""
+    """Text encoder 2: CLIP-L's pooled state, one vector per prompt, with prompts encoded one at a time."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
         super().__init__(path, dtype, tokenizer, FRAMEPACK_CLIP)
         self.name = "clip_l"
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"clip_l_pooler": C} for each prompt."""
+        """Return CLIP-L's pooled state, {"clip_l_pooler": C}, for each prompt."""
         read = super().encode
         return [encoded for prompt in prompts for encoded in read([prompt])]
 

@@ -57,6 +57,7 @@ def video_sections(
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
     start = _tensor(inputs[plan[0].index], "start_latents")
+    # the history contains the images given for both ends
     history = order.begin(start, end)
     piece = None
     device = CPU  # that of the denoised sections, to which the video is moved at the end
@@ -69,7 +70,7 @@ def video_sections(
             **_index_tensors(section.indices),
             **order.clean_latents(start, history).by_name(),
         }
-        drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
+        drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
         to_denoise = prompts[section.index].section(drawn, conditions)
         latents = yield replace(
             to_denoise,
@@ -116,7 +117,7 @@ def one_frame_section(
     window: int,
     shape: Sequence[int],
 ) -> Sections:
-    """Yield the one section that generates an image, and return its latent, 1 C 1 h w.
+    """Yield the only section, which generates an image; return its latent, 1 C 1 h w.
 
     Args:
         settings: Settings of the image.
@@ -155,6 +156,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
 
     def clips() -> Iterator[Tensor]:
         for part in decoding_slices(sections, window):  # scaled in parts: no copy of a long video
+            # unclamped, because sections are blended first
             chunks = vae.decode_unclamped(latents[:, :, part] / VAE_LATENT.scale)
             yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
@@ -168,7 +170,7 @@ def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
 
 
 def _index_tensors(indices: Indices) -> dict[str, Tensor]:
-    """Return the indices by their names in caches, with a batch dimension."""
+    """Return the frame indices by cache key, with a batch dimension."""
     return {name: torch.tensor([numbers]) for name, numbers in indices.by_name().items()}
 
 

@@ -57,7 +57,7 @@ class SiglipConfig:
 
 
 def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
-    """Plan how to load the image tower: alone or with the text tower, with any prefix, in 16 or 8 bits.
+    """Plan how to load SigLIP's image tower, alone or next to the text tower, in 16 or 8 bits.
 
     Raises CheckpointError for any other file. A CLIP is recognized by its patches, which have no bias.
     """
@@ -72,6 +72,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     sources = plain_sources(tower)
     shape = shapes_of(tower, sources)
     patches = shape("embeddings.patch_embedding.weight")
+    # images of several sizes (NaFlex) have a linear patch embedding
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         raise CheckpointError(
             f"{checkpoint.path}: the patch embedding has shape {list(patches)}, but a SigLIP for images of "
@@ -138,7 +139,7 @@ class SiglipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels B 3 H W in -1..1, of any size, as B 729 C in the compute dtype, on the device."""
+        """Encode pixels, B 3 H W in -1..1 of any size, as B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         x = self.embeddings["patch_embedding"](prepared).flatten(2).transpose(1, 2)
         x = x + self.embeddings["position_embedding"].get_parameter("weight")
@@ -163,7 +164,7 @@ class SiglipVision(nn.Module):
 
 
 def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> SiglipVision:
-    """Load the image tower; fp8 weights are dequantized. On a CPU it computes in float32 instead of float16.
+    """Load SigLIP's image tower; fp8 weights are dequantized, and a CPU computes in float32.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

@@ -61,7 +61,7 @@ def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tens
 
 
 def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
-    """Encode the start image as `image_embeddings` (1 S D), control images as `control_latents` (1 16 n h w).
+    """Encode the start image to `image_embeddings`, 1 S D, and controls to `control_latents`, 1 16 n h w.
 
     A control's latent is multiplied by its mask: the mask file, or else the control's alpha channel. All
     tensors are on the CPU.
@@ -123,7 +123,7 @@ def _encode_latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_
 
 
 def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
-    """Resize transparency to the size of latents, height x width float32: 0 transparent, 1 opaque.
+    """Resize an alpha channel to the latents' size, height x width float32: 0 transparent, 1 opaque.
 
     The filter is Lanczos, as in kisekaeichi's implementation in musubi-tuner.
 
@@ -141,7 +141,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8, if there is one."""
+    """Multiply latents, B C F h w, by masks made from `alpha`, B H W uint8; None leaves them unchanged."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])

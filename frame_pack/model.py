@@ -46,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Everything that the rotary table of a sequence depends on, as a cache key."""
+    """Frame indices and grid on which a sequence's rotary table depends, as a cache key."""
 
     stretches: tuple[Stretch, ...]  # front to back
     rows: int  # patches, before any are joined into coarse tokens
@@ -55,7 +55,7 @@ class WindowLayout:
 
 
 def position_scale(timesteps: Tensor, threshold: float | None, factor: float) -> float:
-    """Return the factor for positions along rows and columns: `factor` from timestep `threshold` on, else 1.
+    """Return the factor for row and column positions: `factor` from timestep `threshold` up, else 1.
 
     At high noise the model lays out the image; closer positions then keep a model that was trained on small
     images from repeating itself in a large one.
@@ -71,7 +71,7 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
 def rotary_table(
     layout: WindowLayout, widths: Sequence[int], theta: float, device: torch.device = CPU
 ) -> Tensor:
-    """Return the rotations as (cosine, sine) pairs, float32 on `device`.
+    """Return the rotary table of a window, (cosine, sine) pairs in float32 on `device`.
 
     The table is L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2.
 
@@ -82,6 +82,7 @@ def rotary_table(
         device: Device of the result.
     """
     batch = len(layout.stretches[0].indices)
+    # often equal in all samples, so equal ones are computed once
     samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
     tables = {}
     for indices in set(samples):
@@ -96,7 +97,7 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return the rotations of one sample: L 1 D/2 2."""
+    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window."""
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []
@@ -109,7 +110,7 @@ def _table(
 
 
 def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
-    """Return the rotations along one axis: ceil(n / coarseness) x width/2 x 2 float32.
+    """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
     The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
@@ -127,7 +128,7 @@ class FramePackTokens(HunyuanTokens):
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the noisy latents."""
+        """Return the index of the first token of the noisy latents."""
         return self.video - math.prod(self.grid)
 
 
@@ -144,7 +145,7 @@ class ConditionEmbedding(nn.Module):
         self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Return one vector, B C float32, for timesteps B, text B text_dim and guidance B."""
+        """Embed timesteps B, pooled text B text_dim and guidance B as one vector, B C float32."""
         # timesteps, guidance: B    text: B text_dim
         vector = self.timestep_embedder(
             sinusoid(timesteps, self._freq_dim, torch.float32)
@@ -168,7 +169,7 @@ class Refiner(nn.Module):
 
 
 class FramePackRefiner(nn.Module):
-    """Turn states of the language model into text tokens, given the timestep."""
+    """Refine the language model's states to text tokens, conditioned on the timestep."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, times: int) -> Tensor:
-        """Embed latents, B in_dim F H W, as tokens, B l C, with patches `times` (1, 2 or 4) the normal size.
+        """Embed latents, B in_dim F H W, as tokens, B l C; `times` (1, 2 or 4) is the coarseness.
 
         Incomplete patches are padded with the border's values.
         """
@@ -293,7 +294,7 @@ class FramePackModel(BlockNetwork):
         position_scale: float = 1.0,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return tokens B L+T C, those of noisy latents last, and the blocks' other inputs.
+        """Embed video and text as tokens, B L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B in_dim F H W.
@@ -322,6 +323,7 @@ class FramePackModel(BlockNetwork):
             _describe_given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
             _describe_given("clean_latents", clean_latents, clean_latent_indices, 1),
         ]
+        # in the order of the sequence: coarse history first, noisy latents last
         clean = [kind for kind in history if kind is not None]
         kinds = [*clean, Given("noisy", noisy, latent_indices, 1)]
         self._check(kinds, llama, llama_mask)
@@ -396,7 +398,7 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
 
 
 def _make_layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
-    """Return the frame indices of all kinds on the host, as a key for the table of rotations."""
+    """Return all frame indices on the host, as a key for the rotary table."""
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
     stretches = []

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices:
-    """Return the indices of the controls, the black frames after them and the target.
+    """Return the frame indices of a single image: controls, the black frames after them, and the target.
 
     The order in `clean` is that of the latents: controls, then the black frame. `controls` is the number of
     control images; without one, a black frame is the control.

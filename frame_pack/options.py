@@ -25,11 +25,11 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
-    """Return the texts by section number, always with an entry 0; negative numbers count from the end.
+    """Parse a text with a part for each section; return the parts by section number, always with a 0.
 
-    If section 0 has no text, it gets the text of the lowest number that is not negative, or else of the
-    lowest number. If two texts are for the same section, the later one is used. `option` is the name of the
-    option for messages. Raises OptionError for a range that runs backwards or is too long.
+    Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
+    negative, or else of the lowest number. Of two texts for one section, the later one counts. `option` is
+    the name of the option for messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -44,7 +44,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
-    """Yield (section, text) for a piece such as `1-2: a cat`; without numbers, section 0."""
+    """Yield (section, text) for each section of a piece such as `1-2: a cat`; section 0 if unnumbered."""
     head, colon, text = piece.partition(":")
     numbers = _PLACES.fullmatch(head.strip())
     if not colon or numbers is None:
@@ -251,7 +251,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
 
 
 def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:
-    """Return the --one_frame_inference of cached items; `cached_with` are the caching script's options."""
+    """Return --one_frame_inference for cached items; `cached_with` are the caching script's options."""
     without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
     return ",".join([*filter(None, [places]), *without]) or "default"
 

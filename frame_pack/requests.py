@@ -125,7 +125,7 @@ def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -
 
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
-    """Warn if not all of --latent_paddings are used."""
+    """Warn if --latent_paddings has values that no section uses."""
     typed = ",".join(map(str, paddings))
     sections = len(settings.images)
     if paddings and settings.one_frame is not None:
@@ -149,7 +149,7 @@ def _read_prompts(request: requests.Request, sections: int, is_image: bool) -> l
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> requests.Request:
-    """Return the request without unusable media, with a warning.
+    """Drop media that FramePack cannot use from the request, with a warning.
 
     Raises OptionError if a file cannot be opened.
     """
@@ -166,7 +166,7 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
 
 
 def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
-    """Return how many sections a request asks for: by a number, by seconds or by frames."""
+    """Return a request's number of sections, from --video_sections, --video_seconds or its frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
     if is_image:
@@ -226,7 +226,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 
 def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
-    """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
+    """Return each section's start image; raise OptionError if one is missing or cannot be read."""
     typed_paths = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
@@ -237,7 +237,7 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
         require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image
     )
     paths = tuple(to_path("--image_path", path) for path in entries)
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(paths):  # sections share images: check each once
         _check_image("--image_path", path)
     return paths
 

@@ -36,7 +36,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Indices:
-    """Time indices of all latent frames that the network takes in one call; empty for unused parts."""
+    """Frame indices of all latents that the network takes in one call; empty for unused parts."""
 
     clean: tuple[int, ...]  # at full resolution: the start image and the neighbor in time
     clean_2x: tuple[int, ...]
@@ -56,7 +56,7 @@ class Indices:
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """One section in the order of generation."""
+    """One section in the order of generation: its index and its frame indices."""
 
     index: int  # position in the video; 0 is played first
     padding: int  # windows between the start image and this section, for the time indices
@@ -88,7 +88,7 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
         return sections
     if not (seconds > 0 and math.isfinite(seconds * FRAMES_PER_SECOND)):
         raise OptionError(f"--video_seconds {seconds}: give a positive number of seconds.")
-    return max(1, round(seconds * FRAMES_PER_SECOND / (LATENT_STRIDE * window)))
+    return max(1, round(seconds * FRAMES_PER_SECOND / (LATENT_STRIDE * window)))  # at least one section
 
 
 def count_window_sections(latent_frames: int, window: int) -> int:
@@ -157,7 +157,7 @@ def section_indices(padding: int, window: int) -> Indices:
 
 
 def later_indices(first: int) -> Indices:
-    """Return the indices of latents that follow a target, from index `first` on.
+    """Return the frame indices of clean latents that follow a target, starting at `first`.
 
     One frame is at full resolution, two at half and sixteen at quarter resolution.
     """
@@ -194,7 +194,7 @@ def _list_indices(start: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CleanLatents:
-    """Finished latents that the network takes in addition to the target, B C F H W each.
+    """Clean latents around the target that the network attends to, B C F H W each.
 
     Their indices are those of `Indices`.
     """
@@ -204,7 +204,7 @@ class CleanLatents:
     clean_4x: Tensor
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the latents by their names in caches."""
+        """Return the latents by cache key."""
         return {
             "latents_clean": self.clean,
             "latents_clean_2x": self.clean_2x,
@@ -214,7 +214,7 @@ class CleanLatents:
 
 @dataclass(frozen=True)
 class Order:
-    """An order of generating sections, for a loop over them.
+    """Order in which sections are generated, for a loop over them.
 
     The history holds the finished latents, B C F H W in playing order, and always at least 19 frames: black
     ones fill in for missing ones. The same loop over true latents, instead of generated ones, gives training
@@ -236,7 +236,7 @@ class Order:
         return tuple(plans)
 
     def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
-        """Return the history before the first section. Images are B C 1 H W; F1 ignores the end image."""
+        """Return the history before the first section; images are B C 1 H W, and F1 ignores the end image."""
         history = start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
         if not self.in_front:
             return torch.cat([history, start], dim=2)
@@ -253,11 +253,11 @@ class Order:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def extend(self, history: Tensor, section: Tensor) -> Tensor:
-        """Return the history with a new section, before or after it in playing order."""
+        """Return the history with a new section added at its end, or at its front for reversed order."""
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
-        """Return the start image and the first `frames` latent frames in playing order."""
+        """Return the start image followed by `frames` latent frames of history, in playing order."""
         if self.in_front:
             return torch.cat([start, history[:, :, :frames]], dim=2)
         return history[:, :, -(frames + 1) :]  # this includes the start image
@@ -271,7 +271,7 @@ F1 = Order(in_front=False)
 
 
 def count_tokens(latent_frames: int, height: int, width: int) -> int:
-    """Return the number of tokens of the target alone; a token covers 2 x 2 latent pixels."""
+    """Return the number of target tokens; a token covers 2 x 2 latent pixels."""
     return latent_frames * (height // 2) * (width // 2)
 
 
@@ -297,7 +297,7 @@ def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
 
 
 def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
-    """Join clips that each repeat the last `overlap` frames of the one before, with a linear transition.
+    """Join clips that repeat the last `overlap` frames of the previous clip, with a linear cross-fade.
 
     Yields pieces in playing order, and holds at most two clips at a time. `clips` are B C F H W in playing
     order. Raises ValueError if a clip is shorter than `overlap`.
@@ -307,6 +307,7 @@ def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
         if clip.shape[2] < overlap:
             raise ValueError(f"a clip of {clip.shape[2]} frames cannot overlap by {overlap}")
         if tail is not None:
+            # the repeated frames are blended with the previous clip's last ones
             clip = torch.cat([cross_fade(tail, clip[:, :, :overlap]), clip[:, :, overlap:]], dim=2)
         body, tail = clip.tensor_split([clip.shape[2] - overlap], dim=2)
         if body.shape[2]:

@@ -65,26 +65,26 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Heading of the column: the LoRA and its strength."""
+        """Heading of a comparison column: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
 class Cell(NamedTuple):
-    """A prompt, and its clip in one column."""
+    """One cell of a comparison: a prompt and its clip in one column."""
 
     prompt: GenerationJob
     clip: GenerationJob
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or image, and of its latents."""
+    """Paths of a finished clip or image and of its latents."""
 
     video: Path
     latents: Path
 
     @property
     def exist(self) -> bool:
-        """Return whether the clip or its latents exist, so that it need not be generated again."""
+        """Whether the clip or its latents exist already."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -126,7 +126,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Return the run that generates all clips; its networks are loaded column by column."""
+    """Return the run that generates all clips of the comparison; networks are loaded for each column."""
     options, predicted = resolve_options(family, options, device, room_on(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -136,7 +136,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip; columns with equal labels share their clips."""
+    """Make the job of each clip; columns with equal labels have the same clips."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -145,7 +145,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with the settings that a comparison overrides, and prepare the device."""
+    """Return the options with a comparison's own settings, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -159,7 +159,7 @@ def _resolve_options(family: Family, options: GenerationOptions, device: torch.d
 
 
 def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
-    """Make the job of each prompt line. Raises UserError if one cannot be made."""
+    """Make the job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
@@ -228,7 +228,7 @@ def _check(options: GenerationOptions) -> None:
 def make_variants(
     experts: Sequence[Expert], uses: network_setup.LorasByExpert, strengths: Sequence[float]
 ) -> list[Variant]:
-    """Return the columns: one without LoRA, then every file at every strength.
+    """Return the columns of a comparison: one without LoRA, then every file at every strength.
 
     Files at the same position in each expert's list share a column, named after the first file.
 
@@ -264,7 +264,7 @@ def _find_first_path(column: network_setup.LorasByExpert) -> Path:
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 hashes of a column's files, by their names in metadata."""
+    """Return the SHA-256 hashes of a column's LoRA files, by their metadata keys."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -307,7 +307,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
 
 def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
-    """Return the files that a cell has after generation: the clip or image, and its latents."""
+    """Return the paths of a cell's results: the clip or image, and its latents."""
     options = run.options
     if run.family.latent.has_layers:
         suffix = f"{COMPOSITE}.png"
@@ -320,7 +320,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing output files of this name are of exactly this clip; True if there are none."""
+    """Return whether existing output files with this name belong to the same clip; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -332,7 +332,7 @@ def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a clip that records its settings, without the time."""
+    """Return the metadata that records a clip's settings, without its creation time."""
     return {
         name: text
         for name, text in tags.items()
@@ -425,7 +425,7 @@ def _begin_phase(
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
-    """Decode latents to clips; return the paths by label.
+    """Decode the latents of comparison cells to clips; return the paths of all clips by label.
 
     Latent files are removed unless --output_type asks for them.
     """
@@ -494,7 +494,7 @@ def _make_row(
     variants: Sequence[Variant],
     paths: Mapping[str, Path],
 ) -> Row:
-    """Make the row of a prompt at a strength.
+    """Return the row of one prompt at one strength in a comparison.
 
     Args:
         experts: Networks of the model, with their noise levels.
@@ -515,7 +515,7 @@ def _make_row(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the generation script's options that select this column's LoRAs."""
+    """Return the script options that select this column's LoRAs, as a command line."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]

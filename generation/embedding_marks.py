@@ -21,12 +21,12 @@ _MARKED = re.compile(r"(?<!\w)embedding:\s*([^\s,()\[\]:]+)", re.IGNORECASE)
 
 
 def find_embeddings(text: str) -> list[str]:
-    """Return the names that a prompt marks as embeddings."""
+    """Return the names in a prompt that are written as `embedding:NAME`."""
     return _MARKED.findall(text)
 
 
 def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
-    """Return the family with the words of embeddings, called like their files, in its text encoders.
+    """Return the family with additional words from embedding files; each word is the file's name.
 
     Args:
         family: The model family.
@@ -43,7 +43,7 @@ def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
 
 
 def warn_of_embeddings(family: Family, request: Request) -> None:
-    """Warn about names that a request marks as embeddings and that no loaded file brings."""
+    """Warn about names that a request marks as embeddings but no loaded file contains."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
     if find_embeddings(text):
         remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that brings it"
@@ -60,9 +60,9 @@ def warn_of_unknown(text: str, known: Collection[str], remedy: str) -> None:
     """
     lowercase_words = {word.lower() for word in known}
     for name in dict.fromkeys(find_embeddings(text)):
-        file = re.split(r"[/\\]", name.lower())[-1]
+        file_name = re.split(r"[/\\]", name.lower())[-1]  # may be written with folders
         # a digit behind a word means one of its vectors
-        possible_words = {file, file.rpartition(".")[0], file.rstrip("0123456789")}
+        possible_words = {file_name, file_name.rpartition(".")[0], file_name.rstrip("0123456789")}
         if not possible_words & lowercase_words:
             logger.warning(
                 "embedding:%s in a prompt is read as words: no embedding of this name is loaded. %s",

@@ -35,7 +35,7 @@ from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, S
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """The order in which the experts of a run work.
+    """Order in which the experts of a run are used.
 
     Attributes:
         order: Indices of experts, from `plan_turns`.
@@ -51,7 +51,7 @@ class ExpertTurns:
 
     @property
     def count(self) -> int:
-        """Number of experts that the run uses."""
+        """Number of distinct experts that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
@@ -67,6 +67,7 @@ class ExpertTurns:
         peak = 0
         for turn, expert in enumerate(self.order):
             later = self.order[turn + 1 :]
+            # unless it was read ahead, the expert is loaded to the device, apart from its swapped blocks
             host_bytes.setdefault(expert, swapped)
             if later:
                 host_bytes.setdefault(later[0], weights)  # read ahead while this one works
@@ -187,10 +188,10 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
 def load_with_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
-    """Load the first expert without memory, on the meta device, to plan the placement of its weights.
+    """Load the first expert on the meta device, with the LoRAs that stay separate from its weights.
 
-    LoRA files are read only if they stay separate from the weights: in a quantized network, or with a T-LoRA.
-    All other LoRAs are merged into the weights and need no memory of their own.
+    LoRA files are read only if they stay separate: in a quantized network, or with a T-LoRA. All other LoRAs
+    are merged into the weights and need no memory of their own.
 
     Returns:
         The network, and the changes by LoRAs that stay separate, by name of the weight.

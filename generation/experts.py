@@ -36,7 +36,7 @@ Check = Callable[[], None]  # called now and then while loading; may raise `Read
 
 
 class ReadingStopped(Exception):
-    """Raised in a thread to stop reading an expert that is not needed any more."""
+    """Raised in a thread to stop reading an expert that is no longer needed."""
 
 
 CPU = torch.device("cpu")
@@ -45,13 +45,13 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """A network whose weights can wait in host memory, like `runtime.offload.turns.HostCopy`."""
+    """Network with weights that can be moved to host memory, such as `runtime.offload.turns.HostCopy`."""
 
     def bring(self) -> None:
-        """Copy the weights to the device."""
+        """Copy the weights from host memory to the device."""
 
     def leave(self) -> None:
-        """Release the device memory; the host keeps the weights."""
+        """Free the device memory of the weights, which stay in host memory."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -73,7 +73,7 @@ class ReadingAhead:
     stop: threading.Event  # set if the expert is not needed any more
 
     def join(self) -> None:
-        """Wait until the thread has ended, in short waits that Ctrl-C can interrupt."""
+        """Wait for the thread in short intervals, so that Ctrl-C can interrupt."""
         while wait([self.reading], PAUSE).not_done:
             pass
 
@@ -86,7 +86,7 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return the order in which experts work over all requests, with one entry per change of expert."""
+    """Return the indices of the experts in the order in which all requests use them, one entry per change."""
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, request) for request in requests)
@@ -95,7 +95,7 @@ def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
 
 @dataclass
 class DitTurns:
-    """The loaded networks of a model's experts, by index of the expert."""
+    """Load the networks of a model's experts and move them between device and host as their turns come."""
 
     experts: Sequence[Expert]
     device: torch.device
@@ -299,7 +299,7 @@ class DitTurns:
         self._ahead = ReadingAhead(coming, reading, stop)
 
     def _explain_not_ahead(self, present: int) -> str:
-        """Return why the next expert is not read while this one works; "" if it can be."""
+        """Return why the next expert cannot be read while this one works, as log text; "" if it can."""
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others

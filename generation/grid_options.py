@@ -28,7 +28,7 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """An option and its values, both as typed and as parsed."""
+    """Grid axis: an option with its values as typed and as parsed."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -36,12 +36,12 @@ class Axis:
     values: tuple[Value, ...]
 
     def describe(self, index: int) -> str:
-        """Return a label of one value: `guidance_scale = 3`."""
+        """Return the label of the axis value at an index, such as `guidance_scale = 3`."""
         return f"{self.name} = {self.texts[index]}"
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """Content of a comparison sheet. With None no sheet is made."""
+    """Axes of a comparison sheet; without axes, no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labeled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -83,7 +83,7 @@ class SheetOptions(Options, title="comparison sheet"):
 
 
 def split_values(text: str) -> list[str]:
-    """Split the values of an axis: at each `|` if there is one, else at each comma.
+    """Split the values of a grid axis at each `|`, or at each comma if there is no `|`.
 
     A backslash before a separator makes it part of a value.
     """
@@ -130,7 +130,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
 def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Yield the indices of each cell on the axes and its prompt line, row by row.
+    """Yield the column and row index of each cell and its prompt line, row by row.
 
     Args:
         axes: Axes of the sheet.

@@ -57,14 +57,14 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    """Return whether a request needs the media encoders before denoising, for its images or its source."""
+    """Return whether a request must encode images or a source video before denoising."""
     source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
 
 @dataclass
 class Session:
-    """The loaded networks of one run of a generation script."""
+    """The loaded networks of a generation run."""
 
     family: Family
     device: torch.device
@@ -78,10 +78,10 @@ class Session:
     _logged_media: set[bool] = field(default_factory=set)  # values of `images` whose load was logged
 
     def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode the texts of each section, as listed by `wanted_texts`.
+        """Encode the prompts of each section, as listed by `wanted_texts`.
 
-        Each text encoder is loaded once and encodes each new text alone, because its conditions must not
-        depend on another text. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
+        Each text encoder is loaded once and encodes each new prompt alone, because its conditions must not
+        depend on another prompt. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
         CPU.
 
         Returns:
@@ -124,7 +124,7 @@ class Session:
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode texts as `texts` does, but with these LoRAs in encoders that are not kept between calls."""
+        """Encode prompts as `texts` does, with LoRAs in text encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
         self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
@@ -165,7 +165,7 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
-        """Release the image encoder, unless networks are kept."""
+        """Free the image encoder, unless networks are kept for further prompts."""
         if self._media is not None and not self.dits.keep:
             self._media = replace(self._media, image_encoder=None)
             self._has_image_encoder = False

@@ -71,11 +71,11 @@ class PhasePrediction:
 
     @property
     def maximum(self) -> int:
-        """Largest number of blocks that can be swapped."""
+        """Largest possible number of swapped blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
-        """Return the largest moment of denoising with this number of swapped blocks."""
+        """Return the denoising phase with its peak memory for a number of swapped blocks."""
         swap = self.swaps[count]
         where, moment = dry.largest(self.moments)
         weights = moment[dry.WEIGHTS]
@@ -88,11 +88,11 @@ class PhasePrediction:
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases, with this number of swapped blocks while denoising."""
+        """Return the memory plan of all phases with a number of swapped blocks."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the device memory of denoising with this number of swapped blocks, in bytes."""
+        """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
 
@@ -154,7 +154,7 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Run the block as a dry run with these networks loaded, and measure its memory."""
+    """Run the `with` block as a dry run with these networks, and measure its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.place(network, ledger)
@@ -192,7 +192,7 @@ def rehearse_texts(
 def _with_fewer_weights(
     phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
 ) -> memory_plan.Phase:
-    """Return the phase of a text encoder without weights that are on other devices or in host memory."""
+    """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -252,7 +252,7 @@ def rehearse_denoising(
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Return the peaks of the step if the network had these numbers of blocks."""
+            """Dry-run the step with these numbers of blocks; return the memory peaks by place in the step."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.overrides.section_cache is not None:
                 section.overrides.section_cache.clear()  # its tensors belong to blocks of another run
@@ -359,7 +359,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse the decoding of `DECODED` frames, which is enough to reach the peak."""
+    """Rehearse decoding of `DECODED` frames, which suffices to reach the peak memory."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -381,7 +381,7 @@ def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> 
 
 
 def make_solid(conditions: Conditions) -> Conditions:
-    """Replace fake tensors of a dry run by real, uninitialized ones, which later dry runs accept.
+    """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
     """

@@ -90,13 +90,13 @@ class _DividedRun:
 
     @cached_property
     def shards(self) -> PhasePrediction:
-        """Rehearse the run with the network split over all GPUs."""
+        """Predict memory from a dry run with the network split over all GPUs."""
         options = self._set_division(Division(self.cards, shards=True))
         with quiet():
             return predict(self.family, options, self.prepared, self.device, room=self.room)
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one GPU.
+        """Predict the memory of one GPU for a way of dividing the run.
 
         Raises:
             OptionError: If the model does not support this division.
@@ -176,7 +176,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
-    """Return the features of a generation that conflict with some modes of running on several GPUs."""
+    """Return features of a run that exclude some ways of using several GPUs."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
         "--lazy_loading": options.experts.lazy_loading,

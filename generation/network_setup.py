@@ -43,7 +43,7 @@ LorasByExpert = Sequence[Sequence["LoraUse"]]  # LoRAs for each of `Family.exper
 
 @dataclass(frozen=True)
 class DitLoader:
-    """Load an expert onto the device, with LoRAs merged and its blocks compiled and swapped."""
+    """Load an expert with its LoRAs merged, its blocks compiled and swapped, to the device."""
 
     family: Family
     uses: LorasByExpert
@@ -128,7 +128,7 @@ class DitLoader:
 
     @staticmethod
     def _split(uses: "Sequence[LoraUse]") -> "tuple[list[LoraUse], list[LoraUse]]":
-        """Return the LoRAs to merge into a transformer, and the T-LoRAs, which wrap its layers instead."""
+        """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
         from networks.loading import on_side  # only with LoRAs
@@ -174,7 +174,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files and their strengths, by the keys of `LORA_OPTIONS`."""
+    """Return the LoRA files with their strengths, by the keys of `LORA_OPTIONS`."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -187,7 +187,7 @@ def key_of(expert: Expert) -> str:
 
 
 def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
-    """Return the files in other experts' options that hold a LoRA for each expert and are not listed here."""
+    """Return LoRA files with one LoRA per expert that only other experts' options name."""
     own_paths = {use.lora.path for use in own_uses}
     return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
 
@@ -195,7 +195,7 @@ def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
-    """Return the LoRAs of each of the family's experts, in order; warn about LoRAs for a different expert.
+    """Return the LoRAs of each of the family's experts, in the order of the experts.
 
     A file that holds a LoRA for each expert is used in both, no matter which option names it. Patterns apply
     to the files of --lora_weight first, then to those of --lora_weight_high_noise.
@@ -363,7 +363,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 
 
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
-    """Raise OptionError if weights cannot be rounded to 8 bits while they are loaded."""
+    """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
     if device.type == "mps":
         raise OptionError("Apple's GPUs have no numbers of 8 bits.")
     for path in files:

@@ -91,7 +91,7 @@ POST = "--post"
 
 
 class PostOptions(Options, title="tools for finished videos"):
-    """Tools that work on decoded frames."""
+    """Post-processing tools for decoded frames."""
 
     post: tuple[str, ...] | None = option(
         "a tool that decoded frames go through before they are written, in one text with its options: "
@@ -110,10 +110,9 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """The tools in order, as `postprocessing.chain_options.NamedTools`; None without a tool.
+        """Selected tools in order, as `postprocessing.chain_options.NamedTools`; None without a tool.
 
-        `post` is imported only here, because training generates its samples through these loops and does not
-        need it.
+        `post` is imported here, because training generates samples with these options and never needs it.
 
         Raises:
             OptionError: If a tool or one of its options is unknown.
@@ -208,12 +207,12 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one: by an option, for the attention, or to share them."""
+        """Whether guidance passes run one by one: by an option, for --split_attn, or to divide them."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The axes of a comparison sheet: options and their values."""
+        """Axes of a comparison sheet, each an option with its values."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
@@ -252,7 +251,7 @@ class GenerationOptions(Options, title="run"):
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
 
     def _check_post(self) -> None:
-        """Raise OptionError if --post gets no frames, or if previews would show what it hides."""
+        """Raise OptionError if --post has no frames to process, or if previews would show what it hides."""
         if self.post.tools and self.output.output_type in UNDECODED:
             raise OptionError(
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
@@ -386,10 +385,10 @@ def read_generation(
 
 
 def request_extras(record: type[Any]) -> dict[str, str]:
-    """Return the options of a family that a request stores as extras, with their names there.
+    """Map the family's own options to the names under which a request stores them.
 
     Args:
-        record: The family's own options.
+        record: Class of the family's own options.
     """
     info = info_of(GenerationOptions) | info_of(record)
     return {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
@@ -412,7 +411,7 @@ def _select_recorded(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
-    """Build a parser with the shared options, adapted to the family's script."""
+    """Build the parser of a family's script with the shared options."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
@@ -439,7 +438,7 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
 
 
 def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and fill in presets."""
+    """Parse the command line and fill in the options of presets."""
     return fill_arguments(parser, parser.parse_args(argv))
 
 
@@ -467,7 +466,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 
 def _apply_preset(args: argparse.Namespace) -> None:
-    """Set the options of --optimized, except those that were typed or that conflict with typed ones."""
+    """Set the options of --optimized, except those that the user typed or that conflict with typed ones."""
     typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:

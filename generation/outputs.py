@@ -45,11 +45,11 @@ NAMED_BYTES = 100  # the same in UTF-8 bytes, of which file names may have 255
 
 
 class FrameTools(Protocol):
-    """The tools that change decoded frames before they are written: the stages of --post."""
+    """Post-processing tools of --post that change decoded frames before they are written."""
 
     @property
     def hides(self) -> bool:
-        """Whether a tool hides something, such as faces, so that unprocessed frames must not be shown."""
+        """Whether a tool hides content such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
         """Check the model files of the post-processing tools by their headers.
@@ -59,7 +59,7 @@ class FrameTools(Protocol):
         """
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if there is a single frame but a tool works on several.
+        """Raise OptionError if a tool needs several frames and the clip has only one.
 
         Args:
             frames: Number of frames.
@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return the name of a job's output without its suffix, following the script's naming rules."""
+    """Return a job's file name without suffix: the time and, depending on the options, seed and prompt."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -139,7 +139,7 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
-    """Reserve a name during the block: append `_` to `stem` until no output and no other run uses it.
+    """Reserve a file stem during the block: append `_` until no output and no other run uses it.
 
     Runs that start in the same second with the same seed have the same stem. The output must exist when the
     block ends.
@@ -270,7 +270,7 @@ def _save_layers(
     has_full: bool,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write a PNG file for each layer and for the composed image; return the last path."""
+    """Write each layer of an image, and the composed image, as a PNG; return the last path."""
     from modules.media.layers import COMPOSITE, write_layers  # few results have any
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
@@ -324,7 +324,7 @@ def _save_video(
     side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
-    """Write a video.
+    """Write a video, and its frames as PNG files too with --keep_pngs.
 
     Args:
         options: Options of the run.
@@ -340,7 +340,7 @@ def _save_video(
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
-    first_frames = list(islice(playing, 1))
+    first_frames = list(islice(playing, 1))  # read ahead for the size
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
     playing = chain(first_frames, playing)
@@ -365,7 +365,7 @@ def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
 def write_frames(
     frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
 ) -> Iterator[Frame]:
-    """Write each frame as a PNG and yield it; `name` is a format string for the frame number."""
+    """Write each frame as a PNG and yield it; `name` is a format string that takes the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame

@@ -37,13 +37,13 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return a prompt on a single line, cut to `length` characters."""
+    """Return a prompt in a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
-    """Describe the result of a request, without its prompt.
+    """Describe the size of a request's result.
 
     Args:
         prepared: The request with all values resolved.
@@ -136,7 +136,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe the schedule: solver, shift, and the number of steps of each expert in order."""
+    """Describe a request's schedule: solver, shift, and the steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -178,7 +178,7 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Return the work of a request in arbitrary units: steps times pixels."""
+    """Estimate the work of a request for time estimates: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
@@ -257,7 +257,7 @@ class GrowingVideo:
                 self._write(final)
 
     def _decode_next_to_dit(self, piece: Piece) -> Tensor | None:
-        """Decode a piece while the DiT is on the device; return None if that needs too much memory."""
+        """Decode a piece with the DiT still on the device; return None if there is too little memory."""
         try:
             return self._decode(piece)
         except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -270,7 +270,7 @@ class GrowingVideo:
             return None
 
     def _decode_without_dit(self, piece: Piece) -> Tensor | None:
-        """Decode a piece while the DiT waits in host memory; return None if that fails."""
+        """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
         clip = None
         with ExitStack() as stack:
             with self._end_on_error():  # if the DiT cannot be moved away, it stays where it was
@@ -299,7 +299,7 @@ class GrowingVideo:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the frames that are final, then write them together with the frames that still wait."""
+        """Encode the final frames, then write them followed or preceded by the frames that still wait."""
         self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
@@ -314,7 +314,7 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
-        """Return the encoded segments with a segment for these pixels added at the growing end."""
+        """Encode pixels as a segment and add it at the growing end; return all segments."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)
@@ -323,7 +323,7 @@ class GrowingVideo:
 
 @contextmanager
 def name_preview_on_failure(preview: Path | None) -> Iterator[None]:
-    """Log the preview's path if the block fails or is interrupted (Ctrl-C)."""
+    """Log the preview's path if the `with` block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:

@@ -49,10 +49,7 @@ MAX_FPS = 1000  # a higher value must be a typing error
 
 @dataclass(frozen=True)
 class LineOption:
-    """Key under which an option's value is stored, and the function that parses it.
-
-    `read` raises ValueError.
-    """
+    """Key and parser of a prompt line option; the parser `read` raises ValueError."""
 
     key: str
     read: Callable[[str], Value]
@@ -63,7 +60,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Parse a seed; a text that is not a number is hashed to a seed, which is logged.
+    """Parse a seed, or hash a text that is not a number to a seed, which is logged.
 
     Raises ValueError if the seed is out of range.
     """
@@ -76,7 +73,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Parse a number. Raises ValueError if the text is not a number."""
+    """Parse a number; raise ValueError for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -131,12 +128,12 @@ def _read_side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
-    """Return a path without enclosing quotation marks."""
+    """Remove enclosing quotation marks from a path."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
-    """Return a name unchanged; it exists because every line option has a parser."""
+    """Return the text unchanged, as the parser of options without a format."""
     return text
 
 
@@ -228,7 +225,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option with these letters or this full name; None if it is unknown."""
+    """Return the option of a prompt line with these letters or this full name; None if there is none."""
     option = options.get(word)
     if option is not None:
         return option
@@ -242,7 +239,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
-    """Store the value of an option, and unset the options that it replaces."""
+    """Store an option's value, and remove the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -273,7 +270,7 @@ def parse_generation_line(
 
 @dataclass(frozen=True)
 class SplitLine:
-    """A prompt line split into its prompt and its options, without the dashes in front of them."""
+    """Prompt and options of a prompt line; the options are without their dashes."""
 
     prompt: str
     options: list[str]
@@ -304,7 +301,7 @@ def split_line(line: str) -> SplitLine:
 
 
 def _cut_options(line: str) -> list[str]:
-    """Return the text before the first ` --`, and each option with its value."""
+    """Split a prompt line into the text before the first ` --` and each option with its value."""
     parts = []
     start = 0
     position = line.find(" --", _end_of_object(line, 0) or 0)
@@ -317,7 +314,7 @@ def _cut_options(line: str) -> list[str]:
 
 
 def _end_of_value(line: str, start: int) -> int | None:
-    """Return the end of the quoted text or JSON object that starts at `start`; None if there is none."""
+    """Return the end of the quoted text or JSON object at `start`; None if neither begins there."""
     quoted = _QUOTED.match(line, start)
     return _end_of_object(line, start) if quoted is None else quoted.end()
 
@@ -325,7 +322,7 @@ def _end_of_value(line: str, start: int) -> int | None:
 def _end_of_object(line: str, start: int) -> int | None:
     """Return the end of the JSON object that starts at `start`; None if there is none.
 
-    Dashes in its texts do not start options.
+    Dashes inside its strings do not begin options.
     """
     object_start = len(line) - len(line[start:].lstrip())
     if not line.startswith("{", object_start):
@@ -337,14 +334,14 @@ def _end_of_object(line: str, start: int) -> int | None:
 
 
 def unquote(text: str) -> str:
-    """Return a text without quotation marks around the whole text."""
+    """Remove quotation marks around a text."""
     if _QUOTED.fullmatch(text) is None:
         return text
     return _ESCAPED.sub(r"\1", text[1:-1]) if text[0] == '"' else text[1:-1]
 
 
 def _check_count(options: int) -> None:
-    """Raise OptionError if a line has an implausible number of options."""
+    """Raise OptionError if a prompt line has too many options to be genuine."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
@@ -422,7 +419,7 @@ def parse_words(
 
 
 def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
-    """Return the spellings of each option used in a line, in order."""
+    """Return how each option was spelled in a line, in order, by its key."""
     spellings: dict[str, list[str]] = {}
     for word in words:
         option = find(word)
@@ -432,7 +429,7 @@ def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | Non
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return an error for each option that does not start with two plain dashes."""
+    """Return an error message for each option of a line that does not start with two plain dashes."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
@@ -463,7 +460,7 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path | None) -> dict[str, str | None]:
-    """Return the prompt lines of a --from_file file by label; without a file, the command line alone."""
+    """Return the prompt lines of a --from_file file by label; without a file, one entry with None."""
     if path is None:
         return {"the prompt": None}
     return {f"line {number}": line for number, line in read_generation_lines(path)}

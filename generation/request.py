@@ -49,7 +49,7 @@ TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; processes that generate together use that of the first one."""
+    """Draw a seed from the system's entropy; with several processes, all use the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -59,7 +59,7 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed of --seed, as `read_seed` does.
+    """Parse the value of --seed with `read_seed`.
 
     Raises:
         OptionError: If the number has too many digits.
@@ -158,7 +158,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path in a shared option; None if it is empty or if the family has its own option."""
+    """Return the path in a shared media option; None if it is empty or the family has its own option."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
@@ -229,9 +229,7 @@ def _has_control(table: object) -> bool:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare the request of the command line, overridden by a prompt line.
-
-    No network is loaded.
+    """Resolve the request of the command line, overridden by a prompt line, without loading a network.
 
     Raises:
         UserError: If the request is not possible.
@@ -321,7 +319,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate, later with its latents; `label` is its name in messages ("line 3")."""
+    """One request and, once denoised, its latents; `label` names it in messages, such as "line 3"."""
 
     label: str
     prepared: Prepared
@@ -353,7 +351,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with latent previews as the options select. May load a decoder of 20 MB."""
+        """Return the run with latent previews if the options ask for them; may load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -386,27 +384,27 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """Return the file name and the strength of each LoRA, by expert as `list_loras` names them."""
+        """File name and strength of each LoRA, by the expert names of `list_loras`."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
-        """Parse a prompt line.
+        """Parse a prompt line into its prompt and options, by key.
 
         Args:
             line: The prompt line.
             where: Name of the line in warnings.
 
         Raises:
-            OptionError: If a value cannot be read.
+            OptionError: If a value cannot be parsed.
         """
         return parse_generation_line(line, self.options.line_options, where)
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone. Loads no network.
+    """Make the job of a prompt line, or of the command line alone, without loading a network.
 
-    Raises as `prepare_line`, and OptionError if --post cannot process a single image.
+    Raises the errors of `prepare_line`, and OptionError if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

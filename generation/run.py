@@ -216,7 +216,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into a UserError.
+    """Turn an out-of-memory error in the `with` block into a UserError.
 
     Args:
         advice: Sentence about what was saved and how to continue.
@@ -229,7 +229,9 @@ def explain_lack(advice: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select. If several processes share each prompt, this call starts them.
+    """Run the mode that the options select: plan, merge, decode or generate.
+
+    If several processes share each prompt, this call starts them.
 
     Args:
         family: The model family.
@@ -312,7 +314,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
 def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
-    """Return the run for these options, without previews. Loads no network of the family."""
+    """Return the run for these options, without previews and without loading the family's networks."""
     room = room_on(device) if device.type == "cuda" else None
     predicted = None
     if room is not None or options.speed.swap.is_auto:
@@ -340,7 +342,7 @@ def _make_run(
 
 
 def _check_loras(family: Family, uses: LorasByExpert) -> None:
-    """Raise CheckpointError if LoRAs do not fit the transformer's files, before these are loaded."""
+    """Raise CheckpointError if LoRAs do not fit the transformer's files, before the transformer is loaded."""
     if family.noise.keeps_variance and any(uses):
         from networks.predictions import compare_predictions  # only with LoRAs
 
@@ -354,7 +356,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Check the tools of --post and return them."""
+    """Check the --post tools of the options and return them."""
     from postprocessing.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)
@@ -548,7 +550,7 @@ def save_merged_model(
     targets = [
         path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
     ]
-    # a single file is written even without LoRAs
+    # an expert without LoRAs is left out; a model of one network is written even without LoRAs
     changed = [index for index in range(len(files)) if uses[index] or not has_names]
     if not changed:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")

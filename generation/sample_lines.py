@@ -119,7 +119,7 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse `480 832`, in the order of --video_size.
+    """Parse a height and a width such as `480 832`, in the order of --video_size.
 
     Raises ValueError if the text does not have this form.
     """
@@ -136,7 +136,7 @@ def fit_side(pixels: int, step: int) -> int:
 
 
 def find_sample_option(word: str) -> prompt_lines.LineOption | None:
-    """Return the option of a sample line with these letters or this long name, as in prompt lines."""
+    """Return the option of a sample prompt line by its letters or long name, as in other prompt lines."""
     option = SAMPLE_OPTIONS.get(word.lower())
     if option is not None:
         return option
@@ -234,7 +234,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the subsets of a prompt file, each merged with the shared values.
+    """Return the `[[prompt.subset]]` tables of a TOML prompt file, each merged with the shared values.
 
     Raises ValueError if the file is malformed.
     """
@@ -306,13 +306,13 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
             raise OptionError(f"{where}: seed: {error}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool):  # bool is a subclass of int
         raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
     return value
 
 
 def _read_sides(size: Any, where: str) -> Mapping[str, int]:
-    """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError if it is not a size."""
+    """Parse a size such as [480, 832] or "480 832" into its sides; raise OptionError for anything else."""
     try:
         return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
     except ValueError as error:

@@ -19,7 +19,7 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 
 
 class RequestOptions(Options, title="what to make"):
-    """Options of each video on the command line; a prompt line can override them.
+    """Command-line options of each video or image; a prompt line can override them.
 
     None stands for the task's default.
     """
@@ -173,11 +173,11 @@ class OutputOptions(Options, title="output"):
 
     @property
     def names_file(self) -> bool:
-        """Return whether --save_path is a file: it has the suffix of a result and is not a folder."""
+        """Whether --save_path names a file: it has the suffix of a result and is not a folder."""
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
-        """Return the options with a --save_path that names a file split into folder and file name."""
+        """Return the options with a --save_path to a file split into folder and file name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_image(self, is_single: bool) -> bool:
@@ -221,7 +221,7 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video in sections is written again after each section."""
+        """Whether a video in sections is written again after each section, to show progress."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
@@ -309,7 +309,7 @@ class ScriptDefaults:
 
     @property
     def spelled(self) -> Mapping[str, tuple[str, ...]]:
-        """Return `spellings` together with the spellings of all image scripts."""
+        """Option spellings of this script and of all image scripts."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}

@@ -35,6 +35,7 @@ def generation_script(
     entry = FAMILIES[family]
 
     def generate_with(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
+        """Parse the command line and generate; `make` replaces `generate`, for other tools."""
         record = entry.options_record("Generation")
         with contextlib.ExitStack() as stack:
             warnings = stack.enter_context(contextlib.ExitStack())

@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClipGrid:
-    """All clips of a comparison."""
+    """All clips of a comparison, in rows and columns."""
 
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
@@ -65,7 +65,7 @@ class ClipGrid:
 
     @property
     def clips(self) -> list[Path]:
-        """Paths of the existing clips, row by row."""
+        """Paths of the clips that exist, row by row."""
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
@@ -119,7 +119,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
 
 
 def _put_on_squares(frame: Frame) -> Frame:
-    """Return a frame H W 3 or 4 as H W 3, on a checkerboard that shows where it is transparent."""
+    """Composite a frame with transparency, H W 4, onto a checkerboard; return H W 3."""
     colors, alpha = split_alpha(frame)
     if alpha is None:
         return colors
@@ -131,7 +131,7 @@ def _put_on_squares(frame: Frame) -> Frame:
 
 
 def read_middle_frame(path: Path | None) -> Frame | None:
-    """Return the middle frame of a clip; None if there is no clip."""
+    """Return the middle frame of a clip; None if `path` is None."""
     if path is None:
         return None
     count = sum(1 for _ in frames_of(path))
@@ -194,7 +194,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
 
 def _make_blank_sheet(width: int, height: int) -> Image.Image:
-    """Return an empty sheet of at least this size, with even sides, as videos require."""
+    """Return a blank sheet of at least this size, rounded up to even sides as videos require."""
     return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
@@ -236,7 +236,7 @@ class _Pen:
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Write as much of a text as fits into `width` pixels."""
+        """Draw a text, cut to `width` pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))
@@ -255,7 +255,7 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Generate a sheet for each prompt line, and return the number of cells.
+    """Generate and write a sheet for each prompt line; return the number of cells, failed ones included.
 
     Args:
         run: The run.
@@ -270,13 +270,14 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
     cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
-    return cells_of_sheet * len(lines)  # also those that could not be made
+    return cells_of_sheet * len(lines)
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
-    """Make the jobs for the cells of a prompt line; without a given seed all cells share a drawn one.
+    """Make the jobs for the cells of a prompt line's sheet, by column and row.
 
-    No network is loaded. Cells that are not possible are recorded as failures.
+    No network is loaded. Without a seed in the line, all cells share a drawn one. Cells that are not possible
+    are recorded as failures.
     """
     axes = run.options.axes
     jobs: dict[Place, GenerationJob] = {}
@@ -337,9 +338,9 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
 
 
 def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return the metadata that all cells share, the axes as --sheet takes them, and each cell's file."""
+    """Return a sheet's metadata: entries that all cells share, the --sheet axes, and each cell's file."""
     cell_metadata = [run.metadata(cells[place].prepared) or {} for place in paths]
-    # what all cells have in common
+    # entries that are equal in all cells
     metadata = {
         key: text
         for key, text in cell_metadata[0].items()

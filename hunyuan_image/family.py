@@ -85,7 +85,7 @@ class HunyuanImage(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states of both encoders.
+        """Return the captions' states from both encoders.
 
         Raises CacheError if they are missing or do not fit.
         """
@@ -121,14 +121,14 @@ class HunyuanImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request, with adaptive projected guidance for its later steps.
+        """Fill in a request's open fields, with adaptive projected guidance for its later steps.
 
         An image with quoted text keeps plain guidance for longer.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
         has_characters = bool(find_quoted(request.prompt))
-        projection = Projection(  # an image with letters keeps the plain formula for longer
+        projection = Projection(
             options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,
@@ -138,7 +138,7 @@ class HunyuanImage(ModelOfImages):
         return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the image of latents, which are scaled to the VAE's range first."""
+        """Scale latents to the VAE's range, and yield their image."""
         yield encoders.vae.decode(latents / LATENT.scale)
 
 

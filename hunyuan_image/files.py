@@ -70,7 +70,7 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
-    """Read config and dialect of a HunyuanImage-2.1 file; raise CheckpointError for another model."""
+    """Read the header of a HunyuanImage-2.1 file; raise CheckpointError for another model."""
     path = checkpoint.path
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
@@ -94,7 +94,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
 
 
 def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
-    """Return the dimensions. Raises CheckpointError if they are not those of the model."""
+    """Return a transformer's dimensions; raise CheckpointError if they are not HunyuanImage's."""
     dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
@@ -149,7 +149,7 @@ class HunyuanImageFiles(TransformerFiles):
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
-        """Return the files with the options of the VAE."""
+        """Return a copy of these files with the VAE's options added."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
@@ -167,7 +167,7 @@ class HunyuanImageFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
-        """Path of Qwen2.5-VL. Raises OptionError if --text_encoder is missing."""
+        """Return Qwen2.5-VL's path; raise OptionError if --text_encoder is missing."""
         what = "Qwen2.5-VL's language model encodes the prompts"
         return require_file(self.text_encoder, QWEN_USE.model.option, what)
 
@@ -188,7 +188,7 @@ class HunyuanImageFiles(TransformerFiles):
         return [qwen, GlyphTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, tile=self.vae_tile)
 
@@ -197,10 +197,7 @@ class HunyuanImageFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Raise CheckpointError if a text encoder's states have another width than the transformer takes.
-
-        Encoders without an option are checked only if `needed`.
-        """
+        """Check that given or needed text encoders fit their options and the transformer."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

@@ -73,7 +73,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -161,7 +161,7 @@ class HunyuanImageModel(BlockNetwork):
         return tokens, [sum(sample_counts) for sample_counts in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
+        """Project tokens B L+J C to the velocity, B out_dim H W float32."""
         pixels = self.final_layer(x[:, : tokens.video], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
 

@@ -85,7 +85,7 @@ _LAST_PLAIN: Mapping[str, Any] = {
 
 
 class ProjectedGuidanceOptions(Options):
-    """Settings of projected guidance: its first step, and the fraction of contrast that it removes."""
+    """Options of projected guidance: its first step, and the fraction of contrast that it removes."""
 
     apg_start_step_ocr: int = option(
         "last step, from 0, with plain guidance if the prompt has a text in quotation marks; later ones have "
@@ -153,7 +153,7 @@ def name_attention(args: argparse.Namespace) -> None:
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Translate HunyuanImage's own names of shared options into the shared ones, for a LoRA.
+    """Translate HunyuanImage's option names to the shared ones, for training a LoRA.
 
     Raises OptionError if only text encoders are to be trained, because those of this model cannot be.
     """

@@ -77,7 +77,7 @@ def find_quoted(prompt: str) -> list[str]:
 
 
 def glyph_text(prompt: str) -> str | None:
-    """Return the text that the glyph encoder reads; None if the prompt quotes nothing."""
+    """Return the text for the glyph encoder; None if the prompt quotes nothing."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
@@ -101,7 +101,7 @@ class QwenTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> None:
-        """None: caches do not record the kind of states, because it has never changed."""
+        """Return None: caches do not record the kind of states, because it has never changed."""
 
 
 class GlyphTextEncoder:
@@ -153,10 +153,10 @@ class GlyphTextEncoder:
         return load_byt5(self.path, device, self.dtype), None
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"byt5_embed": 128 C, "byt5_mask": 128 int64, "ocr_mask": bool} on the CPU for each prompt.
+        """Encode prompts' quoted texts as {"byt5_embed": 128 C, "byt5_mask": 128 int64, "ocr_mask": bool}.
 
-        `ocr_mask` has no axis: it says whether the prompt asks for characters. If not, the states and their
-        mask are zeros; rows of padding are zeros, too.
+        All are on the CPU. `ocr_mask` is a scalar: whether the prompt quotes a text to draw. If not, states
+        and mask are zeros; rows of padding are zeros, too.
         """
         network, _ = self._loaded.get()
         results: list[Conditions] = []

@@ -49,7 +49,7 @@ class HunyuanImageVaeConfig:
 
 
 class FoldDown(nn.Module):
-    """Halves height and width, B C H W to B C' H/2 W/2, by folding 2 x 2 pixels into channels.
+    """Downsample by 2, B C H W to B C' H/2 W/2, by folding 2 x 2 pixels into channels.
 
     The shortcut folds the input in the same way and averages neighboring channels.
     """
@@ -72,7 +72,7 @@ class FoldUp(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out * FOLDED, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x at twice the height and width, with its shortcut added."""
+        """Upsample x to twice the height and width, and add the shortcut."""
         unfolded = self.conv(x)
         return _unfold(unfolded).add_(_unfold(repeat_channels(x, unfolded.shape[1])))
 
@@ -117,7 +117,7 @@ class HunyuanImageVaeDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pixels, B 3 H W, of latents x, B Z h w."""
+        """Decode latents x, B Z h w, to pixels, B 3 H W."""
         x = self.mid(self.conv_in(x).add_(repeat_channels(x, self.conv_in.out_channels)))
         for level in self.up:
             x = level(x)
@@ -137,7 +137,7 @@ class RowConvolution(nn.Module):
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C H W to B C' H W."""
+        """Convolve x, B C H W to B C' H W."""
         # x: B C H W
         height = x.shape[2]
         if height <= self._rows:
@@ -153,7 +153,7 @@ class RowConvolution(nn.Module):
 
 
 def compute_in_rows(network: nn.Module, rows: int) -> None:
-    """Replace the 3x3 convolutions of a network by ones that compute this many rows at a time."""
+    """Replace a network's 3x3 convolutions by ones that compute `rows` rows at a time."""
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
@@ -166,7 +166,7 @@ def average_channels(x: Tensor, width: int) -> Tensor:
 
 
 def repeat_channels(x: Tensor, width: int) -> Tensor:
-    """Repeat each channel, B C H W to B width H W."""
+    """Repeat each channel to widen B C H W to B width H W."""
     return x.repeat_interleave(width // x.shape[1], dim=1)
 
 
@@ -192,7 +192,7 @@ _LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
-    """Plan how to load the VAE: the released file or diffusers' layout.
+    """Plan how to load the VAE, from the released file or a diffusers folder.
 
     Raises CheckpointError for another file.
     """
@@ -288,7 +288,7 @@ def load_vae(
     chunk_size: int | None = None,
     tile: int | None = None,
 ) -> HunyuanImageVae:
-    """Load the VAE from any of its file layouts.
+    """Load HunyuanImage's VAE from the released file or a diffusers folder.
 
     Args:
         path: File or folder.

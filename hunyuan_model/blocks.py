@@ -200,7 +200,7 @@ class DoubleStreamBlock(nn.Module):
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, last layer of attention, and feed-forward layers."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
@@ -265,12 +265,14 @@ class DoubleStreamBlock(nn.Module):
 
 
 class MMDoubleStreamBlock(DoubleStreamBlock):
-    """Block of HunyuanVideo and HunyuanImage."""
+    """Double-stream block with the layers and names of HunyuanVideo and HunyuanImage."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        """Build the layers without weights, under the names of the released checkpoints."""
         super().__init__(dim, eps)
         self.num_heads = num_heads
         head_width = dim // num_heads
+        # 6: shift, scale and gate for attention and for the feed-forward layers
         self.img_mod = HunyuanModulation(dim, 6)
         self.img_attn_qkv = nn.Linear(dim, 3 * dim)
         self.img_attn_q_norm = RMSNorm(head_width, eps)
@@ -285,7 +287,7 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         if is_text:
             return self.txt_mod, self.txt_attn_proj, self.txt_mlp
         return self.img_mod, self.img_attn_proj, self.img_mlp
@@ -345,7 +347,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     second = tokens.second  # a second text, which the video attends to separately
     part = tokens.part  # this process's part of the tokens
     choice = tokens.attention
-    if part is not None:
+    if part is not None:  # from all heads of this part to all tokens of some heads
         query, key, value = part.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)

@@ -204,6 +204,7 @@ class HunyuanVideo(OneTransformer):
             timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
+            # the negative attention text has its names in caches too
             overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
@@ -287,13 +288,13 @@ class HunyuanVideo(OneTransformer):
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
         )
-        drawn = [
+        frame_noise = [
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
         conditions = dict(inputs.get(0, {}))
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self.files.compute_dtype())
-        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
+        return (yield prompts[0].section(torch.cat(frame_noise, dim=2).float(), conditions))
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield pixels, one frame and then four at a time."""

@@ -134,7 +134,7 @@ class HunyuanVideoModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.get_table(Grid(grid, overrides.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
-        texts = []
+        embedded_texts = []
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
@@ -142,11 +142,11 @@ class HunyuanVideoModel(BlockNetwork):
             vector = self.time_in(timesteps) + self.vector_in(prompt["clip_l"])
             if guided is not None:
                 vector = vector + self.guidance_in(guided)
-            texts.append(EmbeddedText(text, lengths, activate(vector.unsqueeze(1), dtype)))
+            embedded_texts.append(EmbeddedText(text, lengths, activate(vector.unsqueeze(1), dtype)))
         video = rearrange(patches, "b c f h w -> b (f h w) c")
         return join_tokens(
             [video],
-            texts,
+            embedded_texts,
             overrides.steer,
             grid=grid,
             rotary=rotary,

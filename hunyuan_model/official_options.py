@@ -187,12 +187,12 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
             nearest_width,
         )
     elif resolution and (height, width) not in SIZES[resolution]:
-        size = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
+        other_resolution = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
         logger.warning(
             "--video-size %d %d is a size of --model-resolution %s, not of %s",
             height,
             width,
-            size,
+            other_resolution,
             resolution,
         )
     return options

@@ -179,7 +179,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
-    """Return the options that name the model's files, with placeholders for missing ones."""
+    """Return the command-line options that name the model's files; unset options get placeholders."""
     return {
         "--dit": dit or FillIn("DIT_FILE"),
         **vae.file.words(),

@@ -53,7 +53,7 @@ PROMPT_TOKENS = 256  # states of the language model that are kept
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The chat given to the language model: a system text, then the prompt as the user's message.
+    """Chat template for the language model: a system text, then the prompt as the user's message.
 
     Attributes:
         system: The system text.

@@ -46,7 +46,10 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as a limit of values allows."""
+    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as fit into STEP_ELEMENTS.
+
+    `values` is the number of values in a frame.
+    """
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
@@ -98,7 +101,7 @@ class ClipNorm(nn.GroupNorm):
 
 
 class HunyuanCausalConv(nn.Module):
-    """A 3x3x3 convolution that sees no later frame.
+    """A causal 3x3x3 convolution, whose output depends on no later frame.
 
     It pads by repeating the border of the frame and the first frame of the clip.
 
@@ -140,6 +143,7 @@ class HunyuanCausalConv(nn.Module):
             if out is None:
                 if stop - start == frames:  # the only piece
                     return piece
+                # the first piece shows batch and channels
                 size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)
             part = out[:, :, start:stop]
@@ -204,7 +208,7 @@ class HunyuanCausalConv(nn.Module):
 
 
 def _repeat_borders(picture: Tensor) -> None:
-    """Copy the outermost inner rows and columns of B C H W into its border."""
+    """Fill the border of an image, B C H W, in place with the rows and columns next to it."""
     picture[..., 0, :] = picture[..., 1, :]
     picture[..., -1, :] = picture[..., -2, :]
     picture[..., 0] = picture[..., 1]
@@ -273,7 +277,7 @@ class Resample(nn.Module):
 
 
 class CausalLevel(nn.Module):
-    """Residual blocks, then a change of resolution if `down` or `up` is given."""
+    """Residual blocks of one resolution, then down- or upsampling if `down` or `up` is set."""
 
     def __init__(
         self,
@@ -288,6 +292,7 @@ class CausalLevel(nn.Module):
         self.resnets = nn.ModuleList(
             HunyuanResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
         )
+        # lists of at most one layer, because names in files have an index (`downsamplers.0`)
         self.downsamplers = nn.ModuleList([] if down is None else [Resample(width, stride=down)])
         self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
 
@@ -299,7 +304,7 @@ class CausalLevel(nn.Module):
 
 
 class CausalMiddle(nn.Module):
-    """A residual block, attention, a residual block."""
+    """Layers at the lowest resolution: a residual block, attention, and another residual block."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()

@@ -101,6 +101,6 @@ def _read_widths(
 
 
 def _read_groups(checkpoint: Checkpoint, narrowest: int) -> int:
-    """Return the number of norm groups: from config.json, else 32, or fewer of two channels each."""
+    """Return the number of norm groups from config.json, else 32, but at least two channels per group."""
     declared = declared_groups(checkpoint, CONFIG_CLASSES)
     return declared if declared is not None else max(1, min(MAX_GROUPS, narrowest // 2))

@@ -26,7 +26,7 @@ STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is 
 
 @dataclass(frozen=True)
 class Krea2StreamConfig:
-    """Dimensions of the blocks of a stream."""
+    """Dimensions of one stream's blocks."""
 
     dim: int
     ffn_dim: int
@@ -36,7 +36,7 @@ class Krea2StreamConfig:
 
     @property
     def head_width(self) -> int:
-        """Number of channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.dim // self.num_heads
 
 

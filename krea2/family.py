@@ -84,7 +84,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name in caches and saved files; models for edits have a different one."""
+        """Return the name in caches and saved files, which differs for edit models."""
         return "krea2_edit" if self.edits else "krea2"
 
     @property
@@ -94,7 +94,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model, with its release if known and the task for edits."""
+        """Return the model's metadata, with its release if known and, for edits, the task."""
         names = {
             "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
@@ -109,7 +109,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def is_turbo(self) -> bool:
-        """Whether the transformer is Turbo, as options, file or names say."""
+        """Return whether the transformer is Turbo, according to options, file or names."""
         if self.samples_on_turbo:
             return True
         release = self._find_release()
@@ -117,7 +117,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance of raw or of Turbo."""
+        """Return the default size, steps and guidance of raw or Turbo."""
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
@@ -149,7 +149,7 @@ class Krea2(pictures.ModelOfImages):
         return {**super().media_identity, "reference_pixels": area}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalized means of images and their references, in the VAE's dtype."""
+        """Return posterior means of images and their references, in the VAE's dtype."""
         vae = encoders.vae
         return pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
@@ -179,7 +179,7 @@ class Krea2(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError if exactly one of captions and training has images to edit."""
+        """Raise CacheError unless captions and training agree on whether there are images to edit."""
         use = self.files.text_use
         for cache in batch.made_by:
             fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
@@ -245,7 +245,7 @@ class Krea2(pictures.ModelOfImages):
         return replace(prepared, flow_shift=flow_shift)
 
     def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return the flow shift of an image. `levels` are the values of mu, y1 and y2 in the request."""
+        """Return an image's flow shift; `levels` are the request's values of mu, y1 and y2."""
         if "mu" in levels:
             return math.exp(levels["mu"])
         if self.is_turbo and not levels:
@@ -255,7 +255,7 @@ class Krea2(pictures.ModelOfImages):
         return size_shift(tokens, (FEW, few), (MANY, many))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         area = prepared.width * prepared.height
         if self.references and self.references.area:
             area = self.references.area

@@ -64,13 +64,13 @@ PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
 def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
-    """Return the dimensions of blocks. Raises CheckpointError if they do not match each other."""
+    """Return the dimensions of one stream's blocks; raise CheckpointError if they do not match."""
     rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
     (head_width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
     heads, remainder = divmod(rows, head_width)
     kv_heads, key_remainder = divmod(key_rows, head_width)
-    has_heads = rows == dim and not remainder and head_width % 16 == 0
+    has_heads = rows == dim and not remainder and head_width % 16 == 0  # three axes rotate pairs of channels
     has_kv_heads = kv_heads > 0 and not key_remainder
     if not has_heads or not has_kv_heads or heads % kv_heads:
         raise CheckpointError(
@@ -83,7 +83,7 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
 
 
 def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
-    """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
+    """Return the number of blocks in a list; raise CheckpointError if the release has more."""
     number = shapes.blocks(name)
     minimum = dict(released).get(name, 0)
     if number < minimum:
@@ -156,7 +156,7 @@ class Krea2Release(NamedTuple):
 
 
 def find_release(dit: Path | None) -> Krea2Release | None:
-    """Return whether a transformer is Turbo or raw, and the evidence; None without evidence.
+    """Find out whether a transformer is Turbo or raw; return it with the evidence, None without any.
 
     The evidence is what a training wrote into the file, then the release's model_index.json, then the nearest
     name, as in `FewSteps.judge`.

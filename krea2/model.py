@@ -57,7 +57,7 @@ class Krea2Tokens(LuminaTokens):
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the image, which follows the references."""
+        """Return the index of the image's first token, which follows the references."""
         return self.references
 
 
@@ -71,7 +71,7 @@ class QueryKeyScales(nn.Module):
 
 
 class GatedAttention(GroupedAttention):
-    """Self-attention whose result is gated by the tokens themselves."""
+    """Self-attention whose output is multiplied by gates computed from the tokens."""
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         nn.Module.__init__(self)
@@ -88,7 +88,7 @@ class GatedAttention(GroupedAttention):
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
+        """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
         query = in_own_dtype(self.wq, x).unflatten(-1, (-1, self.head_width))
         key = in_own_dtype(self.wk, x).unflatten(-1, (-1, self.head_width))
         value = in_own_dtype(self.wv, x).unflatten(-1, (-1, self.head_width))
@@ -108,7 +108,7 @@ class GatedAttention(GroupedAttention):
         return attend_rotated(self, rotated, tokens, lengths)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Return the gated attention between text tokens x, B T C, without rotary embedding."""
+        """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
@@ -126,7 +126,7 @@ def attend_rotated(
         attention: Layer whose memory stores, or provides, the keys and values of references.
         heads: Query, key and value, the first two rotated.
         tokens: Inputs of the blocks.
-        lengths: How many of the tokens after isolated references are real.
+        lengths: Numbers of real tokens, not counting isolated references.
     """
     query, key, value = heads
     if tokens.remembers:
@@ -141,6 +141,7 @@ def attend_rotated(
     attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
     if not isolated:
         return attended
+    # isolated references see only themselves
     references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
     return torch.cat([references, attended], dim=1)
 
@@ -187,7 +188,7 @@ class TextBlock(StreamBlock):
 
 
 class TextFusion(nn.Module):
-    """Merges the several states of each token into one, then lets tokens attend to each other."""
+    """Merge each token's several states into one, then let the tokens attend to each other."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
     def forward(self, states: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Fuse the n layers of text states for each token, B T n C, to B T C."""
+        """Fuse the states of n layers for each text token, B T n C, to B T C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:
@@ -216,7 +217,7 @@ class Table(nn.Module):
 
 
 class Krea2Block(StreamBlock):
-    """Block in which image and text attend to each other, modulated by the time."""
+    """Block with joint attention of image and text tokens, modulated by the timestep."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__(config)
@@ -241,7 +242,7 @@ class Krea2Block(StreamBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
         image = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.prenorm.in_float32(image), shift, scale, tokens.dtype)
@@ -262,7 +263,7 @@ class LastLayer(nn.Module):
         self.modulation = Table(2, config.dim)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
-        """Return the patches of the velocity for image tokens x, B L C."""
+        """Project image tokens x, B L C, to patches of the velocity."""
         scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin).chunk(2, dim=1)
         return in_own_dtype(self.linear, modulate(self.norm.in_float32(x), shift, scale, tokens.dtype))
 
@@ -276,7 +277,7 @@ class Krea2Layout(NamedTuple):
 
 
 class Krea2Text(NamedTuple):
-    """An embedded text."""
+    """An embedded text, with its lengths."""
 
     states: Tensor  # B T C
     # how many of the tokens that attend to all are real, with this text last; None for all
@@ -303,12 +304,13 @@ class Krea2Model(BlockNetwork):
     dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
         dim, text_dim = config.dim, config.text_dim
         self.first = nn.Linear(config.channels * PATCH**2, dim)
+        # the Identity stands for GELU, so that layers keep the file's numbers
         self.tmlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim))
         self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
         self.txtfusion = TextFusion(config)
@@ -354,14 +356,14 @@ class Krea2Model(BlockNetwork):
             )
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Return the keys and values of references, 1 Z 1 h w each, by the attention of each block."""
+        """Compute each block's keys and values of isolated references, 1 Z 1 h w each, once for all steps."""
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)
         images = [self.embed_image(latents).to(dtype) for latents in references]
         x = torch.cat(images, dim=1)
         grids = tuple(self.grid_of(latents) for latents in references)
-        layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
+        layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)  # no image and no text
         tokens = Krea2Tokens(
             layout.grid,
             rotary=self._rotary.get_table(layout, device),
@@ -374,7 +376,7 @@ class Krea2Model(BlockNetwork):
         return remember(self, Hidden(x, tokens), self.attentions())
 
     def attentions(self) -> list[GatedAttention]:
-        """The attention of each block."""
+        """Return the attention layer of each block."""
         return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]
 
     def embed(
@@ -387,7 +389,7 @@ class Krea2Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         isolated: bool = False,
     ) -> Hidden:
-        """Return the tokens of references, image and text, B R+L+T C, and the other inputs of the blocks.
+        """Embed references, image and text as tokens, B R+L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -421,6 +423,7 @@ class Krea2Model(BlockNetwork):
         first, *seconds = texts
         tokens = Krea2Tokens(
             grid,
+            # the table is for the longer of the two texts
             rotary=rotary[: num_images + first.states.shape[1]],
             lengths=first.lengths,
             time=self._embed_times(timesteps, bool(references)),
@@ -441,7 +444,7 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
-        """Return an embedded text. `arguments` are text and text_mask, as in `embed`.
+        """Embed a text; `arguments` are text and text_mask, as in `embed`.
 
         `before` counts the tokens in front of the text that attend to all.
         """
@@ -471,7 +474,7 @@ class Krea2Model(BlockNetwork):
         return height // PATCH, width // PATCH
 
     def embed_image(self, latents: Tensor) -> Tensor:
-        """Return the tokens of an image, B Z 1 H W to B L C."""
+        """Embed an image as tokens: B Z 1 H W to B L C."""
         patches = rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return in_own_dtype(self.first, patches)
 
@@ -483,7 +486,7 @@ class Krea2Model(BlockNetwork):
         return torch.cat([rows, time], dim=1).unflatten(1, (ROWS + 1, -1))
 
     def embed_text(self, states: Tensor, lengths: Lengths | None) -> Tensor:
-        """Return text tokens B T C of a language model's states B T n text_dim."""
+        """Embed a language model's states, B T n text_dim, as text tokens B T C."""
         norm, first, _, second = self.txtmlp
         fused = self.txtfusion(states, self.attention, lengths)
         return in_own_dtype(second, gelu(in_own_dtype(first, norm(fused))))

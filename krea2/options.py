@@ -182,10 +182,9 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
 def resolve_generation(
     options: Any, own_options: Krea2GenerationOptions
 ) -> tuple[Any, Krea2GenerationOptions]:
-    """Copy --width and --height into the size, and warn of LoRAs trained with another --kv_cache.
+    """Resolve the image size from --width and --height, and warn about LoRAs trained with another --kv_cache.
 
-    None stands for options that are not given: size, width, height, mu, y1 and y2. Raises OptionError if
-    --image_size gives another size.
+    Raises OptionError if --image_size gives another size.
     """
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)

@@ -58,7 +58,7 @@ def latent_count(frames: int, fps: float) -> int:
 
 
 def fit_audio(waveform: Tensor, frames: int, fps: float) -> Tensor:
-    """Cut audio, B C S at 16 kHz, to the length of a clip, or append silence, to at least one mel frame."""
+    """Cut audio, B C S at 16 kHz, to a clip's length, or pad it with silence to at least one mel frame."""
     length = int(frames / fps * RATE)
     waveform = waveform[..., :length]
     return functional.pad(waveform, (0, max(length, WINDOW) - waveform.shape[-1]))
@@ -79,7 +79,7 @@ def log_mel(waveform: Tensor, bins: int) -> Tensor:
 
 @functools.cache
 def _make_mel_filters(bins: int) -> Tensor:
-    """Return the weight of each frequency in each bin, frequencies bins."""
+    """Return each frequency's weight in each mel bin, frequencies x bins."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(WINDOW // 2 + 1, bins, 0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
@@ -87,7 +87,7 @@ def _make_mel_filters(bins: int) -> Tensor:
 
 
 class AudioVae:
-    """The audio VAE. It encodes stereo audio at `rate` samples per second."""
+    """Audio VAE, which encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
 
@@ -113,7 +113,7 @@ class AudioVae:
         return (self._network.encode(mel).latent_dist.mode() - mean) / std
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's audio, cut or with silence added, B C T M with T as `latent_count`.
+        """Encode a clip's audio, cut or padded with silence, as B C T M with T from `latent_count`.
 
         `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
@@ -121,7 +121,7 @@ class AudioVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the mel spectrogram, B 2 4T-3 M float32, of normalized latents, B C T M on any device."""
+        """Decode normalized latents, B C T M, to a mel spectrogram, B 2 4T-3 M float32."""
         mean, std = self._statistics()
         return self._network.decode(latents.to(self.device).float() * std + mean).sample
 
@@ -182,7 +182,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the vocoder of LTX-2 or LTX-2.3: official file, or diffusers' layout.
+    """Plan how to load the vocoder of LTX-2 or LTX-2.3, from an official file or a diffusers folder.
 
     `option` is the option that named the file. The settings are those of a vocoder with bandwidth extension
     if they have `bwe_in_channels`. Raises CheckpointError for any other file.
@@ -191,7 +191,7 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
     rejection = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
     shape = shapes_of(checkpoint, sources, rejection)
-    if "upsamplers.0.weight" in sources:
+    if "upsamplers.0.weight" in sources:  # LTX-2: no bandwidth extension
         settings = _read_generator(shape, sources, "", rejection)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:
@@ -221,7 +221,7 @@ def _translate_vocoder_name(name: str) -> str:
 def _read_generator(
     shape: Shape, names: Collection[str], start: str, rejection: CheckpointError
 ) -> dict[str, Any]:
-    """Read the settings of one generator of waveforms."""
+    """Read the settings of one waveform generator, a vocoder or its bandwidth extension."""
     escaped = re.escape(start)
     num_upsamplings = count(names, rf"{escaped}upsamplers\.\d+")
     kernels = []
@@ -294,7 +294,7 @@ def _read_rate(settings: Settings) -> int:
 
 
 def build_vocoder(settings: Settings) -> nn.Module:
-    """Build the network for `on_meta_device`; the resampler's filter, which no file has, is computed."""
+    """Build the vocoder for `on_meta_device`, and compute the resampler's filter, which no file has."""
     with hide_packages("bitsandbytes"):
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 
@@ -310,6 +310,7 @@ def build_vocoder(settings: Settings) -> nn.Module:
         input_sampling_rate=low,
         output_sampling_rate=OUTPUT_RATE,
     )
+    # not on the meta device, because no file gives it values
     with torch.device("cpu"):
         network.resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False)
     return network

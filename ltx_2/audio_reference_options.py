@@ -18,7 +18,7 @@ IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
 
 @dataclass(frozen=True)
 class ReferenceStrategy:
-    """Which references a training takes."""
+    """Which references a training uses."""
 
     takes_images: bool = False  # clips and images, of reference_directory
     takes_audio: bool = False  # of reference_audio_directory
@@ -71,7 +71,7 @@ def _identity(facts: Mapping[str, Any]) -> Any:
 
 
 class Ltx2AudioReferences(Options, title="audio references"):
-    """How a training shows audio that the audio of clips is made after, such as a voice (ID-LoRA)."""
+    """Options of audio references that a training uses, such as a speaker's voice (ID-LoRA)."""
 
     is_before: bool = _switch(
         "positions of the reference end before the audio begins; default: both begin at 0",
@@ -95,7 +95,7 @@ class Ltx2AudioReferences(Options, title="audio references"):
 
 
 class Ltx2GivenAudioReference(Options, title="audio references"):
-    """Audio that the audio of a generation is made after."""
+    """Audio whose voice or style the generated audio follows."""
 
     reference_audio: Path | None = option(
         "file after whose sound the audio is made, with a LoRA that has learned it, such as a voice; as long "

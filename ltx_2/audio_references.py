@@ -48,7 +48,7 @@ class RequestReferences:
 
 @dataclass(frozen=True)
 class AudioReferenceRules:
-    """How the network sees audio references."""
+    """How the network attends to audio references."""
 
     is_before: bool = False  # as in `LtxAudioReferences`
     # in training alone, as in `LtxAudioReferences`
@@ -57,7 +57,7 @@ class AudioReferenceRules:
     identity_scale: float = 0.0  # weight of identity guidance; see `StreamGuidance.identity`
 
     def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
-        """Return the reference among the conditions of a call, as the network takes it."""
+        """Return the audio reference among a call's conditions, as an argument of the network."""
         latents = conditions.get(REFERENCE_AUDIO)
         if not isinstance(latents, Tensor) or overrides.drops_audio_reference:
             return LtxAudioReferences()
@@ -71,7 +71,7 @@ class AudioReferenceRules:
 
 
 def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
-    """Return the rules of a training."""
+    """Return the rules for audio references that the training options set."""
     return AudioReferenceRules(
         options.is_before,
         options.is_hidden_from_video,

@@ -52,7 +52,7 @@ class LtxReferences:
 
 @dataclass(frozen=True)
 class LtxAudioReferences(LtxReferences):
-    """References of audio, B Z T K each, clean, whose tokens come before the audio's."""
+    """Clean audio references, B Z T K each, whose tokens precede the audio's."""
 
     is_before: bool = False  # they end before the audio begins; else they begin with it
     is_hidden_from_video: bool = False  # the video does not attend to them
@@ -66,7 +66,7 @@ class LtxAudioReferences(LtxReferences):
 
 @dataclass(frozen=True)
 class CrossInputs:
-    """Inputs of a stream for the attention between the streams."""
+    """Inputs of a stream's attention to the other stream."""
 
     rotary: Tensor  # by time only, L N D/2 2
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
@@ -77,7 +77,7 @@ class CrossInputs:
 
 @dataclass(frozen=True)
 class Stream:
-    """Inputs of the blocks for a stream (video or audio), in addition to its tokens."""
+    """Inputs of the blocks for the video or the audio stream, in addition to its tokens."""
 
     rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
     texts: tuple[Tensor, ...]  # each B T C; one unless there is a second text
@@ -97,11 +97,11 @@ class Stream:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the stream."""
+        """Return the number of tokens of the stream."""
         return self.rotary.shape[-4]
 
     def cut(self, part: "TokenPart") -> "Stream":
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs for the tokens that one process computes."""
         cross, split = self.cross, self.split
         if cross is not None:
             cross = replace(cross, rotary=part.rows(cross.rotary))
@@ -137,18 +137,18 @@ class LtxTokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
-        """Number of tokens of each stream."""
+        """Return each stream's number of tokens."""
         return tuple(stream.length for stream in self.streams.values())
 
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
-        """Return the inputs for the tokens of one process, which has a part of the tokens of each stream."""
+        """Return the inputs for one process, which has a part of each stream's tokens."""
         streams = {}
         for (names, stream), part in zip(self.streams.items(), parts, strict=True):
             streams[names] = stream.cut(part)
         return replace(self, streams=streams)
 
     def split(self, x: Tensor) -> Parts:
-        """Return the tokens of each stream, B L C, of x."""
+        """Split tokens x into each stream's tokens, B L C."""
         if len(self.streams) == 1:
             return dict.fromkeys(self.streams, x)
         parts = {}
@@ -158,7 +158,7 @@ class LtxTokens:
         return parts
 
     def join(self, parts: Parts) -> Tensor:
-        """Return the tokens of all streams as one tensor, B L+M W."""
+        """Concatenate the tokens of all streams, B L+M W."""
         if len(parts) == 1:
             return next(iter(parts.values()))
         width = max(tokens.shape[-1] for tokens in parts.values())
@@ -167,7 +167,7 @@ class LtxTokens:
 
 
 class LtxAttention(nn.Module):
-    """Attention from one kind of tokens to another; q and k are normalized over all heads."""
+    """Attention from one set of tokens to another; q and k are normalized over all heads together."""
 
     def __init__(
         self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
@@ -197,7 +197,7 @@ class LtxAttention(nn.Module):
         return self._rotate_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
-        """Return the values of x, B L N D."""
+        """Project x to values, B L N D."""
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -213,12 +213,12 @@ class LtxAttention(nn.Module):
 
 
 def norm_tokens(x: Tensor) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the channels, in the dtype of x."""
+    """Apply RMSNorm without weights over the channels, in the dtype of x."""
     return functional.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 class LtxBlock(nn.Module):
-    """Self-attention, attention to the text, attention between the streams, feed-forward.
+    """Self-attention, cross-attention to the text and to the other stream, and feed-forward.
 
     Each stream has its own layers. All are modulated by shift, scale and gate of the timestep, except the
     attention to the text in LTX-2.0.
@@ -269,7 +269,7 @@ class LtxBlock(nn.Module):
     def see_itself_and_text(
         self, names: StreamNames, x: Tensor, tokens: LtxTokens, rows: Sequence[Tensor]
     ) -> Tensor:
-        """Add to a stream, B L C, its attention to itself and to its text; `rows` are its `_split_rows`."""
+        """Add self-attention and cross-attention to text to a stream, B L C; `rows` are its `_split_rows`."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
         shift, scale, gate, _, _, _, *text_rows = rows
@@ -298,7 +298,7 @@ class LtxBlock(nn.Module):
     def _modulate_cross_inputs(
         self, names: StreamNames, x: Tensor, tokens: LtxTokens
     ) -> dict[StreamNames, Tensor]:
-        """Return a stream's inputs of the attention between the streams, B L C, by the receiving stream."""
+        """Return a stream's inputs of attention between the streams, B L C, keyed by the receiving stream."""
         stream = tokens.streams[names]
         assert stream.cross is not None
         table = getattr(self, names.cross_table)  # added in float32, as the rows
@@ -332,7 +332,7 @@ class LtxBlock(nn.Module):
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Return the self-attention of a stream, in which x attends to the tokens of all processes."""
+        """Return a stream's self-attention, over the tokens of all processes."""
         layer = getattr(self, f"{names.prefix}attn1")
         stream = tokens.streams[names]
         value = layer.values(x)
@@ -346,7 +346,7 @@ class LtxBlock(nn.Module):
         return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
 
     def _see_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Return the attention of a stream to its text, combined with that to a second text."""
+        """Return a stream's cross-attention to its text, combined with that to a second text, if any."""
         layer = getattr(self, f"{names.prefix}attn2")
         stream = tokens.streams[names]
         texts = stream.texts
@@ -357,7 +357,7 @@ class LtxBlock(nn.Module):
         query = layer.queries(x)
         attended = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
         combined = attended[0] if tokens.combine is None else tokens.combine(*attended)
-        if stream.num_without_text:  # attention to nothing is 0
+        if stream.num_without_text:  # these references see no text: their attention is 0
             without, combined = combined.tensor_split([stream.num_without_text], dim=1)
             combined = torch.cat([torch.zeros_like(without), combined], dim=1)
         return layer.project(x, combined)
@@ -374,7 +374,7 @@ class LtxBlock(nn.Module):
         query = layer.queries(x, stream.cross.rotary)
         key = layer.keys(other_x, other_stream.cross.rotary)
         value = layer.values(other_x)
-        first = other_stream.num_hidden  # of the tokens that are seen
+        first = other_stream.num_hidden  # hidden reference tokens come first
         if stream.part is None or other_stream.part is None:
             return layer.project(x, _attend(query, key[:, first:], value[:, first:], tokens))
         (query,) = stream.part.gather_tokens(query)
@@ -389,17 +389,18 @@ class LtxBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
+    """Compute attention in one dtype, because files may mix the dtypes of q, k and v."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 
 
 def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return additional channels of queries and keys, L E each, whose products add to attention's logits.
+    """Return extra query and key channels, L E each, whose products add a bias to attention's logits.
 
-    References do not see each other. The product of a query and a key over these channels is the number to
-    add: two channels give the logarithms between video and references, and one channel for each reference R
-    gives UNSEEN between its queries and the keys of the other references. Source: the released code of LTX-2.
+    The bias weakens attention between references and video, and hides references from each other. The product
+    of a query and a key over these channels is the number to add: two channels give the logarithms between
+    video and references, and one channel for each reference R gives UNSEEN between its queries and the keys
+    of the other references. Source: the released code of LTX-2.
 
     Args:
         strengths: M, 0..1: how strongly each reference token and the video attend to each other. The
@@ -412,6 +413,7 @@ def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: i
     membership = torch.block_diag(*(strengths.new_ones(count, 1) for count in counts))
     membership = functional.pad(membership, (0, 0, 0, num_video_tokens))  # L R: token in reference
     hidden = UNSEEN * (1 - membership) * (1 - is_video[:, None])  # L R: keys of the other references
+    # is_video * logarithms + logarithms * is_video + membership * hidden
     queries = torch.stack([is_video, logarithms, *membership.unbind(1)], dim=1)
     keys = torch.stack([logarithms, is_video, *hidden.unbind(1)], dim=1)
     padding = (0, -queries.shape[1] % 8)  # kernels need widths that are multiples of 8
@@ -421,9 +423,10 @@ def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: i
 def _attend_dimmed(
     more_queries: Tensor, more_keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
 ) -> Tensor:
-    """Compute attention with weights changed by `dim_references`, in torch: 8 bits are too coarse.
+    """Compute attention whose logits get the bias of extra channels, which weaken attention to references.
 
-    `more_queries` and `more_keys` are the additional channels, L E each.
+    The channels `more_queries` and `more_keys`, L E each, come from `dim_references`. Always in torch,
+    because 8-bit kernels are too coarse.
     """
     width = query.shape[-1]
     num_more = more_queries.shape[-1]

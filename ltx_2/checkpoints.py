@@ -73,7 +73,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 
 
 def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
-    """Return the dimensions that the tensors and the record of settings show.
+    """Read a transformer's dimensions from its tensors and settings.
 
     Raises CheckpointError for missing tensors, and as `_read_fields`.
     """
@@ -100,7 +100,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 
 
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dimensions that no tensor shows, from a record of settings in either layout.
+    """Return the dimensions that no tensor shows, from settings in the official or diffusers' layout.
 
     Raises ValueError for invalid numbers, and TypeError or the like for values of other types.
     """
@@ -138,7 +138,7 @@ def _read_gate_time(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a boolean setting; without it `default`, which the tensors show.
+    """Return a boolean setting; if it is missing, `default`, which the tensors imply.
 
     Raises ValueError if it is neither true nor false. If the setting contradicts the tensors, loading reports
     the tensors.
@@ -152,7 +152,7 @@ def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
 def _read_stream(
     shapes: DitShapes, names: StreamNames, projects: bool, settings: Mapping[str, Any]
 ) -> StreamConfig:
-    """Read the sizes of one stream; without a projection, its text enters the blocks as it is."""
+    """Read one stream's dimensions; without a projection, its text enters the blocks unchanged."""
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
     dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")

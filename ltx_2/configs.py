@@ -94,12 +94,12 @@ class LtxConfig:
 
     @property
     def dim(self) -> int:
-        """Width of the video's stream."""
+        """Return the width of the video stream."""
         return self.video.dim
 
     @property
     def kind(self) -> str:
-        """Release that the dimensions belong to: 2.0, 2.3 or 2.5."""
+        """Return the release with these dimensions: 2.0, 2.3 or 2.5."""
         is_new = self.marks_first or not self.video.ff_bias
         if is_new:
             return "2.5"
@@ -129,7 +129,7 @@ LATENT = LatentSpec(
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of audio, B C T M."""
+    """Return the number of tokens: F*H*W for clip latents, B C F H W, and T for audio, B C T M."""
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 
@@ -138,7 +138,7 @@ NOISE = NoiseSpec(training_offset=0.0, tokens=count_tokens)
 
 @dataclass(frozen=True)
 class Ltx2Release:
-    """Defaults of a release."""
+    """Default settings of an LTX-2 release."""
 
     release: ModelRelease
     steps: int

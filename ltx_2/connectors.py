@@ -77,7 +77,7 @@ NAMES: Names = (  # official; then diffusers' layout
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """Dimensions of the connector of one stream."""
+    """Dimensions of one stream's connector."""
 
     dim: int  # S
     ffn_dim: int
@@ -104,7 +104,7 @@ class ConnectorsConfig:
 
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
-    """Open a file of connectors; in LTX-2.5 also Gemma's file, which has the projections before them."""
+    """Open a file of connectors; for LTX-2.5, add the projections from Gemma's file."""
     paths = checkpoint_paths(path)
     with open_checkpoint(path) as checkpoint:
         names = [name for name in checkpoint.tensors if name.startswith(PARTS)]
@@ -115,12 +115,13 @@ def open_connectors(path: Path, gemma: Path) -> Checkpoint:
 
 
 def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) -> LoadPlan[ConnectorsConfig]:
-    """Plan how to load the connectors of these streams, from the official file or diffusers' folder.
+    """Plan how to load the text connectors of the given streams, from an official file or diffusers' folder.
 
     Raises CheckpointError if the file has none, or is damaged.
     """
     parts = checkpoint.select_by_prefix(*PARTS)
     sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
+    # files of all releases have the video stream
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
         raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
     damaged = CheckpointError(
@@ -162,7 +163,7 @@ def _read_connector(
     settings: Mapping[str, Any],
     damaged: CheckpointError,
 ) -> ConnectorConfig:
-    """Read the dimensions of a connector. `shape` returns a tensor's, by its name and number of axes."""
+    """Read a connector's dimensions; `shape` returns a tensor's shape, given its name and number of axes."""
     connector = f"{stream}_embeddings_connector"
     block = f"{connector}.transformer_1d_blocks.0."
     gates = f"{block}attn1.to_gate_logits.weight"
@@ -187,7 +188,7 @@ def _read_connector(
 
 
 def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
-    """Return the number of rows that text positions are divided by.
+    """Return the number of rows by which the connectors divide text positions.
 
     Raises CheckpointError if the settings are of positions of another kind.
     """
@@ -208,7 +209,7 @@ def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
 
 
 class TextConnectors(nn.Module):
-    """Projections and connectors of the wanted streams."""
+    """Projections and connectors of the loaded streams."""
 
     def __init__(self, config: ConnectorsConfig) -> None:
         super().__init__()
@@ -222,7 +223,7 @@ class TextConnectors(nn.Module):
             self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Return the text for each stream, T S, of states L n C of the prompt's tokens.
+        """Turn a prompt's states, L n C (n layers), into text rows for each stream, T S.
 
         `rows` is T, the number of rows to fill.
         """
@@ -252,7 +253,7 @@ class Connector(nn.Module):
         self.transformer_1d_blocks = nn.ModuleList(ConnectorBlock(config) for _ in range(config.num_layers))
 
     def forward(self, text: Tensor, rows: int) -> Tensor:
-        """Return T S of a text, L S. `rows` is T, a multiple of the number of registers."""
+        """Transform a text, L S, to T S; `rows` is T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
         rotary = make_row_table(
@@ -268,7 +269,7 @@ class Connector(nn.Module):
 
 
 class ConnectorBlock(nn.Module):
-    """Attention among all rows, then a feed-forward network; the norms before both have no weights."""
+    """Self-attention among all rows, then a feed-forward; both start with a norm without weights."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()

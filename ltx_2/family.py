@@ -168,12 +168,12 @@ class Ltx2(Ltx2Media):
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """Compute dtype of the VAE, in which latents are cached."""
+        """Return the VAE's compute dtype, in which latents are cached."""
         return self.files.encoder_dtype(self.files.vae_dtype)
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Format of the audio latents; None if the run has no audio."""
+        """Return the format of the audio latents; None if the run has no audio."""
         audio = super().audio
         if audio is None:
             return None
@@ -183,17 +183,17 @@ class Ltx2(Ltx2Media):
 
     @property
     def version(self) -> str:
-        """Release of the transformer's file; "2.3" without a transformer."""
+        """Return the release of the transformer's file; "2.3" without a transformer."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Conditions that only a teacher may get: those of every family, and the first frame."""
+        """Return the conditions that only a teacher gets: those of all families, and the first frame."""
         return (*super().fuller, FIRST_FRAME)
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation. The flow shift for 4096 tokens is used at any size, as released."""
+        """Return a generation's defaults; as released, the flow shift is that of 4096 tokens at any size."""
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,
@@ -215,7 +215,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: version, trained streams, and the references that a LoRA learned."""
+        """Return the model's metadata: version, trained streams, and the references that a LoRA learned."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -225,6 +225,7 @@ class Ltx2(Ltx2Media):
             names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
+        # references of unscaled size are recorded only if the training is known to use them
         is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
@@ -237,11 +238,11 @@ class Ltx2(Ltx2Media):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the texts of both streams, as far as used, and their mask."""
+        """Return the cache keys of the used streams' text states, and of their mask."""
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media: references of LTX-2 have keys of their own."""
+        """Raise DatasetError if a table has control media: references of LTX-2 have separate keys."""
         if table.has_control:
             raise DatasetError(
                 f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
@@ -278,7 +279,7 @@ class Ltx2(Ltx2Media):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, and note the LoRAs that only one stage uses."""
+        """Load the transformer, and record which LoRAs only one stage uses."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
@@ -363,7 +364,7 @@ class Ltx2(Ltx2Media):
         strengths: Any,
         device: torch.device,
     ) -> LtxReferences:
-        """Return the references as the network takes them.
+        """Return the references with their noise, strengths and time factor, as arguments of the network.
 
         Args:
             references: Clean latents.
@@ -381,7 +382,7 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve sizes, guidance, references, audio and stages of a request."""
+        """Check a request; fill in its size, guidance, references, audio and stages."""
         self.files.check(("dit",))
         if not self.files.has_images:
             self._reject_images(request)
@@ -389,6 +390,7 @@ class Ltx2(Ltx2Media):
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
         media = media_of(self.given, request)
         self._check_media(request, media)
+        # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.whole(self.latent)
         width, height, frames = size_of(request, self.defaults)
         frames = full_frames(frames, latent)
@@ -439,7 +441,7 @@ class Ltx2(Ltx2Media):
         return prepared
 
     def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if a request's audio reference has no use."""
+        """Raise OptionError if a request's audio reference would have no effect."""
         if not self.strategy.takes_audio:
             raise OptionError(
                 f"--{OPTION} {path}: --ic_lora_strategy does not take it. Leave one of them out"
@@ -455,13 +457,13 @@ class Ltx2(Ltx2Media):
             )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
-        """Raise OptionError if the image or the driving video cannot be opened or used."""
+        """Raise OptionError if the request's media contradict each other or cannot be opened."""
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
         self._check_generated_keyframes()
-        whole = {**media.image_files, "drive_video": self.drive_video}
+        media_options = {**media.image_files, "drive_video": self.drive_video}
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
                 f"--{request.source.option} and given parts of the result: these start from noise. Leave "
@@ -474,7 +476,7 @@ class Ltx2(Ltx2Media):
             )
         if media.image_files and self.drive_video is not None:
             raise OptionError(
-                f"--drive_video and --{next(iter(whole))}: the video has all frames. Give one of them"
+                f"--drive_video and --{next(iter(media_options))}: the video has all frames. Give one of them"
             )
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
@@ -524,7 +526,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return the metadata of outputs about conditioning media, references and stages."""
+        """Return output metadata about given media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -560,7 +562,7 @@ class Ltx2(Ltx2Media):
             )
 
     def _reject_images(self, request: Request) -> None:
-        """Raise OptionError if media of images are given, although only audio is generated."""
+        """Raise OptionError for image or video options when only audio is generated."""
         images = {
             "image_path": request.image_path,
             "drive_video": self.drive_video,
@@ -595,6 +597,7 @@ class Ltx2(Ltx2Media):
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
+        # any medium that gives frames of the result
         clip = (
             request.image_path
             or self.drive_video
@@ -619,7 +622,7 @@ class Ltx2(Ltx2Media):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the image (as first latent frame) or the driving video, and references, on the CPU."""
+        """Encode the first image or the driving video, and the references; all results are on the CPU."""
         if not prepared.stages:
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}
@@ -631,7 +634,7 @@ class Ltx2(Ltx2Media):
         return by_stage
 
     def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the media conditions of a request without stages."""
+        """Return the media conditions of a request that has no stages."""
         conditions = self._encode_references(vae, prepared)
         if prepared.family_record.audio is not None:
             conditions[REFERENCE_AUDIO] = self._encode_audio_reference(vae, prepared)
@@ -780,7 +783,7 @@ class Ltx2(Ltx2Media):
 
 
 def _device_of(vae: Any) -> torch.device:
-    """Return the device of the video VAE, which the audio VAE is loaded to; the CPU without images."""
+    """Return the video VAE's device, which the audio VAE uses too; the CPU without images."""
     device: torch.device = torch.device("cpu") if vae is None else vae.device
     return device
 
@@ -808,7 +811,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
-    """Describe the family for ltx2_train_network.py and ltx2_train.py."""
+    """Describe the family for LTX-2's training scripts, with its noise, loss and reference options."""
     options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
@@ -864,10 +867,10 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
-    """Describe the family for ltx2_generate_video.py."""
+    """Describe the family for ltx2_generate_video.py, with guidance, stages, media and references."""
     streams = (VIDEO,) if options.silent else options.streams
     log_ignored(streams, options, options.vae, options.guidance, options.audio_references)
-    given = options.audio_references
+    audio_options = options.audio_references
     return Ltx2(
         files_of(options, streams),
         options.guidance,
@@ -879,7 +882,9 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         reference_strength=options.references.strength,
         reference_attention=options.references.attention,
         strategy=STRATEGIES["none" if options.ic_lora_strategy == "none" else AUTO],
-        audio_references=AudioReferenceRules(bool(given.is_before), identity_scale=given.identity_scale),
+        audio_references=AudioReferenceRules(
+            bool(audio_options.is_before), identity_scale=audio_options.identity_scale
+        ),
     )
 
 

@@ -79,7 +79,7 @@ class Ltx2Files(TransformerFiles):
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
-        """Return the files with the options of Gemma. `dtype`, a name, replaces --text_encoder_dtype."""
+        """Return these files with Gemma's options added; `dtype`, a name, replaces --text_encoder_dtype."""
         return replace(
             self,
             gemma=options.gemma,
@@ -94,7 +94,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def has_sound(self) -> bool:
-        """Whether the run has audio."""
+        """Return whether the run has audio."""
         return AUDIO in self.streams
 
     @property
@@ -121,7 +121,7 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer. For one stream alone, the layers of the other are left out."""
+        """Load the transformer; for a single stream, leave out the other stream's layers."""
         dit_format = FORMAT
         if not self.has_images:
             dit_format = AUDIO_ALONE
@@ -134,14 +134,14 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def vae_path(self) -> Path:
-        """Path of the video VAE: its option, else the released file or folder."""
+        """Return the video VAE's path: its option, else the released file or folder."""
         return self._find_part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of the video VAE.
+        """Return the video VAE's latent space.
 
-        Without its file it is the releases', for the transformer's channels; for audio alone it is a
+        Without the VAE's file, it is the released one with the transformer's channels; for audio alone, a
         placeholder.
         """
         if not self.has_images:
@@ -164,7 +164,7 @@ class Ltx2Files(TransformerFiles):
         return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
@@ -172,7 +172,7 @@ class Ltx2Files(TransformerFiles):
         return super().vae_identity() if self.has_images else NO_IMAGES
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the video or the audio VAE, as far as used, is another model's."""
+        """Raise CheckpointError if a VAE that the run uses belongs to another model."""
         if self.has_images:
             read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
@@ -184,7 +184,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Latent space of audio; None if the run has no audio."""
+        """Return the latent space of audio; None if the run has no audio."""
         if not self.has_sound:
             return None
         try:
@@ -201,7 +201,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _check_default_audio(self) -> None:
-        """Raise OptionError if the transformer takes other audio latents than the releases' VAEs make."""
+        """Raise OptionError if the transformer takes other audio latents than the released VAEs produce."""
         stream = None if self.dit is None else self.dit_header().config.audio
         default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // JOINED
         if stream is not None and stream.channels != default:
@@ -223,19 +223,22 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return Gemma with the connectors; their files are opened when they are loaded."""
+        """Return the text encoder: Gemma with the connectors; weights are read later."""
         # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
         # the projections
-        apart, gemma = self.connectors, None
-        if apart is not None and read_once(require_file(apart, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+        connectors_path, gemma_path = self.connectors, None
+        if connectors_path is not None and read_once(
+            require_file(connectors_path, gemma_4.OPTION, ""), gemma_4.is_gemma_4
+        ):
             if self.gemma not in (None, GEMMA):
                 raise OptionError(
-                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {apart}. Leave "
+                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {connectors_path}. Leave "
                     "--gemma_root or --gemma_safetensors out"
                 )
-            apart, gemma = None, apart
-        if gemma is None:
-            near = apart or self.checkpoint
+            connectors_path, gemma_path = None, connectors_path
+        if gemma_path is None:
+            # without Gemma's file, the file next to it shows which Gemma it needs
+            near = connectors_path or self.checkpoint
             is_missing = self.gemma is not None and not self.gemma.exists()
             if is_missing and near and near.is_file() and read_once(near, gemma_4.wanted_gemma):
                 raise OptionError(
@@ -243,18 +246,18 @@ class Ltx2Files(TransformerFiles):
                     f"{gemma_4.OPTION}"
                 )
             folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-            gemma = inside(folder, "text_encoder")
-        connectors = self._find_part(apart, gemma_4.OPTION, "connectors", "it joins texts")
-        gemma_4.check_version(connectors, gemma)
+            gemma_path = inside(folder, "text_encoder")
+        connectors = self._find_part(connectors_path, gemma_4.OPTION, "connectors", "it joins texts")
+        gemma_4.check_version(connectors, gemma_path)
         return Ltx2TextEncoder(
-            gemma,
+            gemma_path,
             connectors,
             dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
             streams=self.streams,
-            use=gemma_4.GEMMA_4_USE if read_once(gemma, gemma_4.is_gemma_4) else GEMMA_USE,
+            use=gemma_4.GEMMA_4_USE if read_once(gemma_path, gemma_4.is_gemma_4) else GEMMA_USE,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -284,7 +287,7 @@ class Ltx2Files(TransformerFiles):
                 check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
     def check_cached_texts(self, batch: Batch) -> tuple[str, ...]:
-        """Return the names of the texts that the transformer needs.
+        """Check a batch's cached texts, and return the keys of those that the transformer needs.
 
         Raises CacheError if texts or sound are missing, or texts are of another release.
         """
@@ -324,19 +327,19 @@ def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
 
 
 def _lacks(checkpoint: Checkpoint, part: str) -> bool:
-    """Return whether a file has a transformer, but no tensor whose name begins with `part`."""
+    """Return whether a file has a transformer but no tensors that begin with `part`."""
     names = checkpoint.tensors
     has_dit = any(name.endswith("audio_patchify_proj.weight") for name in names)
     return has_dit and not any(name.startswith(part) for name in names)
 
 
 def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return the shape C T M of the latents of a clip's audio."""
+    """Return the shape C T M of a clip's audio latents."""
     return channels, latent_count(frames, fps), bins
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training or a generation. `streams` are those to train or generate."""
+    """Return the files of a training or generation; `streams` are the ones it trains or generates."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,
@@ -346,7 +349,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file; if they differ, warn or raise OptionError, as options say."""
+    """Compare --ltx_version with the file; if they differ, warn or raise OptionError as the options say."""
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"

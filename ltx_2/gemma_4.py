@@ -26,7 +26,7 @@ CONFIG = "gemma_config"  # metadata of its file
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma4UnifiedTextConfig, as `LanguageModel.read_settings`.
+    """Translate Gemma 4's settings to keyword arguments of transformers' Gemma4UnifiedTextConfig.
 
     Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
     ValueError or TypeError for invalid values, and for another pattern of layers.
@@ -125,7 +125,7 @@ def _own_version(checkpoint: Checkpoint) -> str | None:
 
 
 def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
-    """Return the version of Gemma that the metadata, or else config.json, names."""
+    """Return the Gemma version in the metadata or else in config.json; None if neither names it."""
     try:
         settings = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
         if not settings and key == CONFIG:

@@ -74,21 +74,21 @@ class Extension:
     suffix_p: float
     is_one_draw: bool
 
-    def mark(self, count: int, draws: Tensor, who: Sequence[str], what: str) -> Tensor:
-        """Return the given latents of each sample, B count bool.
+    def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
+        """Draw which first and last latents of each sample are given, B count bool.
 
         Args:
             count: Number of latents in a row.
             draws: Two random numbers for each sample, 2 B.
-            who: Names of the samples, for messages.
-            what: What the latents are, for messages.
+            sample_names: Names of the samples, for messages.
+            unit: Plural name of the latents, for messages.
         """
         prefix_draws = draws[0]
         suffix_draws = prefix_draws if self.is_one_draw else draws[1]
         if self.prefix + self.suffix >= count:
             raise DatasetError(
-                f"{who[0]} has {count} {what}, and {self.prefix} at its start and {self.suffix} at its end "
-                "are given: nothing would be learned. Give fewer, or longer clips"
+                f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
+                f"{self.suffix} at its end are given: nothing would be learned. Give fewer, or longer clips"
             )
         is_prefix = mark_ends(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
         is_suffix = mark_ends(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
@@ -154,15 +154,15 @@ class AnchorRule:
 
 
 def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
-    """Return which are the `count` lowest numbers of each row, bool."""
+    """Return a bool mask of the `count` lowest values in each row."""
     return ranks.argsort(1).argsort(1) < count
 
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Rule by which training draws, for each clip, the latent frames that are also given as keyframes.
+    """Rule for latent frames that training also gives as keyframes, drawn for each clip.
 
-    All clips of a batch that get interior keyframes get the same ones.
+    Those between the ends are the same for all clips of a batch that have them.
     """
 
     first: float  # probability of showing the first frame
@@ -171,25 +171,26 @@ class KeyframeRule:
     max_interior: int  # maximum number of latent frames between the ends
 
     def choose(self, samples: int, frames: int, generator: torch.Generator) -> Tensor:
-        """Return which latent frames each sample sees, samples x frames bool.
+        """Draw the latent frames that each sample gets as keyframes, samples x frames bool.
 
         `frames` is the number of latent frames of the clips.
         """
         first, last, interior = torch.rand((3, samples), generator=generator)
         fraction = float(torch.rand(1, generator=generator))
+        # the same inner frames for all samples of the batch
         order = torch.randperm(max(frames - 2, 0), generator=generator)
         max_between = min(self.max_interior, frames - 2)
         num_between = 1 + int(fraction * max_between) if max_between > 0 else 0
-        shown = torch.zeros(samples, frames, dtype=torch.bool)
-        shown[:, order[:num_between] + 1] = (interior < self.interior)[:, None]
-        shown[:, 0] = first < self.first
-        shown[:, -1] = last < self.last
-        return shown
+        is_shown = torch.zeros(samples, frames, dtype=torch.bool)
+        is_shown[:, order[:num_between] + 1] = (interior < self.interior)[:, None]
+        is_shown[:, 0] = first < self.first
+        is_shown[:, -1] = last < self.last
+        return is_shown
 
 
 @dataclass(frozen=True)
 class GivenRules:
-    """Which parts of clips a training gives; see `protocols.family.GivesTokens`."""
+    """Rules by which a training gives parts of clips; see `protocols.family.GivesTokens`."""
 
     ends: Extension | None = None
     region: MaskRule | None = None
@@ -200,7 +201,7 @@ class GivenRules:
     keyframes: KeyframeRule | None = None
 
     def always(self) -> "GivenRules":
-        """Return the same rules with probabilities of 1."""
+        """Return the same rules with all probabilities set to 1."""
         changes: dict[str, Any] = {}
         for name, rule in vars(self).items():
             if isinstance(rule, Extension):
@@ -270,7 +271,7 @@ class GivenRules:
         ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
-        """Return the given share of each video latent, B 1 F H W int16; None without rules for video."""
+        """Return each video latent's given share, 0 to WHOLE, B 1 F H W int16; None without video rules."""
         if not (self.ends or self.region or self.mask or self.anchors):
             return None
         samples, _, frames, rows, columns = batch.tensor("latents").shape
@@ -283,6 +284,7 @@ class GivenRules:
         if self.mask is not None:
             is_drawn = draws[3] < self.mask.probability
             is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
+        # anchors may keep only a fraction; where rules overlap, the larger share counts
         shares = is_given * WHOLE
         if self.anchors is not None and frames > 1:
             marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
@@ -308,7 +310,7 @@ class GivenRules:
         return rule.mark(torch.stack(marked).float(), draws)
 
     def _mark_audio(self, batch: Batch, count: int, draws: Tensor) -> Tensor | None:
-        """Return the given share of each audio latent, B 1 T 1 int16; None without rules for audio."""
+        """Draw which audio latents are given, B 1 T 1 int16, 0 or WHOLE; None without audio rules."""
         if not (self.audio_ends or self.audio_times):
             return None
         is_given = torch.zeros(len(batch), count, dtype=torch.bool)
@@ -330,7 +332,7 @@ class GivenRules:
 
 @dataclass(frozen=True)
 class BatchGuide:
-    """An image that guides each clip of a batch."""
+    """A guide image for each clip of a batch."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
@@ -339,7 +341,7 @@ class BatchGuide:
 
 
 def read_guides(batch: Batch) -> list[BatchGuide]:
-    """Return the guides of a batch, from its tensors; [] if there are none, or the clips are single frames.
+    """Return the guide images of a batch from its tensors; [] without any, or if clips are single frames.
 
     Raises:
         DatasetError: If the index of a replaced latent frame is out of range.
@@ -349,6 +351,7 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
     if GUIDES not in tensors or frames == 1:
         return []
     guides = []
+    # the table's guides are equal for all samples
     for number, (index, share) in enumerate(batch.tensor(GUIDES)[0].tolist()):
         name = f"{KEYFRAME_LATENTS}_{number}"
         is_keyframe = name in tensors
@@ -364,7 +367,7 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
 
 
 def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
-    """Set a guide's shares at its latent frame; return the shares of video latents, B 1 F H W."""
+    """Set a guide's share at its latent frame; return the shares of all video latents, B 1 F H W."""
     if shares is None:
         count, _, frames, rows, columns = batch.tensor("latents").shape
         shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
@@ -389,7 +392,7 @@ def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return which latents the masks of a batch give, B F H W bool.
+    """Return which latents a batch's masks mark as given, B F H W bool.
 
     Raises DatasetError if there are no masks, or if one gives every latent.
     """
@@ -410,7 +413,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
 
 
 def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
-    """Warn of samples in which the conditions together give every latent, so that nothing is learned."""
+    """Warn about samples whose conditions give every latent, so that nothing is learned."""
     if shares is None:
         return
     for key, share in zip(keys, shares, strict=True):
@@ -425,7 +428,7 @@ def take_masks(tensors: Conditions, name: str, generator: torch.Generator) -> Co
 
 
 def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
-    """Return the rules that the options set; dataset tables may add some. Warns of probabilities of 0."""
+    """Return the rules for giving parts of clips, from the options; warn about probabilities of 0."""
     for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
         if getattr(options, name) and not getattr(options, f"{name}_p"):
             logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)
@@ -453,7 +456,7 @@ def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
 
 
 def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
-    """Return how clips are extended in training: given frames at both ends; None if no end is drawn."""
+    """Return how many frames a training gives at both ends of clips; None if neither end is used."""
 
     def read(name: str) -> Any:
         return getattr(options, f"ltx2_{kind}extend_{name}")

@@ -148,25 +148,27 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
     """Raise OptionError unless the region lies in the frame and contains a full latent."""
     step = latent.pixel_step
     right, bottom = region.left + region.width, region.top + region.height
-    words = ",".join(map(str, region))
+    region_text = ",".join(map(str, region))
     if right > prepared.width or bottom > prepared.height:
         raise OptionError(
-            f"--outpaint_region {words}: the result has {prepared.width} x {prepared.height} pixels. Give "
-            "a region inside of it"
+            f"--outpaint_region {region_text}: the result has {prepared.width} x {prepared.height} pixels. "
+            "Give a region inside of it"
         )
     if not mark_inside(region, prepared.height // step, prepared.width // step, step).any():
         raise OptionError(
-            f"--outpaint_region {words}: it has no whole latent of {step} x {step} pixels. Give multiples of "
-            f"{step}"
+            f"--outpaint_region {region_text}: it has no whole latent of {step} x {step} pixels. "
+            f"Give multiples of {step}"
         )
     if any(number % step for number in region):
         logger.warning(
-            "--outpaint_region %s: not in multiples of %d: pixels of its edges are made anew", words, step
+            "--outpaint_region %s: not in multiples of %d: pixels of its edges are made anew",
+            region_text,
+            step,
         )
 
 
 def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
-    """Return whether each latent, H W bool, is completely inside a region of pixels."""
+    """Return which latents, H W bool, lie completely inside a region of pixels."""
     top = round_up(region.top, step)
     left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
@@ -182,13 +184,13 @@ class GivenImages:
 
     @property
     def frames(self) -> int:
-        """Number of latent frames."""
+        """Return the number of latent frames."""
         return self.clean.shape[2]
 
     def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = WHOLE) -> None:
-        """Keep a share of latents 1 C f H W from the latent frame `first` on.
+        """Mark latents, 1 C f H W, as given with a share, from the latent frame `first` on.
 
-        It is kept where `is_kept`, broadcast to f H W.
+        Only positions where `is_kept`, broadcast to f H W, is true are marked.
         """
         kept_frames = slice(first, first + clean.shape[2])
         is_kept = is_kept.expand(clean.shape[2:])
@@ -199,7 +201,7 @@ class GivenImages:
 def encode_images(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
-    """Return the latents of the kept parts of images, and their shares; {} if no part is kept.
+    """Encode all media that fix parts of the images; return the latents and their clean shares, {} if none.
 
     Args:
         media: Options of what is kept.
@@ -228,6 +230,7 @@ def encode_images(
         given.keep(encode(pixels), mark_kept(media, prepared, latent))
     if media.extend_prefix is not None:
         count = count_end(media, "extend_prefix", latent)
+        # a prefix gives its last frames
         frames = deque(_frames_of(media.extend_prefix), maxlen=count)
         given.keep(encode(_resize(frames, size)), torch.tensor(True))
     if media.extend_suffix is not None:
@@ -246,13 +249,13 @@ def _frames_of(path: Path) -> Iterable[Any]:
 
 
 def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
-    """Return frames scaled to cover a width and height, 1 3 F H W."""
+    """Resize and crop frames to a width and height, 1 3 F H W."""
     resized = [resize_cover(numpy.ascontiguousarray(frame[..., :3]), size) for frame in frames]
     return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
 
 
 def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
-    """Return a canvas of the result's size, 1 3 F H W, gray except for the source clip in `region`."""
+    """Place a clip on a gray canvas of the result's size, 1 3 F H W."""
     clip = video_pixels(
         path,
         "--outpaint_source",
@@ -301,7 +304,7 @@ def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> 
 
 
 def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Return a mask of the latents that overlap an interval.
+    """Return a mask of latents that overlap an interval in seconds.
 
     `starts` and `ends` are the times of each latent, in seconds.
     """
@@ -337,7 +340,7 @@ def encode_given_audio(
 
 
 class _KeptAudio(NamedTuple):
-    """Audio of a file, of which a part is kept."""
+    """Audio of a file, part of which is given."""
 
     samples: Tensor  # 1 channels S
     is_kept: Tensor  # by latent step, bool
@@ -371,7 +374,9 @@ def _read_kept_audio(
                 f"--audio_prefix {media.audio_prefix}: {part:g} of the result's {seconds:g} seconds would be "
                 "given. Give --audio_prefix_seconds, or make it longer"
             )
+        # the end of the prefix file begins the result
         samples = _require_samples("audio_prefix", media.audio_prefix, length - part, part, spec)
+        # tolerance for rounding
         yield _KeptAudio(samples, ends <= part + 1e-6)
     if media.drive_audio is not None:
         samples = _require_samples("drive_audio", media.drive_audio, 0, seconds, spec)
@@ -394,7 +399,7 @@ def _require_samples(name: str, path: Path, start: float, seconds: float, spec: 
 
 
 def _measure_audio(path: Path) -> float:
-    """Return how many seconds of audio a file has. Raises MediaError if it has none."""
+    """Return the length of a file's audio in seconds; raise MediaError if it has none."""
     track = read_beginning(path, LONGEST, 1)
     if track is None:
         raise MediaError(f"--audio_prefix {path}: it has no sound. Give a file with sound")
@@ -408,7 +413,7 @@ def take_given(conditions: dict[str, Any]) -> Conditions:
 
 
 def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -> Section:
-    """Return a section that keeps what is given of its latents.
+    """Return the section with its given latents held at their clean values.
 
     Args:
         section: A section that starts from noise.

@@ -26,7 +26,7 @@ def _file(text: str, **relations: Any) -> Any:
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """An image that replaces, or guides, one frame of the generated clip."""
+    """An image, and the frame or latent frame of the result that it replaces."""
 
     index: int  # index of a frame, or of a latent frame
     path: Path
@@ -34,17 +34,17 @@ class PlacedImage:
 
     @property
     def share(self) -> int:
-        """The strength in thousandths, the unit of `protocols.steps.GivenTokens`."""
+        """Return the strength in the units of `protocols.steps.GivenTokens`."""
         return round(1000 * self.strength)
 
     @property
     def words(self) -> str:
-        """The image as an option names it."""
+        """Return the image in the form of its option's value."""
         return f"{self.index}:{self.path}:{self.strength:g}"
 
 
 class Ltx2GivenMedia(Options, title="given parts of the result"):
-    """Parts of the result that are kept from other media, for a LoRA that has learned to make the rest."""
+    """Parts of the result that are taken from other media, for a LoRA trained to generate the rest."""
 
     extend_prefix: Path | None = _file(
         "continue this clip or image: its last frames are the start of the result"
@@ -154,12 +154,12 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def region(self) -> Rectangle | None:
-        """Region of the result in which the source of outpainting is placed; None without outpainting."""
+        """Return the region of the result that outpainting's source fills; None without outpainting."""
         if self.outpaint_region is None:
             return None
-        words = self.outpaint_region.split(",")
+        numbers = self.outpaint_region.split(",")
         try:
-            region = Rectangle(*map(int, words))
+            region = Rectangle(*map(int, numbers))
             if min(region) < 0 or not region.width or not region.height:
                 raise ValueError
         except (ValueError, TypeError):
@@ -171,7 +171,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def keyframes(self) -> tuple[PlacedImage, ...]:
-        """Images of --keyframe, at frames."""
+        """Return the images of --keyframe with their frame indices."""
         return tuple(read_placed_image("keyframe", text) for text in self.keyframe or ())
 
     @property
@@ -181,32 +181,32 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def retaken(self) -> tuple[float, float] | None:
-        """Start and end of --retake in seconds."""
+        """Return the start and end of --retake in seconds; None without it."""
         return read_interval("retake", self.retake)
 
     @property
     def made_audio(self) -> tuple[float, float] | None:
-        """Start and end of --audio_inpaint_interval in seconds."""
+        """Return the start and end of --audio_inpaint_interval in seconds; None without it."""
         return read_interval("audio_inpaint_interval", self.audio_inpaint_interval)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is given, for the metadata of a result: by option, files without their folders.
+        """Return the options of given media for a result's metadata; files without their folders.
 
         Without --paste_source, which changes no latents: only a decoded result records it.
         """
-        texts = {}
-        without = Ltx2GivenMedia()
+        values = {}
+        defaults = Ltx2GivenMedia()
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != getattr(without, field.name) and field.name != "paste_source":
-                texts[field.name] = value.name if isinstance(value, Path) else str(value)
+            if value != getattr(defaults, field.name) and field.name != "paste_source":
+                values[field.name] = value.name if isinstance(value, Path) else str(value)
         for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
             if images:
-                texts[name] = ", ".join(
+                values[name] = ", ".join(
                     f"{image.index}:{image.path.name}:{image.strength:g}" for image in images
                 )
-        return texts
+        return values
 
     @property
     def image_files(self) -> dict[str, Path]:
@@ -239,7 +239,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
 
 def read_placed_image(name: str, text: str) -> PlacedImage:
-    """Read the value INDEX:FILE or INDEX:FILE:STRENGTH of an option.
+    """Parse INDEX:FILE or INDEX:FILE:STRENGTH, the value of an option that places an image.
 
     Raises:
         OptionError: If the text does not have this form.
@@ -264,7 +264,7 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
 
 
 def read_interval(name: str, text: str | None) -> tuple[float, float] | None:
-    """Return the start and the end, in seconds, that an option names; None without a text."""
+    """Parse an option's start and end in seconds; None if the option is not set."""
     if text is None:
         return None
     try:

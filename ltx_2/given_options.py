@@ -41,7 +41,7 @@ def _one_end(kind: str, end: str) -> Any:
 
 
 class Ltx2GivenParts(Options, title="given parts of clips"):
-    """Latents that keep time 0 and are excluded from the loss, like the first frame; drawn for each clip."""
+    """Latents that are given (time 0, no loss), drawn for each clip."""
 
     ltx2_extend_prefix_frames: int = _frames(
         "latent frames at the start of clips that are given: a LoRA that continues clips; "
@@ -162,6 +162,7 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
                 f"--keyframe_random_interior_p {interior:g} and --keyframe_max_random_interior {most}: give "
                 "both above 0, or none of them"
             )
+        # each of these draws keyframes for a sample
         ends = self.keyframe_first_frame_p or self.keyframe_last_frame_p
         if self.keyframe_endpoint_training and not (ends or interior):
             raise OptionError(

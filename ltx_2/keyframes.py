@@ -99,7 +99,7 @@ def take_keyframes(conditions: dict[str, Any]) -> Conditions:
 def append_keyframes(
     section: Section, conditions: Conditions, joint: Joint | None, noise: NoiseSource, level: float
 ) -> Section:
-    """Return a section that denoises keyframes after its video's frames.
+    """Append keyframes to a section's video as further latent frames, to be denoised with it.
 
     Args:
         section: A section that starts from noise.
@@ -117,8 +117,9 @@ def append_keyframes(
     clean = clean.to(start.device)
     num_generated = int((shares == 0).sum())  # given images have a share above 0
     shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
-    kept_share = clean_fraction(shares, clean).expand_as(clean)
-    levels = level * (1 - kept_share)
+    clean_share = clean_fraction(shares, clean).expand_as(clean)
+    # a partly given keyframe has less noise than the section
+    levels = level * (1 - clean_share)
     noisy = (1 - levels) * clean + levels * noise.draw(clean.shape).to(clean.device)
 
     def append(latents: Tensor, keyframes: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def append_keyframes(
     return replace(
         section,
         noise=append(start, noisy),
-        held=HeldLatents(append(held.clean, clean), append(held.shares, kept_share)),
+        held=HeldLatents(append(held.clean, clean), append(held.shares, clean_share)),
         overrides=overrides,
         shown=image.shape[2],
     )
@@ -181,7 +182,7 @@ def append_learned(
     if given.keyframe_noise is not None:
         kept_share = clean_fraction(shares, keyframes)
         levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept_share)
-        # a clip that does not see a keyframe gets noise alone for it, as the clip itself would be in it
+        # a clip that may not see a keyframe gets pure noise for it: the clean one would show what is to learn
         levels = levels.masked_fill(kept_share == 0, 1)
         noise = given.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)
@@ -190,7 +191,7 @@ def append_learned(
 
 
 def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that latents after the video are cut off from their results."""
+    """Wrap sections so that their results lose the appended latents, such as references and keyframes."""
     section = next(sections)
     try:
         while True:

@@ -22,13 +22,13 @@ from protocols.inputs import SOURCES
 
 
 class Ltx2Media(OneTransformer):
-    """Latents of both streams, as the files define them; base class of the family."""
+    """Base class of the family: the latents of both streams, as the files define them."""
 
     if TYPE_CHECKING:
 
         @property
         def files(self) -> Ltx2Files:
-            """Files of the run."""
+            """Return the model files of the run."""
 
         @property
         def name(self) -> str:
@@ -36,19 +36,19 @@ class Ltx2Media(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of the video VAE."""
+        """Return the video VAE's latent space."""
         return self.files.latent
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Format of the audio latents; None if the run has no audio."""
+        """Return the format of the audio latents; None if the run has no audio."""
         return self.files.audio
 
     # images
 
     @property
     def source(self) -> rules.SourceRules:
-        """Rules for what denoising may start from, by the media that this model takes."""
+        """Return what denoising may start from, given the media that this model takes."""
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
@@ -67,7 +67,7 @@ class Ltx2Media(OneTransformer):
 
     @property
     def audio_identity(self) -> Mapping[str, str]:
-        """Checksum of the audio VAE, on which cached audio latents depend besides their samples."""
+        """Return what cached audio depends on besides the samples."""
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
@@ -81,7 +81,7 @@ class Ltx2Media(OneTransformer):
         return networks[0].encode_clip(samples, frames, fps)
 
     def decode_audio(self, networks: tuple[AudioVae, Vocoder | None], latents: Tensor) -> Audio:
-        """Decode latents 1 C T M to a track, by way of a mel spectrogram."""
+        """Decode audio latents, 1 C T M, to a track: first to a mel spectrogram, then to samples."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
         return Audio(vocoder.decode(vae.decode(latents))[0], vocoder.rate)

@@ -47,7 +47,7 @@ Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one fo
 
 
 class TimeModulation(nn.Module):
-    """Embeds the sinusoids of timesteps, and computes shifts, scales and gates from them, float32."""
+    """Embed timesteps' sinusoids, and compute shifts, scales and gates from them in float32."""
 
     def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TimeModulation(nn.Module):
         self.linear = nn.Linear(dim, rows * dim)
 
     def forward(self, waves: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows, n R C, and embedded times, n C, of the sinusoids of n timesteps, n freq_dim."""
+        """Return modulation rows, n R C, and time embeddings, n C, from sinusoids, n freq_dim."""
         layers: Any = self.emb["timestep_embedder"]
         time = run_float32(layers["linear_2"], functional.silu(run_float32(layers["linear_1"], waves)))
         rows = run_float32(self.linear, functional.silu(time))
@@ -80,24 +80,21 @@ class StreamInputs:
 
     @cached_property
     def waves(self) -> Tensor:
-        """Sinusoids of the timesteps, B freq_dim, which several layers embed."""
+        """Return the timesteps' sinusoids, B freq_dim, which several layers embed."""
         return self.make_waves(self.timesteps)
 
     def make_waves(self, timesteps: Tensor) -> Tensor:
-        """Return the sinusoids of timesteps, n to n freq_dim, of float32 angles as in training."""
+        """Return timesteps' sinusoids, n to n freq_dim, with float32 angles as in training."""
         return sinusoid(timesteps, self.freq_dim, torch.float32)
 
     @property
     def num_given(self) -> int:
-        """Number of tokens of references and given frames; these come first and have their own time."""
+        """Return the number of reference and given tokens, which come first and have their own time."""
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return channels to append to queries and keys, which weaken attention to references.
-
-        None if all references have full strength.
-        """
+        """Return extra query and key channels that weaken attention to references; None at full strength."""
         strengths = self.references.strengths
         if strengths is None:
             return None
@@ -106,14 +103,14 @@ class StreamInputs:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """The times of a stream's tokens, as fractions of its timestep."""
+    """Fractions of its timestep that a stream's tokens have."""
 
     fractions: Tensor  # S float32, different ones
     indices: Tensor  # B L int64: the fraction of each token
 
 
 def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
-    """Return the fraction of the timestep of each token of a stream, references first.
+    """Return which fraction of the timestep each token of a stream has, references first.
 
     Args:
         inputs: Inputs of the stream.
@@ -123,11 +120,12 @@ def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
     references = inputs.references
     num_reference_tokens = sum(references.counts)
     num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
-    with disable_modes():  # they have values even in a rehearsal of memory
+    with disable_modes():  # `unique` needs values, also in a rehearsal of memory
         shares = given.flatten(1).expand(len(latents), -1).clone()
         shares[:, :num_given_tokens] = WHOLE
         reference_share = WHOLE - round(WHOLE * references.share)
         reference_shares = shares.new_full((len(latents), num_reference_tokens), reference_share)
+        # few distinct shares: modulation is computed once for each
         distinct, indices = torch.cat([reference_shares, shares], dim=1).unique(return_inverse=True)
     fractions = 1 - distinct.float() / WHOLE
     return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
@@ -185,7 +183,7 @@ class LtxModel(nn.Module):
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
             parts[f"{prefix}caption_projection"] = TwoLayers("linear_1 linear_2", sizes, gelu)
-        # shift, scale and gate of each sublayer: the attention to the text may have none
+        # shift, scale and gate of self-attention, feed-forward and, in some releases, attention to the text
         parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
         if config.modulates_text and config.times_text:
             parts[f"{prefix}prompt_adaln_single"] = modulation(2)
@@ -275,7 +273,7 @@ class LtxModel(nn.Module):
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> Hidden:
-        """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
+        """Embed all streams as tokens, B L+M W; return them with the blocks' other inputs.
 
         The arguments are those of `forward`, by stream. References come before the tokens of their stream;
         attention depends on positions only, not on the order of tokens.
@@ -352,14 +350,14 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the embedded texts of a stream, B T C each, for attention to them."""
+        """Embed a stream's texts for cross-attention, B T C each."""
         if not self.config.projects_text:
             return texts
         layer = self._get_layer(names, "caption_projection")
         return [layer(text) for text in texts]
 
     def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
-        """Return shift and scale of a stream's text, B 1 2 C; zeros if no time changes them.
+        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the time.
 
         Returns None if texts are not modulated. `rows` are the stream's, for their dtype and device.
         """
@@ -400,7 +398,7 @@ class LtxModel(nn.Module):
         return self._mark_single_frames(tokens, inputs)
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
-        """Turn tokens B L+M W into the velocity of each stream, float32, in the shape of its latents."""
+        """Project tokens B L+M W to each stream's velocity, float32, in the shape of its latents."""
         velocities = {}
         for names, stream_x in tokens.split(x).items():
             stream = tokens.streams[names]
@@ -413,10 +411,9 @@ class LtxModel(nn.Module):
         return velocities
 
     def _mark_single_frames(self, x: Tensor, inputs: StreamInputs) -> Tensor:
-        """Add the learned mark to the tokens of x, B L C, whose latent frame is generated as one pixel frame.
+        """Add the learned embedding to tokens of x, B L C, whose latent frame covers a single pixel frame.
 
-        These are the first latent frame and keyframes that are made; references and given images are not
-        marked.
+        These are the first latent frame and generated keyframes; references and given images are not marked.
         """
         before = sum(inputs.references.counts)
         count = inputs.latents.shape[-1] * inputs.latents.shape[-2]  # tokens of a latent frame
@@ -431,7 +428,7 @@ class LtxModel(nn.Module):
         return getattr(self, names.prefix + name)
 
     def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
-        """Return the rows of the modulation, B S R C, and the embedded times, B S C, from the layer.
+        """Return modulation rows, B S R C, and time embeddings, B S C, for the S times of a stream.
 
         S counts the different times in a stream. It is 1 if all tokens have the timestep, and 2 if given
         tokens stand in front: first their time, the references' fraction of the timestep (0 if they are

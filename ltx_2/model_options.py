@@ -20,7 +20,7 @@ GEMMA = Path("models/gemma-3-12b-it-qat-q4_0-unquantized")
 
 
 def is_version_2_5(checkpoint: Path) -> bool:
-    """Return whether the metadata of a released file say LTX-2.5; False if it cannot be read."""
+    """Return whether a released file's metadata name LTX-2.5; False if it cannot be read."""
     try:
         return OF_GEMMA_4 in read_safetensors_texts(checkpoint)
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ class Ltx2TextOptions(Options):
 
     @property
     def gemma(self) -> Path:
-        """Path of Gemma: the single file, else the folder."""
+        """Return Gemma's path: the single file if given, else the folder."""
         return self.gemma_safetensors or self.gemma_root
 
     @property
@@ -90,7 +90,7 @@ class Ltx2TextOptions(Options):
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
     def words(self, checkpoint: Path) -> dict[str, Any]:
-        """Return the options that encode texts in the same way, with the text encoder of a release.
+        """Return the options that select the same text encoder in another script.
 
         `checkpoint` is the released file. A placeholder stands for a missing file.
         """
@@ -132,7 +132,7 @@ class Ltx2VaeOptions(Options):
 
 
 class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
-    """Weights of guidance for each stream; None: the release's."""
+    """Guidance weights for each stream; None stands for the released weight."""
 
     video_cfg_scale: float | None = option("weight of the prompt for the video; {default}", minimum=0)
     audio_cfg_scale: float | None = option("weight of the prompt for the audio; {default}", minimum=0)

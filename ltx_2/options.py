@@ -156,7 +156,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
     @property
     def audio_files(self) -> tuple[str, Path | None] | None:
-        """The option that takes audio from files, and their folder; None if audio is in the clips."""
+        """Return the option for separate audio files and their folder; None if audio is in the clips."""
         if self.ltx2_audio_source == "video":
             return None
         return "--ltx2_audio_source audio_files", self.ltx2_audio_dir
@@ -172,7 +172,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
 
     @property
     def text_dtype(self) -> str | None:
-        """Dtype of the text encoder by name. Raises OptionError if two are given."""
+        """Return the text encoder's dtype by name; raise OptionError if two are given."""
         mixed = DTYPES.get(self.mixed_precision)
         return _select_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
@@ -193,12 +193,12 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
-        """File of the transformer: --dit, else the released file."""
+        """Return the transformer's file: --dit, else the released file."""
         return self.dit or self.model.ltx2_checkpoint
 
 
 class Ltx2SigmaOptions(Options):
-    """How --timestep_sampling shifted_logit_normal draws noise levels: a normal number, shifted by length."""
+    """Options of shifted_logit_normal, which draws levels from a normal distribution shifted by length."""
 
     shifted_logit_mode: str | None = option(
         "legacy: as LTX-2 2.0 was trained; stretched: as 2.3, from 0 to 1, with a fraction of uniform "
@@ -353,7 +353,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def strategy(self) -> ReferenceStrategy:
-        """Which references are taken: by --ic_lora_strategy, else by the preset of its name."""
+        """Return which references are used, from --ic_lora_strategy or else the preset of that name."""
         return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[1]
 
     @property
@@ -456,7 +456,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Streams to generate."""
+        """Return the streams to generate."""
         return (AUDIO,) if self.sample_audio_only else self.model.streams
 
 
@@ -474,7 +474,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Copy options with names of the official script into the shared record; return both records.
+    """Copy options under the official script's names into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -511,7 +511,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the selected attention modes, by option name. Raises OptionError if they differ.
+    """Return the selected attention modes by option name; raise OptionError if they differ.
 
     `values` are the shared options. A preset's mode gives way to an option of the official script.
     """
@@ -526,7 +526,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
 
 
 def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return the value that is given under either name; None if neither is given.
+    """Return an option's value given under either of two names; None if neither is given.
 
     Raises OptionError if both are given and differ.
     """
@@ -556,12 +556,12 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
-    """Return the options that cache texts with a release's text encoder, with a placeholder for its file."""
+    """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
     return Ltx2TextOptions.usual().words(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

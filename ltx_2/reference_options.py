@@ -99,7 +99,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def strength(self) -> float:
-        """Strength of all references. Raises OptionError if two are given."""
+        """Return the strength of all references; raise OptionError if they have different ones."""
         words = self.video_conditioning or ()  # a file and its strength, in turn
         try:
             strengths = {float(word) for word in words[1::2]}

@@ -50,7 +50,7 @@ FACTOR_NAMES = {
 
 
 def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
-    """Return the frames of a reference that are encoded, of frames B F H W C.
+    """Return the frames of a reference, B F H W C, that are encoded.
 
     With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
     """
@@ -59,7 +59,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of a reference's frames are encoded; see `thin_out`."""
+    """Return how many frames of a reference are encoded; see `thin_out`."""
     # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.frames or count)
@@ -69,9 +69,10 @@ def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
 def check_references(
     paths: Sequence[Path], mask: Path | None, frames: int, rules: ReferenceRules, latent: LatentSpec
 ) -> None:
-    """Decode references and their mask for a target of `frames`, before a text encoder is loaded.
+    """Decode references and their mask once, to find errors before a text encoder is loaded.
 
-    Raises MediaError if one cannot be decoded, OptionError if the mask is shorter than a reference.
+    `frames` is the length of the result. Raises MediaError if one cannot be decoded, OptionError if the mask
+    is shorter than a reference.
     """
     for path in paths:
         count = 1 if is_still(path) else count_frames_up_to(path, frames)
@@ -83,7 +84,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if a mask has fewer than the `needed` frames that are encoded of a reference."""
+    """Raise OptionError if a mask has fewer frames than the `needed` ones that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
@@ -92,24 +93,24 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
 
 
 def reference_key(number: int) -> str:
-    """Return the name of a reference's latents in caches."""
+    """Return the cache key of a reference's latents."""
     return f"{REFERENCE_LATENTS}_{number}"
 
 
 def references_of(cond: Conditions) -> tuple[Tensor, ...]:
-    """Return the latents of references among conditions, B C f h w each, in order."""
+    """Return the reference latents among conditions, B C f h w each, in order."""
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
     references = [cond[name] for name in names]
     return tuple(latents for latents in references if isinstance(latents, Tensor))
 
 
 def join_tokens(references: Sequence[Tensor]) -> Tensor:
-    """Concatenate the latents of references as tokens, B C N."""
+    """Concatenate reference latents as tokens, B C N."""
     return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
 def pack(picture: Tensor, tokens: Tensor) -> Tensor:
-    """Append tokens of references, B C N, to latents, B C F H W, padded with zeros to whole frames."""
+    """Append reference tokens, B C N, to latents, B C F H W, padding with zeros to whole frames."""
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
@@ -122,14 +123,14 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DenoisedReferences:
-    """References, as tokens B C N, that are denoised together with the video, after its frames."""
+    """Reference tokens, B C N, that are denoised together with the video and follow its frames."""
 
     clean: Tensor
     noisy: Tensor
     strength: float  # fraction of the clean reference at the start; the rest is noise
 
     def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy tokens as latents of the shapes of `references`, B C f h w each."""
+        """Return the noisy reference tokens in the shapes of `references`, B C f h w each."""
         counts = [latents[0, 0].numel() for latents in references]
         parts = self.noisy.split(counts, dim=2)
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
@@ -165,7 +166,7 @@ def split_audio(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | 
 def split_denoised(
     packed: Tensor, references: Sequence[Tensor], strength: float
 ) -> tuple[Tensor, DenoisedReferences]:
-    """Return the noisy video and the references that are denoised after it. `references` are clean."""
+    """Split packed latents into the noisy video and its noisy references; `references` are clean."""
     clean = join_tokens(references)
     image, noisy = unpack(packed, clean.shape[2])
     return image, DenoisedReferences(clean, noisy, strength)
@@ -215,7 +216,7 @@ def _denoise_with_references(
 
 
 def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
-    """Mix `strength` parts of clean references, 1 C N, with noise, which is drawn token by token."""
+    """Mix `strength` parts of clean references, 1 C N, with noise drawn in token order."""
     _, channels, count = references.shape
     drawn = noise.draw((1, count, channels)).to(references.device).mT
     return strength * references + (1 - strength) * drawn
@@ -233,7 +234,7 @@ def velocity_of_references(
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a clip, folder of images or image, 1 3 f h w, -1..1, cropped to the target's reduced size.
+    """Read a clip, image folder or image, 1 3 f h w in -1..1, cropped to the target's reduced size.
 
     `size` is the target's width, height and frames. A shorter clip is used completely.
     """
@@ -248,12 +249,14 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     return to_pixels(thin_out(clip, rules, latent.frame_step))
 
 
-def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a mask image or clip as a strength for each token of the references, 1 M float32: white is 1.
+def read_strengths(
+    mask: Path, reference_pixels: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec
+) -> Tensor:
+    """Read a mask as the strength of each reference token, 1 M float32, from 0 (black) to 1 (white).
 
     Args:
         mask: Path of the mask.
-        shown: Pixels of each reference as it is encoded, 1 3 f h w.
+        reference_pixels: Pixels of each reference as it is encoded, 1 3 f h w.
         rules: How much smaller and shorter references are than the result.
         latent: The latent space.
 
@@ -262,7 +265,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     """
     strengths = []
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
-    for reference in shown:
+    for reference in reference_pixels:
         _, _, frames, height, width = reference.shape
         size = (  # size of the result, because `read_pixels` reduces it to the reference's size
             width * rules.size_factor,
@@ -283,7 +286,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
-    """Raise OptionError if the reduced size of references is not a multiple of a latent's size."""
+    """Raise OptionError if a reduced reference's size is not a multiple of a latent's pixel size."""
     step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(

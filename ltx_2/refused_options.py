@@ -305,7 +305,7 @@ GENERATION: Table = {
 
 
 def declare_all(record: R, table: Table) -> R:
-    """Add the options of a table to a record and return it."""
+    """Add a table's options to a record and return it."""
     for reason, words in table.items():
         make: Callable[..., Rejection] = not_needed if reason.endswith(".") else unsupported
         for word in words.split():
@@ -317,7 +317,7 @@ def declare_all(record: R, table: Table) -> R:
 
 
 def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of an option and its settings for `add_argument`.
+    """Parse a compact option declaration into its names and its settings for `add_argument`.
 
     A word is `name,alias:type=default`, in which only the name is required. `?` after the names means --name
     and --no-name, `*` and `+` mean several values; without type and default the option is a switch.
@@ -346,7 +346,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_default(text: str) -> Any:
-    """Convert a text to a number if it is one; else return the text."""
+    """Convert a text to a number if it is one; otherwise return the text."""
     if not text[:1].isdigit() and text[:1] != "-":
         return text
     try:

@@ -13,7 +13,7 @@ CONFIG = "config"  # key of the metadata: settings of all parts, as JSON
 
 
 def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """Return one part of an official file, without its prefix; other files unchanged."""
+    """Return one part of an official file, without its name prefix; return other files unchanged."""
     return checkpoint.without_prefix(prefix, others=("model.", *OTHER_NETWORKS))
 
 

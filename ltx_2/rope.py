@@ -19,7 +19,7 @@ from modules.layers.rope import THETA, turns
 
 
 class Places(NamedTuple):
-    """What rotations of tokens depend on: channels, grid, frame rates, start; the key of a cached table."""
+    """Positions of latents that determine a rotary table."""
 
     width: int  # channels of all heads, N * D
     grid: tuple[int, ...]  # latent frames, rows and columns of a video, or the number of audio latents
@@ -33,7 +33,7 @@ class Places(NamedTuple):
 
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
-    """Return (cosine, sine) pairs of the tokens, L N D/2 2 float32; B L N D/2 2 if samples differ in fps."""
+    """Return the rotary table, (cosine, sine) pairs L N D/2 2, or B L N D/2 2 if samples differ in fps."""
     num_axes = 1 if places.by_time or not places.fps else 3
     turn = partial(_turn, config.rope_theta, places.width // (2 * num_axes), device)
     times = [turn(seconds, config.longest[0]) for seconds in _time_latents(config, places)]
@@ -46,7 +46,7 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 
 
 def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
-    """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
+    """Return each latent's start and end in seconds: a tensor per frame rate, or one for audio."""
     if not places.fps:
         frames = place_latents(places.grid[0], MEL_STRIDE, is_causal=True)
         if places.is_before:
@@ -68,7 +68,7 @@ def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: tor
 
 
 def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:
-    """Return the pairs of a text's rows, L N D/2 2 float32. The position of a row is its index.
+    """Return the rotary pairs of a text's rows, L N D/2 2 float32; the position is the row's index.
 
     Positions are divided by `longest`. `width` is the number of channels of all heads.
     """
@@ -77,16 +77,13 @@ def make_row_table(rows: int, longest: float, width: int, heads: int, device: to
 
 
 def place_latents(count: int, stride: int, is_causal: bool = False) -> Tensor:
-    """Return start and end of each latent in frames or pixels, count 2; a causal first latent covers one."""
+    """Return start and end of each latent, count 2; with `is_causal`, the first covers a single frame."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)
 
 
 def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longest: float) -> Tensor:
-    """Return the cosines and sines, n K 2, of n positions at K = `count` frequencies.
-
-    A position is the middle of its start and end in `bounds`, n 2, as a fraction of `longest`.
-    """
+    """Return the rotary pairs, n K 2, of the centers of `bounds`, at K = `count` frequencies."""
     frequencies = theta ** torch.linspace(0, 1, count, dtype=torch.float64)
     share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
     return send_ahead(turns(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
@@ -95,7 +92,8 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     """Expand the rotations of each axis to all tokens of the grid, and divide them by heads: L N D/2 2.
 
-    The axes of a frequency are next to each other. Pairs without a frequency come first; they do not rotate.
+    For each frequency, the pairs of all axes are neighbors. The width may exceed the pairs: the remaining
+    channels come first and are not rotated.
     """
     grid = places.grid
     spread = []

@@ -25,11 +25,11 @@ from protocols.requests import PixelEdit, Prepared
 
 
 def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -> Prepared:
-    """Return a request whose decoded result gets the source's pixels where its latents were kept.
+    """Return the request with an edit that pastes the source's pixels where its latents stayed unchanged.
 
     Args:
         prepared: The request, of full size if it has stages.
-        media: Options of what is kept, with --paste_source.
+        media: Options of given media, with --paste_source.
         latent: Latent space of the video.
 
     Raises:
@@ -50,7 +50,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
 
 @dataclass(frozen=True)
 class SourcePasting:
-    """The source of a request, and where its pixels are put back."""
+    """Pastes pixels of the request's source back into the result."""
 
     media: Ltx2GivenMedia  # with --paste_source, and a mask or a region
     prepared: Prepared
@@ -87,7 +87,7 @@ class SourcePasting:
                 yield weight
 
     def _mark_kept(self) -> Tensor:
-        """Return which latents are kept of the source, f h w bool."""
+        """Return which latents of the source stay unchanged, f h w bool."""
         shape = self.latent.shape(self.prepared.frames, self.prepared.height, self.prepared.width)[2:]
         region = self.media.region
         if region is None:
@@ -104,10 +104,10 @@ class SourcePasting:
 
 
 def weigh(is_kept: NDArray[numpy.bool_], feather: int, step: int) -> NDArray[numpy.float32]:
-    """Return the source's weight in each pixel of a frame, H W.
+    """Return the source's weight in each pixel, H W, which fades out toward the changed region.
 
-    It is 0 where nothing is kept, and rises by the same amount at each of the next `feather` pixels, along
-    rows, columns and diagonals alike, to 1. The edges of the frame are no edges of what is kept.
+    It is 0 in the changed region, and rises evenly to 1 over the next `feather` pixels, along rows, columns
+    and diagonals alike. The edges of the frame do not count as edges.
 
     Args:
         is_kept: Which latents are kept, h w.
@@ -115,7 +115,7 @@ def weigh(is_kept: NDArray[numpy.bool_], feather: int, step: int) -> NDArray[num
         step: Number of pixels of a latent, in a row or column.
     """
     pixels = is_kept.astype(numpy.uint8).repeat(step, axis=0).repeat(step, axis=1)
-    if pixels.all():  # the distance to what does not exist has no bound that OpenCV documents
+    if pixels.all():  # OpenCV does not define distances if no pixel is 0
         return pixels.astype(numpy.float32)
     # DIST_C: the larger of the distances along rows and columns, exact with a mask of 3
     distances = cv2.distanceTransform(pixels, cv2.DIST_C, 3)

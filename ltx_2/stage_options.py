@@ -79,7 +79,10 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
-        """The LoRA and its strengths, also from --distilled-lora. Raises OptionError if that is invalid."""
+        """Return the LoRA and its strength in each stage; --distilled-lora sets only the second strength.
+
+        Raises OptionError if --distilled-lora is invalid.
+        """
         path, first, second = super().lora
         if self.distilled_lora is None:
             return path, first, second

@@ -55,7 +55,7 @@ class TwoStages:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the LoRAs that only one stage uses: names and strengths."""
+        """Return the metadata of LoRAs that only one stage uses: names and strengths."""
         first, second = [], []
         for lora in self.loras:
             if lora.option == _LORA:
@@ -70,7 +70,7 @@ class TwoStages:
         return metadata
 
     def growth(self, latent: LatentSpec) -> UpscalerGrowth:
-        """Return the factors by which the upscalers multiply frames and sides.
+        """Return the total factors by which the upscalers multiply frames, and height and width.
 
         Raises as `factors`, and OptionError if a LoRA is an upscaler.
         """
@@ -88,7 +88,7 @@ class TwoStages:
         return UpscalerGrowth(frames, side)
 
     def whole(self, latent: LatentSpec) -> LatentSpec:
-        """Return the latent space with the steps of size and length that both stages can generate."""
+        """Return the latent space with size and length steps that both stages can generate."""
         growth = self.growth(latent)
         return replace(
             latent,
@@ -152,9 +152,9 @@ class TwoStages:
     def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
-        """Return functions that load the upscalers, and the shapes of their inputs.
+        """Return a loader for each upscaler, with the shape of the latents that it receives.
 
-        `shape` is that of the first stage's latents, B C F H W.
+        `shape` is the shape of the first stage's latents, B C F H W. Upscalers run in order.
         """
         loaders = []
         for option, path in self.upscalers.items():
@@ -167,7 +167,7 @@ class TwoStages:
 
 
 def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
-    """Return the settings for clips in two stages; None if the options ask for one stage."""
+    """Return the settings of two-stage generation; None for a single stage."""
     if not options.sample_two_stage:
         return None
     upscalers = {}
@@ -177,7 +177,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
         upscalers[TEMPORAL] = options.temporal_upsampler_path
     loras = []
     path, first, second = options.lora
-    if path is not None and (first or second):
+    if path is not None and (first or second):  # a strength of 0 in both stages adds nothing
         loras.append(StageLora(path, "--distilled_lora_path", first, second))
     ends_early = False
     if isinstance(options, Ltx2OfficialStages):
@@ -231,7 +231,7 @@ def stage_sections(
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield the section of each stage, and return the result of the last one.
+    """Yield a section for each of the two stages, and return the second stage's latents.
 
     Args:
         prepared: Request with its stages.

@@ -241,11 +241,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def text_side(self) -> nn.Module:
-        """The connectors."""
+        """Return the connectors."""
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of Gemma that stay in host memory next to the connectors."""
+        """Return how many bytes of Gemma stay in host memory next to the connectors."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(
@@ -271,7 +271,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return all_conditions
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
-        """Return the conditions with the rows of texts scaled by their weights."""
+        """Return the conditions with each text row scaled by its weight."""
         texts = {prompt_key(stream) for stream in self.streams}
         return {
             name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()

@@ -79,7 +79,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _scale(checkpoint: Checkpoint, option: str) -> float:
-    """Return the scale of a resampler that multiplies sides by 3. Raises CheckpointError if it is not 1.5."""
+    """Return a resampler's scale, whose numerator is 3; raise CheckpointError if it is not 1.5."""
     settings = read_settings(checkpoint, "", DIFFUSERS_CLASS)
     scale = settings.get("rational_spatial_scale", settings.get("spatial_scale"))
     if scale != 1.5:
@@ -92,7 +92,7 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
 
 
 class UpscalerGrowth(NamedTuple):
-    """The factors by which upscalers multiply the frames and the sides of a clip."""
+    """Factors by which upscalers multiply a clip's frames and its height and width."""
 
     frames: int
     side: Fraction
@@ -120,12 +120,13 @@ def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
 
 @torch.no_grad()
 def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: torch.dtype) -> Tensor:
-    """Return enlarged latents, B C F H W float32, normalized like the given ones, on their device.
+    """Apply the latent upscalers in turn; return normalized latents, B C F H W float32, on the same device.
 
     `upscalers` are files by their options, loaded one at a time. `vae` is the file with the statistics of
     latents.
     """
     mean, std = (statistic.to(latents.device) for statistic in read_once(vae, _read_statistics))
+    # upscalers take unnormalized latents
     latents = latents.float() * std + mean
     for option, path in upscalers.items():
         network = load_upscaler(path, option, dtype, latents.device)
@@ -137,7 +138,7 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 
 
 def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a latent upscaler. Raises CheckpointError for another file."""
+    """Load a latent upscaler; raise CheckpointError for another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
         return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
@@ -157,7 +158,7 @@ def _read_settings(checkpoint: Checkpoint, option: str) -> Settings:
 
 
 def _read_statistics(checkpoint: Checkpoint) -> list[Tensor]:
-    """Return mean and standard deviation of the VAE's latents, 1 C 1 1 1 float32."""
+    """Return the latents' mean and standard deviation, each 1 C 1 1 1 float32."""
     plan = read_video_vae(checkpoint)
     names = (plan.sources[name].names[0] for name in ("latents_mean", "latents_std"))
     return [plan.checkpoint.read(name).float().view(1, -1, 1, 1, 1) for name in names]

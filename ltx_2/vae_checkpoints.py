@@ -39,7 +39,7 @@ _LEVEL = re.compile(
 
 
 def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
-    """Plan how to load a video VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
+    """Plan how to load a video VAE of LTX-2 or LTX-2.3, from an official file or a diffusers folder.
 
     Raises CheckpointError for any other file.
     """
@@ -49,6 +49,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     rejection = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
     _reject_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:
+        # diffusers numbers mid and up blocks separately; the official file has one list
         sources = rename_sources(sources, _translate_flat_names(names))
     elif "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" not in names:
         raise rejection
@@ -83,7 +84,7 @@ def _reject_other_decoders(checkpoint: Checkpoint) -> None:
 
 
 def _halves_fit(config: VideoVaeConfig) -> bool:
-    """Return whether encoder and decoder fit each other, and each resampling has the right width."""
+    """Return whether encoder and decoder fit each other, with matching widths at each resampling."""
     encoder, decoder = config.encoder, config.decoder
     return (
         encoder.width_out >= config.latent_channels
@@ -94,10 +95,7 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 
 
 class _NestedLevel(NamedTuple):
-    """Position of a residual block or resampling layer in diffusers' layout.
-
-    Positions sort in the order of the layers.
-    """
+    """Position of a residual block or resampling layer in diffusers' layout, which sorts in layer order."""
 
     half: str  # encoder or decoder
     # index of its level; the middle block is the last level of the encoder, or the first of the decoder
@@ -119,7 +117,7 @@ def _read_level(match: re.Match[str]) -> _NestedLevel:
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that translates diffusers' nested names to flat ones.
+    """Return a function that translates diffusers' nested layer names to the official flat ones.
 
     The official names count residual blocks and resamplings of all levels in one list. A level's resampling
     comes first in the decoder, last in the encoder.
@@ -147,7 +145,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
-    """Read the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
+    """Read the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
@@ -189,7 +187,7 @@ def _read_half(
 
 
 def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
-    """Add the settings that no tensor shows. Raises CheckpointError if those of the file cannot be used."""
+    """Add settings that no tensor shows; raise CheckpointError if the file's settings are invalid."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
     try:
@@ -236,7 +234,7 @@ def _apply_settings(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
-    """Return for each resampling of the decoder whether it has a shortcut, from the pixels inward.
+    """Return whether each of the decoder's resamplings has a shortcut, from the pixels inward.
 
     `is_first` is true for the decoder of LTX-2, which has shortcuts by default.
     """

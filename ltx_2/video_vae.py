@@ -102,7 +102,7 @@ class LtxVideoVae(nn.Module):
         return tiles(size, max(MIN_TILE, edge))
 
     def _means(self, pixels: Tensor) -> Iterator[Tensor]:
-        """Yield the means of each latent frame, B Z 1 h w float32."""
+        """Yield the posterior mean of each latent frame, B Z 1 h w float32."""
         step = self.config.stride[0]
         memory = ClipMemory()
         for group in pixels.split([1] + [step] * ((pixels.shape[2] - 1) // step), dim=2):
@@ -130,7 +130,7 @@ class LtxVideoVae(nn.Module):
 def load_video_vae(
     path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None
 ) -> LtxVideoVae:
-    """Load the video VAE of LTX-2 or LTX-2.3: its own file, the official single file or diffusers' folder.
+    """Load the video VAE of LTX-2 or LTX-2.3 from its own file, the official file or a diffusers folder.
 
     `tile` is as in `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
     """
@@ -140,7 +140,7 @@ def load_video_vae(
             plan,
             lambda config: LtxVideoVae(config, tile),
             device,
-            # in 16 bits they would tint every video
+            # latent statistics: rounded to 16 bits they would tint every video
             lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
             what="the video VAE of LTX-2",
         )

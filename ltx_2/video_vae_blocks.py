@@ -64,12 +64,12 @@ class HalfConfig:
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
-        """The changes of resolution, in computing order."""
+        """Return the changes of resolution, in computing order."""
         return tuple(part for part in self.parts if isinstance(part, Resampling))
 
     @property
     def factors(self) -> Factors:
-        """Product of the factors of all resamplings: frames, rows, columns."""
+        """Return the product of all resampling factors: frames, rows, columns."""
         frames, rows, columns = (prod(part.factors[axis] for part in self.resamplings) for axis in range(3))
         return frames, rows, columns
 
@@ -85,34 +85,34 @@ class VideoVaeConfig:
 
     @property
     def stride(self) -> Factors:
-        """Frames, rows and columns of pixels for each latent."""
+        """Return how many frames, rows and columns of pixels a latent covers."""
         frames, rows, columns = self.encoder.factors
         return frames, rows * self.patch, columns * self.patch
 
 
 class ClipMemory:
-    """Frames that layers need again with the next chunk. Use one for each clip."""
+    """Frames that layers need again for the next chunk of a clip; each clip has its own."""
 
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()
 
     def take(self, layer: nn.Module) -> Tensor | None:
-        """Return and forget the frames that a layer kept; None if it kept none."""
+        """Return and remove the frames that a layer stored; None if there are none."""
         return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Keep a copy of `frames`, so that the tensor they are part of can be freed."""
+        """Store a copy of `frames`, so that the tensor they are part of can be freed."""
         self._frames[layer] = frames.clone()
 
     def starts(self, layer: nn.Module) -> bool:
-        """Return True at the first call for that layer, then False."""
+        """Return whether this is the first call for a layer."""
         is_first = layer not in self._started
         self._started.add(layer)
         return is_first
 
     def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
-        """Append x to the waiting frames; return the first `frames` of them, and keep the rest.
+        """Append x to the waiting frames; return the first `frames` of them, and store the rest.
 
         This keeps a shortcut in step with convolutions that look ahead.
         """
@@ -153,7 +153,7 @@ class ClipConv(nn.Module):
         return conv3d(self.conv, joined)
 
     def _join(self, frames_before: Tensor | None, x: Tensor) -> Tensor:
-        """Return x after the frames before it; None repeats the first frame of x instead.
+        """Prepend the frames before x (None: copies of its first frame), and mirror borders if needed.
 
         The result is written into one tensor, so that no concatenation copies x again.
         """
@@ -192,7 +192,7 @@ class ClipConv(nn.Module):
 
 
 def _mirror_borders(x: Tensor) -> None:
-    """Fill the border of one pixel around x, B C T H W, by reflection."""
+    """Fill the one-pixel border of x, B C T H W, by reflection."""
     x[..., 0, :] = x[..., 2, :]
     x[..., -1, :] = x[..., -3, :]
     x[..., 0] = x[..., 2]
@@ -224,7 +224,7 @@ class PixelsToChannels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
-        """Return the next frames x, B C T H W, at the lower resolution."""
+        """Downsample the next frames x, B C T H W."""
         if memory.starts(self):
             x = torch.cat([x[:, :, :1]] * (self.part.factors[0] - 1) + [x], dim=2)
         h = _fold(self.conv(x, memory), self.part.factors)
@@ -232,10 +232,7 @@ class PixelsToChannels(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Convolve, then move channels to pixels, which multiplies frames, height and width by `part.factors`.
-
-    The first input frame of a clip yields a single frame, as the VAE is causal.
-    """
+    """Convolve, then move channels to blocks of pixels; of the first block, keep only the last frame."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()
@@ -243,7 +240,7 @@ class ChannelsToPixels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Return the next frames x, B C T H W, at the higher resolution; None marks the end of the clip."""
+        """Upsample the next frames x, B C T H W; None marks the end of the clip."""
         h = self.conv(x, memory)
         frames = h.shape[2]
         h = _unfold(h, self.part.factors)
@@ -254,7 +251,7 @@ class ChannelsToPixels(nn.Module):
 
 
 def _fold(x: Tensor, factors: Factors) -> Tensor:
-    """Return blocks of pixels as channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
+    """Move blocks of pixels to channels, B C T H W to B CIJK T/I H/J W/K, in the memory layout of x."""
     i, j, k = factors
     batch, channels, frames, height, width = x.shape
     size = (batch, channels * i * j * k, frames // i, height // j, width // k)
@@ -276,7 +273,7 @@ def _unfold(x: Tensor, factors: Factors) -> Tensor:
 
 
 class ResidualBlocks(nn.Module):
-    """A numbered list of residual blocks, as the official file names it."""
+    """Numbered list of residual blocks, named as in the official file."""
 
     def __init__(self, part: BlockGroup, half: HalfConfig) -> None:
         super().__init__()
@@ -291,7 +288,7 @@ def _flat(groups: nn.ModuleList) -> list[nn.Module]:
 
 
 class VideoVaeEncoder(nn.Module):
-    """Encode pixels of a clip as means of the posterior and one additional channel."""
+    """Encode a clip's pixels as posterior means and one additional channel."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()
@@ -305,7 +302,7 @@ class VideoVaeEncoder(nn.Module):
         self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
-        """Encode the first frame, or whole groups of later ones: B 3 T H W to B Z+1 t h w."""
+        """Encode the first frame, or whole groups of later frames: B 3 T H W to B Z+1 t h w."""
         # unlike a plain unfolding, the column in a patch changes slower than the row
         x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch)
         x = x.contiguous(memory_format=layouts(x.device)[0])
@@ -315,7 +312,7 @@ class VideoVaeEncoder(nn.Module):
 
 
 class VideoVaeDecoder(nn.Module):
-    """Decode latents of a clip to pixels, a latent frame at a time."""
+    """Decode a clip's latents to pixels, one latent frame at a time."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()

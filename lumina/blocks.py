@@ -48,30 +48,30 @@ class LuminaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
+        """Return the inputs for the tokens of one process; `rotary` still covers all tokens."""
         return replace(self, part=part)
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the latents to learn, which is the first token of `grid`."""
+        """Return the index of the first token of the latents to learn, where `grid` begins."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
     def image(self) -> int:
-        """Number of image tokens, L."""
+        """Return the number of image tokens, L."""
         return self.grid[0] * self.grid[1]
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds the time of each sample, 0 for noise to 1 for the image, B to B time_dim float32."""
+    """Embed each sample's time, from 0 for noise to 1 for the clean image: B to B time_dim float32."""
 
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
         """Build two layers; `hidden` is the width between them, by default that of the embedding."""
@@ -101,7 +101,7 @@ class GroupedAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.eps)
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
+        """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
         qkv = in_own_dtype(self.qkv, x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return self.q_norm(query), self.k_norm(key), value
@@ -109,7 +109,7 @@ class GroupedAttention(nn.Module):
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        """Return the attention of tokens, B L N D, from heads that are not rotated yet."""
+        """Return the attention of tokens, B L N D, from heads without rotary embedding."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         return attend(query, *serve(query, key, value), tokens.attention, lengths)
@@ -120,7 +120,7 @@ class GroupedAttention(nn.Module):
         return self.project(self.attend_tokens(x, tokens))
 
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the attention of the tokens to each other, with heads side by side, B L C."""
+        """Return the self-attention of tokens x, B L C, with the heads concatenated."""
         heads: tuple[Tensor, ...] = self.heads(x)
         second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
         if part is not None:
@@ -128,7 +128,7 @@ class GroupedAttention(nn.Module):
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
             if part is not None:
-                attended = part.gather_heads(attended)
+                attended = part.gather_heads(attended)  # all heads of this process's tokens again
             return attended.flatten(2)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
@@ -200,7 +200,7 @@ class JointTransformerBlock(nn.Module):
         return self.feed(x, scale2, gate2, tokens.dtype)
 
     def modulation(self, time: Tensor) -> tuple[Tensor | None, ...]:
-        """Return scale and gate of attention and of feed-forward, each B 1 C float32.
+        """Return scale and gate for attention and for the feed-forward, each B 1 C float32.
 
         Each is None in a block without modulation.
         """
@@ -225,7 +225,7 @@ class JointTransformerBlock(nn.Module):
 
 
 class LuminaFinalLayer(nn.Module):
-    """Final norm, scaled by the time, and projection to patches."""
+    """Final norm, scaled by the timestep, and projection to patches."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()

@@ -42,12 +42,12 @@ class LuminaConfig:
 
     @property
     def head_width(self) -> int:
-        """Number of channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.dim // self.num_heads
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode the position in the caption, the row and the column."""
+        """Return the channels of a head that encode the position in the caption, the row and the column."""
         return (self.head_width // 3,) * 3
 
 

@@ -80,7 +80,7 @@ class Lumina(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and masks. Raises CacheError if they are missing or do not fit."""
+        """Return the captions' states and masks; raise CacheError if they are missing or do not fit."""
         remedy = "lumina_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -111,19 +111,19 @@ class Lumina(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request, with its limits of guidance and the solver for Lumina.
+        """Fill in a request's open fields, with Lumina's limits of guidance and its solver.
 
         The system prompt is not put before negative and empty prompts.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
-        texts = prepared.prompts[0]
-        # the system prompt does not stand before these
+        prompts = prepared.prompts[0]
+        # marked as negative, because the system prompt is not put before these
         negative = Prompt(prepared.negative_prompt, is_negative=True)
-        nag = None if texts.nag is None else replace(texts.nag, is_negative=True)
-        texts = replace(texts, negative=negative, blank=Prompt("", is_negative=True), nag=nag)
+        nag = None if prompts.nag is None else replace(prompts.nag, is_negative=True)
+        prompts = replace(prompts, negative=negative, blank=Prompt("", is_negative=True), nag=nag)
         return replace(
             prepared,
-            prompts={0: texts},
+            prompts={0: prompts},
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             rules=guidance_rules(request.extra, CFG_TRUNC_RATIO, RENORM_CFG),
             own_metadata={
@@ -134,7 +134,7 @@ class Lumina(ModelOfImages):
 
 
 def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit: float) -> GuidanceRules:
-    """Return a request's settings of guidance. Raises OptionError for invalid ones."""
+    """Return the guidance rules of a request; raise OptionError for invalid settings."""
     try:
         ratio = float(extra.get("cfg_trunc_ratio", default_ratio))
         limit = float(extra.get("renorm_cfg", default_limit))

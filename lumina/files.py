@@ -119,7 +119,7 @@ class LuminaFiles(AutoencoderFiles):
     format: ClassVar = FORMAT
 
     def add_text(self, options: LuminaTextOptions) -> "LuminaFiles":
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoder's options added."""
         return replace(
             self,
             gemma2=options.gemma2,

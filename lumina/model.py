@@ -57,7 +57,7 @@ class LuminaModel(BlockNetwork):
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -95,7 +95,7 @@ class LuminaModel(BlockNetwork):
         caption_mask: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
+        """Embed and refine image and caption tokens, B L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B in_dim H W.
@@ -127,6 +127,7 @@ class LuminaModel(BlockNetwork):
         text, tokens = captions[0]
 
         image = self.embed_image(patches, dtype)
+        # the refiner sees the image alone: the first rows of the joint rotary table
         image_tokens = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, image_tokens)
@@ -144,7 +145,7 @@ class LuminaModel(BlockNetwork):
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:
-        """Raise ValueError if sizes do not match."""
+        """Raise ValueError if the sizes do not match the model or each other."""
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % self.config.patch_size for size in noisy.shape[2:]):
@@ -216,14 +217,14 @@ class LuminaModel(BlockNetwork):
         return text, joint_inputs
 
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of image and caption tokens, L+T 1 D/2 2, or B L+T 1 D/2 2.
+        """Return the rotary table of image and caption, (cosine, sine) pairs L+T 1 D/2 2 or B L+T 1 D/2 2.
 
         Angles are float64, as trained. A caption's token j is at (first_place + j, 0, 0), an image's token at
         (first_place + number of the caption's tokens, row, column), an image's padding at 0.
         """
         position_width, row_width, column_width = self.config.rotary_widths
 
-        def axis(positions: Sequence[int], width: int) -> Tensor:
+        def axis(positions: Sequence[int], width: int) -> Tensor:  # the channels for one axis
             exact = torch.tensor(positions, dtype=torch.float64)
             pairs = turns(angles_at(exact, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
@@ -238,6 +239,7 @@ class LuminaModel(BlockNetwork):
         begin = self.config.first_place
         caption_positions = axis(range(begin, begin + layout.longest), position_width)
         caption = on_grid([caption_positions, first_row, first_column])
+        # the same for all samples: padding is at position 0, the caption starts at first_place
         after_image = torch.cat([padding, caption])
         tables = []
         for count in layout.captions:

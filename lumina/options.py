@@ -105,7 +105,7 @@ class LuminaGenerationOptions(Options, title=NAME):
 
 
 def check_trunc_ratio(ratio: float, option: str) -> None:
-    """Raise OptionError unless a ratio is from 0 to 1."""
+    """Raise OptionError unless a ratio is between 0 and 1."""
     if not 0 <= ratio <= 1:
         raise OptionError(
             f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture holds so much. "
@@ -114,7 +114,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
 
 
 def check_renorm(limit: float, option: str) -> None:
-    """Raise OptionError unless a limit of the norm is from 0 to 1000."""
+    """Raise OptionError unless a norm limit is between 0 and 1000."""
     if not 0 <= limit <= 1000:
         raise OptionError(f"{option} {limit:g}: give a number from 0 (no limit) to 1000; 1 is usual")
 
@@ -149,7 +149,7 @@ def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dic
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),
@@ -161,7 +161,7 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
 
 
 def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of guidance that a training sample was generated with."""
+    """Return the guidance options with which a training sample was generated."""
     extra = sample.get("extra") or {}
     return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}
 

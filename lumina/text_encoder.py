@@ -39,7 +39,7 @@ SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square ro
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma2Config, as `LanguageModel.read_settings`.
+    """Translate Gemma 2's settings to transformers' Gemma2Config.
 
     Raises ValueError or TypeError for a value that is not a number.
     """
@@ -66,7 +66,7 @@ GEMMA_2 = language_models.LanguageModel(
 
 
 def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfig]:
-    """Plan how to load Gemma 2, under any prefix, fp8 too. Raises CheckpointError for any other file."""
+    """Plan how to load Gemma 2, also from fp8; raise CheckpointError for any other file."""
     return language_models.read_language_model(checkpoint, GEMMA_2, STATES)
 
 
@@ -128,7 +128,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
             system_prompt: Text before every prompt; "" for none.
-            in_negative: Put it before negative prompts, too.
+            in_negative: Whether the system prompt also precedes negative prompts.
             max_tokens: Maximum length of a prompt, rounded up to a multiple of 8.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer)
@@ -150,7 +150,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return {**identity, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:
-        """Put the system prompt before the prompt, except before negative ones unless asked for."""
+        """Put the system prompt before the prompt; negative prompts get none unless the options say so."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
         return Written(before + prompt.text, prompt.text, prompt.spans, len(before))

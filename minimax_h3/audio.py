@@ -68,7 +68,7 @@ class H3AudioVae:
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
-        """Return the normalized means of the posterior, B Z 2 A float32, on the VAE's device.
+        """Encode audio to normalized posterior means, B Z 2 A float32, on the VAE's device.
 
         `waveform` is B 2 S in -1..1 at `rate`, on any device. Silence is added to fill the last latent.
         """
@@ -78,7 +78,7 @@ class H3AudioVae:
         return ((means - mean) / std).unflatten(0, (-1, CHANNELS)).transpose(1, 2)
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's audio, cut or with silence added, B Z 2 A with A as `latent_count`.
+        """Encode a clip's audio, cut or padded with silence, as B Z 2 A with A from `latent_count`.
 
         `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
@@ -89,7 +89,7 @@ class H3AudioVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Audio:
-        """Return the audio of normalized latents, 1 Z 2 A on any device."""
+        """Decode normalized latents, 1 Z 2 A on any device, to audio."""
         mean, std = self._statistics()
         by_channel = latents[0].transpose(0, 1).to(self.device, torch.float32)  # 2 Z A
         waveform: Tensor = self._network.decode(by_channel * std + mean).sample
@@ -100,7 +100,7 @@ class H3AudioVae:
         return prod(self._network.config.encoder_rates)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 Z 1: one for each channel of the latents."""
+        """Return each latent channel's mean and standard deviation, both 1 Z 1."""
         config = self._network.config
         numbers = (config.latents_mean or AUDIO_MEAN, config.latents_std or AUDIO_STD)
         mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1) for values in numbers)
@@ -128,12 +128,14 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
     }
+    # declared_settings returns the path of config.json and its settings
     declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})[1]
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
         if declared.get(key) is not None:
             settings[key] = declared[key]
     statistics = (settings.get("latents_mean", AUDIO_MEAN), settings.get("latents_std", AUDIO_STD))
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
+    # encoder and decoder must change the length by the same factor
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
         raise rejection
     return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrized))
@@ -157,9 +159,9 @@ def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
 
 
 def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
-    """Return the settings of the decoder.
+    """Return the audio decoder's settings from its tensor shapes.
 
-    The rate of a stage follows from its kernel, which is 2 * rate or 2 * rate - 1.
+    An upsampling rate follows from its kernel, whose size is 2 * rate or 2 * rate - 1.
     """
     kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
     block_kernels = []

@@ -57,7 +57,7 @@ def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str
 
 
 def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
-    """Raise CacheError if a text cache records another task or format than this training's.
+    """Raise CacheError if a text cache was made for another task, or in another format.
 
     A cache without such records is accepted.
     """
@@ -120,8 +120,8 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
     names = TEACHER_ROWS[conditions]
     missing = [name for name in names if name not in batch.tensors]
     if missing:
-        cached = [other for other, rows in TEACHER_ROWS.items() if rows.states in batch.tensors]
-        instead = f" (it has those of {cached[0]})" if cached else ""
+        cached_conditions = [other for other, rows in TEACHER_ROWS.items() if rows.states in batch.tensors]
+        instead = f" (it has those of {cached_conditions[0]})" if cached_conditions else ""
         raise CacheError(
             f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{instead}, which {NAME}'s teacher "
             f"matching needs. Cache again with {TEXTS_AGAIN} --task t2va --teacher_conditions {conditions}."
@@ -135,7 +135,7 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
 
 
 def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write the states of the empty prompt in the format of other trainers.
+    """Write the empty prompt's states in the file format of other trainers.
 
     `tensors` are those of the cache of the prompt `text`.
     """

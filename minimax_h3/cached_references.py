@@ -72,7 +72,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_l
 
 @contextmanager
 def _of_dataset(name: str) -> Iterator[None]:
-    """Convert errors of the block about options and files to errors about a table."""
+    """Convert option and file errors in the block to errors that name a table."""
     try:
         yield
     except (OptionError, MediaError) as error:
@@ -108,7 +108,7 @@ def encode_references(
     frames: int,
     sizes: ReferenceSizes,
 ) -> dict[str, Tensor]:
-    """Return the latents of the references of an item by name, each without a batch axis.
+    """Encode the references of a dataset item to latents by name, each without a batch axis.
 
     `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
     """

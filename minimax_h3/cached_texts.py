@@ -49,12 +49,12 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Return the caption for a teacher that has the clip and its audio as references and has to copy them."""
+    """Rewrite a caption for a teacher that has the clip and its audio as references to copy."""
     return _COPIED + caption
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Return the caption for a teacher that has images of the subjects and copies only their looks.
+    """Rewrite a caption for a teacher that takes only the subjects' looks from images.
 
     `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
     """
@@ -78,7 +78,7 @@ def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
 
 
 class H3CachingEncoder(H3TextEncoder):
-    """The text encoder that caches the states for one task. Set its fields before it is used."""
+    """Text encoder that caches states for one task; set its fields before use."""
 
     task = "t2va"
     teacher: str | None = None  # key of `TEACHER_ROWS` for a teacher's additional states; None without
@@ -207,7 +207,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
 
 @functools.cache  # cached, because uses are compared by identity
 def _make_use(blank: str) -> LanguageUse:
-    """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
+    """Return how the text encoder is used, with `blank` in place of an empty prompt."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
 
@@ -228,7 +228,7 @@ class H3CachingFiles(H3Files):
         return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
-        """Return the text encoder, set to the task."""
+        """Return the text encoder, set up for the task."""
         encoder = super().language_model()
         assert isinstance(encoder, H3CachingEncoder)
         encoder.set_task(self.task, self.teacher, self.states_dtype)

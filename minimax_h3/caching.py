@@ -60,12 +60,12 @@ class H3Caching:
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """Metadata that distinguish caches of different runs."""
+        """Return the metadata that distinguish caches of different runs."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property
     def identity(self) -> dict[str, str]:
-        """Settings that latents depend on, in addition to files and VAEs."""
+        """Return the caching settings on which latents depend, besides files and VAEs."""
         identity = {**dict(self.declared), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
@@ -126,7 +126,7 @@ class H3Caching:
             )
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
-        """Raise `error` for a clip of a length that the model was not trained for."""
+        """Raise `error` for a clip length outside of the model's training lengths."""
         if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             raise error(
                 f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} "
@@ -134,12 +134,12 @@ class H3Caching:
             )
 
     def check_span(self, table: MediaTable, frames: int) -> None:
-        """Raise MediaError for a clip that is cut to a length that the model was not trained for."""
+        """Raise MediaError for a clip that would be cut to a length outside of the training's lengths."""
         if table.kind == "video":
             self._check_length(frames, table.name, MediaError)
 
     def metadata(self, files: H3Files, media: MediaBatch) -> dict[str, str]:
-        """Return the metadata of one item, as in other trainers' caches."""
+        """Return the metadata of one item's cache file, with the keys of other trainers' caches."""
         identity = files.vae_identity()
         (span,) = media.spans
         metadata = {
@@ -167,7 +167,7 @@ class H3Caching:
     def _make_tensors(
         self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
-        """Return the tensors of the single item in `media`. Sides in pixels are multiples of `step`."""
+        """Encode the single item in `media`, and return its cache tensors by name."""
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
@@ -177,6 +177,7 @@ class H3Caching:
             INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
             IS_HEARD: torch.tensor(float(any(media.heard))),
         }
+        # conditions: control images of an image, or the keyframes or references of a clip
         if media.table.kind == "image":
             tensors |= self._make_place_tensors(vae, media)
         elif self.task == KEYFRAMES:
@@ -193,11 +194,11 @@ class H3Caching:
         return tensors
 
     def _select_target_index(self, media: MediaBatch) -> int:
-        """Return the position of an image in time, in frames at 24 per second."""
+        """Return an image's time position, in frames at 24 per second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the frame index of an image, and the latents and frame indices of its control images."""
+        """Return an image's time position, and the latents and time positions of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors
@@ -209,7 +210,7 @@ class H3Caching:
 
 
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
-    """Return a sample of the posterior of a clip, 1 3 F H W, normalized: 1 C f h w float32.
+    """Encode a clip, 1 3 F H W, to a normalized posterior sample, 1 C f h w float32.
 
     `owner` seeds the sample; see `posterior_generator`.
     """
@@ -218,7 +219,7 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
 
 
 def make_caching(options: H3LatentCachingOptions) -> H3Caching:
-    """Return the settings for caching latents that the options ask for."""
+    """Return the latent caching settings that the options set."""
     return H3Caching(
         options.task or TEXT_ALONE,
         seed=SEED if options.cache_seed is None else options.cache_seed,

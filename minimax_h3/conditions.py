@@ -47,20 +47,20 @@ _REFERENCE_KEY = re.compile(rf"{REFERENCE}([0-9]+)_({IMAGE}|{VIDEO}|{AUDIO})")
 
 
 def reference_key(number: int, kind: str) -> str:
-    """Return the name of a reference's latents. `kind` is IMAGE, VIDEO, or AUDIO, which a clip has, too."""
+    """Return the condition key of a reference's latents; `kind` is IMAGE, VIDEO, or AUDIO (also a clip's)."""
     return f"{REFERENCE}{number:03d}_{kind}"
 
 
 def control_key(number: int) -> str:
-    """Return the name of a control image's latents."""
+    """Return the condition key for the latents of a control image."""
     return f"{CONTROL}{number:03d}"
 
 
 @torch.no_grad()
 def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
-    """Return the latents of a keyframe, reference image or clip, 1 Z f h w float32 on the CPU.
+    """Encode a keyframe, reference image or clip as 1 Z f h w float32 on the CPU.
 
-    They are normalized and not noised yet. `pixels` are 1 3 F H W uint8, F = 1 or 17n + 5.
+    The latents are normalized and not noised yet. `pixels` are 1 3 F H W uint8, F = 1 or 17n + 5.
     """
     moments = vae.encode_moments(pixels)
     generator = torch.Generator().manual_seed(SEED)
@@ -71,7 +71,7 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
 
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LIE) -> Tensor:
-    """Mix the fraction `clean` of the latents with noise, as the network expects images and clips."""
+    """Mix the fraction `clean` of latents with noise, as the network expects of conditions."""
     # 1 - share is rounded, as released
     share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
     return share * latents + (1 - share) * noise
@@ -86,7 +86,7 @@ def is_visual(key: str) -> bool:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return the names of conditions in order: first and last frame, controls, references by number.
+    """Return the condition names in order: first and last frame, controls, references by number.
 
     Other names are left out. Noise is drawn in this order. A clip's audio comes before the clip.
     """
@@ -127,7 +127,7 @@ class H3Placement:
 
 
 def place_conditions(conditions: Conditions, sample: int, num_text: int, target: ImageGrid) -> H3Placement:
-    """Place the conditions of one sample of a batch on the clock, which starts after the text.
+    """Return a sample's conditions with their time positions, which start after the text.
 
     Keyframes are at the times of the first and the last frame; references follow one another, and the learned
     frames follow them.
@@ -140,7 +140,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     """
     clock = float(num_text)
     placed: list[H3Condition] = []
-    audio_latents = 0  # audio latents of the clip that follows
+    audio_latents = 0  # length of the audio that belongs to the next clip
     control_starts = iter(_list_control_starts(conditions, sample, clock))
     keys = in_order(conditions)
     for key in keys:
@@ -164,6 +164,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
         else:
             placed.append(_place_image(latents, clock))
             is_image = key.endswith(IMAGE)
+            # the next reference starts after both the clip and its audio
             clock += 1.0 if is_image else max(float(audio_latents), clip_span(latents.shape[2]))
             audio_latents = 0
     index = conditions.get(TARGET_INDEX)

@@ -108,5 +108,5 @@ PRUNED_DIT = replace(DIT, form_exclude={})
 
 
 def spec_of(config: H3Config) -> DitSpec:
-    """Return the names inside the transformer, which differ for pruned files."""
+    """Return the module names inside the transformer, which differ for pruned files."""
     return PRUNED_DIT if config.table_rows else DIT

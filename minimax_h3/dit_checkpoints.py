@@ -69,16 +69,15 @@ IGNORED = ("rope.inv_freq",)  # computed here instead
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of rows in fused weights: INTERLEAVED in a sharded model, STACKED in a single file.
+    """Return the row order of the fused matrix in a file with released names, according to its file name.
 
-    The tensors of both releases are alike, so only the path shows the order. `path` is a file, or the first
-    shard, index or folder of a sharded model.
+    `path` is a file, a first shard, an index or a folder; the last three count as shards.
     """
     return INTERLEAVED if is_sharded(path) else STACKED
 
 
 def find_task(path: Path) -> str | None:
-    """Return the task in a transformer's name, "fl2va" (includes text to video) or "ref2va"; else None.
+    """Return the task in a transformer's file name, "fl2va" (or text to video) or "ref2va"; else None.
 
     The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
     """
@@ -121,7 +120,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 
 
 def _reject_other_model(path: Path) -> None:
-    """Raise CheckpointError for a model with the same tensors, which only the file's name shows."""
+    """Raise CheckpointError if the file name shows another model with the same tensors."""
     what = kind_by_name(path, is_sharded(path))
     if what is not None:
         raise CheckpointError(
@@ -132,7 +131,7 @@ def _reject_other_model(path: Path) -> None:
 
 
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the frequencies of positions on each axis that the file records; None if it does not.
+    """Return the recorded number of rotary frequencies per axis; None if none is recorded.
 
     A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
     Raises CheckpointError if the value is not a whole number.
@@ -151,7 +150,7 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
 
 
 def _check_positions(config: H3Config, path: Path) -> None:
-    """Raise CheckpointError if heads have fewer channels than positions rotate."""
+    """Raise CheckpointError if heads have fewer channels than the rotary embedding rotates."""
     turned = 2 * AXES * config.frequencies
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
@@ -213,7 +212,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mappin
 def _make_stackers(
     checkpoint: Checkpoint, header: DitHeader[H3Config]
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return functions that stack rows, for each tensor with interleaved rows, by name."""
+    """Return, by tensor name, functions that reorder interleaved rows into stacked ones."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)
@@ -223,7 +222,7 @@ def _make_stackers(
 
 @functools.cache
 def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return the format of transformer files. `layout` is as in `read_header`."""
+    """Return the format of transformer files; `layout` is as in `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

@@ -118,7 +118,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """Media that condition a clip in addition to its text, and the sources of their pixels."""
+    """Media on which a clip is conditioned, and where their pixels come from."""
 
     media: H3Media
     sources: H3Sources
@@ -161,7 +161,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model; full trainings add the order of the rows of fused weights."""
+        """Return the model's metadata; full trainings add the row order of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.named)
         frequencies = self.files.dit_header().config.frequencies
@@ -173,7 +173,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of the video VAE, with the marks of caches."""
+        """Return the video VAE's latent space, with the marks of caches."""
         latent = self.files.latent
         if self.caching is None:
             return latent
@@ -209,10 +209,7 @@ class MiniMaxH3(OneTransformer):
             self.caching.check_table(table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None, because clips are cached as a whole.
-
-        Raises MediaError if the model does not take the length.
-        """
+        """Return None, because clips are cached as a whole; raise MediaError if the length is invalid."""
         if self.caching is not None:
             self.caching.check_span(table, frames)
         return None
@@ -237,7 +234,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def audio_identity(self) -> Mapping[str, str]:
-        """What cached audio depends on apart from the samples."""
+        """Return what cached audio depends on besides the samples."""
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> H3AudioVae:
@@ -269,7 +266,7 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states. Raises CacheError if they come from another text encoder."""
+        """Return text states, tags and media conditions; raise CacheError if they do not fit the files."""
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
@@ -281,15 +278,17 @@ class MiniMaxH3(OneTransformer):
                 "option out, or give tables of pictures alone"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
+        # plain text to video has no media conditions
         if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
             return texts
         if batch.view:
+            # a teacher's pass: its own text states in place of the caption's
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
 
     def _make_shares(self) -> Conditions:
-        """Return in training, as a condition, how much clean signal visual and audio conditions keep."""
+        """Return the training's fractions of clean signal as a condition; {} outside of training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -333,7 +332,7 @@ class MiniMaxH3(OneTransformer):
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
-        """Place keyframes and references of a sample on the clock, with the time at which its clip starts."""
+        """Return a sample's keyframes and references with their time positions, and the clip's start time."""
         placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
         shares = clean_shares(cond)
         placed = []
@@ -457,7 +456,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return the sources of the pixels of media, for a clip of this size (width, height) and length."""
+        """Return where the media's pixels come from, for a clip of this size (width, height) and length."""
         step = self.latent.pixel_step
         references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
@@ -474,7 +473,7 @@ class MiniMaxH3(OneTransformer):
         return not prepared.family_record.media.is_empty
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return latents of keyframes and references, not noised yet, and the position of a single image.
+        """Encode keyframes and references to clean latents; for a single image, add the time positions.
 
         Raises MediaError if a file cannot be read, or a video is too short.
         """
@@ -482,6 +481,7 @@ class MiniMaxH3(OneTransformer):
         conditions = self._encode_references(encoders, prepared)
         keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
         keys += [control_key(number) for number in range(len(media.controls))]
+        # the same order as the keyframe sources: first, last, then control images
         for key, source in zip(keys, prepared.family_record.sources.keyframes, strict=True):
             conditions[key] = encode_condition(encoders.vae, _make_clip(source.read().unsqueeze(0)))
         if media.one_frame is not None:
@@ -517,7 +517,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def source(self) -> rules.SourceRules:
-        """Rules for what denoising may start from: media, or latents of this model."""
+        """Return what denoising may start from: media, or latents of this model."""
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -531,7 +531,7 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section.
+        """Yield the only section.
 
         Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
         right.
@@ -602,13 +602,13 @@ def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
 
 
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_train_network.py."""
+    """Describe the family for minimax_h3_train_network.py, with the noise and loss options."""
     loss = options.loss
     clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
-        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,
+        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
         vary_inputs=partial(noise_inputs, clean),
     )
     return MiniMaxH3(

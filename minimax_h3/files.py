@@ -132,12 +132,13 @@ class H3TextEncoder(LanguageModelEncoder):
         return encoded
 
     def _encode_presented(self, prompt: Prompt) -> Conditions:
-        """Encode a prompt after its images and clips, each as tokens of the vision tower."""
+        """Return the states of a prompt that follows its images and clips, with a tag for each token."""
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
         shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
         tokens = tokenizer.read(prompt.text)
         pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
+        # a typed placeholder would be replaced by an image
         if pads:
             raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
         ids, tags = self._list_tokens(shown.pieces, tokenizer)
@@ -161,7 +162,7 @@ class H3TextEncoder(LanguageModelEncoder):
     def _list_tokens(
         self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
-        """Return the tokens of the media before a prompt, and the tag of each token."""
+        """Return the token ids of the media before a prompt, with a tag (text or image) for each."""
         begin = self.find_token(tokenizer, BEGIN)
         pad = self.find_token(tokenizer, PAD)
         end = self.find_token(tokenizer, END)
@@ -202,7 +203,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
-        """Format of transformer files, which depends on --h3_qkv_layout."""
+        """Return the format of transformer files, which depends on --h3_qkv_layout."""
         return make_format(self.qkv_layout)
 
     def add_vaes(self, options: H3VaeOptions) -> Self:
@@ -213,11 +214,11 @@ class H3Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def check_task(self) -> None:
-        """Raise OptionError if the transformer's name contains another task."""
+        """Raise OptionError if the transformer's file name contradicts the task."""
         named = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
         needed_task = "ref2va" if self.task == "ref2va" else "fl2va"
         if named not in (None, needed_task):
@@ -246,7 +247,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of the video VAE; without its file, the release's."""
+        """Return the video VAE's latent space; without its file, the released one."""
         try:
             config: H3VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
@@ -256,7 +257,7 @@ class H3Files(LanguageModelFiles):
             LATENT,
             channels=config.latent_channels,
             stride=(config.time_stride, space, space),
-            pixel_step=2 * space,
+            pixel_step=2 * space,  # a token covers 2 x 2 latents
             frame_step=config.time_stride,
             clip=config.clip,
             tail=config.tail,
@@ -279,7 +280,7 @@ class H3Files(LanguageModelFiles):
         return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
 
     def audio_identity(self) -> dict[str, str]:
-        """Return what cached audio depends on apart from the samples; the VAE is float32."""
+        """Return what cached audio depends on besides the samples; the VAE is float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
     def load_audio(self, device: torch.device) -> H3AudioVae:

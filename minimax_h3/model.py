@@ -41,7 +41,7 @@ IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
+    """Latents with their time position: clean or slightly noised conditions, or the latents to learn."""
 
     latents: Tensor  # B Z F H W of images, B Z 2 A of audio
     place: ImagePlace | AudioPlace
@@ -58,7 +58,7 @@ class H3Condition:
         return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
-        """Return the condition's time; for images at least `image_time`, the time of the learned frames."""
+        """Return the condition's time; images are never noisier than the learned frames at `image_time`."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
@@ -91,18 +91,18 @@ class H3Tokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "H3Tokens":
-        """Return the inputs for the tokens of one process; `rotary` still has all tokens."""
+        """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
         starts = tuple(part.of_first(start) for start in self.starts)
         return replace(self, part=part, starts=starts)
 
     @property
     def image(self) -> int:
-        """Number of tokens V of the frames to denoise."""
+        """Return the number of tokens V of the frames to denoise."""
         return self.grid.tokens
 
 
 class H3Attention(nn.Module):
-    """Self-attention over all tokens; all heads together are wider than the tokens."""
+    """Self-attention over all tokens, whose heads together are wider than the tokens."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class H3Attention(nn.Module):
         return in_own_dtype(self.out_proj, attended.flatten(2))
 
     def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
-        """Return the attention of text tokens x, B T C, which have no positions yet."""
+        """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
         return in_own_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
 
@@ -172,7 +172,7 @@ class H3RefinerBlock(H3StreamBlock):
 
 
 class H3TokenRefiner(nn.Module):
-    """Lets the tokens of a text attend to each other."""
+    """Refines a text's tokens by self-attention."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class H3TokenRefiner(nn.Module):
         self.final_norm = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
-        """Return refined text tokens, B T C."""
+        """Refine text tokens, B T C."""
         for block in self.blocks:
             x = block(x, choice)
         normed: Tensor = self.final_norm(x)
@@ -188,12 +188,12 @@ class H3TokenRefiner(nn.Module):
 
 
 def _make_modulation(config: H3Config, rows: int) -> nn.ModuleDict:
-    """Return the layer that computes `rows` modulation rows from an embedded time."""
+    """Return the layer that computes `rows` modulation vectors from a time embedding."""
     return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
 
 
 class H3Block(H3StreamBlock):
-    """Block in which all tokens attend to each other, modulated by their time and their kind."""
+    """Block with self-attention among all tokens, modulated by their time and their kind."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__(config)
@@ -221,7 +221,7 @@ class H3Block(H3StreamBlock):
         return torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: H3Tokens) -> Tensor:
-        """Return the input of attention for the tokens of learned frames in x, B L C to B V C."""
+        """Return the modulated input of attention for the learned frames' tokens in x, B L C to B V C."""
         shift, scale, *_ = self.rows(tokens)
         return modulate(self.norm1(x[:, : tokens.starts[0]]), shift[:, :1], scale[:, :1], tokens.dtype)
 
@@ -231,7 +231,7 @@ class H3Block(H3StreamBlock):
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulated by the time alone, and the projections to latents of frames and of audio."""
+    """Final norm modulated by the time, and projections to frame latents and audio latents."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class FinalLayer(nn.Module):
         self.audio_out = nn.Linear(config.dim, config.audio_channels)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the learned tokens, B V Z*4 and B M Z', float32."""
+        """Project the learned tokens to their outputs, B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
@@ -382,7 +382,7 @@ class H3Model(nn.Module):
         return Hidden(torch.cat(embedded, dim=1), tokens)
 
     def _embed_medium(self, medium: H3Condition) -> Tensor:
-        """Return the tokens of frames or of audio, B L C."""
+        """Embed frames or audio as tokens, B L C."""
         if medium.is_sound:
             return self._embed_audio(medium.latents)
         return self._embed_images(medium.latents)
@@ -398,12 +398,12 @@ class H3Model(nn.Module):
             )
 
     def _embed_images(self, latents: Tensor) -> Tensor:
-        """Return the tokens of frames, B Z F H W to B L C."""
+        """Embed frames as tokens, B Z F H W to B L C."""
         patches = rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return run_float32(self.video_patch_proj, patches)
 
     def _embed_audio(self, latents: Tensor) -> Tensor:
-        """Return the tokens of audio, the left channel's first, B Z' 2 A to B 2A C."""
+        """Embed audio, B Z' 2 A, as tokens, B 2A C, with the left channel's tokens first."""
         return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
 
     def _embed_text(self, text: Tensor) -> Tensor:
@@ -427,7 +427,7 @@ class H3Model(nn.Module):
         return table[below].lerp(table[below + 1], (places - below)[:, None])
 
     def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A, in float32."""
+        """Project tokens to the outputs of frames, B Z F H W, and audio, B Z' 2 A, in float32."""
         patches, audio = self.final_layer(x, tokens)
         images = rearrange(
             patches,
@@ -453,11 +453,10 @@ class H3Model(nn.Module):
 
 
 def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenSegment]:
-    """Split the tokens of a text into runs of text and of image tokens.
+    """Split a text's tokens into segments of consecutive text or image tokens.
 
     Args:
-        shown: Whether each token stands for a part of an image that the language model saw; empty if none
-            does.
+        shown: Whether each token is the placeholder of an image part; () without images.
         num_text: Number of tokens.
     """
     if not shown:

@@ -113,7 +113,7 @@ class H3TextOptions(TextEncoderOptions):
 
     @property
     def form(self) -> str | None:
-        """Storage format of linear layers; None for the file's own format."""
+        """Return the storage format of linear layers; None for the file's own format."""
         quantization = self.text_encoder_quantization
         return text_form(self) if quantization == "none" else quantization
 
@@ -185,7 +185,7 @@ class H3TextCachingOptions(Options, title=NAME):
 
     @property
     def caches_empty_prompt(self) -> bool:
-        """Whether the empty prompt is cached, too."""
+        """Return whether the empty prompt is cached too."""
         return self.cache_guidance_empty or self.uncond_output is not None
 
 
@@ -373,7 +373,7 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
 
 
 def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the media that a clip of a task starts from: a sample's, or placeholders."""
+    """Return the media options for a clip of a task, with the sample's files or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
         return {
@@ -399,7 +399,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
 
 
 def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Move --width, --height, --ratio, --duration and --dtype into the shared options.
+    """Copy --width, --height, --ratio, --duration and --dtype to the shared options.
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
@@ -479,7 +479,7 @@ def resolve_length(frames: int | None, seconds: float | None) -> int:
 
 
 def check_ratio(what: str, width: int, height: int) -> None:
-    """Raise OptionError for sides that the model was not trained with. `what` is a file, for the message."""
+    """Raise OptionError for an aspect ratio that the model was not trained with; `what` names the file."""
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OptionError(
             f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MAX_RATIO} to "

@@ -19,7 +19,7 @@ SIDE = 32.0  # side of a square image, in units of space
 
 
 class ImageGrid(NamedTuple):
-    """Latent frames, and rows and columns of their tokens."""
+    """Number of latent frames, and of rows and columns of tokens in each."""
 
     frames: int
     rows: int
@@ -41,7 +41,7 @@ class ImagePlace:
 
 @dataclass(frozen=True)
 class AudioPlace:
-    """Position of audio tokens on the clock: all latents of the left channel, then of the right one."""
+    """Time position of audio tokens: all latents of the left channel, then of the right one."""
 
     latents: int
     start: float
@@ -61,7 +61,7 @@ def last_frame_place(start: float, frames: int) -> float:
 
 
 def clip_span(frames: int) -> float:
-    """Return the duration of a reference clip of `frames` latent frames, the sum of their durations."""
+    """Return the duration of a reference clip: the sum of its latent frames' durations."""
     return float(sum(spans(frames).tolist()))
 
 
@@ -94,7 +94,7 @@ def text_places(tokens: int) -> Tensor:
 
 
 def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
-    """Return the upper edges of rows and the left edges of columns: a square image spans 0 to 32."""
+    """Return the upper edges of rows and left edges of columns; a square image spans 0 to 32."""
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []
     for size in (grid.rows, grid.columns):
@@ -105,7 +105,7 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
 
 
 def all_places(media: Sequence[ImagePlace | AudioPlace], text: int) -> Tensor:
-    """Return the positions of all tokens, media first, then the text, L 3 float64."""
+    """Return all tokens' positions, media first, then text, L 3 float64."""
     parts = []
     for place in media:
         parts.append(image_places(place) if isinstance(place, ImagePlace) else audio_places(place))

@@ -35,7 +35,7 @@ SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
 
 @dataclass(frozen=True)
 class Shown:
-    """An image, a clip or audio that is presented before a prompt."""
+    """An image, clip or audio file that is presented to the text encoder before a prompt."""
 
     kind: str  # IMAGE, VIDEO or AUDIO
     has_sound: bool = False  # whether a clip has audio
@@ -53,7 +53,7 @@ SHOWN_AUDIO = Shown(AUDIO)
 
 
 def show_image(pixels: Tensor) -> Shown:
-    """Present an image, H W 3 uint8."""
+    """Present an image, H W 3 uint8, to the text encoder."""
     return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
 
 
@@ -68,12 +68,12 @@ def _hash(pixels: Tensor) -> str:
 
 
 def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
-    """Present keyframes, first and last, H W 3 uint8 each, as large as the clip."""
+    """Present the first and last keyframes, H W 3 uint8 each in the clip's size, to the text encoder."""
     return tuple(show_image(image) for image in pictures)
 
 
 class PresentedPiece(NamedTuple):
-    """A text, or a vision block, in the order of a presentation."""
+    """A text or a block of vision tokens, in the order of presentation."""
 
     text: str = ""
     tokens: int = 0  # number of tokens between the block's start and end tokens
@@ -81,7 +81,7 @@ class PresentedPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Presentation:
-    """Texts and vision blocks before a prompt."""
+    """Texts and image patches that precede a prompt in the text encoder."""
 
     pieces: tuple[PresentedPiece, ...]
     pictures: ReadImages  # images of the vision blocks, in order
@@ -90,7 +90,9 @@ class Presentation:
 def present(
     media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImageUse = USE
 ) -> Presentation:
-    """Return labels and vision blocks of media in order. `tower` is the loaded vision tower.
+    """Return the text labels and image patches that present media to the text encoder, in order.
+
+    `tower` is the loaded vision tower.
 
     Raises MediaError if an image cannot be shown, or a clip has too few frames.
     """
@@ -103,6 +105,7 @@ def present(
         return PresentedPiece(f"<{LABELS[kind]} {counts[kind]}>: ")
 
     for medium in media:
+        # audio is only named by its label: the encoder does not hear it
         if medium.kind == AUDIO or medium.has_sound:
             pieces.append(label(AUDIO))
         if medium.kind == IMAGE:
@@ -117,16 +120,16 @@ def present(
             for second, tokens in zip(seconds, cut.counts, strict=True):
                 pieces += [PresentedPiece(f"<{second:.1f} seconds>"), PresentedPiece(tokens=tokens)]
             cuts.append(cut)
-    sides = tuple(side for cut in cuts for side in cut.sides)
+    patch_grids = tuple(side for cut in cuts for side in cut.sides)
     patches = torch.cat([cut.patches for cut in cuts]) if cuts else torch.zeros(0)
-    return Presentation(tuple(pieces), ReadImages(patches, sides))
+    return Presentation(tuple(pieces), ReadImages(patches, patch_grids))
 
 
 def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the indices of the frames that the encoder sees, and the second of each group of them.
+    """Return the indices of the frames that the encoder sees, and the time of each frame group in seconds.
 
-    `frames` is the length of the clip at 24 per second, `at_once` that of a group; the last frame of the last
-    group may be repeated. Raises MediaError if the clip has fewer frames than one group.
+    `frames` is the clip's length at 24 per second, `at_once` the number of frames in a group; the clip's last
+    frame may be repeated to fill its group. Raises MediaError if the clip has fewer frames than one group.
     """
     stride = FPS / SEEN_FPS
     indices = tuple(range(0, frames, round(stride)))
@@ -137,6 +140,7 @@ def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float
             f"which needs {minimum}. Give a longer one."
         )
     times = [index / SEEN_FPS for index in range(len(indices))]
+    # negative modulo: how many frames the last group lacks
     times += [times[-1]] * (-len(times) % at_once)
     seconds = tuple(
         (times[first] + times[first + at_once - 1]) / 2 for first in range(0, len(times), at_once)

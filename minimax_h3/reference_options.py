@@ -88,7 +88,7 @@ class H3MediaOptions(Options, title="keyframes and references"):
 
 
 def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
-    """Warn that changed sizes of references have no effect, with the reason `why`."""
+    """Warn that changed reference sizes have no effect, for the reason `why`."""
     edges = {
         "reference_image_short_edge": (image_edge, IMAGE_EDGE),
         "reference_video_short_edge": (video_edge, VIDEO_EDGE),

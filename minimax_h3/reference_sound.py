@@ -21,7 +21,7 @@ ROLLOFF = 0.99  # fraction of the frequency band that passes
 
 
 def read_reference_audio(path: Path, seconds: float) -> Tensor:
-    """Return the first seconds of a file's audio, 1 2 S float32 at the rate of the audio VAE.
+    """Read the first seconds of a file's audio, 1 2 S float32 at the audio VAE's sample rate.
 
     Raises MediaError if there is none, or it cannot be read.
     """
@@ -34,18 +34,19 @@ def read_reference_audio(path: Path, seconds: float) -> Tensor:
     return resample(samples, track.rate, RATE).unsqueeze(0)
 
 
-def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
-    """Return audio, channels x S, at another rate: a low-pass filter evaluated at the new positions.
+def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Resample audio, channels x S, by a low-pass filter evaluated at the new sample positions.
 
-    `rate` and `wanted` are samples per second, before and after.
+    `rate` and `new_rate` are samples per second, before and after.
     """
-    if rate == wanted:
+    if rate == new_rate:
         return samples.contiguous()
-    shared = math.gcd(rate, wanted)
-    step = rate // shared
-    count = wanted // shared  # new samples for each `step` old ones
+    divisor = math.gcd(rate, new_rate)
+    step = rate // divisor
+    count = new_rate // divisor  # new samples for each `step` old ones
     filters = _make_low_pass_filters(step, count)
     reach = (filters.shape[1] - step) // 2
+    # `step` more at the end, so that the last new samples are computed too
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
     in_order = resampled.mT.flatten(1)  # from channels x count x S / step to channels x new samples

@@ -68,7 +68,7 @@ class H3Reference:
 
 @dataclass(frozen=True)
 class H3Media:
-    """All media that condition a clip or an image in addition to its text."""
+    """All media on which a clip or an image is conditioned, in addition to its text."""
 
     first: Path | None = None
     last: Path | None = None
@@ -84,7 +84,7 @@ class H3Media:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are neither keyframes nor references."""
+        """Return whether there are neither keyframes nor references."""
         return not (self.keyframes or self.references)
 
     @property
@@ -99,10 +99,10 @@ class H3Media:
 
 
 def read_media(request: Request) -> H3Media:
-    """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
+    """Return the media of a request; raise OptionError if they contradict each other or cannot be used."""
     first, last = _select_keyframes(request)
-    texts = _split_lines(request, CONDITION_IMAGES)
-    controls = tuple(to_path("--condition_image", text) for text in texts)
+    control_names = _split_lines(request, CONDITION_IMAGES)
+    controls = tuple(to_path("--condition_image", text) for text in control_names)
     one_frame = request.extra.get(ONE_FRAME)
     places = None if one_frame is None else _read_places(one_frame)
     if places is None and controls:
@@ -137,7 +137,7 @@ def _split_lines(request: Request, name: str) -> list[str]:
 
 
 def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
-    """Return first and last frame. Raises OptionError if they are given twice."""
+    """Return the first and last keyframe; raise OptionError if one is given twice."""
     frames = [to_path("--keyframe", text) for text in _split_lines(request, KEYFRAMES)]
     if not frames:
         return request.image_path, request.end_image_path
@@ -170,9 +170,12 @@ def _check_places(places: OneFrame, controls: int) -> None:
 
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
-    """Yield references in order. Raises OptionError if two ways of naming them are mixed."""
+    """Yield the request's references in order; raise OptionError if two ways of naming them are mixed."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
+    ways = [
+        *(name for name in (REF, JSONL) if request.extra.get(name)),
+        *by_kind[:1],
+    ]  # options by kind count as one way
     if len(ways) > 1:
         listed = " and ".join(f"--{name}" for name in ways)
         raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
@@ -239,8 +242,9 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
 
 
 def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
-    """Make a reference. `fields` are its kind, unless the suffix shows it, and a video's audio file."""
+    """Build a reference from a path and the fields of --ref; check that its files can be read."""
     path = to_path(where, text)
+    # fields: the kind, by default from the suffix, and a video's audio file
     kind = fields.get(FIELDS[0]) or _find_kind(path)
     if kind not in KINDS:
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
@@ -314,7 +318,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
 
 
 def check_video_length(path: Path, any_length: bool) -> None:
-    """Raise OptionError if the model was not trained for the length of a reference video."""
+    """Raise OptionError if a reference video's length is outside of the model's training lengths."""
     info = video_info(path)
     fps = info.fps or FPS
     seconds = info.frames / fps if info.frames else info.seconds
@@ -340,7 +344,7 @@ class ImageSource:
     crops: bool = False  # whether it is scaled to cover the size and cropped; otherwise it is stretched
 
     def read(self) -> Tensor:
-        """Return its pixels, H W 3 uint8."""
+        """Read the image's pixels, H W 3 uint8."""
         return torch.from_numpy(np.ascontiguousarray(self._resize(read_image(self.path))))
 
     def _resize(self, frame: Frame) -> Frame:
@@ -359,7 +363,7 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """A reference video with the size of its frames, and the number of frames to take at 24 per second."""
+    """A reference video: its frame size, and how many frames to take at 24 per second."""
 
     path: Path
     size: Size
@@ -393,14 +397,14 @@ def _find_slot(number: int, fps: float) -> int:
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
-    """Return keyframes at the size of the clip: the first is stretched, later ones cover it, cropped."""
+    """Return keyframes at the clip's size: the first is stretched, later ones are scaled and cropped."""
     return [ImageSource(path, size, crops=index > 0) for index, path in enumerate(paths)]
 
 
 def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:
-    """Return a reference image resized to a short side of `short_edge` pixels.
+    """Return a reference image with a short edge of `short_edge` pixels.
 
-    Sides become multiples of `step`. Raises OptionError if it is more than four times as long as wide.
+    Both edges become multiples of `step`. Raises OptionError if it is more than four times as long as wide.
     """
     width, height = image_size(path)
     check_ratio(f"reference {path}", width, height)
@@ -410,7 +414,7 @@ def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:
 
 
 def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipSource:
-    """Return a reference video in its own shape, cut to the `frames` of the generated clip.
+    """Return a reference video in its own aspect ratio, cut to the generated clip's `frames`.
 
     Raises OptionError if it is more than four times as long as wide.
     """
@@ -421,7 +425,7 @@ def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipS
 
 
 def full_clip(frames: Tensor) -> Tensor:
-    """Return the frames of a reference video that the VAE takes, F H W 3 with F = 17n + 5, at least 22.
+    """Cut a reference video to a length that the VAE takes: F H W 3 with F = 17n + 5, at least 22.
 
     Raises MediaError if there are fewer.
     """

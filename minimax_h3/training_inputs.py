@@ -55,7 +55,7 @@ def clean_shares(cond: Conditions) -> Clean:
 
 
 def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
-    """Return the tensors of a batch with noised keyframes and references, for `NoiseSpec.vary_inputs`."""
+    """Add noise to a batch's keyframes and references, for `NoiseSpec.vary_inputs`."""
     noised = dict(tensors)
     for key in in_order(tensors):
         noised[key] = _add_noise(
@@ -98,7 +98,7 @@ def _name_conditions(view: str) -> str:
 
 
 def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
-    """Return the network's conditions, keyframes, references and positions, by their names in caches.
+    """Return a batch's keyframes, references and time positions, by cache key.
 
     Args:
         batch: The batch; in a teacher's pass, with the media that the teacher sees.
@@ -126,12 +126,12 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
 
 
 def _read_places(tensors: Conditions) -> dict[str, Tensor]:
-    """Return the positions in time of an image and its control images; {} if caches have none."""
+    """Return the time positions of an image and its control images; {} if the cache has none."""
     return {key: _read_tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
 def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
-    """Raise CacheError if the caches of a batch have no conditions, or a teacher's keyframe is missing."""
+    """Raise CacheError if a batch has no cached conditions, or lacks a teacher's keyframe."""
     missing = [name for name in names if name not in keys]
     has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
     if not has_enough and missing and (batch.view or not keys):
@@ -145,19 +145,23 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
         )
 
 
-def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None:
-    """Raise CacheError if a condition has another shape than the network takes."""
+def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> None:
+    """Raise CacheError if a cached condition does not have the shape that the network takes."""
     is_sound = not is_visual(key)
-    heard = batch.tensors.get(SOUND)
-    channels = heard.shape[1] if is_sound and isinstance(heard, Tensor) else latents.shape[1]
-    fits = found.ndim == (4 if is_sound else 5) and found.shape[1] == channels and found.is_floating_point()
+    clip_audio = batch.tensors.get(SOUND)
+    channels = clip_audio.shape[1] if is_sound and isinstance(clip_audio, Tensor) else latents.shape[1]
+    fits = (
+        condition.ndim == (4 if is_sound else 5)
+        and condition.shape[1] == channels
+        and condition.is_floating_point()
+    )
     if fits and is_sound:
-        fits = found.shape[2] == 2
+        fits = condition.shape[2] == 2
     elif fits:
-        fits = not (found.shape[3] % PATCH or found.shape[4] % PATCH)
+        fits = not (condition.shape[3] % PATCH or condition.shape[4] % PATCH)
     if not fits:
         raise CacheError(
-            f"{batch.keys[0]}: {key} in its cache is {list(found.shape[1:])}, which the network does not "
+            f"{batch.keys[0]}: {key} in its cache is {list(condition.shape[1:])}, which the network does not "
             f"take. Cache again with {LATENTS_AGAIN}."
         )
 

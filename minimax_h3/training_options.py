@@ -113,7 +113,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
 
 class H3TargetOptions(Options, title="other names of shared targets"):
-    """The known tuner's names of options that every family has; `translate` copies the values to those."""
+    """Names of shared options in another trainer; `translate` copies their values to the shared options."""
 
     h3_guidance_loss_scale: float = option(
         "--guided_target SCALE; 0: none", default=0.0, minimum=0, facts=HABIT
@@ -210,7 +210,7 @@ TEACHER_OPTIONS = tuple(
 
 
 class H3RejectedOptions(Options, title="not for this model"):
-    """Options of the known tuners that this one has no use for, each with the reason."""
+    """Options of other tuners that do not apply to this model, each with the reason."""
 
     h3_convrot_int8_fwd: str = option(
         "inputs of layers in int8 are int8 too",
@@ -282,7 +282,7 @@ class H3RejectedOptions(Options, title="not for this model"):
 
 
 def base_time(text: str) -> float | int:
-    """Parse a base time: thousandths as an int, a fraction of 1 as a float."""
+    """Parse a base time: an integer is in thousandths, a float is a fraction of 1."""
     try:
         return int(text)
     except ValueError:
@@ -333,7 +333,7 @@ def translate(args: argparse.Namespace) -> None:
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
-    """Return how the training scripts change the shared options, for `TrainerChanges`.
+    """Return MiniMax-H3's changes to the training scripts' shared options, for `TrainerChanges`.
 
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
@@ -393,6 +393,7 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
         name = "--h3_guidance_loss_sigma_min"
         lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
         shared["guided_target_min_timestep"] = name, lowest
+    # these shared losses use the same cache of the empty prompt
     shared_scales = [getattr(args, name, None) for name in ("guided_target", "blank_prior_weight")]
     is_needed = scale or any(shared_scales)
     if args.h3_guidance_loss_uncond_cache is not None and not is_needed:
@@ -432,7 +433,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the trainer's options that draw some noise levels more often to --timestep_focus."""
+    """Translate the trainer's options for drawing some noise levels more often to --timestep_focus."""
     low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
     if not args.h3_timestep_focus_prob:
         return
@@ -468,7 +469,7 @@ def _select_rank(args: argparse.Namespace) -> None:
 
 
 def warn_of_clean_shares(args: argparse.Namespace) -> None:
-    """Warn of options that control the noise of conditions if clips of the task have no such conditions."""
+    """Warn about options for noise in conditions that clips of the task do not have."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
     has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}
@@ -481,7 +482,7 @@ def warn_of_clean_shares(args: argparse.Namespace) -> None:
 
 
 def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher sees more than the learner in a task other than t2va.
+    """Raise OptionError if a teacher gets more conditions than the student in a task other than t2va.
 
     The other tasks have keyframes or references of their own.
     """

@@ -56,7 +56,7 @@ DIFFUSERS: Names = (
 
 
 def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
-    """Plan how to load a video VAE. Raises CheckpointError for any other file."""
+    """Plan how to load MiniMax-H3's video VAE; raise CheckpointError for any other file."""
     names = checkpoint.tensors
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _DeclaredInfo:
-    """What config.json says and tensors do not show; the release's values by default."""
+    """Dimensions that config.json states and tensors do not show; by default, the release's values."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
-    """Return what the config.json next to the file declares."""
+    """Read the settings that the config.json next to the file declares."""
     path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
@@ -140,7 +140,7 @@ def _is_number(value: Any, kind: type) -> bool:
 def _read_config(
     checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _DeclaredInfo
 ) -> H3VideoVaeConfig:
-    """Return the dimensions. Raises CheckpointError if they do not match each other."""
+    """Return the VAE's dimensions; raise CheckpointError if they do not match each other."""
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
@@ -206,9 +206,9 @@ def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...
 
 
 def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
-    """Raise CheckpointError if parts do not fit each other.
+    """Raise CheckpointError if the VAE's encoder, decoder and latent statistics do not fit each other.
 
-    `patch` is the rows of the decoder's last layer.
+    `patch` is the number of rows of the decoder's last layer.
     """
     patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:

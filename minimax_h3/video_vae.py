@@ -42,10 +42,9 @@ class TileRow:
 
 
 def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
-    """Cover `length` with tiles of `size` that overlap by at least `minimum`, as the released VAE does.
+    """Place tiles of `size` over `length`, with overlaps of at least `minimum`, as the released VAE does.
 
-    All numbers are in pixels. Each overlap in turn grows by `step`, again and again from the first one, until
-    the tiles end exactly at `length`.
+    All numbers are in pixels. The overlaps grow in turn by `step` until the tiles end exactly at `length`.
     """
     if size >= length:
         return TileRow((0,), length, ())
@@ -90,7 +89,7 @@ class H3VideoVae(nn.Module):
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, not normalized, B 2Z f h w float32.
+        """Encode pixels to unnormalized posterior means and log variances, B 2Z f h w float32.
 
         `pixels` are B 3 F H W in -1..1, or bytes 0..255, on any device; F = 1 or 17n + 5, H and W multiples
         of 16. Raises ValueError for other sizes.
@@ -108,10 +107,11 @@ class H3VideoVae(nn.Module):
             return self._encode_clip(pixels)
         moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
         joined = torch.cat(moments, dim=2)
+        # the last latents of a clip belong to its repeated last frame
         return joined[:, :, : joined.shape[2] - config.dropped]
 
     def _fill_up(self, clip: Tensor) -> Tensor:
-        """Repeat the last frame up to the length of a clip."""
+        """Pad a clip to its full length by repeating the last frame."""
         missing = self.config.clip - clip.shape[2]
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
@@ -143,7 +143,7 @@ class H3VideoVae(nn.Module):
         return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Return latents, B Z f h w, as the VAE has them."""
+        """Scale latents, B Z f h w, back from model space to the VAE's space."""
         return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
 
     def _of_channels(self, numbers: Sequence[float]) -> Tensor:
@@ -158,9 +158,10 @@ class H3VideoVae(nn.Module):
             yield from self._decode_neighbors(latents)
 
     def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames of consecutive clips, blended where two clips have decoded the same frames."""
+        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames."""
         config = self.config
         size = config.clip_latents
+        # repeat the last latent until the clips are full
         num_repeats = -(latents.shape[2] + config.dropped) % size
         padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
         has_overlap = config.dropped > 0
@@ -183,7 +184,7 @@ class H3VideoVae(nn.Module):
             yield previous[:, :, :frames_left]
 
     def _count_frames(self, latent_frames: int) -> int:
-        """Return the number of frames of latent frames; the first of each clip covers fewer."""
+        """Return the number of frames that latents decode to; the first latent of a clip covers fewer."""
         clips = math.ceil(latent_frames / self.config.clip_latents)
         return latent_frames * self.config.time_stride - clips * self.config.first_padding
 
@@ -196,9 +197,10 @@ class H3VideoVae(nn.Module):
     def _in_tiles(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, pixels_in: int, pixels_out: int
     ) -> Tensor:
-        """Compute x, B C F H W, in tiles in height and width, which fade into each other.
+        """Apply `compute` to x, B C F H W, in tiles of height and width that are cross-faded.
 
-        `pixels_in` and `pixels_out` are the pixels along the side of one element of x and of the result.
+        `pixels_in` and `pixels_out` are the edge lengths, in pixels, of one element of x and of the result:
+        one is 1.
         """
         if self.tile is None:
             return compute(x)

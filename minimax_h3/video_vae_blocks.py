@@ -58,37 +58,37 @@ class H3VideoVaeConfig:
 
     @property
     def time_stride(self) -> int:
-        """Frames of pixels for each latent frame."""
+        """Return how many pixel frames a latent frame covers."""
         return math.prod(level.time_stride for level in self.levels)
 
     @property
     def space_stride(self) -> int:
-        """Rows, and columns, of pixels for each latent pixel."""
+        """Return how many rows and columns of pixels a latent pixel covers."""
         return math.prod(level.space_stride for level in self.levels)
 
     @property
     def first_padding(self) -> int:
-        """Number of frames that are missing before a clip to fill its first latent frame."""
+        """Return how many frames a clip lacks to fill its first latent frame."""
         return -self.clip % self.time_stride
 
     @property
     def tail(self) -> int:
-        """Number of frames of a video after its last whole clip."""
+        """Return how many frames a video has after its last whole clip."""
         return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
 
     @property
     def clip_latents(self) -> int:
-        """Number of latent frames of a clip."""
+        """Return the number of latent frames of a clip."""
         return math.ceil(self.clip / self.time_stride)
 
     @property
     def shared_latents(self) -> int:
-        """Number of the next clip's latent frames that a clip is decoded with."""
+        """Return how many of the next clip's latent frames are decoded together with a clip."""
         return -self.dropped % self.clip_latents
 
     @property
     def shared_frames(self) -> int:
-        """Number of frames that two neighboring clips both decode."""
+        """Return how many frames two neighboring clips both decode."""
         return max(0, self.shared_latents * self.time_stride - self.first_padding)
 
 
@@ -214,7 +214,7 @@ def _normalize_head(x: Tensor) -> Tensor:
 
 
 def rotate_first(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the first channels of each head: pairs of one from their first half and one from the second.
+    """Rotate the first 2K channels of each head in pairs, channel k with channel k + K.
 
     It is computed in float32 and returned in the dtype of x. `x` is B L N D; `rotary` is L 1 K 2, cosines and
     sines of K pairs; the channels after 2K stay unchanged.
@@ -241,7 +241,7 @@ class DecoderFeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and feed-forward, each after a norm and with learned scales on its output."""
+    """Attention and feed-forward, each with a norm before it and learned scales on its output."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class DecoderBlock(nn.Module):
 
 
 class H3VideoDecoder(nn.Module):
-    """Turns latents B Z f h w into pixels B 3 4f 16h 16w, float32; each latent is a token that sees all."""
+    """Decode latents B Z f h w to pixels B 3 4f 16h 16w, float32, with attention among all latents."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class H3VideoDecoder(nn.Module):
         self.proj_out = nn.Linear(config.dim, 3 * config.time_stride * config.space_stride**2)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return pixels, B 3 4f 16h 16w, of latents, B Z f h w."""
+        """Decode latents, B Z f h w, to pixels, B 3 4f 16h 16w."""
         grid = latents.shape[2:]
         x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
         num_latents = x.shape[1]
@@ -284,9 +284,10 @@ class H3VideoDecoder(nn.Module):
         for block in self.transformer_blocks:
             x = block(x, rotary)
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
-        sides = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
-        patches = patches.unflatten(1, grid).unflatten(-1, sides)  # B f h w 3 t s s
+        patch_sizes = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
+        patches = patches.unflatten(1, grid).unflatten(-1, patch_sizes)  # B f h w 3 t s s
         pixels = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        # merge each grid axis with its axis of the patch: f t, h s, w s
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
     def _make_rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:

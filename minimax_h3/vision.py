@@ -63,7 +63,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file with the settings for images or for clips, and the settings; {} if there is none."""
+    """Return the first preprocessor file for images or clips, and its settings; {} without any file."""
     for folder in folders:
         for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
             if not file.is_file():
@@ -72,7 +72,9 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
                 raise _make_error(file, str(error)) from error
+            # the shared file has a section for each; a file of its own has the settings at the top
             settings = content.get(part) if part and isinstance(content, dict) else content
+            # the shared file lacks this section: look in the next file
             if part and settings is None:
                 continue
             if not isinstance(settings, dict):
@@ -82,7 +84,7 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the limits on sizes in a preprocessor's settings; the released values by default."""
+    """Read size limits and colors from a preprocessor's settings; missing ones are the released values."""
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
@@ -92,6 +94,7 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     are_integers = type(fewest) is int and type(maximum) is int
     if not are_integers or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
+    # 768: the released processor's default
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
@@ -118,10 +121,10 @@ def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) 
 
 
 def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
-    """Cut the frames of a clip, F H W 3 uint8, into patches of pairs of frames; the last may be repeated.
+    """Cut a clip, F H W 3 uint8, into the vision tower's patches, which cover two frames each.
 
-    Each pair becomes an image of its own: its tokens follow its time in the prompt. Raises MediaError if
-    frames are too long and narrow.
+    Each pair counts as an image: its tokens follow its time in the prompt. The last frame may be repeated.
+    Raises MediaError if frames are too long and narrow.
     """
     config: Any = tower.config
     merge = config.spatial_merge_size

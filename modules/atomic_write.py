@@ -87,7 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     with path_written.open("rb+") as file:
                         os.fsync(file.fileno())
             flush_folder(temporary)
-            aside = path.with_name(f".{path.name}.old")
+            aside = path.with_name(f".{path.name}.old")  # the name that `recover_folder` looks for
             if path.exists():
                 replace_file(path, aside)
             replace_file(temporary, path)
@@ -190,21 +190,21 @@ def claim_name(path: Path) -> Iterator[bool]:
     with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
-            is_of_this_machine = True
+            has_claimed = True
         except FileExistsError:
-            is_of_this_machine = False
+            has_claimed = False
     try:
-        if is_of_this_machine:
+        if has_claimed:
             with explain_errors(path):
                 claim.write_text(_make_writer_id(), encoding="ascii")
-        yield is_of_this_machine
+        yield has_claimed
     finally:
-        if is_of_this_machine:
+        if has_claimed:
             claim.unlink(missing_ok=True)
 
 
 def recover_folder(path: Path) -> None:
-    """Restore the earlier folder after a kill between the renames of `atomic_folder`; remove partial ones."""
+    """Restore a folder after a kill between the two renames of `atomic_folder`; remove partial folders."""
     aside = path.with_name(f".{path.name}.old")
     if aside.exists():
         if path.exists():
@@ -275,7 +275,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, completely or not at all.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If the file cannot be written.
     """
     with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
@@ -285,16 +285,16 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, completely or not at all.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If the file cannot be written.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8; a kill may leave its last line unfinished.
+    """Append `text` as UTF-8; if the process is killed meanwhile, the last line may be incomplete.
 
     Raises:
-        OutputError: If it fails.
+        OutputError: If the file cannot be written.
     """
     reject_writing(real_path(path))  # a link of this name is followed
     with explain_errors(path), path.open("ab") as file:
@@ -372,7 +372,7 @@ def _make_writer_id() -> str:
 def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
-    `writer` is the match of the writing process in the file's name. The result is -inf if that process has
+    `owner` is the match of the writing process in the file's name. The result is -inf if that process has
     ended, and `older_seconds` if it runs on another or an unknown machine.
     """
     is_of_this_machine = owner["machine"] is not None and int(owner["machine"], 16) == identify_machine()
@@ -382,7 +382,7 @@ def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
         os.kill(int(owner["process"], 16), 0)
     except ProcessLookupError:
         return -math.inf  # independent of the clock of the folder's machine
-    except OSError:  # it belongs to another user
+    except OSError:  # the process belongs to another user
         pass
     # another process may have the number now, so the age matters for living processes too
     return LEFTOVER_SECONDS

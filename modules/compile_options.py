@@ -132,13 +132,13 @@ class CompileOptions(Options):
             "DYNAMIC": self.compile_dynamic,
             "FULLGRAPH": "true" if self.compile_fullgraph else None,
         }
-        words = {name: value for name, value in values.items() if value is not None}
-        if words and self.compile_args != default:
+        arguments = {name: value for name, value in values.items() if value is not None}
+        if arguments and self.compile_args != default:
             raise OptionError(
-                f"--compile_args and --compile_{next(iter(words)).lower()} both say how to compile: give "
+                f"--compile_args and --compile_{next(iter(arguments)).lower()} both say how to compile: give "
                 "either all four words to --compile_args, or an option for each"
             )
-        return words
+        return arguments
 
 
 class TrainingCompileOptions(CompileOptions):
@@ -197,7 +197,7 @@ class TrainingCompileOptions(CompileOptions):
 
 
 class GenerationCompileOptions(CompileOptions):
-    """Whether generation compiles the blocks, and how."""
+    """Options that compile the blocks for generation."""
 
     optimized_compile = unsupported(
         "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "

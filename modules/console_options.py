@@ -51,6 +51,7 @@ class _LogFile(logging.FileHandler):
     """A log file. Lines that cannot be written, as on a full disk, go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
+        """Continue on the console if the log file cannot be written."""
         error = sys.exc_info()[1]
         root = logging.getLogger()
         console = logging.StreamHandler()

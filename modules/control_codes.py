@@ -100,10 +100,9 @@ _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
 def take_answer(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
-    """Return the paragraph in a model's answer, as a caption.
+    """Return a model's answer as a caption of one line, cut off after `max_characters`.
 
-    Thoughts, control codes, line breaks and quotation marks around it are removed. Text beyond
-    `max_characters` is cut off.
+    Thoughts before the answer, control codes, line breaks and enclosing quotation marks are removed.
     """
     text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
     text = " ".join(drop_control_codes(text).split())[:max_characters]

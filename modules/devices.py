@@ -154,7 +154,7 @@ def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype 
 
 
 def make_deterministic() -> None:
-    """Make torch deterministic; operations that cannot be warn. Call before the first CUDA call."""
+    """Make torch deterministic; other operations cause a warning. Call this before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -170,9 +170,9 @@ def leave_cudnn_out(device: torch.device) -> None:
 
 
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
-    """Return whether an option for CUDA devices has an effect, and warn if it has none.
+    """Return whether an option for CUDA devices has an effect on `device`, and warn if it has none.
 
-    `what` names what the option changes.
+    `what` names the operations that the option changes, such as "matrix products".
     """
     if device.type == "cuda":
         return True
@@ -352,7 +352,7 @@ class Failures:
     def note_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Record an error of the block and continue, unless the error is `fatal` or of the compiler."""
+        """Record an error of the block and continue, unless it is `fatal` or comes from the compiler."""
         try:
             yield
         except Exception as error:

@@ -90,8 +90,8 @@ def receive(
         progress: Called with the number of bytes that the file has.
 
     Raises:
-        BrokenTry: If the last attempt fails.
-        RejectedBySite: If the site rejects the request.
+        RetryableError: If the last attempt fails.
+        DownloadRejected: If the site rejects the request.
         OSError: If the file cannot be written.
     """
     path.touch()  # an empty file has to exist too
@@ -130,10 +130,10 @@ def receive(
 
 
 def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a site's answer at the position that it is for; return the end position.
+    """Write a server's answer to the file from the answer's start position on; return the end position.
 
     Raises:
-        BrokenTry: If the data arrive too slowly.
+        RetryableError: If the data arrive too slowly.
     """
     with path.open("r+b") as file:
         file.truncate(answer.start)
@@ -162,11 +162,7 @@ def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int],
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return the session of a thread, whose connections are kept open between files.
-
-    Args:
-        thread: Identifier of the thread.
-    """
+    """Return the session of the thread with this identifier; its connections stay open between files."""
     import requests
 
     return requests.Session()
@@ -230,7 +226,7 @@ def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
 
 
 def _check_answer(address: str, answer: "requests.Response") -> None:
-    """Raise BrokenTry if a new attempt may succeed, RejectedBySite if the response is not the file."""
+    """Raise RetryableError if a new attempt may succeed, DownloadRejected if the answer is not the file."""
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
@@ -250,7 +246,7 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
 
     Raises:
-        RejectedBySite: If the answer begins elsewhere.
+        DownloadRejected: If the answer begins elsewhere.
     """
     if answer.status_code != 206:  # partial content; another answer is the whole file
         return 0

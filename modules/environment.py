@@ -144,7 +144,7 @@ def provide_pip(python: Path) -> None:
     """Install pip into an environment without it: a new or incomplete one, or one made by uv.
 
     Raises:
-        UserError: If that fails.
+        UserError: If pip cannot be installed.
     """
     if _succeeds(python, "-m", "pip", "--version"):
         return
@@ -159,7 +159,7 @@ def provide_pip(python: Path) -> None:
 def _install(
     python: Path, packages: list[str], build: Build | None = None, is_replacing: bool = False
 ) -> None:
-    """Install packages in three groups: torch first, so that no other package chooses its version."""
+    """Install torch first, so that no other package chooses its version, then all other packages."""
     uv = find_uv(python)
     if uv is None:
         provide_pip(python)
@@ -220,7 +220,7 @@ def _install_lines(
 
 
 def _run_installer(command: Sequence[str]) -> str | None:
-    """Run a quiet installation, with its messages shown; return them if it failed, else None."""
+    """Run an installer and show its messages; return them if it failed, else None."""
     environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"

@@ -64,7 +64,7 @@ class DownloadError(UserError):
 
 
 class NothingFoundError(UserError):
-    """A video in which nothing was found, although the user relies on it: nothing was written."""
+    """Raised if nothing was found in a video, so that no file was written."""
 
     exit_code = 3
 

@@ -58,7 +58,7 @@ def load_extensions(group: str) -> dict[str, Any]:
 
 
 def _find_entries(group: str) -> Iterator[EntryPoint]:
-    """Yield the entry points of a group that were named, in the order of their names there."""
+    """Yield the entry points of a group whose names `list_named` returns, in that order."""
     for name in list_named():
         yield from entry_points(group=group, name=name)
 

@@ -159,7 +159,7 @@ def _locate_script(argv: list[str]) -> list[str]:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
+    """Return `reelsmith.py` and its subcommand, such as `train wan`, if these started this script."""
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
@@ -214,9 +214,9 @@ def check_requirements() -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         # without torch this is the wrong Python: do not list the other packages
-        what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
+        subject = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
-            f"{what} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"
+            f"{subject} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"
         )
 
 
@@ -269,12 +269,12 @@ def rejects_code() -> str | None:
 
 
 def is_started_by_file() -> bool:
-    """Return whether a described folder, or a job of the browser's queue, has this process started."""
+    """Return whether `run` with a folder, or a job in the browser's queue, started this process."""
     return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, effect: str = "starts a program") -> None:
-    """Raise OptionError if an option that starts another program was not typed, but read from a file.
+    """Raise OptionError if an option that starts another program comes from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
     `effect` is the effect of the option, for the message.

@@ -40,7 +40,7 @@ def require_installed(place: str, name: str, remedy: str) -> None:
 
 
 def find_installed(name: str) -> Path | None:
-    """Return the file of a module; None if an installed package has none of that name."""
+    """Return the file of an installed package's module; None if no package has that module."""
     parts = name.split(".")
     if any(not part.isidentifier() or part.startswith("_") for part in parts):
         return None
@@ -98,8 +98,9 @@ def _list_package_folders() -> tuple[Path, ...]:
 @functools.cache
 def _list_editable_folders() -> tuple[Path, ...]:
     """List the folders of packages that are installed in place (`pip install -e`)."""
-    import json  # here: options import this file
-    from importlib.metadata import distributions  # likewise
+    # imported here to keep the start fast: options import this file
+    import json
+    from importlib.metadata import distributions
 
     folders = []
     for distribution in distributions():
@@ -111,7 +112,8 @@ def _list_editable_folders() -> tuple[Path, ...]:
             continue
         if address is not None and address.scheme == "file":
             path = unquote(address.path)
-            folders.append(Path(path.lstrip("/") if os.name == "nt" else path))  # /C:/folder
+            # a URL has a slash before the drive of Windows: /C:/folder
+            folders.append(Path(path.lstrip("/") if os.name == "nt" else path))
     return tuple(folders)
 
 

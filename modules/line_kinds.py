@@ -31,7 +31,7 @@ class KindLine(str):
 
 
 class ReadLine(NamedTuple):
-    """A printed line without its kind, and that kind."""
+    """The kind of a printed line, and its text without the kind."""
 
     kind: str  # "" for a line without a kind
     text: str
@@ -55,6 +55,6 @@ def show_kinds(lines: Iterable[str]) -> list[str]:
 
 
 def read_kind(printed: str) -> ReadLine:
-    """Take the kind off a printed line."""
+    """Split a printed line into its kind and its text."""
     kind, end, text = printed.partition(END)
     return ReadLine(kind, text) if end and kind in KINDS else ReadLine("", printed)

@@ -40,7 +40,7 @@ AGAIN = "Start the same command again."
 
 
 class Pace(NamedTuple):
-    """Times in seconds."""
+    """Intervals and time limits for watching the other processes of a run."""
 
     beat: float = 5.0  # seconds between two heartbeats
     silence: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
@@ -61,7 +61,7 @@ class OtherProcesses:
         """Connect the processes; all of them must call it.
 
         Raises:
-            UserError: If one cannot be reached.
+            UserError: If a process cannot be reached.
         """
         self.advice: Callable[[], str] = lambda: AGAIN
         # called before a thread ends this process, with what is printed
@@ -243,7 +243,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
 
 
 def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
-    """Connect to process 0 and tell it this process' rank."""
+    """Connect to process 0 and send it this process's rank."""
     port, password = store.get(KEY).decode().split()
     try:
         link = socket.create_connection((host, int(port)), pace.silence)

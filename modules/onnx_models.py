@@ -98,7 +98,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
     try:
         with limited_memory(memory_bytes):
             session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
-    except Exception as error:  # no common base class, as above
+    except Exception as error:  # errors of onnxruntime have no common base class
         if "InvalidProtobuf" in type(error).__name__ or not size:
             raise CheckpointError(
                 f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
@@ -115,7 +115,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
 
 
 def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
-    """Return the settings of a session whose numbers may take that much memory, on any system."""
+    """Return settings that limit the memory for a session's tensors, on any system."""
     memory_info = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
@@ -128,7 +128,7 @@ def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
 
 
 def _read_input(path: Path, session: Any) -> Shape:
-    """Return the shape of the one input."""
+    """Return the shape of a model's only input; raise CheckpointError for anything but images."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _DTYPES:
         inputs_text = (
@@ -149,7 +149,7 @@ def _read_shape(value: Any) -> Shape:
 
 @contextlib.contextmanager
 def _limited_time(options: Any, count: int) -> Iterator[None]:
-    """End a run that takes too long: loops of a graph may have no end."""
+    """End a run that takes too long, because loops in an ONNX graph may be endless."""
 
     def end() -> None:
         options.terminate = True

@@ -93,9 +93,9 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
         if path_exists(path) and not path.is_dir():
             raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
     elif not path_exists(path):
-        what = "folder" if place == "folder" else "file"
-        give = hint or "the path of an existing one"
-        raise OptionError(f"{option} {path}: no such {what}.{explain_missing(path)} Give {give}")
+        kind = "folder" if place == "folder" else "file"
+        remedy = hint or "the path of an existing one"
+        raise OptionError(f"{option} {path}: no such {kind}.{explain_missing(path)} Give {remedy}")
     elif place != "there" and path.is_dir() != (place == "folder"):
         if place == "folder":
             raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
@@ -285,7 +285,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _mix_characters(text: str) -> int:
-    """Hash a text as the tools do whose seeds may be texts, with their constants.
+    """Return the integer seed that other programs derive from a text seed, with their constants.
 
     By its position, a character adds, subtracts or divides by its code, or multiplies by the code's digits.
     """

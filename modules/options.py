@@ -323,7 +323,7 @@ class Options:
 
 
 def _list_values(record: Options) -> dict[str, Any]:
-    """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
+    """Return a record's field values by name, without cached properties and `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
 
@@ -602,7 +602,7 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the public names of the given options that have a fact, including options of nested records."""
+    """Return the public names of given options whose metadata contains `fact`, also in nested records."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

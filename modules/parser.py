@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
-        """Print all options, by group, or one screen of them; in color on a terminal."""
+        """Print all options by group, or with `is_short` one screen of options; in color on a terminal."""
         file = file or sys.stdout
         text = self.format_short_help() if is_short else self.format_help()
         if wants_color(file):

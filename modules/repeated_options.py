@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Options)
 
 
 class AcceptedOption(NamedTuple):
-    """Describe an option that a record has: how it can be typed, and what it takes."""
+    """An option of a record: how it can be typed, and which values it accepts."""
 
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool

@@ -80,7 +80,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
-    """Return whether this process runs a described folder, so that the limits hold."""
+    """Return whether this process runs somebody else's folder, which limits its options."""
     return bool(os.environ.get(FOLDERS))
 
 
@@ -150,7 +150,7 @@ def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
 
 
 def _run_command(*words: str) -> str:
-    """Return the command of this run with additional words, as it can be typed."""
+    """Return the command of this run with additional arguments, as a user can type it."""
     return f"{os.environ[COMMAND]} {shlex.join(words)}"
 
 

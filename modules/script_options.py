@@ -28,10 +28,7 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
 def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> list[Any]:
-    """Return the records of a script that has only these options.
-
-    `changes` is as `add_options` takes them.
-    """
+    """Parse a script's command line into its option records; `changes` are passed to `add_options`."""
     return parse_spelled(description, argv, *records, **changes)[0]
 
 

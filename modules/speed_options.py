@@ -50,7 +50,7 @@ class VaeOptions(Options):
 
 
 def fp8_text_option(name: str, what: str) -> Any:
-    """Return the field `in_fp8` of a family's options of texts, whose flag has a name of its own."""
+    """Return the field `in_fp8` for a family's text encoder options; its flag has the name `name`."""
     return option(f"keep {what}", name=name, excludes="text_encoder_form")
 
 
@@ -156,7 +156,7 @@ _SPLIT = "compute attention one sample at a time"
 
 
 class TrainingAttentionOptions(Options, title="attention"):
-    """The back end of training."""
+    """Options that select the attention back end for training."""
 
     sdpa: bool = option("attention by torch itself (the default)", often=True)
     flash_attn: bool = option("FlashAttention 2, from the package flash_attn")
@@ -260,7 +260,7 @@ SMALLER_WEIGHTS = "fp8 or nf4"  # for messages
 
 
 class TrainingFp8Options(Options):
-    """How training stores the frozen model."""
+    """How training stores the weights of the frozen model: as in the file, or in 8 or 4 bits."""
 
     fp8_base: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"with --fp8_base: {_SCALED}", needs="fp8_base", often=True)
@@ -307,7 +307,7 @@ class TrainingFp8Options(Options):
 
 
 class GenerationFp8Options(Options):
-    """How generation stores the model."""
+    """How generation stores the weights of the model: as in the file, or in 8 or 4 bits."""
 
     fp8: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)

@@ -26,7 +26,7 @@ CHECKOUT_SECONDS = 60  # time in which a checkout or an update writes all files
 
 
 class _OutdatedTables(Exception):
-    """The table does not know the words, and may be older than the code, which then answers itself."""
+    """The table lacks a typed option and may be older than the code, so the records must parse instead."""
 
 
 class _TableParser(Parser):
@@ -47,9 +47,9 @@ _answered: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
-    """Answer for the script that this process runs; do nothing if it runs none of ours.
+    """Parse the command line of the running script with its option table, if it is one of our scripts.
 
-    Nor in a worker of the script, which has the same words: a file that they name may be gone by then.
+    Do nothing in a worker process, which has the same command line: files in it may be gone by then.
     """
     process = sys.modules.get("multiprocessing.process")  # worker processes import it before the script
     is_worker = process is not None and process.parent_process() is not None
@@ -60,9 +60,9 @@ def answer_running_script() -> None:
 
 
 def answer_script(script: Path, argv: Sequence[str], program: str | None = None) -> None:
-    """End the process with the help, or with the message on a wrong option, if the words ask for it.
+    """Parse a script's command line with its compiled table; print help or an option error and exit.
 
-    The arguments of other words wait for `take_answered`.
+    Valid arguments are stored for `take_answered`.
 
     Args:
         script: Path of the script in the checkout or the package.
@@ -94,9 +94,9 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
 
 
 def take_answered() -> CommandLine | None:
-    """Return what the table has read of the command line of this process, once; else None.
+    """Return this process's command line as parsed by its option table; None at each further call.
 
-    None too if a file of records is newer than the tables: then the records answer.
+    Also None if a source file of option records is newer than the tables: then the records parse it.
     """
     answered = _answered.pop(tuple(sys.argv), None)
     if answered is None or (not PREFIX and _are_records_newer()):

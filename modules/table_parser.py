@@ -226,11 +226,7 @@ def _help_of(rejection: Rejection) -> str:
 
 
 def describe_parser(parser: Parser) -> dict[str, Any]:
-    """Return a description of a script's parser that can be stored as JSON: its options in sections.
-
-    Args:
-        parser: Built from the records of the script.
-    """
+    """Return a description of a script's parser that can be stored as JSON: its options in sections."""
     sections: list[dict[str, Any]] = []
     groups = [group for group in parser._action_groups if group.title is not None]
     title_of = {id(action): group.title for group in groups for action in group._group_actions}
@@ -296,7 +292,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
 
 
 def _to_json_value(value: Any) -> Any:
-    """Return a value of an action as JSON can hold it."""
+    """Convert a value of an argparse action to a value that JSON can store."""
     if isinstance(value, (list, tuple)):
         return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):
@@ -305,7 +301,7 @@ def _to_json_value(value: Any) -> Any:
 
 
 def _name_type(kind: Callable[[str], Any]) -> str:
-    """Return the name by which a table finds the type of an option."""
+    """Return the name that a table stores for the type function of an option."""
     if isinstance(kind, _NamedType):
         return kind.name
     name = getattr(kind, "__qualname__", "")

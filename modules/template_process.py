@@ -24,7 +24,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory(size_bytes: int) -> None:
-    """Let allocations fail beyond a size, where the system can; elsewhere time alone is bounded."""
+    """Make allocations beyond a size fail, if the system supports it; otherwise only time is limited."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -40,7 +40,7 @@ def _generate(job: dict[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """The tag around answers, which changes no text."""
+        """Parse the tag `generation`, which templates put around answers; it changes no text."""
 
         tags = {"generation"}
 

@@ -105,7 +105,7 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
 
 
 class _Scored(NamedTuple):
-    """A text by one encoding, and how probable it is."""
+    """A text as decoded with one encoding, and the score of its plausibility."""
 
     score: float
     encoding: str
@@ -148,13 +148,13 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     together, if that decodes it.
     """
     guesses = [guess_encoding(content) for content in contents]
-    plain = []
+    not_unicode = []
     for content, guess in zip(contents, guesses, strict=True):
         if guess is None or not guess.encoding.startswith("utf"):
-            plain.append(content)
-    if len(plain) < 2:
+            not_unicode.append(content)
+    if len(not_unicode) < 2:
         return guesses
-    joint = guess_encoding(b"\n".join(plain))
+    joint = guess_encoding(b"\n".join(not_unicode))
     if joint is None or joint.encoding.startswith("utf"):
         return guesses
     for index, (content, guess) in enumerate(zip(contents, guesses, strict=True)):

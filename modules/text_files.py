@@ -51,7 +51,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
             `open` does for a folder or a missing file.
     """
     try:
-        status = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
+        status = os.stat(path)  # noqa: PTH116  # takes half the time of `path.stat`
     except ValueError:  # a NUL character, by which the system ends names
         raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
     mode = status.st_mode
@@ -187,10 +187,10 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 def parse_json(text: str, no_repeats: bool = False) -> Any:
     """Return the value of a JSON text.
 
-    Raises ValueError, also if it is nested too deeply, if a number is too large for a float or, with
-    `no_repeats`, if an object has a key twice; the usual mistakes are explained.
+    Raises ValueError if the text is not JSON (usual mistakes are explained), is nested too deeply, has a
+    number too large for a float or, with `no_repeats`, an object with a key twice.
     """
-    import json  # here, as below: all options import this file, few commands read such a text
+    import json  # imported here: all options import this file, but few commands read JSON
 
     try:
         content = json.loads(text, object_pairs_hook=_unique if no_repeats else None)
@@ -213,7 +213,7 @@ def looks_like_object(text: str) -> bool:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """Return a text's JSON object, such as a caption. Raises ValueError: "it is no JSON (...)"."""
+    """Return the JSON object in a text, such as a caption. Raises ValueError if the text is not JSON."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -243,8 +243,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_toml(text: str) -> dict[str, Any]:
     """Return the value of a TOML text.
 
-    Raises ValueError, also if it is nested too deeply or a number is too large for a float, with a second
-    line about the usual mistakes.
+    Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
+    or has a number too large for a float.
     """
     if _LONG_KEY.search(text):
         raise _too_deep()
@@ -292,7 +292,7 @@ def _explain_toml(text: str, error: str) -> str:
 
 
 def _explain_json(following: str, before: str) -> str:
-    """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
+    """Return a hint about a usual mistake in JSON, beginning with a full stop; "" if none is recognized.
 
     Args:
         following: The part that the parser cannot read.

@@ -48,7 +48,7 @@ def read_command(option: str, text: str) -> list[str]:
 
 
 def _split(option: str, text: str) -> list[str]:
-    """Split a command line into words: as a shell does, on Windows as programs there do."""
+    """Split a command line into arguments as a POSIX shell or, on Windows, a Windows program does."""
     if os.name == "nt":
         return _split_for_windows(text)
     try:
@@ -77,7 +77,7 @@ def _split_for_windows(text: str) -> list[str]:
 
 
 def _reject_shell(option: str, argv: Sequence[str]) -> None:
-    """Raise OptionError for words that only a shell would understand: no shell reads them."""
+    """Raise OptionError for shell syntax in a command, which is started without a shell."""
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
     for word in argv:
         if word in OPERATORS or word.endswith(";"):

@@ -58,6 +58,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # messages of our own checks begin with "it" and need no other reason
         if isinstance(error, ValueError) and str(error).startswith("it "):
             raise
         raise ValueError(f"a value does not fit its tag or its place ({error})") from None  # as !!int ""

@@ -9,14 +9,14 @@ MAX_LISTED_BYTES = 1 << 26  # maximum size of the central directory: half a mill
 class BoundedFile(io.FileIO):
     """A file that rejects reads larger than the maximum size of the central directory.
 
-    `zipfile` reads that list at once, and the file says how long it is.
+    `zipfile` reads that directory at once, with the length that the file states.
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read like any file.
+        """Read up to `size` bytes, like any file object.
 
         Raises:
-            BadZipFile: For a piece that is too large.
+            BadZipFile: If more than `MAX_LISTED_BYTES` are read at once.
         """
         maximum = MAX_LISTED_BYTES + 1
         piece = super().read(maximum if size is None or size < 0 else min(size, maximum)) or b""

@@ -48,7 +48,7 @@ DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHI
 
 @dataclass(frozen=True)
 class NegativeSkipChoice:
-    """Which blocks the negative pass skips, and in which fraction of the steps."""
+    """Which blocks the negative pass skips, and during which fraction of the steps."""
 
     blocks: str = own.SKIPPED
     start: float = 0.0
@@ -88,12 +88,12 @@ class MossImage(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """All models that use FLUX.2's encoder: its releases, and the other families."""
+        """Return the names of FLUX.2's releases and of other families that use its encoder."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and which networks use them."""
+        """Return how many reference images the model takes, and which networks use them."""
         return ReferenceRules(maximum=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
@@ -103,7 +103,7 @@ class MossImage(pictures.ModelOfImages):
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
-        """Return the errors in a layout for an image of this size."""
+        """Return the errors in a JSON layout for an image of this size."""
         return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
@@ -155,7 +155,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request: noise levels of the schedule, and blocks that the negative pass skips.
+        """Fill in a request's open fields, with its noise levels and the blocks that the negative pass skips.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -201,7 +201,7 @@ class MossImage(pictures.ModelOfImages):
         return NegativeSkips(blocks - frozenset(missing), start, end, option)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         area = prepared.width * prepared.height
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for number, path in enumerate(prepared.request.control_images):
@@ -216,7 +216,7 @@ class MossImage(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, with a cache for the keys and values of isolated references."""
+        """Yield the only section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         has_references = self.isolated and bool(prepared.request.control_images)
         return (yield replace(section, overrides=Overrides(section_cache={})) if has_references else section)

@@ -66,7 +66,7 @@ TEXT_USE = LanguageUse(
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
-    """Read config and dialect of a MOSS-Image file; raise CheckpointError for another model."""
+    """Read the header of a MOSS-Image file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -131,9 +131,9 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 def find_sft(dit: Path | None) -> str | None:
-    """Return the name that says that a transformer is SFT; None if none does.
+    """Return the file or folder name that marks a transformer as SFT; None without one.
 
-    It is the nearest name that says what the model is: of the file, or of the folders of its release.
+    The nearest name that tells the kind of model counts: of the file, or of the folders of its release.
     """
     if dit is None:
         return None
@@ -155,11 +155,11 @@ class MossImageFiles(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         dtype = self.encoder_dtype(self.vae_dtype, self.vae_default)
         return load_vae(self.vae_path, device, dtype, self.vae_tile)
 

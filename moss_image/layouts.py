@@ -80,7 +80,7 @@ def _find_box_errors(box: Any, size: Size) -> list[str]:
 
 
 def fit_layout(text: str, size: Size, fit: Fit) -> str:
-    """Return a layout whose boxes are in the pixels of the image's bucket; other texts unchanged.
+    """Convert a JSON layout's boxes to pixels of the image's bucket; return other texts unchanged.
 
     `size` is the image's width and height. Boxes are clipped at the edges of the bucket; items that are
     cropped away are left out.
@@ -106,7 +106,7 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
 
 
 def _fit_box(box: list[float], size: Size, fit: Fit) -> list[int]:
-    """Return a box in the pixels of the bucket, counted from its center."""
+    """Convert a box to pixels of the bucket, relative to its center."""
     fitted = []
     for place, side in enumerate(box):
         axis = 1 - place % 2  # top and bottom are along the height, sizes have the width first

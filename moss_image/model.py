@@ -54,7 +54,7 @@ class MossImageTokens(Krea2Tokens):
 
 
 class MossImageTextBlock(nn.Module):
-    """Block in which all tokens of a text attend to each other, without modulation."""
+    """Self-attention block among a text's tokens, without modulation."""
 
     def __init__(self, config: MossImageConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class MossImageTextBlock(nn.Module):
 
 
 class MossImageText(nn.Module):
-    """Turns states of the language model into tokens, which attend to each other."""
+    """Project the language model's states to tokens, and let the tokens attend to each other."""
 
     def __init__(self, config: MossImageConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class MossImageText(nn.Module):
         choice: AttentionChoice,
         lengths: Lengths | None,
     ) -> Tensor:
-        """Return text tokens, B T C in the dtype `stream`, of states B T text_dim."""
+        """Refine states, B T text_dim, to text tokens, B T C in the dtype `stream`."""
         # states: B T text_dim. stream: dtype of the result
         x = in_own_dtype(self.proj, states).to(stream)
         for block in self.blocks:
@@ -126,7 +126,7 @@ class MossImageBlock(GroupedAttention):
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two normed."""
+        """Return heads of modulated tokens B L C: query, key, value, each B L N D; q and k normalized."""
         query, key, value = (
             in_own_dtype(self.proj[name], x).unflatten(-1, (-1, self.head_width)) for name in "qkv"
         )
@@ -156,7 +156,7 @@ class MossImageBlock(GroupedAttention):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
         image = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.norm1(image), shift, scale, tokens.dtype)
@@ -169,7 +169,7 @@ class MossImageBlock(GroupedAttention):
 
 
 class MossImageLayout(NamedTuple):
-    """Key of a rotary table."""
+    """Sizes of images and texts, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
     references: tuple[Grid, ...]
@@ -190,7 +190,7 @@ class RefinedText(NamedTuple):
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
+        """Return sequence lengths: each sample's real tokens plus `before`; None if all tokens are real."""
         if len(self.clocks) == 1:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -220,7 +220,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -246,12 +246,13 @@ class MossImageModel(BlockNetwork):
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` describes.
+        """Predict the velocity; arguments as in `embed`.
 
         With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
         """
         cache = overrides.section_cache if isolated and references else None
+        # NAG's second text would need other positions
         if cache is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
@@ -291,7 +292,7 @@ class MossImageModel(BlockNetwork):
         return remember(self, Hidden(x, tokens), self.attentions(), overrides)
 
     def attentions(self) -> list[MossImageBlock]:
-        """The blocks, which are attention layers themselves."""
+        """Return the blocks, which are attention layers themselves."""
         return [block for block in self.layers if isinstance(block, MossImageBlock)]
 
     def embed(
@@ -304,7 +305,7 @@ class MossImageModel(BlockNetwork):
         references: Sequence[Tensor] = (),
         isolated: bool = True,
     ) -> Hidden:
-        """Return the tokens of references, image and text, B R+L+T C, and the other inputs of the blocks.
+        """Embed references, image and text as tokens, B R+L+T C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -363,7 +364,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text in the dtype `stream`. `arguments` are text and text_mask, as in `embed`."""
+        """Return a refined text in the dtype `stream`; `arguments` are text and text_mask, as in `embed`."""
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)
@@ -381,7 +382,7 @@ class MossImageModel(BlockNetwork):
         return height, width
 
     def embed_image(self, latents: Tensor) -> Tensor:
-        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
+        """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
         return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
@@ -395,7 +396,7 @@ class MossImageModel(BlockNetwork):
         return torch.cat([rows, end_rows], dim=1)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
-        """Return the rows, B 8 S C, of references, which have time 0, and of all other tokens."""
+        """Return the modulation rows, B 8 S C: at time 0 for references, then at the image's time."""
         rows = self.embed_time(timesteps)[:, :, None]
         if not has_references:
             return rows
@@ -412,18 +413,18 @@ class MossImageModel(BlockNetwork):
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
+        """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
 
-        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for those of reference
-        k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and columns are
-        counted from the middle of their image.
+        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for tokens of
+        reference k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and
+        columns are counted from the middle of their image.
         """
         tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
         samples = [tables[clock] for clock in layout.clocks]
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
     def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
-        """Return the pairs of a sample's tokens, R+L+T 1 D/2 2. `clock` is the length of its text."""
+        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `clock` is its text's length."""
         tables = []
         grids = [*enumerate(layout.references, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
@@ -434,15 +435,12 @@ class MossImageModel(BlockNetwork):
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
-        """Return the rotary pairs (cosine, sine) of a text's tokens, T 1 D/2 2."""
+        """Return the rotary pairs of a text's tokens, T 1 D/2 2."""
         zero = torch.zeros(1, dtype=torch.float64)
         return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
     def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the rotary pairs (cosine, sine) of a grid's n tokens, n 1 D/2 2 float32.
-
-        `positions` holds the float64 positions along each axis.
-        """
+        """Return a grid's rotary pairs, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
@@ -452,7 +450,7 @@ class MossImageModel(BlockNetwork):
 
 
 def select_stream(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the residual stream: float32 with float16, whose range trained values exceed."""
+    """Return the residual stream's dtype: float32 in place of float16, whose range trained values exceed."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -128,7 +128,7 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
 
 
 def read_blocks(text: str) -> frozenset[int]:
-    """Return the blocks of --negative_skip_blocks. Raises OptionError for other text."""
+    """Parse --negative_skip_blocks; raise OptionError if it is not a list of blocks."""
     if text.strip() in (NO_BLOCKS, ""):
         return frozenset()
     words = [word.strip() for word in text.split(",")]
@@ -162,7 +162,7 @@ def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script that select the models of a training.
+    """Return the options with which the generation script uses the models of a training.
 
     Args:
         options: Options of the training.

@@ -13,7 +13,7 @@ SHOWN_PIXELS = 384 * 384  # maximum size of an image for the text encoder
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Return an image, H W 3 uint8, of at most `SHOWN_PIXELS`: Lanczos, never enlarged."""
+    """Reduce an image, H W 3 uint8, to at most `SHOWN_PIXELS` with Lanczos; never enlarge it."""
     frame = picture[..., :3].numpy()
     height, width = frame.shape[:2]
     scale = math.sqrt(SHOWN_PIXELS / (width * height))

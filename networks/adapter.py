@@ -112,12 +112,12 @@ class ForeignNetwork:
                 setattr(submodule, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
-        """Call the network's hook of this name, if it has one."""
+        """Call `on_epoch_start` of the other package's network, if it has such a hook."""
         if hasattr(self.module, "on_epoch_start"):
             _call(self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit)
 
     def on_step_start(self) -> None:
-        """Call the network's hook of this name, if it has one."""
+        """Call `on_step_start` of the other package's network, if it has such a hook."""
         if hasattr(self.module, "on_step_start"):
             self.module.on_step_start()
 

@@ -157,13 +157,13 @@ def find_alphas(
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
     """Return a warning for each source whose alpha is for a rank that no module of the file has."""
-    shown = ", ".join(map(str, sorted(ranks)))
+    rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
         if source.is_sure and not source.fits(ranks):
             warnings.append(
-                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
-                "not used"
+                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {rank_list}: "
+                "it is not used"
             )
     return warnings
 
@@ -279,7 +279,7 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     # programs that write ss_network_module store alphas as tensors, under names without dots; if names have
     # dots, a converter has folded the alphas into the factors
     is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
-    texts = {_split_key(key): text for key, text in metadata.items()}
+    text_by_key = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
         network, name = _split_key(full_key)
         if name not in _KEYS or not _is_of(network, start):
@@ -287,14 +287,14 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
         if full_key == _TRAINED and is_folded:
             continue
         if _number(text) is None:
-            shown = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
+            value = repr(str(text)[:_MAX_SHOWN])
+            warnings.append(f"its metadata have {full_key} {value}, which is no number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _KEYS[name]]
-        scaling = texts.get(_Key(network, "userslora"), "")
+        scaling = text_by_key.get(_Key(network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
-            "r": _first_of(texts, rank_keys),
+            "r": _first_of(text_by_key, rank_keys),
             "use_rslora": scaling.lower() == "true",
         }
         sources.append(_Source(f"its metadata ({full_key})", settings))
@@ -435,7 +435,7 @@ def read_alphas(
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
-    texts = group_by_module(native.texts)
+    text_modules = group_by_module(native.texts)
     try:
         in_dit = find(
             modules=group_by_module(native.tensors),
@@ -444,8 +444,8 @@ def read_alphas(
             stacked=native.stacked,
         )
         in_texts: list[FoundAlphas] = []
-        for encoder_prefix, paths in _paths_by_encoder(texts).items():
-            modules = {name: texts[name] for name in paths}
+        for encoder_prefix, paths in _paths_by_encoder(text_modules).items():
+            modules = {name: text_modules[name] for name in paths}
             in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, stacked={}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
@@ -461,8 +461,8 @@ def read_alphas(
     for warning in warnings if warns else ():
         logger.warning(f"{path}: {warning}")
     text_words = ", ".join(dict.fromkeys(alphas.words for alphas in in_texts if alphas.words))
-    words = dict.fromkeys(filter(None, (in_dit.words, text_words)))
-    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+    descriptions = dict.fromkeys(filter(None, (in_dit.words, text_words)))
+    return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:

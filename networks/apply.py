@@ -107,6 +107,7 @@ class Change:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
+        # a change with `rows` is only for these rows of the weight
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
         if shape == expected and change.delta.normalization is None:
             return change
@@ -272,7 +273,7 @@ class Change:
         total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
 
     def _make_rotations(self, device: torch.device) -> Tensor:
-        """Return the rotation matrices at the strength of the LoRA, as `InputRotation.make` returns them."""
+        """Return R - I of the input rotation at the strength of the LoRA, on a device."""
         rotation = self.delta.rotation
         assert rotation is not None
         return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)
@@ -583,15 +584,15 @@ class LoraPatch:
             name: Name of the parameter.
             weight: The parameter, or a stand-in of its shape.
         """
-        found = self._find(name)
-        rotations = [found_change for found_change in found if found_change.change.delta.rotation is not None]
+        found_changes = self._find(name)
+        rotations = [found for found in found_changes if found.change.delta.rotation is not None]
         if rotations:
             # rotations count as used before those of several parts are joined into one
             for key, change, _ in rotations:
                 self._used[id(change.use)].add(key)
-            found = _join_equal_rotations(found)
+            found_changes = _join_equal_rotations(found_changes)
         fitted_changes = []
-        for key, change, relative in found:
+        for key, change, relative in found_changes:
             if name.endswith(FIRST_LAYERS):
                 channel_error = change.delta.find_other_channels(weight)
                 if channel_error is not None:

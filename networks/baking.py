@@ -56,7 +56,7 @@ class Baking:
 
 
 class Baked(NamedTuple):
-    """A converted LoRA, and a description of the loss."""
+    """A converted LoRA, and a description of how much of the change was lost."""
 
     lora: LoraFile
     words: str
@@ -150,10 +150,10 @@ def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factor
 
 def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
     """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
-    texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
+    text_modules = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
     return replace(
-        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(texts), metadata=metadata
+        lora, tensors=deltas.ungroup(in_dit), text_tensors=deltas.ungroup(text_modules), metadata=metadata
     )
 
 
@@ -224,6 +224,7 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
     Raises:
         CheckpointError: If the weight is missing.
     """
+    # names that the module may have in the model's files
     name_of_only_encoder = name.replace("lora_te1_", "lora_te_", 1)  # in Stable Diffusion 1 and 2
     without_prefix = name.removeprefix(f"{prefix_of(name)}_")  # in a separate file of the network
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):

@@ -25,7 +25,7 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """Settings of numbered blocks in --network_args: texts until `fit` knows the model's blocks."""
+    """Settings of numbered blocks in --network_args; `fit` applies them to the blocks of a model."""
 
     texts: Mapping[str, str]
     lists: Mapping[str, tuple[float, ...]]  # by argument

@@ -116,13 +116,13 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast factors, multiply them by their scales, and join those of a group, with few kernels."""
+    """Cast the factors of each group into one matrix, multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return one matrix for each of `counts`: so many consecutive factors, one below another."""
+        """Stack the rows of each group of consecutive factors into a matrix; `counts` has the group sizes."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype

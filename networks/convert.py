@@ -499,21 +499,21 @@ def converted(
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
-    texts: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
+    text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
     left_out_texts: Mapping[str, str] = {}
     if target == "diffusers":
-        texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
+        text_tensors, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
-        texts = texts_to_comfyui(lora.text_tensors, family)
+        text_tensors = texts_to_comfyui(lora.text_tensors, family)
     advice = _advise_on_left_out(native, written.left_out)
     left_out = {**written.left_out, **left_out_texts}
-    if left_out and not written.tensors and not texts:
+    if left_out and not written.tensors and not text_tensors:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
         raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
     _warn_of_left_out(lora.path, written.left_out, advice)
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
-    return ConvertedLora({**written.tensors, **texts}, metadata)
+    return ConvertedLora({**written.tensors, **text_tensors}, metadata)
 
 
 def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:

@@ -167,13 +167,13 @@ def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list
     """
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
-    kept = [name for name in weights if name.partition(".")[0] in networks]
-    if not kept:  # a different model: `_extract_blocks` raises the error
+    remaining = [name for name in weights if name.partition(".")[0] in networks]
+    if not remaining:  # a different model: `_extract_blocks` raises the error
         return [*weights]
     missing = sorted({name.partition(".")[0] for name in weights} - networks)
     if missing:
         logger.info("%s has no %s: these get no LoRA", model_tuned, ", ".join(missing))
-    return kept
+    return remaining
 
 
 def _extract_blocks(
@@ -349,7 +349,7 @@ class KeptChange:
         return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
-        """Add a module's change and the product of its LoRA factors; both out x in, float32."""
+        """Count a module's change, out x in, and its difference from the product of the LoRA factors."""
         self.total += float(torch.linalg.vector_norm(change)) ** 2
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 

@@ -34,7 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
-        """Return the geometry of a convolution, whose padding must be numbers."""
+        """Return the geometry of a convolution; its padding must be given as numbers, not as "same"."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
@@ -169,9 +169,10 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
         fits = len(a) == len(b) == 2 and a[1] == b[0]
         shape = (a[0], *b[1:])
     else:
+        # r x out, r x in, and a core r x r x kernel
         fits = len(a) == len(b) == 2 and core[:2] == (a[0], b[0])
         shape = (a[1], b[1], *core[2:])
     if not fits:
-        shown = [list(factor) for factor in (a, b, core) if factor is not None]
-        raise MismatchError(f"factors of {shown} have no product")
+        shape_list = [list(factor) for factor in (a, b, core) if factor is not None]
+        raise MismatchError(f"factors of {shape_list} have no product")
     return shape

@@ -50,7 +50,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
             "trained"
         )
     rank = rank_of(factors)
-    alpha: float = rank or 1
+    alpha: float = rank or 1  # by default, alpha / rank is 1
     if rank and "alpha" in factors:
         alpha = float(factors["alpha"])
     return FactoredLayer(module, shapes, rank or 1, alpha, product)

@@ -110,13 +110,13 @@ class LoraFormat:
             return Formatted(dict(tensors), {}, {})
         from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
 
-        texts: dict[str, Factors] = {}
+        text_modules: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
         for module, factors in deltas.group_by_module(tensors).items():
             if module.startswith(OURS):
                 in_dit[module] = factors
             else:
-                texts[module] = factors
+                text_modules[module] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
@@ -126,9 +126,9 @@ class LoraFormat:
             left_out |= converted.left_out
             _note_strength(strengths, converted.tensors, strength)
         if self.name == COMFYUI:
-            written |= texts_to_comfyui(deltas.ungroup(texts), self.family)
+            written |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
         if self.name == DIFFUSERS:
-            for module, text_factors in texts.items():
+            for module, text_factors in text_modules.items():
                 text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
                 written |= text.tensors
                 left_out |= text.left_out

@@ -165,8 +165,8 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
     if len(heights) == len(row_counts):  # the model has all parts: together they must cover the weight
         fits = fits and sum(heights.values()) == num_rows
     if not fits:
-        shown = " + ".join(map(str, heights.values()))
-        return f"its {num_rows} rows are not those of its parts, which have {shown}"
+        part_heights = " + ".join(map(str, heights.values()))
+        return f"its {num_rows} rows are not those of its parts, which have {part_heights}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
@@ -392,6 +392,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
         if rotation is not None:
             values.append(piece.factors[rotation.part])
             title = title or rotation.title
+    # a part of the weight for which the file has no tensors is not rotated
     joined_paths = {piece.part.theirs for piece in pieces}
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):

@@ -124,6 +124,7 @@ class AddedPart:
         if self.rotation is not None:
             self._rotation_values = factors[self.rotation.part].to(device, torch.float32)
             return
+        # up and down factor, perhaps with a core, alpha and biases, but nothing else
         is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_CORE}
         if self.target.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
@@ -429,7 +430,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
-        """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
+        """Switch the LoRAs on or off within a `with` statement; factors stay on their device."""
         previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on

@@ -59,7 +59,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys without such a name."""
+    """Tensors of a LoRA file under our names, and the keys in the file that have no name of ours."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
@@ -170,7 +170,7 @@ def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
     """Return the tensors of a file that has only our names; None if a key is not one of our names.
 
-    This is a fast way for our own files.
+    Files that we wrote are read in this way, which is fast because no other program's names are tried.
 
     Args:
         tensors: Tensors by name.

@@ -517,7 +517,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of paths in a file where one names a fused weight of the family and the other a part of it.
+    """Yield pairs of paths in a file: a fused weight of the family, and a part of the same weight.
 
     Args:
         family: The model family.
@@ -782,7 +782,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
                 dit_modules[name] = factors
         keeps_text = _keeps_any(use, text_modules)
         keeps_dit = _keeps_any(use, dit_modules)
-        keeps_nothing = bool(dit_modules) and not keeps_dit and not keeps_text
+        keeps_nothing = bool(dit_modules) and not keeps_dit and not keeps_text  # reported by the merge
         is_used = keeps_text if is_text else keeps_dit or keeps_nothing
         if is_used:
             tensors = use.lora.tensors

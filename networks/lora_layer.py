@@ -244,6 +244,7 @@ class LoraLayer(nn.Module):
             and original.weight.dtype == dtype
             and not original.weight.requires_grad
             and not (original._forward_pre_hooks or original._forward_hooks)
+            # no other code has replaced the module's forward, before or after this layer did
             and getattr(frozen_forward, "__func__", None) is nn.Linear.forward
             and getattr(original.forward, "__self__", None) is self
             and isinstance(self.lora_up, nn.Linear)
@@ -306,11 +307,11 @@ class LoraLayer(nn.Module):
         return self.combine is None and largest_numel >= self.joins_from
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return the values between the factors, ... R, times multiplier and scale, masked."""
+        """Return the down factor's output, ... R, times multiplier and scale, after masks and dropouts."""
         return self._masked(hidden * (self.multiplier * self.scale), dropouts)
 
     def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Apply the rank mask of a T-LoRA and dropouts to the values between the factors."""
+        """Apply the rank mask of a T-LoRA and dropouts to the output of the down factor."""
         rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
         if self.rank_mask is not None:
             hidden = self.rank_mask.apply(hidden, rank_axis)

@@ -293,8 +293,8 @@ def _factors_for_network(
     for name, delta in read_deltas(network_modules).items():
         if delta.rotation is not None:
             num_rows[name] = 1
-    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
-    tensors = for_model({**lora.tensors, **texts}, num_rows.get)
+    text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
+    tensors = for_model({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 
@@ -378,7 +378,7 @@ def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
         factors: Factors of the module in the network.
         name: Name of the module.
     """
-    if DOWN not in factors:
+    if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
     if stored[name].keys() != factors.keys():
         return (

@@ -255,6 +255,7 @@ def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
     rank = up.shape[1] // len(num_rows)
     rows = up.split(list(num_rows))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
+    # equal counts mean that no value outside the blocks differs from 0
     nonzero_in_rows = sum(int(part.count_nonzero()) for part in rows)
     nonzero_in_blocks = sum(int(block.count_nonzero()) for block in blocks)
     return blocks if nonzero_in_rows == nonzero_in_blocks else None

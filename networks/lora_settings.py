@@ -159,7 +159,7 @@ class LoraSettings:
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
-        num_parts = 0
+        num_parts = 0  # a layer that is not fused
         for ending, count in self.rules.fused.items():
             if name.endswith(ending.replace(".", "_")):
                 num_parts = count
@@ -272,6 +272,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
             "ggpo_beta=0.01"
         )
+    # `is not False`: ggpo_sigma is a number, and 0 counts as given
     exclusive = [
         name for name in ("split_qkv", "ggpo_sigma", *SWITCHES) if values.get(name, False) is not False
     ]
@@ -447,7 +448,7 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
 
 
 def _read_patterns(argument: str, typed: Any) -> tuple[re.Pattern[str], ...]:
-    """Compile a list of regular expressions, or the text of such a list as Python writes it."""
+    """Compile a list of regular expressions; the list may be typed as Python writes it, `['a', 'b']`."""
     patterns = typed
     if isinstance(typed, str):
         try:

@@ -405,14 +405,14 @@ def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
         return
     layer = next((name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)), None)
     if layer is None:
-        found = "it has no first layer that is known"
+        reason = "it has no first layer that is known"
     else:
         channels = checkpoint.tensors[layer].shape[1]  # out x in x kernel
         if channels == in_channels:
             return
-        found = f"{layer} takes {channels} channels"
+        reason = f"{layer} takes {channels} channels"
     raise CheckpointError(
-        f"{checkpoint.path}: {found}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+        f"{checkpoint.path}: {reason}, --dit_in_channels asks for {in_channels}.", checkpoint.path
     )
 
 
@@ -442,7 +442,7 @@ def _sum_loras(
     _reject_other_families([use.lora for use in uses])
     for use in uses:
         rule = rule_of(use.lora.metadata)
-        if rule is not None:
+        if rule is not None:  # trained with masked ranks, which a sum cannot mask
             logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(uses).items():
@@ -499,7 +499,7 @@ class _LowRank(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, int]:
-        """Return the shape of the inputs (x kernel), and the number of outputs."""
+        """Return the input axes of the weight (with the kernel), and the number of outputs."""
         return self.down.shape[1:], len(self.up)
 
     def in_words(self) -> str:

@@ -155,6 +155,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
         first = rules[0]
         rows, columns = first.size
+        # `first.columns` and `first.rows` are multiples of the width; 0 says nothing about it
         fitting_width = columns / first.columns if first.columns else rows / first.rows
         if all(_agrees(rule, fitting_width) for rule in rules):
             level = _IN_PROPORTION
@@ -330,11 +331,11 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Relative:
-    """A module whose weight is some or all rows of another module's weight, or contains it."""
+    """A module of another layout whose weight is a part of a given module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # True: part of the module asked for; False: contains it
+    is_part: bool  # True: its weight is a part of the given module's weight; False: contains it
 
 
 @cache
@@ -356,14 +357,17 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
     pairs: list[tuple[str, Relative]] = []
-    for each in FAMILIES if family is None else (family,):
-        parts = [*each.parts, *each.joined]
+    for each_family in FAMILIES if family is None else (family,):
+        parts = [*each_family.parts, *each_family.joined]
         # an alias relates two names only if it is also the name of another family's module
         if parts:
-            foreign = {
-                path.replace(".", "_") for other in FAMILIES if other is not each for path in other.modules
-            }
-            parts += [WeightPart(*pair) for pair in each.aliases if pair[0].replace(".", "_") in foreign]
+            foreign_names: set[str] = set()
+            for other in FAMILIES:
+                if other is not each_family:
+                    foreign_names.update(path.replace(".", "_") for path in other.modules)
+            for theirs, ours in each_family.aliases:
+                if theirs.replace(".", "_") in foreign_names:
+                    parts.append(WeightPart(theirs, ours))
         for part in parts:
             pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
@@ -383,8 +387,8 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
-    found = _tables(family).parts.all(name)
-    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
+    entries = _tables(family).parts.all(name)
+    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in entries]
     from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
@@ -398,7 +402,7 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """Entry of a table for a name, and the number in the name."""
+    """A table's entry for a module name, and the block number in this name."""
 
     entry: Entry
     number: str  # "" if its template has none

@@ -122,7 +122,7 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def variants(self) -> list[NetworkKind]:
-        """Return the kinds that switches of --network_args ask for."""
+        """Return the kinds, such as DoRA, that switches in --network_args enable."""
         arguments = self.arguments()
         return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 

@@ -236,7 +236,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
 def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
     """Return the rank that --network_args set for the type of a module; None if they set none."""
     for argument, types in rules.types:
-        is_of_type = any(all(word in path for word in words) for words in types)
+        is_of_type = any(all(word in path for word in fragments) for fragments in types)
         if argument in settings.type_ranks and is_of_type:
             return settings.type_ranks[argument]
     return None
@@ -262,7 +262,7 @@ def build_network(
     Raises:
         OptionError: If settings are invalid, or if no module is left.
     """
-    settings, own = read_own(name, typed)
+    settings, kind_settings = read_own(name, typed)
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
@@ -285,7 +285,7 @@ def build_network(
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
     for prefix, candidates in text_candidates.items():
         targets |= _choose(candidates, text_settings, prefix)
-    layers = kind.make_layers(targets, settings, own)
+    layers = kind.make_layers(targets, settings, kind_settings)
     if begun:
         by_name = _modules_by_name(dit, trained_encoders)
         added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
@@ -299,7 +299,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
-    """Add rank masks to the LoRAs of a DiT, not to those of text encoders, which have no noise level.
+    """Add rank masks to the LoRAs of a DiT; text encoders have no noise level, so their LoRAs get none.
 
     Raises:
         OptionError: If only text encoders are trained.

@@ -16,13 +16,13 @@ MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """The names that a pattern matches in another spelling; it has the methods of a compiled pattern."""
+    """Substitute for a compiled pattern, which matches a fixed set of names in another spelling."""
 
     pattern: str  # as it was typed
     names: frozenset[str]  # with dots and with underscores
 
     def match(self, name: str) -> bool:
-        """Return whether the name is one of those that the pattern matches in another spelling."""
+        """Return whether the typed pattern matches this name in another spelling."""
         return name in self.names
 
     search = match

@@ -43,7 +43,7 @@ class RankMask:
         self.rows = is_active.repeat(1, self.num_parts)
 
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return the values between the factors with those of inactive ranks set to 0.
+        """Return the output of the down factor with the values of inactive ranks set to 0.
 
         Args:
             hidden: Values, B ... R, or B R ... if `axis` is 1. B is the number of samples S, or a multiple of

@@ -240,8 +240,8 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 
 def _plain_file_command(source: Path, *options: str) -> str:
     """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
-    words = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
-    return as_typed([*words, "--output", "PLAIN.safetensors"])
+    command = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
+    return as_typed([*command, "--output", "PLAIN.safetensors"])
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
@@ -340,10 +340,10 @@ def _resize_module(
     rank = select_rank(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
-    kept = singular_values[:rank]
+    kept_values = singular_values[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
-    kernel_axes = [1] * len(product.kernel)
+    kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1
     strength = 1.0
     if names.alpha is not None:
         strength = float(tensors[names.alpha]) / old_rank
@@ -353,9 +353,9 @@ def _resize_module(
         up=up.reshape(*up.shape, *kernel_axes),
         old_rank=old_rank,
         strength=strength,
-        kept_sum=_divide(kept.sum(), singular_values.sum()),
-        kept_norm=_divide(np.linalg.norm(kept), np.linalg.norm(singular_values)),
-        largest_ratio=_divide(singular_values[0], kept[-1]),
+        kept_sum=_divide(kept_values.sum(), singular_values.sum()),
+        kept_norm=_divide(np.linalg.norm(kept_values), np.linalg.norm(singular_values)),
+        largest_ratio=_divide(singular_values[0], kept_values[-1]),
         has_learned=bool(singular_values[0] > MIN_LEARNED),
     )
 
@@ -378,14 +378,16 @@ def select_rank(
     rank = len(singular_values)
     if method == RATIO:
         assert param is not None
+        # values above 1 / param of the largest
         rank = int((singular_values > singular_values[0] / param).sum())
     elif method is not None:
         assert param is not None
         # the Frobenius norm is the root of the sum of squares
         summands = singular_values if method == FRACTION_OF_SUM else singular_values**2
-        wanted = param if method == FRACTION_OF_SUM else param**2
+        threshold = param if method == FRACTION_OF_SUM else param**2
         fractions = np.cumsum(summands) / summands.sum()
-        rank = int((fractions < wanted - TOLERANCE).sum()) + 1
+        # the first rank at which the fraction is reached
+        rank = int((fractions < threshold - TOLERANCE).sum()) + 1
     return max(1, min(rank, maximum, len(singular_values)))
 
 
@@ -406,6 +408,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
+    # ss_network_dim describes the linear layers; convolutions have conv_dim
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:
@@ -455,9 +458,9 @@ def _describe_module(module: ResizedModule) -> str:
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
     """Print a summary: sizes, ranks, and how much of the norm was kept."""
     learned = [module for module in modules if module.has_learned] or modules
-    kept = [100 * module.kept_norm for module in learned]
-    mean = float(np.mean(kept))
-    spread = float(np.std(kept))
+    kept_percentages = [100 * module.kept_norm for module in learned]
+    mean = float(np.mean(kept_percentages))
+    spread = float(np.std(kept_percentages))
     new_ranks = _describe_ranks([module.rank for module in learned])
     old_ranks = _describe_ranks([module.old_rank for module in modules])
     rows = [

@@ -46,7 +46,7 @@ FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """Tensors with one set of factors per module."""
+    """Result of `rewrite`: tensors of a LoRA file with one LoRA per module."""
 
     tensors: dict[str, Tensor]
     stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
@@ -198,6 +198,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
         pieces = _order_pieces(keys_by_number, tensors, alpha)
         if not _can_be_joined(module, list(keys_by_number), pieces):
             continue
+        # the joined LoRA replaces the numbered factors and the module's alpha
         for keys in keys_by_number.values():
             for key in keys.values():
                 del joined[key]

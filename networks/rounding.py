@@ -50,7 +50,7 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over elements of a weight, which show what rounding to the nearest leaves of a file's change.
+    """Sums over the elements of a weight that measure how much of a file's change survives rounding.
 
     With the change c by a file and the rounding error e, the fraction of the change that survives rounding is
     <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
@@ -225,6 +225,7 @@ class LoraRounding:
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 total = self._losses.setdefault(path, RoundingLoss())
+                # scaled up from the sampled rows to the whole weight
                 total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 total.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random
@@ -249,7 +250,7 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def words(self) -> str:
-        """Return how weights were rounded since the last report, with the effect; "" if there is no news."""
+        """Describe the rounding since the last report, and its effect; "" if there is nothing to report."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         typed = f"--lora_rounding {self._rule}"
@@ -284,12 +285,12 @@ class LoraRounding:
             num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
                 to them.
         """
-        words = self.words()
+        sentence = self.words()
         if num_unmerged and not self._num_changed and self._rule != AUTO:
-            words = (
+            sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "
                 "added beside them"
             )
-        if words:
-            logger.info(words)
+        if sentence:
+            logger.info(sentence)
         self._reset_counts()

@@ -22,7 +22,7 @@ from networks.lora_products import add_product, branch, rows_of
 
 
 class GroupedLayer(Protocol):
-    """What `SharedInput` needs of a LoRA layer."""
+    """A LoRA layer whose products `SharedInput` computes together with those of other layers."""
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -146,6 +146,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ranks: Sequence[int], x: Tensor, down: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of each layer: x W^T + bias + x @ down^T @ up^T."""
         num_layers = len(ranks)
         ups = rest[:num_layers]
         weights = rest[num_layers : 2 * num_layers]
@@ -164,10 +165,11 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x, product, down, *rest = ctx.saved_tensors
+        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
+        x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
-        ups = rest[:num_layers]
-        weights = rest[num_layers:]
+        ups = ups_and_weights[:num_layers]
+        weights = ups_and_weights[num_layers:]
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         product = rows_of(product)
         parts = product.split(ctx.ranks, -1)
@@ -207,6 +209,7 @@ class _JoinedOutputs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        """Return the output of each layer: x W^T + bias + x @ down^T @ up^T."""
         product = rows_of(functional.linear(x, down))
         ctx.split_sizes = split_sizes
         ctx.save_for_backward(x, product, down, up, weight)
@@ -217,6 +220,7 @@ class _JoinedOutputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of x and of the down and up factors; the frozen weights have none."""
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         gradient = torch.cat([rows_of(each) for each in gradients], -1)

@@ -45,7 +45,7 @@ class SvdMergeOptions(Options):
 
 
 def merge_and_resize(options: SvdMergeOptions) -> None:
-    """Write the sum of LoRAs as one of the rank that is asked for.
+    """Write the sum of LoRAs as one LoRA of rank `new_rank`.
 
     Raises:
         CheckpointError: If a file cannot be used, or they do not fit each other.
@@ -55,6 +55,7 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
         exact = folder / "sum.safetensors"
+        # `usual` fills in the defaults of all other options
         summing = FullMergeOptions.usual(
             models=options.models,
             ratios=options.ratios,

@@ -142,18 +142,18 @@ def _find_starts() -> _Starts:
         UNET_IN_DIFFUSERS: "diffusers",
         **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
     }
-    further = {}
+    experts_by_start = {}
     for start, expert in expert_starts.items():
         if start != IN_DIFFUSERS:
-            further[start] = expert
-            further[start.replace(".", "_")] = expert
+            experts_by_start[start] = expert
+            experts_by_start[start.replace(".", "_")] = expert
     underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
     return _Starts(
         everywhere={**starts, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
         dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
         of_tools=tuple(start for start in starts if start.endswith("_")),
-        further=further,
+        further=experts_by_start,
     )
 
 
@@ -194,7 +194,7 @@ def split_key(key: str) -> ParsedKey | None:
 
 
 def split_end(key: str) -> tuple[str, str]:
-    """Split a key into the path of its module and our name for the rest.
+    """Split a key into the path of its module and our name for its ending.
 
     `x.lora_A.default.weight` gives `x` and `lora_down.weight`; the second is "" if the ending is unknown.
     """
@@ -223,6 +223,7 @@ def without_starts(path: str) -> list[Bare]:
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [Bare(path, special)]
     known = _find_starts()
+    # a name with the prefix of a tool has underscores, even if it also contains a dot
     starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
@@ -305,8 +306,8 @@ def _text_layer(path: str) -> tuple[str, str]:
         for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
             if name.startswith(kind):
                 return kind, name
-        forms = (form for start in _TEXT_STARTS for form in (start, start.replace(".", "_")))
-        start = next((form for form in forms if path.startswith(form)), "")
+        prefixes = (prefix for start in _TEXT_STARTS for prefix in (start, start.replace(".", "_")))
+        start = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
         if not start:
             return "", unknown
         path = path.removeprefix(start)

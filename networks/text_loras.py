@@ -43,12 +43,12 @@ def uses_for(
     for use in uses:
         lora = replace(use.lora, text_tensors={})
         if prefix:
-            texts = use.lora.text_tensors
+            text_tensors = use.lora.text_tensors
             if prefixes is not None:
-                texts = rename_texts(texts, prefixes)
+                text_tensors = rename_texts(text_tensors, prefixes)
             tensors = {
                 OURS + name.removeprefix(f"{prefix}_"): tensor
-                for name, tensor in texts.items()
+                for name, tensor in text_tensors.items()
                 if prefix_of(name) == prefix
             }
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(keys_for_dit)}
@@ -57,7 +57,7 @@ def uses_for(
                 tensors=tensors,
                 metadata=metadata,
                 encoder=prefix,
-                changes_others=bool(lora.tensors) or len(tensors) < len(texts),
+                changes_others=bool(lora.tensors) or len(tensors) < len(text_tensors),
             )
         if lora.tensors:
             parts.append(replace(use, lora=lora))
@@ -108,7 +108,7 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Merge the encoder's LoRAs into its weights, unless that was done before or there are none.
+        """Merge the encoder's LoRAs into its weights; do nothing if they are merged already.
 
         Raises:
             CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
@@ -279,10 +279,10 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
     """
     renamed: list[LoraUse] = []
     for use in uses:
-        texts = rename_texts(use.lora.text_tensors, prefixes)
+        text_tensors = rename_texts(use.lora.text_tensors, prefixes)
         path = use.lora.path
-        foreign = [name for name in texts if prefix_of(name) not in prefixes]
-        if foreign and not use.lora.tensors and len(foreign) == len(texts):
+        foreign = [name for name in text_tensors if prefix_of(name) not in prefixes]
+        if foreign and not use.lora.tensors and len(foreign) == len(text_tensors):
             raise CheckpointError(
                 f"{path} changes text encoders alone, which {model} does not hold: {list_some(foreign, 2)}.\n"
                 "  Give a LoRA that was trained for this model.",
@@ -293,5 +293,5 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
                 f"{path}: {len(foreign)} tensors change a text encoder, which {model} does not hold, and are "
                 f"ignored: {list_some(foreign, 2)}"
             )
-        renamed.append(replace(use, lora=replace(use.lora, text_tensors=texts)))
+        renamed.append(replace(use, lora=replace(use.lora, text_tensors=text_tensors)))
     return renamed

@@ -207,7 +207,7 @@ class FullMergeOptions(Options):
 
 
 def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
-    """Raise OptionError if there is not one strength for each LoRA.
+    """Raise OptionError if the number of strengths differs from the number of LoRAs.
 
     Args:
         models: Files of the LoRAs.

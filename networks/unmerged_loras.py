@@ -39,7 +39,7 @@ def add_unmerged(
             part.mask_ranks(dit, change.use.lora.metadata)
             if part.rotation is not None:
                 part.rows = change.rows
-            elif change.rows is not None:  # add to some of the outputs only
+            elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
                 padding = (change.rows.start, num_rows - change.rows.stop)
                 part.region = partial(functional.pad, pad=padding)
         layer = AddedLayer(parameter, parts)

@@ -129,11 +129,11 @@ def require_files(option: str, paths: Sequence[Path], folders: str | None = None
 def multipliers_for(
     files: Sequence[Path], multipliers: Sequence[float], option: str, warns: bool = False
 ) -> tuple[float, ...]:
-    """Return one multiplier per file; files without a given multiplier get 1.0.
+    """Return one multiplier per file; files for which the user typed no multiplier get 1.0.
 
     Args:
         files: The files.
-        multipliers: The given multipliers.
+        multipliers: Multipliers that the user typed.
         option: Option that names the file, for messages.
         warns: Whether multipliers without a file are logged; without any file they are not, because they may
             be the default.

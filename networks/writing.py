@@ -171,17 +171,17 @@ def write_modules(
         forms: dict[str, dict[str, Tensor]] = {}
         reasons: list[str] = []
         for path, piece in pieces.items():
-            form = form_of(piece)
-            if isinstance(form, str):
-                reasons.append(form)
+            converted = form_of(piece)
+            if isinstance(converted, str):
+                reasons.append(converted)
             else:
-                forms[path] = form
+                forms[path] = converted
         if reasons:
             left_out[name] = reasons[0]
             continue
-        for path, form in forms.items():
+        for path, converted in forms.items():
             prefix = "" if module_names.is_unprefixed(path) else start
-            for part, tensor in form.items():
+            for part, tensor in converted.items():
                 written[f"{prefix}{path}.{part}"] = tensor
     return TranslatedModules(written, left_out)
 
@@ -207,6 +207,7 @@ def _in_diffusers(factors: Factors) -> Form:
     rotation = delta.rotation
     if rotation is not None:
         return {rotation.part: factors[rotation.part]}
+    # diffusers reads only low-rank factors: a full difference becomes a LoRA of full rank
     is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
@@ -215,19 +216,19 @@ def _in_diffusers(factors: Factors) -> Form:
         return f"{', '.join(parts)} has no form in this dialect"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
-    form = _fold(factors)
+    tensors = _fold(factors)
     bias = delta.stored_bias()
     if bias is not None and MAGNITUDES in factors:
         return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
     if bias is not None:
-        form[PEFT_ENDS["lora_up.bias"]] = bias
+        tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
         magnitudes = factors[MAGNITUDES]  # out x 1 (x 1 ...)
         kernel_axes = magnitudes.ndim - 2
-        form[MAGNITUDES_END] = magnitudes.flatten()
+        tensors[MAGNITUDES_END] = magnitudes.flatten()
         if kernel_axes:  # PEFT has 1 x out x 1 x 1 for convolutions
-            form[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
-    return form
+            tensors[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
+    return tensors
 
 
 def _to_full_rank(factors: Factors) -> Factors:
@@ -373,6 +374,7 @@ def in_target(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
+            # the same target, without the modules that ComfyUI cannot read
             written = in_target(readable, family, target, start)
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:

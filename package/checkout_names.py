@@ -39,7 +39,7 @@ class PackageNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own spec back, which the import system has replaced."""
+        """Restore the module's own spec, which the import system has replaced."""
         assert module.__spec__ is not None
         module.__spec__ = self._specs[module.__spec__.name]
 

@@ -66,8 +66,8 @@ def cut_notes(tag: str, changes: str, pages: str = "") -> str:
     """
     version = tag.removeprefix("v")
     sections = re.split(r"(?m)^## ", changes)
-    found = [section for section in sections if section.split()[:1] == [version]]
-    text = found[0].partition("\n")[2].strip() if found else ""
+    matching = [section for section in sections if section.split()[:1] == [version]]
+    text = matching[0].partition("\n")[2].strip() if matching else ""
     if not text:
         raise UserError(
             f"CHANGELOG.md says nothing of {version}. Its section begins with a line `## {version} (DATE)`: "
@@ -83,15 +83,15 @@ def cut_notes(tag: str, changes: str, pages: str = "") -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Raise UserError if a folder does not hold one wheel and one source archive of this version."""
+    """Raise UserError unless a folder contains exactly one wheel and one source archive of this version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     expected = {"Name": project["name"], "Version": VERSION}
     stem = f"{project['name'].replace('-', '_')}-{VERSION}"
     names = {f"{stem}-py3-none-any.whl", f"{stem}.tar.gz"}
-    found = {path.name for path in _files_of(folder)}
-    if found != names:
+    found_names = {path.name for path in _files_of(folder)}
+    if found_names != names:
         raise UserError(
-            f"{folder} holds {', '.join(sorted(found)) or 'nothing'}, not {' and '.join(sorted(names))}"
+            f"{folder} holds {', '.join(sorted(found_names)) or 'nothing'}, not {' and '.join(sorted(names))}"
         )
     for name in sorted(names):
         metadata = _read_metadata(folder / name)

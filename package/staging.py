@@ -38,7 +38,7 @@ def package_name(name: str) -> str:
 
 
 def rewrite_imports(source: str, ours: Collection[str]) -> str:
-    """Change every absolute import of our modules to names below `reelsmith`; line numbers stay the same.
+    """Rewrite all absolute imports of our modules as imports below `reelsmith`, keeping line numbers.
 
     `ours` are top-level names of the checkout.
 
@@ -71,9 +71,9 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
-    """Yield each import of one of our modules.
+    """Yield each import of one of our modules in a source.
 
-    `tree` and `lines` are those of one source; `ours` are the top-level names of our modules.
+    `tree` and `lines` are the parsed source and its lines; `ours` are the top-level names of our modules.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -101,10 +101,10 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """
     names = "|".join(sorted(scripts))
     rooms = "|".join(SCRIPT_ROOMS)
-    launched = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
-    begin = r"(?:\b|(?<=\\n))"  # of a word, also at the start of a line, which tables write as \\n
+    launcher_pattern = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
+    word_start = r"(?:\b|(?<=\\n))"  # of a word, also at the start of a line, which tables write as \\n
     # quote, python, script, quote
-    typed = rf"([\"'])?({begin}python )?{begin}(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
+    command_pattern = rf"([\"'])?({word_start}python )?{word_start}(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
 
     def rename(match: re.Match[str]) -> str:
         before, python, script, after = match.groups(default="")
@@ -113,13 +113,13 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
             return f"{before}{' '.join(console_words(script))}{after}"
         return f"{before}{script}{after}" if has_own_command(script) else match[0]
 
-    source = re.sub(launched, rf"\1-m {PACKAGE}.\2", source)
+    source = re.sub(launcher_pattern, rf"\1-m {PACKAGE}.\2", source)
     source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
-    return re.sub(typed, rename, source)
+    return re.sub(command_pattern, rename, source)
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Add a function `run` to a script, for the console command; it does what the script's `__main__` does.
+    """Add a function `run` to a script, for its console command, with the content of its `__main__` block.
 
     Raises:
         ValueError: If the script does not end with a `__main__` block.
@@ -178,15 +178,15 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
 
 def _rewrite_modules(root: Path, package: Path) -> None:
-    """Rewrite the imports and texts of all modules in the package. Raises as `lay_out_package`."""
+    """Rewrite the imports and texts of all modules in the package. Raises ValueError, naming a module."""
     commands = find_commands(root)
-    ours = find_own_names(root)
+    own_names = find_own_names(root)
     scripts = {command.script for command in commands}
     entry_scripts = {package / command.path.relative_to(root) for command in commands}
     for path in sorted(package.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         try:
-            text = rename_scripts(rewrite_imports(text, ours), scripts)
+            text = rename_scripts(rewrite_imports(text, own_names), scripts)
             if path in entry_scripts:
                 text = add_entry_point(text, path.stem)
         except (ValueError, AssertionError) as error:

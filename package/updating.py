@@ -65,7 +65,7 @@ OFFLINE = re.compile(
 
 @dataclass(frozen=True)
 class FileChange:
-    """What an update from a zip file changes in a folder; paths are relative to it, with /."""
+    """Changes that an update from a zip file makes in a folder; paths are relative to it, with /."""
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
@@ -282,8 +282,8 @@ def _finish_clone(root: Path, commits: Sequence[str]) -> None:
     user_versions = {
         name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()
     }
-    for name, beside in user_versions.items():
-        shutil.copy2(root / name, root / beside)
+    for name, copy_name in user_versions.items():
+        shutil.copy2(root / name, root / copy_name)
     _git(root, "reset", "--quiet", "--hard", move.after)
     _tell_beside(user_versions)
     _end_move(root, move)
@@ -319,9 +319,9 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     other_refs = [f"--exclude={branch}"] if branch else []
     # commits that another branch or a tag also has are not lost
     other_refs += ["--branches", "--remotes", "--tags"]
-    known = [record.before, *([] if record.after is None else [record.after])]
+    update_commits = [record.before, *([] if record.after is None else [record.after])]
     own_commits = _git(
-        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *other_refs
+        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *update_commits, *other_refs
     ).splitlines()
     location = f"the branch {branch}" if branch else "this folder"
     if own_commits:
@@ -487,9 +487,11 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             if len(members) < len(entries):
                 raise ValueError("it has two files of one name")
             top = _find_top(file, archive, members)
-            ours = {name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)}
-            _reject_names(file, ours.values(), list(ours))
-            for name, entry in ours.items():
+            entries_of_version = {
+                name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)
+            }
+            _reject_names(file, entries_of_version.values(), list(entries_of_version))
+            for name, entry in entries_of_version.items():
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("wb") as sink:
@@ -503,11 +505,11 @@ def _unpack(file: Path, folder: Path) -> list[str]:
     ) as error:
         reason = escape_control_codes(str(error))[:200]
         raise UserError(f"{file.name} is no whole zip file ({reason}). Download it again") from None
-    return sorted(ours)
+    return sorted(entries_of_version)
 
 
 def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> str:
-    """Return the folder inside a zip file that holds the version, with a final /; "" for the top level."""
+    """Return the path, ending with /, of the version's folder inside a zip file; "" for the top level."""
     tops = [name.removesuffix(PROJECT) for name in members if PurePosixPath(name).name == PROJECT]
     top = min(tops, key=len, default="")
     try:
@@ -526,23 +528,24 @@ def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequenc
     entries = list(entries)
     if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
-    known: set[str] = set()
+    seen_names: set[str] = set()
     folders: set[str] = set()
     for entry, name in zip(entries, names, strict=True):
         folded = fold_name(name)
         reason = _find_error(name)
         if stat.S_ISLNK(entry.external_attr >> 16):
             reason = "a link"
-        if not reason and folded in known:
+        if not reason and folded in seen_names:
             reason = "in two spellings that Windows and macOS take for one"
         if reason:
-            shown = escape_control_codes(name).replace("\n", "\\n")[:200]
+            printable_name = escape_control_codes(name).replace("\n", "\\n")[:200]
             raise UserError(
-                f"{file.name} has {shown} ({reason}), which no version of Reelsmith has. Nothing was changed"
+                f"{file.name} has {printable_name} ({reason}), which no version of Reelsmith has. Nothing "
+                "was changed"
             )
-        known.add(folded)
+        seen_names.add(folded)
         folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
-    both = sorted(known & folders)
+    both = sorted(seen_names & folders)
     if both:
         raise UserError(
             f"{file.name} has {both[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
@@ -565,7 +568,7 @@ def _find_error(name: str) -> str:
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return what the new version would change.
+    """Return the changes that a new version would make to the files of a folder.
 
     Raises:
         UserError: If a folder has the path of a new file, or a file that of a new folder.
@@ -579,11 +582,11 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
     existing = [name for name in files if (root / name).exists()]
     replaced = [name for name in existing if not filecmp.cmp(root / name, new / name, shallow=False)]
     removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
-    known = _read_digests(root)
+    old_digests = _read_digests(root)
     replaced = sorted([*replaced, *removed])  # removed files are restored like replaced ones
     # without digests of the old version nobody can tell which files the user has changed
     changed_by_user = [
-        name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)
+        name for name in replaced if old_digests and old_digests.get(fold_name(name)) != _digest(root / name)
     ]
     return FileChange(
         replaced=replaced,
@@ -697,7 +700,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
 
 
 def _read_change(path: Path) -> FileChange:
-    """Return what the last update changed.
+    """Return the recorded changes of the last update.
 
     Raises:
         UserError: If its record is damaged.
@@ -738,7 +741,7 @@ def _reject_own_work(own: Sequence[str]) -> None:
 
 
 def _tell_left_over(root: Path, files: Iterable[str]) -> None:
-    """Print which Python files in this version's folders do not belong to it: old ones, or the user's."""
+    """Print the Python files in this version's folders that do not belong to it: old ones or the user's."""
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
     ours = set(map(fold_name, files))
     found = sorted(

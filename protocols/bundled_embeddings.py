@@ -36,7 +36,7 @@ def word_of(name: str) -> str:
 
 
 def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
-    """Return the learned words of a LoRA file, each with the content that its own file would have."""
+    """Return the textual-inversion words in a LoRA file, each with the content of a separate word file."""
     words: dict[str, dict[str, Tensor | Mapping[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -63,7 +63,7 @@ def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TakesWords(Family, Protocol):
-    """What is asked of a family whose text encoders get vectors of additional words."""
+    """A family whose text encoders can get embedding vectors for additional words."""
 
     @property
     def word_names(self) -> Collection[str]:

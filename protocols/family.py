@@ -271,7 +271,7 @@ class TextEncoder(Protocol):
 
     @property
     def variable_length(self) -> frozenset[str]:
-        """Names of those tensors whose length differs per prompt; caches store them as `varlen_{key}`."""
+        """Names of the tensors whose length differs between prompts; caches store them as `varlen_{key}`."""
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -433,7 +433,7 @@ class Described(Protocol):
 
     @property
     def can(self) -> Abilities:
-        """Abilities beyond the four protocols."""
+        """Optional abilities, which not every family has."""
 
     @property
     def name(self) -> str:
@@ -715,7 +715,7 @@ class Predicts(Passes, Protocol):
         """Return a file with additional tensors for one of `dit_files`, such as a second stack of blocks."""
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return how many blocks each list of `DitSpec.block_lists` has; () if the headers do not tell."""
+        """Return how many blocks each list of `DitSpec.block_lists` has; () if headers do not show it."""
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype in which the loaded network computes without autocast, from headers alone."""

@@ -87,7 +87,7 @@ class TensorSource:
         return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make the tensor from the tensors of the file, given in the order of `names`."""
+        """Build the network's tensor from the file's tensors, in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
@@ -101,7 +101,7 @@ WeightPatch = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
 class HostPlace(Protocol):
-    """Keep weights in host memory although their network computes on a device."""
+    """Hold weights of a network in host memory while the network computes on a device."""
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Return memory for the weights that stay in host memory, by name.
@@ -124,7 +124,7 @@ class HostPlace(Protocol):
 
 
 class BlockPlace(Protocol):
-    """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
+    """Process each block of a network as soon as it is loaded, for example to keep only a part of it."""
 
     asked_by: str  # the option, for messages
 
@@ -132,7 +132,7 @@ class BlockPlace(Protocol):
         """Return a function to call with the name of each parameter of `network` that has been filled."""
 
     def split(self, network: nn.Module) -> None:
-        """Take the blocks of a network that was loaded without `watch`."""
+        """Process the blocks of a network that was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
         """Finish after all blocks have been taken; from now on the network can run."""

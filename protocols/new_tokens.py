@@ -38,7 +38,7 @@ class WordToLearn:
 
 
 def find_error(word: str) -> str:
-    """Return why a text cannot be a new word and what to use instead; "" if it can."""
+    """Return why `word` cannot become a new token, and what to use instead; "" if it can."""
     if not word or word.split() != [word]:
         return "has blanks or is empty: it is one word. Give one such as mycat"
     if word != word.lower():

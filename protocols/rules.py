@@ -268,12 +268,12 @@ class TeaCache:
 
 @dataclass(frozen=True)
 class MagCalibration:
-    """Skip no passes; measure the ratios of `MagCache`."""
+    """Measure the ratios for `MagCache` without skipping any passes."""
 
 
 @dataclass(frozen=True)
 class TeaCalibration:
-    """Skip no passes; fit the coefficients of `TeaCache`."""
+    """Measure passes without skipping any, and fit the coefficients of `TeaCache`."""
 
 
 StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
@@ -363,7 +363,7 @@ class ShiftedLogit:
     uniform_share: float = 0.1  # fraction of stretched draws that are replaced by uniform ones
 
     def shift(self, tokens: int) -> float:
-        """Return e^mu."""
+        """Return the flow shift e^mu for this number of tokens."""
         few, many = self.mus
         mu = few + (many - few) * (tokens - 1024) / (4096 - 1024)
         return math.exp(min(max(mu, min(self.mus)), max(self.mus)) if self.is_clamped else mu)

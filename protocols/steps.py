@@ -306,7 +306,7 @@ class OwnSolver(Protocol):
 
 @dataclass(frozen=True)
 class StepDone:
-    """A completed step with its velocity after guidance."""
+    """A completed denoising step, with the velocity after guidance."""
 
     step: Step
     velocity: Tensor  # like `step.noisy`, float32

@@ -12,7 +12,7 @@ PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
 
 
 def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
-    """Raise CacheError for texts of another release, and for latents of pixels in a wrong range."""
+    """Raise CacheError for texts of another release, and for latents of a wrong pixel range."""
     batch.check({KEY: TEXTS_AGAIN}, "the transformer")
     width = files.dit_header().config.text_dim
     batch.check_widths({KEY: width}, files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")

@@ -85,12 +85,12 @@ class QwenImage(ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name of the architecture in caches and saved files, which depends on the release."""
+        """Return the architecture's name in caches and saved files, which depends on the release."""
         return self.version.name
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files, which depends on the release."""
+        """Return the suffix of cache file names, which depends on the release."""
         return self.version.cache_tag
 
     can: ClassVar = family.Abilities(tell_few_steps=True, tell_nodes=True)
@@ -100,7 +100,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def called(self) -> str:
-        """Name of the release in messages."""
+        """Return the release's name for messages."""
         return self.version.called
 
     @property
@@ -130,7 +130,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE and the range of its input, 0..255 in earlier versions."""
+        """Return what cached latents depend on: the VAE and its input range, 0..255 in earlier versions."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -203,7 +203,7 @@ class QwenImage(ModelOfImages):
         return TEXT_TO_IMAGE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: posterior means."""
+        """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None

@@ -187,7 +187,7 @@ class QwenImageFiles(LanguageModelFiles):
     called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 

@@ -58,7 +58,7 @@ DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True
 
 
 class TakenImage(NamedTuple):
-    """Size in which the model sees the input image, as arguments of `taken_size`."""
+    """Target size or area of the input image, the arguments of `taken_size`."""
 
     area: int | None
     target: Size | None
@@ -91,7 +91,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model."""
+        """Return the model's metadata."""
         return self.metadata_of(
             {
                 "architecture": VERSION.architecture,
@@ -105,7 +105,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE and the range of its input."""
+        """Return what cached latents depend on: the VAE and the range of its input."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -144,8 +144,9 @@ class QwenImageLayered(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
-        The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. A given frame
-        (`Overrides.given_frames`) is the image itself, which is then not generated anew.
+        The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. If the first frame
+        is given (`Overrides.given_frames`), it is the input image: the network does not see it among the
+        noisy frames, and its velocity is 0.
         """
         given = overrides.given_frames
         velocity: Tensor = dit(
@@ -160,7 +161,7 @@ class QwenImageLayered(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request. Without a flow shift, noise levels depend on the image's size, as released.
+        """Fill in a request's open fields; by default, the input image's size sets the noise levels.
 
         Raises OptionError unless there is exactly one image, and for an invalid number of layers.
         """
@@ -198,7 +199,7 @@ class QwenImageLayered(ModelOfImages):
         return request
 
     def _count_layers(self, request: Request) -> int:
-        """Return the number of layers in a training's sample, in a prompt line, or in the option."""
+        """Return the number of layers from a training's sample, a prompt line or the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:
@@ -231,7 +232,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def source(self) -> SourceRules:
-        """Rules for starts of denoising: saved latents of this model only."""
+        """Return what denoising may start from: saved latents of this model only."""
         return SourceRules((LATENTS,), self.called, False, self.same_latents)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:

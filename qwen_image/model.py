@@ -54,17 +54,17 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The vectors that modulate the image's tokens, with a row for clean references, and the texts'."""
+        """Return the modulation of image tokens, with a row for clean references, and of text tokens."""
         return self.vector, self.vector[:, :1]
 
     @property
     def clean(self) -> int:
-        """Negative index of the first token of clean references among the image tokens."""
+        """Negative index, among the image tokens, of the first clean reference token."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
 class QwenLayout(NamedTuple):
-    """Key of a rotary table: the sizes of images and texts."""
+    """Sizes of images and texts, which determine a rotary table."""
 
     # index, rows and columns of each image's tokens, the ones to make first
     pictures: tuple[tuple[int, int, int], ...]
@@ -114,7 +114,7 @@ class QwenBlock(blocks.DoubleStreamBlock):
         return self.img_mod, self.attn.to_out[0], self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         return self.attn.heads(x, is_text)
 
 
@@ -202,7 +202,7 @@ class QwenImageModel(BlockNetwork):
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
     ) -> Hidden:
-        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
+        """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
         References come after the image, a second text after the first one.
 
@@ -251,12 +251,12 @@ class QwenImageModel(BlockNetwork):
             attention=self.attention,
             rotary=rotary,
             rotary_of_image=rotary[:num_images],
-            # of the references, which follow the target; empty if they are modulated like it
+            # references follow the target image; empty if they share its modulation
             rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
         )
 
     def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-        """Return index, rows and columns of each image's tokens: the generated images, then references.
+        """Return (index, rows, columns) of each image's tokens: the generated images, then references.
 
         The input image of a model of layers has the index -1.
         """
@@ -277,14 +277,14 @@ class QwenImageModel(BlockNetwork):
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
         An image's token is at (index of the image, row, column), with rows and columns counted from the
-        middle. A text's token j is at j + the largest half of an image's side, on all three axes; with
-        layers, at least at j + their number.
+        middle. A text's token j is at j + start on all three axes, where start is half the longest edge of
+        all images, or with layers at least their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis
 
         def axis(first: int, size: int, width: int) -> Tensor:
-            """Return the pairs of `size` consecutive positions from `first` on, size width/2 2."""
+            """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
             positions = torch.arange(first, first + size, dtype=torch.float64)
             pairs = turns(angles_at(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)

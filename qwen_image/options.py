@@ -32,7 +32,7 @@ MAX_KERNEL = 255  # latent pixels
 
 
 class QwenImageVersionOptions(Options):
-    """Which release of Qwen-Image the files belong to; their tensors do not tell."""
+    """Release of Qwen-Image to which the files belong, which their tensors do not show."""
 
     model_version: str | None = option(
         "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, one "
@@ -47,7 +47,7 @@ class QwenImageVersionOptions(Options):
 
     @property
     def name(self) -> str:
-        """Release that the options name; the original one by default."""
+        """Return the release that the options name; by default the original one."""
         if self.model_version:
             return self.model_version
         if self.edit_plus:
@@ -235,7 +235,7 @@ def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
@@ -246,6 +246,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
         "--control_image_path": controls,
         "--output_layers": _count_layers(options, sample),
         "--remove_first_image_from_target": options.remove_first_image_from_target,
+        # resize references as caching did: Layered to the result's size, edit releases to the official one
         "--resize_control_to_official_size": bool(controls) and options.version.name != LAYERED,
         "--resize_control_to_image_size": bool(controls) and options.version.name == LAYERED,
     }

@@ -31,7 +31,7 @@ AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 
 def official_size(size: Size, area: int) -> Size:
-    """Return a size of about `area` pixels in the shape of `size`, in multiples of OFFICIAL_STEP."""
+    """Return a size of about `area` pixels with the aspect ratio of `size`, in multiples of OFFICIAL_STEP."""
     shape = size[0] / size[1]
     width = math.sqrt(area * shape)
     height = width / shape
@@ -42,7 +42,7 @@ def official_size(size: Size, area: int) -> Size:
 
 
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
-    """Return the size in which the model sees an image (width, height).
+    """Return the size (width, height) in which the model sees an image.
 
     It is `target` if given, else the official size of `area` pixels, else the image's own size, rounded down
     to multiples of STEP.
@@ -57,7 +57,7 @@ def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size
 def read_reference(
     path: Path, target: Size | None = None, *, area: int | None = None, has_alpha: bool = False
 ) -> Tensor:
-    """Read an image as the model takes it: H W 3 uint8, or H W 4 with alpha.
+    """Read an image and resize or crop it for the model: H W 3 uint8, or H W 4 with alpha.
 
     Args:
         path: The image file.
@@ -87,7 +87,7 @@ def find_area(options: QwenImageReferenceOptions) -> int | None:
 
 
 def fill_size(request: Request) -> Request:
-    """Fill in a missing size of the request: a megapixel in the shape of its last image."""
+    """Fill in a missing size: about a megapixel, with the aspect ratio of the last image."""
     if request.width is not None or request.height is not None or not request.control_images:
         return request
     try:
@@ -98,7 +98,7 @@ def fill_size(request: Request) -> Request:
 
 
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
-    """Return the request with its images in all prompts, and in the names of its files on request.
+    """Add the request's images to all prompts and, if asked, the first image's name to the file names.
 
     Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
     another size than the result, or if the mask cannot be read.
@@ -118,6 +118,7 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
     if mask is not None or uses_threshold:
         option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), find_area(options), target)
+        # both compare the result with the first image pixel by pixel
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:
@@ -150,7 +151,7 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return the first image as the anchor of the result; None without a mask and without a threshold.
+    """Return an anchor that keeps the result like the first image; None without mask and threshold.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

@@ -28,8 +28,8 @@ BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
 def hash_images(pictures: Sequence[Tensor]) -> Tensor:
     """Return the SHA-256 of each image, n 32 uint8, in their order.
 
-    `pictures` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels are opaque. The hash
-    is over `{W}x{H}:` and the bytes of the RGBA image.
+    `pictures` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels count as opaque. The
+    hash covers `{W}x{H}:` and the bytes of the RGBA image.
     """
     digests = []
     for image in pictures:
@@ -42,7 +42,7 @@ def hash_images(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the entry of each image of a batch with the hashes of its references."""
+    """Return the cache entries of a batch's images, with the hashes of their references added."""
     hashed = []
     for index, (entry,) in enumerate(entries):
         hashes = hash_images([frames[index, 0] for frames in media.control])
@@ -68,7 +68,7 @@ def check_states(cache: MadeBy, part: str) -> None:
 
 
 def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
-    """Raise CacheError if captions were encoded with other references than the cached ones.
+    """Raise CacheError if captions were encoded with other reference images than the cached ones.
 
     `references` are the cached latents by name, in order, B C 1 h w each.
     """

@@ -84,7 +84,7 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model."""
+        """Return the model's metadata."""
         return self.metadata_of(
             {
                 "architecture": NAME,
@@ -96,12 +96,12 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, steps and guidance; Turbo takes as many steps as it has noise levels."""
+        """Return the default size, steps and guidance; Turbo takes one step per noise level."""
         turbo = find_turbo(self.files.dit)
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer is Turbo, else None."""
+        """Return the evidence that the transformer is Turbo; None without any."""
         turbo = find_turbo(self.files.dit)
         return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
 
@@ -118,7 +118,7 @@ class QwenImage21(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, the references and their positions.
+        """Return the captions' states, the references and their slots in the text.
 
         Raises CacheError for states of another encoder or after the final norm, and for other references than
         the text encoder saw.
@@ -147,6 +147,7 @@ class QwenImage21(pictures.ModelOfImages):
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
+            # slots are used as Python numbers, so they stay on the CPU
             slots = name_texts(text, {"slots": SLOTS}, torch.device("cpu"))
             return {**name_text_and_mask(text, "text", KEY, noisy.device), **slots}
 
@@ -219,9 +220,9 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section, with a cache for the prefix's keys and values unless --no_kv_cache is set.
+        """Yield the only section, with a cache for the prefix's keys and values unless --no_kv_cache is set.
 
-        With a mask, parts of it are held to the first image.
+        With a mask, the result keeps the first image outside of it.
         """
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")

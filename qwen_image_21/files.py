@@ -94,9 +94,9 @@ MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a file's header, with the --dit_config file or else the config.json next to it."""
+    """Read a transformer file's header, with settings from --dit_config or the config.json next to it."""
     names = checkpoint.tensors
-    # one modulation for all blocks, where Qwen-Image has one in each
+    # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -118,7 +118,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
-    """Return the settings in --dit_config. Raises CheckpointError for the file of another model."""
+    """Return the settings in --dit_config; raise CheckpointError if they belong to another model."""
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
@@ -137,8 +137,8 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
 def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
     """Return the dimensions of a transformer.
 
-    `settings` are those of the config.json `source`, {} without one. Raises CheckpointError if dimensions do
-    not match each other, or the network is another model's.
+    `settings` are the contents of `source`, a config.json; {} without one. Raises CheckpointError if
+    dimensions do not match each other, or the network is another model's.
     """
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
@@ -149,6 +149,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
             f"those of {WHAT}. Copy the file again.",
             shapes.path,
         )
+    # settings that the tensors do not show; the network supports only the released values
     for name, value in (("patch_size", 1), ("causal_condition", True)):
         if settings.get(name, value) != value:
             raise CheckpointError(
@@ -170,7 +171,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
                 "that of another file: give its own, or copy the file again.",
                 source,
             )
-    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))
+    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
             f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are there. Give the "
@@ -215,7 +216,7 @@ def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Ma
 
 @functools.cache  # so that headers that were read are found again
 def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
-    """Return the format of transformer files. `config_json` is that of --dit_config."""
+    """Return the format of transformer files; `config_json` is the path from --dit_config."""
     return DitFormat(
         functools.partial(_read_header, config_json=config_json),
         lambda _: WHAT,
@@ -237,7 +238,7 @@ class Turbo(NamedTuple):
 
 
 def find_turbo(dit: Path | None) -> Turbo | None:
-    """Return the noise levels of Turbo, and the evidence that a transformer is Turbo; None if it is not.
+    """Return Turbo's noise levels, with the evidence that a transformer is Turbo; None for other models.
 
     The evidence is `sample_sigmas` of the release's model_index.json, else the nearest name, as in
     `FewSteps.judge`. Raises CheckpointError if model_index.json cannot be used.
@@ -258,7 +259,7 @@ def find_turbo(dit: Path | None) -> Turbo | None:
 
 
 def _read_levels(index: Path) -> tuple[float, ...] | None:
-    """Return `sample_sigmas` of a model_index.json; None if it has none.
+    """Return the noise levels `sample_sigmas` of a model_index.json; None if it has none.
 
     Raises CheckpointError if they are not noise levels.
     """
@@ -271,7 +272,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         return None
     is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
     if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
-        levels = [0, 0]  # these do not fall, so that the error below is raised
+        levels = [0, 0]  # not falling, so the error below is raised
     if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
         raise CheckpointError(
             f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
@@ -291,7 +292,7 @@ class QwenImage21Files(LanguageModelFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def add_config(self, path: Path | None) -> Self:
-        """Return the files with --dit_config. Raises OptionError if there is no such file."""
+        """Return a copy of these files with --dit_config added; raise OptionError if that file is missing."""
         if path is not None and not path.is_file():
             raise OptionError(f"--dit_config {path}: no such file. Correct the path, or leave the option out")
         return replace(self, dit_config=path)
@@ -303,11 +304,11 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
+        """Return the transformer's path, or for a release folder its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_vae(self, device: torch.device) -> QwenImage21Vae:
-        """Load the VAE with the options for its dtype and tiles."""
+        """Load the VAE in the dtype and tile size that the options set."""
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
@@ -323,7 +324,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Number of latent channels of the files; None if no option names a file."""
+        """Return the latent channels of the run's files; None if no option names a file."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

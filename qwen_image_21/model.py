@@ -55,7 +55,7 @@ Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a prefix that attend to the same tokens."""
+    """Consecutive tokens of a prefix that see the same tokens."""
 
     start: int  # in the prefix
     end: int
@@ -91,7 +91,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the prefix, references included."""
+        """Return the number of tokens in the prefix, including references."""
         return self.texts + sum(rows * columns for rows, columns in self.grids)
 
 
@@ -117,11 +117,11 @@ class QwenImage21Tokens:
 
     @property
     def first_image(self) -> int:
-        """Index of the first token of the generated image: always 0."""
+        """Return the index of the generated image's first token, which is always 0."""
         return 0
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of one process of sequence parallelism; `rotary` still covers all tokens."""
+        """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
@@ -135,7 +135,7 @@ class QwenImage21Tokens:
 
 
 class QwenImage21Attention(nn.Module):
-    """Attention of an image to all tokens; tokens of the prefix attend to earlier tokens only."""
+    """Attention of image tokens to all tokens; tokens of the prefix attend only to earlier ones."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class QwenImage21Attention(nn.Module):
         return in_own_dtype(self.to_out[0], attended.flatten(2))
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
-        """Return the attention of the tokens to each other, B L+P N D. `heads` are query, key and value."""
+        """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
         second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
         if part is not None:
             heads = part.gather_tokens(*heads)
@@ -204,7 +204,7 @@ class QwenImage21Attention(nn.Module):
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
 ) -> Tensor:
-    """Return the attention of samples with the same segments; queries of padding give zeros.
+    """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
 
     `query` is B L+P N D, or B L N D if the keys and values of the prefix were remembered. `key` and `value`
     are B L+P N D.
@@ -217,6 +217,7 @@ def attend_segments(
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
     if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
         for segment in segments:
+            # a segment sees all earlier ones and itself
             queries = query[:, start + segment.start : start + segment.end]
             keys = key[:, start : start + segment.end]
             values = value[:, start : start + segment.end]
@@ -268,7 +269,7 @@ class QwenImage21Block(nn.Module):
         return x.clamp(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
 
     def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Return the input of attention for the image tokens of x, B L+P C to B L C."""
+        """Return the modulated input of attention for the image tokens of x, B L+P C to B L C."""
         scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
         return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
 
@@ -278,7 +279,7 @@ class QwenImage21Block(nn.Module):
 
 
 class QwenImage21Time(nn.Module):
-    """Embeds timesteps, 0..1000, as B C float32."""
+    """Embed timesteps, 0..1000, as B C float32."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -291,7 +292,7 @@ class QwenImage21Time(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Return embeddings, B C float32, of timesteps, B."""
+        """Embed timesteps, B, as B C float32."""
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
@@ -313,7 +314,7 @@ class QwenImage21TextLayers(nn.Module):
 
 
 class QwenImage21LastNorm(nn.Module):
-    """Final norm, scaled by the time."""
+    """Final norm, scaled by the timestep."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -327,7 +328,7 @@ class QwenImage21LastNorm(nn.Module):
 
 
 class QwenImage21Layout(NamedTuple):
-    """Key of a rotary table."""
+    """Grid and prefixes, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
     prefixes: tuple[Prefix, ...]  # prefix of each sample
@@ -427,7 +428,7 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
-        """Return the tokens of image and prefix, B L+P C, and the other inputs of the blocks.
+        """Embed an image and its prefix as tokens, B L+P C; return them with the blocks' other inputs.
 
         Args:
             noisy: B Z 1 H W.
@@ -437,7 +438,7 @@ class QwenImage21Model(BlockNetwork):
             slots: B n ascending, on the host: the text token before which each reference is inserted.
             overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
-            is_remembered: Leave out the prefix, whose keys and values the blocks have.
+            is_remembered: Leave out the prefix, because the blocks have stored its keys and values.
 
         Raises:
             ValueError: If sizes do not match.
@@ -513,7 +514,7 @@ class QwenImage21Model(BlockNetwork):
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
+        """Return rows and columns of an image's tokens; raise ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
@@ -522,7 +523,7 @@ class QwenImage21Model(BlockNetwork):
         return height, width
 
     def embed_image(self, latents: Tensor) -> Tensor:
-        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
+        """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
         return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def modulation_rows(self, times: Tensor) -> Tensor:
@@ -538,11 +539,11 @@ class QwenImage21Model(BlockNetwork):
         return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens, L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
+        """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
 
-        They are computed from float64 angles. Each token of the text advances all three positions by one. An
+        It is computed from float64 angles. Each token of the text advances all three positions by one. An
         image's token is at (time, row, column), with the time that the text has reached, and rows and columns
-        counted from the middle; the text continues after its longer side.
+        counted from the middle; the text continues after its longer edge.
         """
         tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:
@@ -566,7 +567,7 @@ class QwenImage21Model(BlockNetwork):
             along_columns = axis(columns // 2 - columns, columns, column_width)
             return on_grid([axis(time, 1, time_width), along_rows, along_columns])
 
-        # text tokens advance the position by one, an image by the length of its longer side
+        # a text token advances the position by one, an image by its longer edge
         position = 0
         texts_before = 0  # text tokens so far
         tables = []
@@ -578,6 +579,7 @@ class QwenImage21Model(BlockNetwork):
             position += max(grid)
         num_left = prefix.texts - texts_before
         tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
+        # the generated image comes after the prefix in time, but first in the sequence
         target = picture(layout.grid, position + num_left)
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
 
@@ -589,7 +591,7 @@ def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]
 
 
 def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
-    """Return the order of text and references in each sample.
+    """Return the order of text and references in each sample's prefix.
 
     Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
     """

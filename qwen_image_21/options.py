@@ -115,7 +115,7 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
 
 
 def read_negative(text: str) -> str:
-    """Return the negative prompt: a blank for an empty text, because guidance needs one."""
+    """Return the negative prompt, or a blank for an empty text, because guidance needs a prompt."""
     return BLANK if text.strip() in NO_TEXT else text
 
 
@@ -136,7 +136,7 @@ def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any]
 
 
 def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--dit_config": options.dit_config,

@@ -34,7 +34,7 @@ WHITE = 255
 
 
 def read_reference(path: Path, target: Size | None = None) -> Tensor:
-    """Read an image as the model takes it: H W 3 uint8, or H W 4 if it has transparency.
+    """Read an image for the model, H W 3 uint8, or H W 4 if it has transparency.
 
     It covers the size `target` and is cropped; without `target` it is stretched to its official size. Raises
     MediaError if it cannot be read, or is too small.
@@ -50,7 +50,7 @@ def read_reference(path: Path, target: Size | None = None) -> Tensor:
 
 
 def lay_on_white(picture: Tensor) -> Tensor:
-    """Lay an image, H W 3 or H W 4 uint8, on white: H W 3 uint8, rounded as by Pillow."""
+    """Composite an image, H W 3 or H W 4 uint8, onto white: H W 3 uint8, rounded as in Pillow."""
     if picture.shape[-1] == 3:
         return picture
     shown = Image.fromarray(picture.numpy(), "RGBA")
@@ -65,7 +65,7 @@ def read_shown(path: Path, target: Size | None = None) -> Tensor:
 
 
 def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
-    """Return the request with its images in all prompts.
+    """Add the request's reference images to all prompts, and check its mask.
 
     Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask
     cannot be read.

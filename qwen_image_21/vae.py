@@ -89,7 +89,7 @@ class ImageConv(nn.Conv2d):
     """A 2D convolution for clips of one frame, B C 1 H W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x, B C 1 H W to B C' 1 H W."""
+        """Convolve x, B C 1 H W to B C' 1 H W."""
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
@@ -112,7 +112,7 @@ class ImageResidual(nn.Module):
 
 
 class ImageMiddle(nn.Module):
-    """Two residual blocks with an attention among all pixels between them."""
+    """Two residual blocks with self-attention among all pixels between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ImageMiddle(nn.Module):
 
 
 class ImageResample(nn.Module):
-    """Halves or doubles height and width. The released layers over time leave a single frame unchanged."""
+    """Halve or double height and width; the released layers over time leave a single frame unchanged."""
 
     def __init__(self, width: int, is_down: bool) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class ImageEncoder(nn.Module):
         self.conv_out = ImageConv(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return moments, B 2Z 1 h w, of pixels x, B 4 1 H W."""
+        """Encode pixels x, B 4 1 H W, to posterior moments, B 2Z 1 h w."""
         h = self.conv_in(x)
         for level in self.down_blocks:
             h = level(h)
@@ -298,7 +298,7 @@ class QwenImage21Vae(ImageVae):
         return (means - mean) / deviation
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """Return pixels, B 4 H W float32, of normalized latents, B Z h w."""
+        """Decode normalized latents, B Z h w, to RGBA pixels, B 4 H W float32."""
         mean, deviation = self._statistics()
         # in float32: 16 bits would tint every image
         means = self.place(latents.to(self.device).float() * deviation + mean)
@@ -313,7 +313,7 @@ class QwenImage21Vae(ImageVae):
 
 
 def add_alpha(pixels: Tensor) -> Tensor:
-    """Return pixels, uint8 or -1..1, with four channels, B 4 F H W; three channels become opaque."""
+    """Add an opaque alpha channel to pixels, B 3 F H W uint8 or -1..1; leave four channels unchanged."""
     if pixels.shape[1] == PIXEL_CHANNELS:
         return pixels
     opaque = 255 if pixels.dtype == torch.uint8 else OPAQUE
@@ -322,7 +322,7 @@ def add_alpha(pixels: Tensor) -> Tensor:
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
-    """Plan how to load the VAE: a single file or diffusers' folder.
+    """Plan how to load Qwen-Image-2.1's VAE, from a single file or a diffusers folder.
 
     Raises CheckpointError for any other file, or if config.json next to it does not fit.
     """
@@ -361,18 +361,20 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Read the levels of the encoder or the decoder.
+    """Return the dimensions of the encoder's or the decoder's levels.
 
-    `start` and `resampler` are the names of the levels and of the last layer of each.
+    `start` names the list of levels, `resampler` the resampling layer at the end of a level.
     """
     levels = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         width_out, width_in = shape(f"{name}.resnets.0.conv1.weight")[:2]
-        side = 2 if f"{name}.{resampler}.resample.1.weight" in sources else 1
-        frames = 2 if f"{name}.{resampler}.time_conv.weight" in sources else 1
+        space_factor = 2 if f"{name}.{resampler}.resample.1.weight" in sources else 1
+        time_factor = 2 if f"{name}.{resampler}.time_conv.weight" in sources else 1
         blocks = count(sources, rf"{re.escape(name)}\.resnets\.\d+")
-        levels.append(VaeLevel(width_in, width_out, blocks, factors=(frames, side, side)))
+        levels.append(
+            VaeLevel(width_in, width_out, blocks, factors=(time_factor, space_factor, space_factor))
+        )
     return tuple(levels)
 
 
@@ -432,7 +434,7 @@ def _are_numbers(values: Any, length: int, minimum: float) -> bool:
 
 
 def read_vae_config(path: Path) -> QwenImage21VaeConfig:
-    """Return the dimensions of the VAE in a file, or in the folder `vae` of a release, from its header.
+    """Read the VAE's dimensions from the header of a file, or of a release folder's `vae`.
 
     Raises CheckpointError if it is missing, damaged or another model.
     """

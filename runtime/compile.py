@@ -50,7 +50,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     `check_compilation` before.
 
     Returns:
-        Names for what is put around the network afterwards: a compiled block is recomputed as a whole.
+        The spec for checkpointing and other wrappers: it makes a compiled block be recomputed as a whole.
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
     outer_spec = replace(spec, recomputed_list="")
@@ -72,16 +72,16 @@ class CompileClock:
     """Adds up the seconds of torch's compiler, which runs when a part is called, and logs them."""
 
     def __init__(self) -> None:
-        """Start without seconds."""
+        """Start with no compilation seconds."""
         self._begun = 0.0
         self._seconds = 0.0
 
     def start(self, _: object) -> None:
-        """Note that compilation starts; a callback of torch."""
+        """Record the time at which a compilation starts; torch calls this."""
         self._begun = time.perf_counter()
 
     def stop(self, _: object) -> None:
-        """Note that compilation has ended; a callback of torch."""
+        """Add the seconds of a compilation that has ended; torch calls this."""
         self._seconds += time.perf_counter() - self._begun
 
     def report(self, *_: object) -> None:
@@ -92,7 +92,7 @@ class CompileClock:
 
 
 def _find_clock() -> CompileClock:
-    """Return the clock that torch calls; the first network of a process gives it one."""
+    """Return the process's only compile clock; the first call registers it with torch."""
     callbacks = dynamo().callback_handler
     for callback in callbacks.start_callbacks:
         owner = getattr(callback, "__self__", None)
@@ -111,7 +111,7 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     if choice.dynamic:
         # else torch takes a length that equals a width for the width, which is a constant of the code
         shape_config().use_duck_shape = False
-    mode = NO_GRAPHS.get(choice.mode, choice.mode)
+    mode = NO_GRAPHS.get(choice.mode, choice.mode)  # without CUDA graphs
     for part in parts:
         part.forward = torch.compile(
             part.forward,

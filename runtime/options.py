@@ -145,7 +145,7 @@ def cards_or_size(text: str) -> str:
 
 
 class PlanOptions(Options):
-    """Whether to plan only, and for which cards."""
+    """Whether to only plan the memory of a run, and for which cards."""
 
     plan: str | None = option(  # 0: this machine's card; None: run
         "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size; "

@@ -168,7 +168,7 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
 
 
 class MagCacheRule:
-    """The rule of MagCache, for one pass of each step. It reads no tensors."""
+    """Decide by MagCache's measured ratios, without reading tensors, which steps skip a pass."""
 
     def __init__(self, ratios: Sequence[float], retention: float, threshold: float, max_skips: int) -> None:
         """Start without skipped passes.
@@ -219,7 +219,7 @@ def resample(ratios: Sequence[float], count: int) -> list[float]:
 
 
 class TeaCacheRule:
-    """The rule of TeaCache, for one pass of each step. The host waits for one number per step."""
+    """Decide by TeaCache's accumulated change which steps skip a pass; the host waits once per step."""
 
     def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
         """Start without skipped passes.
@@ -302,7 +302,7 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
-        """Forget the sizes of earlier steps."""
+        """Drop the residual sizes of earlier steps."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -348,7 +348,7 @@ class Changes:
         return [(float(change), float(residual)) for change, residual in self._found]
 
     def result(self) -> list[float]:
-        """Return the coefficients of the fitted polynomial, highest power first; () with too few points.
+        """Return the coefficients of the fitted polynomial, highest power first; empty with too few points.
 
         The highest power is 4, or less if there would be fewer than three points per coefficient.
         """

@@ -54,7 +54,7 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
-        """Draw the seed of each prompt's first image in a new round."""
+        """Draw a seed for the new round, from which each prompt's first image starts."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
@@ -94,7 +94,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Turns prompt lines into requested images.
+    """Turn prompt lines into requests for images.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -174,7 +174,7 @@ class Asking:
 
 
 def _check_parts(parts: int) -> None:
-    """Raise OptionError if a mask would have no effect, without an image to repaint and without regions."""
+    """Raise OptionError for a mask without input image if the prompt has no parts to give regions."""
     if parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
@@ -202,7 +202,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options, overridden by the options of a line.
+    """Return the options with those of a prompt line in place of the command line's.
 
     Raises:
         OptionError: If a value cannot be used.
@@ -213,7 +213,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the strengths of --am in a line; None for the strengths on the command line."""
+    """Return the LoRA strengths of a line's --am option; None without it, for those on the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
@@ -227,11 +227,11 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 def settle(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
-    """Return the settings of an image whose prompt has one part; warn of values without effect.
+    """Return the settings of an image whose prompt has one part; warn about values without effect.
 
     Args:
         options: Options of the command line.
-        values: Options of the line, from `read_line`; they override `options`.
+        values: Options of the prompt line, from `read_line`; they override `options`.
         kind: Kind of the checkpoint.
         image: The input image; its size is the default. None if there is none.
 
@@ -276,7 +276,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: of the options, else of the input image, else the model's default."""
+    """Return width and height: from the options, the input image, or the model's default, in this order."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
@@ -304,14 +304,14 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_of_unused(
     values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn of options that have no effect without `name`, on the command line or in an image's line.
+    """Warn about options that have no effect without `name`, on the command line or in a prompt line.
 
     These options begin with the same two letters as `name`.
 
     Args:
         values: Options of the line.
         name: Letters of an option of lines.
-        typed: Options of the command line that were given.
+        typed: Options of the command line.
     """
     default = option_values(type(typed)())
     unused = [
@@ -346,7 +346,7 @@ def batches(pictures: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
 
 
 def _group_key(picture: RequestedImage) -> tuple[Any, ...]:
-    """Return a key that is equal for images that can be in one batch."""
+    """Return a key that images have in common if they can be in one batch."""
     return (
         picture.settings,
         picture.image is None,

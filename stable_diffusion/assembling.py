@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
-    """Raise OptionError if an inpainting checkpoint is used without an image and a mask."""
+    """Raise OptionError if an inpainting checkpoint lacks an image and a mask to repaint."""
     is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
     if release.unet.config["in_channels"] == 9 and not is_painted:
         raise OptionError(

@@ -27,12 +27,12 @@ from stable_diffusion.released_names import VAE_LEVELS, map_vae_names
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
-    """Return the number of residual blocks of each level on the way down.
+    """Return the number of residual blocks of each level of a U-Net's down path.
 
     Args:
-        names: Names of the released tensors.
+        names: Published names of its tensors.
     """
-    last_blocks = []  # last blocks of all levels except the last one
+    last_blocks = []  # numbers of the downsamplers, which end all levels except the last one
     block_numbers = {0}
     for name in names:
         block = re.match(r"input_blocks\.(\d{1,4})\.", name)
@@ -40,6 +40,7 @@ def read_levels(names: Collection[str]) -> tuple[int, ...]:
             block_numbers.add(int(block[1]))
             if re.fullmatch(r"input_blocks\.\d{1,4}\.0\.op\.weight", name):
                 last_blocks.append(int(block[1]))
+    # block 0 is the first convolution; a level's residual blocks are between two downsamplers
     bounds = [0, *sorted(last_blocks), max(block_numbers) + 1]
     return tuple(end - start - 1 for start, end in pairwise(bounds))
 
@@ -64,7 +65,7 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
         paths[sampler.released_up_alone] = sampler.up
 
     def translate(name: str) -> str:
-        start = name
+        start = name  # shortened by one part at a time, until it is the path of a renamed module
         while start:
             start = start.rpartition(".")[0]
             if start in paths:
@@ -75,7 +76,7 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
 
 
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
-    """Build one of diffusers' networks on the meta device; turn its errors into a CheckpointError."""
+    """Build a diffusers network on the meta device; raise CheckpointError if its configuration is invalid."""
     try:
         with on_meta_device():
             return build(**config)
@@ -100,14 +101,14 @@ USES = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
-    """Numbers of transformer layers after each residual block of each level; 0 for no attention."""
+    """Number of transformer blocks after each residual block, by level; 0 means no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
 
 
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
-    """Plan how to load the U-Net of a single file, whose prefix is cut off.
+    """Plan how to load the U-Net of a single file, given the tensors without the U-Net's prefix.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -141,7 +142,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     if attention is None:
         raise broken("it has no attention to the text")
     projection = sources.get(f"{attention}.proj_in.weight")
-    heads = [max(1, width // HEAD_WIDTH) for width in widths]
+    heads = [max(1, width // HEAD_WIDTH) for width in widths]  # SD2 and SDXL have heads of one width
     if kind is SD1:
         heads = [SD1_HEADS] * len(widths)
     config: dict[str, Any] = {
@@ -179,7 +180,7 @@ def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths
 
 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
-    """Count the transformer layers of each block.
+    """Count the transformer blocks that follow each residual block of a U-Net.
 
     Args:
         sources: Tensors by diffusers' name.
@@ -194,6 +195,7 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
 
     return UnetDepths(
         down=[read_depths("down", level, num_layers) for level, num_layers in enumerate(layers)],
+        # the up path goes through the levels in reverse and has one more block on each
         up=[read_depths("up", level, num_layers + 1) for level, num_layers in enumerate(layers[::-1])],
     )
 
@@ -303,6 +305,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
         if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
             prefix = vae_prefix
             break
+    # others=("",): all tensors without this prefix belong to other networks
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
     names = map_vae_names(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
@@ -332,7 +335,7 @@ def band_convolutions(network: nn.Module, bands: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Bands:
-    """Computes a convolution band by band."""
+    """Compute a convolution in bands of rows to save memory."""
 
     conv: nn.Conv2d
     maximum: int  # number of bands
@@ -359,7 +362,7 @@ class _Bands:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the rows of x on which rows `start` to `end` of the result depend, zero outside of x."""
+        """Return the input rows on which output rows `start` to `end` depend, zero-padded outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

@@ -20,7 +20,7 @@ from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOp
 
 @dataclass(frozen=True)
 class ModelKind:
-    """Differences between Stable Diffusion 1.x, 2.x and XL, except sizes, which come from the tensors."""
+    """Settings that distinguish Stable Diffusion 1.x, 2.x and XL; sizes are read from the tensors instead."""
 
     name: str  # "sd1", "sd2", "sdxl"
     words: str  # for messages: "Stable Diffusion 1.x"
@@ -69,7 +69,7 @@ def text_encoder_name(number: int) -> str:
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer. Textual inversion adds rows to the first, words to the second."""
+    """A text encoder with its tokenizer; textual inversion adds embedding rows and words to them."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> any number of ids, without start and end token
@@ -86,7 +86,7 @@ class TextTower:
 
 @dataclass(eq=False)
 class Model:
-    """A loaded checkpoint. All networks are on `device`, in evaluation mode, without gradients."""
+    """A loaded checkpoint: networks on `device`, in evaluation mode, without gradients."""
 
     kind: ModelKind
     path: Path
@@ -108,7 +108,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings that all images of a batch share. Hashable, because prompts are grouped by them."""
+    """Settings that all images of a batch share; hashable, because prompts are grouped by them."""
 
     width: int  # pixels, multiples of 8
     height: int
@@ -125,7 +125,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class RequestedImage:
-    """One requested image, with its variants selected, its settings resolved and its files found."""
+    """One image to generate, with variants selected, settings resolved and files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
@@ -142,7 +142,7 @@ class RequestedImage:
 
 @dataclass(frozen=True, eq=False)
 class TextState:
-    """The text encoders' outputs for one text."""
+    """Text encoder outputs for one text."""
 
     # L C with L = 75 * chunks + 2; with --XTI_embeddings times the number of cross-attentions
     context: Tensor
@@ -151,7 +151,7 @@ class TextState:
 
 @dataclass(frozen=True, eq=False)
 class UnetCall:
-    """The inputs of a call of the U-Net, which hooks may change before the call."""
+    """Inputs of one U-Net call, which hooks may replace."""
 
     step: int  # index of the step in the sampler's own list
     num_steps: int  # in that list
@@ -170,7 +170,7 @@ UnetHook = Callable[[UnetCall], UnetCall]
 
 @dataclass(frozen=True, eq=False)
 class SecondStart:
-    """The images or latents from which the second stage starts, one for each requested image."""
+    """Images or latents that the second stage starts from, one for each requested image."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them
@@ -178,7 +178,7 @@ class SecondStart:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The result of one stage for a batch."""
+    """Latents and images that one stage generates for a batch."""
 
     latents: Tensor  # B 4 h w, as the U-Net sees them, float32
     images: Sequence[Image] | None  # None if only latents were requested

@@ -47,11 +47,11 @@ class ControlNets:
     """Run several ControlNets next to the U-Net and add their residuals."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
-        """Store loaded ControlNets for a model.
+        """Prepare loaded ControlNets for use with a model.
 
         Args:
             networks: Diffusers' ControlNetModels on the model's device.
-            uses: How each network is used.
+            uses: Strength, preprocessor and steps of each network.
             model: The loaded model.
         """
         self._networks = networks
@@ -77,8 +77,8 @@ class ControlNets:
         def control(call: UnetCall) -> UnetCall:
             count = len(self._networks)
             # models of SDXL act together, others take turns from step to step
-            chosen = range(count) if self._model.kind is SDXL else [call.step % count]
-            active = [number for number in chosen if is_active(self._uses[number], call)]
+            numbers = range(count) if self._model.kind is SDXL else [call.step % count]
+            active = [number for number in numbers if is_active(self._uses[number], call)]
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
@@ -107,15 +107,15 @@ class ControlNets:
         )
         if network.config.global_pool_conditions:
             # residuals are only added to the prompt's rows, as in diffusers' pipelines
-            acts = torch.arange(rows, device=middle.device) < rows - call.negative_rows
-            acts = acts[:, None, None, None]
-            down = [skip * acts for skip in down]
-            middle = middle * acts
+            is_prompt_row = torch.arange(rows, device=middle.device) < rows - call.negative_rows
+            is_prompt_row = is_prompt_row[:, None, None, None]
+            down = [skip * is_prompt_row for skip in down]
+            middle = middle * is_prompt_row
         return tuple(down), middle
 
 
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
-    """Compare the headers of all ControlNets with a U-Net, before anything is loaded.
+    """Check by the headers that all ControlNets fit a U-Net, before anything is loaded.
 
     Args:
         options: Options of ControlNets.
@@ -170,7 +170,7 @@ def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: i
 
 
 class BatchGuides:
-    """The guide images of a batch, on its device and at the size of its current latents in pixels."""
+    """Guide images of a batch, on the device and resized to the current latents."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class BatchGuides:
         self.guides = self._read()
 
     def _read(self) -> tuple[Tensor, ...]:
-        """Return the guides for each model, B 3 H W float32 in 0..1."""
+        """Read the guide images of each network, B 3 H W float32 in 0..1."""
         guides = []
         for index, use in enumerate(self._uses):
             images = []
@@ -217,7 +217,7 @@ class BatchGuides:
         return tuple(guides)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return each model's guides, B 3 H W in 0..1, at the present size of Gradual Latent's latents."""
+        """Return each network's guide images, B 3 H W in 0..1, resized to fit the latents of a U-Net call."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -227,16 +227,16 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Return whether a model acts in the step of a call, which is one of the first `ratio` of the steps."""
+    """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
     return call.step / call.num_steps <= use.ratio
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Resize an image, H W 3, or replace it by its edges.
+    """Resize a guide image, H W 3, or draw its edges instead.
 
     Args:
         image: The image.
-        canny: Thresholds of the edges that are drawn in its place; None keeps the image.
+        canny: Canny thresholds for drawing edges; None keeps the image.
         width: Width in pixels.
         height: Height in pixels.
     """

@@ -151,10 +151,10 @@ def _read_control_net(
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
-    """Read the settings that tensors do not show: the color order, and whether residuals are averaged.
+    """Read settings that tensors do not show: the color order, and whether residuals are averaged.
 
-    A diffusers folder states both. For single files, residuals are averaged if the name contains "shuffle",
-    as for the released model.
+    A diffusers folder has both in its config.json. For single files, residuals are averaged if the name
+    contains "shuffle", as for the released model.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -174,7 +174,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name is unchanged, and later reported as unexpected."""
+    """Return diffusers' name of a tensor; an unknown name stays and is later reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -195,7 +195,7 @@ class _Levels:
 
     @property
     def attentions(self) -> list[str]:
-        """Return the module paths of the existing attentions."""
+        """Module paths of the levels' attentions, without levels that have none."""
         return [
             f"{block}.attentions.0"
             for block, has_attention in zip(self.blocks, self.attends, strict=True)
@@ -204,7 +204,7 @@ class _Levels:
 
     @property
     def transformers(self) -> list[str]:
-        """Return the module paths of the attentions that have transformer layers."""
+        """Module paths of the attentions that contain transformer blocks."""
         return [
             f"{block}.attentions.0" for block, depth in zip(self.blocks, self.depths, strict=True) if depth
         ]
@@ -266,7 +266,7 @@ def _read_config(
 
 
 def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _Levels:
-    """Read which levels have attention.
+    """Read from the tensor names which levels of a ControlNet have attention, and its depth.
 
     Args:
         sources: Tensors by diffusers' name.

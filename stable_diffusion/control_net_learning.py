@@ -53,7 +53,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the parameter groups and their names: layers copied from the U-Net, and new layers."""
+        """Return optimizer groups and their names: layers copied from the U-Net and new layers."""
         if self.new_layers_lr is None:
             return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
         rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
@@ -77,7 +77,7 @@ class TrainedControlNet(nn.Module):
             return {}
         dtype = self.network.dtype
         sample = arguments["sample"]
-        added = arguments["added_cond_kwargs"]
+        added = arguments["added_cond_kwargs"]  # SDXL's pooled text and sizes; None for other models
         if added is not None:
             added = {**added, "text_embeds": added["text_embeds"].to(dtype)}
         down, middle = self.network(
@@ -131,7 +131,7 @@ def make_control_net(
 
 
 def copy_unet(unet: Any) -> ControlNetModel:
-    """Return a ControlNet with the weights of the first half of a U-Net; its outputs begin with zeros.
+    """Build a ControlNet with the weights of a U-Net's encoder half; its outputs are zero at first.
 
     This is like diffusers' `from_unet`, which does not support a number of layers for each level.
     """
@@ -207,7 +207,7 @@ def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
 
 
 def _name_own(name: str, names: Collection[str]) -> str:
-    """Return the released name of a weight that a U-Net does not have.
+    """Return the published name of a ControlNet weight that the U-Net does not have.
 
     Args:
         name: Diffusers' name of the weight.

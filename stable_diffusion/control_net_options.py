@@ -26,7 +26,7 @@ REJECTED: Mapping[str, str] = {
 
 
 def weights_option() -> Any:
-    """Return the option for the ControlNet to start from."""
+    """Declare the option for the ControlNet file to start from."""
     return option(
         "ControlNet to start from: a file, or a folder in diffusers' layout; default: a copy of the U-Net",
         place="there",
@@ -36,7 +36,7 @@ def weights_option() -> Any:
 
 
 def rate_option() -> Any:
-    """Return the option for the learning rate of the parts that the U-Net does not have."""
+    """Declare the option for the learning rate of ControlNet layers that the U-Net lacks."""
     return option(
         "learning rate of the parts that the U-Net does not have: the control image's embedding and "
         "the outputs, which are initialized to zero",

@@ -11,24 +11,24 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
-    """Import the class of the U-Net."""
+    """Import diffusers' U-Net class on first use."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
 
 
 def vae_class() -> type[Any]:
-    """Import the class of the VAE."""
+    """Import diffusers' VAE class on first use."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL
 
 
 def scheduler_class(name: str) -> type[Any]:
-    """Return a scheduler of diffusers by its file and class, such as ddim.DDIMScheduler.
+    """Import a diffusers scheduler by its file and class, such as ddim.DDIMScheduler.
 
-    The class is imported from its own file: the package leaves out classes that need scipy if scipy is
-    missing.
+    The class is imported from its own file, because the package leaves out classes that need scipy if scipy
+    is missing.
     """
     file, _, class_name = name.partition(".")
     found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)
@@ -43,7 +43,7 @@ def make_xformers_processor() -> Any:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return the betas of a schedule whose last timestep is noise alone.
+    """Rescale betas so that the last timestep is pure noise.
 
     Args:
         betas: Betas of the schedule, float32, one per timestep.
@@ -54,7 +54,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def diffusers_version() -> str:
-    """Return the version of diffusers, which files of results record."""
+    """Return the version of diffusers, for the metadata of results."""
     import diffusers
 
     return str(diffusers.__version__)

@@ -206,12 +206,12 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name of the family in metadata."""
+        """Name of the model kind in metadata."""
         return self.kind.name
 
     @property
     def called(self) -> str:
-        """Name of the family in messages."""
+        """Name of the model kind in messages."""
         return self.kind.words
 
     @property
@@ -221,7 +221,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Sizes and file names of the latents."""
+        """Shape, scale and cache file names of the latents."""
         return latent_spec(self.kind)
 
     @property
@@ -245,14 +245,14 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _extras(self) -> tuple[str, ...]:
-        """Return the settings of requests that only this model reads."""
+        """Names of request settings that only this model reads."""
         if self.inpaints:
             return (MASK_PATH,)
         return () if self._control_network is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
-        """The released checkpoint that the family is named after."""
+        """Published checkpoint that the family is named after."""
         return RELEASES[self.kind]
 
     @property
@@ -285,7 +285,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
-        """Files whose hashes a training records, by key of the metadata."""
+        """Files whose hashes are recorded in training metadata, by key."""
         return self.files.hashed
 
     @property
@@ -305,7 +305,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _resolution(self) -> str:
-        """Return the size for the metadata of files: --resolution, else the size of the released model."""
+        """Training size for metadata: --resolution, or the size of the published model."""
         typed = None if self.options is NO_OPTIONS else self.options.resolution
         sides = re.findall(r"\d+", typed or "")
         if not sides:
@@ -317,7 +317,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _control_network(self) -> CustomNetwork | None:
-        """Return the trained network that takes control images."""
+        """Return the trained network that uses control images; None if there is none."""
         made = self.custom_network
         return None if made is None or made.in_text_encoders else made
 
@@ -328,12 +328,12 @@ class StableDiffusion(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each image, with its control image if it has one."""
+        """Return the cache entry of each image, including its control image if it has one."""
         entries = super().encode_media(encoders, media)
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Keep the image that an inpainting model repaints, or the control image of a trained network."""
+        """Return a request with only its image for inpainting, or only its control image."""
         if self.inpaints:
             return keep_image(request, super().keep_media, who)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
@@ -353,14 +353,14 @@ class StableDiffusion(ModelOfImages):
     # inpainting
 
     def for_inpainting(self) -> "StableDiffusion":
-        """Return the model with an inpainting U-Net; a full training adds missing input channels."""
+        """Return the model with an inpainting U-Net; full fine-tuning adds the missing input channels."""
         takes = UnetInput.WIDENED if self.options.is_full else UnetInput.INPAINTING
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
         self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return a mask and the latents of the masked image, 5 1 h w.
+        """Return an inpainting model's additional input: the mask and the masked image's latents, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
@@ -375,7 +375,7 @@ class StableDiffusion(ModelOfImages):
         return self.inpaints or super().needs_media(prepared)
 
     def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
-        """Return the image to repaint and its mask as conditions, encoded as gen_img.py does."""
+        """Encode the image to repaint and its mask as conditions, in the same way as gen_img.py."""
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
         source = find_kept_source(prepared.request)
@@ -389,7 +389,7 @@ class StableDiffusion(ModelOfImages):
     # files
 
     def check_files(self, media: bool) -> None:
-        """Check that the files exist and belong to a supported kind."""
+        """Raise UserError if a model file is missing or belongs to an unsupported kind."""
         self.files.check()
 
     @property
@@ -399,11 +399,11 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """File of the U-Net, which the checkpoint may contain."""
+        """File of the U-Net: the checkpoint, or a file in its folder."""
         return (self.files.unet_path,)
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks in each part of the U-Net."""
+        """Number of blocks in each part of the U-Net."""
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the U-Net. Stable Diffusion has one network for all noise levels."""
+        """Load the U-Net; `expert` is ignored, because one network handles all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
         if self.learning_texts is not None and self.learning_texts.layers:
             from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
@@ -434,7 +434,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def word_names(self) -> tuple[str, ...]:
-        """Return the words that text encoders read in addition to those of their tokenizers."""
+        """Words that the text encoders know in addition to their tokenizers' vocabulary."""
         learning = None if self.learning_texts is None else self.learning_texts.word
         trained = () if learning is None else (learning.text,)
         return (*trained, *(word.word for word in self.bundled))
@@ -456,7 +456,7 @@ class StableDiffusion(ModelOfImages):
         return replace(self, bundled=words)
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
-        """Return the model with rows for a trained word in its text encoders."""
+        """Return the model with embedding rows for a trained word in its text encoders."""
         assert self.learning_texts is not None  # as for each training
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
@@ -470,14 +470,14 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the tensors that the text encoders compute."""
+        """Names of the tensors that the text encoders produce."""
         return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
 
     # a training of all weights
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Learning rates of text encoders and blocks, and how long the text encoders are trained."""
+        """Learning rates of text encoders and U-Net blocks, and how long text encoders are trained."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
@@ -487,7 +487,7 @@ class StableDiffusion(ModelOfImages):
         return by_name[text_encoder].reads_weight(weight)
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
-        """Return the size in bytes of a full checkpoint whose trained weights have a dtype."""
+        """Return the bytes of a full checkpoint whose trained weights are saved in a dtype."""
         with quiet():
             infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
@@ -495,7 +495,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Return the writer of trained networks as a checkpoint: a single file or diffusers' layout."""
+        """Return a writer that saves trained networks as a single-file checkpoint or in diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
@@ -507,7 +507,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _trained_marks(self) -> Marks:
-        """Return what the trained model predicts, as the checkpoint and the options state."""
+        """Return the prediction type of the trained model, from the checkpoint and the options."""
         predicts_v = self.noise.predicts_v
         return Marks(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
@@ -644,18 +644,20 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Return texts with their weights marked, each with the number of chunks of the longest one.
+        """Mark prompts to be read with weights, and pad both to the number of chunks of the longest one.
 
         Args:
-            texts: The texts.
-            has_negative: Whether guidance uses the negative text; otherwise its length is ignored.
+            texts: The prompts.
+            has_negative: Whether guidance uses the negative prompt; otherwise its length is ignored.
         """
-        read = [texts.positive.text]
+        counted_texts = [texts.positive.text]
         if has_negative and texts.negative is not None:
-            read.append(texts.negative.text)
+            counted_texts.append(texts.negative.text)
         num_chunks = 1
         if self.chunks > 1 or self.tells_cut:
-            num_chunks = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
+            num_chunks = max(
+                encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
+            )
         return replace(
             texts,
             positive=replace(texts.positive, marked_chunks=num_chunks),
@@ -664,7 +666,7 @@ class StableDiffusion(ModelOfImages):
 
     @cached_property
     def _counting(self) -> list[TowerEncoder]:
-        """Return text encoders with only their tokenizers loaded."""
+        """Return text encoders of which only the tokenizers are loaded, to count tokens."""
         return make_encoders(
             self.files,
             self.chunks,
@@ -674,7 +676,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode an image, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, as latents in model space, 1 4 1 h w.
 
         The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
         gen_img.py.
@@ -721,7 +723,7 @@ class StableDiffusion(ModelOfImages):
         return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents in model space to pixels."""
+        """Decode latents in model space to pixels, B 3 1 H W, as a single chunk."""
         yield encoders.vae.decode(latents / self.latent.scale)
 
 
@@ -733,7 +735,7 @@ def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachi
 def family_for_text_caching(
     kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
 ) -> StableDiffusion:
-    """Return the family of the script that caches texts."""
+    """Return the model for caching text encoder outputs."""
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
@@ -815,7 +817,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 def with_control_net(
     model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
 ) -> StableDiffusion:
-    """Return the model for training a ControlNet. For the arguments see `make_control_net`."""
+    """Return the model for training a ControlNet; for the arguments see `make_control_net`."""
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
     made = describe_control_net(
@@ -829,7 +831,7 @@ def with_control_net(
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
-    """Raise OptionError if there is not one rate for each block of the U-Net."""
+    """Raise OptionError if the number of rates differs from the number of U-Net blocks."""
     numbered = number_blocks(files.unet_config) if rates else None
     if numbered is not None and len(rates) != numbered.count:
         sides = ", ".join(f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.sides)

@@ -57,7 +57,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """What is known about a checkpoint in addition to the sizes of its tensors."""
+    """Kind and prediction type of a checkpoint, which the sizes of its tensors do not show."""
 
     kind: ModelKind
     predicts_velocity: bool
@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the model predicts, by its checkpoint; "" for noise or if that is not recorded."""
+        """Return what the checkpoint predicts, in words; "" for noise or if that is not recorded."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
@@ -117,7 +117,7 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
-    """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint's kind."""
+    """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint."""
     flags = (("--v1", options.v1, SD1), ("--v2", options.v2, SD2), ("--sdxl", options.sdxl, SDXL))
     for flag, is_given, flag_kind in flags:
         if not is_given:
@@ -154,7 +154,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
-    """Return what a file is if it is a model that is not supported; None if it may be supported."""
+    """Return the kind of an unsupported model; None if the file may be supported."""
     for mark, what in _OTHERS:
         if _has(names, mark):
             return what

@@ -110,10 +110,10 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
 
 
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
-    """Plan how to load the folder's U-Net.
+    """Plan how to load the U-Net of a diffusers folder.
 
     Args:
-        folder: Folder of the files.
+        folder: Folder of the checkpoint.
         files: Closes opened files.
     """
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
@@ -158,7 +158,7 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
 
 
 def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:
-    """Plan how to load the folder's text encoders.
+    """Plan how to load the text encoders of a diffusers folder.
 
     Args:
         folder: Folder of the files.
@@ -273,7 +273,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _are_counts(value: object, length: int) -> bool:
-    """Return whether a value is a list of `length` whole numbers."""
+    """Return whether a value is a list of `length` integers."""
     return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 

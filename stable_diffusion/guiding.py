@@ -54,7 +54,7 @@ _Layer = tuple[int, int] | str
 
 
 class Vgg16(nn.Module):
-    """VGG16, up to the layer whose features are compared."""
+    """VGG16 up to the layer whose features are compared."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Vgg16(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features B C h w in the compute dtype.
+        """Compute features, B C h w, in the compute dtype.
 
         Args:
             pixels: Pixels, B 3 H W in 0..1.
@@ -78,11 +78,11 @@ class Vgg16(nn.Module):
 
 
 def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
-    """Load VGG16 up to layer `last`; on the meta device only the shapes are checked.
+    """Load VGG16 up to layer `last`; on the meta device only shapes are checked.
 
     Raises:
         CheckpointError: If the file is not VGG16.
-        OptionError: If it lacks the layer.
+        OptionError: If the file has no layer `last`.
     """
     with open_checkpoint(path) as checkpoint:
         layers = _plan_layers(checkpoint, last)
@@ -133,7 +133,7 @@ Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, sca
 
 @dataclass(frozen=True, eq=False)
 class FullClip:
-    """CLIP with both towers, for text and images."""
+    """CLIP with its text and image encoder."""
 
     text: ClipText
     projection: Tensor
@@ -141,7 +141,7 @@ class FullClip:
 
     @torch.no_grad()
     def encode_text(self, ids: Sequence[int]) -> Tensor:
-        """Return the CLIP vector of a text, 1 P.
+        """Return the CLIP embedding of a text, 1 P.
 
         Args:
             ids: Token ids of the text, with start and end token.
@@ -152,7 +152,7 @@ class FullClip:
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """The networks that steer the images of a run; each image is generated separately."""
+    """CLIP and VGG16 networks that guide images; each image is generated separately."""
 
     options: GuideOptions
     model: Model
@@ -224,7 +224,7 @@ class Guides:
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
     def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
-        """Return the text's tokens for CLIP, with start and end token, cut to fit; weights are ignored."""
+        """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
         text = picture.clip_prompt
         if text is None:
             text = " ".join(split_parts(picture.prompt))
@@ -235,7 +235,7 @@ class Guides:
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
-    """Return the pixels of latents 1 4 1 h w: 1 3 H W float32, in 0..1."""
+    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32, in 0..1."""
     scaled = (latents.squeeze(2) / model.kind.latent_scale).to(model.vae_dtype)
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -253,7 +253,7 @@ def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
 
 
 def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
-    """Return a measure of pixels: the mean squared difference between their features and an image's."""
+    """Return a loss on pixels: the mean squared difference from a guide image in VGG16's features."""
     image = read_picture(path)
     # features of the guide image, by size, because Gradual Latent enlarges the images
     features: dict[torch.Size, Tensor] = {}

@@ -30,7 +30,7 @@ OTHER_NAMES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """A module's upscaler, and the name that the user gave."""
+    """Upscaler of the user's module, with the name that the option gave."""
 
     name: str
     upscaler: Any
@@ -85,7 +85,7 @@ def _in_words(shape: Sequence[int]) -> str:
 
 
 def _are_images(result: Any, count: int) -> bool:
-    """Return whether a module returned a list of `count` images."""
+    """Return whether an upscaler module returned a list of `count` images."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
     return all(isinstance(image, Image) for image in result)
@@ -121,7 +121,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def read_args(text: str) -> dict[str, str]:
-    """Read `key=value`, several joined by `;`. Raises OptionError if one does not have this form."""
+    """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair has another form."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))
@@ -139,7 +139,7 @@ FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 @dataclass(frozen=True, eq=False)
 class SavedStage:
-    """The result of a stage that the run saves."""
+    """Images of one stage to save, with the text that marks the stage in file names."""
 
     # with the requested seeds and this stage's settings
     pictures: Sequence[RequestedImage]
@@ -170,7 +170,7 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 def make_images(
     maker: ImageGenerator, highres: Highres | None, pictures: Sequence[RequestedImage]
 ) -> Iterator[SavedStage]:
-    """Generate a batch; yield each stage's images that are to be saved, as soon as they are finished.
+    """Generate a batch in one or two stages; yield the images of each stage that is saved, once finished.
 
     Args:
         maker: Makes the images.
@@ -227,7 +227,7 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
 
 
 def enlarge(maker: ImageGenerator, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
-    """Enlarge the first stage's result to the size of the second stage.
+    """Resize the first stage's result, by the chosen upscaler or by interpolation, as input of the second.
 
     Args:
         maker: Makes the images.

@@ -53,7 +53,7 @@ def make_inputs(
 
 
 def keep_image(request: Request, keep: Callable[[Request, str], Request], who: str) -> Request:
-    """Return a request whose `image_path` is the image to repaint, if it has one, without unusable media.
+    """Return a request whose `image_path` is the image to repaint, without media that cannot be used.
 
     Args:
         request: The request.
@@ -63,10 +63,10 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
     Raises:
         OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
     """
-    path, others = request.image_path, request.control_images
-    if path is None and others:  # the first control image is the one to repaint
-        path, others = others[0], others[1:]
-    usable = keep(replace(request, image_path=None, control_images=others), who)
+    path, control_images = request.image_path, request.control_images
+    if path is None and control_images:  # the first control image is the one to repaint
+        path, control_images = control_images[0], control_images[1:]
+    usable = keep(replace(request, image_path=None, control_images=control_images), who)
     source = request.source
     if source is not None and source.option == IMAGE:
         path = source.path
@@ -89,7 +89,7 @@ def _check_image(what: str, path: Path) -> None:
 
 
 def find_kept_source(request: Request) -> Source | None:
-    """Return the source of the start latents; None if they are pure noise, as at full strength."""
+    """Return the source image of the start latents; None if they are pure noise, as at full strength."""
     source = request.source
     return None if source is not None and source.option == IMAGE and source.denoise == 1 else source
 
@@ -111,7 +111,7 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
 
 
 def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
-    """Return the sum of the waves at an angle of the ellipse."""
+    """Sum the waves of the ellipse's edge at an angle."""
     values = [amplitude * math.cos(k * angle + phase) for k, (amplitude, phase) in enumerate(waves, 1)]
     return sum(values)
 

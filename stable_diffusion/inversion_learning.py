@@ -63,14 +63,14 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
         if content is None and word.weights is None:
             return None
         if content is None:
-            (found,) = read_words([path], option=option)
+            (learned_word,) = read_words([path], option=option)
         else:
-            with quiet():  # it is not about prompts
-                (found,) = read_bundled({path: {word.text: content}}, option)
+            with quiet():  # its log line is about words for prompts
+                (learned_word,) = read_bundled({path: {word.text: content}}, option)
         with files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
-        check_words([found], widths, files.kind)
-        return dict(zip(keys, found.vectors, strict=True))
+        check_words([learned_word], widths, files.kind)
+        return dict(zip(keys, learned_word.vectors, strict=True))
 
     towers = [
         WordTower(key, PooledClip.embedding, partial(_tokenize, files, number))
@@ -87,7 +87,7 @@ def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
 
 
 def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> CustomNetwork:
-    """Return the network of a word's vectors for each cross-attention of the U-Net.
+    """Return the network whose weights are a word's vectors for each cross-attention of the U-Net.
 
     Args:
         word: The word to learn.
@@ -96,9 +96,10 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
     """
 
     def read_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
-        with quiet():  # it is not about prompts
-            (found,) = read_words((), [path], layers)
-        return dict(zip(layers, found.vectors[0].chunk(len(layers)), strict=True))
+        with quiet():  # its log line is about words for prompts
+            (learned_word,) = read_words((), [path], layers)
+        # the vectors of all cross-attentions are stored layer by layer
+        return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
     return Inversion(word, [tower], read_vectors).describe()
@@ -123,14 +124,14 @@ def learn_alone(
 
 
 def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
-    """Return the templates that replace captions; none if the word is learned in captions."""
+    """Return caption templates for a new word; () if the word is learned from the data's own captions."""
     if options.use_object_template:
         return OBJECT_SENTENCES
     return STYLE_SENTENCES if options.use_style_template else ()
 
 
 def _say_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
-    """Return the prompt of a command that generates with a trained file, whose name is the word there."""
+    """Return the prompt to generate with a trained file, in which the word is the file's name."""
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
     names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)

@@ -17,7 +17,7 @@ FLAGS = WordFlags(
 
 
 class InversionOptions(Options, title="textual inversion"):
-    """The word to learn, how its vectors are initialized, and the sentences it is learned in."""
+    """The new word, the initial values of its vectors, and the captions to train it with."""
 
     token_string: str | None = option(
         "the new word, as written in captions and sample prompts; it must not be a token of the text "

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class TrainedLllite(Lllite):
-    """The trained modules. They change the inputs of the U-Net's layers in every call of the U-Net."""
+    """Trained LLLite modules, which change layer inputs in every U-Net call."""
 
     def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
@@ -47,11 +47,11 @@ class TrainedLllite(Lllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of all modules."""
+        """Set the factor on the changes of all modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
-        """Set the control images of the next call of the U-Net, B 3 H W in 0..1; None for a call without."""
+        """Set the control images of the next U-Net call, B 3 H W in 0..1; None for no control."""
         self.controls = None if controls is None else controls * 2 - 1
         self.strength = strength
 
@@ -74,14 +74,14 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Set the control images of a call of the U-Net; return {}, as the call needs no arguments."""
+        """Set the control images for a U-Net call; return {}, as the call needs no more arguments."""
         self.see(controls, strength)
         return {}
 
     def _change_input(
         self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return its changed inputs; None without a control image."""
+        """Forward pre-hook of a layer that returns its changed inputs, or None without a control image."""
         strength = self.multiplier * self.strength
         if self.controls is None or strength == 0:
             return None
@@ -93,7 +93,7 @@ class TrainedLllite(Lllite):
 
 
 def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
-    """Build the modules for a U-Net and attach them to its layers.
+    """Build LLLite modules for a U-Net and attach them to its layers.
 
     New modules have no effect at first: weight and bias of `up` are zero.
 
@@ -129,7 +129,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
 
 
 def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LllitePart]) -> None:
-    """Raise OptionError if a file has other sizes than the options."""
+    """Raise OptionError if the dimensions of LLLite modules in a file differ from the options."""
     part = next(iter(parts.values()))
     sizes = {
         "network_dim": (options.network_dim, part.rank),
@@ -144,7 +144,7 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
 
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
-    """Describe ControlNet-LLLite as a network that a training makes."""
+    """Describe ControlNet-LLLite as a trainable network."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return CustomNetwork(
@@ -160,7 +160,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
 
 
 def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
-    """Return width and rank, from --network_weights or from the options."""
+    """Return embedding width and rank of the LLLite modules, from --network_weights or the options."""
     path = options.network_weights
     if path is not None:
         # an unusable file is reported by the training's own check
@@ -171,7 +171,7 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
 
 
 def _check_file(options: SdxlLlliteTrainingOptions) -> None:
-    """Check --network_weights by its header. Raises CheckpointError or OptionError."""
+    """Check --network_weights by its header; raise CheckpointError or OptionError if it does not fit."""
     path = options.network_weights
     if path is None:
         return

@@ -46,7 +46,7 @@ class LllitePart:
 
     @property
     def reduction(self) -> int:
-        """Return how many pixels of the control image, in each direction, become one token."""
+        """Side in pixels of the image area that becomes one token: the product of all strides."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride
@@ -54,7 +54,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """Changes the input of one layer. Attributes have the names that files use."""
+    """LLLite module that changes the input of one layer; attribute names are those in files."""
 
     def __init__(self, part: LllitePart, dropout: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LlliteModule(nn.Module):
 
 
 class Lllite(nn.Module):
-    """All modules of one file, by the file's names of layers."""
+    """All LLLite modules of one file, by their names in the file."""
 
     def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
 
 
 def find_layer_path(name: str) -> str | None:
-    """Return the path in diffusers' U-Net of the layer that a module changes; None if SDXL lacks it."""
+    """Return diffusers' path of the U-Net layer that an LLLite module changes; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 

@@ -32,7 +32,7 @@ OPTION = "--control_net_lllite_models"
 
 
 class Lllites:
-    """The LLLites of a run."""
+    """Apply a run's ControlNet-LLLites to the U-Net."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
         """Store loaded LLLites for a model.
@@ -83,7 +83,7 @@ class Lllites:
 
 
 class _LlliteBatch:
-    """The guides of a batch and their embeddings, while the batch is generated."""
+    """Guide images of the batch that is being generated, and their embeddings."""
 
     def __init__(self, uses: Sequence[ControlUse], guides: BatchGuides, dtype: torch.dtype) -> None:
         self._uses = uses
@@ -95,7 +95,7 @@ class _LlliteBatch:
         self._embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Select the guides for a call of the U-Net, and return the call unchanged."""
+        """Select the guides that are active in a U-Net call, and return the call unchanged."""
         images = self._guides.at(call, self._dtype)
         self._acting = []
         for use, use_images in zip(self._uses, images, strict=True):
@@ -105,7 +105,7 @@ class _LlliteBatch:
     def change_input(
         self, number: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return its changed inputs; None if LLLite `number` is inactive."""
+        """Forward pre-hook of a layer: return changed inputs, or None if LLLite `number` is inactive."""
         images = self._acting[number] if self._acting else None
         if images is None:
             return None

@@ -38,7 +38,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose files are open and whose networks are planned."""
+    """A checkpoint with open files and a load plan for each network."""
 
     path: Path
     marks: Marks
@@ -48,12 +48,12 @@ class OpenedCheckpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """Kind of the checkpoint."""
+        """Kind of the opened checkpoint."""
         return self.marks.kind
 
 
 def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
-    """Load what `open_release` has planned, in evaluation mode. Its files must still be open.
+    """Load the networks that `open_release` has planned, in evaluation mode; its files must still be open.
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
@@ -67,7 +67,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     parts = _make_networks(release, dtype, vae_dtype)
     _fill(parts, META)  # compares names and shapes; reads nothing
     description = release.kind.words
-    if release.unet.config.get("in_channels") == 9:
+    if release.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
         description += ", inpainting"
     if release.marks.words:
         description += f", which {release.marks.words}"
@@ -84,7 +84,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
             "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
         )
     _fill(parts, device)
-    *texts, unet, vae = (network for network, *_ in parts)
+    *texts, unet, vae = (network for network, *_ in parts)  # in the order of `_make_networks`
     tower_parts = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
     towers = tuple(
         TextTower(
@@ -114,7 +114,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 
 
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Set options that change how networks compute, without changing their weights."""
+    """Apply the options that change how networks compute but not their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(make_xformers_processor())  # otherwise diffusers chooses torch's attention
     if options.diffusers_xformers:
@@ -291,7 +291,7 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 
 
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
-    """Load weights from the open files; on the meta device only names and shapes are checked."""
+    """Load weights from the open files; on the meta device, compare only names and shapes."""
     for network, plan, dtype, what in parts:
         filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=what)
         filled.requires_grad_(False)
@@ -308,7 +308,7 @@ def _select_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:
-    """Raise OptionError if xformers is requested but does not work here."""
+    """Raise OptionError if xformers is requested but cannot be used on this device."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:

@@ -57,7 +57,7 @@ class ChosenLoras:
         # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
         # weights, where the parts of single LoRAs cannot be told apart
         self.layers = None if layers is None else tuple(layers)
-        self.choose(None)
+        self.choose(None)  # begin with the strengths of the command line
 
     def __len__(self) -> int:
         return len(self._defaults)
@@ -136,10 +136,10 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
 
 
 def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
-    """Return the trained words in the files of LoRAs.
+    """Return the textual inversion words that LoRA files contain.
 
     Raises:
-        CheckpointError: As in `read_bundled`.
+        CheckpointError: If a word cannot be read.
     """
     return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
@@ -168,10 +168,10 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
-    """Compare LoRAs with the kind of a checkpoint; warn if a LoRA's metadata state another kind.
+    """Check that LoRAs were trained for a checkpoint's kind; warn if only their metadata name another kind.
 
     Raises:
-        CheckpointError: If a LoRA has the text width of another kind.
+        CheckpointError: If the sizes of a LoRA's tensors are those of another kind.
     """
     kinds = {known_kind.name: known_kind for known_kind in KINDS}
     for lora in loras:
@@ -241,7 +241,7 @@ def load_networks(
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
-    """Fold LoRAs permanently into the weights of the networks. `rounding` is the value of --lora_rounding."""
+    """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:
@@ -251,7 +251,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -
 
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
-    """Log how many modules a LoRA changes, and how many of these changes are computed at each step."""
+    """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
     anew = sum(part.needs_full_matrix for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")

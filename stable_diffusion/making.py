@@ -27,7 +27,7 @@ from stable_diffusion.text import ImageVectors, Texts
 
 
 class BatchHook(Protocol):
-    """Creates a hook of the U-Net for each batch, and may change modules while the batch is generated."""
+    """Object that sets up the U-Net for each batch and creates a hook for its calls."""
 
     def for_batch(
         self, pictures: Sequence[contract.RequestedImage], width: int, height: int
@@ -36,7 +36,7 @@ class BatchHook(Protocol):
 
 
 class _Texts(NamedTuple):
-    """States of a batch's texts, with one entry for each image."""
+    """Text states of a batch, with one entry for each image."""
 
     prompts: list[contract.TextState]
     negative: list[contract.TextState] | None  # None without guidance
@@ -45,7 +45,7 @@ class _Texts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageGenerator:
-    """Generates images with a loaded model, batch by batch."""
+    """Generate images with a loaded model, batch by batch."""
 
     model: contract.Model
     texts: Texts
@@ -93,7 +93,7 @@ class ImageGenerator:
             starting.check_start(self.model, image, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
-            """Return a key that is equal for images that can be generated together."""
+            """Return a key that images have in common if they can be generated together."""
             image = pictures[index]
             own_group = 0 if self.guides is None else index  # steered images are generated alone
             return self._count_chunks(image), image.image is not None, image.mask is not None, own_group
@@ -216,7 +216,7 @@ class ImageGenerator:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
     def _list_avoided(self, picture: contract.RequestedImage) -> list[str]:
-        """Return the negative text, and with three passes also the empty one; [] without guidance."""
+        """Return the negative prompt, with three guidance passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
@@ -232,7 +232,7 @@ class ImageGenerator:
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
         def join(picture: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
-            """Join the states of an image's texts, one for each part of its prompt."""
+            """Combine the states of an image's texts, one for each part of its prompt."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             return self._join_parts(picture, parts)
 
@@ -254,7 +254,7 @@ class ImageGenerator:
     def _join_parts(
         self, picture: contract.RequestedImage, parts: Sequence[contract.TextState]
     ) -> contract.TextState:
-        """Return the state of a prompt from the states of its parts, each of which acts in its region."""
+        """Combine the text states of a prompt's parts into one; each part acts in its region."""
         if len(parts) == 1:
             return parts[0]
         regions = self.regions or Regions(self.model.unet)
@@ -267,7 +267,7 @@ class ImageGenerator:
         avoided: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of all texts, by the text and, if LoRAs are regional, by the part.
+        """Return the states of a group's texts, by text and, if LoRAs are regional, by prompt part.
 
         Args:
             picture: Any image of the group, because all have the same settings.
@@ -311,7 +311,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
 
 
 def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path]:
-    """Return the input images, whose CLIP vectors are used. Raises OptionError if one is missing."""
+    """Return the input images to use CLIP embeddings of; raise OptionError if an image is missing."""
     paths = [image.image for image in pictures if image.image is not None]
     if len(paths) < len(pictures):
         raise OptionError(

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def repaint(options: MinimalInpaintingOptions) -> None:
-    """Repaint an image where its mask is white, and write it.
+    """Repaint the masked (white) area of an image and save the result.
 
     Raises:
         UserError: If a file cannot be used.
@@ -37,7 +37,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
 
 
 def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load a model whose inpainting keeps all that is not repainted."""
+    """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
     return replace(assemble(options, device), keeps_rest=True)
 
 
@@ -52,5 +52,5 @@ def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
 
 
 def resize_mask(path: Path, height: int, width: int) -> Image.Image:
-    """Return the mask in a file, resized without interpolating between its pixels."""
+    """Read a mask file and resize it without interpolating between its pixels."""
     return Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST)

@@ -24,7 +24,7 @@ TYPED = {
 
 
 class InpaintingModelOptions(MinimalLoraOptions, title="model"):
-    """The checkpoint of inpainting_minimal_inference.py, and how it computes."""
+    """Checkpoint and precision for inpainting_minimal_inference.py."""
 
     ckpt_path: Path = option("checkpoint of Stable Diffusion 1.x, 2.x or XL", required=True, place="there")
     sdxl: bool = option("the checkpoint is Stable Diffusion XL; read from the file if not given")
@@ -75,7 +75,7 @@ class MinimalInpaintingOptions(Options):
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> MinimalInpaintingOptions:
-    """Parse the command line. Raises OptionError if an option cannot be used."""
+    """Parse the command line of inpainting_minimal_inference.py; raise OptionError for an invalid option."""
     (options,) = parse_options(description, argv, MinimalInpaintingOptions)
     return options
 

@@ -59,11 +59,14 @@ class ModelUpscaler:
 
 
 def create_upscaler(**args: str) -> ModelUpscaler:
-    """Check the file and the settings. Raises OptionError, or CheckpointError for another file."""
+    """Return the upscaler for --highres_fix_upscaler_args, after checking its settings and its file.
+
+    Raises OptionError for unknown settings, or CheckpointError for a file of another network.
+    """
     unknown = sorted(args.keys() - set(KNOWN))
     if unknown or "model" not in args:
         what = f"{unknown[0]} is not known; " if unknown else ""
-        further = ", ".join(KNOWN[1:])
+        further = ", ".join(KNOWN[1:])  # without `model`, which the message names first
         raise OptionError(
             f"{ARGS}: {what}give model=FILE, a SwinIR or ESRGAN file, and where needed {further}, joined by ;"
         )
@@ -80,7 +83,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
 
 def _as_words(args: Mapping[str, str]) -> list[str]:
-    """Return the settings in the form of a command line."""
+    """Return `key=value` settings as command-line words."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):
         words.append("--compile")

@@ -26,7 +26,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """Settings of one ControlNet or ControlNet-LLLite."""
+    """File, strength and active steps of one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the gray image changes by more than the second number, or by
@@ -40,7 +40,7 @@ _MODELS = ("control_net_models", "control_net_lllite_models")
 
 
 class ControlOptions(Options, title="ControlNet"):
-    """ControlNets or ControlNet-LLLites, in the order of their guide pictures."""
+    """Files and settings of ControlNets or ControlNet-LLLites, in the order of their guide images."""
 
     control_net_models: tuple[Path, ...] | None = option(
         "ControlNets: files, or folders in the layout of diffusers. Of several, one acts in each step, in "
@@ -84,12 +84,12 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """The option that names the networks."""
+        """Option that names the networks, for messages."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """The networks with preprocessor, strength and fraction of the steps; missing values get defaults."""
+        """Path, preprocessor, strength and step fraction of each ControlNet, with defaults filled in."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -105,7 +105,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError otherwise."""
+    """Parse a value of --control_net_preps: None or the thresholds of Canny; raise OptionError for others."""
     if text == "none":
         return None
     match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
@@ -166,7 +166,7 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """Strengths with which CLIP and VGG16 steer images (0: off), and the files of these networks."""
+    """Strengths with which CLIP and VGG16 guide images (0 means off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",
@@ -211,7 +211,7 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def image_option(self) -> str | None:
-        """First option that needs a guide image; None if none does."""
+        """First given option that needs a guide image; None without such an option."""
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
@@ -221,7 +221,7 @@ def _count_words(number: int, word: str) -> str:
 
 
 class AddedNetworkOptions(Options, title="LoRA and other networks"):
-    """LoRAs and similar networks, in the order of --network_weights."""
+    """LoRAs and similar networks to add, in the order of --network_weights."""
 
     network_module: tuple[str, ...] | None = option(
         "kinds of the files, such as networks.lora; needless, as the files say what they are",
@@ -300,12 +300,12 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """One multiplier for each file."""
+        """Multiplier of each LoRA file."""
         return multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property
     def num_merged(self) -> int:
-        """Number of files, counted from the first, that are merged into the weights."""
+        """Number of LoRA files, counted from the first, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property

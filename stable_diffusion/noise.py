@@ -23,7 +23,7 @@ MAX_SNR = 1000.0
 
 @dataclass(frozen=True)
 class VariedNoise:
-    """Change the noise of a training: add an offset to each channel, then coarser noise."""
+    """Change training noise by an offset for each channel and by noise of lower resolutions."""
 
     offset: float | None = None
     offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch
@@ -32,7 +32,7 @@ class VariedNoise:
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the noise B C 1 h w.
+        """Return the changed training noise, B C 1 h w.
 
         Args:
             noise: Gaussian noise, B C 1 h w.
@@ -44,7 +44,7 @@ class VariedNoise:
         return self._add_levels(noise, generator) if self.levels else noise
 
     def _add_offset(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Source: "Diffusion with Offset Noise", Guttenberg 2023."""
+        """Add noise that is constant per channel ("Diffusion with Offset Noise", Guttenberg 2023)."""
         assert self.offset is not None
         share = torch.rand((), generator=generator) if self.offset_is_random else torch.ones(())
         offset = self.offset * share
@@ -82,7 +82,7 @@ def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
 
 
 def read_betas() -> Tensor:
-    """Return the variances that the models were trained with: 1000, float32, as diffusers computes them."""
+    """Return the 1000 betas that the models were trained with, float32, computed as in diffusers."""
     low, high = TRAINED["beta_start"] ** 0.5, TRAINED["beta_end"] ** 0.5
     return torch.linspace(low, high, TRAINED["num_train_timesteps"], dtype=torch.float32).square()
 
@@ -93,7 +93,7 @@ def make_noise_spec(
     weights: LossWeightOptions | None = None,
     vary: VariedNoise | None = None,
 ) -> NoiseSpec:
-    """Return the noise conventions of a model that predicts noise or v.
+    """Describe the noise schedule, prediction type and loss factors of a model that predicts noise or v.
 
     Args:
         predicts_v: Whether the U-Net predicts v instead of noise.
@@ -132,7 +132,7 @@ def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -
         return ()
     alphas_cumprod = shares.double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    capped = snr.clamp(max=MAX_SNR)  # Min-SNR has its own, smaller limit
+    capped = snr.clamp(max=MAX_SNR)  # not for Min-SNR, which has its own, smaller limit
     factors = torch.ones_like(snr)
     if weights.min_snr_gamma:
         factors *= snr.clamp(max=weights.min_snr_gamma) / (snr + 1 if predicts_v else snr)

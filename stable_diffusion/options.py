@@ -147,7 +147,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
 
 
 class ImageOutputOptions(Options, title="output"):
-    """Where images are written, and under which names."""
+    """Folder and file names of generated images."""
 
     outdir: Path = option(
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
@@ -160,7 +160,7 @@ class ImageOutputOptions(Options, title="output"):
 
 
 class TextOptions(Options, title="text"):
-    """How prompts are encoded."""
+    """Options for encoding prompts."""
 
     clip_skip: int | None = option(
         "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "

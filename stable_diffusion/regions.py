@@ -81,7 +81,7 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
-    """Split a prompt into the parts of its regions."""
+    """Split a prompt into the parts that belong to regions of a mask."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -149,7 +149,7 @@ class Regions:
         self._color_codes = color_codes
 
     def read(self, picture: RequestedImage, width: int, height: int) -> Tensor:
-        """Return the regions of an image's parts at a size in pixels: P height width; P 1 1 without a mask.
+        """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
 
         Raises:
             OptionError: If an image with a mask does not have one LoRA for each part, or if LoRAs are folded
@@ -187,7 +187,7 @@ class Regions:
 
 
 class _Batch:
-    """The regions of one batch while it is generated."""
+    """Regions of the batch that is being generated, with masks of each feature size."""
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
@@ -199,7 +199,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Move the regions to the device of a call; return the call unchanged."""
+        """Move the regions to the device of a U-Net call; return the call unchanged."""
         assert call.context.shape[1] % self.parts == 0, (call.context.shape, self.parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)
@@ -207,7 +207,7 @@ class _Batch:
         return call
 
     def enter(self, unet: Any, changes: contextlib.ExitStack) -> None:
-        """Change a U-Net; closing `changes` restores it."""
+        """Change a U-Net for a batch; closing `changes` restores it."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
                 hook = module.register_forward_pre_hook(self._see_size, with_kwargs=True)
@@ -217,7 +217,7 @@ class _Batch:
                 module.forward = self._couple(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that limits the effect of a part's LoRA on the module `name` to its region."""
+        """Return a function that masks a part's LoRA output in the module `name` by the part's region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
@@ -227,7 +227,7 @@ class _Batch:
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
     def _couple(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a cross-attention with a separate pass for each part of the context."""
+        """Return a cross-attention that makes a separate pass for each prompt part."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
@@ -276,7 +276,7 @@ class _Batch:
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
-    """Restore the forward of a module; None if it only had its class's method."""
+    """Restore a module's forward; None means that it had only its class's method."""
     if forward is None:
         del module.forward
     else:

@@ -53,7 +53,7 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
 
 
 def _vae_paths(num_levels: int) -> Iterator[tuple[str, str]]:
-    """Yield the released path and our path of the VAE's modules that have two names."""
+    """Yield the published path and our path of each VAE module that has a different name here."""
     for side in ("encoder", "decoder"):
         yield f"{side}.norm_out.", f"{side}.conv_norm_out."
         for index in (0, 1):
@@ -70,7 +70,7 @@ def _vae_paths(num_levels: int) -> Iterator[tuple[str, str]]:
 
 
 def released_vae_name(name: str) -> str:
-    """Return the released name of a weight of the VAE."""
+    """Return the published name of a VAE weight."""
     released_shortcut, our_shortcut = _VAE_SHORTCUT
     for released, ours in _vae_paths(VAE_LEVELS):
         if name.startswith(ours):
@@ -80,7 +80,7 @@ def released_vae_name(name: str) -> str:
 
 
 def map_vae_names(released_names: Collection[str], num_levels: int) -> dict[str, str]:
-    """Return diffusers' name for each released name of the VAE that differs from it.
+    """Map each published VAE name that diffusers spells differently to diffusers' name.
 
     Args:
         released_names: Names of the tensors, without the prefix of a whole checkpoint.
@@ -96,13 +96,13 @@ def map_vae_names(released_names: Collection[str], num_levels: int) -> dict[str,
 
 
 def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor in a released file: its VAE has 1x1 convolutions as attention layers."""
+    """Return a tensor's shape in a published file, whose VAE attentions are 1x1 convolutions."""
     is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
     return (*shape, 1, 1) if is_attention and len(shape) == 2 else shape
 
 
 def released_text_names(kind: ModelKind, number: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Return, for each tensor of a released file, which of a text encoder's weights it joins.
+    """Map each tensor name of a published text encoder to our weights that are fused into it.
 
     Args:
         kind: Kind of the checkpoint.
@@ -112,8 +112,8 @@ def released_text_names(kind: ModelKind, number: int, names: Collection[str]) ->
     start, is_open_clip = TEXTS[kind][number]
     if not is_open_clip:
         return {f"{start}text_model.{name}": [name] for name in names}
-    outside = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias"]
-    joined = {f"{start}{released}": _list_parts(released) for released in outside}
+    not_in_layers = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias"]
+    joined = {f"{start}{released}": _list_parts(released) for released in not_in_layers}
     if PROJECTION in names:
         joined[f"{start}text_projection"] = [PROJECTION]
     layer_pattern = re.compile(r"encoder\.layers\.(\d+)\.")

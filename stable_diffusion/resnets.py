@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 def use_fewer_kernels(unet: Any) -> None:
-    """Change the residual blocks of a U-Net.
+    """Make a U-Net start fewer GPU kernels: apply SiLU to the time embedding once, and run norms in 16 bits.
 
     Args:
         unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
@@ -29,6 +29,7 @@ def use_fewer_kernels(unet: Any) -> None:
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.forward = MethodType(_run_norm, module)  # type: ignore[method-assign]
     blocks = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
+    # all blocks must be changed together, because they share the activated time embedding
     if unet.time_embed_act is not None or not all(_is_plain(block) for block in blocks):
         return
     unet.time_embed_act = nn.SiLU()
@@ -38,7 +39,7 @@ def use_fewer_kernels(unet: Any) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a block is one of Stable Diffusion."""
+    """Return whether a residual block has the settings of Stable Diffusion's U-Nets."""
     return (
         isinstance(block.nonlinearity, nn.SiLU)
         and block.time_emb_proj is not None
@@ -51,7 +52,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _run_norm(norm: Any, x: Tensor) -> Tensor:
-    """Return the normed values in the dtype of x, if that is also the dtype of the weights."""
+    """Normalize x, and return the dtype of x if the norm's weights have it too."""
     keeps_dtype = x.dtype == norm.weight.dtype
     with torch.autocast(x.device.type, enabled=False) if keeps_dtype else nullcontext():
         output: Tensor = type(norm).forward(norm, x)
@@ -59,7 +60,7 @@ def _run_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _run_block(block: Any, x: Tensor, time: Tensor) -> Tensor:
-    """Return the output of a block, B C H W, for x, B C' H W, and SiLU of the embedded time, B E."""
+    """Run a residual block on x, B C' H W, and SiLU of the time embedding, B E; return B C H W."""
     hidden = block.conv1(block.nonlinearity(block.norm1(x)))
     hidden = hidden + block.time_emb_proj(time)[:, :, None, None]
     hidden = block.dropout(block.nonlinearity(block.norm2(hidden)))

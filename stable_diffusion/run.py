@@ -119,7 +119,7 @@ class ImageFiles:
         return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
-        """Yield numbered names, starting after the last existing file of any program."""
+        """Yield numbered file names, beginning after the highest number in the folder."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
             self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
@@ -129,7 +129,7 @@ class ImageFiles:
 
     @contextmanager
     def _free(self, names: Iterator[str]) -> Iterator[Path]:
-        """Claim the first name that neither a file nor another run uses."""
+        """Reserve the first file name that neither a file nor another run uses."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
             if path.exists():
@@ -146,7 +146,7 @@ def _named(stem: str, digit: str) -> Iterator[str]:
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the system's command that opens a file; None without such a command or a screen."""
+    """Return the system's command to open a file; None without such a command or a display."""
     if platform == "win32":
         return "explorer"
     if platform == "darwin":
@@ -156,7 +156,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_image(program: str, path: Path) -> None:
-    """Open an image. Does not wait for the viewer, and ignores its errors."""
+    """Open an image in a viewer program without waiting for it; ignore its errors."""
     subprocess.Popen(
         [program, str(real_path(path))],
         stdin=subprocess.DEVNULL,
@@ -171,7 +171,7 @@ Load = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The parts of a run."""
+    """Loaded generator, options and output files of one gen_img.py run."""
 
     options: GenImgOptions
     maker: ImageGenerator
@@ -244,10 +244,10 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     highres = prepare_highres(options.highres)
 
     def start(lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks.
+        """Load the networks for a run.
 
         Args:
-            lines: All lines of the run, if they are known.
+            lines: All lines of the run; None if they are read one by one.
         """
         maker = load(options, device)
         kind = maker.model.kind

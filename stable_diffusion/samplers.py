@@ -85,7 +85,7 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of the derivative from `which` steps ago (0 is the latest) in a linear multistep.
+    """Return the weight in a linear multistep of the derivative from `which` steps ago (0 is the latest).
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
@@ -100,7 +100,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide FutureWarning and DeprecationWarning of diffusers, on which users cannot act."""
+    """Hide diffusers' FutureWarning and DeprecationWarning, on which users cannot act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -108,7 +108,7 @@ def _no_warnings_to_developers() -> Iterator[None]:
 
 
 def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
-    """Raise OptionError if a model cannot be sampled with --zero_terminal_snr."""
+    """Raise OptionError if --zero_terminal_snr is used with a model that does not predict v."""
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
@@ -131,7 +131,7 @@ MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample ->
 
 @dataclass
 class SchedulerSolver:
-    """A solver that wraps a scheduler of diffusers for one batch. Samples in the loop are B 4 1 h w.
+    """Solver that wraps a diffusers scheduler for one batch; samples in the loop are B 4 1 h w.
 
     All random numbers of a step come from the images' own generators, so no image depends on its batch.
     """
@@ -157,7 +157,7 @@ class SchedulerSolver:
 
     @property
     def timesteps_of_steps(self) -> tuple[float, ...]:
-        """Return the timestep at which each step begins. A step may call the network several times."""
+        """Return the timestep at which each step begins; a step may call the network several times."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])
 
@@ -173,7 +173,7 @@ class SchedulerSolver:
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
         """Add noise to clean latents, B 4 h w, at the noise level before step `index`.
 
-        Call only before the first step, for `first`, or right after a step, for the next one.
+        Call it only before the first step, for index `first`, or right after a step, for the next index.
         """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
@@ -253,11 +253,11 @@ class ScaledSolver:
 
     @property
     def schedule(self) -> Schedule:
-        """Schedule of the wrapped solver."""
+        """Noise schedule of the wrapped solver."""
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the start latents of an image, scaled for the U-Net, and the first step.
+        """Return the start latents, scaled for the U-Net, and the index of the first step.
 
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
@@ -285,7 +285,7 @@ class ScaledSolver:
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample, scaled for the U-Net; after the last step, the result."""
+        """Take one step; return the next sample scaled for the U-Net or, after the last step, the result."""
         del sample  # scaled for the U-Net; the scheduler needs the unscaled one
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
         return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
@@ -301,7 +301,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """`Passes` of the denoising loop: the samples are B 4 1 h w, and the U-Net's output is unchanged."""
+    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, its output is not converted."""
 
     model: Model
     sampler: SchedulerSolver
@@ -317,7 +317,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
+        """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
         turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(
@@ -334,7 +334,7 @@ class UnetPasses:
         dtype = self.model.dtype
         sample = call.sample
         if self.inpainting is not None:
-            passes = len(sample) // len(self.inpainting)
+            passes = len(sample) // len(self.inpainting)  # guidance passes that are batched in this call
             sample = torch.cat([sample, self.inpainting.repeat(passes, 1, 1, 1)], dim=1)
         (output,) = dit(
             sample.to(dtype),
@@ -354,7 +354,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 
 
 def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments that pass the residuals of ControlNets to the U-Net; {} without ControlNets."""
+    """Return the U-Net arguments for ControlNet residuals; {} without ControlNets."""
     if call.residuals is None:
         return {}
     skips, middle = call.residuals
@@ -387,7 +387,7 @@ def make_conditions(
 
 
 def is_guided(scale: float, negative_scale: float | None) -> bool:
-    """Return whether negative texts have an effect. As in diffusers' pipelines, a scale below 1 acts as 1."""
+    """Return whether negative prompts have an effect; a scale below 1 acts as 1, as in diffusers."""
     return scale > 1 or negative_scale is not None
 
 

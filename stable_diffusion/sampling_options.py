@@ -22,7 +22,7 @@ _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """Changes of the start noise."""
+    """Changes to the noise that sampling starts from."""
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
@@ -58,7 +58,7 @@ class StartNoiseOptions(Options):
 
 
 class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
-    """SDXL's size and crop conditions; None stands for the image's own size, and for no crop."""
+    """Size and crop conditions of SDXL; None means the image's own size and no crop."""
 
     original_height: int | None = option("original height; usually the height", minimum=1)
     original_height_negative: int | None = option(
@@ -73,7 +73,7 @@ class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL")
 
 
 class SamplingOptions(Options, title="sampling"):
-    """Sampler, guidance, noise and sizes; a prompt line may override them."""
+    """Sampler, guidance, noise and size options, which a prompt line can override."""
 
     width: int | None = option(
         "width, a multiple of 8; usually 512, for XL 1024",
@@ -140,7 +140,7 @@ DEEPEST = 8
 
 
 class HighresOptions(Options, title="highres fix: two stages"):
-    """The first stage generates a small image, from which the second generates a large one."""
+    """Highres fix: a first stage generates a small image, and a second one a large image from it."""
 
     highres_fix_scale: float | None = option(
         "make images in two stages: first at this share of width and height, such as 0.5",
@@ -189,7 +189,7 @@ _TIMESTEP = "a timestep, 0 to 999"
 
 
 class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repeated motifs"):
-    """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
+    """Kohya's Deep Shrink, which scales U-Net features down during the first steps."""
 
     ds_depth_1: int | None = option(
         "input block of the U-Net where it begins, 0 to 8", minimum=0, maximum=DEEPEST, hint=_BLOCK
@@ -213,7 +213,7 @@ class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repe
 
 
 class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow (sampler euler_a)"):
-    """Denoising begins with small latents, which grow."""
+    """Gradual Latent: denoising begins with small latents, which are enlarged between steps."""
 
     gradual_latent_timesteps: int | None = option(
         "latents grow below this timestep, such as 750", minimum=0, hint="a timestep, 0 to 1000"
@@ -239,17 +239,17 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
 
     @property
     def unsharp(self) -> "Unsharp | None":
-        """The unsharp mask of steps that make latents grow.
+        """Unsharp mask for the steps that enlarge the latents; None if it is not set.
 
         Raises:
-            OptionError: If it cannot be read.
+            OptionError: If its values cannot be parsed.
         """
         text = self.gradual_latent_unsharp_params
         return None if text is None else read_unsharp("--gradual_latent_unsharp_params", text)
 
 
 class Unsharp(NamedTuple):
-    """An unsharp mask: x + (x - blur(x)) * strength."""
+    """Unsharp mask x + (x - blur(x)) * strength."""
 
     ksize: int
     sigma: float
@@ -263,8 +263,8 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     Raises OptionError if the text cannot be read.
     """
     try:
-        ksize, sigma, strength, *rest = text.split(",")
-        target_x = ",".join(rest).strip() if rest else "1"
+        ksize, sigma, strength, *last_parts = text.split(",")
+        target_x = ",".join(last_parts).strip() if last_parts else "1"
         if target_x not in ("0", "1"):
             raise ValueError(f"target-x is {target_x}")
         unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")

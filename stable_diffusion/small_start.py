@@ -94,12 +94,12 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
-    """Return a size times a ratio, with sides of at least 1."""
+    """Multiply a size by a ratio; sides are at least 1."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 
 def resize_like(features: Tensor, size: Size) -> Tensor:
-    """Return features B C h w resized to `size`, bicubic, in float32; unchanged if they have it."""
+    """Resize features B C h w to `size` with bicubic interpolation in float32, unless they have this size."""
     if tuple(features.shape[-2:]) == size:
         return features
     return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
@@ -118,6 +118,7 @@ class _Shrinking:
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
+        # above the first timestep features shrink at the first depth, above the second at the second depth
         shrink = self.shrink
         if call.timestep >= shrink.ds_timesteps_1:
             self.depth = shrink.ds_depth_1
@@ -154,7 +155,7 @@ class _Shrinking:
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
     def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Resize features to an output block's first skip connection, and store the sizes of the others."""
+        """Resize features to an output block's first skip connection; store the sizes of all its skips."""
         if self.depth is None:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
@@ -169,7 +170,7 @@ class _Shrinking:
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
-        """Resize features to the skip connection of the output block's next layer."""
+        """Resize a layer's output to the skip connection of the output block's next layer."""
         if self.depth is None:
             return None
         size = self.skips[layer + 1]
@@ -295,7 +296,7 @@ def begin_small(
 
 
 def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:
-    """Raise OptionError if a batch cannot be generated with Gradual Latent."""
+    """Raise OptionError if Gradual Latent cannot generate a batch."""
     if sampler not in SAMPLERS:
         raise OptionError(
             f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
@@ -340,15 +341,15 @@ class GrowingSteps:
         change = self._change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:
-            moved = sample + change
-        elif unsharp.target_x:
-            moved = sharpen(sample + change, unsharp)
+            denoised = sample + change
+        elif unsharp.target_x:  # sharpen the result of the step, otherwise its input
+            denoised = sharpen(sample + change, unsharp)
         else:
-            moved = sharpen(sample, unsharp) + change
-        return moved + self.s_noise * noise
+            denoised = sharpen(sample, unsharp) + change
+        return denoised + self.s_noise * noise
 
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Return the change of the sample by Euler's step, without noise."""
+        """Return Euler's change of the sample in a step, without the noise of euler_a."""
         scheduler = self.scheduler
         sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":

@@ -51,7 +51,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add a normally distributed offset, times `amount`, to each channel of C h w (Guttenberg 2023)."""
+    """Add a Gaussian offset, scaled by `amount`, to each channel of noise, C h w (Guttenberg 2023)."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -113,7 +113,7 @@ class Inpainting:
     mask: Tensor  # B 1 h w; 1 is repainted
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take a step, then restore what lies outside the mask."""
+        """Take a step, then restore the latents outside the mask."""
         painted = step(index, velocity, sample).squeeze(2)
         original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
@@ -126,7 +126,7 @@ CHANNELS = 4  # number of latent channels
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Start latents of the loop, and the sampler to use with them."""
+    """Initial latents of the denoising loop and the sampler that starts from them."""
 
     latents: Tensor  # B 4 1 h w, float32, the sampler's input at its first step
     sampler: SchedulerSolver
@@ -139,12 +139,12 @@ def is_masked(picture: RequestedImage) -> bool:
 
 
 def find_strength(picture: RequestedImage, start: SecondStart | None) -> float | None:
-    """Return the fraction of the steps that an input image goes through; None for a start from noise."""
+    """Return the fraction of the steps to run for an input image; None for a start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
 def check_start(model: Model, picture: RequestedImage, start: SecondStart | None) -> None:
-    """Raise OptionError for a mask without an image, or for an inpainting checkpoint without a mask."""
+    """Raise OptionError for a mask without image, or for an inpainting checkpoint without a mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
@@ -231,7 +231,7 @@ def begin(
 
 
 def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:
-    """Return the pixels of the input images, B 3 H W; None for a start from latents or noise."""
+    """Return the pixels of the input images, B 3 H W; None if generation starts from latents or noise."""
     images = None if start is None else start.images
     if start is None:
         images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
@@ -242,7 +242,7 @@ def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None)
 
 
 def _read_masks(pictures: Sequence[RequestedImage]) -> Tensor:
-    """Return the masks of images, B 1 H W, with 1 for the area to repaint."""
+    """Return the masks of images, B 1 H W, with 1 where they are repainted."""
     settings = pictures[0].settings
     masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
@@ -260,16 +260,16 @@ def latent_size(settings: ImageSettings) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read an image as RGB, rotated upright.
+    """Read an image as RGB in upright orientation.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the image cannot be read.
     """
     return Image.fromarray(read_image(path))
 
 
 def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """Return the pixels of an image resized by Lanczos, 1 3 H W, float32."""
+    """Resize an image with Lanczos and return its pixels, 1 3 H W, float32."""
     resized = fit(picture.convert("RGB"), width, height)
     values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)
     return 2 * values.permute(2, 0, 1)[None] - 1
@@ -284,7 +284,7 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Sample the posteriors of images, each with its own generator; return scaled latents, B 4 h w float32.
+    """Encode images and sample the posteriors with their generators; return scaled latents, B 4 h w float32.
 
     Images are encoded one by one, so that none depends on its batch.
     """
@@ -319,7 +319,7 @@ def decode_latents(
 
 
 def to_image(pixels: Tensor, label: str) -> Image.Image:
-    """Convert pixels 3 H W to an image. NaN becomes black, with a warning that names the image."""
+    """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that names the image."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
             "%s: the image has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
@@ -335,7 +335,7 @@ def vae_batch(size: float | None, count: int) -> int:
     """Return the number of images that the VAE processes at once.
 
     Args:
-        size: Value of --vae_batch_size; None for all images.
+        size: Value of --vae_batch_size, a number or a fraction of the images; None for all images.
         count: Number of images.
     """
     if size is None:

@@ -43,7 +43,7 @@ SHOWN = 200  # characters of a text in a warning
 
 
 class Texts:
-    """The text encoders of a model, and the options of texts."""
+    """Encode prompts with the text encoders of a model and the options for texts."""
 
     def __init__(
         self,
@@ -79,19 +79,17 @@ class Texts:
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
-        """Return the number of chunks of 75 tokens that a text has, within the limit; at least 1."""
+        """Return the number of 75-token chunks of a text, at least 1 and at most the limit."""
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
-        """Return the states of a text.
-
-        The states are cached: do not change them in place.
+        """Return the text encoder states of a prompt, which are cached: do not change them in place.
 
         Weights multiply each encoder's states separately. The pooled state (SDXL) is that of the last encoder
         for the first chunk, without weights.
 
         Args:
-            text: The text.
+            text: The prompt.
             chunks: Number of chunks to which the text is padded; None for no padding.
             networks: Other values on which the result depends, such as multipliers of LoRAs in the text
                 encoders.
@@ -101,7 +99,7 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
-        """Encode a text in `count` chunks with all towers; their states are concatenated."""
+        """Encode a prompt in `count` chunks with all text encoders, and concatenate their states."""
         del networks  # only part of the cache's key
         contexts: list[Tensor] = []
         pooled = None
@@ -116,7 +114,7 @@ class Texts:
     def _encode_chunks(
         self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's states in one encoder, joined to one row, and pooled states if they are used."""
+        """Return a prompt's states in one encoder, concatenated over chunks, and pooled states if used."""
         is_pooled = self._kind is SDXL  # only SDXL uses pooled states, of its last encoder
         rows = [
             tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
@@ -144,7 +142,7 @@ class Texts:
         return torch.cat(copies * repeats), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
-        """Return a text's ids, K 77: once, or once per cross-attention if a word has vectors for each."""
+        """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
         if tower.strides is None:
             return [ids]
         strides = tower.strides[ids]
@@ -153,7 +151,7 @@ class Texts:
         return [ids + index * strides for index in range(self._copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
+        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
         warn_of_unknown(text, self._known, _LOADER)
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
@@ -165,7 +163,7 @@ class Texts:
 def warn_of_unused(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, maximum: int
 ) -> None:
-    """Warn of a text that is cut off.
+    """Warn about a prompt that is too long, quoting the end that is not used.
 
     Args:
         parts: Parts of the text with their weights.
@@ -184,7 +182,7 @@ def warn_of_unused(
 
 
 def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
-    """Return the weight of each state of a text; start, end and padding have 1."""
+    """Return the weight of each state of a text; start, end and padding tokens have weight 1."""
     weights = [1.0]
     for chunk in chunks:
         padding = tokenizers.SIZE - len(chunk.ids)
@@ -194,7 +192,7 @@ def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
 
 
 def join_chunks(states: Tensor) -> Tensor:
-    """Join the states of K chunks to 75 K + 2, without the start and end states between chunks.
+    """Concatenate the states of K chunks to 75 K + 2, without start and end states between chunks.
 
     Args:
         states: States of each chunk, K 77 C.
@@ -264,7 +262,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
 
 
 def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
-    """Raise OptionError if --clip_skip is larger than the number of the text encoder's layers."""
+    """Raise OptionError if --clip_skip exceeds the number of layers of the text encoder."""
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
@@ -273,18 +271,17 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
 
 
 def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
-    """Return the layer to take states from, counted from the last layer of the loaded network.
+    """Return the layer to take hidden states from, counted from the last layer of the loaded network.
 
-    --clip_skip counts layers of the loaded network, as in the known script, but its default counts layers of
-    the released one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last
-    layer.
+    --clip_skip counts layers of the loaded network, as in sd-scripts, but its default counts layers of the
+    published one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
     check_layer(clip_skip, tower.network.num_layers, kind)
     return default_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
 
 
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
-    """Return the layer whose states are used, counted from the end of the loaded network.
+    """Return the default layer for hidden states, counted from the end of the loaded network.
 
     Args:
         kind: Kind of the checkpoint.
@@ -312,10 +309,10 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """Image vectors in place of pooled states. The image tower is on the device only while in use."""
+    """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image tower's files, which are loaded for the first image. Raises as `check_vision`."""
+        """Find the image encoder's files, which are loaded for the first image; raises as `check_vision`."""
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength

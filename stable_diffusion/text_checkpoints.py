@@ -46,7 +46,7 @@ _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Plan for loading one text encoder."""
+    """How to load one text encoder of a checkpoint."""
 
     network: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # False: CLIP-L
@@ -112,7 +112,7 @@ def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
-    """Return the tensors with a prefix, by their names without it."""
+    """Return only the tensors with a prefix, renamed without it; raise an error if there are none."""
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"

@@ -106,7 +106,7 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 
 
 def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
-    """Join the words of files and of LoRAs; warn of words in LoRAs that exist already."""
+    """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
     chosen = {word.word.lower(): word for word in words}
     for word in bundled:
         first = chosen.setdefault(word.word.lower(), word)
@@ -181,11 +181,11 @@ def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> n
 
 
 def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[int]]:
-    """Return the token ids of all names of words.
+    """Return the token ids of each word, under each of its names.
 
     Args:
         words: The words with their vectors.
-        vocabulary: Number of rows of an encoder's table without the words.
+        vocabulary: Number of embedding rows without the words.
     """
     return name_ids(
         [NewWord(word.word, _count(word), copies=word.layers, alias=word.token) for word in words], vocabulary
@@ -214,7 +214,7 @@ def with_words(
 
 
 def _count(word: LearnedWord) -> int:
-    """Return the number of vectors that a word has for each cross-attention."""
+    """Return the number of vectors of a word per cross-attention."""
     return len(word.vectors[0]) // word.layers
 
 
@@ -247,7 +247,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a word called `name` with the vectors in its file's content."""
+    """Return a learned word called `name` with the vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = tuple(to_rows(path, option, tensors).values())
     if len({len(rows) for rows in vectors}) > 1:
@@ -256,18 +256,18 @@ def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -
 
 
 def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
-    """Read a file of extended textual inversion.
+    """Read a file of extended textual inversion, which has vectors for each cross-attention of the U-Net.
 
     Args:
         path: Path of the file.
-        layers: Names of its tensors, in their order.
+        layers: Names of its tensors, one for each cross-attention, in their order.
     """
     content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):
-        # missing layers, or if there are none, unexpected tensors
-        strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
-        raise _reject_extended(path, XTI_OPTION, f"{shorten(strange[0], 60)} is missing or strange")
+        # a missing layer is named first, otherwise an unexpected tensor
+        wrong_names = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_names[0], 60)} is missing or strange")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")

@@ -54,9 +54,9 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
 def fetch_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path]]:
-    """Return the possible places of each text encoder's tokenizer, and its file; download a missing one.
+    """Find each text encoder's tokenizer, and download a missing one.
 
-    Arguments and errors: as for `find_tokenizers`.
+    Returns its possible locations and its file. Arguments and errors are those of `find_tokenizers`.
     """
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
@@ -87,7 +87,7 @@ def find_tokenizer_files(
 
 
 def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
-    """Return the first tokenizer in, or next to, one of these paths; None if there is none."""
+    """Return the first tokenizer file in or next to one of these paths; None if there is none."""
     for parent in places:
         file = files.find(None, parent)
         if file is not None:
@@ -96,9 +96,9 @@ def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
 
 
 def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) -> None:
-    """Copy the tokenizer of a checkpoint, in or next to it, next to another file that has none.
+    """Copy the tokenizer of a source checkpoint next to a trained file, if the trained file lacks one.
 
-    If there are several, only the first one is copied, because all have the same vocabulary.
+    If the source has several, only the first one is copied, because all have the same vocabulary.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -110,10 +110,12 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     """
     if any(file is not None for _, file in find_tokenizer_files(None, target, are_open_clip)):
         return
-    found = [(files, file) for files, file in find_tokenizer_files(None, source, are_open_clip) if file]
-    if not found:
+    source_tokenizers = [
+        (files, file) for files, file in find_tokenizer_files(None, source, are_open_clip) if file
+    ]
+    if not source_tokenizers:
         return
-    files, file = found[0]
+    files, file = source_tokenizers[0]
     folder = target.parent / CLIP_L
     make_folder(folder, "--output_dir")
     merges = find_merges(file)
@@ -175,7 +177,7 @@ _MARKS = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a prompt whose tokens have one weight."""
+    """Text with one weight for all its tokens."""
 
     text: str
     weight: float = 1.0
@@ -268,7 +270,7 @@ class Chunk:
 
 
 def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[int]:
-    """Return the row of 77 tokens that an encoder reads: start, up to 75 ids, end, then padding."""
+    """Return the 77 token ids of a chunk: start, up to 75 ids, end, and padding."""
     return [start, *ids, end, *[pad] * (SIZE - len(ids))]
 
 

@@ -62,7 +62,7 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """Tokenizer and settings that are loaded together with a text encoder's network."""
+    """Tokenizer and settings that belong to a loaded text encoder."""
 
     words: ClipWords
     pad: int
@@ -71,7 +71,7 @@ class LoadedWords:
 
 @dataclass(frozen=True)
 class LearningTexts:
-    """How a training treats text encoders and captions."""
+    """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
@@ -83,7 +83,7 @@ class LearningTexts:
 
 
 class TowerEncoder:
-    """One of the text encoders of a checkpoint."""
+    """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
 
     can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True, take_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
@@ -130,7 +130,7 @@ class TowerEncoder:
 
     @property
     def network(self) -> ClipText:
-        """The network. Call `load` first."""
+        """The loaded network; call `load` first."""
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
@@ -154,7 +154,7 @@ class TowerEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on in addition to the text. Reads a few MB."""
+        """Return the files and settings on which encoded texts depend, for cache records; reads a few MB."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
@@ -169,6 +169,7 @@ class TowerEncoder:
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
+            # recorded only if captions are not padded to whole chunks
             **({} if self._fills else {f"{self.name}_fills": "no"}),
         }
 
@@ -200,11 +201,11 @@ class TowerEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        """Load encoder and tokenizer, or move a loaded encoder to the device."""
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
-        """Load a text encoder and its tokenizer, with rows for the words that are trained or bundled."""
+        """Load a text encoder and its tokenizer, with embedding rows for trained and bundled words."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
@@ -220,7 +221,7 @@ class TowerEncoder:
         if self._bundled:
             embeddings = network.embeddings
             embeddings.token_embedding = add_rows(embeddings.token_embedding, self._bundled, self._number)
-        words = self._teach(words, vocabulary)
+        words = self._teach(words, vocabulary)  # now the tokenizer knows the additional words too
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
@@ -251,7 +252,7 @@ class TowerEncoder:
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks of a prompt with weights, at least 1.
+        """Return the number of 75-token chunks of a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -264,7 +265,7 @@ class TowerEncoder:
 
     @cached_property
     def _counting_words(self) -> ClipWords:
-        """Tokenizer that counts tokens of captions; loads no network."""
+        """Tokenizer that counts the tokens of captions, without loading a network."""
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
             vocabulary = release.texts[self._number].network.config.vocabulary
@@ -343,7 +344,7 @@ class TowerEncoder:
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> int:
-    """Return the number of characters covered by the first `maximum` tokens of a text, in whole words."""
+    """Return how many characters the first `maximum` tokens of a text cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     number = bisect_right(ends, maximum, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0

@@ -85,7 +85,7 @@ class TrainingFiles:
 
     @cached_property
     def path(self) -> Path:
-        """Return the path of the checkpoint, downloaded if necessary. Raises as `loading.find_checkpoint`."""
+        """Path of the checkpoint, which is downloaded if necessary; raises as `loading.find_checkpoint`."""
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
@@ -141,7 +141,11 @@ class TrainingFiles:
             yield replace(release, unet=self._fit_input(release.unet))
 
     def _fit_input(self, plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
-        """Return the plan of a U-Net with the input channels that the run needs; CheckpointError if none."""
+        """Return the U-Net's plan if its input channels suit the run, widened for inpainting where necessary.
+
+        Raises:
+            CheckpointError: If the run needs other input channels.
+        """
         inpaints = is_inpainting(plan.config)
         if inpaints and self.unet_input is UnetInput.LATENTS:
             raise CheckpointError(
@@ -185,13 +189,13 @@ class TrainingFiles:
 
     @cached_property
     def unet_config(self) -> Mapping[str, Any]:
-        """Configuration of the U-Net in diffusers' terms."""
+        """Configuration of the U-Net in the names of diffusers."""
         with self.opened() as release:
             return release.unet.config
 
     @property
     def unet_path(self) -> Path:
-        """Return the file that has the weights of the U-Net."""
+        """Return the path of the file that holds the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
         with folders.open_part(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
@@ -269,13 +273,13 @@ class TrainingFiles:
 
     @cached_property
     def tokenizers(self) -> list[ClipWords]:
-        """Return the tokenizer of each text encoder, read once. Raises as `find_tokenizers`."""
+        """Tokenizers of the text encoders, read once; raises the errors of `find_tokenizers`."""
         with self.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
         return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
     def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
-        """Load a text encoder of an open checkpoint."""
+        """Load a text encoder of an open checkpoint to a device."""
         check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
             plan.network, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
@@ -283,12 +287,12 @@ class TrainingFiles:
 
 
 def is_inpainting(config: checkpoints.UnetSizes) -> bool:
-    """Return whether a U-Net takes a mask and the latents of a masked image, next to the noisy latents."""
+    """Return whether a U-Net takes a mask and masked-image latents in addition to the noisy latents."""
     return int(config["in_channels"]) == checkpoints.INPAINTING_CHANNELS
 
 
 def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
-    """Return the plan of a U-Net with input channels for inpainting, whose weights are zero at first."""
+    """Return a U-Net's plan with additional input channels for inpainting, whose weights start at zero."""
     added = checkpoints.INPAINTING_CHANNELS - checkpoints.LATENT_CHANNELS
     sources = dict(plan.sources)
     sources[FIRST_LAYER] = sources[FIRST_LAYER].then(lambda weight: pad(weight, (0, 0, 0, 0, 0, added)))
@@ -298,7 +302,7 @@ def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.U
 
 @dataclass(frozen=True, eq=False)
 class DiffusersVae:
-    """Encodes images as unscaled latents, and decodes them. Each image is computed separately."""
+    """Diffusers VAE that encodes and decodes images one by one; latents are not scaled."""
 
     network: Any  # diffusers' AutoencoderKL
 
@@ -309,13 +313,13 @@ class DiffusersVae:
         return device
 
     def to(self, device: torch.device) -> "DiffusersVae":
-        """Move the network to a device, and return this object."""
+        """Move the network to a device and return self."""
         self.network.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, clips: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return samples of the posteriors, B 4 1 h w float32.
+        """Encode images and sample the posteriors: B 4 1 h w, float32.
 
         Args:
             clips: Images, B 3 1 H W uint8.
@@ -326,7 +330,7 @@ class DiffusersVae:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return samples of the posteriors, B 4 1 h w float32.
+        """Encode images and sample the posteriors: B 4 1 h w, float32.
 
         Args:
             pixels: Images, B 3 H W in -1..1.
@@ -340,7 +344,7 @@ class DiffusersVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W in -1..1.
+        """Decode latents to pixels, B 3 1 H W in -1..1.
 
         Args:
             latents: Latents, not scaled, B 4 1 h w.
@@ -364,7 +368,7 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def count_layers(config: Mapping[str, Any]) -> list[int]:
-    """Return the number of residual blocks of each level on the way down."""
+    """Return the number of residual blocks of each level in the down path."""
     layers = config.get("layers_per_block", 2)
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
 
@@ -376,7 +380,7 @@ def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class _Sides:
-    """Number of blocks of each part of a U-Net: down, middle and up, and the number of the first block."""
+    """Numbers of down, middle and up blocks of a U-Net, and the number of the first block."""
 
     first: int  # number of input_blocks.0
     down: int
@@ -392,7 +396,7 @@ class _Sides:
         return self.first_middle + self.middle
 
     def number_of(self, released: str) -> int:
-        """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
+        """Return other trainers' number for a block, given its published name such as output_blocks.3.0."""
         side, index, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,

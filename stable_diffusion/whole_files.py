@@ -53,7 +53,7 @@ class PartTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Writes the checkpoints of a training.
+    """Write the single-file checkpoints of a training.
 
     The source file stays open, so it may be deleted during the training.
     """
@@ -84,10 +84,10 @@ class CheckpointFiles:
         stream_tensors(path, infos, read, metadata)
 
     def list_infos(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors of a file.
+        """Return dtypes and shapes of the tensors in a saved checkpoint.
 
         Args:
-            dtype: See `write`.
+            dtype: Dtype of the trained weights; see `write`.
         """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
         stored = {} if self.source is None else self.source.tensors
@@ -113,7 +113,7 @@ class CheckpointFiles:
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
-    """Return a weight of a network: from `states` if it is trained, else from its source file."""
+    """Return a network's weight: from `states` if it is trained, otherwise from its source file."""
     if network in states:
         return states[network][name]
     plan = plans[network]
@@ -177,7 +177,7 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
-    """Return the load plan of each network of a checkpoint, by the network's name in a training."""
+    """Return the load plan of each network, by the network's name in training."""
     texts = {text_encoder_name(index): text.network for index, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 
@@ -207,7 +207,7 @@ def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, Par
 
 
 def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor]:
-    """Return how each tensor of a single file is computed from the networks of a folder."""
+    """Map each tensor name of a single file to the folder's weights that it is computed from."""
     unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
     for index, text in enumerate(release.texts):
@@ -221,14 +221,14 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
 
 
 def list_weights(plan: LoadPlan[Any]) -> list[str]:
-    """Return the weights of a text encoder's network. Files have more tensors, such as position_ids."""
+    """Return a text encoder's weight names, without tensors that only files have, such as position_ids."""
     with on_meta_device():
         known = ClipText(plan.config).state_dict().keys()
     return [name for name in plan.sources if name in known]
 
 
 def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:
-    """Compute a tensor of a single file from the weights of a folder's network."""
+    """Return how a tensor of a single file is computed from the weights of a folder's network."""
     plan = plans[network]
     hollow = []
     for weight in weights:

@@ -79,7 +79,7 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Writes the checkpoint folders of a training. The source stays open, in case it is deleted meanwhile."""
+    """Write trained checkpoints in diffusers' layout; the source stays open in case it is deleted."""
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
@@ -132,11 +132,11 @@ class FolderWriter:
         return weight.detach().to(announced[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes in the file of a network.
+        """Return dtypes and shapes of the tensors in one network's file.
 
         Args:
             network: Name of the network.
-            dtype: See `write`.
+            dtype: Dtype of the trained weights; see `write`.
         """
         infos = {}
         for name, info in self.files[network].infos.items():
@@ -292,9 +292,9 @@ def _text_class(number: int) -> str:
 
 
 def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return the settings of a text encoder, named as in the package transformers."""
+    """Return the configuration of a text encoder in the names of transformers."""
     dimensions = asdict(config)
-    names = {
+    names = {  # name in transformers -> field of `ClipTextConfig`
         "vocab_size": "vocabulary",
         "max_position_embeddings": "positions",
         "hidden_size": "dim",

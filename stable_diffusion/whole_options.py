@@ -22,23 +22,23 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
 
 
 class OfFullCheckpoint:
-    """What the options of all full training scripts have in common."""
+    """Shared options of all scripts for full fine-tuning."""
 
     full_bf16: bool
 
     @property
     def is_full(self) -> bool:
-        """Whether the script trains a whole checkpoint: true for every script with these options."""
+        """Whether the script trains all weights; always True for full fine-tuning."""
         return True
 
     @property
     def learns_in_bf16(self) -> bool:
-        """Whether --full_bf16 is given."""
+        """Whether weights are trained in bf16 (--full_bf16)."""
         return self.full_bf16
 
 
 def text_switch(help: str) -> Any:
-    """Return the switch that trains the text encoders too, with a help text of the script."""
+    """Declare the switch that also trains the text encoders."""
     return option(help, facts=IDENTITY, often=True)
 
 

@@ -23,7 +23,7 @@ SAMPLERS: Mapping[str, str] = {
 def describe_checkpoint(
     vae: str, clip_skip: int | None, predicts_velocity: bool, zero_terminal_snr: bool
 ) -> ComfyModel:
-    """Return how ComfyUI runs a checkpoint.
+    """Describe how ComfyUI has to run a checkpoint.
 
     Args:
         vae: Name of a file with the VAE; "" for that of the checkpoint.

@@ -24,7 +24,7 @@ from protocols.families import identify, with_scripts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate one clip for each prompt, LoRA file and strength, and join them in a grid.
+    """Generate a clip for each combination of prompt, LoRA file and strength, and join them in a grid.
 
     Options that this command does not know are passed to the family's generation script.
     """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
-        """Generate and join the clips with the family that the generation script has made."""
+        """Generate the clips with the generation script's family, and join them."""
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
-    """Return the files that match the patterns of an option."""
+    """Return the files that match an option's glob patterns."""
     return expand_patterns(tuple(map(Path, patterns or ())), option)
 
 
 def _with_lora_option(words: list[str]) -> list[str]:
-    """Return the command line; if it begins with files, --lora is put in front of them."""
+    """Insert --lora at the front of a command line that begins with files."""
     begins_with_file = bool(words) and not words[0].startswith("-")
     return ["--lora", *words] if begins_with_file else words
 

@@ -26,7 +26,7 @@ class DoctorOptions(Options):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what this environment has and lacks. Exits with code 1 if something necessary is missing."""
+    """Print which packages and devices are found; exit with code 1 if something necessary is missing."""
     (options,) = parse_options(__doc__, argv, DoctorOptions)
     if options.share:
         from runtime.machine import describe_machine, list_shared_lines  # torch is imported, if there is one

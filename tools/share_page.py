@@ -30,7 +30,7 @@ class ShareOptions(Options):
 
     @property
     def copy(self) -> Path:
-        """Path of the copy: --output, or the page's name followed by `-shared`."""
+        """Return the path of the copy: --output, or the page's name followed by `-shared`."""
         return self.output or self.page.with_name(f"{self.page.stem}-shared.html")
 
 

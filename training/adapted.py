@@ -54,10 +54,13 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
             return ""
         return f"its metadata say that it was made for {made_for}, not for {' or '.join(bases)}"
     version = metadata.get(TRAINED_ON, "")
-    own = family.metadata.get("base_model_version", family.name)
+    trained = family.metadata.get("base_model_version", family.name)
     if version:
-        is_own = version == own or read_family({TRAINED_ON: version}) == read_family({TRAINED_ON: own})
-        return "" if is_own else f"its metadata say that it is for {version}, and the transformer is {own}"
+        adapter_family = read_family({TRAINED_ON: version})
+        trained_family = read_family({TRAINED_ON: trained})
+        if version == trained or adapter_family == trained_family:
+            return ""
+        return f"its metadata say that it is for {version}, and the transformer is {trained}"
     base = metadata.get(BASE_MODEL, "")
     repositories = family.release.repositories
     if base and base.casefold() not in [one.casefold() for one in repositories]:

@@ -64,7 +64,7 @@ SENT_AT_ONCE = 64  # cache entries per exchange between processes: a copy of all
 
 
 class TensorLocation(Enum):
-    """Where the latents, or the texts, of a table's items come from."""
+    """Source of the latents, or of the text outputs, of a table's items."""
 
     CACHE = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -79,7 +79,7 @@ class TensorLocation(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where the latents and the texts of a table come from."""
+    """Whether a table's latents and texts are read from caches or encoded during training."""
 
     table: DatasetTable
     latents: TensorLocation
@@ -92,7 +92,7 @@ class TablePlan:
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether --plan can count the items from files: nothing is encoded live or kept in memory."""
+        """Whether all tensors are in files, as --plan needs: none is encoded live or cached in memory."""
         return (
             self.latents in {TensorLocation.CACHE, TensorLocation.NPZ}
             and self.texts is not TensorLocation.MEMORY
@@ -176,7 +176,7 @@ def _fill(
     def fill_tables(
         tables: Sequence[DatasetTable], cache: Callable[..., Any], batch_size: int | None
     ) -> None:
-        """Cache the latents, or the texts, of some tables."""
+        """Cache the latents or the texts of these dataset tables with the function `cache`."""
         caching = CachingOptions.usual(
             dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
         )
@@ -256,7 +256,7 @@ def _place_latents(
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Open the stores of the planned dataset tables; tables with ordinary cache files need none."""
+    """Open the cache stores of the dataset tables; tables with ordinary cache files need no store."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -316,7 +316,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
 
 
 def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if captions need reference images, which this run does not read."""
+    """Raise DatasetError if text encoders need reference images, which are not read during training."""
     if table.texts_see_references and any(source.control for source in sources):
         raise DatasetError(
             f"{table.name}: the text encoder reads captions together with their reference images, and this "
@@ -365,7 +365,7 @@ def _size(source: MediaSource) -> Size:
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
-    """Send the entries of each process to all others, a few at a time."""
+    """Send the cache entries of each process to all other processes, a few at a time."""
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
@@ -382,13 +382,10 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that run during training, and whether they also encode the empty prompt.
-
-    Returns:
-        The encoders; None if all texts come from caches.
+    """Return the text encoders that run during training; None if all text outputs are cached.
 
     Raises:
-        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
+        OptionError: If caching is requested for captions that change, or a required encoder is missing.
     """
     needs_none = NO_DATASET in options.features.needs
     texts = None if needs_none else _select_live_texts(family, options, config)
@@ -421,17 +418,22 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
     # a new word is learned
     if LIVE_TEXTS in options.features.needs:
         encoders = _encoders(family, "they learn a new word")
-        able = [encoder for encoder in encoders if can_learn(encoder)]
-        learning = _select_learning_encoders(family, options, able)
-        taught = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
-        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=taught)
+        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+        learning = _select_learning_encoders(family, options, trainable_encoders)
+        word_encoders = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
+        return LiveTexts(
+            encoders,
+            learning,
+            [encoder.lora_prefix for encoder in trainable_encoders],
+            taught=word_encoders,
+        )
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
-        able = [encoder for encoder in encoders if can_learn(encoder)]
-        prefixes = [encoder.lora_prefix for encoder in able]
-        learning = _select_learning_encoders(family, options, able)
+        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+        prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
+        learning = _select_learning_encoders(family, options, trainable_encoders)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
@@ -549,7 +551,7 @@ def _select_learning_encoders(
 
 
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return by LoRA prefix which encoders --network_args turns on, of those that are off by default."""
+    """Return by LoRA prefix whether --network_args enables each text encoder that is off by default."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:

@@ -106,14 +106,14 @@ def reject_quantized_bases(family: Family) -> None:
             infos = checkpoint.tensors.values()
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
-            what = "quantized"
+            state = "quantized"
         elif narrow:
-            what = f"in {dtype_name(narrow[0])}"
+            state = f"in {dtype_name(narrow[0])}"
         else:
             continue
         repositories = " or ".join(family.release.repositories)
         raise CheckpointError(
-            f"{path} is {what}, and the steps of a training of all weights would be lost in rounding.\n"
+            f"{path} is {state}, and the steps of a training of all weights would be lost in rounding.\n"
             f"  Give the bf16 file of the model ({repositories}), make one of yours "
             "(tools/quantise.py FILE RESULT --form bf16), or train a LoRA.",
             path,
@@ -181,6 +181,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     trains_texts = parts is not None and parts.trains_texts
     if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
+        # without --text_encoder_lr, text encoders use --learning_rate
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
     if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, base, trains_texts)

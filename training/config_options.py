@@ -32,7 +32,7 @@ TYPING_MISTAKE = 0.9  # minimum similarity of a mistyped name and the intended o
 
 
 class ConfigOptions(Options):
-    """The option for a file with options."""
+    """The option --config_file, which names a TOML file with further options."""
 
     config_file: str | None = option(
         "TOML file with options by name; tables only group them; the command line overrides it"
@@ -115,7 +115,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options that a file may set, by name and by alternative spelling."""
+    """Return the options that a config file may set, by each of their names."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
     for action in named.values():
@@ -180,9 +180,11 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return parse_toml(read_text(path))
     except OSError as error:
-        near = "" if path_exists(path) else explain_missing(path)
+        # an existing path is a folder or is not readable: similar names would not help
+        similar_names = "" if path_exists(path) else explain_missing(path)
         raise UserError(
-            f"--config_file {path}: cannot be read ({error.strerror}).{near} Give the path of a TOML file."
+            f"--config_file {path}: cannot be read ({error.strerror}).{similar_names} Give the path of a "
+            "TOML file."
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -248,11 +250,11 @@ def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> Opt
         int_or_float: "steps, or a fraction such as 0.05",
     }
     if action.nargs in {None, 0}:
-        many = ""
+        number_of_values = ""
     elif isinstance(action.nargs, int):
-        many = f", {action.nargs} in a list"
+        number_of_values = f", {action.nargs} in a list"
     else:
-        many = ", or a list of them"
+        number_of_values = ", or a list of them"
     return OptionError(
-        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{many}"
+        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{number_of_values}"
     )

@@ -94,7 +94,7 @@ def module_of(family: Family, options: TrainingOptions) -> str:
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
-    """Return the options of the network that is trained in an expert, with the files for this expert."""
+    """Return the options of the network trained in an expert, with this expert's files."""
     network, by_expert = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network

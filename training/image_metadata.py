@@ -136,7 +136,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class _ImageCounts:
-    """Counts of the images in some tables; repeats are included, except in `of_table`."""
+    """Numbers of images in dataset tables; repeats are counted, except in `of_table`."""
 
     of_table: Mapping[int, int]  # number of images by the table's index
     num_learned: int
@@ -176,9 +176,9 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
     counted = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
-        of_kind = folders[table.is_reg]
+        folders_of_kind = folders[table.is_reg]
         info = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
-        of_kind[_free_name(table.source.name, of_kind)] = info
+        folders_of_kind[_free_name(table.source.name, folders_of_kind)] = info
     return {
         "num_train_images": counted.num_learned,
         "num_reg_images": counted.num_regularisation,
@@ -226,7 +226,7 @@ def _settings_of(table: DatasetTable) -> dict[str, Any]:
 
 
 def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
-    """Return the settings that all tables share; None for those that differ."""
+    """Return the tables' settings by name; a setting that differs between tables is None."""
     settings = [_settings_of(table) for table in tables]
     names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
     values = {}
@@ -259,13 +259,13 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
         counted: Numbers of images.
         tags: Frequency of each tag by folder.
     """
-    described = [table.describe() for table in tables]
+    descriptions = [table.describe() for table in tables]
     first = _settings_of(tables[0])
     buckets = tables[0].buckets
     names = {table.source.name for table in tables}
     entry: dict[str, Any] = {}
-    for key, value in described[0].items():
-        is_common = all(subset.get(key) == value for subset in described)
+    for key, value in descriptions[0].items():
+        is_common = all(subset.get(key) == value for subset in descriptions)
         if is_common:
             entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
@@ -278,7 +278,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
         "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
         "bucket_info": counted.bucket_info,
         "resize_interpolation": None if buckets is None else buckets.interpolation,
-        "has_control": all(others["has_control"] for others in described),
+        "has_control": all(others["has_control"] for others in descriptions),
         "subsets": [_describe_subset(table, counted.of_table[table.index]) for table in tables],
     }
 

@@ -58,7 +58,7 @@ SWITCHES = {  # another name of a switch -> ours
 
 @dataclass(frozen=True)
 class ImageTrainerDefaults:
-    """Differences between the scripts of image families."""
+    """Defaults and options in which the training scripts of image families differ."""
 
     timestep_sampling: str
     discrete_flow_shift: float
@@ -134,7 +134,7 @@ def read_image_training(
 
 
 class ImageModelOptions(Options, title="model"):
-    """Files of the model, read by fields of the families' records."""
+    """Model files; each family's options record reads its own."""
 
     pretrained_model_name_or_path: Path | None = option(
         "checkpoint of the model that is trained, with its transformer or U-Net", often=True
@@ -143,7 +143,7 @@ class ImageModelOptions(Options, title="model"):
 
 
 class OtherNames(Options, title="other names"):
-    """Alternative option names; `_translate` moves their values to the options that records read."""
+    """Alternative names of options; `_translate` copies their values to the main names."""
 
     use_8bit_adam: bool = option("--optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option("--optimizer_type Lion")
@@ -309,7 +309,7 @@ SAMPLERS = (
 
 
 class OtherModels(Options, title="for other models"):
-    """Options of Stable Diffusion trainers that other models do not use."""
+    """Options of Stable Diffusion trainers that have no effect on other models."""
 
     v2 = unsupported(CLIP)
     v_parameterization = unsupported(EPSILON)
@@ -344,7 +344,7 @@ class DeepspeedOptions(Options, title="DeepSpeed"):
 
 
 class NotNeeded(Options, title="not needed"):
-    """Options for behavior that is always enabled here."""
+    """Options of other trainers for behavior that is always enabled here."""
 
     lowram = not_needed("weights are read in pieces, straight to the device.")
     highvram = not_needed("no cache of the device is emptied between steps.")
@@ -353,7 +353,7 @@ class NotNeeded(Options, title="not needed"):
 
 
 class NotNeededByFlows(Options, title="not needed"):
-    """Options for behavior that is always enabled here, of flow models."""
+    """Options of flow model trainers for behavior that is always enabled here."""
 
     no_half_vae = not_needed("the VAE's precision is chosen so that nothing overflows.", "VAE in float32")
     sample_sampler = not_needed(
@@ -369,7 +369,7 @@ CODE = "only safetensors files are written: other forms can hold code"
 
 
 class OfLoraFiles(Options, title="not built"):
-    """Options of other trainers about the file and the dtype of a trained LoRA."""
+    """Options of other trainers for the format and dtype of LoRA files, which are refused."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
     offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
@@ -381,7 +381,7 @@ _TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
 
 
 class OfManyWeights(Options, title="many weights"):
-    """Options of image trainers that train more weights than a LoRA."""
+    """Options of image trainers for training more weights than a LoRA has."""
 
     blockwise_fused_optimizers: bool = option(
         "--fused_backward_pass, which steps each weight separately instead of each block"
@@ -395,7 +395,7 @@ class OfManyWeights(Options, title="many weights"):
 
 
 class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
-    """Image trainers' options for full fine-tuning that are not built, and LoRA options that do not apply."""
+    """Options that are refused in full fine-tuning: unsupported ones, and those that apply only to LoRAs."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
@@ -409,7 +409,7 @@ FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
 class NotForNoise(Options, title="not built"):
-    """Options of other trainers that are not supported here for models that predict noise."""
+    """Options of other trainers that are refused for models that predict noise."""
 
     weighted_captions = unsupported(
         "captions are read as they are; weights of words are for generation (gen_img.py)"
@@ -440,9 +440,9 @@ _rejected_by_noise = {
 
 
 def read_as_known(args: argparse.Namespace) -> None:
-    """Interpret two options as the known trainers of these models do.
+    """Interpret two options as sd-scripts does.
 
-    Equal minimum and maximum timesteps mean this one timestep. A file without a name is called "last".
+    Equal minimum and maximum timesteps select this one timestep. The default --output_name is "last".
     """
     if args.output_name is None and args.output_dir is not None:
         args.output_name = UNNAMED
@@ -453,7 +453,7 @@ def read_as_known(args: argparse.Namespace) -> None:
 
 
 class OfFullCheckpoints(Options, title="full fine-tuning"):
-    """Options of trainers of full checkpoints, which may train text encoders, and LoRA options."""
+    """Options of training a full checkpoint with its text encoders, and LoRA options that are refused."""
 
     fused_optimizer_groups: int | None = option(
         "--fused_backward_pass, which steps each weight separately instead of groups of weights",
@@ -494,7 +494,7 @@ def _read_groups(args: argparse.Namespace) -> None:
 
 
 def _read_full_checkpoint(args: argparse.Namespace) -> None:
-    """Interpret the options of a full checkpoint. Raises OptionError if a single file is to be sharded."""
+    """Read the options for saving a full checkpoint; raise OptionError if a single file is to be sharded."""
     if args.max_shard_size is not None and args.save_model_as not in FOLDERS:
         raise OptionError(
             f"{SHARD_SIZE} {args.max_shard_size}: ComfyUI, web UIs and diffusers read a checkpoint with "
@@ -613,7 +613,7 @@ def control_net_trainer(
 
 
 def _read_control_net(args: argparse.Namespace) -> None:
-    """Interpret the options of a network alongside the U-Net, whose text encoders are not trained."""
+    """Read the options of a control network, with which no text encoder is trained."""
     read_as_known(args)
     args.network_train_unet_only = True
 
@@ -631,7 +631,7 @@ def leco_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_leco(args: argparse.Namespace) -> None:
-    """Interpret the options of LECO, which needs its prompts and trains the U-Net alone."""
+    """Require the prompts of LECO, and set the options that restrict training to the U-Net."""
     if args.prompts_file is None:
         raise OptionError(
             "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "

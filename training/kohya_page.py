@@ -30,16 +30,12 @@ _ADVICE: Mapping[str, str] = {
 
 
 def is_of_kohya_page(key: str) -> bool:
-    """Return whether a key comes from the GUI kohya_ss and is not an option of a training script."""
+    """Return whether a key belongs to the kohya_ss GUI instead of a training script."""
     return key in _ADVICE
 
 
 def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
-    """Return advice about a key of the kohya_ss GUI.
-
-    Returns:
-        The advice; None if the value has no effect, or if network_args sets the same thing.
-    """
+    """Return advice on a configuration key of the kohya_ss GUI; None if its value changes nothing here."""
     value, arguments = values[key], values.get("network_args")
     is_declared = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)
     return None if not value or is_declared else _ADVICE[key].format(key=key, value=value)

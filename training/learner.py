@@ -49,7 +49,7 @@ class MakeNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Learner:
-    """What a run trains, for the code that checks, loads, saves and describes the run."""
+    """What a run trains: functions and texts with which the network is made, checked, saved and described."""
 
     label: str  # "LoRA", "ControlNet-LLLite"
     rate_label: str  # "a LoRA": what `default_rate` is usual for

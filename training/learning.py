@@ -266,7 +266,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 @dataclass(frozen=True)
 class UnpreparedNetwork:
-    """A network that is loaded and frozen, before LoRAs are added and its blocks are prepared to run."""
+    """A loaded and frozen network without frozen LoRAs, whose blocks are not yet set up for training."""
 
     dit: nn.Module
     family: Family
@@ -278,7 +278,7 @@ class UnpreparedNetwork:
 
 @dataclass
 class Loading:
-    """Load networks one after the other; those that take turns on the device are loaded to host memory."""
+    """Load networks one after the other; networks that alternate on the device are loaded to host memory."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
@@ -430,7 +430,7 @@ def _require_room(size: int, room: int) -> None:
 
 @dataclass
 class Learners:
-    """Create the trained part of each network in turn, and join them."""
+    """Create the trained parameters of each network one after the other, and join them."""
 
     plan: TrainingPlan
     besides: Sequence[AuxiliaryLearner] = ()  # trained in addition to the network, such as embeddings
@@ -505,7 +505,7 @@ class Learners:
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
-        """Return the tensors in the state to resume that belong to the network of an expert."""
+        """Return the tensors of an expert's network from the state of --resume."""
         if isinstance(saved, SavedState):
             part = f"{expert.name}_network" if self.plan.options.by_expert.lora_per_expert else "network"
             return {**saved.parts.get(part, {})}
@@ -540,7 +540,7 @@ def _make_stepping(
             alone = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )
-        else:
+        else:  # the other options have been refused for such an optimizer
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )

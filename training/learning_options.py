@@ -43,7 +43,7 @@ _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
 class FullDitOptions(Options, title="full fine-tuning"):
-    """Which weights of the DiT are trained, the dtype that they are kept in, and when they are stepped."""
+    """Options of full fine-tuning: selected weights, their dtype, and how the optimizer updates them."""
 
     trainable_modules: tuple[str, ...] = option(
         "train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains all",
@@ -132,7 +132,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
 
 class ExpertTrainingOptions(Options, title="two transformers"):
-    """Trained parts of each transformer, and where a transformer waits while the other one works."""
+    """Options of models with two transformers: the LoRA of each, and offloading the inactive one."""
 
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "
@@ -294,7 +294,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option that acts only with these learning rate schedules."""
+    """Return the `acts_if` condition of an option that these learning rate schedules alone use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 
@@ -362,7 +362,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         names = (*CURVES, ADAFACTOR)
         if self.lr_scheduler_type:
             return
-        is_adafactor = name.partition(":")[0] == ADAFACTOR
+        is_adafactor = name.partition(":")[0] == ADAFACTOR  # adafactor or adafactor:RATE
         if name not in CURVES and not is_adafactor:
             raise OptionError(
                 f"--lr_scheduler {name}: unknown.{did_you_mean(name, names)} Use one of {', '.join(names)}, "

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepRequests:
-    """Saves and samples that a timer or a request file asks for; all processes do them together."""
+    """Saves and samples requested by a timer or a request file, which all processes do together."""
 
     saves: bool
     samples: bool
@@ -275,13 +275,13 @@ def _accumulate(
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
     # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(row)
-    for place, index in enumerate(steps.share(group, run.feed.process)):
+    for position, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         experts = [noisy_batch.expert]
         if steps.in_lockstep:
-            experts = _experts_of_pass(run, group, place, noisy_batch.expert)
+            experts = _experts_of_pass(run, group, position, noisy_batch.expert)
         for expert in experts:
             # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
@@ -300,9 +300,9 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Move a micro-batch to the device and encode its texts.
+    """Move a micro-batch to the device, seed dropout for it, and encode its texts.
 
-    Random numbers in the networks, as of dropout, are seeded with the number of the micro-batch.
+    The seed depends on the number of the micro-batch.
     """
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
@@ -349,7 +349,7 @@ def _propagate(
 
 
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
-    """Return the experts that run in a pass: the micro-batch's own, or in lockstep those of all processes.
+    """Return the experts that run for a micro-batch: its own one, or in lockstep those of all processes.
 
     Args:
         run: The run.
@@ -415,6 +415,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
+        # the last four values are three of `limit_norms` and the gradient norm
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
         by_part={name: mean for name, mean in means.items() if name in run.parts},
         metrics={name: mean for name, mean in means.items() if name not in run.parts},
@@ -465,12 +466,7 @@ def _after_step(run: TrainingRun, wishes: StepRequests) -> None:
 
 
 def _is_due(every: int | None, count: int) -> bool:
-    """Return whether something is due after this many steps or epochs.
-
-    Args:
-        every: Number of steps or epochs between two times; None for never.
-        count: Steps or epochs done.
-    """
+    """Return whether `count` steps or epochs complete an interval of `every`; None is never due."""
     return every is not None and count % every == 0
 
 
@@ -537,7 +533,7 @@ def _sample(run: TrainingRun) -> None:
         was_stopped = not _make_samples(run, run.sampler)
         if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.requests.agreed = True
+            run.requests.agreed = True  # every process learned of the request from largest_of_processes
             return
         run.reporter.log_samples(
             progress.step,
@@ -558,10 +554,11 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
     model = run.model
-    together = run.steps.num_processes if run.steps.works_together else 1
+    # processes that make each sample together also have to stop together
+    num_together = run.steps.num_processes if run.steps.works_together else 1
 
     def check() -> None:
-        if largest_of_processes(run.requests.ends, together, run.device):
+        if largest_of_processes(run.requests.ends, num_together, run.device):
             raise SamplingStopped
 
     pause = run.logs.clock.pause(SAMPLES)

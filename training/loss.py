@@ -28,7 +28,7 @@ MASKS = frozenset((MASK, LOSS_MASK))
 
 @dataclass(frozen=True)
 class NoisyAudio:
-    """The random numbers for a batch's audio. The weight of a sample without audio is 0."""
+    """Noise and timesteps of a batch's audio; a sample without audio has weight 0."""
 
     noise: Tensor  # B C T M float32
     sigmas: Tensor  # B
@@ -49,7 +49,7 @@ class NoisyAudio:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch with all its random numbers drawn. B is the number of samples."""
+    """A micro-batch of B samples with its noise, timesteps and other random numbers."""
 
     batch: Batch
     noise: Tensor  # B C F H W float32
@@ -110,7 +110,7 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class LossRule:
-    """How a prediction is compared and weighted."""
+    """Loss function, targets and passes with which predictions are compared in training."""
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
@@ -136,7 +136,7 @@ PLAIN_LOSS = LossRule()
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
-    """Reshape numbers of samples, B, to broadcast with a tensor whose first dimension is B."""
+    """Reshape one number per sample, B, to B 1 1 ... for broadcasting with `like`."""
     return numbers.view(-1, *([1] * (like.ndim - 1)))
 
 
@@ -160,7 +160,7 @@ def sample_errors_outside(
 
 
 def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean of each sample, B, over latents that are not given as clean.
+    """Return the mean error of each sample, B, over the noisy latents, without frames given as clean.
 
     Args:
         errors: Error of each element, B C F H W.
@@ -174,7 +174,7 @@ def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
-    """Return the mean of each sample, B, over its entirely noisy latents; 0 if there are none.
+    """Return the mean error of each sample, B, over its fully noisy latents; 0 if it has none.
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
@@ -297,7 +297,7 @@ def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> 
 
 
 def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
-    """Return noisy latents in which the given share of each latent is clean.
+    """Blend clean latents into noisy latents, each by the share of it that is given.
 
     Args:
         noisy: Noisy latents of a stream, B C ....

@@ -41,12 +41,12 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     network = model.plan.learner.lora
     if network is None:
         return {}
-    starts = network.network_weights or options.by_expert.network_weights_high_noise
-    if not (starts or model.plan.saved):
+    initial_file = network.network_weights or options.by_expert.network_weights_high_noise
+    if not (initial_file or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
-    if not starts and (
+    if not initial_file and (
         not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
     ):
         return {}
@@ -57,7 +57,7 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
 
 
 def _hash_files(family: Family) -> dict[str, str]:
-    """Return the hashes of the model's files that other programs use: the old and the new hash of A1111."""
+    """Return the old and the new AUTOMATIC1111 hash of each model file, which other programs look up."""
     hashes: dict[str, str] = {}
     for name, path in family.hashed_files.items():
         hashes[f"ss_{name}_hash"] = short_hash(path)
@@ -103,8 +103,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
         values |= _list_optional_values(plan)
-        further = [name for name in info if name.startswith("sd_model_name_")]
-        values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        more_model_names = [name for name in info if name.startswith("sd_model_name_")]
+        values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *more_model_names, "vae_name")}
         if family.hashed_files:
             values |= _hash_files(family)
         values |= {name: text for name, text in info.items() if name.startswith("ss_")}
@@ -121,9 +121,9 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.prediction is not None:
         values |= image_values(plan, options.prediction)
-        given = option_values(options)
+        set_options = option_values(options)
         for name in options_with(TrainingOptions, "image_files", True):
-            values[f"ss_{name}"] = given[name]
+            values[f"ss_{name}"] = set_options[name]
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))
@@ -192,10 +192,10 @@ def file_metadata(
         "preprocessor": texts.preprocessor,
         "is_negative_embedding": texts.is_negative_embedding,
     }
-    of_tables = list_times(times, tables)
-    if any(table_times.has_window for table_times in of_tables):
-        lowest = min(table_times.lowest for table_times in of_tables)
-        highest = max(table_times.highest for table_times in of_tables)
+    all_times = list_times(times, tables)
+    if any(table_times.has_window for table_times in all_times):
+        lowest = min(table_times.lowest for table_times in all_times)
+        highest = max(table_times.highest for table_times in all_times)
         spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
     if not texts.no_metadata:

@@ -46,7 +46,7 @@ OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """The command line of a training, from which the commands before and after it are derived."""
+    """Command line of a training, from which commands for caching and for the next steps are derived."""
 
     script: str = "the training script"
     script_options: Sequence[ScriptOption] = ()
@@ -56,7 +56,7 @@ class TrainingCommand:
 
     @property
     def typed(self) -> dict[str, str]:
-        """Return the flags of the typed options, by public name."""
+        """Return the flag that the user typed for each option, by the option's public name."""
         flags = {}
         for option in self.script_options:
             if option.is_changed:
@@ -87,7 +87,7 @@ NO_COMMAND = TrainingCommand()
 
 @dataclass(frozen=True)
 class NextSteps:
-    """The command lines that can follow a run."""
+    """Make the commands that can follow a run, such as generating, resuming and converting."""
 
     plan: TrainingPlan
     command: TrainingCommand
@@ -146,11 +146,11 @@ class NextSteps:
     def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
         """Return the command that converts a file for other tools; a `plain_kind` becomes a plain LoRA."""
         network = self.plan.options.network
-        words = ["--target", "other" if self.converted_for else "default"]
+        arguments = ["--target", "other" if self.converted_for else "default"]
         if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
             title, note = plain_kind.plain_title, plain_kind.elsewhere
             name_suffix = "plain"
-            words += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
+            arguments += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
         else:
             title, note = f"Convert the LoRA for {self.converted_for}", ""
             tool = self.converted_for.lower()
@@ -158,14 +158,14 @@ class NextSteps:
             # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
             is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
             if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
-                words += ["--bake", str(BAKED_RANK)]
+                arguments += ["--bake", str(BAKED_RANK)]
         output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
-        return _command(title, ["python", "convert_lora.py", *files, *words], note)
+        return _command(title, ["python", "convert_lora.py", *files, *arguments], note)
 
     @property
     def _can_extract(self) -> bool:
-        """Return whether a LoRA can be extracted: of full checkpoints, from single files of equal shapes."""
+        """Return whether a LoRA can be extracted: both models need to be single files of equal shapes."""
         family = self.plan.family
         if not trains_checkpoint(family):
             return True
@@ -180,7 +180,7 @@ class NextSteps:
         return _command("Extract a LoRA from it", words, note)
 
     def _find_dit(self, file: Path) -> str:
-        """Return the file of the transformer that a LoRA was trained in."""
+        """Return the path of the base transformer for which a LoRA file was trained."""
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:
             return FillIn("DIT_FILE")
@@ -210,7 +210,7 @@ class NextSteps:
                 parts = [expert.name for expert in self.plan.family.experts]
             # options that start a run from trained files, one for each file
             options = [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts]
-            options = options or [option]
+            options = options or [option]  # without parts there is one file
             left_out = RESUMING | STARTING | {*options}
             ending = []
             for option, file in zip(
@@ -222,7 +222,7 @@ class NextSteps:
         return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
 
     def _trained_option(self) -> str:
-        """Return the name of the training's option for the file whose weights are trained."""
+        """Return the training option that names the file of the trained weights."""
         entry, options = self.command.entry, self.command.family_options
         if entry is None or options is None:
             return "dit"
@@ -230,7 +230,7 @@ class NextSteps:
         return next(names, "dit")
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
-        """Return the command line of this run, without some options."""
+        """Return this run's command line without the options in `without`."""
         options = [
             option
             for option in self.command.script_options
@@ -246,7 +246,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
-        """Return the advice after a failed run: the command that resumes from its newest state, if any."""
+        """Return advice after a failed run: how to resume from its newest state, if there is one."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
@@ -264,19 +264,19 @@ class NextSteps:
         assert self.command.entry is not None
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
-        of_sample = [
+        sample_arguments = [
             *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         generate = self.plan.learner.generate
         if generate is not None:
-            words = [*generate(file, self.sample, [*words, *of_sample])]
+            words = [*generate(file, self.sample, [*words, *sample_arguments])]
             return _command("Generate with it", [*launcher, *words], note)
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:  # the command generates with both experts
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
-        return _command("Generate with it", [*launcher, *words, *of_sample], note)
+        return _command("Generate with it", [*launcher, *words, *sample_arguments], note)
 
     @cached_property
     def _generation_words(self) -> list[str]:
@@ -292,7 +292,7 @@ class NextSteps:
         return [*words, *option_words(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
-        """Return the files saved together with a file: that of the high-noise expert, and the others."""
+        """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
         average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
         files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
@@ -367,7 +367,7 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
-    """Return a command for both shells, with a note that names what has to be filled in."""
+    """Return a command written for POSIX and Windows shells; the note lists values to fill in."""
     words = command_words(words)
     missing = [shlex.quote(word) for word in missing_words(words)]
     if missing:
@@ -382,7 +382,7 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
 
 
 def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: TrainingCommand) -> NextSteps:
-    """Return a maker of the command lines that can follow the run."""
+    """Return a `NextSteps`, which makes the commands that can follow the run."""
     if sampler is not None:
         return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
     if not plan.accelerator.is_main_process:

@@ -163,7 +163,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def follows_size(self) -> bool:
-        """Whether the distribution depends on the size of the latents, so that buckets differ."""
+        """Whether the timestep distribution depends on the latents' size, and so on the bucket."""
         return self.timestep_sampling in {*SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
@@ -188,7 +188,7 @@ _OF_HUBER = {
 
 
 class LossOptions(Options, title="loss"):
-    """The loss of one element, and the threshold above which Huber losses become linear."""
+    """Type of the loss, and the threshold above which Huber losses become linear."""
 
     loss_type: str = option(
         "l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else absolute",
@@ -220,7 +220,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """How an output is compared with the velocity. Video models always compare the raw output."""
+    """Options of image models for what the loss compares; video models always compare the raw output."""
 
     model_prediction_type: str = option(
         "what is compared with the velocity; raw: the output of the model, as it was trained; additive: "
@@ -232,5 +232,5 @@ class PredictionOptions(Options, title="prediction"):
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by its noise level: SIGMA for sigma-scaled predictions, else none."""
+        """Rule that weights the loss by noise level: SIGMA for sigma-scaled predictions, else NOTHING."""
         return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING

@@ -87,7 +87,7 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
 
 
 class TrainingOptions(Options, must_give=True):
-    """All options except the family's own."""
+    """All training options except those of the model family."""
 
     loop: run_options.LoopOptions = option(facts=FREE)
     validation: run_options.ValidationOptions = option(facts=FREE)
@@ -160,11 +160,10 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def features(self) -> RunFeatures:
-        """Return what the active features contribute, as far as options alone decide.
+        """Return what the active features add to a run, computed from the options alone.
 
-        Raises OptionError if a feature rejects the run.
-
-        Its `on.start` functions are never called: for that see `begin_run` in `features/composing.py`.
+        Raises OptionError if a feature rejects the run. The `on.start` functions of this object are never
+        called; `begin_run` in `features/composing.py` makes an object for the run itself.
         """
         return join_run(self)
 
@@ -187,7 +186,7 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def is_for_images(self) -> bool:
-        """Whether the script is one of the image trainers: only they have --model_prediction_type."""
+        """Whether the script trains an image model: only these scripts have --model_prediction_type."""
         return self.prediction is not None
 
     @property
@@ -203,12 +202,12 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def predicted(self) -> str:
-        """Quantity that the loss compares, from --model_prediction_type; raw for video models."""
+        """Quantity that the loss compares: --model_prediction_type, or raw for video models."""
         return noise_options.RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by its noise level."""
+        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
@@ -261,7 +260,7 @@ OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend"
 
 
 class ScriptOption(NamedTuple):
-    """An option of a run with its value, and the words to type for it."""
+    """An option of a run: its name, its value, and the arguments that set it on a command line."""
 
     name: str
     text: str
@@ -403,7 +402,7 @@ def training_parser(
 
 
 def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError if a queued job's config file sends data away, which the page does not show."""
+    """Raise OptionError if a queued job's config file sets an option that sends data to other machines."""
     if not os.environ.get(FROM_QUEUE):
         return
     for action in parser._actions:

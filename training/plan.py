@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything known about a run before it loads a network. Only `progress` changes during training."""
+    """Options, data and step counts of a run before networks are loaded; only `progress` changes later."""
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
@@ -244,7 +244,7 @@ def make_plan(
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
-    """Compare a run with the state that it continues from; return the plan with its changes and steps.
+    """Compare a run with its saved state; return the plan with changed settings and adjusted steps.
 
     Raises:
         OptionError: If the state is of another run.
@@ -487,7 +487,7 @@ def _split_items(
 
 
 def _check_tables(config: DatasetConfig) -> None:
-    """Raise OptionError if a table sets network_multiplier; the model itself is trained, without a LoRA."""
+    """Raise OptionError if a table sets network_multiplier, which full fine-tuning cannot use."""
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
     if scaled is not None:
         raise OptionError(
@@ -497,7 +497,7 @@ def _check_tables(config: DatasetConfig) -> None:
 
 
 def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
-    """Raise OptionError if a table has a batch size above 1; `reason` says why the model takes one sample."""
+    """Raise OptionError if a table's batch size is above 1; `reason` says why the model needs size 1."""
     larger = next((table for table in config.datasets if table.batch_size > 1), None)
     if larger is not None:
         raise OptionError(

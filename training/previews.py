@@ -147,9 +147,11 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
     if few_steps:
         lines.append(few_steps)
-    above = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
-    above += _describe_each("Targets:", features.describe_targets())
-    result = replace(result, tail=(*result.tail, *above, *lines))
+    lines_above = _describe_each(
+        "Timesteps of the tables:", describe_times(options.timesteps, config.datasets)
+    )
+    lines_above += _describe_each("Targets:", features.describe_targets())
+    result = replace(result, tail=(*result.tail, *lines_above, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
 
@@ -165,7 +167,7 @@ def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
-    """Add a remark to the findings if captions lack the word to learn."""
+    """Add a note to the findings of each table whose captions lack the new word."""
     from training.token_captions import check_source_captions  # only to learn a word
 
     try:

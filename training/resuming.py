@@ -80,26 +80,24 @@ def find_state(
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
     """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
-    aside = find_set_aside(folder, name)
+    earlier_states = find_set_aside(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
-    earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
+    hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
-            f"elsewhere.{earlier} Leave --resume out to start over, or begin with the trained weights: "
+            f"elsewhere.{hint} Leave --resume out to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
-    if has_trained_file and not aside:
-        earlier = (
-            f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
-        )
+    if has_trained_file and not earlier_states:
+        hint = f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
     logger.log(
-        logging.WARNING if aside or has_trained_file else logging.INFO,
+        logging.WARNING if earlier_states or has_trained_file else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
         resume,
         name,
         folder,
-        earlier,
+        hint,
     )
 
 
@@ -137,7 +135,7 @@ def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run that a resumed run is compared with, by option or description."""
+    """Settings of a run, recorded in its states to compare a resumed run with them."""
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
@@ -177,7 +175,7 @@ def settings_of(
 
 
 def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a resumed run may change with a warning.
+    """Return the settings whose change in a resumed run causes a warning only.
 
     Args:
         family: The model family.
@@ -192,12 +190,12 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of the options of one kind, identity or habit, by their flags."""
+    """Return by flag the values of options of one kind: `identity` or `habit`."""
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
 def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
-    """Return the file names in the options `NAMED_FILES`, by flag; None for an option that is not set."""
+    """Return the file name in each option of `NAMED_FILES` by its flag; None for an unset option."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
     return {
         f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
@@ -205,7 +203,7 @@ def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
-    """Return name and strength of --training_adapter.
+    """Return the file name and strength of --training_adapter as text, to compare runs.
 
     Args:
         path: File of the LoRA.
@@ -320,7 +318,7 @@ def _reject_differences(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the saved and the current value as texts for each setting that differs, by name."""
+    """Return by name the saved and the current value, as text, of each setting that differs."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
@@ -329,7 +327,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 
 
 def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
-    """Return the settings of this run that any resumed run may change, by flag."""
+    """Return by flag the settings that a resumed run may change without a warning."""
     config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 
@@ -348,8 +346,8 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
         return
     with states.one_error(saved.folder):
         # the text begins with the number of batches of an epoch
-        batches = int(str(saved.identity[BATCHES]).partition(",")[0])
-    if progress.position >= batches:
+        num_batches = int(str(saved.identity[BATCHES]).partition(",")[0])
+    if progress.position >= num_batches:
         progress.epoch += 1
         progress.position = 0
     if BATCHES in changes:
@@ -377,16 +375,16 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
-    if resolved.get("--network_dim") == str(None):
+    if resolved.get("--network_dim") == str(None):  # the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
-    if resolved.get("--network_alpha") == 0:
+    if resolved.get("--network_alpha") == 0:  # 0 stands for the rank
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved
 
 
 def _resolve_pairs(option: str, text: str) -> str:
-    """Return KEY=VALUE arguments from `public_config` sorted by key, with normalized values."""
+    """Return the KEY=VALUE arguments of an option sorted by key, with normalized values."""
     try:
         pairs = read_literals(option, ast.literal_eval(text) or ())
     except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):

@@ -24,7 +24,7 @@ OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class EndedRun:
-    """Facts about a run that has ended, which are passed to the user's command (--on_end)."""
+    """Description of an ended run for the user's command of --on_end."""
 
     folder: Path  # --output_dir
     name: str  # --output_name
@@ -64,7 +64,7 @@ def start_command(
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """Return the exit code with which this error ends one of our programs."""
+    """Return the exit code of a program that ends with this error; 0 without an error."""
     if error is None:
         return 0
     if isinstance(error, UserError):

@@ -111,12 +111,12 @@ class LoopOptions(Options, title="training run"):
 
     @property
     def known_steps(self) -> int | None:
-        """Return the total of optimizer steps; None with --max_train_epochs, when it depends on the data."""
+        """Return the number of optimizer steps; None with --max_train_epochs, where the data decides."""
         return self.max_train_steps if self.max_train_epochs is None else None
 
 
 class StartOptions(Options, title="beginning later"):
-    """Where the run starts without a saved state. Data and noise of earlier steps are skipped."""
+    """Step or epoch at which a run without a saved state starts, skipping data and noise before it."""
 
     initial_epoch: int | None = option(
         "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
@@ -163,7 +163,7 @@ class ValidationOptions(Options, title="validation"):
     )
 
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
-        """Return whether to validate at the end of an epoch of this many steps, at `step`.
+        """Return whether to validate at `step`, the end of an epoch of `steps` steps.
 
         By default, an epoch is validated if it saves a file or passes a multiple of MIN_STEPS steps, because
         epochs may be very short.
@@ -175,7 +175,7 @@ class ValidationOptions(Options, title="validation"):
 
 
 class SampleOptions(Options, title="samples while training"):
-    """When samples are generated, and from which prompts."""
+    """Schedule, prompts and settings of samples that are generated during training."""
 
     sample_prompts: Path | None = option(
         "file of prompts for samples (txt, toml, json); a file OUTPUT_NAME.sample asks for them any time",
@@ -226,7 +226,7 @@ class SampleOptions(Options, title="samples while training"):
 
 
 class LogOptions(Options, title="logs"):
-    """Whether a run writes its page."""
+    """Option to train without writing the run's page."""
 
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
@@ -239,7 +239,7 @@ NO_WRAPPER = "gradients are averaged without a DDP wrapper."
 
 
 class AcceleratorOptions(Options, title="precision and processes"):
-    """Options of the precision and of several processes. The launcher sets --mixed_precision by default."""
+    """Options of mixed precision and of training with several processes."""
 
     mixed_precision: str = option(
         "autocast; without this option, the setting of accelerate launch, else no",

@@ -63,7 +63,7 @@ BIT_RATE = 8_000_000  # of the known tuners' samples
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
+    """One entry of the prompt file with its encoded texts and images; `index` is its position there."""
 
     index: int
     entry: Mapping[str, Any]  # settings of the prompt in the file
@@ -76,7 +76,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """The prompts and images of a run's samples, and which of them this process generates."""
+    """The prompt file of a run's samples, and this process's share of its entries."""
 
     path: Path
     process: int
@@ -95,13 +95,13 @@ Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[
 
 
 def draw_local_seed() -> int:
-    """Draw a seed without asking other processes."""
+    """Draw a seed for this process only."""
     return secrets.randbelow(1 << 32)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Generate this process's share of the samples."""
+    """Generate the samples assigned to this process."""
 
     samples: Sequence[Sample]
     source: PromptSource
@@ -120,7 +120,7 @@ class Sampler:
 
     @property
     def first_values(self) -> dict[str, Any]:
-        """Settings of the first sample for the page; empty without samples."""
+        """Settings of the first sample for the commands on the page; empty without samples."""
         first = self.samples[0] if self.samples else None
         return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 
@@ -414,7 +414,7 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images of each sample to conditions. See `encode_samples`."""
+    """Encode the images of each sample; return the conditions of each. Arguments: see `encode_samples`."""
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
@@ -437,14 +437,14 @@ def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
-    words: dict[str, str] = {}  # first option of each key; some keys have two
-    for word, setting in OF_SOME_MODELS.items():
-        words.setdefault(setting.key, word)
-    for key, word in words.items():
+    option_by_key: dict[str, str] = {}  # first option of each key; some keys have two
+    for option, setting in OF_SOME_MODELS.items():
+        option_by_key.setdefault(setting.key, option)
+    for key, option in option_by_key.items():
         is_given = any(entry.get(key) is not None for entry in entries)
         if is_given and key not in family.defaults.extras:
             logger.warning(
-                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, key, word
+                "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, key, option
             )
 
 
@@ -456,7 +456,7 @@ def _remove_unfinished(folder: Path, name: str) -> None:
 
 
 def draw_together() -> int:
-    """Draw a seed in the first process; all must call it."""
+    """Return a seed drawn by the first process; all processes must call this."""
     (seed,) = broadcast_object_list([secrets.randbelow(1 << 32)])
     return int(seed)
 
@@ -559,7 +559,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
 
 def _as_text(value: Any) -> str:
-    """Return a setting in the format of `Request.extra`: a list has one value per line."""
+    """Return a prompt setting as text for `Request.extra`, with the values of a list on separate lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -603,8 +603,7 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     if name is None:
         return None
     by_alias = _solvers_by_alias(supported)
-    # an alias, or the solver's own name
-    solver = name if name in by_alias.values() else by_alias.get(name)
+    solver = name if name in by_alias.values() else by_alias.get(name)  # a solver's name or an alias
     if solver is None:
         known = ", ".join(dict.fromkeys((*by_alias.values(), *by_alias)))
         logger.warning(
@@ -614,7 +613,7 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
 
 
 def _solvers_by_alias(supported: Sequence[str]) -> Mapping[str, str]:
-    """Return the solvers by the names that users may type; `supported` are the model's, if it has some."""
+    """Map each accepted sampler name to its solver; `supported` lists the model's own solvers, if any."""
     return {name: name for name in supported} if supported else SOLVERS
 
 

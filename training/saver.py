@@ -112,7 +112,7 @@ def make_saver(
 
 @dataclass(frozen=True, eq=False)
 class _ModelWriter:
-    """Write the trained weights to files, and everything that resuming needs to states."""
+    """Write trained weights to files, and all data for resuming to state folders."""
 
     model: TrainedModel
     dtype: torch.dtype | None  # dtype in files; None: that of the weights
@@ -156,7 +156,8 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
         ending: Suffix of the architecture's name for a network.
     """
     progress, family = plan.progress, plan.family
-    epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+    is_within_epoch = progress.position > 0 or progress.step == 0
+    epoch = progress.epoch + is_within_epoch  # number of epochs begun
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
         of_features = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
@@ -199,6 +200,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     # moments of split weights are only this process's rows: they are replaced by split tensors
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
+        # tensors without dimensions are step counters
         moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
         for key, moment in moments.items():
             values[key] = as_split(weight, moment)

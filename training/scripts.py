@@ -132,7 +132,7 @@ def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: 
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
-    """Warn of options that will have no effect in this run, and of keys that its dataset does not read."""
+    """Warn about options without effect in this run, and about unread keys of its dataset file."""
     from dataset.config import load_dataset_config
     from training.unused_options import list_without_effect
 

@@ -41,14 +41,14 @@ class Progress:
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any]) -> "Progress":
-        """Restore what `as_state` returned; values of features stay in `unclaimed` until `of` takes them."""
+        """Restore a state from `as_state`; features' values stay in `unclaimed` until `of` returns them."""
         own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
         progress = cls(**{name: value for name, value in values.items() if name in own})
         progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
         return progress
 
     def as_state(self) -> dict[str, Any]:
-        """Return plain values: the run's own and those of its features."""
+        """Return the fields of the run and of its features as plain values for a saved state."""
         values = asdict(replace(self, of_features={}, unclaimed={})) | self.unclaimed
         del values["of_features"], values["unclaimed"]
         for record in self.of_features.values():
@@ -70,7 +70,7 @@ class Progress:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a field of a dataclass has a value of another type, because states may be edited."""
+    """Raise TypeError if a dataclass field has a value of the wrong type, as in an edited state file."""
     for name, hint in get_type_hints(type(record)).items():
         hints = get_args(hint) if type(None) in get_args(hint) else [hint]
         kinds = [get_origin(item) or item for item in hints]
@@ -83,7 +83,7 @@ def check_types(record: Any) -> None:
 
 @dataclass
 class StepPlan:
-    """The plan of a run's steps. `total_steps` includes the steps before a resume."""
+    """Number and order of a run's steps and epochs; `total_steps` includes steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch
     processes: int
@@ -113,7 +113,7 @@ class StepPlan:
         self.num_epochs = self.first_epoch + 1 + max(0, ceil_div(later_steps, self.steps_per_epoch))
 
     def steps_until(self, epoch: int, position: int = 0) -> int:
-        """Return the steps of the run before micro-batch `position` of epoch `epoch` (from 0)."""
+        """Return the number of optimizer steps before micro-batch `position` of epoch `epoch` (from 0)."""
         if (epoch, position) <= (self.first_epoch, self.first_position):
             return self.first_step
         if epoch == self.first_epoch:

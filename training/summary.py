@@ -62,6 +62,7 @@ def count_saves(
         every = options.save_every_n_steps
         num_saves = plan.total_steps // every - first_step // every
         if options.save_last_n_steps is not None:  # counts steps, not saves
+            # the save from exactly so many steps ago is kept too
             num_saves = min(num_saves, options.save_last_n_steps // every + 1)
         models += num_saves
     if options.save_every_n_epochs is not None:
@@ -72,13 +73,13 @@ def count_saves(
             num_saves = min(num_saves, options.save_last_n_epochs)
         models += max(0, num_saves)
     states = models if options.save_state else 0
-    return models + 1, states + options.saves_state_at_end
+    return models + 1, states + options.saves_state_at_end  # + 1: the final model
 
 
 def saved_bytes(
     parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
 ) -> tuple[int, int]:
-    """Return the bytes of one model, with its average, and of one state.
+    """Return the bytes of one saved model, including its average, and of one saved state.
 
     Args:
         parameters: The trained parameters.
@@ -92,7 +93,7 @@ def saved_bytes(
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
-    """Show the plan of the run.
+    """Show a box with the plan of the run: model, data, steps, options and memory.
 
     Args:
         run: The run.
@@ -105,7 +106,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines about what is trained and how.
+    """Return the lines on the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.
@@ -119,8 +120,8 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     trainable = run.model.trainable
     if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
         sizes = trainable.sizes()
-    starts = ("architecture", "task", "sd_model_name")
-    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(starts)]
+    prefixes = ("architecture", "task", "sd_model_name")
+    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(prefixes)]
     num_weights = sum(parameter.numel() for parameter in parameters)
     data = f"{count_of(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
@@ -173,7 +174,7 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the lines about what is written, and what follows. See `show_start`."""
+    """Return the lines on saves, samples, disk space and folders. See `show_start`."""
     plan = run.plan
     options = run.options
     samples = options.samples
@@ -245,7 +246,7 @@ def _sampling_times(samples: SampleOptions) -> str:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Return texts such as "every 5 epochs".
+    """Describe intervals as texts such as "every 5 epochs".
 
     Args:
         every: Number by unit; None is left out.
@@ -283,7 +284,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
     kinds = [] if run.options.network is None else run.options.network.kinds
-    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
+    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]  # one line is enough
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     # the last command starts this run again
@@ -338,7 +339,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
 
 
 def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
-    """Return numbers for the progress bar: the peak of device memory, and the step of the next samples."""
+    """Return values for the progress bar: peak device memory, and the step of the next samples."""
     shown = {"mem": peak_in_words(plan.accelerator.device).replace(" GiB", "G")}
     following = next_samples(plan.options.samples, plan.steps, step, plan.progress.epoch)
     return shown if following is None else {**shown, "sample": str(following)}
@@ -392,8 +393,10 @@ def count_pauses(
     validation_pauses = 0
     if validates:
         by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
+        # by default after each epoch, but not within MIN_STEPS steps
         default = None if by_step or by_epoch else max(MIN_STEPS, plan.steps_per_epoch)
         validation_pauses = of_steps(by_step or default) + of_epochs(by_epoch, epochs)
+    # the last epoch is saved as the finished model
     save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
     # one more pause to save: the finished model
     return {SAMPLES: sample_pauses, VALIDATION: validation_pauses, SAVING: save_pauses + 1}
@@ -456,7 +459,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
-    """Return the page's lines on memory: names and values."""
+    """Return the names and values of the page's lines on memory use."""
     host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]

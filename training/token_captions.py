@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
-    """Warn about captions without a word that text encoders are to learn.
+    """Warn about captions that lack a new word whose embedding is trained.
 
     Raises DatasetError if the dataset cannot be read.
     """
@@ -48,7 +48,7 @@ def check_source_captions(
 
 
 def _complete(caption: str, table: DatasetTable) -> str:
-    """Return a caption with the additions that each step makes, if captions vary."""
+    """Return a caption with the texts that training adds at each step, such as the trigger word."""
     if not table.changes.is_raw:  # the caption is already complete
         return caption
     if not table.changes.wildcards:

@@ -32,14 +32,14 @@ Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, d
 
 @dataclass
 class Strength:
-    """The current strength of networks."""
+    """Strength at which trained networks are applied, which can be changed for a block of code."""
 
     value: float = 1.0
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that a save writes, with its content."""
+    """One file of each save: the function that writes it, and the network that it contains."""
 
     write: Write
     ending: str = ""  # suffix of the architecture in the metadata, such as "lora"; "" for a whole model
@@ -80,7 +80,7 @@ class Trainable:
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """Return the name of each parameter: part, dot, name in the module."""
+        """Return the name of each parameter as `PART.NAME_IN_MODULE`."""
         rows = {weight: part for part, weight in self.split.items()}
         return {
             rows.get(parameter, parameter): f"{part}.{name}"
@@ -89,7 +89,7 @@ class Trainable:
         }
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
-        """Return all ranks and alphas of the networks, or only those in one file.
+        """Return the ranks and alphas of all networks, or of the networks in one file.
 
         Args:
             part: A key of `writes`.
@@ -108,7 +108,7 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze the parts whose number of training steps is over.
+        """Freeze parts of the model that are trained only for a number of steps, once it is reached.
 
         Args:
             step: Number of steps taken.
@@ -118,13 +118,13 @@ class Trainable:
                 self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
+        """Scale down weights with norms above `max_norm`; return the values of a `NormReport`."""
         numbers = [network.scale_norms(max_norm, device) for network in self.networks]
         keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # networks have equal numbers of modules
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     def as_base(self) -> contextlib.AbstractContextManager[None]:
-        """Disable all networks during the block, so that DiTs act as loaded. Not for trained DiTs."""
+        """Disable all networks during the block, so that each DiT acts as its base model."""
         return self.at_strength(0.0)
 
     @contextlib.contextmanager
@@ -147,7 +147,7 @@ class Trainable:
 
 
 def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.device) -> None:
-    """Seed dropout and the global generators by the run's seed and the number of the micro-batch."""
+    """Seed dropout and the global generators from the run's seed and the micro-batch number."""
     dropout_seed = derive_seed(seed, "dropout", number)
     for network in trainable.all_networks:
         network.set_dropout_seed(dropout_seed)
@@ -224,7 +224,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
 
 
 def join_experts(parts: Mapping[str, Trainable]) -> Trainable:
-    """Combine what is trained of several experts, by name. Each expert is saved in its own file."""
+    """Combine the trained parameters of several experts, by name; each expert has its own file."""
     modules: dict[str, nn.Module] = {}
     group_names: list[str] = []
     for expert, part in parts.items():
@@ -274,6 +274,7 @@ def train_dit(
         reject_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    # group names for logs: the part that has this rate
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
     unused = open_unused(dit)
@@ -296,7 +297,7 @@ def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
 
 
 def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
-    """Raise OptionError because no weight of the DiT has one of these parts in its name."""
+    """Raise OptionError: no weight name of the DiT contains any of `name_parts`."""
     some = next(iter(dit.state_dict()))
     raise OptionError(
         f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
@@ -323,13 +324,13 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
 
 
 def open_unused(dit: nn.Module) -> OpenedTensors | None:
-    """Open the tensors in the transformer's file that the network does not use, see `UnusedTensors`."""
+    """Open the tensors that are in the DiT's file and not in the network; None if there are none."""
     unused: UnusedTensors | None = getattr(dit, "unused_tensors", None)
     return None if unused is None else unused.opened()
 
 
 def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Return dtypes and shapes of the unused tensors in a file.
+    """Return dtype and shape of each tensor that is saved again without being trained.
 
     Args:
         unused: Tensors that the training does not use, by name.

@@ -97,7 +97,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Ask for the end of the run after this step; at the second signal, end the process at once."""
+        """Handle a signal: the first ends the run after this step, the second ends the process at once."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -172,7 +172,7 @@ class TrainedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the network computes: that of autocast or, without autocast, of its weights."""
+        """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
 
@@ -193,7 +193,7 @@ class TrainedModel:
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process calls the saver: the main process, and all that hold a part of the weights."""
+        """Whether this process takes part in saving: the main one, and all with a part of the weights."""
         return self.plan.accelerator.is_main_process or self.plan.splits_model
 
     @property

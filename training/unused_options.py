@@ -33,9 +33,9 @@ def list_without_effect(
     reasons = dict(more_reasons or {})
     if options.parts is not None and _replaces_rate(options.parts):
         rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
-        given = [flag for flag, rate in rates.items() if rate is not None]
-        replacing = f"{' and '.join(given)} replace{'s' * (len(given) == 1)} it"
-        reasons.setdefault("learning_rate", replacing if given else "no part learns at it")
+        rate_flags = [flag for flag, rate in rates.items() if rate is not None]
+        reason = f"{' and '.join(rate_flags)} replace{'s' * (len(rate_flags) == 1)} it"
+        reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")
     reasons |= _without_samples(options, options)
     lines = [*_list_idle(options, reasons, options.typed_options)]
     sampler, weighting = options.timesteps.timestep_sampling, options.timesteps.weighting_scheme
@@ -52,7 +52,7 @@ def list_without_effect(
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return why options of a record that affect only samples have no effect in a run without samples."""
+    """Return, for options that affect only samples, why they have no effect in a run without samples."""
     if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"

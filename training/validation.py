@@ -146,7 +146,7 @@ class Validation:
             plan.sources.encoders.warn(batch.made_by)
         if plan.sources.tables:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
-            place = RunPlace(0, 0, 1, 1)
+            place = RunPlace(seed=0, number=0, step=1, total_steps=1)
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
         if plan.texts is not None:
             with autocast():

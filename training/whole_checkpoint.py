@@ -124,7 +124,7 @@ def _train_checkpoint(
 
 
 def _select_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
-    """Return the group name and the learning rate of one of the transformer's weights."""
+    """Return the parameter group and the learning rate for a transformer weight by its name."""
     if not parts.blocks:
         return DIT, usual
     assert spec.numbered is not None  # the family has rates of blocks

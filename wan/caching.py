@@ -106,7 +106,7 @@ def batch_conditions(
         from wan import one_frame  # only for single images
 
         return one_frame.batch_conditions(task, config, batch)
-    needed = {"t5": "a text cache"}
+    needed = {"t5": "a text cache"}  # tensor -> what provides it, for errors
     if task.kind == VACE:
         from wan import vace_training  # only for VACE
 
@@ -147,7 +147,7 @@ def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
         fits = clip.shape[1] == positions
         options, images = "--clip --flf2v", "two images"
     else:
-        fits = clip.shape[1] != 2 * CLIP_TOKENS
+        fits = clip.shape[1] != 2 * CLIP_TOKENS  # not the features of two images
         options, images = "--clip, without --flf2v", "one image"
     if fits:
         return clip

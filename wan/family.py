@@ -316,6 +316,7 @@ class Wan(OneTransformer):
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
+            # the network names its text input `text`
             overrides = overrides.rename_nag(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
 

@@ -103,6 +103,7 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
         frames: Number of pixel frames.
         end_image: Last frame, like `image`. It is encoded alone and appended as one more latent frame.
     """
+    # gray frames, 0 in -1..1, follow the image
     clip = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])], dim=2)
     latents = vae.encode(clip)
     known_frames = torch.zeros(frames)
@@ -197,7 +198,7 @@ def encode_inputs(
             width=prepared.width,
             height=prepared.height,
             frames=prepared.frames,
-            end_frames=FRAMES_PER_LATENT if has_end else 0,
+            end_frames=FRAMES_PER_LATENT if has_end else 0,  # an end image is one more latent frame
         )
         control = control_channels(task, vae.encode(pixels), image, has_end)
         conditions["condition_latents"] = control.cpu()
@@ -241,7 +242,7 @@ def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_e
     # Wan2.1 sees the first latent frame of the image, and the last one if an end image was appended
     start_latents = torch.zeros_like(control)
     if image is not None:
-        latents = image[:, -LATENT.channels :]
+        latents = image[:, -LATENT.channels :]  # without the mask, whose channels come first
         start_latents[:, :, 0] = latents[:, :, 0].to(start_latents)
         if has_end:
             start_latents[:, :, -1] = latents[:, :, -1].to(start_latents)

@@ -376,7 +376,7 @@ class WanModel(BlockNetwork):
 
 
 def _pair_with_last(rows: Tensor) -> Tensor:
-    """Pair each of the first B of B+1 rows with the last row, which comes first: B 2 ..."""
+    """Return B pairs, B 2 ..., of the last of B+1 rows and each of the other rows."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

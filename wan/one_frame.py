@@ -58,7 +58,7 @@ CACHE_AGAIN = "wan_cache_latents.py --one_frame and --clip, of Wan2.2 --i2v"
 
 @dataclass(frozen=True)
 class FrameOrder:
-    """Latent frames sorted by their index in time."""
+    """Order of the latent frames of a single image: control images and target, sorted by index in time."""
 
     places: tuple[int, ...]
     images: tuple[int, ...]  # index of each frame's control image; -1 for the target image

@@ -322,7 +322,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         unused = None
         if self.src_mask:
             unused = MASK
-        elif self.vace_scale != (1.0,):
+        elif self.vace_scale != (1.0,):  # not the default
             unused = SCALE
         elif self.control_path and not task.has_control:
             unused = "control_path"

@@ -88,7 +88,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
 
 
 class WanTextEncoder(FileTextEncoder[T5Network]):
-    """umT5. Each prompt gives a state for each of its tokens, at most 512 including the end token."""
+    """umT5, which encodes each prompt as one state per token, at most 512 including the end token."""
 
     can = EncoderAbilities(divide=True, take_words=True)
     name = "t5"

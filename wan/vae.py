@@ -140,7 +140,7 @@ class WanVae(nn.Module):
             yield chunk.float()
 
     def _place(self, x: Tensor) -> Tensor:
-        """Move to the VAE's device, dtype and memory layout. All layers keep the layout."""
+        """Move a tensor to the VAE's device, dtype and memory layout, which all layers keep."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
 

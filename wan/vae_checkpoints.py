@@ -133,7 +133,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def _translate_staged_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Translate diffusers' names of Wan2.2, where each level is a list."""
+    """Translate diffusers' names of Wan2.2, whose levels are lists of layers."""
     layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
 
     def number(layer: _Layer) -> str:
@@ -192,7 +192,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
     frame_stride, pixel_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
         time_factor = 1
-        space_factor = config.patch
+        space_factor = config.patch  # pixels of a patch are folded into channels first
         for layer in layers:
             layer_frames, layer_rows, _ = FACTORS[layer.kind]
             time_factor *= layer_frames

@@ -55,10 +55,10 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """
     frames, rows, columns = factors
     block = prod(factors)
-    width = h.shape[1]
-    if width > x.shape[1]:
-        x = x.repeat_interleave(width // x.shape[1], dim=1)
-    step = x.shape[1] // width
+    num_channels = h.shape[1]
+    if num_channels > x.shape[1]:
+        x = x.repeat_interleave(num_channels // x.shape[1], dim=1)
+    step = x.shape[1] // num_channels
     skipped = x.shape[2] * frames - h.shape[2]
     for index, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
         # the first block of frames has no frame i < `skipped`, so that frame i comes from the second block

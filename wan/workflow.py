@@ -19,10 +19,10 @@ def find_comfy_model(task: WanTask, takes_images: bool) -> ComfyModel:
 
     Args:
         task: The task.
-        takes_images: Whether samples are single images that are made from others (`wan.one_frame`).
+        takes_images: Whether samples are single images made from control images (`wan.one_frame`).
 
     Raises:
-        OptionError: For all tasks but those that start from text alone.
+        OptionError: Unless the task starts from text alone.
     """
     if task.kind != "t2v" or task.has_control or takes_images:
         raise OptionError(f"only --task t2v and t2i start from text alone, and {task.name} does not here")

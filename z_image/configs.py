@@ -31,7 +31,7 @@ class ZImageConfig(LuminaConfig):
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """How many channels of a head encode the position in the text, the row and the column."""
+        """Return the channels of a head that encode the position in the text, the row and the column."""
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
 

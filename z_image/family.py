@@ -200,7 +200,7 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request. A guidance scale of 0 or below means no guidance."""
+        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off."""
         prepared = self.resolve_image(request, FLOW_SHIFT)
         lowest = min(prepared.guidance_scale)
         if lowest < 0:

@@ -49,7 +49,7 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     (head_width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
     rows, columns = shapes.of("layers.0.attention.to_q.weight")
-    has_even_heads = dim % head_width == 0 and head_width % 16 == 0
+    has_even_heads = dim % head_width == 0 and head_width % 16 == 0  # three axes rotate pairs of channels
     if rows != dim or columns != dim or not has_even_heads or patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {head_width} and patches of "

@@ -34,7 +34,7 @@ class ZImageAttention(GroupedAttention):
         self.norm_k = RMSNorm(config.head_width, config.eps)
 
     def heads(self, x: Tensor) -> Heads:
-        """Return query, key and value of tokens B L C, each B L N D; the first two normed."""
+        """Return query, key and value heads of tokens B L C, each B L N D; q and k are normalized."""
         query, key, value = (
             in_own_dtype(layer, x).unflatten(-1, (self.num_heads, -1))
             for layer in (self.to_q, self.to_k, self.to_v)
@@ -42,12 +42,12 @@ class ZImageAttention(GroupedAttention):
         return self.norm_q(query), self.norm_k(key), value
 
     def project(self, attended: Tensor) -> Tensor:
-        """Return the layer's output, B L C, of the heads' attention side by side, B L C."""
+        """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""
         return in_own_dtype(self.to_out[0], attended)
 
 
 class ZImageTransformerBlock(JointTransformerBlock):
-    """Attention and feed-forward, each normed before and after; the embedded time gets no activation."""
+    """Attention and feed-forward, each normalized before and after; modulated without an activation."""
 
     attention_class = ZImageAttention
     activates_time = False
@@ -70,7 +70,7 @@ class ZImageModel(LuminaModel):
 
     @property
     def last(self) -> LuminaFinalLayer:
-        """The layer from tokens to patches."""
+        """Return the final layer, which projects tokens to patches."""
         layer = self.all_final_layer[PART]
         assert isinstance(layer, LuminaFinalLayer)
         return layer
@@ -80,7 +80,7 @@ class ZImageModel(LuminaModel):
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
-        """Return the padded number of tokens of a text or an image."""
+        """Return the number of tokens of a text or image after padding."""
         return round_up(real, TOKEN_STEP)
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,7 @@ def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dic
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         **options.vae.words(),

@@ -27,26 +27,26 @@ Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions,
 
 
 class StoredForm(Protocol):
-    """How weights are stored, and how layers compute with them. Equal forms are equal objects."""
+    """How weights are stored, such as int8, and how layers compute with them. Equal forms compare equal."""
 
     @property
     def name(self) -> str:
-        """Name in messages and metadata: fp8, int8, nf4."""
+        """Name of the form in messages and metadata, such as fp8, int8 or nf4."""
 
     @property
     def how(self) -> str:
-        """Words for the log, such as "in fp8 with a scale per row"."""
+        """Description of the form for the log, such as "in fp8 with a scale per row"."""
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Names of the buffers next to the weight."""
+        """Names of the buffers that a layer has in addition to its weight."""
 
     @property
     def stays(self) -> bool:
-        """Whether layers keep a file's weights in this form without an option that asks for it."""
+        """Whether layers keep this form of a file's weights even if no option asks for it."""
 
     def quantize(self, weight: Tensor) -> "Stored":
-        """Round a weight, out x in, of any float dtype."""
+        """Quantize a weight, out x in, of any floating-point dtype."""
         ...
 
     def empty(self, shape: Shape) -> "Stored":
@@ -54,11 +54,11 @@ class StoredForm(Protocol):
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight's values, out x in, in new memory."""
+        """Dequantize the weight into new memory, out x in."""
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + b, in autocast's dtype if it is on, else in that of x. Differentiable in x and b.
+        """Compute x W^T + b in autocast's dtype, or in that of x without autocast; differentiable in x and b.
 
         Implementations must not save a 16-bit copy of the weight for the backward pass; `multiply_value` is
         an implementation for any form.
@@ -66,11 +66,11 @@ class StoredForm(Protocol):
         ...
 
     def cut(self, stored: "Stored", first: int, count: int) -> "Stored | None":
-        """Return `count` rows of a weight, from `first` on; None if the form cannot be cut at these rows."""
+        """Return `count` rows of a weight, from row `first` on; None if the form cannot be cut there."""
         ...
 
     def join(self, parts: Sequence["Stored"]) -> "Stored | None":
-        """Stack the rows of weights of this form; None if they have no common form."""
+        """Concatenate weights of this form along their rows; return None if they have no common form."""
         ...
 
     def computing_as(self, chosen: "StoredForm") -> "StoredForm":
@@ -84,7 +84,7 @@ class StoredForm(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored weight that may not be in a layer yet."""
+    """A quantized weight with its form, before or after it is put into a layer."""
 
     form: StoredForm
     shape: Shape
@@ -108,7 +108,7 @@ def form_of(quantization: Quantization) -> StoredForm:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization with the product that the device supports, by `prepare` in the form's file.
+    """Return the quantization with the matrix product of the device, from the `prepare` of its form.
 
     Raises:
         OptionError: If the device or the libraries lack it.
@@ -118,7 +118,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantization to use in a dry run, by the form's own `rehearsed`; None for None."""
+    """Return the quantization for a dry run, from the `rehearsed` of its form; None stays None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)
@@ -147,7 +147,7 @@ def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
 
 
 def stored_in(layer: nn.Module) -> Stored | None:
-    """Return the stored weight of a layer; None if the layer's weight is a plain tensor."""
+    """Return the quantized weight of a layer; None if its weight is a plain tensor."""
     form: StoredForm | None = layer.__dict__.get("form")
     if form is None:
         return None
@@ -156,9 +156,9 @@ def stored_in(layer: nn.Module) -> Stored | None:
 
 
 def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the value of a layer's weight, in float32 if it is stored.
+    """Return a layer's weight, dequantized to float32 if it is quantized.
 
-    `weight` is the layer's own, whole.
+    `weight` is the layer's own full weight.
     """
     stored = stored_in(layer)
     if stored is None:
@@ -185,9 +185,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Product(torch.autograd.Function):
-    """Linear layer that keeps only its stored weight for the backward pass.
+    """Linear layer that saves only its quantized weight for the backward pass.
 
-    The tensors have names, as Dynamo counts the arguments: with `*tensors` it would miss `ctx`.
+    The tensors are separate arguments, because Dynamo counts arguments and would miss `ctx` with `*tensors`.
     """
 
     @staticmethod
@@ -203,6 +203,7 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
+        # autograd needs a fixed number of tensors: arguments that the form does not have are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape

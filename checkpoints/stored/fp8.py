@@ -44,10 +44,10 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
         step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        part = weight[rows].to(dtype)
+        values = weight[rows].to(dtype)
         if scale is not None:
-            part = part / (scale if scale.ndim == 1 else scale[rows])
-        rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
+            values = values / (scale if scale.ndim == 1 else scale[rows])
+        rounded[rows] = values.clamp(-LARGEST, LARGEST).to(E4M3)
     return rounded, None if scale is None else scale.float()
 
 
@@ -66,22 +66,22 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
     1).
     """
-    plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    values = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
     if scale is None:
-        return plain
+        return values
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
         scale = scale.float()
     if scale.numel() == 1:
         # with as many axes as the weight: a scalar tensor would be rounded to its dtype first
-        return plain.mul_(scale.reshape([1] * weight.ndim))
+        return values.mul_(scale.reshape([1] * weight.ndim))
     if scale.ndim == 3:
-        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
-        return plain
-    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        values.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
+        return values
+    return values.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def store_scale(scale: Tensor) -> Tensor:
-    """Return a file's scale as layers store it: float32, [1], [out, 1] or [out, blocks, 1]."""
+    """Convert the scale of a file to float32 in a layer's shape: [1], [out, 1] or [out, blocks, 1]."""
     if scale.numel() == 1:
         return scale.float().reshape(1)
     return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
@@ -102,7 +102,7 @@ class Fp8:
 
     @property
     def how(self) -> str:
-        """Words for the log."""
+        """Description of the form for the log."""
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> Stored:
@@ -111,10 +111,7 @@ class Fp8:
         return Stored(self, (rows, columns), quantize(weight, self.quantization))
 
     def empty(self, shape: Shape) -> Stored:
-        """Return a weight on the meta device, to plan memory.
-
-        Its scales are left out, as they are negligible.
-        """
+        """Return a weight on the meta device, to plan memory; its negligible scales are left out."""
         return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -139,7 +136,7 @@ class Fp8:
             return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows from `first` on.
+        """Return `count` rows of an fp8 weight, starting at row `first`, with their scales.
 
         Scales of blocks of rows are cut too, which requires full blocks; a scale for the full weight stays.
         """
@@ -153,7 +150,7 @@ class Fp8:
         return Stored(self, (count, stored.shape[1]), (part, scale))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows of several weights, with a scale for each row. Returns None for two dtypes."""
+        """Concatenate fp8 weights along rows, with a scale for each row; return None if dtypes differ."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
             return None
@@ -172,7 +169,7 @@ class Fp8:
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Check that the device knows fp8.
+        """Check that the device supports fp8.
 
         Raises:
             OptionError: For Apple's GPUs.
@@ -187,7 +184,7 @@ form_of = Fp8
 
 
 def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
-    """Return a file's weight and scale, if it has one, as layers keep them."""
+    """Convert an fp8 weight of a file, and its scale if it has one, to the form of layers."""
     rows, columns = weight.shape
     return Stored(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 

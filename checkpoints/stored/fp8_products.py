@@ -105,7 +105,7 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
 
 
 def _split_rows(x: Tensor, piece: int) -> list[slice]:
-    """Return the rows of x: M K that have float32 copies at a time; all of them while compiling."""
+    """Split the rows of x, M K, into groups that get float32 copies in turn; one group while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(1, piece // x.shape[1])
     if len(x) <= rows:
         return [slice(None)]
@@ -195,11 +195,11 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
 def fp8_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, product: Product
 ) -> Tensor:
-    """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only. Needs `suits_fp8`.
+    """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only.
 
-    `x` is ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. `weight` is N K
-    e4m3. `scale` is one number, N 1, or None for 1. `bias` is N. Returns ... N in autocast's dtype if it is
-    on, else in the dtype of x.
+    The inputs must satisfy `suits_fp8`. `x` is ... K, of any magnitude; a row with NaN or an infinite value
+    gives a row of NaN. `weight` is N K e4m3. `scale` is one number, N 1, or None for 1. `bias` is N. Returns
+    ... N in autocast's dtype if it is on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -286,5 +286,5 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a product: 16 bits hold more digits than an fp8 product has."""
+    """Return the dtype that fp8 products are computed in: 16 bits hold more digits than the product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

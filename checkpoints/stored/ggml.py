@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _read_float16(blocks: Tensor, start: int) -> Tensor:
-    """Return a float16 of each block, B 1."""
+    """Read one float16 number per block, B 1, at byte offset `start`."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
@@ -27,7 +27,7 @@ def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_fifth_bits(blocks: Tensor, start: int) -> Tensor:
-    """Return 32 bits of four bytes as the value 16 or 0, B 32."""
+    """Unpack 32 bits from four bytes of each block as values 16 or 0, B 32."""
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
 
@@ -55,7 +55,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpack the 8 scales and 8 minima, of 6 bits each, from 12 bytes of Q4_K or Q5_K blocks: each B 8."""
+    """Unpack the 6-bit scales and minima of Q4_K or Q5_K blocks from 12 bytes each: two tensors, B 8."""
     first = packed[:, :4]
     second = packed[:, 4:8]
     third = packed[:, 8:]
@@ -64,7 +64,7 @@ def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Apply the scales and minima of 8 x 32 codes, B 8 32."""
+    """Dequantize 8 x 32 codes, B 8 32, with the scale and minimum of each group of 32."""
     scales, minima = _unpack_six_bits(blocks[:, 4:16])
     scales, minima = _read_float16(blocks, 0) * scales, _read_float16(blocks, 2) * minima
     return (scales[..., None] * codes - minima[..., None]).flatten(1)
@@ -129,7 +129,7 @@ class Kind:
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
-        """Return whether all float16 numbers in packed rows of bytes are finite."""
+        """Return whether all float16 numbers in packed rows are finite."""
         blocks = packed.reshape(-1, self.size)
         return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 

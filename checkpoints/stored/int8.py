@@ -33,7 +33,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """The int8 form. The companion `scale_weight` is float32, out x 1."""
+    """Weights stored in int8, with a float32 scale per row in the companion `scale_weight`, out x 1."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -43,7 +43,7 @@ class Int8:
 
     @property
     def how(self) -> str:
-        """Words for the log."""
+        """Description of the form for the log."""
         rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
         return f"in int8 with a scale per row, {rotated}"
 
@@ -53,7 +53,7 @@ class Int8:
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Rotate the rows of a weight in groups and round them to int8, each with a scale."""
+        """Rotate a weight in groups of columns and quantize its rows to int8, each with a scale."""
         rows, columns = weight.shape
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -63,7 +63,7 @@ class Int8:
         return Stored(form, (rows, columns), (codes, scales))
 
     def empty(self, shape: Shape) -> Stored:
-        """Return codes and scales on the meta device, to plan memory."""
+        """Allocate codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
         return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
 
@@ -73,7 +73,7 @@ class Int8:
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Multiply in int8; few tokens and Apple's GPUs use the dequantized weight."""
+        """Multiply in int8, except for few tokens and Apple's GPUs, which use the dequantized weight."""
         dtype = computed_dtype(x)
         codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
@@ -100,7 +100,7 @@ class Int8:
         return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device: all can hold int8."""
+        """Accept any device, because every device can store int8."""
 
 
 def form_of(quantization: Quantization) -> Int8:
@@ -109,7 +109,7 @@ def form_of(quantization: Quantization) -> Int8:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantization unchanged: int8 needs nothing of the device."""
+    """Return the quantization unchanged, because int8 runs on any device."""
     return quantization
 
 
@@ -122,7 +122,7 @@ def rehearsed(quantization: Quantization) -> Quantization:
 
 
 class _Int8Product(torch.autograd.Function):
-    """Linear layer that multiplies in int8 and keeps only its stored weight for the backward pass."""
+    """Linear layer that multiplies in int8 and saves only its quantized weight for the backward pass."""
 
     @staticmethod
     def forward(
@@ -168,7 +168,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of rows to the gradients of their inputs, multiplied in int8."""
+    """Return a function that maps a slice of output gradients to input gradients, multiplied in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -192,9 +192,9 @@ def _multiply_dequantised(
 
 
 def rotate(x: Tensor, group: int | None) -> Tensor:
-    """Multiply each group of columns by H, in float32: bf16 would change 9 % of the codes. group 0: none.
+    """Multiply each group of columns by the Hadamard matrix, in float32; group 0 or None changes nothing.
 
-    `x` is rows x columns.
+    `x` is rows x columns. In bf16, 9 % of the codes would change.
     """
     x = x.float()
     if not group:
@@ -224,7 +224,7 @@ _hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight laun
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round float32 rows to int8, half to even: codes, and the scale of each row, M 1 float32."""
+    """Quantize float32 rows to int8, rounding half to even; return codes and row scales, M 1 float32."""
     scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(MIN_SCALE)
     return (x / scales).round().clamp(-128, 127).to(torch.int8), scales
 
@@ -241,7 +241,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Return the rows of x that have float32 copies at a time; all of them while compiling."""
+    """Split the rows of x into groups that get float32 copies in turn; one group while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]
@@ -251,9 +251,9 @@ def _split_rows(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Apply `make` to groups of rows of x, and return the joined result in a dtype.
+    """Apply `make` to groups of rows of x, and join the results in a dtype.
 
-    `columns` is the number of columns of the result; None for that of x.
+    `columns` is the number of columns of the result; None if it equals that of x.
     """
     parts = _split_rows(x)
     if len(parts) == 1:

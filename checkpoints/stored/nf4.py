@@ -35,13 +35,13 @@ PIECE = 1 << 24  # weights rounded at a time
 
 @lru_cache(maxsize=4)
 def _make_value_pairs(device: torch.device) -> Tensor:
-    """Return the two values of each byte, 256 2; made once, as each copy to a card waits for it."""
+    """Return the two values of each byte, 256 2; cached, because each copy to a GPU waits for it."""
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """The nf4 form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
+    """Weights stored in nf4: uint8, [out, in / 2] if `in` is even, otherwise flat.
 
     The maximum of each block is quantized again, in nested blocks. Companions: the maxima as 8-bit codes
     (uint8), the float32 maximum of each nested block, the 256 values of the codes, the mean of the maxima.
@@ -93,7 +93,7 @@ class Nf4:
         return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight in `dtype`: the values of the codes times the maxima of their blocks."""
+        """Dequantize the weight in `dtype`: code values times the maxima of their blocks."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
@@ -109,7 +109,7 @@ class Nf4:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return None: blocks of statistics cross rows."""
+        """Return None, because quantization blocks may cross row ends, so rows cannot be cut."""
         return None
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
@@ -121,7 +121,7 @@ class Nf4:
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device: all can hold bytes."""
+        """Accept any device, because every device can store bytes."""
 
 
 def form_of(quantization: Quantization) -> Nf4:
@@ -130,7 +130,7 @@ def form_of(quantization: Quantization) -> Nf4:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add bitsandbytes' operation for a CUDA device, if the package is installed."""
+    """Add bitsandbytes' dequantization for CUDA devices, if the package is installed."""
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         return quantization
     importlib.import_module("bitsandbytes")  # it registers its operations
@@ -140,8 +140,8 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run.
 
-    The kernel of bitsandbytes allocates only the resulting value, and so does the dry run if bitsandbytes is
-    installed. Torch's formulas, used without it, need several float32 copies of a weight.
+    With bitsandbytes installed, the dry run allocates only the resulting value, as its kernel does. Without
+    it, torch's formulas need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return quantization
@@ -156,7 +156,7 @@ def _allocate_value(
 
 
 def nested_values(device: torch.device) -> Tensor:
-    """Return the 256 values of 8 bits with a dynamic exponent, sorted: 0, 1, and both signs of 127.
+    """Return the 256 sorted values of an 8-bit code with dynamic exponent: 0, 1, and both signs of 127.
 
     The decade from 10^(i - 7) to 10^(i - 6) has the middles of 2^i equal parts of its upper nine tenths.
     """
@@ -183,7 +183,7 @@ def _find_nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def _pad_rows(flat: Tensor, width: int) -> Tensor:
-    """Return a flat tensor as rows of this width, the last filled with zeros."""
+    """Reshape a flat tensor to rows of `width`, padding the last row with zeros."""
     return functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
 
 

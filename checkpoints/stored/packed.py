@@ -23,7 +23,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class RowForm:
-    """A form whose tensors all have N rows or one; `make` decodes some rows to float32."""
+    """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -37,11 +37,11 @@ class RowForm:
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ class RowForm:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows, from `first` on; companions of one row apply to all rows and are not cut."""
+        """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -100,7 +100,7 @@ class RowForm:
         return self
 
     def check_device(self, device: torch.device) -> None:
-        """Do nothing: every device can dequantize these forms."""
+        """Accept any device, because every device can dequantize these forms."""
         pass
 
 
@@ -118,13 +118,13 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Return the two codes of each byte, 0 to 15, as uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, 0 to 15, as uint8 N 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply N K by scales N K/G."""
+    """Multiply values, N K, by one scale for each group of columns, N K/G."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -134,7 +134,7 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of mxfp8: weight N K e4m3, scales N K/32 e8m0."""
+    """Dequantize mxfp8: weight N K e4m3, block scales N K/32 e8m0."""
     return _scale_groups(weight.float(), scales)
 
 
@@ -150,18 +150,18 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the values of signed int4: weight N K/2, scale N 1."""
+    """Dequantize signed int4: weight N K/2 bytes, row scale N 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Return the values of w4a8: weight N K/2, scales N K/16, scale N 1, codebook 1 16."""
+    """Dequantize w4a8: weight N K/2 bytes, block scales N K/16, row scale N 1, codebook 1 16."""
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Return the values of w6a8: weight N 3K/4, scales N K/16, scale N 1, codebook 1 64."""
+    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1, codebook 1 64."""
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
@@ -182,13 +182,13 @@ def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the values of int8: weight N K, scale N 1."""
+    """Dequantize int8: weight N K, row scale N 1."""
     return weight.float() * scale
 
 
 @cache
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that decodes rows of bitsandbytes' nf4 or fp4.
+    """Return a function that dequantizes rows of bitsandbytes' nf4 or fp4.
 
     `values` are the numbers that the codes 0 to 15 stand for.
     """

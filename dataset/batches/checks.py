@@ -354,6 +354,7 @@ def _source_errors(
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
+        # records of early versions have no files, so that folders may be left over
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"
@@ -398,7 +399,7 @@ def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
-    """Return how many tensors start with a name and are not the mirrored ones."""
+    """Count the tensors whose names begin with `start`, without the mirrored ones."""
     return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 
@@ -435,7 +436,9 @@ _OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 @dataclass
 class SameEncoders:
-    """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
+    """Comparison of the encoders of cached batches, with one warning for each part of the caches.
+
+    The parts are latents and each encoder's texts.
 
     A difference is never an error: files with different fingerprints may contain the same network, and
     another dtype makes only a small difference. Files of other programs do not record their encoders.
@@ -452,7 +455,7 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return the text of the warning; None if there is no new difference."""
+        """Return a warning if encoders differ from those of earlier batches; None if there is nothing new."""
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False

@@ -131,7 +131,7 @@ def _add_table(
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
-    is_cached = kind.has_text and not kind.sources
+    is_cached = kind.has_text and not kind.sources  # nothing of the table is encoded during training
     # fast path: the index of the caches lists the items, if nothing has changed since caching
     if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
@@ -237,7 +237,7 @@ def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
 
 
 class _AudioCaches:
-    """Audio caches of a table."""
+    """Audio caches of a table, which are added to the table's training items."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems

@@ -13,7 +13,7 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What all items of a table share: names of their caches, and sources that are read while training."""
+    """Properties that all items of a table share: names of their caches, and sources read during training."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
@@ -31,7 +31,7 @@ class ItemKind:
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption, as its file has it, of a source that is encoded while training.
+        """Return the unchanged caption of a source that is encoded during training.
 
         `number` is the caption's index; EMPTY stands for the empty caption.
         """
@@ -152,7 +152,7 @@ class CachingCommands:
 
 
 def _name_scripts() -> tuple[str, str]:
-    """Return words for the scripts, where no family names them."""
+    """Return generic names of the two caching scripts, for messages without a family."""
     return "the latent caching script", "the text caching script"
 
 

@@ -176,7 +176,7 @@ def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
 def _join_media_and_texts(
     media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
 ) -> dict[str, Any]:
-    """Return the stacked tensors of all items of a batch, by their keys."""
+    """Stack the tensors of a batch's media and texts, and return them by key."""
     has_audio = [data.SOUND in part.tensors for part in media]  # before gaps are filled
     if len(media) > 1:
         _fill_gaps(media)
@@ -220,7 +220,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Read media and captions of the items of a batch; the fields are arguments of `read_batch`."""
+    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec

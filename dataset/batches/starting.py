@@ -228,7 +228,7 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
 
 
 class _Difference(NamedTuple):
-    """Files of a table, or stems, that differ from its caches in one way."""
+    """Files or stems of a table that differ from its caches in the same way."""
 
     names: list[str]
     error: str
@@ -260,8 +260,8 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
-        gone: list[str] = []
-        unheard: list[str] = []
+        without_source: list[str] = []
+        uncached_audio: list[str] = []
         if table.index in listing.left_out:  # the index of the caches has the answer
             new = listing.left_out[table.index]
         else:
@@ -274,20 +274,20 @@ def compare_sources(
             for stem, source in sources.items():
                 if stem not in cached and text_file_name(stem, tag) not in without_text:
                     new.append(str(source.path))
-            gone = sorted(cached - sources.keys())
+            without_source = sorted(cached - sources.keys())
             if hears and table.kind == "video" and table.audio != IGNORE:
                 silent = {item.source_stem for item in items if not item.has_sound}
-                unheard = [*map(str, list_silent(sources.values(), silent))]
+                uncached_audio = [*map(str, list_silent(sources.values(), silent))]
         differences: list[_Difference] = []
         if new:
             consequence = "not cached, too short or unreadable: left out"
             differences.append(_Difference(new, "no latents", consequence))
-        if gone:
+        if without_source:
             consequence = "trained on until the caches are made again"
-            differences.append(_Difference(gone, "caches but no file any more", consequence))
-        if unheard:
+            differences.append(_Difference(without_source, "caches but no file any more", consequence))
+        if uncached_audio:
             consequence = "only their pictures are learned"
-            differences.append(_Difference(unheard, "sound that is not cached", consequence))
+            differences.append(_Difference(uncached_audio, "sound that is not cached", consequence))
         for difference in differences:
             logger.warning(
                 "%s: %s with %s, such as %s: %s. Cache again: %s",
@@ -321,7 +321,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
-    cached = {item.bucket[2] for item in items}
+    cached = {item.bucket[2] for item in items}  # numbers of frames
     targets = {*table.target_frames}
     lines = []
     if targets - cached:

@@ -130,7 +130,7 @@ class Catalog:
             try:
                 if writer is not None and path == writer.path:
                     self._add(name, _rows_in(writer.rows))
-                elif path.suffix == ".writing":
+                elif path.suffix == ".writing":  # the shard of another process, or of a killed one
                     self.faults.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
                     self._add(name, read_old_shard(path))
@@ -219,7 +219,7 @@ def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
 
 
 def _is_within(number: object, limit: int) -> bool:
-    """Return whether a value is an integer from -1 (REMOVED_CRC32) to `limit`; booleans are none."""
+    """Return whether a value is an integer from -1 (REMOVED_CRC32) to `limit`, and not a boolean."""
     return type(number) is int and -1 <= number <= limit
 
 
@@ -285,6 +285,7 @@ class ShardWriter:
             if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
+            # NULL: SQLite chooses the key, which is the row's place
             cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert cursor.lastrowid is not None

@@ -140,7 +140,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _is_list_item(value: Any, kind: Any) -> bool:
-    """Return whether a value has the type of a list's items and could not be mistaken for an option."""
+    """Return whether a value has the type of a list's items and does not look like a command-line option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 

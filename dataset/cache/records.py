@@ -197,7 +197,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    # a list of the number of references and of factors of their sizes
+    # the number of references is followed by factors of their sizes
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:
@@ -252,7 +252,7 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
 
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
-    """Return whether a file is unchanged. Its content is read only if its time differs but its size does not.
+    """Return whether a file is unchanged; its content is read only if its time alone differs.
 
     If a download was removed, a source with the same address counts as unchanged and is not downloaded again.
 
@@ -362,7 +362,7 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 
 @dataclass
 class CacheChecks:
-    """Find sources that have changed since they were cached, during one run.
+    """Checks for sources that have changed since they were cached, during one run.
 
     Files newer than `started_ns` pass, so that an edit does not end the run. Missing sources are not an
     error, because training needs only the caches.
@@ -383,7 +383,7 @@ class CacheChecks:
         self.checked.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
-        """Return the first existing source that has changed.
+        """Return the first existing source file that has changed since its identity was recorded.
 
         `folders` has the folder of each file, or None if it is unknown.
         """

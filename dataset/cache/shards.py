@@ -180,7 +180,7 @@ class ShardStore:
         return self._catalog
 
     def _forget(self) -> None:
-        """Drop what was read of the shards, because they have changed."""
+        """Discard the catalog and the opened shards, because shards have changed."""
         self._catalog = None
         self._opened = {}
 
@@ -244,7 +244,7 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogR
             data = file.read(row.size)
     else:
         selected = connection.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
-        data = b"" if selected is None else selected[0]
+        data = b"" if selected is None else selected[0]  # the checksum of b"" does not match
         if not isinstance(data, bytes):  # SQLite columns take any type
             data = b""
     if zlib.crc32(data) != row.crc32:
@@ -262,7 +262,7 @@ def shard_errors(folder: Path) -> list[str]:
 
 
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
-    """Tidy a folder, so that at most one shard is small and none is unfinished or damaged.
+    """Merge the small shards of a folder, and rewrite damaged shards and those with many replaced entries.
 
     Only one process at a time does this. Shards that other processes are writing do not change. With
     `with_tars`, tar shards of earlier versions are converted to SQLite files.
@@ -292,7 +292,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
-    """Write the valid entries of some shards to new ones, then remove the old ones.
+    """Copy the valid entries of some shards to new shards, then remove the old shards.
 
     If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
     because another shard of the folder may still have the entry.

@@ -42,7 +42,7 @@ class HearingFamily(Caches, HearsAudio, Protocol):
 
 @dataclass(frozen=True)
 class AudioPlan:
-    """Plan for the audio of one clip's cached items."""
+    """Audio entries of one clip that are valid or missing, with the decoded audio of the missing ones."""
 
     source: MediaSource
     kept: tuple[str, ...]  # names of valid files

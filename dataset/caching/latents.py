@@ -91,8 +91,8 @@ def decode(
     if audios is not None:
         items = _add_audios(items, audios)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
-    overlap = sum(length for _, length in missing) > len(media.frames)
-    if not is_large and not overlap:
+    are_overlapping = sum(length for _, length in missing) > len(media.frames)
+    if not is_large and not are_overlapping:
         items = list(items)  # cut out by the thread that decodes
     return plan, items
 
@@ -169,6 +169,7 @@ def encode(
         family: Family that encodes.
         encoders: The family's encoders; None if the items have precomputed moments.
     """
+    # precomputed moments: no encoder runs
     if items[0].moments:
         moments_by_part = zip(*(item.moments for item in items), strict=True)
         # moments of the clips and, for image-to-video models, of their first frames
@@ -268,7 +269,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             grid=entry.grid,
             has_frames=spec.names_frames,
         )
-        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
+        is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None  # only latents
         named[name] = tensor.squeeze(1) if is_flat else tensor  # C H W instead of C 1 H W
     return named
 

@@ -152,11 +152,11 @@ def cache(
             label += f", process {share.rank + 1} of {share.count}"
         try:
             # only the main process shows progress
-            part = work.encode(pieces[share.rank :: share.count], label if is_main else None)
+            own_report = work.encode(pieces[share.rank :: share.count], label if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)
-        report = join_reports([*share.gather(part), work.not_listed])
+        report = join_reports([*share.gather(own_report), work.not_listed])
         removed = 0
         if is_main and shard.num_shards is None:  # one shard does not know the valid files of the others
             for table in work.full_tables:
@@ -194,7 +194,7 @@ def _write_indexes(
             tag=family.cache_tag,
             latent=family.latent,
             mark=marks[table.index],
-            valid={name for index, name in report.valid if index == table.index},
+            valid={name for table_index, name in report.valid if table_index == table.index},
             left_out=left_out,
         )
 

@@ -91,7 +91,7 @@ class CachingActor:
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Set up the work, with the options that the script has read."""
+        """Create the caching work from the options that the caching script has parsed."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:

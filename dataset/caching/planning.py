@@ -228,7 +228,7 @@ class _Comparison:
 
 
 class Planning:
-    """Compare one source with its existing cache files."""
+    """Comparison of one source with its existing cache files."""
 
     def __init__(
         self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
@@ -550,7 +550,7 @@ class Planning:
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
-        """Read the record in a cache file once."""
+        """Return the record in a cache file, which is read only once."""
         if file not in self._records:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]

@@ -33,7 +33,7 @@ NAMED = 3  # maximum number of clips that a warning names
 
 @dataclass(frozen=True)
 class Failure:
-    """A source with a problem, and the reason."""
+    """A source that has a problem, and a description of the problem."""
 
     path: Path
     reason: str
@@ -73,7 +73,7 @@ class CacheReport:
 
 
 class SourceListing(NamedTuple):
-    """All sources of a dataset."""
+    """Sources of a dataset, with a report of failures and the tables that were listed completely."""
 
     sources: list[MediaSource]
     report: CacheReport  # failures: unreadable parts, such as the end of a tar
@@ -91,7 +91,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Merge the reports of several shares of the sources; failures are sorted by path."""
+    """Merge reports about parts of the sources; failures are sorted by path."""
     fields: dict[str, Any] = {"total": max((report.total for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)
@@ -102,7 +102,7 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results.
+    """Show the results of a caching run, and raise an error if sources failed.
 
     Args:
         report: Results of the run.
@@ -190,7 +190,7 @@ def workers_of(options: CachingOptions) -> int:
 
 
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log the number of clips that a text applies to, and the first of them."""
+    """Log the number of clips to which `text` applies, and the first of these clips."""
     first = "; ".join(map(str, clips[:NAMED]))
     logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
 
@@ -238,7 +238,7 @@ def run_ahead(
 
 
 def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Bar) -> Iterator[R]:
-    """Yield the results of small pieces of work in the order of `values`, while threads do the next ones.
+    """Yield `work(value)` for each value in order, while threads compute the next results.
 
     A thread takes a group of values at a time, because passing single values would take as long as the work.
     """
@@ -274,7 +274,7 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
         def write(work: Callable[[], object]) -> None:
-            """Write in another thread; wait if it is too far behind."""
+            """Run a write in another thread; wait if too many writes are pending."""
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
                 waiting.popleft().result()  # waits, and raises the error of that write
             waiting.append(pool.submit(work))

@@ -109,8 +109,8 @@ def list_caption_files(
         by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
     with pause_collection():
-        for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag=tag, sight=sight, fit=fit)
+        for table_sources in by_table.values():
+            files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
     return files
 
 
@@ -189,8 +189,8 @@ def _list_captions(
 ) -> Iterator[CaptionFile]:
     """Yield the cache file of each caption of a source, in order.
 
-    `seen` and `sight` say which files the text encoder sees with a caption; `fit` shortens a caption to its
-    limit.
+    `seen` and `sight` say which files the text encoder sees with a caption; `fit` converts positions in a
+    caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
     settings = {**source.table.changed(TEXTS), **seen.settings}

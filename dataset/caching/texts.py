@@ -346,7 +346,7 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read the pixels of a source as they are encoded to latents.
+        """Decode a source to the frames that the VAE encodes.
 
         Raises:
             MediaError: If the source cannot be used.

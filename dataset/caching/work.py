@@ -314,7 +314,7 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans, while threads decode the next ones.
+        """Yield the missing items of the plans in order, while threads decode the next sources.
 
         Completed plans are added to `finished`, and sources that cannot be read to `failures`.
         """
@@ -453,7 +453,7 @@ class MediaWork:
             latent_pixels = (height // height_stride) * (width // width_stride)
             num_values += latent.channels * latent_frames * latent_pixels
         # sources of unknown size are assumed to have the average size
-        needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes
+        needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes  # bytes
         free = free_bytes(self._config.datasets[0].cache_directory)
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CogVideoX(DataForm):
-    """Clips and prompts, line by line."""
+    """Clips and prompts, from two text files or from a table."""
 
     name = "CogVideoX"
     source = "cogvideox_root"

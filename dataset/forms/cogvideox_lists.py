@@ -28,7 +28,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 @dataclass(frozen=True)
 class CogRow:
-    """One clip with its caption."""
+    """A clip and its caption, from one line of the lists."""
 
     where: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token

@@ -58,7 +58,7 @@ Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 class NpzArray(NamedTuple):
-    """An array of a file, as other programs see it."""
+    """An array of an npz file, with the checksum of its archive member."""
 
     tensor: Tensor
     crc32: int  # checksum of the archive's member, which was verified by reading it
@@ -203,7 +203,7 @@ def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) ->
         arrays: Arrays of the file, by name.
         reshape: Restores the recorded shape of a tensor.
     """
-    record = arrays.get(OURS)
+    record = arrays.get(OURS)  # the array that this program adds
     if record is None:
         return None
     try:

@@ -170,7 +170,10 @@ class NpzStore:
         return nameless
 
     def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none."""
+        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none.
+
+        Such a name lacks the image size, which the file contains.
+        """
         stem = file.removesuffix(NPZ)
         if not self.format.has_nameless or not file.endswith(NPZ) or _STATED_CONTENT.search(stem):
             return None
@@ -207,6 +210,7 @@ class NpzStore:
         if not finished.endswith(NPZ):
             return None
         part = file[len(finished) :]  # PART or ""
+        # pairs for the opposite direction: from the ending of a file to that of its entry
         reversed_endings = [(file_ending, entry_ending) for entry_ending, file_ending in self._endings()]
         name = _replace_ending(finished.removesuffix(NPZ), reversed_endings) + cache_files.SUFFIX
         if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:

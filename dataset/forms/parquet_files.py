@@ -411,7 +411,7 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
-        pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)
+        pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
         largest_value(file, pages, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field

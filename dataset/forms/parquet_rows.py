@@ -80,7 +80,7 @@ def _read_batches(
 
 
 class _ParquetColumns(NamedTuple):
-    """Columns of a Parquet file."""
+    """Columns to read from a Parquet file, with the types of nested ones."""
 
     names: tuple[str, ...]
     nested: dict[str, Any]  # types of columns with nested values, by name

@@ -56,7 +56,7 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Turn the rows of one list or table into sources."""
+    """Reader that turns the rows of one list or table into sources."""
 
     table: DatasetTable
     file: Path  # the list or table, for messages
@@ -232,7 +232,7 @@ class RowReader:
     def finish(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
-        """Return the sources with unique stems; errors that concern several rows are added to `faults`.
+        """Return all sources of the rows with unique stems; add errors about several rows to `faults`.
 
         `sources` are all sources that `read` returned, in order.
         """
@@ -363,7 +363,7 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row; `cells` is the argument of `list_rows`.
+    """Return the source of a row; `cells` locates the files of columns, as in `list_rows`.
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
@@ -401,7 +401,7 @@ def make_source(
     rejected: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Make a source from one row, or from one sample of a tar; `where` is its position, for messages."""
+    """Make a source from a row, or from a sample of a tar; `where` is its position, for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)

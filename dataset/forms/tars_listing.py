@@ -306,7 +306,7 @@ def expand_braces(pattern: str, where: str) -> list[str]:
             braces = _BRACES.search(name)
             assert braces is not None  # all names have the same remaining braces
             options: Sequence[Any] = braces[1].split(",")
-            width = 0
+            width = 0  # digits of numbers with leading zeros; 0: no padding
             limits = _RANGE.fullmatch(braces[1])
             if limits is not None:
                 options = _range_of(int(limits[1]), int(limits[2]))

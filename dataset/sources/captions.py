@@ -212,7 +212,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace secondary separators by the separator, after the parts that they bind have been shuffled."""
+    """Replace each secondary separator, which binds parts during shuffling, by the separator."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 

@@ -72,7 +72,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Say how files must be named in a folder of which no file belongs to an item."""
+    """Explain how to name the files of a folder in which no file belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "

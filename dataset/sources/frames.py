@@ -39,10 +39,11 @@ LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read 
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
-    """Return the spans of a clip with `kept_frames` frames; () if it is too short for all target_frames.
+    """Return the spans (first frame, length) of a clip with `kept_frames` frames.
 
-    Spans are sorted by target, then by start, without duplicates. `lengths` are the clip lengths of the
-    family, to which frame_extraction = "full" rounds down.
+    The result is () if the clip is shorter than all target_frames. Spans are sorted by target, then by start,
+    without duplicates. `lengths` are the clip lengths of the family, to which frame_extraction = "full"
+    rounds down.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -238,7 +239,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
     """
     clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
-    step = ceil_div(len(clips), LOOKED_AT) or 1
+    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
     errors = []
     for source in clips[::step]:
@@ -246,7 +247,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
             rate = None if source.tensors is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
-        error = compare_rates(rate, source.table.source_fps, 1.0)
+        error = compare_rates(rate, source.table.source_fps, 1.0)  # 1.0 is unused: source_fps is set
         if error is not None:
             text = f"{source.path}: {rate or 0:.4g} frames a second; {error}"
             errors.append(Fault(kind, text, source.stem))
@@ -342,7 +343,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
     following group of `stride[0]` frames. `stride` and `clip` are fields of the family's LatentSpec.
     """
     frame_stride, height_stride, width_stride = stride
-    weights = mask.float().unsqueeze(1) / 255
+    weights = mask.float().unsqueeze(1) / 255  # F 1 H W, as avg_pool2d takes it
     weights = torch.nn.functional.avg_pool2d(weights, (height_stride, width_stride)).squeeze(1)
     parts = []
     for part in weights.split(clip or len(weights)):

@@ -66,8 +66,10 @@ class TableFolders:
         sharing = self._sharing[folder_key]
         if sharing[0].index != table.index:
             return None
-        kinds = {str(each.holds) for each in sharing}
-        captions = {each.caption_extension for each in sharing if each.caption_extension}
+        kinds = {str(sharing_table.holds) for sharing_table in sharing}
+        captions = {
+            sharing_table.caption_extension for sharing_table in sharing if sharing_table.caption_extension
+        }
         read = _all_suffixes(kinds)
         if folder_key in self._others:  # the folder also has masks, control media or audio
             read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
@@ -82,7 +84,11 @@ class TableFolders:
             )
             if not any(needs_check):
                 return None
-        mask_folders = {folder_id(each.mask_directory) for each in sharing if each.mask_directory is not None}
+        mask_folders = {
+            folder_id(sharing_table.mask_directory)
+            for sharing_table in sharing
+            if sharing_table.mask_directory is not None
+        }
         read_labels = {MASK_LABEL} if folder_key in mask_folders else set()
         rules = _UnusedRules(
             kinds,
@@ -262,7 +268,7 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _UnusedRules:
-    """Which files of a folder are read or expected next to media."""
+    """Rules for which files of a folder are read, or are expected next to media."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
     read: frozenset[str]  # suffixes of media that are read, in lower case

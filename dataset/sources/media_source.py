@@ -46,7 +46,7 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file; 0 if it would have to be read to find out."""
+        """Size of the file in bytes; 0 if only reading the file would show it."""
 
     @property
     def has_suffix(self) -> bool:
@@ -99,7 +99,7 @@ class GivenTensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """An image or clip of a table. No media file has been opened."""
+    """An image or clip of a table, listed without opening its file."""
 
     # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
     # path of the download, which need not exist yet. `fetch` provides files that can be opened
@@ -164,7 +164,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Identity of a file, or of a folder of images."""
+    """Name, size, time and hash of a file or folder of images, by which changes are detected."""
 
     name: str
     size_bytes: int

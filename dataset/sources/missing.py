@@ -24,7 +24,7 @@ def explain_lookup(path: Path, config_path: Path | None) -> str:
 
 
 def hint_of_start(path: Path, config_path: Path) -> str:
-    """Return a hint for a relative path that exists from the folder of a dataset file; "" for any other."""
+    """Return a hint if a relative path exists in the folder of the dataset file; else ""."""
     folder = real_path(config_path.parent)
     if path.is_absolute() or folder == Path.cwd() or not path_exists(folder / path):
         return ""

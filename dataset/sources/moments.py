@@ -137,7 +137,7 @@ def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
 
 
 def read_prepared(folder: Path) -> PreparedFolder | None:
-    """Read the file that describes a prepared folder; None if there is none, as in folders of other programs.
+    """Read the file that describes a prepared folder; None if it is missing, as in other programs' folders.
 
     Raises:
         DatasetError: If the file cannot be read.

@@ -80,7 +80,7 @@ def find_media_warnings(
 
 
 def whole_texts(source: MediaSource) -> Iterator[str]:
-    """Yield the captions of a source as the text encoder gets them if nothing is dropped or shuffled.
+    """Yield the captions of a source as an encoder gets them when nothing is dropped or shuffled.
 
     One alternative of each choice `{a|b}` is drawn, always the same.
     """
@@ -102,7 +102,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Warn of special characters in captions that would be learned as text, probably by mistake."""
     warnings: list[Fault] = []
     for source in sources:
-        kinds: dict[str, None] = {}
+        kinds: dict[str, None] = {}  # ordered, each kind once
         if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):

@@ -60,7 +60,7 @@ def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> 
     """Draw the choices that `closed` closing braces end; return the number of braces left over."""
     while closed and len(groups) > 1:
         group = groups[-1]
-        matched = min(group.opened, closed)
+        matched = min(group.opened, closed)  # braces on both ends of this content
         content = "".join(group.pieces)
         if matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))

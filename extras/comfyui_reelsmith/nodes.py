@@ -59,7 +59,7 @@ def find_command() -> list[str]:
 
 @dataclass(eq=False)
 class QueuedTraining:
-    """The training of a folder, from its place in the queue to its end."""
+    """A folder's training that waits in the queue, runs or has ended."""
 
     folder: Path
     log: Path
@@ -87,7 +87,7 @@ class QueuedTraining:
                 log.write(str(error).encode())
 
     def stop(self) -> None:
-        """Stop it as Ctrl-C does: it saves its state first. One that waits does not begin."""
+        """Stop the training as Ctrl-C does, so that it saves its state; a waiting training does not start."""
         self.is_stopped = True
         if self.process is None or self.process.poll() is not None:
             return
@@ -100,12 +100,12 @@ class QueuedTraining:
                 os.killpg(self.process.pid, signal.SIGINT)
 
     def describe(self) -> str:
-        """Return how far it is, with the last line that the command has printed."""
+        """Return the state of the training and the last line of its log; if it failed, the end of the log."""
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
         )
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last = last.rpartition("\r")[2]  # of a bar, which is drawn over itself
+        last = last.rpartition("\r")[2]  # a progress bar redraws its line after each carriage return
         if not self.ended.is_set():
             if self.process is None:
                 return "waiting"
@@ -129,11 +129,11 @@ class TrainingQueue:
         atexit.register(self.end)
 
     def find(self, folder: Path) -> QueuedTraining | None:
-        """Return the last training of a folder; None if none was queued."""
+        """Return the last training that was queued for a folder; None if there is none."""
         return self._trainings.get(folder)
 
     def add(self, folder: Path) -> QueuedTraining:
-        """Queue the training of a folder, unless it waits or runs already."""
+        """Queue the training of a folder, unless it is already waiting or running."""
         with self._lock:
             known = self._trainings.get(folder)
             if known is not None and not known.ended.is_set():
@@ -154,7 +154,7 @@ class TrainingQueue:
             training.ended.wait()
 
     def _work(self) -> None:
-        """Run what waits until nothing is left."""
+        """Run the waiting trainings until none is left."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -185,7 +185,7 @@ def find_folder(text: str) -> Path:
 
 
 def find_samples(folder: Path) -> list[Path]:
-    """Return the samples of a described folder, the newest first."""
+    """Return the samples of a training folder, the newest first."""
     description = tomllib.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     settings = {**description, **description.get("training", {})}
     samples = (folder / str(settings.get("output_dir", "output")) / "sample").glob("*")
@@ -209,7 +209,7 @@ def read_frames(path: Path) -> Tensor:
 
 
 def free_models() -> None:
-    """Unload what ComfyUI keeps on the GPU, which the training needs."""
+    """Unload the models that ComfyUI keeps on the GPU, because a training needs the memory."""
     management = sys.modules.get("comfy.model_management")
     if management is not None:
         management.unload_all_models()
@@ -227,16 +227,16 @@ class ReelsmithRun:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's names
-        """Return the inputs, as ComfyUI asks for them."""
+        """Return the inputs of this node in the form that ComfyUI expects."""
         return {"required": {"folder": ("STRING", {"default": ""}), "action": (["start", "stop"],)}}
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
-        """Return a number that equals no other, so that the node runs each time."""
+        """Return NaN, which never equals the previous value, so that ComfyUI runs the node each time."""
         return float("nan")
 
     def queue(self, folder: str, action: str) -> tuple[str, str]:
-        """Queue or stop the training of a folder. Returns the folder, and how far it is.
+        """Queue or stop the training of a folder. Returns the folder and the state of its training.
 
         Raises:
             ValueError: If the folder is not described.
@@ -244,7 +244,7 @@ class ReelsmithRun:
         """
         path = find_folder(folder)
         if action == "start":
-            find_command()  # reported by the node, not by its queue
+            find_command()  # so that the node itself reports a missing command
             free_models()
             QUEUE.add(path)
         training = QUEUE.find(path)
@@ -265,17 +265,17 @@ class ReelsmithSamples:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        """Return the inputs, as ComfyUI asks for them."""
+        """Return the inputs of this node in the form that ComfyUI expects."""
         count = ("INT", {"default": 4, "min": 1, "max": MAX_SAMPLES})
         return {"required": {"folder": ("STRING", {"default": ""}), "count": count}}
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
-        """Return a number that equals no other, so that the node looks each time."""
+        """Return NaN, which never equals the previous value, so that ComfyUI runs the node each time."""
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:
-        """Return the samples, B H W C in 0..1, the newest first, and how far the training is.
+        """Return the newest samples first, B H W C in 0..1, and the state of the training.
 
         Args:
             folder: Path of a described folder.

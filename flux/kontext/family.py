@@ -76,7 +76,7 @@ class KontextFiles(FluxFiles):
     t5_use: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
-        """Return the files with the options of the text encoders."""
+        """Return a copy of these files with the text encoders' options added."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
@@ -123,7 +123,7 @@ class Kontext(Flux):
 
     @property
     def references(self) -> ReferenceRules:
-        """One reference image, which is edited."""
+        """Return the rules for references: one image, which is edited."""
         return ReferenceRules(maximum=1, edits=True)
 
     @property
@@ -151,7 +151,7 @@ class Kontext(Flux):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions of a training batch: text, guidance (B), and a reference if there is one."""
+        """Return a batch's conditions: text, guidance (B) and, for edits, a reference."""
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
         widths = {T5.states: config.text_dim, CLIP.pooled: config.pooled_dim}
@@ -169,7 +169,7 @@ class Kontext(Flux):
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
-        """Encode the reference as `latents_control`, 1 C 1 h w: the mean of its posterior."""
+        """Encode the reference to its posterior mean `latents_control`, 1 C 1 h w."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.request.control_images:
             conditions[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))

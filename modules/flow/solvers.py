@@ -133,7 +133,7 @@ class DpmPlusPlus:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """A released implementation of UniPC: the points in which they differ.
+    """The choices in which the released implementations of UniPC differ.
 
     B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """

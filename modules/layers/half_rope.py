@@ -30,7 +30,7 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Three kernels, which cast while they read and write; its backward pass is the opposite rotation."""
+    """Rotate in three kernels that cast while reading and writing; backward rotates the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
 
 
 def in_own_dtype(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer chooses."""
+    """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer casts x."""
     dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)

@@ -51,7 +51,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
 
 
 class _Gapless:
-    """Renumber decoded sound without gaps, as encoders require it."""
+    """Renumber decoded audio samples without gaps, as encoders require."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
@@ -191,7 +191,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
         text = _read_subtitle(codec, content)
         if text:
             encoded = text.encode("utf-8")
-            if suffix != ".mkv":
+            if suffix != ".mkv":  # MP4 and MOV store the length of a text before it
                 encoded = len(encoded).to_bytes(2, "big") + encoded
             repacked = av.Packet(encoded)
             repacked.time_base = packet.time_base

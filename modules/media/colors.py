@@ -185,7 +185,7 @@ def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
-    """Return H W 3: a frame H W 4 of 8 or 16 bits over white."""
+    """Lay a frame with alpha, H W 4 in 8 or 16 bits, over white; return H W 3."""
     blended = np.empty((*frame.shape[:2], 3), frame.dtype)
     for rows in row_blocks(frame.shape[0], frame.shape[1]):
         blended[rows] = _blend_rows(frame[rows])
@@ -288,7 +288,7 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
     """
     space = profile.data[16:20].decode("latin-1").strip()
     mode = profile.mode
-    if space != {"L": "GRAY"}.get(mode, mode):
+    if space != {"L": "GRAY"}.get(mode, mode):  # the profile's header names its color space
         rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
         try:

@@ -49,7 +49,7 @@ class _Track:
 
 
 class Companions:
-    """The other streams of a video, copied up to the time that the new video has reached."""
+    """The streams of a source video except its images, copied to a new video as its images are written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
         """Keep the source; the streams are selected later.

@@ -14,7 +14,7 @@ LAYER, COMPOSITE = "_layer{}", "_composite"  # suffixes of a result's name; laye
 
 
 def compose_layers(layers: Sequence[Frame]) -> Frame:
-    """Lay images, H W 4 uint8 with plain colors, one over the other, the first one lowest: H W 4 uint8."""
+    """Blend RGBA images with straight alpha, H W 4 uint8, over one another, the first one at the bottom."""
     height, width, _ = layers[0].shape
     colors: NDArray[np.float64] = np.zeros((height, width, 3))  # colors multiplied by opacity
     opacity: NDArray[np.float64] = np.zeros((height, width, 1))
@@ -40,6 +40,7 @@ def write_layers(
     """
     layers: list[Frame] = []
     paths: list[Path] = []
+    # index 0 is the full image, which is not part of the composition
     for index, frame in zip(count(0 if has_full else 1), frames, strict=False):
         paths.append(folder / f"{stem}{LAYER.format(index)}.png")
         write_png(paths[-1], frame, tags)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """The lengths step * n + first, n = 0, 1, 2, ...; and 1, an image."""
+    """Allowed numbers of frames: step * n + first for n = 0, 1, 2, ..., and 1 for an image."""
 
     step: int
     first: int = 1

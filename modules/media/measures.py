@@ -184,7 +184,7 @@ class Thumbnail:
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """Return the reduced form of an image (H W 3)."""
+    """Reduce an image, H W 3, to a small gray image, its white cells and a color histogram."""
     height, width = pixels.shape[:2]
     factor = min(1.0, LONG_SIDE / max(height, width))
     columns = max(1, round(width * factor))

@@ -191,18 +191,20 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """Open a container if it has one of these formats, without opening any other file.
 
     Raises:
-        MediaError: For a list of files.
-        FFmpegError: For other faults.
+        MediaError: If the format is not among `formats`, or if the file is a list of other files.
+        FFmpegError: If FFmpeg cannot open the file.
     """
     options = {"format_whitelist": ",".join(formats), **_NO_OTHER_FILES}
     try:
         # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.ArgumentError:  # FFmpeg's error for a format that is not in the list
-        kind, such = ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
+        kind, examples = (
+            ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
+        )
         raise MediaError(
             f"{path} is in no {kind} format that is read here, or it is a list of other files, which is not "
-            f"followed. Give the {kind} itself, such as a {such} or .webm."
+            f"followed. Give the {kind} itself, such as a {examples} or .webm."
         ) from None
 
 
@@ -273,7 +275,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether a file that Pillow does not know holds moving images."""
+    """Return whether FFmpeg finds a video stream in a file that Pillow cannot read."""
     try:
         with open_container(
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
@@ -290,7 +292,7 @@ if TYPE_CHECKING:
 else:
 
     class _WhenUsed:
-        """Stand-in for a module, imported when one of its names is first used."""
+        """Stand-in for a module that is imported when one of its names is first used."""
 
         def __getattr__(self, name: str) -> Any:
             try:

@@ -57,7 +57,8 @@ def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
     """Raise ValueError if a VAE cannot encode pixels (B C F H W) of that size.
 
-    It needs one frame followed by whole groups of `frame_step`, and sides that are multiples of `side_step`.
+    A VAE needs one frame and then whole groups of `frame_step` frames, and sides that are multiples of
+    `side_step`.
     """
     frames, height, width = pixels.shape[2:]
     if (frames - 1) % frame_step or height % side_step or width % side_step:

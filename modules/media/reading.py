@@ -127,7 +127,7 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Join what `split_alpha` returned, H W 4; alpha of another size is resized. Without alpha: `colours`."""
+    """Undo `split_alpha`: return H W 4, with alpha resized to the colors; without alpha, only the colors."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]
@@ -189,7 +189,7 @@ def read_mask(path: Path) -> Frame:
 class MaskLook:
     """Collects evidence on whether a mask is drawn by transparency instead of brightness.
 
-    It is if it has transparent parts, and all visible parts have the same color.
+    A mask is drawn by transparency if it has transparent parts and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the mask, by its frames so far, is the alpha channel instead of the brightness."""
+        """Whether the frames read so far define the mask by their alpha instead of their brightness."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 
@@ -267,7 +267,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, without keeping its proportions.
 
-    `interpolation` is "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
+    `interpolation` is "none" if the frame has that size already, "lanczos" or "box" for Pillow, or a key of
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -357,7 +357,7 @@ class FrameSizes:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames unchanged, H W C."""
+        """Yield the frames (H W C) unchanged, and record the first change of their size."""
         first: Size | None = None
         for number, frame in enumerate(frames, 1):
             size = frame.shape[1], frame.shape[0]
@@ -446,10 +446,10 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def is_laid_otherwise(path: Path) -> bool:
-    """Return whether earlier versions oriented a clip differently.
+    """Return whether earlier versions of this program oriented a clip differently.
 
-    They knew only the angle of a display matrix. Mirrored clips differ, and those with transparency, which
-    were read as stored. One frame is decoded.
+    They used only the angle of the display matrix, so mirrored clips differ. They read clips with
+    transparency as stored. One frame is decoded.
 
     Raises:
         MediaError: If the clip cannot be read.

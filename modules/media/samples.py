@@ -114,9 +114,9 @@ def read_beginning(
 ) -> TrackBeginning | None:
     """Read at most `seconds` of a file's audio, without silence after its end.
 
-    It is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept; several
-    channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no track.
-    Raises MediaError as `read_track`.
+    The audio is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept;
+    several channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no
+    track. Raises MediaError as `read_track` does.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
@@ -221,6 +221,7 @@ def _decode(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
     """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`."""
+    # first seek to shortly before `begin`; if the seek fails, decode the file from its start
     for early in (True, False):
         with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
@@ -234,7 +235,7 @@ def _decode(
             )
             first = next(numbered, None)
             if seeks and (first is None or first[0] > 0):
-                continue  # the file cannot be searched: read from its beginning
+                continue  # the seek ended after `begin`
             if first is not None:
                 yield first
                 yield from numbered

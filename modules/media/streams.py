@@ -180,7 +180,7 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Gives images exact and increasing times."""
+    """Assign exact, increasing times to the images of a video."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
         """Start with no image.
@@ -199,13 +199,13 @@ class Clock:
 
         `time` is what the file states; None if it states none.
         """
-        if time is None:
+        if time is None:  # one step after the previous image; `_shift` is added again below
             time = self._previous + self._step - self._shift
         if self._origin is None:
             self._previous = self._origin = self._find_origin(time)
             return self._origin
         time += self._shift
-        if time < self._previous - FALL_SECONDS:
+        if time < self._previous - FALL_SECONDS:  # the file's times start anew: shift all that follow
             self._shift += self._previous + self._step - time
             time = self._previous + self._step
         nearest = self._origin + round((time - self._origin) / self._step) * self._step

@@ -20,7 +20,7 @@ LOUDEST = 32767  # maximum of 16 bits
 
 
 class TrackAudio:
-    """A generated track of sound, encoded (AAC) up to the time that the new video has reached."""
+    """A generated audio track, encoded to AAC up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
         """Prepare to write; `lasts` returns the duration of all frames once all are written."""
@@ -31,7 +31,7 @@ class TrackAudio:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
-        """Add a stream of AAC to the new file."""
+        """Add an AAC stream to the new file."""
         from modules.media.audio import add_aac_stream  # imported here, because few models generate audio
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)

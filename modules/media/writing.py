@@ -155,7 +155,7 @@ class Timing:
                 )
             last = frame.start
             self._end = frame.start + frame.seconds
-            tick = max(round(frame.start * self._ticks), tick + 1)
+            tick = max(round(frame.start * self._ticks), tick + 1)  # rounded times must increase too
             self._shown[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
@@ -300,10 +300,10 @@ def write_timed_video(
     images a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
     millisecond, in .mkv to half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`.
     `list_companions` is a video whose sound, subtitles, attachments, chapters and tags are copied into this
-    one without re-encoding; parts that the format cannot hold are logged. `covers` says whether its cover
-    images go too, and whatever else may show the old images. `section_of` is a part of a video whose
-    sound goes into this one, in place of all that. `track` is generated sound. For `tags` see `write_video`;
-    they replace the video's own.
+    one without re-encoding; parts that the format cannot hold are logged. `covers` states whether its cover
+    images, and other parts that may show the old images, are copied too. `section_of` is a part of a video
+    from which only the sound is copied. `track` is generated sound. For `tags` see `write_video`; they
+    replace the copied tags.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size

@@ -87,7 +87,7 @@ def _draw_labels(chart: Chart) -> Iterator[str]:
 
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
-    """Yield rules and labels at the ticks of both axes, and the axes."""
+    """Yield both axes, with a grid line and a label at each tick."""
     for position, label in across.ticks():
         yield from _draw_lines([(position, TOP), (position, BOTTOM)], RULE)
         yield _draw_text(position, BOTTOM + 19, label)
@@ -161,7 +161,7 @@ def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iter
 
 
 def _draw_lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
-    """Yield a line for each run of points of finite values."""
+    """Yield an SVG line for each unbroken run of finite points."""
     look = f'fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
         if is_finite:

@@ -21,8 +21,8 @@ from modules.control_codes import escape_control_codes
 class Language:
     """A language with its translations of English texts, and the page that is shown in it.
 
-    `code` is the value of HTML's `lang`. `address` is that of the page, to which changing the language
-    returns. `others` are the code and native name of every language that the page is available in.
+    `code` is the value of HTML's `lang`. `address` is the address of the page, which is shown again after the
+    language changes. `others` are the code and native name of every available language.
     """
 
     code: str = "en"
@@ -36,7 +36,7 @@ _language: ContextVar[Language] = ContextVar("language", default=ENGLISH)
 
 
 def language() -> Language:
-    """Return the language of the request that is answered; English outside of a request."""
+    """Return the language of the current page request; English outside of a request."""
     return _language.get()
 
 
@@ -51,7 +51,7 @@ def speaking(chosen: Language) -> Iterator[None]:
 
 
 class Words(str):
-    """An English text with the parts of its translation: the key in the table, and the values to insert."""
+    """An English text with the key of its translation, and the values to insert into the translation."""
 
     __slots__ = ("key", "values")
     key: str
@@ -101,7 +101,7 @@ class JoinedWords(Words):
 
 
 def join(separator: str, texts: Iterable[str]) -> Words:
-    """Return texts with a separator between them; those that can be translated still can."""
+    """Join texts with a separator, so that each translatable text is still translated on its own."""
     row = list(texts)
     return JoinedWords(separator.join(row), separator, {"texts": row})
 
@@ -112,7 +112,7 @@ def show(value: Any) -> Any:
 
 
 def show_all(value: Any) -> Any:
-    """Return what JSON is made of, with its texts in the language of the page."""
+    """Return a JSON value whose translatable texts are in the language of the page."""
     if not _language.get().texts:
         return value
     if isinstance(value, dict):
@@ -123,7 +123,7 @@ def show_all(value: Any) -> Any:
 
 
 def say(text: str, /, **values: Any) -> Words:
-    """Return an English text, into whose `%(name)s` values are put."""
+    """Return a translatable English text, with `values` inserted for its `%(name)s`."""
     return Words(text % values if values else text, text, values)
 
 
@@ -149,10 +149,7 @@ def say_duration(seconds: float) -> Words:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Return a text of a template, which may hold HTML.
-
-    Values that are not Markup are escaped.
-    """
+    """Insert values into a template text, which may hold HTML; values that are not Markup are escaped."""
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown
 

@@ -61,7 +61,7 @@ class InputRotation(Protocol):
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight of this name; "" if they do.
 
-        The text continues a sentence that begins with the file.
+        The result is the end of an error message that begins with the path of the file.
         """
 
 

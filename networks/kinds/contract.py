@@ -98,7 +98,7 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """A kind of network. The defaults are those of a plain LoRA, or mean that the kind lacks the feature."""
+    """Properties and functions of a kind of network, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
     article = "a"
@@ -165,7 +165,10 @@ class NetworkKind:
     def bring_norms(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a `LoraFile` whose magnitudes refer to the norms that the target dialect uses."""
+        """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
+
+        By default, the LoRA is returned unchanged.
+        """
         return lora
 
     def size_of(self, factors: Factors) -> int | None:

@@ -28,7 +28,7 @@ _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
 class DoraKind(NetworkKind):
-    """A LoRA, LoHa or LoKr with magnitudes."""
+    """DoRA: a LoRA, LoHa or LoKr with trained magnitudes, the norms of the changed weight."""
 
     name = NAME
     parts = (PART,)

@@ -36,7 +36,7 @@ def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
 
 
 class LohaKind(NetworkKind):
-    """Element-wise products of two low-rank matrices."""
+    """LoHa: a weight's change is the element-wise product of two low-rank matrices."""
 
     name = "LoHa"
     parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES)

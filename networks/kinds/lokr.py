@@ -44,6 +44,7 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
         decompose_both: Whether the small matrix gets two factors too.
     """
     kernel = weight[2:]
+    # the weight is kron(w1, w2): out = l * k, in = m * n
     l, k = split_size(weight[0], factor)  # noqa: E741
     m, n = split_size(weight[1], factor)
     first: Shapes = {"lokr_w1": (l, m)}
@@ -95,7 +96,7 @@ def _translate_to_diffusers(
 
 
 class LokrKind(NetworkKind):
-    """Kronecker products of two matrices."""
+    """LoKr: a weight's change is the Kronecker product of two matrices."""
 
     name = NAME
     parts = (*FACTORS, CORE)

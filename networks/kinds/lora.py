@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # --help must not import torch
 
 
 class LoraKind(NetworkKind):
-    """Products of two low-rank matrices."""
+    """LoRA: a weight's change is the product of two low-rank matrices."""
 
     name = "LoRA"
     parts = (DOWN, UP, MID, BIAS)
@@ -40,7 +40,7 @@ class LoraKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: Any
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target, extended by the variants that the settings ask for."""
+        """Return a trained layer for each target, extended by the variants in the settings, such as DoRA."""
         from networks.lora_layer import LoraLayer  # torch
 
         layers: dict[str, nn.Module] = {}

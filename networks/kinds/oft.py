@@ -45,7 +45,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 class OftKind(NetworkKind):
-    """Rotation of a layer's inputs, block by block."""
+    """OFT: a rotation of a layer's inputs, block by block, in place of an added change."""
 
     name = "OFT"
     article = "an"
@@ -191,7 +191,7 @@ class OftKind(NetworkKind):
                 changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
             layers[name] = OftLayer(module, size)
         if changed:
-            lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
+            lines = [f"{change} ({count_of(count, 'layer')})" for change, count in sorted(changed.items())]
             logger.info(
                 "block sizes that do not divide a layer's inputs become the nearest that do. "
                 f"{'; '.join(lines)}"

@@ -156,7 +156,7 @@ class GrownBlocks:
         for index, original in enumerate(originals):
             is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
             num_blocks = 1
-            if is_last_copy:
+            if is_last_copy:  # it also gets the copies that only the deeper variant has
                 num_blocks += counts[original] - originals.count(original)
             indices.append([*range(next_index, next_index + num_blocks)])
             next_index += num_blocks
@@ -257,7 +257,7 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` stands for the letter."""
+    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` is replaced by q, k and v."""
     return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 

@@ -35,7 +35,7 @@ MAX_OF_OUTPUT = 2000  # characters of the output in the message of an error that
 
 
 class CommandRun:
-    """A command that runs. Iterate over its events, or call `wait`; in a `with` block it ends with the block.
+    """A running command. Iterate over its events or call `wait`; leaving a `with` block stops it.
 
     Attributes:
         script: File of the command's script.

@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _find_named(argv: Sequence[str]) -> ScriptCommand | None:
-    """Return the command with which a command line begins. Only its own script is read."""
+    """Return the command with which a command line begins, reading only that command's script."""
     for command in _name_files(ROOT):
         if tuple(argv[: len(command.words)]) == command.words and _is_script(command.path):
             return command
@@ -175,11 +175,11 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     script = Path(words[0]).name.removesuffix(".py")
 
     # commands that have all typed words, or whose script was typed instead
-    near = []
+    suggestions = []
     for command in commands:
         has_these_words = bool(typed) and {*typed.split()} <= {*command.words}
         if has_these_words or command.script == script:
-            near.append(command.name)
+            suggestions.append(command.name)
 
     # commands whose first word is right, such as `train`, by their other words
     of_kind = {}
@@ -187,28 +187,28 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         if command.words[0] == words[0]:
             of_kind[" ".join(command.words[1:])] = command.name
 
-    if not near and of_kind:
+    if not suggestions and of_kind:
         # compare the other words alone: the first one would make all of these names similar
-        rest = typed.partition(" ")[2]
-        similar = difflib.get_close_matches(rest, of_kind, 1)
+        other_words_typed = typed.partition(" ")[2]
+        similar = difflib.get_close_matches(other_words_typed, of_kind, 1)
         if not similar:
-            second_word = rest.partition(" ")[0]
+            second_word = other_words_typed.partition(" ")[0]
             similar = difflib.get_close_matches(second_word, of_kind, 1)
-        near = [of_kind[other_words] for other_words in similar]
-    elif not near:
+        suggestions = [of_kind[other_words] for other_words in similar]
+    elif not suggestions:
         names = [command.name for command in commands]
-        near = difflib.get_close_matches(typed, names, 1, SIMILAR)
-        if not near:
+        suggestions = difflib.get_close_matches(typed, names, 1, SIMILAR)
+        if not suggestions:
             kinds = [command.words[0] for command in commands]
-            near = difflib.get_close_matches(words[0], [*names, *kinds], 1)
+            suggestions = difflib.get_close_matches(words[0], [*names, *kinds], 1)
 
     meant = _MEANT.get(words[0].lower())
     hint = ""
-    if meant is not None and not (of_kind and near):
+    if meant is not None and not (of_kind and suggestions):
         hint = f" Did you mean {PROGRAM} {meant}?"
-    elif near:
-        hint = f" Did you mean {PROGRAM} {' or '.join(near)}?"
-    if of_kind and not near:
+    elif suggestions:
+        hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
+    if of_kind and not suggestions:
         hint += f" There are {', '.join(of_kind.values())}."
     return f"{typed or words[0]!r} is no command.{hint}"
 

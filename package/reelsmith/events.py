@@ -86,7 +86,7 @@ class HistoryEvents:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Remember the earlier starts in the history of a run.
+        """Record the starts that the history of a run already has.
 
         Args:
             folder: Value of --output_dir.

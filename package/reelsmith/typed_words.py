@@ -104,7 +104,7 @@ class ScriptArguments:
 
 
 def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return the words of one keyword argument; an unknown one is left to the parser's message."""
+    """Return the words of one keyword argument; the parser reports an unknown one."""
     flag = f"--{name}"
     if action is not None:
         spellings = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
@@ -120,7 +120,7 @@ def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[
     if value is True:
         return [flag]
     if isinstance(value, Mapping):
-        value = [f"{key}={inner}" for key, inner in value.items()]
+        value = [f"{key}={mapped}" for key, mapped in value.items()]
     if not isinstance(value, list | tuple):
         return [f"{flag}={value}"]
     texts = [str(item) for item in value]

@@ -81,7 +81,7 @@ class Ring:
 
     @property
     def sizes(self) -> list[int]:
-        """Return the byte size of each part of a slot: the largest over all units; usually all are equal."""
+        """Return the bytes that a slot reserves for each weight of a block: the largest over all blocks."""
         count = max(len(unit.host) for unit in self.units.values())
         return [
             max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host))
@@ -93,7 +93,7 @@ class Ring:
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
-        """Return the first units along a route of positions, as many as there are slots."""
+        """Return this ring's first blocks along a route of positions, as many as there are slots."""
         units: list[Unit] = []
         for position in route:
             unit = self.units.get(position)
@@ -198,6 +198,7 @@ class BlockSwap:
                     output = forward(*inputs, **named)
             finally:
                 torch.set_autocast_cache_enabled(caches)
+        # the gradient of an output arrives right before the block's own backward pass
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: self.enter(position, backward=True))
@@ -252,7 +253,7 @@ class BlockSwap:
         slot.unit = unit
 
     def _empty(self, slot: Slot, after: Any) -> None:
-        """Remove the unit from a slot.
+        """Copy a slot's changed weights back to host memory, and free the slot for another block.
 
         Args:
             slot: The slot.
@@ -275,7 +276,7 @@ class BlockSwap:
         slot.unit = None
 
     def _resolve_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
-        """Wait until a block has arrived, and let its weights use the slot's memory."""
+        """Wait until a block's weights are in its slot, and point its parameters at the slot's memory."""
         slot = ring.slot_of(unit)
         assert slot is not None
         if not slot.is_entered:
@@ -411,7 +412,7 @@ def resolve_all(networks: Iterable[nn.Module]) -> None:
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:
-    """Run `network.to(device)`; swapped weights stay in host memory, and their slots are freed."""
+    """Run `network.to(device)`, but leave swapped weights in host memory and free their slots."""
     swap = swap_of(network)
     if swap is None:
         network.to(device)

@@ -79,7 +79,7 @@ class HostMemory:
 
 @dataclass(eq=False)
 class _Away:
-    """An input in host memory. Its piece is freed when autograd drops it after its backward pass."""
+    """A block's input in host memory, which is freed when autograd drops it after the backward pass."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device
@@ -254,7 +254,7 @@ def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
+    """Save the result of an attention that is expensive to recompute, and recompute other operators."""
     name = operator.name()
     tensors = (*inputs, *named.values())
     if name.startswith(ATTENTION):
@@ -397,6 +397,7 @@ class _CommonInputs:
             if self._num_recomputed == self._count:
                 self.forget()
         with ExitStack() as stack:
+            # torch turns its modes off during the backward pass: enter those of the forward pass again
             for mode in self._modes if is_recomputing else ():
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)

@@ -68,7 +68,7 @@ class TokenPart:
 
     @property
     def run(self) -> slice:
-        """Range of this process's tokens in the clip."""
+        """Range of this process's tokens among all tokens of the clip."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
@@ -94,7 +94,7 @@ class TokenPart:
         return x[:, self.run]
 
     def join(self, x: Tensor) -> Tensor:
-        """Gather the tokens of all processes: B l C of this process becomes B L C."""
+        """Gather the tokens of all processes: l tokens of this process, B l C, become all, B L C."""
         joined: Tensor = _Join.apply(x, self)
         return joined
 

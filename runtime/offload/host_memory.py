@@ -225,7 +225,7 @@ def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int
 
 
 def _register(address: int, size: int) -> bool:
-    """Lock host memory, so that copies to the device are asynchronous; return whether the driver did."""
+    """Lock host memory for asynchronous copies to the device; return whether the driver accepted it."""
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
         return True
@@ -247,10 +247,10 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer:
-    """Copies to and from a device, in the order in which they are requested. Here each is done at once.
+    """Copy between host and device in the order of the requests; this class copies at once.
 
-    This is for devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return
-    moments, whose type the subclass chooses.
+    It serves devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return moments,
+    whose type the subclass chooses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -276,7 +276,7 @@ class Transfer:
 
 
 class CudaTransfer(Transfer):
-    """Copies for CUDA in a separate stream. Moments are CUDA events."""
+    """Copy between host and CUDA device in a separate stream; moments are CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -311,7 +311,7 @@ class CudaTransfer(Transfer):
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """Return the kind of transfer that suits the device."""
+    """Return an object that copies between the host and this device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
@@ -364,14 +364,14 @@ class LoadedNetwork(Generic[Network, Beside]):
         make: Callable[[torch.device], tuple[Network, Beside]],
         move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
     ) -> None:
-        """Make both, with the network on the device; or move a network that is already loaded."""
+        """Make the network on the device and its companion, or move a network that is already loaded."""
         if self._pair is None:
             self._pair = make(device)
         else:
             move(self._pair[0], device)
 
     def get(self) -> tuple[Network, Beside]:
-        """Return both. Call `load` first."""
+        """Return the network and its companion. Call `load` first."""
         assert self._pair is not None, "call load() first"
         return self._pair
 

@@ -119,8 +119,8 @@ class HostCopy:
     def leave(self) -> None:
         """Point the weights at the host's copy, and free the device's memory. Nothing is copied.
 
-        Work that is already queued still finds them, because memory is reused in the order of the work. If it
-        is interrupted, call it again before anything else.
+        Queued work can still read the freed memory, because it is reused in the order of the queue. If this
+        call is interrupted, repeat it before anything else.
         """
         self._is_here = False
         swap = swap_of(self._network)

@@ -117,7 +117,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
-        """Count tensors that are created inside as this kind."""
+        """Count the tensors that the block creates as memory of this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -180,10 +180,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on tensors with or without values.
+    """Run an operator on fake tensors, which have no values, and on real tensors.
 
-    The result has values if all inputs have values and it stays on the host or is of integers, or if it is a
-    new, small tensor of integers.
+    The result is real if all inputs are real, unless floating-point data are copied to the device; also if an
+    operator without inputs creates a small tensor of integers.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
@@ -253,6 +253,7 @@ class OneOfManyPieces(TorchFunctionMode):
         compute, piece = args
         kind = (compute, piece.shape[:-2], piece.dtype, piece.device)
         largest_piece = self._computed.get(kind)
+        # only a piece larger than all before is computed; smaller ones get a share of its memory
         if largest_piece is None or piece.shape[-2:].numel() > largest_piece.shape[-2:].numel():
             result, rise = self._ledger.rise(lambda: compute(piece))
             self._computed[kind] = _ComputedPiece(
@@ -345,7 +346,7 @@ def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> 
 
 
 def _guess_number(tensor: Tensor) -> bool | int | float:
-    """Return 1 as a Python number of the tensor's kind."""
+    """Return 1 as a Python number of the tensor's kind: bool, int or float."""
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else 1
@@ -423,9 +424,9 @@ def keep_blocks(
 
 
 def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
-    """Extrapolate the result of `measure` to `counts` blocks from runs with few: bytes grow per block.
+    """Extrapolate the memory that `measure` reports for few blocks to `counts` blocks in each list.
 
-    The bytes in a block's place depend linearly on its index, so the largest value is at an end of a list.
+    The bytes at the time of a block depend linearly on its index, so the maximum is at an end of a list.
     """
     few_counts = tuple(min(count, MIN) for count in counts)
     with_few = _with_both_ends(measure(few_counts))
@@ -452,7 +453,7 @@ def plainly(_: nn.Module) -> Extrapolate:
 
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
-    """Add the last but one block: of three blocks, the middle one is also the second."""
+    """Copy the entry of the second block to the last but one: of three blocks both are the middle one."""
     ends = {
         name.removesuffix(SECOND) + BEFORE_LAST: moment
         for name, moment in moments.items()
@@ -462,6 +463,6 @@ def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
 
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
-    """Return the place at which the device holds the most memory, and its bytes by kind."""
+    """Return the phase in which the device holds the most memory, and its bytes by kind."""
     name = max(moments, key=lambda place: sum(moments[place].values()))
     return name, moments[name]

@@ -93,7 +93,7 @@ def _rms_norm(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Save only the input and one float32 number per row, as CUDA's kernel does."""
+    """RMS norm that saves only its inputs and one float32 number per row, as CUDA's kernel does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:

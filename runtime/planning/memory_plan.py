@@ -106,7 +106,7 @@ class Swapped:
         return self.host + self.elsewhere - self.ring
 
     def words(self, blocks: int, ring: str) -> str:
-        """Return a note about the weights.
+        """Return the note of a memory plan about the swapped or split weights.
 
         Args:
             blocks: Number of swapped blocks.
@@ -350,7 +350,7 @@ def print_plan(
     plan_of: Callable[[int, Sequence[str]], MemoryPlan],
     advice: Callable[[Room], Sequence[str]],
 ) -> None:
-    """Print a plan and whether it fits.
+    """Print the memory plan of a run, and whether it fits into the available memory.
 
     Args:
         prediction: Prediction of the device bytes.

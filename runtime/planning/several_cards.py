@@ -61,12 +61,12 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    """Return the options that divide the run as in `division`, without block swap."""
+    """Return a copy of the options that divides the run as in `division`, without block swap."""
     return override_options(speed, {**divided_options(division), "blocks_to_swap": None})
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways to use equal GPUs, in the order of how little the GPUs wait for each other.
+    """Yield the ways to use equal GPUs; those in which the GPUs wait least for each other come first.
 
     Args:
         rehearsed: The rehearsed run.

@@ -40,7 +40,7 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> RunModes:
-    """Let the active modes of running join a run.
+    """Return the combined contributions of all active modes of running.
 
     Raises:
         OptionError: If other options conflict with them.
@@ -93,7 +93,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
 
 
 def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
-    """Return the grid of all processes, which have joined. Raises as `count_groups` does."""
+    """Arrange all processes, which have joined, in a grid. Raises OptionError as `count_groups` does."""
     from torch import distributed  # only with several processes
 
     from runtime.offload.context import ProcessGrid
@@ -137,7 +137,7 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of the options of all modes of running, by name."""
+    """Return the declared facts about each option of all modes of running, by option name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 

@@ -55,12 +55,12 @@ class EncodesImages(Protocol):
     """Functions that read and encode the images of a batch, as `training.caching_inside.LiveMedia` does."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Encode the items that are not cached; see `training.caching_inside.LiveMedia.encode`."""
+        """Return the encoded tensors of items that are not cached; see `caching_inside.LiveMedia.encode`."""
 
 
 @dataclass(frozen=True)
 class BatchSources:
-    """Where a run's batches come from: caches, and encoding during training."""
+    """Sources of a run's batches: cached latents and texts, and encoders that run during training."""
 
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
@@ -124,9 +124,9 @@ class BatchSources:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch packed for sending between processes, with all its tensors in a single one.
+    """A micro-batch whose tensors are packed into one byte tensor, to send it between processes.
 
-    A single tensor is faster, because the receiver opens a connection to the sender for each tensor.
+    One tensor is faster, because the receiver opens a connection to the sender for each tensor.
     """
 
     outline: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
@@ -134,7 +134,7 @@ class Packed:
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
-        """Copy all tensors of a micro-batch into one tensor of bytes; the outline keeps their shapes."""
+        """Copy all tensors of a micro-batch into one byte tensor, and record their shapes in the outline."""
         pieces: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Randomness:
-    """The random numbers of micro-batches, derived from the seed of the run."""
+    """Settings for drawing the noise and timesteps of each micro-batch from the run's seed."""
 
     timesteps: TimestepOptions
     seed: int
@@ -238,12 +238,12 @@ class Randomness:
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _draw_captions(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with a drawn sentence for each caption."""
+        """Return the batch with each caption replaced by a randomly drawn sentence."""
         stream = random.Random(derive_seed(self.seed, "sentences", number))
         return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with its additional inputs varied as the family does at each step."""
+        """Return the batch with its additional inputs randomly changed by `NoiseSpec.vary_inputs`."""
         assert self.noise.vary_inputs is not None  # checked by the caller
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
@@ -281,7 +281,7 @@ class Randomness:
         )
 
     def _perturb(self, shape: torch.Size, number: int) -> Tensor:
-        """Draw the additional noise of the input: the sum of what features add."""
+        """Draw the noise that features add to the input, summed over all features."""
         return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.on_noise))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
@@ -339,9 +339,9 @@ def seed_generator(*parts: int | str) -> torch.Generator:
 
 @dataclass
 class Feed:
-    """Yield the micro-batches of one process, in the order of the plan.
+    """Yield the micro-batches of one process, in the order of the step plan.
 
-    Workers get copies of this object, as a map-style data set.
+    Worker processes get copies of this object, which is also a map-style dataset.
     """
 
     order: BatchOrder
@@ -404,7 +404,7 @@ class Feed:
             ending.set()
 
     def __getitem__(self, key: Key) -> Packed | UserError:
-        """Return a micro-batch, or its error as a value: an exception of a worker arrives only as text."""
+        """Return a micro-batch or its error, because DataLoader re-raises a worker's error only as text."""
         try:
             return Packed.of(self.read(key))
         except UserError as error:
@@ -447,7 +447,7 @@ class Feed:
         return randomness.add(batch, number, first_sample)
 
     def _make_randomness(self, key: Key) -> tuple[Randomness, int]:
-        """Return the randomness of a micro-batch, and how many samples were drawn from it before.
+        """Return the random settings of a micro-batch, and the number of samples drawn before it.
 
         If tables have their own timesteps, samples are counted separately for each group of tables.
         """
@@ -459,12 +459,12 @@ class Feed:
         return randomness, self.order.group_items_before(epoch, index)
 
     def has_sound(self, key: Key) -> bool:
-        """Return whether a clip of a micro-batch has audio. Reads no files."""
+        """Return whether any clip of a micro-batch has audio, without reading files."""
         epoch, index = key
         return any(item.has_sound for item in self.order.epoch(epoch)[index])
 
     def expert_of(self, key: Key) -> int:
-        """Return the index of the expert that trains on a micro-batch. Reads no files."""
+        """Return the index of the expert that a micro-batch trains, without reading any file."""
         epoch, index = key
         if len(self.randomness.experts) == 1:
             return 0

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class WithNetwork(TextEncoder, Protocol):
-    """A text encoder whose loaded network is a module; gradients flow through it if they are on."""
+    """A text encoder with a loaded `nn.Module`, through which gradients can flow."""
 
     @property
     def network(self) -> nn.Module:
@@ -32,7 +32,7 @@ class WithNetwork(TextEncoder, Protocol):
 
 @dataclass(frozen=True)
 class LiveTexts:
-    """The text encoders that stay loaded. Outputs of all others come from caches."""
+    """Text encoders that run during training; outputs of other text encoders are cached."""
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in the family's order
@@ -68,7 +68,7 @@ class LiveTexts:
 
     @property
     def changing(self) -> list["WithNetwork"]:
-        """Return the encoders whose outputs change during training, in order."""
+        """Return the encoders whose outputs change during training, in the order of use."""
         return [cast(WithNetwork, encoder) for encoder in self.encoders if self._learns(encoder)]
 
     @property
@@ -78,7 +78,7 @@ class LiveTexts:
 
     @property
     def networks_with_new_word(self) -> dict[str, nn.Module]:
-        """Return the networks that learn a new word, by the names of their encoders."""
+        """Return the text encoder networks that learn a new word, by the names of the encoders."""
         return {encoder.name: encoder.network for encoder in self.taught}
 
     def networks_for(self, is_embedding: bool) -> dict[str, nn.Module]:
@@ -101,7 +101,7 @@ class LiveTexts:
         return self._add_empty(batch) if self.adds_empty else batch
 
     def _add_empty(self, batch: Batch) -> Batch:
-        """Return the batch with the outputs of these encoders for the empty prompt in `empty_text`."""
+        """Return the batch with `empty_text` set to the outputs of these encoders for the empty prompt."""
         empty_text = dict(batch.empty_text)
         for encoder in self.encoders:
             with torch.no_grad():
@@ -115,9 +115,9 @@ class LiveTexts:
     def renew(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Encode the texts of a sample again with the encoders that are trained.
+        """Return the encoded texts of a sample, with the outputs of trained encoders computed again.
 
-        Conditions have no batch dimension.
+        The returned tensors have no batch dimension.
 
         Args:
             texts: Texts by section.

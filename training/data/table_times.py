@@ -135,7 +135,7 @@ def _keys_in_words(table: DatasetTable) -> str:
 
 
 def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[str]:
-    """Return a line about the noise levels of each trained table; empty if all use those of the options."""
+    """Return one line on noise levels for each trained table; empty if no table sets its own."""
     lines = []
     for times, grouped in group_tables(options, tables).items():
         text = f"{times.lowest} to {times.highest}"

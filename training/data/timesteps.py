@@ -39,7 +39,7 @@ ROUNDING_TOLERANCE = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Noise levels of one micro-batch. Each tensor has the shape B and is float32, on the CPU."""
+    """Noise levels of one micro-batch, as float32 tensors of shape B on the CPU."""
 
     sigmas: Tensor  # fraction of noise in the mixture, 0..1
     timesteps: Tensor  # input of the network
@@ -87,7 +87,7 @@ def draw(
     accepts_all = not options.preserve_distribution_shape and lowest.lowest <= 0
     low, high = 0.0, 1.0  # range of the uniform numbers
     if not accepts_all:
-        any_expert = replace(lowest, highest=math.inf)  # stands for the joined range of all experts
+        any_expert = replace(lowest, highest=math.inf)  # covers the ranges of all experts
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
     # fractions are noise levels from 0 (clean) to 1, which samplers compute from uniform numbers u
@@ -187,7 +187,7 @@ def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
 
 
 def _mu_line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Return two (tokens, mu) points of `SIZE_SHIFTS`: between them, the sampler's mu is linear."""
+    """Return the two (tokens, mu) points of `SIZE_SHIFTS` that define the line of the sampler's mu."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
@@ -217,7 +217,7 @@ def sample_fractions(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow
 def _focus_fractions(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
-    """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
+    """Map uniform numbers `u` to noise fractions with --timestep_focus, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
     unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise, flow_shift)
@@ -225,7 +225,7 @@ def _focus_fractions(
 
 
 def takes_normal(options: TimestepOptions) -> bool:
-    """Return whether the sampler is a function of a normal number instead of a uniform one."""
+    """Return whether the sampler maps a normally distributed number, not a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {
         "sigmoid",
@@ -383,7 +383,7 @@ def spread_evenly() -> Tensor:
 def scan(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[Tensor, Tensor]:
-    """Try SCAN evenly spaced numbers u. Returns the accepted ones and their noise fractions."""
+    """Map SCAN evenly spaced numbers u to noise fractions; return the accepted u and their fractions."""
     u = spread_evenly()
     fractions = fractions_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, fractions, noise, expert)
@@ -399,6 +399,7 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
     """
     drawn = []
     for options in several:
+        # 1 stands for shifts that follow the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
         drawn.append(scan(options, noise, flow_shift)[1])
     fractions = torch.cat(drawn)
@@ -408,15 +409,15 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
 
 
 def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:
-    """Return whether noise levels of an expert are drawn.
+    """Return whether the timestep options draw any noise level within an expert's range.
 
-    Samplers that depend on the image size are tried with their smallest and their largest shift.
+    If the shift depends on the image size, its smallest and its largest value are tried.
     """
     return any(len(scan(options, noise, shift, expert)[0]) for shift in _list_shifts(options))
 
 
 def _list_shifts(options: TimestepOptions) -> list[float]:
-    """Return the flow shifts to try: two if the sampler depends on the size, its smallest and its largest."""
+    """Return the flow shift, or for samplers that depend on the size, the smallest and the largest shift."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
@@ -456,7 +457,7 @@ def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = Fal
 
 
 def _from_logsnr(mean: float, std: float, draws: Tensor) -> Tensor:
-    """Return t such that the logarithm of the signal-to-noise ratio, (1 - t)^2 / t^2, is normal."""
+    """Return noise levels t with normally distributed log signal-to-noise ratio, log((1 - t)^2 / t^2)."""
     return torch.sigmoid(-(mean + std * draws) / 2)
 
 
@@ -505,7 +506,7 @@ def _shifted_logit_normal(
 
 
 def _truncated_logit_normal(rule: CutLogit, draws: Tensor) -> Tensor:
-    """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
+    """Map uniform `draws`, B, to noise levels of cut_logit_normal, whole thousandths above 0."""
     uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
     cut = torch.tensor(rule.cut, dtype=torch.float64)
     below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution
@@ -533,9 +534,9 @@ def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Te
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
-    """Move each number u into one of `num_buckets` equal parts of 0..1.
+    """Stratify uniform numbers: move each u into one of `num_buckets` equal intervals of 0..1.
 
-    Each round of `num_buckets` samples uses every part once, in an order that depends on (seed, round) only.
+    Every `num_buckets` consecutive samples use each interval once, in an order seeded by (seed, round).
     """
     spread = torch.empty_like(u)
     orders: dict[int, Tensor] = {}

@@ -21,7 +21,7 @@ NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
 
 
 class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT, why_not_full=NO_LORA):
-    """Whether the LoRA is saved as a training adapter."""
+    """Option to save the LoRA as a training adapter."""
 
     make_adapter: str | None = option(
         "save as a training adapter, made from such images",

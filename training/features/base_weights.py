@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
-    """Which LoRAs are merged into the second transformer, in scripts that have two."""
+    """LoRAs that are merged into the second of two transformers."""
 
     base_weights_high_noise: tuple[Path, ...] | None = option(
         "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
@@ -38,7 +38,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
     )
 
     def multipliers(self) -> tuple[float, ...]:
-        """Return the strength of each LoRA merged into the second transformer; the default is 1."""
+        """Return the multiplier of each LoRA merged into the second transformer, 1 by default."""
         return multipliers_for(
             self.base_weights_high_noise or (),
             self.base_weights_multiplier_high_noise or (),
@@ -47,7 +47,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
 
 
 class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_full=MERGED_BEFORE):
-    """Which LoRAs are merged before the training, and with which strength."""
+    """LoRAs that are merged into the model before training, and their multipliers."""
 
     base_weights: tuple[Path, ...] | None = option(
         "LoRA files added to the model before training", place="there", facts=HABIT_OF_NAMES
@@ -59,13 +59,13 @@ class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not
     high_noise: HighNoiseBaseOptions | None
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each file of --base_weights, as `multipliers_for` does."""
+        """Return one multiplier for each file of --base_weights, 1 for files without a value."""
         multipliers = self.base_weights_multiplier or ()
         return multipliers_for(self.base_weights or (), multipliers, "--base_weights_multiplier", warns)
 
     @property
     def high_noise_files(self) -> tuple[Path, ...]:
-        """Return the files for the second transformer; () if it uses those of the first."""
+        """Return the LoRA files for the second transformer; () if both transformers share the same files."""
         return () if self.high_noise is None else self.high_noise.base_weights_high_noise or ()
 
 
@@ -81,7 +81,7 @@ def _check(options: BaseWeightsOptions, family: "Family", counts: Sequence[int])
 
 
 def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
-    """Read the files to merge into a transformer."""
+    """Read the LoRA files of --base_weights that are merged into the expert's transformer."""
     from networks.loading import read_use  # torch: only with such files
 
     files, multipliers = options.base_weights or (), options.multipliers()

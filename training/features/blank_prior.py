@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """Strength of the term that keeps predictions for the empty prompt close to the base model's."""
+    """Weight of a loss term that keeps predictions for the empty prompt close to the base model."""
 
     blank_prior_weight: float | None = option(
         "keep the prediction for the empty prompt close to that of the model without the network, with "
@@ -35,9 +35,9 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
 
 
 def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> "Iterator[Streams]":
-    """Yield the weighted errors against the base model for the empty prompt.
+    """Yield the weighted errors between network and base model for the empty prompt.
 
-    Masks only apply to the clip as target, so all positions count here.
+    Masks apply only to the loss against the clip, so all positions count here.
     """
     from training.targets.passes import measure_plainly, without_masks  # torch: only with this target
 

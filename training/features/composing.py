@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def options_at(place: str) -> type[Options]:
-    """Return a record of the feature options at a position of --help, with a field for each feature."""
+    """Return an options class with a field for each feature whose options are at this position of --help."""
     records = {feature.name: feature.options for feature in FEATURES if feature.options.place == place}
     content: dict[str, Any] = {name: option(facts=record.facts) for name, record in records.items()}
     content["__annotations__"] = records
@@ -37,29 +37,29 @@ def list_info() -> dict[str, Mapping[str, Any]]:
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of feature options with one of these reaches (`modules.options`), by name."""
+    """Return by name the declarations of feature options with one of these `reach` values."""
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
 def options_of_blocks() -> list[str]:
-    """Return the options of features that need the blocks of a transformer."""
+    """Return the options of features that work only on models with transformer blocks."""
     return [name for name, info in list_info().items() if info.get("of_blocks")]
 
 
 def options_by_expert() -> list[type[Options]]:
-    """Return the option records of features for the second of two transformers."""
+    """Return the features' option records that apply to the second of two transformers."""
     hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
     return [record for record in map(record_of, hints) if record is not None]
 
 
 def rejected_for_full() -> dict[str, str]:
-    """Return why full fine-tuning rejects the options of network features, by option."""
+    """Return, by option, why full fine-tuning rejects each option of a feature that needs a network."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
     return {name: record.why_not_full for record in records for name in info_of(record)}
 
 
 def options_of_run() -> type[Options]:
-    """Return a record of the feature options that `reelsmith run` also has, with a field per feature."""
+    """Return an options class with a field for each feature whose options `reelsmith run` also has."""
     records = {feature.name: feature.options.of_run for feature in FEATURES if feature.options.of_run}
     content: dict[str, Any] = {name: option() for name in records}
     content["__annotations__"] = records
@@ -85,9 +85,9 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
     run = RunFeatures(options, tables)
     attributes = {name for table in tables for name in table.attributes}
     for feature in FEATURES:
-        own_options = options.of(feature.options)
-        if feature.is_on(own_options) or feature.options.attribute in attributes:
-            feature.join(run, own_options)
+        feature_options = options.of(feature.options)
+        if feature.is_on(feature_options) or feature.options.attribute in attributes:
+            feature.join(run, feature_options)
     if run.targets:
         _reject_targets(run.targets)
     if attributes:
@@ -107,7 +107,7 @@ def begin_run(
 
 
 def _reject_targets(targets: Sequence[StepTarget]) -> None:
-    """Raise OptionError for several targets if a run can have only one of them."""
+    """Raise OptionError if one of several targets cannot be combined with another one."""
     replacing = [target.option for target in targets if target.replaces_clip]
     if len(replacing) > 1:
         raise OptionError(
@@ -121,7 +121,7 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
 
 
 def _note_unused(tables: "Sequence[DatasetTable]") -> None:
-    """Warn about attributes of tables that no feature reads."""
+    """Warn about attributes of dataset tables that no active feature reads."""
     known = {feature.options.attribute for feature in FEATURES}
     for table in tables:
         for name in sorted(table.attributes - known):

@@ -100,7 +100,7 @@ class FeatureOptions(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class Feature:
-    """A feature of a training."""
+    """An optional training feature: its options, and the function that adds its hooks to a run."""
 
     name: str
     options: type[FeatureOptions]
@@ -109,7 +109,7 @@ class Feature:
 
 
 def given_values(options: Options) -> dict[str, Any]:
-    """Return the options in this record that the user set, by name, as metadata of files."""
+    """Return the options of this record that the user set, by name, for file metadata."""
     return {
         option_name(declared): _without_folders(getattr(options, declared.name))
         for declared in fields(options)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS, facts=HABIT):
-    """When a run ends before its last step."""
+    """Options that end a run early if its validation loss no longer improves."""
 
     early_stopping_patience: int | None = option(
         "end the run if the validation loss has not been below its lowest value in N measurements",
@@ -30,7 +30,7 @@ class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS
 
 @dataclass
 class EarlyStoppingProgress:
-    """The lowest validation loss of a run; states use the names of the fields."""
+    """Lowest validation loss of a run, in saved states; field names are part of the state format."""
 
     lowest_loss: float = float("inf")
     lowest_step: int = 0

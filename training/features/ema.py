@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
-    """How the moving average of the weights is computed, and whether samples use it."""
+    """Options of the exponential moving average (EMA) of the trained weights."""
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "

@@ -96,7 +96,7 @@ class WeightAverage:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of files with the average: its decay and the number of steps that it covers."""
+        """Metadata of files with averaged weights: the decay and the number of averaged steps."""
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:

@@ -42,11 +42,11 @@ class LearnsEmbeddings(Protocol):
     """A family whose text encoders can learn the vectors of a new word alongside a network."""
 
     def with_word_in_texts(self, word: WordToLearn) -> "Family":
-        """Return the family with embedding rows for the word in its text encoders."""
+        """Return the family whose text encoders get embedding rows for the new word."""
         ...
 
     def word_network(self, word: WordToLearn) -> "CustomNetwork":
-        """Return the network that holds the vectors."""
+        """Return the network whose parameters are the embedding vectors of the word."""
         ...
 
 
@@ -56,7 +56,7 @@ class EmbeddingOptions(
     at=AT_NETWORK,
     why_not_full="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
 ):
-    """The word whose vectors a LoRA training learns too, how they start, and how long they are trained."""
+    """Options of a new word whose embedding vectors are trained together with a LoRA."""
 
     train_embedding: str | None = option(
         "also train the vectors of this new word and save them in the LoRA",
@@ -141,7 +141,7 @@ class EmbeddingOptions(
 
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
-    """Return the model with embedding rows for the word. Raises OptionError if the script trains no LoRA."""
+    """Add embedding rows for the word to the model; raise OptionError if the script trains no LoRA."""
     from protocols.family_networks import custom_network_of  # torch: only with a word
 
     made = custom_network_of(family)
@@ -154,12 +154,12 @@ def _teach(word: WordToLearn, family: "Family") -> "Family":
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
-    """Check the files with initial vectors of the word. Raises UserError if one does not fit."""
+    """Raise UserError if a file with initial vectors for the word does not fit the text encoders."""
     cast(LearnsEmbeddings, family).word_network(word).check()
 
 
 def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
-    """Prepare a run that trains vectors of a word."""
+    """Add the embedding vectors of the word to the trained parameters of the run."""
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
     network = cast(LearnsEmbeddings, run.family).word_network(word)
@@ -188,12 +188,12 @@ def _describe_alone(word: WordToLearn, family: "Described") -> "CustomNetwork":
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command that generates with an embedding file."""
+    """Return a command that generates a sample's prompt with a saved embedding file."""
     return [*base, "--textual_inversion_embeddings", str(file)]
 
 
 def _list_given(record: Options | None) -> list[str]:
-    """Return the names of the options in a record that are given, without those of nested records."""
+    """Return the names of the options set in a record, without options of nested records."""
     if record is None:
         return []
     own = [field for field in fields(record) if not isinstance(getattr(record, field.name), Options)]
@@ -203,14 +203,14 @@ def _list_given(record: Options | None) -> list[str]:
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Let a run learn the word in place of a LoRA."""
     name = run.options.saving.output_name
-    given = [*_list_given(run.options.network), *_list_given(run.options.parts)]
-    given = [option for option in given if option not in TRUE_ALONE]
+    lora_options = [*_list_given(run.options.network), *_list_given(run.options.parts)]
+    lora_options = [option for option in lora_options if option not in TRUE_ALONE]
     if run.options.by_expert.lora_per_expert:
-        given.append("lora_per_expert")
-    if given:
+        lora_options.append("lora_per_expert")
+    if lora_options:
         raise OptionError(
-            f"--embedding_only trains no LoRA, whose options these are: --{', --'.join(given)}. Leave out "
-            "one or the other"
+            f"--embedding_only trains no LoRA, whose options these are: --{', --'.join(lora_options)}. Leave "
+            "out one or the other"
         )
     if name not in (None, options.train_embedding):
         logger.warning(

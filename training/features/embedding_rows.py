@@ -87,6 +87,7 @@ class WordRows:
             groups=[*trainable.groups, self.group(learning_rate)],
             group_names=(*trainable.group_names, f"the word {word.text}"),
             writes={**trainable.writes, **files},
+            # the step after which the word's vectors are no longer trained
             until={**trainable.until, WORD: math.ceil(word.until * total_steps)},
         )
 
@@ -118,7 +119,7 @@ def make_word_rows(
 
 
 def _note_beginning(word: WordToLearn) -> None:
-    """Log that the vectors continue from those in the LoRA file that training continues from."""
+    """Log that training continues the word's vectors that the LoRA of --network_weights contains."""
     if word.lora is None or word.weights is not None:
         return
     with open_checkpoint(word.lora) as checkpoint:

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class EncodedCaptions:
-    """Captions with the outputs of all text encoders."""
+    """Outputs of all text encoders for a set of captions, by caption."""
 
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
     variable_length: frozenset[str]  # names of outputs that are lists in batches

@@ -56,7 +56,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
 
 @dataclass(frozen=True)
 class GuidedTarget:
-    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
+    """The target u + scale * (v - u), where v is the velocity and u the prediction for the empty prompt."""
 
     scale: float
     audio_scale: float
@@ -133,7 +133,7 @@ def with_guided_target(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons, with the first one's target (the velocity) replaced by the guided target."""
+    """Replace the first comparison's target, the velocity, by the guided target."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class OptionsOfRun(Protocol):
-    """The options of a run, as far as features use them."""
+    """The options of a run that features read."""
 
     def of(self, kind: type[T]) -> T:
         """Return the options record of a feature, by its class."""
@@ -72,7 +72,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def timesteps(self) -> "TimestepOptions":
-        """Distribution of timesteps."""
+        """Options of the timestep distribution."""
 
     @property
     def weighted_by(self) -> str:
@@ -92,7 +92,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def parts(self) -> "PartsOptions | None":
-        """Which networks of the model get a LoRA; None if its text encoders cannot have one."""
+        """Options that select which networks get a LoRA; None if text encoders cannot have one."""
 
     @property
     def by_expert(self) -> "ExpertTrainingOptions":
@@ -104,27 +104,27 @@ class OptionsOfRun(Protocol):
 
     @property
     def full_dit(self) -> "FullDitOptions | None":
-        """Options of full fine-tuning; None if the DiT stays frozen."""
+        """Options of full fine-tuning; None if the DiT itself is not trained."""
 
     @property
     def saving(self) -> "SavingOptions":
-        """Where and how often files and states are saved."""
+        """Options of saving files and states."""
 
     @property
     def loss(self) -> "LossOptions":
-        """How errors become a loss."""
+        """Options of the loss function."""
 
     @property
     def samples(self) -> "SampleOptions":
-        """When samples are made, and from which prompts."""
+        """Schedule and prompt file of the samples."""
 
     @property
     def logs(self) -> "LogOptions":
-        """What is logged and where."""
+        """Options of logging, such as trackers and the log folder."""
 
 
 class PlannedRun(Protocol):
-    """A run before its networks are loaded, as far as features use it."""
+    """Attributes that features use of a run whose networks are not loaded yet."""
 
     @property
     def training(self) -> "Sequence[TrainingItem]":
@@ -132,15 +132,15 @@ class PlannedRun(Protocol):
 
     @property
     def validation(self) -> "Sequence[TrainingItem]":
-        """Items for validation."""
+        """Held-out items for the validation loss."""
 
     @property
     def sources(self) -> "BatchSources":
-        """Where the tensors of the items are read from."""
+        """Caches and live encoders from which batches are read."""
 
     @property
     def config(self) -> "DatasetConfig":
-        """The dataset file, as read."""
+        """Content of the dataset file."""
 
     @property
     def steps(self) -> "StepPlan":
@@ -156,7 +156,7 @@ class PlannedRun(Protocol):
 
     @property
     def others(self) -> "OtherFamilies":
-        """How the family is made with other files, such as the DiT of a teacher."""
+        """Constructors of the family with other model files, such as the DiT of a teacher."""
 
     @property
     def progress(self) -> "Progress":
@@ -164,7 +164,7 @@ class PlannedRun(Protocol):
 
     @property
     def accelerator(self) -> "Accelerator":
-        """The processes of the run, with device and mixed precision."""
+        """Accelerate's `Accelerator`: processes, device and mixed precision of the run."""
 
     @property
     def names(self) -> "Names":
@@ -172,11 +172,11 @@ class PlannedRun(Protocol):
 
     @property
     def lora_format(self) -> "LoraFormat | None":
-        """Format of the LoRA files; None if they have the names of another package's network."""
+        """Tensor names and layout of saved LoRA files; None for a network of another package."""
 
 
 class HookedRun(Protocol):
-    """A run, as far as features use it."""
+    """Attributes of a training run that features use."""
 
     @property
     def options(self) -> OptionsOfRun:
@@ -188,7 +188,7 @@ class HookedRun(Protocol):
 
     @property
     def steps(self) -> "StepPlan":
-        """Number of steps and epochs."""
+        """Planned number of steps and epochs."""
 
     @property
     def device(self) -> "torch.device":
@@ -200,7 +200,7 @@ class HookedRun(Protocol):
 
     @property
     def has_scaler(self) -> bool:
-        """Whether losses are scaled because gradients are float16."""
+        """Whether losses are scaled, as float16 gradients need."""
 
 
 class Average(Protocol):
@@ -210,7 +210,7 @@ class Average(Protocol):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of files with the average."""
+        """Metadata entries of files with averaged weights."""
 
     def begin(self) -> None:
         """Restart the average from the current weights."""
@@ -226,11 +226,11 @@ class Average(Protocol):
 
 
 class AuxiliaryLearner(Protocol):
-    """Something trained alongside the network of a run, saved in its files and in states."""
+    """Parameters trained alongside the network, and saved in its files and in states."""
 
     @property
     def module(self) -> "nn.Module":
-        """Module with the trained parameters; its state dict is saved in states of the run."""
+        """Module with the trained parameters; states of the run contain its state dict."""
 
     def group(self, learning_rate: float) -> dict[str, Any]:
         """Return the parameter group for the optimizer."""
@@ -239,12 +239,12 @@ class AuxiliaryLearner(Protocol):
         """Return the tensors to write into the file of a LoRA."""
 
     def list_in_lora(self) -> "dict[str, Tensor]":
-        """Return the same tensors as `tensors`, and log what users of the file must know."""
+        """Return the tensors of `tensors` for a LoRA file, and log how the file has to be used."""
 
     def add_to(
         self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
     ) -> "Trainable":
-        """Return the trained parameters of the run together with these, on the device."""
+        """Return `trainable` with these parameters added, which move to the device."""
 
 
 class FrozenNetwork(Protocol):
@@ -260,27 +260,27 @@ class FrozenNetwork(Protocol):
 
 
 class NetworkLoading(Protocol):
-    """Load networks of a run, and additional ones."""
+    """Load the trained networks of a run, and additional ones such as a teacher."""
 
     def load(self, family: "Family", index: int) -> FrozenNetwork:
         """Load the network of the expert at `index` and freeze it."""
 
     def set_up_blocks(self, network: Any) -> None:
-        """Compile, checkpoint and swap the blocks of a network from `load`, as the options ask."""
+        """Compile, checkpoint and swap the blocks of a network from `load`, according to the options."""
 
 
 class HookedModel(Protocol):
-    """The loaded networks of a run and what is trained, before a state is restored."""
+    """Loaded networks and trained parameters of a run, as features get them before a state is restored."""
 
     average: Average | None
 
     @property
     def plan(self) -> PlannedRun:
-        """The run's plan, made before the networks were loaded."""
+        """Plan of the run from before the networks were loaded."""
 
     @property
     def loading(self) -> NetworkLoading:
-        """Loads additional networks with the settings of the run."""
+        """Loader of additional networks, with the settings of the run."""
 
     @property
     def adapters(self) -> "Sequence[AddedLoras]":
@@ -288,7 +288,7 @@ class HookedModel(Protocol):
 
     @property
     def compute_dtype(self) -> "torch.dtype":
-        """Dtype in which the network computes: that of autocast or, without autocast, of its weights."""
+        """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
 
     @property
     def options(self) -> OptionsOfRun:
@@ -308,7 +308,7 @@ class HookedModel(Protocol):
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process calls the saver: the main process, and all that hold a part of the weights."""
+        """Whether this process takes part in saving: the main one, and all with a part of the weights."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class MergedLoras:
 
 @dataclass(frozen=True)
 class GradientStep:
-    """A step with accumulated gradients, before the weights are updated."""
+    """Loss, items and kind of a step whose gradients are complete and whose weights are not updated yet."""
 
     loss: "Tensor"  # mean loss of the step, a scalar on the device
     keys: tuple[str, ...]  # keys of the items of this process
@@ -330,7 +330,7 @@ class GradientStep:
 
 @dataclass
 class RunEnd:
-    """How far a run has come, for features that act at its end, even if it failed while loading."""
+    """Progress of a run, passed to features at its end, even if loading failed."""
 
     run: "RunFeatures"
     is_due: bool = False  # whether features act in this process: only in the first, after all have joined
@@ -342,7 +342,7 @@ class RunEnd:
 
 @dataclass
 class Tally:
-    """Additional numbers of a micro-batch for the logs, collected during its passes."""
+    """Named metrics that passes of a micro-batch record for the logs."""
 
     names: tuple[str, ...]
     # how the page shows them
@@ -351,7 +351,7 @@ class Tally:
     metrics: "Tensor | None" = None  # means over the last passes, one for each name
 
     def take(self) -> "Tensor | None":
-        """Return and clear the numbers of the micro-batch; None if its passes recorded none."""
+        """Return and clear the metrics that the micro-batch's passes recorded; None if there are none."""
         taken = self.metrics
         self.metrics = None
         return taken
@@ -359,7 +359,7 @@ class Tally:
 
 @dataclass
 class RunInfo:
-    """What is shown about a run in its boxes, in its files and on its page."""
+    """Descriptions that features add to the console boxes, the file metadata and the page of a run."""
 
     in_files: dict[str, Any] = field(default_factory=dict)  # metadata of saved files, whose names get `ss_`
     for_loading: dict[str, Any] = field(default_factory=dict)  # entries without the prefix, always written
@@ -370,21 +370,21 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class AverageInfo:
-    """An average of the weights that a run maintains."""
+    """Properties of a moving average of the weights, as other features read them."""
 
     name: str  # short name, such as "EMA"
     is_sampled: bool  # whether samples are generated with the average
 
 
 class Storage(Protocol):
-    """Other places to which files are saved and from which states can be loaded."""
+    """Interface of remote storage, to which files are uploaded and from which states are downloaded."""
 
     def make_publisher(self) -> "Publisher | None":
         """Return the publisher of saved files; None if they stay on this machine."""
 
     # `name` is the value of --resume
     def fetch_state(self, name: str, folder: Path) -> Path | None:
-        """Download the state `name` below `folder` and return its path; None if states are local."""
+        """Download the state `name` into `folder` and return its path; None if states are not remote."""
 
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
@@ -403,7 +403,7 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 @dataclass(frozen=True)
 class Hooks:
-    """The points of a run, in order. At each of them features act in the order of their list."""
+    """Lists of functions that features add, one list per point of a run; each list is called in order."""
 
     # may load torch, and puts further functions into these lists; in measurements of memory too
     start: "list[Callable[[RunFeatures], None]]" = field(default_factory=list)
@@ -455,7 +455,7 @@ class Hooks:
 
 @dataclass
 class RunFeatures:
-    """What the active features contribute to a run. Inactive features leave nothing in it."""
+    """Functions, targets and descriptions that active features add to a run."""
 
     options: OptionsOfRun
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
@@ -509,7 +509,7 @@ class RunFeatures:
         return passes
 
     def describe_targets(self) -> list[str]:
-        """Return a line for each target and one about their passes, then the lines of `info`."""
+        """Describe the targets: a line for each, a line on their passes, and the lines in `info`."""
         lines = [target.words for target in self.targets]
         if self.targets:
             passes = self.count_passes()

@@ -31,10 +31,10 @@ SWITCH = "--train_inpainting"
 
 
 class Inpaints(Protocol):
-    """A family whose network has a variant with a mask and a masked image as inputs."""
+    """A model family with an inpainting variant, which takes a mask and a masked image."""
 
     def for_inpainting(self) -> "Family":
-        """Return the family with this variant of the network."""
+        """Return the family with the inpainting variant of its network."""
         ...
 
     def encode_masked(
@@ -60,7 +60,7 @@ def _can_inpaint(family: "Described") -> TypeGuard[Inpaints]:
 
 
 class InpaintingOptions(FeatureOptions, title="inpainting", at=AT_NOISE):
-    """Whether an inpainting model is trained, and how much of an image its masks hide."""
+    """Options of training an inpainting model, such as the share of an image that masks hide."""
 
     train_inpainting: bool = option(
         "train an inpainting model, which repaints what a mask marks. Masks are random, or those of "
@@ -121,6 +121,7 @@ def add_inputs(
         mask = draw_mask(height, width, generator)
     if covers_all:
         mask[:] = True
+    # frames 1 H W C -> a batch of one clip, 1 C 1 H W -> pixels 1 C H W
     pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
     of_posterior = seed_generator("posterior", f"{key} masked")
     return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, facts=FREE):
-    """Whether the loss of each image and clip is recorded."""
+    """Option to record the loss of each image and clip."""
 
     item_losses: bool = option(
         "record the loss of each image and clip in OUTPUT_NAME-items.jsonl, one line each time it is "

@@ -54,7 +54,7 @@ def _not_begun() -> Progress:
 
 
 def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
-    """Start the file of a process; keep its lines up to `step` if it belongs to this run.
+    """Create the loss file of a process, or truncate this run's file to the lines up to `step`.
 
     Raises OutputError if the file cannot be written.
     """
@@ -95,7 +95,7 @@ class ArrivingLosses:
 
 @dataclass
 class ItemLossRecorder:
-    """Record the losses of a run: a context manager in every process, each with its own file."""
+    """Record item losses of a run; a context manager in every process, which writes its own file."""
 
     folder: Path
     name: str
@@ -113,7 +113,7 @@ class ItemLossRecorder:
     _is_lost: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Prepare to record a run, and return this recorder.
+        """Take the data that recording needs from the plan of a run, and return this recorder.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -147,7 +147,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons; the first one, which compares with the clip, now records its errors."""
+        """Make the first comparison, which compares with the clip, record its errors."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -176,7 +176,7 @@ class ItemLossRecorder:
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Read and write the losses up to `step`, whose values the run has already read."""
+        """Copy item losses up to `step` from the device and write them; these steps have already finished."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
             self._attempt(self._write, self._write_images)
@@ -187,7 +187,7 @@ class ItemLossRecorder:
         """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
-        """Start the file with its lines of earlier steps. Raises OutputError if it cannot be written."""
+        """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process is not None
         keep_draws(
             self.folder,
@@ -198,7 +198,7 @@ class ItemLossRecorder:
         )
 
     def _advance(self, step: int) -> None:
-        """Read the losses up to `step`, which are already on the host; write lines from time to time."""
+        """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
         while self._waiting and self._waiting[0].step <= step:
             waiting = self._waiting.pop(0)
             losses = waiting.losses.tolist()
@@ -216,7 +216,7 @@ class ItemLossRecorder:
             append_draws(self.folder, self.name, self._process, draws)
 
     def _write_images(self) -> None:
-        """Write thumbnails of the items that the page shows, once and in the first process only."""
+        """Write thumbnails of the items shown on the page, once per run and in the first process only."""
         if self._process != 0 or self._has_images:
             return
         self._has_images = True
@@ -227,7 +227,7 @@ class ItemLossRecorder:
         write_images(self.folder, self.name, images)
 
     def _attempt(self, *works: Callable[[], None]) -> None:
-        """Run these functions; after an error, log a warning and record nothing more."""
+        """Run these functions; if one fails, log a warning and stop recording."""
         if self._is_lost:
             return
         try:

@@ -38,7 +38,7 @@ SIDE = 64  # side in pixels of the placeholder image of the dataset
 
 @dataclass
 class LecoProgress:
-    """State of the feature in saved states."""
+    """State of LECO in saved states: a hash of the prompt pairs."""
 
     leco_pairs: str = ""  # a hash of the pairs; "" before the first step
 
@@ -47,10 +47,10 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
     """Return the model unchanged. Raises OptionError if LECO does not support it or the pairs' sizes."""
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 
-    made = custom_network_of(family)
-    if made is not None:
+    custom_network = custom_network_of(family)
+    if custom_network is not None:
         raise OptionError(
-            f"--prompts_file {path} is for LoRAs, and this script trains {made.label}. Leave it out"
+            f"--prompts_file {path} is for LoRAs, and this script trains {custom_network.label}. Leave it out"
         )
     if not family.noise.keeps_variance:
         raise OptionError(

@@ -28,7 +28,7 @@ TOP = (*dict.fromkeys((*PAIR, *SLIDER)), "prompts", "slider", "targets")
 
 @dataclass(frozen=True)
 class LecoPair:
-    """Prompts of one direction: the target moves to neutral +- guidance * (positive - opposite)."""
+    """Prompts of one training pair: the target learns neutral +- guidance * (positive - opposite)."""
 
     target: str  # prompt with which latents are denoised, and whose prediction is trained
     positive: str
@@ -51,7 +51,7 @@ class LecoPair:
 
     @property
     def sign(self) -> int:
-        """Direction from `neutral` along positive - opposite."""
+        """Sign of the guidance term: 1 to enhance the concept, -1 to erase it."""
         return 1 if self.action == ENHANCE else -1
 
 
@@ -67,9 +67,9 @@ def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     default = {key: value for key, value in content.items() if key not in ("prompts", "slider", "targets")}
     pairs: list[LecoPair] = []
     for number, entry in enumerate(_list_tables(place, content, "prompts"), 1):
-        where = f"{place}, [[prompts]] {number}"
-        read = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
-        pairs += read(where, path, entry, default)
+        entry_name = f"{place}, [[prompts]] {number}"
+        read_entry = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
+        pairs += read_entry(entry_name, path, entry, default)
     pairs += _read_sliders(place, path, content, default)
     if not pairs:
         raise OptionError(f"{place}: it has no targets. Write [[prompts]] with a target, or [slider]")
@@ -104,12 +104,12 @@ def _read_sliders(
                 f"{where}: it is not a table. Write target_class and positive or negative in it"
             )
         _reject_unknown(where, slider, (*SLIDER, "targets"))
-        own = {key: value for key, value in slider.items() if key != "targets"}
+        slider_values = {key: value for key, value in slider.items() if key != "targets"}
         entries = _list_tables(where, slider, "targets")
         if not entries:
-            yield from _read_slider(where, path, own, default)
+            yield from _read_slider(where, path, slider_values, default)
         for number, entry in enumerate(entries, 1):
-            yield from _read_slider(f"{where}, targets {number}", path, entry, {**default, **own})
+            yield from _read_slider(f"{where}, targets {number}", path, entry, {**default, **slider_values})
     targets = _list_tables(place, content, "targets")
     for number, entry in enumerate(targets, 1):
         yield from _read_slider(f"{place}, targets {number}", path, entry, default)
@@ -171,8 +171,8 @@ def _read_slider(
     positive, negative = (_read_text(place, values, key) or "" for key in ("positive", "negative"))
     if not positive and not negative:
         raise OptionError(f"{place}: write positive, negative or both")
-    own_neutrals = any(key in entry for key in NEUTRALS)
-    neutrals = _list_neutrals(place, path, entry if own_neutrals else values)
+    has_neutrals = any(key in entry for key in NEUTRALS)
+    neutrals = _list_neutrals(place, path, entry if has_neutrals else values)
     resolutions = values.get("resolutions")
     if resolutions is not None and not (isinstance(resolutions, list) and resolutions):
         raise OptionError(f"{place}: resolutions = {resolutions!r} is no list. Write [512, 768]")
@@ -181,7 +181,7 @@ def _read_slider(
     for neutral, (height, width) in product(neutrals, sides):
         shared = _read_shared(place, values, height == width)
         # a slider is trained at positive and at negative strength, each toward one of its ends
-        for toward, opposite, action, side in _expand(positive, negative):
+        for toward, opposite, action, sign in _expand(positive, negative):
             yield LecoPair(
                 target=target,
                 positive=toward,
@@ -190,7 +190,7 @@ def _read_slider(
                 action=action,
                 height=height,
                 width=width,
-                multiplier=side * strength,
+                multiplier=sign * strength,
                 **shared,
             )
 
@@ -261,7 +261,7 @@ def _read_number(place: str, values: Mapping[str, Any], key: str, signed: bool =
 
 
 def _read_resolution(place: str, value: Any) -> tuple[int, int]:
-    """Return height and width of a side, or of [height, width]."""
+    """Return height and width from one number for both, or from [height, width]."""
     sides = value if isinstance(value, list) else [value, value]
     are_sides = len(sides) == 2 and all(
         isinstance(side, int) and not isinstance(side, bool) and 64 <= side <= MAX_SIDE for side in sides

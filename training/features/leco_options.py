@@ -7,7 +7,7 @@ from training.features.contract import AT_NETWORK, FeatureOptions
 
 
 class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=AT_NETWORK, facts=HABIT):
-    """The prompts to learn from, and how latents are denoised."""
+    """Options of LECO: the prompts file, and the denoising of latents for each step."""
 
     prompts_file: Path | None = option(
         "TOML or YAML file of prompts to erase, enhance or slide between, without images. Each step denoises "
@@ -37,6 +37,6 @@ class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=
 
     @property
     def path(self) -> Path:
-        """The prompts file; read only while the feature is on."""
+        """Path of --prompts_file, for code that runs only if the option is set."""
         assert self.prompts_file is not None  # the feature is on
         return self.prompts_file

@@ -28,7 +28,7 @@ MAX_SCALE = 3.0  # with dynamic_crops: largest ratio of the original size to the
 
 @dataclass(frozen=True)
 class LecoTarget:
-    """The pairs of a file with their encoded prompts."""
+    """Teach the prompt pairs of a LECO file; holds the encoded prompts of each pair."""
 
     options: LecoOptions
     pairs: Sequence[LecoPair]
@@ -55,7 +55,7 @@ class Walk:
     num_steps: int
 
     def timestep(self, index: int) -> int:
-        """Return the timestep of a step; the last step has timestep 0."""
+        """Return the timestep of denoising step `index`; that of the last step is 0."""
         return (self.num_steps - 1 - index) * (TRAINED_STEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,7 +133,7 @@ def leco_passes(
 
 @dataclass(frozen=True)
 class PairStep:
-    """One step with a pair."""
+    """One training step on a pair of prompts."""
 
     target: LecoTarget
     pair: LecoPair
@@ -169,7 +169,7 @@ class PairStep:
         return x
 
     def make_goal(self, x: Tensor, time: int) -> Tensor:
-        """Return the target of the prediction for the prompt `target`, computed without the network."""
+        """Return the target for the prediction of prompt `target`, from passes of the base model."""
         assert self.passes.rule.as_base is not None  # only LoRAs are trained with LECO
         with torch.no_grad(), self.passes.rule.as_base():
             positive = self.predict(self.pair.positive, x, time)
@@ -190,7 +190,7 @@ class PairStep:
 
 
 def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
-    """Return height and width of a step; with dynamic_resolution a square of half to the full height."""
+    """Return height and width; with dynamic_resolution, draw a square side from half to full height."""
     if not pair.dynamic_resolution:
         return pair.height, pair.width
     sides = range(pair.height // 2 // RESOLUTION_STEP * RESOLUTION_STEP, pair.height + 1, RESOLUTION_STEP)
@@ -199,7 +199,7 @@ def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
 
 
 def _draw_sizes(pair: LecoPair, height: int, width: int, rng: random.Random) -> Tensor:
-    """Return the size conditions of B images, B 6 float32: original size, crop and size, height first."""
+    """Draw size conditions of B images, B 6 float32: original size, crop and target size, height first."""
     original, crop = (height, width), (0, 0)
     if pair.dynamic_crops:
         scale = rng.uniform(1, MAX_SCALE)

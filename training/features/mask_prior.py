@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """Strength of the term that keeps predictions outside of masks close to the base model's."""
+    """Weight of a loss term that keeps predictions outside masks close to the base model."""
 
     mask_prior_weight: float | None = option(
         "outside masks, keep the prediction close to that of the model without the network, with this "
@@ -58,7 +58,7 @@ def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "Planned
 
 
 def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
-    """Return whether any item for training has a loss mask. Reads headers only, up to the first mask."""
+    """Return whether any training item has a loss mask, reading cache headers up to the first mask."""
     if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
         return True
     from protocols.data import LOSS_MASK  # torch: only with this target

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
-    """No options: an attribute of a table turns the feature on."""
+    """Feature without options, which an attribute of a dataset table turns on."""
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
     """Replace the velocity of preserved samples by the base model's prediction.
 
-    The base model runs for every batch if all processes have to run the same passes.
+    In lockstep, the base model runs for every batch, because all processes have to run the same passes.
     """
     from training.targets.passes import choose, kept_samples  # torch: only in a training
 
@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Return the comparisons; in the first, preserved samples have the base model's prediction as target."""
+    """Replace the first comparison's target by the base model's prediction for preserved samples."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 

@@ -24,7 +24,7 @@ BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/r
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """How strongly the chosen item of each pair is preferred."""
+    """Strength with which the chosen item of each pair is preferred (Diffusion-DPO)."""
 
     preference: float | None = option(
         "learn from pairs of a chosen and a rejected image or clip (worse_directory in the dataset): "
@@ -48,7 +48,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
     @property
     def beta(self) -> float:
-        """Strength of the preference, from --preference; read only while the feature is on."""
+        """Value of --preference, for code that runs only if the option is set."""
         assert self.preference is not None  # the feature is on
         return self.preference
 
@@ -65,7 +65,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
 
 
 def _check_tables(run: "RunFeatures") -> None:
-    """Raise OptionError for tables that ask for another target."""
+    """Raise OptionError if a dataset table sets a target of its own."""
     preserving = next((table.name for table in run.tables if KEPT in table.attributes), None)
     if preserving is not None:
         raise OptionError(

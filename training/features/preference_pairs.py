@@ -26,7 +26,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """How strongly the chosen item of a pair is preferred; see `compare_pairs`."""
+    """Strength beta and weight of the ordinary loss, see `compare_pairs`."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added
@@ -112,7 +112,7 @@ def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
-    """Return noise and levels twice: for the chosen and for the rejected clip."""
+    """Repeat audio noise and noise levels, so that chosen and rejected clips get the same ones."""
     return NoisyAudio(
         noise=_stack_twice(audio.noise),
         sigmas=_stack_twice(audio.sigmas),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS, facts=FREE):
-    """Which model scores the samples, and where it runs."""
+    """Models that score the samples, and the device that the models run on."""
 
     score_samples: Path | None = option(
         "score the samples as tools/score.py does, each time some were made, by the CLIP or SigLIP model in "
@@ -42,7 +42,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
 
 
 def _start(run: "RunFeatures") -> None:
-    """Add the recorder that starts a scoring process after each round of samples."""
+    """Add the recorder that starts a scoring process each time samples have been generated."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
 
     folder, name = run.options.saving.place

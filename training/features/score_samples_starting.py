@@ -23,11 +23,11 @@ SCRIPT = Path("tools/score.py")
 
 @dataclass
 class SampleScorer:
-    """Score the samples of a run: a recorder of the main process.
+    """Recorder that scores a run's samples in a subprocess, started by the main process.
 
-    A process scores all existing samples; embeddings of earlier samples are stored on disk. Samples that are
-    generated while a process runs are scored by the next process. If a process fails, a warning says why, and
-    the training continues without scores.
+    A subprocess scores all existing samples, using embeddings of earlier samples from disk. The next one
+    scores samples that are generated meanwhile. If a subprocess fails, a warning says why, and the training
+    continues without scores.
     """
 
     folder: Path  # --output_dir
@@ -81,11 +81,11 @@ class SampleScorer:
         if self._has_failed:
             return
         history = history_path(self.folder, self.name)
-        words = [*self._words, str(history), *option_words(self.models), "--device", self.device]
+        command = [*self._words, str(history), *option_words(self.models), "--device", self.device]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
         try:
             self._process = subprocess.Popen(
-                words,
+                command,
                 env=program_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

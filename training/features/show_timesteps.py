@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):
-    """Whether the timestep distribution is shown, and where."""
+    """Option to show the timestep distribution instead of training."""
 
     show_timesteps: str | None = option(
         "show the distribution of timesteps and weights, then exit", choices=("image", "console")

@@ -69,8 +69,8 @@ def show_timesteps(
         return
     path = folder / "timesteps.png"
     write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
-    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
-    lines = [f"{path}: {what}\n"]
+    legend = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
+    lines = [f"{path}: {legend}\n"]
     for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
@@ -123,7 +123,7 @@ def timestep_statistics(
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Return text bars for the means of `lines` equal ranges; the longest has `width` characters."""
+    """Draw a bar chart as text: a bar for the mean of each of `lines` ranges, at most `width` long."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)
@@ -148,6 +148,7 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     rows = []
     for title, counts in drawn.items():
         fractions = 100 * counts / counts.sum()
+        # sums over ten timesteps each, drawn as steps
         by_tens = fractions.view(-1, 10).sum(1).repeat_interleave(10)
         rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
     rows.append((weights, "loss weight", ""))

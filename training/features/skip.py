@@ -30,7 +30,7 @@ REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in 
 
 
 class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, facts=HABIT):
-    """Which steps are skipped."""
+    """Options that skip optimizer steps with unusual gradient norms or non-finite losses."""
 
     skip_bad_steps: int | None = option(
         "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
@@ -89,7 +89,7 @@ class Skipping:
         return SPIKE if limit is not None and math.isfinite(norm) and norm > limit else TAKEN
 
     def limit(self, kind: str) -> float | None:
-        """Return the norm above which a step of a kind is a spike; None if there is no limit yet."""
+        """Return the gradient norm above which a step of this kind is a spike; None without enough steps."""
         from statistics import median  # not needed for --help
 
         factor = self.options.skip_spikes

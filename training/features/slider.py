@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
-    """Which captions a slider moves between."""
+    """Options of a slider LoRA, whose captions are read from a --slider file."""
 
     slider: Path | None = option(
         "TOML file with captions: at strength 1, the network moves the result of a neutral caption "
@@ -36,7 +36,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
     @property
     def path(self) -> Path:
-        """File of the slider, from --slider; read only while the feature is on."""
+        """Path of --slider, for code that runs only if the option is set."""
         assert self.slider is not None  # the feature is on
         return self.slider
 
@@ -59,7 +59,7 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
 
 
 def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
-    """Raise OptionError if text encoders are trained."""
+    """Raise OptionError if text encoders are trained, because a slider's captions are encoded only once."""
     if texts is not None and texts.changing:
         names = " and ".join(encoder.name for encoder in texts.changing)
         raise OptionError(
@@ -70,7 +70,7 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
 
 
 def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions before the transformer is loaded, and replace the usual pass by the sliders'."""
+    """Encode the captions before the transformer is loaded, and replace the clip's pass by slider passes."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)

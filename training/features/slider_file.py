@@ -17,7 +17,7 @@ MAX_FACTOR = 100.0
 
 @dataclass(frozen=True)
 class Slider:
-    """Captions that define one direction."""
+    """Captions that define the direction of one slider."""
 
     positive: str
     negative: str
@@ -42,7 +42,7 @@ class SliderFile:
 
     @property
     def has_anchors(self) -> bool:
-        """Return whether any slider has an anchor."""
+        """Return whether any slider has an anchor, a prompt that it leaves unchanged."""
         return any(slider.anchor is not None for slider in self.sliders)
 
 

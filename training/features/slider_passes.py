@@ -20,14 +20,14 @@ from training.targets.passes import Streams, TrainingPasses, measure_plainly
 
 @dataclass(frozen=True)
 class SliderTarget:
-    """A file of sliders and the encoded captions."""
+    """The sliders of a --slider file with their encoded captions."""
 
     file: SliderFile
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
     variable_length: frozenset[str]  # names of outputs that are lists in batches
 
     def slider_of(self, number: int) -> Slider:
-        """Return the slider of a micro-batch; sliders take turns."""
+        """Return the slider that micro-batch `number` trains: the sliders alternate."""
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:

@@ -16,7 +16,7 @@ class StepPasses:
     size: int = 1  # batch size of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
-        """Add the passes of another target; the factors on the batch size are multiplied."""
+        """Return the sum of the passes of two targets; their factors on the batch size are multiplied."""
         return StepPasses(
             with_gradients=self.with_gradients + further.with_gradients,
             without=self.without + further.without,
@@ -34,7 +34,7 @@ class StepPasses:
 
 @dataclass(frozen=True)
 class StepTarget:
-    """A target of the training apart from the clip."""
+    """A training target other than the clip's velocity, as a feature adds it."""
 
     option: str  # option that adds the target, as it is typed
     words: str  # its line in the box at the start of a run

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the family has no additional inputs for --teacher."""
+    """Raise OptionError if the family has no inputs that only the --teacher could get."""
     if options.teacher_sees not in (INPUTS, *family.can.views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
@@ -44,7 +44,7 @@ def _check_files(options: TeacherOptions, family: "Family", others: "OtherFamili
 
 
 def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
-    """Raise OptionError if texts are not cached."""
+    """Raise OptionError if texts are encoded during training instead of read from caches."""
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
         raise OptionError(
@@ -55,7 +55,7 @@ def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
 
 
 def _describe(options: TeacherOptions) -> str:
-    """Describe the teacher, its fraction of the loss, and its noise levels."""
+    """Describe the teacher, its weight in the loss, and its noise levels."""
     name = "the model without the network"
     if options.teacher != BASE:
         model = options.teacher_dit.name if options.teacher_dit is not None else "the model itself"

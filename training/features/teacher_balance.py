@@ -18,10 +18,10 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 @dataclass(frozen=True)
 class FocusBalance:
-    """Factors on terms that act only inside, or only outside, of a band of noise levels.
+    """Weights that undo --timestep_focus for loss terms restricted to the inside or outside of a band.
 
-    Each factor is the fraction of the draws in its region without the focus, divided by the fraction with the
-    focus. It is 1 if no draw with the focus falls into the region. Both factors are 1 without a focus.
+    Each weight is the fraction of noise levels drawn in its region without the focus, divided by the fraction
+    with the focus. It is 1 without a focus, or if the focus draws nothing in the region.
     """
 
     inside: float = 1.0
@@ -78,7 +78,7 @@ def find_balance(
 
 @dataclass(frozen=True)
 class _BandFractions:
-    """Fractions of all draws."""
+    """Fractions of all draws of noise levels."""
 
     inside: float  # trained draws in the band
     trained: float  # draws at the noise levels of the expert
@@ -87,7 +87,7 @@ class _BandFractions:
 def _compute_default_fractions(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandFractions:
-    """Return the fractions for the sampler without --timestep_focus."""
+    """Return the fractions of draws in the band and in the expert's range without --timestep_focus."""
     fractions = sample_fractions(options, spread_evenly(), noise, flow_shift)
     levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Weights of the parts of a comparison: see `split_errors`."""
+    """Weights of size and color in the comparison of `split_errors`."""
 
     size_weight: float
     color_weight: float

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # only with LoRA files
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A transformer with the LoRAs of --teacher_lora."""
+    """A teacher for the trained network: a transformer with the LoRAs of --teacher_lora."""
 
     family: Trains
     dit: nn.Module
@@ -40,17 +40,17 @@ class TeacherModel:
             noisy_batch: Batch with noise and timesteps.
             has_loras: Whether the LoRAs are active.
         """
-        own_passes = replace(passes, family=self.family, dit=self.dit)
+        teacher_passes = replace(passes, family=self.family, dit=self.dit)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.loras.switched_to(has_loras))
             if self.trained is None:
-                return own_passes.frozen(noisy_batch)
+                return teacher_passes.frozen(noisy_batch)
             for adapter in self.trained.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
-            return own_passes.base(noisy_batch)
+            return teacher_passes.base(noisy_batch)
 
     def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction of the teacher with its LoRAs."""
+        """Return the prediction of the teacher model with its LoRAs enabled."""
         return self.predict(passes, noisy_batch, has_loras=True)
 
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
@@ -66,7 +66,7 @@ class TeacherModel:
 
 @dataclass
 class OtherTeacher:
-    """Load the model of --teacher dit and use it as the teacher."""
+    """Load a second DiT for --teacher dit and use it as the teacher."""
 
     options: TeacherOptions
     teaching: Teaching

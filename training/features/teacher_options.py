@@ -13,7 +13,7 @@ NUM_TIMESTEPS = 1000
 
 
 class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
-    """Which frozen model the network learns from, at which noise levels, and how they are compared."""
+    """Options of learning from a teacher: the frozen model, its noise levels, and the error terms."""
 
     teacher: str | None = option(
         "add a loss against the prediction of a frozen model, which sees the full conditions, "
@@ -143,7 +143,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def view(self) -> str:
-        """Return the conditions that the teacher gets apart from the cached ones; "" if there are none."""
+        """Name of the conditions that only the teacher gets, see `Batch.view`; "" if there are none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:

@@ -48,7 +48,7 @@ def install_teacher(run: RunFeatures, options: TeacherOptions) -> "Teaching":
 
 @dataclass(frozen=True)
 class Band:
-    """The noise fractions, 0..1, at which a teacher knows more than the network; both ends are included."""
+    """Range of noise fractions, 0..1 and inclusive, in which the teacher gets additional inputs."""
 
     lowest: float
     highest: float
@@ -60,7 +60,7 @@ class Band:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """How the network is compared with a frozen model."""
+    """Weights and noise levels of the comparison with a frozen teacher."""
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
@@ -89,7 +89,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class Teaching:
-    """Compare the network with its teacher."""
+    """Functions that compare the network's predictions with those of its teacher."""
 
     target: TeacherTarget
     teach: Teach
@@ -97,7 +97,7 @@ class Teaching:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons with the teacher's part of the loss; the clip's comparison keeps the rest.
+        """Add the comparisons with the teacher, and reduce the weight of the clip's comparison by theirs.
 
         Inside of its band, the teacher gets all known inputs. Outside of it, the teacher is an anchor with
         the same inputs as the network. Samples whose target is the base model's prediction have neither loss.
@@ -112,7 +112,7 @@ class Teaching:
     ) -> list[TargetComparison]:
         """Return the comparisons with the teacher: for samples inside and outside of its band."""
         teacher = self.target
-        full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
+        batch_of_teacher = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
         # for each sample: whether its noise level is inside, or outside, of the band; both are False if its
         # target is the base model's prediction
@@ -126,10 +126,10 @@ class Teaching:
         comparisons = []
         # in lockstep the teacher always runs, because all processes have to run the same passes
         if any(is_inside) or passes.rule.in_lockstep:
-            target = self.teach(passes, full_batch)
+            target = self.teach(passes, batch_of_teacher)
             weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
             measure = _measure_for(passes, teacher.split)
-            comparisons.append(TargetComparison(target, measure, full_batch, weight))
+            comparisons.append(TargetComparison(target, measure, batch_of_teacher, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
             target = self.teach(passes, noisy_batch)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
@@ -142,7 +142,7 @@ class Teaching:
 
 
 def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Add a note with the factor that corrects the number of draws outside of the band (--timestep_focus)."""
+    """Note the factor that compensates for --timestep_focus outside the band, see `FocusBalance`."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -154,7 +154,7 @@ def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyB
 
 
 def _make_weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return the weights of samples, B, or a single number if all are equal."""
+    """Return sample weights as a tensor, B, or as one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
     return numbers_on(device, weights, torch.float32)
@@ -167,7 +167,7 @@ def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
 
 
 def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors of `split_errors`, with masked positions weighted."""
+    """Return the errors of `split_errors`, after the batch's masks have weighted each position."""
     outputs = _split_streams(output, noisy_batch)
     targets = _split_streams(target, noisy_batch)
     errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
@@ -217,6 +217,6 @@ def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the passes of `teach_change` with one model on empty tensors, to measure their memory."""
+    """Run the passes of `teach_change` with one model on storage-free tensors to measure peak memory."""
     with torch.no_grad():
         return passes.base(noisy_batch) + (passes.frozen(noisy_batch) - passes.frozen(noisy_batch))

@@ -31,7 +31,7 @@ _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wand
 
 
 class RunTrackerOptions(Options):
-    """Options that `reelsmith run` passes to its training."""
+    """Tracker options that `reelsmith run` passes on to its training command."""
 
     logging_dir: Path | None = option(
         "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
@@ -47,7 +47,7 @@ class RunTrackerOptions(Options):
 
 
 class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_run=RunTrackerOptions):
-    """Which trackers receive the numbers and samples of a run."""
+    """Options of trackers that receive metrics and samples, such as TensorBoard and wandb."""
 
     logging_dir: Path | None = option(
         "folder for TensorBoard logs; each run gets a subfolder", place="new folder"
@@ -87,7 +87,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers to start; a log folder alone means tensorboard."""
+        """Names of the trackers to start; tensorboard if only --logging_dir is set."""
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

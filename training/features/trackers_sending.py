@@ -29,9 +29,9 @@ FLUSH_SECONDS = 10  # maximum age of the data in TensorBoard
 
 @dataclass
 class Trackers:
-    """Send the numbers and samples of a run. Use it as a context manager in every process.
+    """Send metrics and samples of a run to trackers such as wandb; a context manager in every process.
 
-    Entering starts the trackers. Raises UserError if --log_tracker_config cannot be read.
+    Entering the context starts the trackers and raises UserError if --log_tracker_config cannot be read.
     """
 
     accelerator: "Accelerator"
@@ -79,7 +79,7 @@ class Trackers:
             threading.excepthook = self._hook
 
     def _log_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        """Print an error of a thread, except one of TensorBoard's writer, which raises it again later."""
+        """Print a thread's error, except for TensorBoard's writer, which raises its own error again later."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._hook(error)
 
@@ -92,7 +92,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """Turn a tracker's first disk or network error into a warning, and send it no more numbers."""
+        """Log a tracker's first disk or network error as a warning, and send no more metrics to it."""
         try:
             yield
         except kind as error:

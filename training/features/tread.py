@@ -24,7 +24,7 @@ MIDDLE = (2, -2)  # first and last bypassed block, as in --tread_blocks
 
 
 class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT):
-    """How many tokens skip the middle blocks in training."""
+    """Options of TREAD: the share of tokens that skip middle blocks in training, and the blocks."""
 
     tread: float | None = option(
         "let this fraction of the image tokens, drawn for each sample, bypass the middle blocks in "
@@ -46,7 +46,7 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 
     @property
     def share(self) -> float:
-        """Return the fraction of tokens, 0..1, that bypass the middle blocks."""
+        """Fraction of tokens, 0..1, that bypass the middle blocks."""
         return self.tread or 0.0
 
 

@@ -30,7 +30,7 @@ def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate
 
 
 def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
-    """Return the ascending indices of the tokens to keep, B K: needed ones and random ones."""
+    """Return ascending indices, B K, of the tokens to process: all required tokens and random others."""
     sizes = (*(1,) * (3 - len(grid)), *grid)
     needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]

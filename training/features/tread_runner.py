@@ -27,14 +27,14 @@ SelectKeptTokens = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """A range of blocks, and the tokens that go through them."""
+    """A range of blocks, and the function that selects the tokens processed by these blocks."""
 
     first: int  # index of the first block; negative: from the end
     last: int  # index of the last block, inclusive; negative: from the end
     choose: SelectKeptTokens
 
     def blocks_of(self, count: int) -> range:
-        """Return the range of indices of the routed blocks in a network of `count` blocks."""
+        """Return the indices of the routed blocks in a network of `count` blocks."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
 
@@ -67,7 +67,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, ove
 
 
 class _Parting:
-    """The tokens of one forward pass that wait while the selected ones go through the middle blocks."""
+    """Tokens of one forward pass that skip the middle blocks, and are put back afterwards."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route
@@ -96,8 +96,8 @@ class _Parting:
             return
         # keep all tokens before and after those of the clip, such as text tokens
         all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
-        parts = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
-        self._kept = torch.cat(parts, dim=1).to(x.device)
+        index_ranges = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
+        self._kept = torch.cat(index_ranges, dim=1).to(x.device)
         self._waiting = x, tokens
         hidden.tokens = tokens.select(self._kept, num_left_out)
         hidden.x = x.gather(1, _wide(self._kept, x))

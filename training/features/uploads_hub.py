@@ -79,19 +79,19 @@ def write_card(
         prompts: Prompts of the samples.
         files: Files of one save by the name of their expert; the key is "" for a file for all of them.
     """
-    spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
+    model_spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     base = release.repositories[0]
     kind = "LoRA" if is_lora else "model"
     lines = [
-        f"# {_escape(spec.get('title', name))}",
+        f"# {_escape(model_spec.get('title', name))}",
         "",
         f"A {kind} for [{base}](https://huggingface.co/{base}), trained with Reelsmith.",
     ]
-    if spec.get("description"):
-        lines += ["", _escape(spec["description"])]
+    if model_spec.get("description"):
+        lines += ["", _escape(model_spec["description"])]
     tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
-    triggers = (table.get("trigger_word") for table in tables)
-    words = list(dict.fromkeys(word for word in triggers if isinstance(word, str) and word.strip()))
+    trigger_words = (table.get("trigger_word") for table in tables)
+    words = list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
@@ -99,15 +99,15 @@ def write_card(
     settings = _list_settings(metadata, tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
-    licence = spec.get("license", release.licence)
+    licence = model_spec.get("license", release.licence)
     lines += ["", "## License", "", f"{_escape(licence)}. License of the base model: {release.license_url}"]
-    front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
+    front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
 
 
 def card_of(run: PublishedRun, path: Path) -> str | None:
-    """Return the model card that names a file of a run; None for a moving average of the weights."""
+    """Return the model card for a saved file of a run; None for a file with averaged (EMA) weights."""
     stem = run.names.stem_of(path)
     if stem.endswith(AVERAGE):
         return None
@@ -160,13 +160,13 @@ def _front_matter(
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
-    key = licence.strip().lower()
+    license_key = licence.strip().lower()
     other_key = release.license_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "license": key if key in HUB_LICENSES else other_key,
+        "license": license_key if license_key in HUB_LICENSES else other_key,
     }
     if values["license"] == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
@@ -181,7 +181,7 @@ def _front_matter(
 
 
 def _plain(value: Any) -> Any:
-    """Return data whose texts are single lines, with control codes escaped."""
+    """Make each text in nested data a single line with escaped control codes."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -213,7 +213,7 @@ def _digest(text: str) -> str:
 
 
 def hub() -> Any:
-    """Return the client library.
+    """Import and return `huggingface_hub`.
 
     Raises:
         OptionError: If it is not installed.
@@ -231,9 +231,8 @@ def hub() -> Any:
 class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
-    Uploads run one after the other, so that the repository is created only once. After each file the model
-    card, which names the newest file, is uploaded, if the repository has no card or an unedited one from the
-    same run.
+    Uploads run one after the other, so that the repository is created only once. The model card, which names
+    the newest file, follows each file, unless the repository has a card that was edited or is of another run.
 
     Attributes:
         api: The client, `huggingface_hub.HfApi`.
@@ -248,11 +247,11 @@ class Uploads:
     _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
 
     def for_run(self, run: PublishedRun) -> "Uploads":
-        """Return the same uploads with the model card of a run."""
+        """Return a copy of this object that also uploads the model card of a run."""
         return replace(self, card=partial(card_of, run))
 
     def publish(self, path: Path) -> None:
-        """Upload a file and the model card; with --async_upload in the background."""
+        """Upload a file and its model card, in the background with --async_upload."""
         self._start_upload(path, None if self.card is None else self.card(path))
 
     def _start_upload(self, path: Path, card: str | None) -> None:

@@ -8,7 +8,7 @@ _IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is no
 
 
 class RunUploadOptions(Options):
-    """Options that `reelsmith run` passes to its training."""
+    """Upload options that `reelsmith run` passes on to its training command."""
 
     huggingface_repo_id: str | None = option(
         "upload the trained files to this repository (owner/name); in run.toml it is rejected"
@@ -18,7 +18,7 @@ class RunUploadOptions(Options):
 class UploadOptions(
     FeatureOptions, title="Hugging Face hub", at=AT_METADATA, facts=FREE, of_run=RunUploadOptions
 ):
-    """What is uploaded to the hub, and whether --resume names a state on the hub."""
+    """Options of uploads to the Hugging Face hub, and of resuming from a state on the hub."""
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",

@@ -23,7 +23,7 @@ class WorkflowOptions(
     facts=FREE,
     why_not_full="the workflow shows what a LoRA does to its model, and none is trained",
 ):
-    """Whether workflows are written."""
+    """Option to write a ComfyUI workflow with each save."""
 
     save_workflow: bool = option(
         "write a workflow for ComfyUI next to each saved LoRA, NAME.workflow.json: dropped on ComfyUI, it "

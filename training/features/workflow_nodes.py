@@ -42,7 +42,7 @@ CONVERTED = "_comfyui"  # suffix of the name of a LoRA that `convert_lora.py` ha
 
 @dataclass(frozen=True)
 class ComfyLora:
-    """A LoRA as a node loads it."""
+    """File name and strength of a LoRA in a ComfyUI loader node."""
 
     name: str  # name of the file
     strength: float = 1.0
@@ -92,14 +92,14 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     for kind in options.network.kinds:
         if kind.not_in_comfyui:
             raise OptionError(f"{FLAG}: {kind.not_in_comfyui}. Leave it out")
-    written = plan.lora_format
-    if written is None:
+    lora_format = plan.lora_format
+    if lora_format is None:
         raise OptionError(
             f"{FLAG} with --network_module {options.network.network_module}: whether ComfyUI reads that "
             "package's files is not known here. Leave it out"
         )
-    names = written.family
-    reads_known = names is None or COMFYUI.lower() not in names.converted_for.lower()
+    lora_names = lora_format.family
+    reads_known = lora_names is None or COMFYUI.lower() not in lora_names.converted_for.lower()
     prompts = options.samples.sample_prompts
     assert prompts is not None  # else the feature is not on
     needs_weights = any(kind.needs_weight for kind in options.network.kinds)
@@ -107,7 +107,8 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
         plan,
         find_model(plan.family, OtherFamilies()),
         prompts,
-        is_read=written.name == COMFYUI or (written.name == KNOWN and reads_known and not needs_weights),
+        is_read=lora_format.name == COMFYUI
+        or (lora_format.name == KNOWN and reads_known and not needs_weights),
         needs_weights=needs_weights,
         more_loras=tuple(ComfyLora(path.name, strength) for path, strength in options.samples.loras()),
     )
@@ -120,7 +121,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
 
 @dataclass
 class Workflows:
-    """Write a workflow next to the files of each save."""
+    """Write a ComfyUI workflow next to the files of each save."""
 
     plan: PlannedRun
     model: ComfyModel
@@ -187,6 +188,7 @@ class Workflows:
         self.read_samples()
         names = self.plan.names
         for stem, files in groupby(sorted(paths), names.stem_of):
+            # a file is named STEM or STEM_PART; the key is PART, or ""
             by_part = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
             path = names.folder / f"{stem}{WORKFLOW}"
             nodes = self.make_nodes(by_part)
@@ -233,7 +235,7 @@ def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
 
 @dataclass
 class ComfyGraph:
-    """Nodes by number; equal nodes are added only once, so that samples share loaders."""
+    """Nodes of a ComfyUI workflow by ID; equal nodes are added only once, so that samples share loaders."""
 
     model: ComfyModel
     files: Sequence[str]  # file names of the transformers, or of the checkpoint
@@ -241,7 +243,7 @@ class ComfyGraph:
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, name: str, **inputs: Any) -> str:
-        """Return the number of a node with these inputs; add the node if there is none."""
+        """Return the ID of the node with this name and these inputs; create the node if it is missing."""
         node = {"class_type": name, "inputs": inputs}
         for number, other in self.nodes.items():
             if node == other:
@@ -305,7 +307,7 @@ class ComfyGraph:
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
     def _load_texts(self) -> str:
-        """Add the loader of the text encoders: one node type for one encoder, another for two."""
+        """Add the node that loads the text encoders, whose type depends on their number; return its ID."""
         names, text_type = self.model.text_encoders, self.model.text_type
         if len(names) == 1:
             return self.add("CLIPLoader", clip_name=names[0], type=text_type, device="default")
@@ -314,9 +316,9 @@ class ComfyGraph:
         return self.add("DualCLIPLoader", **files, type=text_type, device="default")
 
     def _patch(self, name: str, link: Link, patches: Sequence[ComfyNode]) -> Link:
-        """Add nodes that change the output at a link; return the link to the last one.
+        """Add nodes in a row that each change an output, such as a model; return the link to the last node.
 
-        `name` is the name of their input and the output that they change.
+        `name` is the input through which each node gets the output of the node before.
         """
         for patch in patches:
             link = [self.add(patch.name, **{name: link}, **patch.inputs), 0]
@@ -337,7 +339,7 @@ class ComfyGraph:
     def _sample(self, prepared: Prepared, part: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
         """Add a sampler for the steps of `part`; return the link to its latents."""
         sampler = self.model.samplers[prepared.solver]
-        own = {
+        sampler_inputs = {
             "steps": prepared.steps,
             "cfg": usual_scale(prepared, part.expert),
             "sampler_name": sampler,
@@ -345,7 +347,7 @@ class ComfyGraph:
             **inputs,
         }
         if part.is_whole:
-            return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **own), 0]
+            return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **sampler_inputs), 0]
         node = self.add(
             "KSamplerAdvanced",
             add_noise="enable" if part.first == 0 else "disable",
@@ -353,7 +355,7 @@ class ComfyGraph:
             start_at_step=part.first,
             end_at_step=part.end,
             return_with_leftover_noise="disable" if part.end == prepared.steps else "enable",
-            **own,
+            **sampler_inputs,
         )
         return [node, 0]
 
@@ -366,7 +368,7 @@ def usual_scale(prepared: Prepared, expert: int) -> float:
 
 @dataclass(frozen=True)
 class ComfySteps:
-    """Consecutive steps of one transformer."""
+    """A range of consecutive denoising steps that one transformer computes in ComfyUI."""
 
     expert: int
     first: int

@@ -66,8 +66,9 @@ def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
     """Return the orders that the other program may have used, if they are known for the model."""
     parameters = [parameter for group in groups for parameter in group]
-    split = {parameter: names[parameter].split(".", 2) for parameter in parameters}  # part, module, factor
-    modules = list(dict.fromkeys(module for _, module, _ in split.values()))
+    # part, module and factor of each name
+    name_parts = {parameter: names[parameter].split(".", 2) for parameter in parameters}
+    modules = list(dict.fromkeys(module for _, module, _ in name_parts.values()))
     known_family = read_family({TRAINED_ON: version})
     in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
     family = select_family(in_dit, None if known_family is None else known_family.name)
@@ -77,9 +78,13 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
     positions = {name: position for position, name in enumerate(numbered)}
 
     def position_by(factors: Sequence[str]) -> Place:
-        return lambda parameter: (positions[split[parameter][1]], factors.index(split[parameter][2]))
+        def position(parameter: Parameter) -> tuple[int, ...]:
+            _, module, factor = name_parts[parameter]
+            return positions[module], factors.index(factor)
 
-    used = {factor for _, _, factor in split.values()}
+        return position
+
+    used = {factor for _, _, factor in name_parts.values()}
     orders = [order for kind in KINDS for order in kind.orders]
     return [position_by(order) for order in orders if used <= set(order)]
 
@@ -107,7 +112,7 @@ def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[s
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_groups[order.index(index)])
+        settings = dict(their_groups[order.index(index)])  # learning rate, betas and other settings
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}

@@ -232,7 +232,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 
 
 class CurveSchedule(LambdaLR):
-    """One of our own curves. Its state is the step."""
+    """Learning rate schedule with one of the curves of `factor_at`; its state is only the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         """Start at step 0; `factor` returns the factor on the learning rate for a step."""
@@ -240,11 +240,11 @@ class CurveSchedule(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step: the curve itself follows from the options."""
+        """Return only the current step: the options determine the learning rate at each step."""
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the saved step; the rates follow from it and from this run's --learning_rate."""
+        """Go to the saved step; rates are computed from the step and this run's --learning_rate."""
         if "step" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         self.go_to(state_dict["step"])
@@ -255,7 +255,7 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        """Set the learning rates of a step directly, as when a run is resumed."""
+        """Set the learning rates to those of a step without taking the steps before it."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -267,7 +267,7 @@ class CurveSchedule(LambdaLR):
 
 @dataclass(frozen=True)
 class Imported:
-    """Wrap a scheduler class of torch or of another package."""
+    """Learning rate schedule that wraps a scheduler class of PyTorch or of another package."""
 
     name: str
     inner: LRScheduler
@@ -313,7 +313,7 @@ class Imported:
         self.inner.load_state_dict(saved)
 
     def go_to(self, step: int) -> None:
-        """Step this many times: most of these schedulers compute each rate from the previous one."""
+        """Call `step` this many times, because most schedulers compute each rate from the previous one."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for _ in range(step):
@@ -322,14 +322,14 @@ class Imported:
 
 @dataclass(frozen=True)
 class OptimizerRates:
-    """Report the learning rates of an optimizer that sets its own."""
+    """Schedule without effect, for an optimizer that adapts its learning rates itself."""
 
     name: str
     optimizer: Optimizer
     rates: Callable[[], list[float]]
 
     def step(self) -> None:
-        """Do nothing."""
+        """Do nothing: the optimizer computes its own rates."""
 
     def get_last_lr(self) -> list[float]:
         """Return the rates that the optimizer uses now."""

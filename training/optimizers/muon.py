@@ -86,7 +86,7 @@ class MuonWithAdam(Optimizer):
             rows.add_(direction, alpha=-rate)
 
     def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        """Step a weight with AdamW: a vector, or a matrix outside of the blocks."""
+        """Step a weight with AdamW: for vectors, and for matrices outside the transformer blocks."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())
@@ -132,15 +132,15 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     groups: list[dict[str, Any]] = []
     group_names: list[str] = []
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
-        by_parts: dict[int, list[Tensor]] = {}
+        weights_by_count: dict[int, list[Tensor]] = {}
         for weight in group["params"]:
             name = names[weight].partition(".")[2]  # without the name of the network in front
             is_hidden = weight.ndim == 2 and name.startswith(lists)
-            by_parts.setdefault(spec.count_matrices(name) if is_hidden else 0, []).append(weight)
+            weights_by_count.setdefault(spec.count_matrices(name) if is_hidden else 0, []).append(weight)
         # by number of matrices in a weight; 0 stands for AdamW
-        for parts, weights in sorted(by_parts.items(), reverse=True):
-            decay = {} if parts else {"weight_decay": 0.0}
-            groups.append({**group, "params": weights, PARTS: parts, **decay})
-            description = f"{parts} matrices each" if parts > 1 else "matrices"
-            group_names.append(f"{group_name} {description if parts else 'AdamW'}")
+        for num_matrices, weights in sorted(weights_by_count.items(), reverse=True):
+            decay = {} if num_matrices else {"weight_decay": 0.0}
+            groups.append({**group, "params": weights, PARTS: num_matrices, **decay})
+            description = f"{num_matrices} matrices each" if num_matrices > 1 else "matrices"
+            group_names.append(f"{group_name} {description if num_matrices else 'AdamW'}")
     return replace(trainable, groups=groups, group_names=tuple(group_names))

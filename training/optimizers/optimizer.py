@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
-    """Arrange the trained weights of a full network into the groups that the optimizer needs."""
+    """Return the trainable with its parameter groups split as the optimizer needs, for example for Muon."""
     if options.optimizer_type.lower() != MUON:
         return trainable
     from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
@@ -121,16 +121,16 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, default), *further = rates.items()
-    different = [option for option, rate in further if rate != default] or [option for option, _ in further]
+    (_, default), *others = rates.items()
+    different = [option for option, rate in others if rate != default] or [option for option, _ in others]
     error = _try_step(options, [*rates.values()])
     # an error that also occurs with one rate has another reason; creating the real optimizer reports it
     if error is None or _try_step(options, [default]) is not None:
         return
-    named = "it" if len(different) == 1 else "them"
+    them = "it" if len(different) == 1 else "them"
     raise OptionError(
         f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
-        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {named} out, or use an optimizer that "
+        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {them} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
 
@@ -256,15 +256,15 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer, or one that it wraps, is schedule-free, judged by the class name."""
+    """Return whether the class name of an optimizer, or of one that it wraps, says it is schedule-free."""
     kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 
 
 def find_averaging(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or the one it wraps, that saves other weights than it trains; None if none does.
+    """Return the optimizer, or one that it wraps, that saves averaged weights; None if none does.
 
-    Such an optimizer is recognized by its methods `train()` and `eval()`, which switch between the two.
+    The methods `train()` and `eval()`, which switch between trained and averaged weights, identify it.
     """
     averaging = (
         wrapped
@@ -307,7 +307,7 @@ def _select_adafactor_arguments(
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Use evaluation mode and an averaging optimizer's average in the block; restore everything exactly."""
+    """Set evaluation mode and an optimizer's averaged weights during the block, then restore both."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -461,7 +461,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
-    """Return a saved value on a device; its tensors no longer need the file."""
+    """Copy a saved value to a device, so that its tensors no longer need the state file."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):

@@ -73,7 +73,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer, with the same results to the bit as a step of all."""
+    """Step single parameters of an optimizer, with bitwise the same results as one step of all parameters."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -110,7 +110,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step a float32 copy of a parameter, with its state; return the new values in float32."""
+        """Step a float32 copy of a parameter, and its states; return the copy's new values."""
         state = self.optimizer.state
         precise = Parameter(value.float())
         precise.grad = gradient.float()
@@ -122,7 +122,7 @@ class ParameterSteps:
         return precise.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Round new values of a parameter to bf16 at random.
+        """Round a parameter's new values to bf16 stochastically.
 
         Args:
             parameter: The parameter.
@@ -135,7 +135,7 @@ class ParameterSteps:
         return stochastic_bfloat16(value, generator, weight)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Step the optimizer as if it had only this parameter, with the settings of its group."""
+        """Run the optimizer's step on this parameter alone, with the settings of its group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
@@ -150,7 +150,7 @@ class ParameterSteps:
 
 
 def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """Move the states of a parameter to its device; return the host tensors of the moved ones, by name."""
+    """Move a parameter's states to its device; return the original host tensors by name."""
     state = optimizer.state.get(parameter, {})
     on_host = {name: value for name, value in state.items() if _is_moment(value)}
     on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
@@ -179,7 +179,7 @@ def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[s
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
-    """Return whether an entry of a state is a moment instead of a counter."""
+    """Return whether an entry of an optimizer state is a moment tensor, not a step counter."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
@@ -210,13 +210,13 @@ def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
 
 
 def is_elementwise(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class is known to step each element of a weight independently."""
+    """Return whether this optimizer class is known to update each weight element independently."""
     return kind.__name__ in PER_ELEMENT.get(kind.__module__.partition(".")[0], frozenset())
 
 
 @dataclass(frozen=True)
 class StepAfterBackward:
-    """Clip all gradients together and step all weights, after a step's gradients are accumulated."""
+    """Clip gradients by their total norm and step all weights, once a step's gradients are accumulated."""
 
     optimizer: Optimizer
     parameters: Sequence[Parameter]
@@ -260,7 +260,10 @@ class StepAfterBackward:
 
 
 class FusedBackward:
-    """Step parameters inside every backward pass from now on. Call `finish` after each pass."""
+    """Step each parameter during the backward pass, as soon as its gradient is complete.
+
+    Creating the object installs the hooks; call `finish` after each backward pass.
+    """
 
     def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
         """Prepare to step each parameter as soon as its gradient is complete.
@@ -277,7 +280,7 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step weights without a gradient as if it were zero, unless their training has ended.
+        """Step weights without a gradient as if the gradient were zero, unless their training has ended.
 
         Returns:
             The norm of all gradients before clipping.
@@ -305,7 +308,7 @@ class FusedBackward:
 
 
 def check_fused_backward(optimizer_type: str, processes: int) -> None:
-    """Raise OptionError if --fused_backward_pass cannot be used, before anything large is loaded."""
+    """Raise OptionError if --fused_backward_pass is impossible with this optimizer or several processes."""
     if processes > 1:
         raise OptionError(
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
@@ -316,7 +319,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
 
 
 def check_offload(optimizer_type: str) -> None:
-    """Raise OptionError if an optimizer's states cannot be kept in host memory."""
+    """Raise OptionError if this optimizer's states cannot be offloaded to host memory."""
     option = "--offload_optimizer_device"
     kind = find_optimizer(optimizer_type)
     if kind.__name__.startswith("Paged"):
@@ -352,7 +355,7 @@ def check_split(option: str, optimizer_type: str) -> None:
 
 
 def _reject(option: str, optimizer_type: str) -> None:
-    """Raise OptionError: this optimizer cannot step each weight alone."""
+    """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")

@@ -69,10 +69,10 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this number of swapped blocks."""
-        (place, moment), swap = dry.largest(self.moments), self.swaps[blocks]
+        (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
-            dry.WORKING: place,
+            dry.WORKING: phase_name,
         }
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"
@@ -100,7 +100,7 @@ class StepPrediction:
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
-        """Return the memory of all transformers except the rehearsed one.
+        """Return the memory of the transformers that were not rehearsed.
 
         Args:
             weights: Bytes of one transformer's weights.
@@ -115,11 +115,11 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether networks share the device in turns: with samples or with an inactive expert."""
+        """Whether the DiTs are on the device one at a time, because of samples or an inactive expert."""
         return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
-        """Return the prediction for a batch with this fraction of the elements; activations scale with it."""
+        """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
 
         def part(place: str, moment: dry.Moment) -> dry.Moment:
             # memory of the optimizer step does not depend on the batch
@@ -144,7 +144,7 @@ class StepPrediction:
 
     @property
     def blocks(self) -> int:
-        """Number of swapped blocks that the options ask for; 0 with --blocks_to_swap auto."""
+        """Number of swapped blocks from --blocks_to_swap; 0 for auto."""
         swap = self.options.speed.swap
         return 0 if swap.is_auto else swap.number
 
@@ -183,7 +183,7 @@ def predict(
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weights = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
-    count, _, *size = noisy_batch.noise.shape
+    count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
     try:
         with quiet():
@@ -226,7 +226,7 @@ def predict(
 
 
 def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
-    """Return the moments with the optimizer states of one weight on the device, and the bytes on the host.
+    """Reduce the device's optimizer states to those of one weight; return the moments and the host's bytes.
 
     Args:
         moments: Moments with all states on the device.
@@ -250,7 +250,7 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
     def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
         sides = batch[0].references
-        references = sum(map(operator.mul, sides[::2], sides[1::2]))
+        references = sum(map(operator.mul, sides[::2], sides[1::2]))  # two sides of each reference in turn
         return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
     largest = max(batches, key=count)
@@ -362,7 +362,7 @@ def larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> 
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice for transformers that take turns if the host has too little memory.
+    """Return advice if host memory is too small for transformers that alternate on the device, else "".
 
     Args:
         options: Options of the run.
@@ -525,7 +525,7 @@ def list_halves(number: int) -> list[int]:
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
-    """Describe the size of a batch in pixels and frames; `shape` counts latents."""
+    """Describe the size of a batch in pixels and frames, from the shape of its latents."""
     count, frames, height, width = shape
     _, rows, columns = latent.stride
     return f"{width * columns}x{height * rows}, {latent.count_frames(frames)} frames, batch {count}"

@@ -56,7 +56,7 @@ GUESS = 8.0  # bytes per element if states cannot be measured: two float32 momen
 
 @dataclass
 class Rehearsal:
-    """A wrapped DiT without values, and its optimizer."""
+    """A DiT on storage-free tensors with its optimizer, which runs a step to measure peak memory."""
 
     family: Trains
     options: TrainingOptions
@@ -76,12 +76,12 @@ class Rehearsal:
 
     @property
     def counts(self) -> dry.Counts:
-        """Number of blocks in each list of the DiT's blocks."""
+        """Number of blocks in each block list of the DiT."""
         return tuple(map(len, self.blocks.values()))
 
     @property
     def waiting(self) -> int:
-        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: inputs of all but one block."""
+        """Host bytes of --gradient_checkpointing_cpu_offload: the inputs of all blocks except one."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
@@ -168,7 +168,7 @@ class Rehearsal:
         return {}
 
     def know_states(self) -> None:
-        """Count all tensors in the optimizer as its states; a step may have replaced them."""
+        """Register the optimizer's tensors as optimizer states, because a step may have replaced them."""
         for value in list_states(self.optimizer):
             self.ledger.see(value, dry.OPTIMIZER)
 
@@ -226,7 +226,7 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a pass for the batch on the CPU; the batch on the device has no values."""
+    """Enter a learning pass with the CPU batch, because the batch on the device has no values."""
     return enter(dit, noisy_batch, seed)
 
 
@@ -303,7 +303,7 @@ def set_up_trainable(
 def _single_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
-    """Return the stepper of single weights; None if all weights are stepped at once."""
+    """Return the object that steps weights one at a time; None if all weights are stepped together."""
     full_dit = options.full_dit
     is_stepped_alone = full_dit is not None and (
         full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
@@ -400,7 +400,7 @@ def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
 
 
 def stand_in_batch(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
-    """Return a tensor of a batch as an empty one on the device; integer tensors (masks) keep their values."""
+    """Replace a tensor of a batch by an empty one on the device; integer tensors (masks) keep values."""
     if not tensor.is_floating_point():
         return tensor
     with ledger.allocating(dry.BATCH):

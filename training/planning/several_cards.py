@@ -65,10 +65,10 @@ def plan_ways(
     def runs() -> Iterator[Rehearsed]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(alone, ())
-        words: tuple[str, ...] = ()
+        flags: tuple[str, ...] = ()
         for line, changed in cheaper(alone, len(family.experts) - 1):
-            words = (*words, *line.split())
-            yield estimate_on_one_gpu(changed, words)
+            flags = (*flags, *line.split())
+            yield estimate_on_one_gpu(changed, flags)
 
     print_ways(runs(), cards, room, is_training=True)
 

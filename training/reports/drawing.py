@@ -58,10 +58,10 @@ class PageProcess:
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
-        """Request the page for the current history on disk.
+        """Request that the page be drawn from the current history on disk.
 
         Raises:
-            OutputError: If an earlier page could not be drawn, which ends the process; the message says why.
+            OutputError: If drawing an earlier page failed and ended the drawing process.
         """
         assert self._process.stdin is not None
         try:

@@ -59,7 +59,7 @@ def find_workflow(folder: Path, saved: str) -> str:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The samples that were made at one step."""
+    """Samples generated at one step: their files and prompts."""
 
     step: int
     mark: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
@@ -69,7 +69,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PageCommand:
-    """A command line that can follow this run, for two kinds of shells."""
+    """A command that can follow this run, written for bash and for PowerShell."""
 
     title: str
     bash: str
@@ -79,13 +79,13 @@ class PageCommand:
 
     @property
     def heading(self) -> str:
-        """Return the title with what the user has to fill in."""
+        """Return the command's title, with a note on the values that the user has to fill in."""
         return f"{self.title} (fill in {self.missing})" if self.missing else self.title
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run reports at its start about itself and its process."""
+    """Description of a run and its process, recorded when the run starts."""
 
     model: str
     total_steps: int
@@ -124,7 +124,7 @@ class Start:
 
 @dataclass
 class RunHistory:
-    """The content of a history. A repeated line counts once."""
+    """Content of a history file; a line that occurs twice counts once."""
 
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # duration of steps
@@ -156,6 +156,7 @@ class RunHistory:
     def add(self, row: Row) -> None:
         """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
         step = row["step"]
+        # a message leaves the current activity as it is; any other row ends it
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
             self._add_step(step, row)
@@ -168,7 +169,7 @@ class RunHistory:
         elif "saved" in row:
             self.saved[row["saved"]] = step
         elif "doing" in row:
-            pass
+            pass  # stored above
         elif "message" in row:
             self.messages.append((step, str(row["level"]), str(row["message"])))
         elif "ended" in row:
@@ -178,8 +179,8 @@ class RunHistory:
         elif "commands" in row:
             self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
         else:
-            info = row.get("started")
-            self.starts[step] = Start.of(info) if isinstance(info, dict) else None
+            start_values = row.get("started")
+            self.starts[step] = Start.of(start_values) if isinstance(start_values, dict) else None
             self.ending = None
 
     def _add_step(self, step: int, row: Row) -> None:
@@ -275,13 +276,13 @@ class RunHistory:
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether a file contains a word alone, `x_mycat.safetensors`, saved next to its LoRA."""
+        """Return whether a file has only a word's embedding, as `x_mycat.safetensors` next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
 
 
 class ValidationLoss(NamedTuple):
-    """The validation loss at a step."""
+    """Validation loss measured at one step."""
 
     step: int
     loss: float
@@ -289,7 +290,7 @@ class ValidationLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A saved file with a validation loss."""
+    """A saved file and the validation loss measured nearest to its step."""
 
     name: str
     step: int
@@ -311,7 +312,7 @@ def select_lowest_loss(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
 
 
 class History:
-    """The history of one run: all lines on disk, and in memory those that are not about single steps."""
+    """History of one run: all lines are on disk, and all except those on single steps also in memory."""
 
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
         """Keep the lines up to `step`, the current step: none at 0, or if the file belongs to another run.
@@ -380,7 +381,7 @@ class History:
 
 
 def history_path(folder: Path, name: str) -> Path:
-    """Return the file of the history of a run.
+    """Return the path of a run's history file.
 
     Args:
         folder: Value of --output_dir.
@@ -395,7 +396,7 @@ def history_name(path: Path) -> str:
 
 
 def describe_process(number: int | None = None) -> dict[str, Any]:
-    """Return what identifies a process: its machine, its id, and its start time.
+    """Return the host name, process ID and start time, which identify a process.
 
     Args:
         number: Process id; None for this process.
@@ -410,7 +411,7 @@ def describe_process(number: int | None = None) -> dict[str, Any]:
 
 
 def read_session(path: Path) -> int | None:
-    """Return the number of the run that a history belongs to; None without a file or a number."""
+    """Return the session number stored in a history file; None without a file or a number."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:

@@ -45,7 +45,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
 
 class ItemDraw(NamedTuple):
-    """One use of an item in training."""
+    """Loss and noise level of one item in one training step."""
 
     step: int
     batch: int  # number of the micro-batch in the run
@@ -56,7 +56,7 @@ class ItemDraw(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemLoss:
-    """The losses of an item in comparison with those of all items."""
+    """Losses of one item, compared with the losses of all items."""
 
     key: str
     draws: int
@@ -67,7 +67,7 @@ class ItemLoss:
 
 @dataclass(frozen=True)
 class ItemImage:
-    """A thumbnail of an item."""
+    """Name and JPEG thumbnail of an item."""
 
     name: str  # name of the item's file
     data: str  # JPEG in base64
@@ -81,7 +81,7 @@ class ItemImage:
 
     @property
     def tag(self) -> Markup:
-        """The image as an `<img>` element with its data inside."""
+        """HTML `<img>` element with the JPEG data embedded."""
         return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.data, self.name)
 
 
@@ -91,7 +91,7 @@ def _list_files(folder: Path, name: str) -> list[Path]:
 
 
 def read_draws(folder: Path, name: str) -> list[ItemDraw]:
-    """Return all losses of a run, of all processes; unreadable lines are left out."""
+    """Return the recorded losses of a run from all its processes, without unreadable lines."""
     draws: dict[tuple[int, str], ItemDraw] = {}
     for path in _list_files(folder, name):
         try:
@@ -146,7 +146,7 @@ def _parse(line: bytes) -> Mapping[str, Any]:
 
 
 def compare_items(draws: Sequence[ItemDraw]) -> list[ItemLoss]:
-    """Return the items of a run, hardest first; see the description of this module."""
+    """Return the mean loss and hardness of each item of a run, hardest first."""
     sums = [0.0] * LEVELS
     counts = [0] * LEVELS
     for draw in draws:
@@ -165,7 +165,7 @@ def _range_of(level: float) -> int:
 
 
 def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
-    """Return how hard an item is: its loss over the mean of all items at the same noise levels."""
+    """Compute the hardness of an item: its losses relative to all items' means at the same noise levels."""
     total = sum(draw.loss for draw in draws)
     expected = sum(means[_range_of(draw.level)] for draw in draws)
     hardness = total / expected if expected > 0 else 1.0

@@ -46,10 +46,10 @@ WISHES = slice(1, 4)  # columns of a row: numbers of processes that request an e
 
 
 class RowLayout:
-    """The columns of a step's row. The norms are appended to it."""
+    """Columns of the metrics row of a step; norms are appended after these columns."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
-        """Lay out the columns of a run. `parts` are the names of separate losses; () if there is only one."""
+        """Define the columns of the log; `parts` names separate losses, () for a single loss."""
         self.parts = parts
         counts = WISHES.stop + len(parts)
         self.size = counts + len(parts)  # number of values in a row before the norms
@@ -64,7 +64,7 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The report of an optimizer step. The row, and the fields made from it, are filled one step later."""
+    """Metrics of an optimizer step; the row and the fields computed from it are set one step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
@@ -85,9 +85,9 @@ class StepReport:
 
 @dataclass
 class Readings:
-    """Keep the row of the last step until it has arrived on the host. `now` returns seconds.
+    """Hold the metrics row of the last step while it is copied to the host; `now` returns seconds.
 
-    A "moment" is a time in seconds, or an event of a CUDA device that may still be pending.
+    A "moment" is a time in seconds or a CUDA event, which may be pending.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -95,7 +95,7 @@ class Readings:
     last: Any = field(default=None, init=False)  # moment at the end of the last step or pause
 
     def push(self, step: StepReport, row: Tensor) -> StepReport | None:
-        """Take the row (1-D, on any device) of a step; returns the step before with its row."""
+        """Store the row of a step (1-D, on any device); return the previous step with its row on the host."""
         kind = row.device.type
         if row.is_cuda:
             row = empty_pinned(row.shape, row.dtype).copy_(row, non_blocking=True)
@@ -122,7 +122,7 @@ class Readings:
         return replace(step, row=values, seconds=begun.elapsed_time(self.last) / 1000)
 
     def moment(self, device: str) -> Any:
-        """Return the current moment.
+        """Return a time stamp that a step's duration is measured from.
 
         Args:
             device: Type of the device, such as cuda.
@@ -135,7 +135,7 @@ class Readings:
 
 
 class Recorder(Protocol):
-    """A receiver for the numbers and samples of a run: a context manager in every process."""
+    """Interface of an object that records metrics and samples; a context manager in every process."""
 
     def __enter__(self) -> object: ...
 
@@ -148,12 +148,12 @@ class Recorder(Protocol):
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
-        """Record samples: their files, strips of their frames, and prompts, each by index of the prompt."""
+        """Record the samples of a step: files, strips of frames, and prompts, each by prompt index."""
 
 
 @dataclass
 class Logs:
-    """Log one run. As a context manager, it starts the recorders and the progress bar."""
+    """Log one run; entering the context starts the recorders and the progress bar."""
 
     accelerator: Accelerator
     total_steps: int
@@ -210,7 +210,7 @@ class Logs:
             self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, metrics: Mapping[str, str]) -> dict[str, str]:
-        """Drop values in the order of DROPPED until the rest fits next to the bar."""
+        """Drop values in the order of DROPPED until the others fit next to the progress bar."""
         fitting = dict(metrics)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
@@ -223,19 +223,19 @@ class Logs:
 
     def _format_metrics(self, report: StepReport) -> dict[str, str]:
         """Return the texts after the progress bar, by name."""
-        shown = {}
+        metrics = {}
         seconds = self.clock.seconds_per_step
         left = self.clock.left(report.step, self.total_steps)
         if seconds is not None and left is not None:
-            shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
-        shown["avr_loss"] = f"{report.average:.4g}"
+            metrics = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
+        metrics["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)
         if rate is not None:
-            shown["lr"] = f"{rate:.3g}"
+            metrics["lr"] = f"{rate:.3g}"
         if report.norms is not None:
-            shown["keys_scaled"] = f"{report.norms.keys_scaled:g}"
-            shown["average_key_norm"] = f"{report.norms.mean_norm:.4g}"
-        return {**shown, **self.extras(report.step)}
+            metrics["keys_scaled"] = f"{report.norms.keys_scaled:g}"
+            metrics["average_key_norm"] = f"{report.norms.mean_norm:.4g}"
+        return {**metrics, **self.extras(report.step)}
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Send other values of a step to the recorders: `loss/epoch`, validation losses."""

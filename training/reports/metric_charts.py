@@ -12,7 +12,7 @@ MAX_SHOWN = 20  # maximum number of charts, and of tiles
 
 @dataclass(frozen=True)
 class MetricChart:
-    """A diagram of numbers."""
+    """A chart of metrics on a run's page: its title, unit and curves."""
 
     title: str
     unit: str  # unit of the values
@@ -40,7 +40,7 @@ class MetricTile:
 
 
 def find_uncharted(names: Sequence[str], charts: Sequence[MetricChart]) -> list[MetricChart]:
-    """Return charts for the values that no chart has; `group/label` values share one chart per group."""
+    """Return charts for metrics that no chart shows; metrics named `group/label` share a chart per group."""
     charted = {name for chart in charts for name in chart.curves.values()}
     curves: dict[str, dict[str, str]] = {}
     for name in names:

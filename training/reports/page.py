@@ -34,7 +34,7 @@ MAX_BINS = 600  # points of a curve; a drawing has too few pixels to show more
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run."""
+    """State of a run for its page: start, current step, and how it ended."""
 
     start: Start
     step: int
@@ -124,7 +124,7 @@ def page_values(
 
 
 def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
-    """Return the diagram of the training's loss and the validation loss."""
+    """Return the chart of the training loss and the validation loss."""
     losses = make_curves({say("loss"): run_history.loss}, maximum, SMOOTHING)
     if run_history.validations:
         steps = sorted(run_history.validations)
@@ -215,7 +215,7 @@ def join_bins(points: Points, maximum: int = MAX_BINS) -> dict[float, list[float
 
 
 def list_tiles(standing: Standing, run_history: RunHistory) -> list[Tile]:
-    """Return the numbers at the top of the page: label, value and note."""
+    """Return the tiles at the top of the page, each with a label, a value and a note."""
     declared = () if run_history.start is None else run_history.start.tiles
     tiles = [
         _step_tile(standing, run_history),
@@ -286,7 +286,7 @@ def _make_loss_tile(run_history: RunHistory) -> Tile | None:
         mean, note = run_history.average, say("average of the last steps, at most an epoch")
     else:
         bins = [*join_bins(run_history.loss).values()]
-        last_bins = bins[-max(1, len(bins) // 10) :]
+        last_bins = bins[-max(1, len(bins) // 10) :]  # the last tenth
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
         note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")

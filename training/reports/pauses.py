@@ -26,10 +26,10 @@ CAUSES = (
 
 @dataclass
 class StepClock:
-    """Measure the seconds of steps, and of pauses by kind; compare each step with steps of equal item sizes.
+    """Measure the duration of steps and pauses, and find steps slower than others with equal item sizes.
 
-    A step after a pause is not compared if `skips` is set. Kinds of pauses that have not occurred yet are not
-    part of the remaining time.
+    If `skips` is set, the next step is not compared. The remaining time counts only kinds of pauses that
+    have occurred.
     """
 
     to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind

@@ -23,8 +23,8 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
         folder: Folder of the run's files; if it is "", scores are not read.
         name: Name of the run's files.
     """
-    found = find_best_file(folder, name, run_history) if name else None
-    best = None if found is None else found.name
+    best_file = find_best_file(folder, name, run_history) if name else None
+    best = None if best_file is None else best_file.name
     return [
         _with_existing_files(command, run_history, folder, best if command.title == GENERATE else None)
         for command in run_history.commands
@@ -87,9 +87,9 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
         and _expert_of(candidate) == _expert_of(name)
         and (folder / candidate).is_file()
     ]
-    return min(candidates)[-1] if candidates else None
+    return min(candidates)[-1] if candidates else None  # best step first, then the newest, the shortest name
 
 
 def _expert_of(name: str) -> str:
-    """Return the transformer that a saved file is for, by its name; "" if it is for all."""
+    """Return the expert in a saved file's name; "" for a file for all experts."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

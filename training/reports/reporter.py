@@ -82,18 +82,18 @@ class RunReporter:
         Args:
             error: Error that ended the run; None if it completed.
         """
-        standing = f"stopped after step {self.step:,}"
-        ending = ""
+        sentence = f"stopped after step {self.step:,}"
+        css_class = ""
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            standing = f"ended by an error after step {self.step:,}: {reason}"
-            ending = "bad"
+            sentence = f"ended by an error after step {self.step:,}: {reason}"
+            css_class = "bad"
         elif self.step >= self.start.total_steps:
-            standing, ending = "finished", "good"
-        self._note(self.step, ended=standing, kind=ending)
+            sentence, css_class = "finished", "good"
+        self._note(self.step, ended=sentence, kind=css_class)
         if self.history.is_written:
             with self._guarded():
-                self._log_changes(is_finished=ending == "good")
+                self._log_changes(is_finished=css_class == "good")
                 self.history.flush()
 
     def log_activity(self, text: str) -> None:
@@ -135,6 +135,7 @@ class RunReporter:
                 **metrics,
             )
             started = self.now()
+            # a slow disk is written to less often: flushing takes at most SHARE of the time
             if started - self._flushed >= max(FLUSH_SECONDS, self._flush_seconds / SHARE):
                 with self._guarded():
                     self.history.flush()
@@ -208,9 +209,9 @@ class RunReporter:
                 self.log_files()
 
     def log_files(self) -> None:
-        """Record the commands again if they name other files now, because files were saved or removed.
+        """Record the commands again if saving or removing files has changed the file names in them.
 
-        Does nothing before the run has started, when no commands are recorded yet.
+        Before the run has started, no commands are recorded, and this does nothing.
         """
         if self.history.is_written and self._noted:
             with self._guarded():
@@ -258,7 +259,7 @@ class RunReporter:
 
 
 def name_best_file(folder: Path, name: str, run_history: RunHistory) -> str | None:
-    """Return the name of the best saved file, see `find_best_file`; None without scores and losses."""
+    """Return the file name that `find_best_file` chooses; None without scores and validation losses."""
     if not scores_path(folder, name).is_file():
         return run_history.best_file(folder) if run_history.validations else None
     from training.reports.scores import find_best_file  # slow to import; few runs are scored

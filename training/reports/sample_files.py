@@ -37,7 +37,7 @@ LoadClip = Callable[[str, str, int], Markup | str]
 
 @dataclass(frozen=True)
 class DownscaledClip:
-    """The frames of a sample, reduced in size and number."""
+    """Frames of a sample, reduced in size and number for the page."""
 
     frames: list[Frame]  # each H W 3
     fps: float
@@ -55,7 +55,7 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
         match = pattern.fullmatch(path.name)
         if match is not None:
             index = int(match[1])
-            time_text = match[2]
+            time_text = match[2]  # YYYYMMDDhhmmss
             newest[index] = max(newest.get(index, ("", path)), (time_text, path))
     return {index: path for index, (_, path) in sorted(newest.items())}
 
@@ -168,12 +168,12 @@ class ClipStore:
 
     def for_page(self) -> LoadClip:
         """Return the function that loads clips for a page; only clips of the previous page are kept."""
-        before = self.clips
+        previous_clips = self.clips
         self.clips = {}
 
         def load(name: str, prompt: str, step: int) -> Markup | str:
-            if name in before:
-                self.clips[name] = before[name]
+            if name in previous_clips:
+                self.clips[name] = previous_clips[name]
             if name not in self.clips:
                 try:
                     self.add(name, prompt, step, read_downscaled(self.folder / name))
@@ -184,7 +184,7 @@ class ClipStore:
         return load
 
     def add(self, name: str, prompt: str, step: int, clip: DownscaledClip) -> None:
-        """Encode a clip that was read.
+        """Encode the downscaled clip of a sample and add it to the page.
 
         Raises:
             UserError: If the clip cannot be encoded.
@@ -213,7 +213,7 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: in
 
 
 def select_first_shown(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
-    """Return the columns that a row shows first: the first, the last, the best, and others between them.
+    """Return the indices of columns shown before a row is expanded: first, last, best and some between.
 
     Args:
         num_columns: Number of columns.
@@ -237,11 +237,11 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
     best_index = None if best_column is None else columns.index(best_column)
-    few = select_first_shown(len(columns), best_index)
+    first_shown = select_first_shown(len(columns), best_index)
     titles = []
     for index, row in enumerate(columns):
         title = _format_column_title(row)
-        titles.append({"title": title, "is_best": row is best_column, "is_further": index not in few})
+        titles.append({"title": title, "is_best": row is best_column, "is_further": index not in first_shown})
     # if a prompt was changed during the run, each version has a row
     prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
     grid_rows: list[dict[str, Any]] = []
@@ -253,7 +253,7 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     return {
         "columns": titles,
         "rows": grid_rows,
-        "few": len(few),
+        "few": len(first_shown),
         "times": len(rows),
         "prompts": len(prompts),
     }
@@ -268,7 +268,7 @@ def _load_cell(row: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[
 
 
 def _format_column_title(row: SampleRow) -> str:
-    """Return the step of the samples, with the epoch if they were made at the end of one."""
+    """Return a column title: the step, and the epoch for samples made at the end of an epoch."""
     if not row.step:
         return say("before training")
     step = say("step %(step)s", step=f"{row.step:,}")

@@ -48,7 +48,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A note about the scores of a run: a key of `NOTES`, and the values in its text."""
+    """A note on the scores of a run: a key of `NOTES` and the values that fill its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class ScoreNote:
 
 @dataclass(frozen=True)
 class SampleScore:
-    """Scores of one sample; None for those that were not measured."""
+    """Scores of one sample; a score that was not measured is None."""
 
     prompt: int  # number of the prompt
     file: str
@@ -110,7 +110,7 @@ class StepScores:
 
     @property
     def copies(self) -> list[SampleScore]:
-        """Samples that copy an item of the dataset."""
+        """Samples that are copies of a dataset item."""
         return [sample for sample in self.samples if sample.is_copied]
 
     @property
@@ -141,7 +141,7 @@ class RunScores:
 
 @dataclass(frozen=True)
 class BestFile:
-    """The file to use by the scores, and why."""
+    """The best file according to the scores, with the reasons."""
 
     row: StepScores
     reasons: tuple[str, ...]
@@ -153,7 +153,7 @@ class BestFile:
 
     @property
     def text(self) -> str:
-        """The choice and its reasons as a sentence in the current language."""
+        """The best file and the reasons for it, as a sentence in the current language."""
         return say("Best file: %(file)s: %(reasons)s.", file=self.name, reasons=join("; ", self.reasons))
 
 
@@ -208,7 +208,7 @@ def _read_note(values: Mapping[str, Any]) -> ScoreNote:
 
 
 def _read_row(values: Mapping[str, Any]) -> StepScores:
-    """Parse the scores of a step. Raises LookupError, TypeError or ValueError if they are malformed."""
+    """Parse the scores of one step; raise LookupError, TypeError or ValueError for malformed values."""
     samples = []
     for sample in values["samples"]:
         numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
@@ -327,7 +327,7 @@ def _find_by_samples(usable: Sequence[StepScores]) -> BestFile:
 
 
 def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return the steps whose samples match their prompts as well as the best step's do, within SAME."""
+    """Return the steps whose prompt similarity is at most SAME below that of the best step."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)
@@ -356,7 +356,7 @@ def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The scores of a run as texts: headings and rows."""
+    """Headings and rows of a table with the scores of a run, as text."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
@@ -470,7 +470,7 @@ def read_present_scores(folder: Path, name: str, run_history: RunHistory) -> Run
 
 @dataclass(frozen=True)
 class FoundFile:
-    """The best saved file of a run."""
+    """A run's best saved file, and the reason for the choice."""
 
     name: str
     reasons: str = ""  # a sentence; "" if the file was chosen by its validation loss, without scores
@@ -493,7 +493,7 @@ def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFil
 
 
 def _is_of(row: StepScores, run_history: RunHistory) -> bool:
-    """Return whether scores belong to samples of the run in the history."""
+    """Return whether the scores of a step are for samples recorded in this history."""
     samples = run_history.samples.get((row.step, row.mark))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 

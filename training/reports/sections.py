@@ -12,7 +12,7 @@ SAMPLES = "sample"  # folder of samples, in the output folder
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of a run's page. Texts are escaped; images are Markup."""
+    """A section of a run's page; plain texts are escaped, and `Markup` is inserted as HTML."""
 
     key: str  # anchor of its address on the page
     title: str
@@ -22,7 +22,7 @@ class PageSection:
 
 
 def page_path(folder: Path, name: str) -> Path:
-    """Return the page of a run.
+    """Return the path of a run's HTML page.
 
     Args:
         folder: Value of --output_dir.
@@ -32,7 +32,7 @@ def page_path(folder: Path, name: str) -> Path:
 
 
 def scores_path(folder: Path, name: str) -> Path:
-    """Return the file of the scores of a run.
+    """Return the path of the file with a run's sample scores.
 
     Args:
         folder: Value of --output_dir.
@@ -42,12 +42,12 @@ def scores_path(folder: Path, name: str) -> Path:
 
 
 def items_path(folder: Path, name: str, process: int = 0) -> Path:
-    """Return the file to which a process of a run writes the losses of its items."""
+    """Return the path of the file in which a process of a run records item losses."""
     return folder / f"{name}-items{f'-{process}' if process else ''}.jsonl"
 
 
 def images_path(folder: Path, name: str) -> Path:
-    """Return the file with thumbnails of items."""
+    """Return the path of the file with item thumbnails of a run."""
     return folder / f"{name}-items.json"
 
 

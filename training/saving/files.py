@@ -54,7 +54,7 @@ class Names:
         return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
 
     def files_beside(self, stem: str) -> dict[str, Path]:
-        """Return the files of trained words in one save, by word: `mycat` -> `x-000001_mycat`."""
+        """Return the embedding file of each trained word in one save: `mycat` -> `x-000001_mycat`."""
         return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
     def full_stem(self, file: Path) -> str:
@@ -62,7 +62,7 @@ class Names:
         return file.name.removesuffix(self.ending)
 
     def stem_of(self, file: Path) -> str:
-        """Return the part of the name that all files of a save share."""
+        """Return the stem that the names of all files of a save share, without the part's suffix."""
         stem = self.full_stem(file)
         stems = (stem.removesuffix(f"_{end}") for end in (*self.parts, *self.beside))
         # the name of the run may itself end with such a part, which is then kept
@@ -79,7 +79,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What is published about a run next to its files, such as in a model card."""
+    """Description of a run for the model card of its uploaded files."""
 
     names: Names
     is_lora: bool
@@ -89,7 +89,7 @@ class PublishedRun:
 
 
 class Publisher(Protocol):
-    """Send saved files and states to another place, such as a hub."""
+    """Interface of an uploader of saved files and states, for example to a hub."""
 
     def for_run(self, run: PublishedRun) -> "Publisher":
         """Return a publisher that can describe the run, for example in a model card."""
@@ -120,15 +120,15 @@ class MinuteClock:
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
-        """Count the minutes from now."""
+        """Restart the interval until the next save by time."""
         self.last = self.now()
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Write files and states of a run and remove expired ones, in the main process.
+    """Write files and states of a run, and remove expired ones, in the main process.
 
-    The other processes of a split model only give it their part of the data.
+    If the model is split over processes, the other processes only send their part of each tensor.
     """
 
     options: SavingOptions
@@ -152,7 +152,7 @@ class Saver:
         self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
-        """Save the end of the run under the plain name."""
+        """Save the final model under the run's name without a step or epoch number."""
         self._save("", self.options.saves_state_at_end)
 
     def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
@@ -236,10 +236,10 @@ class Saver:
         kinds = {"": self.write_file}
         if self.write_average is not None:
             kinds = {AVERAGE: self.write_average, **kinds}
-        for mark, write in kinds.items():
-            files = self.names.files(f"{stem}{mark}")
+        for suffix, write in kinds.items():
+            files = self.names.files(f"{stem}{suffix}")
             if self.names.beside:
-                files |= self.names.files_beside(f"{stem}{mark}")
+                files |= self.names.files_beside(f"{stem}{suffix}")
             for part, path in files.items():
                 write(part, path)
                 logger.info("Saved %s", path)
@@ -258,7 +258,7 @@ class Saver:
 
 
 def _remove_aside(entry: Path) -> None:
-    """Remove a file or a state; rename it first, so that a partly removed folder is not taken for a state."""
+    """Rename a file or state, then remove it, so that no partly removed folder looks like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
         replace_file(entry, aside)
@@ -367,7 +367,7 @@ def find_results(names: Names) -> list[Path]:
     number = r"(?:-\d{6,}|-step\d{8,})?"
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
-    words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
+    word_files = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
     # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
@@ -383,9 +383,9 @@ def find_results(names: Names) -> list[Path]:
         else:
             is_result = files.fullmatch(name) is not None or entry.with_name(name) in pages
             is_result = is_result or is_section_file(name, names.name)
-            word = words.fullmatch(name)
-            written_as = entry.name[: len(names.name)]
-            is_result = is_result or (word is not None and _is_embedding_of(entry, written_as, word[1]))
+            word = word_files.fullmatch(name)
+            name_on_disk = entry.name[: len(names.name)]
+            is_result = is_result or (word is not None and _is_embedding_of(entry, name_on_disk, word[1]))
         if is_result:
             results.append(entry)
     in_samples = _entries(names.folder / SAMPLES)
@@ -446,7 +446,7 @@ def state_pattern(name: str) -> re.Pattern[str]:
 
 
 def recover_states(output_dir: Path, name: str) -> None:
-    """Finish replacing states and model folders that a killed run left renamed to `.NAME.old`."""
+    """Restore or delete `.NAME.old` folders, left if a run was killed while it replaced NAME."""
     pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?(-state|{AVERAGE})?")
     for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
@@ -454,7 +454,7 @@ def recover_states(output_dir: Path, name: str) -> None:
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
-    """Return the state folders of earlier runs of this name that a later run moved aside."""
+    """Return state folders of earlier runs with this name that a later run renamed to set them aside."""
     states = state_pattern(name)
     pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
@@ -477,7 +477,7 @@ def _make_new(folder: Path) -> Path:
 
 
 def _copy(file: str | Path, target: str | Path) -> None:
-    """Hard-link a file, or copy it if the volume has no links; saved files are never changed in place."""
+    """Hard-link a file, or copy it if hard links fail; a link is safe as files are never changed in place."""
     try:
         os.link(file, target)
     except OSError:

@@ -20,7 +20,7 @@ KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` condition of an option about saving by `kind`."""
+    """Return the `acts_if` condition of an option that has an effect only with saves by `kind`."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {
@@ -127,7 +127,7 @@ class SavingOptions(Options, title="saving"):
         return self.save_state or self.save_state_on_train_end
 
     def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
-        """Turn --save_n_epoch_ratio into --save_every_n_epochs.
+        """Return options in which --save_every_n_epochs replaces --save_n_epoch_ratio.
 
         Args:
             num_epochs: Number of epochs of the run.
@@ -142,7 +142,7 @@ class SavingOptions(Options, title="saving"):
 
 
 class MetadataOptions(Options, title="metadata of saved files"):
-    """Options of the metadata of saved files."""
+    """Metadata that is written into saved files."""
 
     no_metadata: bool = option("keep only what loading the file needs")
     training_comment: str | None = option(

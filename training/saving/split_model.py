@@ -86,25 +86,25 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the current values of the weights, which may be the average. All processes must call this."""
+    """Write the weights as they are now in the model; all processes must call this."""
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
-    of_unused = unused_infos(unused, dtype)
+    unused_tensors = unused_infos(unused, dtype)
 
     def read(name: str) -> Tensor:
-        if name in of_unused:
+        if name in unused_tensors:
             assert unused is not None
-            return unused.read(name).to(of_unused[name].dtype)
+            return unused.read(name).to(unused_tensors[name].dtype)
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
         # a trained weight is replaced by a parameter with its rows; a frozen weight is not
-        part = rows[weight].detach() if weight in rows else local_rows(weight)
-        return gather_rows(part.to(weight.device, dtypes[name]), weight)
+        local_part = rows[weight].detach() if weight in rows else local_rows(weight)
+        return gather_rows(local_part.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
-    all_infos = infos | of_unused
+    all_infos = infos | unused_tensors
     if distributed.get_rank() == 0:
         form.write(path, all_infos, read, metadata)
     else:  # all processes gather each tensor, in the order in which the first one writes them
@@ -133,14 +133,14 @@ def write_split_state(folder: Path, state: SavedState) -> None:
 
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, tensors) of a state's parts, and of the optimizer's states as `optimizer/NAME`."""
+    """Yield the name and tensors of each part of a state; optimizer states are named `optimizer/NAME`."""
     yield from _writable_parts(state).items()
     for name, values in state.optimizer["states"].items():
         yield f"{OPTIMIZER}/{name}", values
 
 
 def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Write the rows of all processes to the first one's `folder`; return the checksums of the files."""
+    """Write each process's rows into the first process's `folder`; return the checksum of each file."""
     (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
     file_numbers = {}  # tensor -> number of its file, from 1
@@ -229,7 +229,7 @@ def _allocate_tensors_to_load(
 
 
 def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape: torch.Size) -> None:
-    """Raise CheckpointError if this run has no weight of a name (part, dot, name) and shape."""
+    """Raise CheckpointError unless the run has a weight named `name` ("part.name") with this shape."""
     part, _, weight_name = name.partition(".")
     weight = parts.get(part, {}).get(weight_name)
     if weight is None or weight.shape != shape:

@@ -51,7 +51,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state; the tensors of a state that was read are mapped from its file until `release`."""
+    """State of a run for resuming; tensors of a loaded state are memory-mapped until `release`."""
 
     folder: Path
     progress: Progress
@@ -67,14 +67,14 @@ class SavedState:
     files: dict[str, int] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Free the tensors. Windows cannot replace or remove a folder while a file in it is mapped."""
+        """Free the tensors, because Windows cannot replace a folder while a file in it is memory-mapped."""
         self.parts.clear()
         self.optimizer.clear()
 
 
 @dataclass(frozen=True)
 class ForeignState:
-    """A state folder of another tuner. It records no progress, so counting starts at 0."""
+    """State folder of another trainer, which records no progress, so that steps count from 0."""
 
     folder: Path
     network: dict[str, Tensor]
@@ -104,7 +104,7 @@ def write_state(
         "version": SPLIT_VERSION if add_files else VERSION,
         "progress": state.progress.as_state(),
     }
-    skipped = {"folder", "files", *content}
+    skipped = {"folder", "files", *content}  # `files` is set below, from the files that are written
     content |= {name: value for name, value in vars(state).items() if name not in skipped}
     for name, value in content.items():
         if name != "parts":
@@ -125,9 +125,9 @@ def write_state(
 
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
-    """Return weights as bytes, not copied, with dtype and shape.
+    """Return views of the weights as bytes, with the dtype and shape of each.
 
-    Swapped weights share one memory, which `torch.save` accepts in a single dtype only.
+    Swapped weights share one storage, which `torch.save` accepts only if all have one dtype.
     """
     flat = {}
     for name, tensor in tensors.items():
@@ -145,15 +145,15 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """
     if not folder.is_dir():
         error = "no such folder"
-        near = ""
-        anew = ""
+        similar_names = ""
+        advice = ""
         if folder.is_file():
             error = "a file, and a state is a folder"
-            anew = f" To begin with the trained weights, give {FRESH_START}."
+            advice = f" To begin with the trained weights, give {FRESH_START}."
         else:
-            near = explain_missing(folder)
+            similar_names = explain_missing(folder)
         raise OptionError(
-            f"--resume {folder}: {error}.{near} Give a ...-state folder, or the word latest.{anew}"
+            f"--resume {folder}: {error}.{similar_names} Give a ...-state folder, or the word latest.{advice}"
         )
     if not _is_own(folder):
         return _read_foreign(folder)
@@ -190,7 +190,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def one_error(folder: Path) -> Iterator[None]:
-    """Turn errors about damaged or foreign states into a CheckpointError that names the folder."""
+    """Convert errors of the block about a damaged state to a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError as error:
@@ -401,7 +401,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Decode the optimizer's state from a state of an older version."""
+    """Decode the optimizer state in a state folder of an older version."""
     groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
     on_host = set()  # the names of tensors that were in host memory
     for state in optimizer["states"].values():
@@ -413,7 +413,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def share_of_files(folder: Path) -> list[Path]:
-    """Return the weight files of a state that this process checks: every n-th of n processes."""
+    """Return the weight files of a state that this process checks: with n processes every n-th file."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths
@@ -431,7 +431,7 @@ def file_checksum(path: Path) -> int:
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value encoded as JSON, with tensors by their names."""
+    """Decode a JSON value of a state; tensors are looked up in `tensors` by name."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:

@@ -27,7 +27,7 @@ SAVE_SECONDS = 20.0  # minimum time between two writes to disk
 
 @dataclass(frozen=True)
 class Medium:
-    """An image or clip whose embeddings are needed."""
+    """An image or clip to embed."""
 
     name: str  # for messages
     open: Callable[[], AbstractContextManager[Path]]  # yields a file, or a folder of frames
@@ -35,7 +35,7 @@ class Medium:
 
 @dataclass
 class VectorStore:
-    """Embeddings by content. Use it as a context manager, which writes new ones at the end."""
+    """Embeddings on disk, keyed by a hash of the content; leaving the context writes new ones."""
 
     path: Path
     vectors: dict[str, Tensor] = field(default_factory=dict)  # each F D float32: one row for each frame
@@ -75,7 +75,7 @@ def vectors_path(folder: Path, model: EmbedsImages) -> Path:
 
 @dataclass
 class Embedder:
-    """Compute the embeddings that the store does not have yet."""
+    """Compute embeddings that are not in the store yet, in batches of frames."""
 
     model: EmbedsImages
     store: VectorStore
@@ -106,7 +106,7 @@ class Embedder:
         return [None if key is None else self.store.vectors[key] for key in keys]
 
     def _add(self, path: Path) -> str:
-        """Return the key of a file's embeddings, which exist or will be computed with the next batch."""
+        """Return the key of a file's embeddings, and queue the file if they are not stored."""
         is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
         key = _hash_content(path)
         if is_clip:

@@ -30,7 +30,7 @@ ENDS = 1 << 20  # bytes at both ends of a file of weights that are hashed to ide
 
 @dataclass(frozen=True)
 class ImageTextKind:
-    """How transformers names a kind of model, and how its texts are padded."""
+    """Class names in transformers, and text padding, of one kind of image-text model."""
 
     network: str  # name of the class in transformers
     padding: str  # padding that the model was trained with
@@ -52,7 +52,7 @@ IMAGE_KINDS: Mapping[str, str] = {
 
 
 class EmbedsImages(Protocol):
-    """A model that embeds images."""
+    """Interface of a model that computes image embeddings."""
 
     @property
     def identity(self) -> str:
@@ -84,7 +84,7 @@ class ImageModel:
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A loaded model with its preprocessing of images and texts."""
+    """A loaded image-text model, such as CLIP, with its preprocessing."""
 
     network: Any
     processor: Any  # preprocesses images

@@ -65,7 +65,7 @@ MODEL_FOLDER = Path("models/score_clip")  # tools/download.py downloads the mode
 
 
 class ScoreOptions(Options, title="what to score"):
-    """A run, the model that compares images, and the images that the run was trained on."""
+    """Options of the run to score, the scoring model, and the dataset that the run was trained on."""
 
     run: Path = option(
         "folder of a run (its --output_dir), or its ...-history.jsonl if the folder has several runs",
@@ -99,7 +99,7 @@ class ScoreOptions(Options, title="what to score"):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run that is scored."""
+    """A run whose samples are scored: the path and the content of its history."""
 
     history: Path
     run_history: RunHistory
@@ -205,7 +205,7 @@ def _write(run: ScoredRun, scores: RunScores) -> None:
 
 @dataclass(frozen=True)
 class EmbeddedRun:
-    """Vectors of a run's samples and training images by one model."""
+    """Embeddings of a run's samples and training images, computed by one model."""
 
     samples: Mapping[Path, Tensor | None]  # each F D; None: the file cannot be read
     training: TrainingVectors | None  # None: there are no training images, or no dataset was passed
@@ -219,7 +219,7 @@ def _embed(
     model: EmbedsImages,
     config: Path | None,
 ) -> EmbeddedRun:
-    """Return the vectors of all samples, and of the training images of a dataset file (None: no vectors)."""
+    """Embed all samples and, if a dataset file is given, the training images."""
     paths = [path for _, files in rows for path in files.values()]
     with VectorStore(vectors_path(run.folder, model)) as store:
         embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
@@ -246,15 +246,15 @@ def _add_recalls(
         samples = []
         for sample in step.samples:
             tags = find_tags(row.prompts.get(sample.prompt, ""), indices)
-            found = probabilities[files[sample.prompt]]
-            recall = None if found is None else tag_recall(tags, found)
+            tag_probabilities = probabilities[files[sample.prompt]]
+            recall = None if tag_probabilities is None else tag_recall(tags, tag_probabilities)
             samples.append(replace(sample, tag_recall=recall))
         steps.append(replace(step, samples=tuple(samples)))
     return steps
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return notes about what was left out of the scores of a run."""
+    """Return notes on samples and images that were not scored, and on scores that are missing."""
     notes = []
     if unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(unreadable)}))
@@ -301,12 +301,12 @@ def open_run(place: Path) -> ScoredRun:
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
-    """Return histories of trainings, without those of `run`, which end before the training starts."""
+    """Return the history files of trainings, without histories of `reelsmith run`, which have no training."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
 def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
-    """Return the dataset of the training images; None with a note if it is not there."""
+    """Return the path of the dataset file with the training images; add a note if it is missing."""
     if options.dataset_config is not None:
         return options.dataset_config
     start = run.run_history.start
@@ -324,7 +324,7 @@ def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote])
 def _embed_prompts(
     model: ImageTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
 ) -> dict[str, Tensor]:
-    """Return the vector D of each prompt by its text, without empty prompts; add a note on cut prompts."""
+    """Return the embedding, D, of each non-empty prompt by its text; add a note on truncated prompts."""
     texts = sorted({text for row in rows for text in row.prompts.values() if text.strip()})
     if not texts:
         return {}
@@ -423,7 +423,7 @@ def _score_step(
 
 
 def _find_saved(run: ScoredRun, step: int) -> str:
-    """Return the name of the existing file saved at a step, the shortest of several; "" if there is none."""
+    """Return the name of the file saved at a step, the shortest if several exist; "" if none exists."""
     names = [
         name
         for name, saved_step in run.run_history.saved.items()

@@ -12,7 +12,7 @@ MIN_PROBABILITY = 0.35  # from this probability on, a tag is seen; the default o
 
 
 class RecognizesTags(EmbedsImages, Protocol):
-    """A tagger: its vector of an image has the probability of each tag."""
+    """A tagging model, whose vector for an image contains the probability of each tag."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -31,12 +31,12 @@ def find_tags(prompt: str, indices: Mapping[str, int]) -> list[int]:
 
 
 def tag_recall(tags: Sequence[int], probabilities: Tensor) -> float | None:
-    """Return the fraction of tags that are seen in a sample; None without tags.
+    """Return the fraction of expected tags detected in a sample; None without tags.
 
-    A tag is seen if its highest probability among the frames is MIN_PROBABILITY or above.
+    A tag counts as detected if its probability reaches MIN_PROBABILITY in any frame.
 
     Args:
-        tags: Indices of the tags that should be seen.
+        tags: Indices of the expected tags.
         probabilities: Probabilities of all tags in each frame, F T.
     """
     if not tags:

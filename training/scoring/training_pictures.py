@@ -31,7 +31,7 @@ ROWS = 1024  # rows of a block, when all vectors are multiplied with all
 
 
 class Neighbor(NamedTuple):
-    """A training image and its cosine to a sample."""
+    """A training image or clip, by its index, and its cosine similarity to a sample."""
 
     place: int  # index in `TrainingVectors.media`
     cosine: float
@@ -39,7 +39,7 @@ class Neighbor(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingVectors:
-    """Vectors of all frames of the training images and clips."""
+    """Embeddings of all frames of the training images and clips."""
 
     media: Sequence[Medium]
     vectors: Tensor  # M D: vectors of all frames, one medium after the other
@@ -47,7 +47,7 @@ class TrainingVectors:
 
     @classmethod
     def of(cls, media: Sequence[Medium], vectors: Sequence[Tensor | None]) -> "TrainingVectors | None":
-        """Join the vectors of media, without media that could not be read; None if no medium is left."""
+        """Join the vectors of all readable media; None if no medium could be read."""
         kept = [(medium, rows) for medium, rows in zip(media, vectors, strict=True) if rows is not None]
         if not kept:
             return None
@@ -55,9 +55,7 @@ class TrainingVectors:
         return cls([medium for medium, _ in kept], torch.cat([rows for _, rows in kept]), torch.cat(owners))
 
     def compare(self, frames: Tensor) -> Tensor:
-        """Return the similarity of a sample to each medium, one number per medium.
-
-        It is the mean over the sample's frames of the largest cosine to a frame of the medium.
+        """Return the similarity of a sample to each medium: the largest cosine, averaged over its frames.
 
         Args:
             frames: Vectors of the sample, F D.
@@ -68,7 +66,7 @@ class TrainingVectors:
         return largest.mean(0)
 
     def find_nearest(self, frames: Tensor) -> list[Neighbor]:
-        """Return the media that are most like a sample, the nearest first."""
+        """Return the training media most similar to a sample, in order of decreasing similarity."""
         values, places = self.compare(frames).topk(min(NEAREST, len(self.media)))
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
@@ -122,6 +120,6 @@ def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
 
 
 def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
-    """Return whether a sample copies a training image, from their files. Raises MediaError or OSError."""
+    """Compare a sample with a training image pixel by pixel; return whether it is a copy."""
     with sample as sample_path, picture.open() as image_path:
         return are_copies(read_frames(sample_path, num_frames), read_frames(image_path, num_frames))

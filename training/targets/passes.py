@@ -36,7 +36,7 @@ Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, bat
 
 @dataclass(frozen=True)
 class TargetComparison:
-    """A target to compare the network's output with, and its weight."""
+    """A target for the network's output, with the weight and function of its error."""
 
     target: Tensor  # has the shape of the output
     measure: Measure
@@ -67,12 +67,12 @@ class TrainingPasses:
         )
 
     def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction of the network with its current weights, without gradients."""
+        """Return the prediction of the network with its current weights, computed without gradients."""
         with torch.no_grad():
             return self._predict(noisy_batch)
 
     def base(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction of the model without the network, without gradients."""
+        """Return the prediction of the base model, with the LoRA disabled and without gradients."""
         assert self.rule.as_base is not None  # full fine-tuning rejects options that need it
         with torch.no_grad(), self.rule.as_base():
             return self._predict(noisy_batch)
@@ -86,9 +86,9 @@ class TrainingPasses:
 def training_loss(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    """Return the weighted mean error over the batch, over all passes and streams: one number.
+    """Return the weighted mean error of a batch over all passes and streams, as a scalar.
 
-    All samples of a batch have the same size, so it is also the mean over all elements.
+    All samples of a batch have the same size, so the mean over samples is the mean over elements too.
     """
     losses = [
         functools.reduce(torch.add, streams)
@@ -123,7 +123,7 @@ def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
 
 
 def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the true velocity of the batch, from clean latents to noise; with audio, both features."""
+    """Return the target velocity noise - latents of the batch, joined with that of the audio if any."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
     audio = noisy_batch.audio
@@ -135,7 +135,7 @@ def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return the batch without masks, so that all positions count."""
+    """Return the batch without loss masks, so that all positions count equally."""
     tensors = dict(noisy_batch.batch.tensors)
     tensors.pop(MASK, None)
     tensors.pop(LOSS_MASK, None)
@@ -152,9 +152,9 @@ def _make_passes(
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
 ) -> Streams:
-    """Return the error of each sample's images, B, and if the batch has audio, a second tensor for it.
+    """Compare the prediction with the velocity and the rule's targets; return the error of each sample, B.
 
-    The output is compared with the velocity and with the rule's targets.
+    A batch with audio has a second tensor, with the errors of the audio.
     """
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
@@ -196,18 +196,18 @@ def measure_plainly(
 
 
 def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """Select one of two tensors for each sample, B ..."""
+    """Return `if_chosen` or `otherwise` for each sample; both have the shape B ..."""
     mask = numbers_on(otherwise.device, chosen, torch.bool)
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
 def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
-    """Return the noise fraction of each sample, on the host."""
+    """Return the noise fraction of each sample as host numbers."""
     return noised.levels or noised.sigmas.tolist()
 
 
 def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
-    """Return for each sample whether its table asks for the base model's prediction as target."""
+    """Return for each sample whether its dataset table sets the base model's prediction as the target."""
     batch = noisy_batch.batch
     return [bool(passes.rule.kept_attributes & attributes) for attributes in batch.attributes] or [
         False
@@ -215,5 +215,5 @@ def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bo
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
-    """Return whether items of the batch have a mask of the clip or of the loss."""
+    """Return whether any item of the batch has a clip mask or a loss mask."""
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
