@@ -85,7 +85,7 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Return the rows of one prompt, 1 T C. There is no padding, so that nothing is masked.
+        """Turn one prompt's T5 tokens and Qwen3 states into text rows, 1 T C, without padding or masks.
 
         Args:
             states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of

@@ -219,7 +219,7 @@ class AnimaFiles(QwenImageFiles):
 
     @property
     def adapter_path(self) -> Path | None:
-        """Path of a separate adapter file; None if there is none. Raises OptionError if it does not exist."""
+        """Return the path of a separate adapter file, or None; raise OptionError if it does not exist."""
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
 
     def dit_header(self) -> DitHeader[AnimaConfig]:

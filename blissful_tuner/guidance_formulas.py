@@ -284,7 +284,7 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Make the stage that guides by the momentum: with limited norm, and less along the positive velocity.
+    """Return the stage of projected guidance: by a momentum of limited norm, reduced along the positive one.
 
     Each sample is treated separately.
     """

@@ -104,7 +104,7 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 
 
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
-    """Plan the new file; no tensor is read yet.
+    """Plan the tensors, metadata and notes of a changed checkpoint, without reading tensors.
 
     Args:
         checkpoint: The opened source file.
@@ -222,6 +222,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     only_strip = replace(change, add="")
     if change.strip and any(not rename(name, only_strip) for name in names):
         raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
+    # safetensors headers have this key for metadata
     if NO_NAME in {rename(name, change) for name in names}:
         raise OptionError(
             f"a tensor would be called {NO_NAME}, which stands for the metadata: leave it out with "
@@ -390,7 +391,7 @@ def gather(path: Path) -> Checkpoint:
 
 
 def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model, and their index if there is one."""
+    """Return the files of a model and its index; None without an index."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
     indexes = sorted(path.glob(f"*{INDEX}"))

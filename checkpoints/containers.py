@@ -77,7 +77,7 @@ OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file has more tensors than any model, which would take too long to list."""
+    """Raise CheckpointError if a file lists more tensors than any model has."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -113,7 +113,7 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_offsets`; `size` is the size of the file in bytes."""
+        """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:

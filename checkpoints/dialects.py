@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Everything needed to load a network from an open file."""
+    """How to load a network from an open file: its configuration, and the source of each tensor."""
 
     config: Config  # dimensions of the network
     checkpoint: Checkpoint  # names have no prefix

@@ -60,7 +60,7 @@ FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
 
 class DitConfig(Protocol):
-    """Dimensions of a family's transformer, read from a file's tensors."""
+    """Dimensions of a transformer, read from the shapes of its tensors."""
 
     @property
     def dim(self) -> int:
@@ -273,7 +273,7 @@ def stored_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> StoredLoading | None:
-    """Return which linear layers are in 8 or 4 bits: those of the file, else those that the family selects.
+    """Select the linear layers to load in 8 or 4 bits: those that the file has so, or those of the options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 
@@ -326,7 +326,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that the option `flag` would round a second time."""
+    """Return the error for a quantized file that the option `flag` would quantize again."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:

@@ -172,7 +172,7 @@ def load_module(
     _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
     dtypes, sizes = {}, {}
     for name in targets:
-        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
         dtypes[name] = dtype(name, infos[0].dtype)
         sizes[name] = sum(info.size_bytes for info in infos)
     filling = _Filling(
@@ -528,7 +528,7 @@ def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int
 
 
 def add_leading_axes(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Return a shape with leading axes of length 1, which converters to GGUF drop, up to `axes` axes."""
+    """Prepend axes of length 1, which GGUF converters drop, until the shape has `axes` axes."""
     return (1,) * (axes - len(shape)) + shape
 
 
@@ -539,10 +539,13 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Return sorted names, joining those that differ only in their first number: `blocks.{0..39}.weight`."""
+    """Shorten a list of tensor names: names that differ only in their first number become one with a range.
+
+    `blocks.0.weight` to `blocks.39.weight` become `blocks.{0..39}.weight`. The result is sorted.
+    """
     groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
-        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)  # a number between two dots
         if match is None:
             groups.setdefault((name, ""), [])  # a name without a number is a group of its own
         else:

@@ -61,7 +61,7 @@ _UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of e
 
 
 class GgufFile(HeaderFile):
-    """A GGUF file. Tensors of text encoders get the names and the row order of the transformers library."""
+    """GGUF file in which text encoder tensors get the names and the row order of transformers."""
 
     header = "GGUF header"
     faults = (ValueError, struct.error)
@@ -216,7 +216,7 @@ class GgufFile(HeaderFile):
             self._offsets[new] = self._offsets.pop(old)
 
     def _count_heads(self, layer: str, info: TensorInfo) -> int:
-        """Return the number of heads of Llama's attn_q or attn_k, after checking that it divides the rows."""
+        """Return the head count of Llama's attn_q or attn_k, after checking that it divides the rows."""
         key = "llama.attention.head_count" + ("_kv" if layer == "attn_k" else "")
         heads = int(self.metadata.get(key, 0))
         if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
@@ -224,7 +224,7 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor whose rows are in the order of the transformers library."""
+        """Return a tensor with its rows in the order of transformers; it may be a view of `scratch`."""
         tensor = super().borrow(name, scratch)
         if name in self._heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
@@ -291,7 +291,7 @@ class _HeaderReader:
 
 
 def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
-    """Return the packing of a tensor, from its shape in the file and its shape in the model."""
+    """Return how a tensor is packed, from its shapes in the file and in the model."""
     # if each row of the model has whole quantization blocks, a layer can use them directly
     has_full_rows = shape[-1] % kind.weights == 0
     *leading, columns = shape if has_full_rows else stored_shape

@@ -244,7 +244,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Expand one scale per layer or per row to N 1 float32.
+    """Expand a scale per layer or per row to float32, N 1.
 
     Raises:
         ValueError: If a scale is not positive and finite.

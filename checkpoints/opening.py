@@ -274,7 +274,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path names a sharded model: one of the shards, their index, or a folder."""
+    """Return whether a path names a sharded model: a shard, an index, or a folder."""
     return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
 
 
@@ -287,7 +287,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=4)
 def _list_shards(name: str) -> list[str]:
-    """Return the names of all shards of the model that a shard belongs to."""
+    """Return the names of all shards of a model, given the name of one."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -426,7 +426,7 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Describe an unsupported quantization and a tensor that shows it; return None if there is none."""
+    """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unmarked = _without_packed(tensors) if is_packed else tensors
     for suffix, form in _UNSUPPORTED.items():

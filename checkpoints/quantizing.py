@@ -112,7 +112,7 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class Recognized:
-    """The network of a file, and its layers that can be quantized; all names are those in the file."""
+    """A recognized network and its layers that can be quantized, by their names in the file."""
 
     what: str  # description for messages
     family: str | None  # None: a text encoder
@@ -172,7 +172,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries about the old tensors or the GGUF format, and log these."""
+    """Return the metadata without entries about the old tensors or GGUF, and log the removed entries."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -281,7 +281,7 @@ def _write_comfyui(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write the file in ComfyUI's layout; return the number of quantized layers.
+    """Write the model in ComfyUI's quantized layout; return the number of quantized layers.
 
     A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
     file and only one tensor is held in memory.

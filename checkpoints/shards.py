@@ -28,7 +28,7 @@ class ShardPlan:
     total_bytes: int  # of all tensors
 
     def index(self) -> str:
-        """Return the JSON text of the index, which maps each tensor to its file."""
+        """Return the JSON content of the index, which maps each tensor to its file."""
         weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -116,9 +116,13 @@ class SavedForm:
     def write_in(
         self, file: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a network into a temporary folder: as `file` if it fits into one, else as shards.
+        """Write a network into a temporary folder, as one file or as shards.
 
-        The names of the shards are derived from `file`. `read` returns a tensor by name.
+        Args:
+            file: Path of the single file, from which names of shards are derived.
+            tensors: Dtype and shape of each tensor.
+            read: Returns a tensor by name.
+            metadata: Metadata of each file.
         """
         size_bytes = sum(info.size_bytes for info in tensors.values())
         if not self.max_bytes or size_bytes <= self.max_bytes:

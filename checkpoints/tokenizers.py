@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files that make up the tokenizer of one text encoder, and where they may be."""
+    """Names and possible locations of one text encoder's tokenizer files."""
 
     option: str  # such as "--t5_tokenizer"
     names: tuple[str, ...]  # file names; the first that exists is used
@@ -144,7 +144,7 @@ class TokenizerFiles:
             raise self.unreadable(file, OSError(error.strerror)) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
+        """Raise CheckpointError if a file is too large for a tokenizer or is not a regular file."""
         try:
             require_regular_file(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
@@ -162,7 +162,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is not a tokenizer; it names the option and the right files."""
+        """Return the error for a file that is not a tokenizer, with the option and the accepted files."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",

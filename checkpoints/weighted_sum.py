@@ -152,14 +152,14 @@ class _Term:
 
 
 def _add_up(name: str, of_first: Tensor, terms: Sequence[_Term]) -> Tensor:
-    """Return the weighted sum of a tensor in float32.
+    """Return the weighted sum of one tensor over all models, in float32.
 
-    Where a model lacks the tensor, or input channels of it, the first model's values have its share.
+    Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
     """
     first = of_first.float()
     total = first * terms[0].share
     for term in terms[1:]:
-        values = first
+        values = first  # if this model lacks the tensor
         if name in term.model.tensors:
             tensor = term.model.read(name)
             check_finite(term.model.path, name, tensor)
@@ -211,25 +211,29 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
 def _warn_of_skipped(
     models: Sequence[Checkpoint], kept: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
-    """Say which tensors are in some of the models only."""
+    """Warn about tensors that only some of the models contain."""
     first, *others = models
     for other in others:
         skipped = [
             name for name in sorted(other.tensors) if name not in kept and not name.startswith(AVERAGES)
         ]
         if skipped:
-            shown = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
+            skipped_names = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
             logger.warning(
                 "%s: %s not in %s, and skipped: %s",
                 other.path,
                 count_of(len(skipped), "tensor"),
-                *(first.path, shown),
+                first.path,
+                skipped_names,
             )
         missing = [name for name in sorted(kept) if name not in other.tensors]
         if missing:
             logger.warning(
                 "%s lacks %s, where %s has its share: %s",
-                *(other.path, count_of(len(missing), "tensor"), first.path, list_some(missing, 3)),
+                other.path,
+                count_of(len(missing), "tensor"),
+                first.path,
+                list_some(missing, 3),
             )
 
 

@@ -128,7 +128,7 @@ def _make_header(
             "data_offsets": [start, end],
         }
     text = _as_json(entries) + b" " * spare_bytes
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # up to the next multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
             f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} bytes; "

@@ -104,7 +104,7 @@ class ModelSet:
 
     @property
     def has_adapter(self) -> bool:
-        """Return whether the set is another one and a training adapter, which generations do not use."""
+        """Return whether this set adds a training adapter, which generation does not use, to another set."""
         return any(part.option == TRAINING_ADAPTER for part in self.components)
 
     @property

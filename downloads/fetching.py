@@ -146,10 +146,10 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
 
 
 def _add_known_checksums(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with the size and checksums that the catalogue records added.
+    """Return `remote` with the size and checksums that the catalogue records for `file`.
 
     Raises:
-        DownloadError: If the site has another file.
+        DownloadError: If the site's file differs from the recorded one.
     """
     has_other_size = file.size_bytes not in (None, remote.size_bytes)
     has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
@@ -248,10 +248,7 @@ def _display_name(path: Path) -> str:
 
 
 def find_damage(path: Path, remote: RemoteFile) -> str | None:
-    """Return a description of a downloaded file's damage, or None.
-
-    Reads it in full if there is a checksum.
-    """
+    """Describe the damage of a downloaded file; None if its size and, if known, its checksum are right."""
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"

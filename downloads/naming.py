@@ -223,7 +223,7 @@ def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
 
 
 def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
-    """Raise OptionError, with the options to type, if a name belongs to a fine-tuned model."""
+    """Raise OptionError, with the options to type instead, if a name is that of a fine-tuned model."""
     if not named.made_from:
         return
     (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
@@ -241,7 +241,7 @@ def families_of(models: Sequence[ModelSet]) -> list[str]:
 
 
 def page_of_control(text: str) -> str:
-    """Return a hint at the page of a model trained with control clips; "" if the text names none."""
+    """Return a hint to the documentation of a model trained with control clips; "" if `text` names none."""
     plain = plain_name(text)
     for model in model_sets():
         if not model.data.get("control"):

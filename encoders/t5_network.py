@@ -231,6 +231,7 @@ class T5Block(nn.Module):
     """Attention and feed-forward with residuals; with `has_table` the block has its own position table."""
 
     def __init__(self, config: T5Config, has_table: bool) -> None:
+        """Build the layers without weights, under the names of Wan's official checkpoints."""
         super().__init__()
         self.norm1 = T5Norm(config.dim)
         self.attn = T5Attention(config)

@@ -26,13 +26,14 @@ PRECISION = 9  # digits of the share that is cropped
 
 
 def trained_size(size: Size) -> Size:
-    """Return the trained size (width, height), about a megapixel, that crops an image of this shape least.
+    """Return the trained size, width and height, to which an image of this aspect ratio is cropped least.
 
     Of several sizes, it is the one nearest to a megapixel, then the widest.
     """
     aspect = size[0] / size[1]
     sizes = []
     for width in range(MIN_SIDE, 2 * AREA // MIN_SIDE, STEP):
+        # areas between 0.9 and 1.1 of the trained area
         first = max(MIN_SIDE, math.ceil(0.9 * AREA / width / STEP) * STEP)
         last = min(2 * AREA // width, int(1.1 * AREA / width))
         sizes += [(width, height) for height in range(first, last + 1, STEP)]

@@ -147,7 +147,7 @@ class Flux(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: FLUX.1 with its task, or Chroma."""
+        """Return the model's metadata: FLUX.1 with its task, or Chroma."""
         kind = self.files.kind
         names = {
             "architecture": configs.ARCHITECTURES[kind],

@@ -222,7 +222,7 @@ class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, t
 
     @property
     def single_blocks(self) -> int:
-        """Number of single blocks that a new ControlNet copies."""
+        """Return the number of single blocks that a new ControlNet copies."""
         return SINGLE_LAYERS if self.num_single_layers is None else self.num_single_layers
 
 

@@ -44,7 +44,7 @@ class Flux3Config:
 
     @property
     def head_width(self) -> int:
-        """Number of channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.dim // self.num_heads
 
 

@@ -84,7 +84,7 @@ class ClipFiles(NamedTuple):
 
     @property
     def exist(self) -> bool:
-        """Return whether the clip or its latents exist, so that it need not be generated again."""
+        """Whether the clip or its latents exist already."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -145,7 +145,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with the settings that a comparison overrides, and prepare the device."""
+    """Return the options with a comparison's own settings, and prepare the device."""
     if options.optimized:
         options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -159,7 +159,7 @@ def _resolve_options(family: Family, options: GenerationOptions, device: torch.d
 
 
 def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
-    """Make the job of each prompt line. Raises UserError if one cannot be made."""
+    """Make the job of each prompt line; raise UserError if a line is invalid."""
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
@@ -228,7 +228,7 @@ def _check(options: GenerationOptions) -> None:
 def make_variants(
     experts: Sequence[Expert], uses: network_setup.LorasByExpert, strengths: Sequence[float]
 ) -> list[Variant]:
-    """Return the columns: one without LoRA, then every file at every strength.
+    """Return the columns of a comparison: one without LoRA, then every file at every strength.
 
     Files at the same position in each expert's list share a column, named after the first file.
 
@@ -494,7 +494,7 @@ def _make_row(
     variants: Sequence[Variant],
     paths: Mapping[str, Path],
 ) -> Row:
-    """Make the row of a prompt at a strength.
+    """Return the row of one prompt at one strength in a comparison.
 
     Args:
         experts: Networks of the model, with their noise levels.

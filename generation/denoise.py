@@ -146,7 +146,7 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
 
 
 def _split_timesteps(timesteps: Tensor, step: steps.Step, clean_streams: tuple[bool, bool]) -> Tensor:
-    """Return the timesteps of images and audio, B 2, from the step's timesteps, B; clean streams have 0."""
+    """Return timesteps for images and audio, B 2, from the step's timesteps, B; 0 for clean streams."""
     audio_timesteps = timesteps
     if step.audio_sigma is not None:
         audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
@@ -382,7 +382,7 @@ def sections_of(
 def _find_start(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
-    """Return the start of denoising, the source's latents with noise, and the index of the first step."""
+    """Return the noisy source latents that denoising starts from, and the index of the first step."""
     source = prepared.request.source
     assert section.source is not None
     assert source is not None
@@ -400,7 +400,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable the LoRAs of a stage during the block, except those of strength 0."""
+    """Enable the LoRAs of a stage inside the `with` block, except those of strength 0."""
     from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:

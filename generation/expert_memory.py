@@ -188,10 +188,10 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
 def load_with_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
-    """Load the first expert without memory, on the meta device, to plan the placement of its weights.
+    """Load the first expert on the meta device, with the LoRAs that stay separate from its weights.
 
-    LoRA files are read only if they stay separate from the weights: in a quantized network, or with a T-LoRA.
-    All other LoRAs are merged into the weights and need no memory of their own.
+    LoRA files are read only if they stay separate: in a quantized network, or with a T-LoRA. All other LoRAs
+    are merged into the weights and need no memory of their own.
 
     Returns:
         The network, and the changes by LoRAs that stay separate, by name of the weight.

@@ -28,7 +28,7 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """An option and its values, both as typed and as parsed."""
+    """Grid axis: an option with its values as typed and as parsed."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -41,7 +41,7 @@ class Axis:
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """Content of a comparison sheet. With None no sheet is made."""
+    """Axes of a comparison sheet; without axes, no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labeled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -130,7 +130,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
 def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Yield the indices of each cell on the axes and its prompt line, row by row.
+    """Yield the column and row index of each cell and its prompt line, row by row.
 
     Args:
         axes: Axes of the sheet.

@@ -128,7 +128,7 @@ def send_warnings(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a separate stream; from now on other prints go to standard error."""
+    """Return a stream for the original standard output; later prints go to standard error."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -188,10 +188,10 @@ def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
 
 
 def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, failures: Failures) -> None:
-    """Generate a request. Raises UserError if it fails."""
+    """Generate a request and send its progress and files as events; raises UserError if it fails."""
     job = make_job(run, LABEL, values)
     answers.send("begun", steps=job.prepared.num_steps)
-    counter = itertools.count(1)
+    counter = itertools.count(1)  # continues over the sections of a video
 
     def report_step(step: StepDone) -> bool:
         # a family's own solver decides the number of steps itself

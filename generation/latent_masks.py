@@ -14,9 +14,9 @@ from protocols.steps import Section, StepDone
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return the latents with the noisy reference in every region that the section's mask protects.
+    """Reset the latents to the noisy reference in every region that the section's mask protects.
 
-    Call after each step.
+    Call it after each step.
 
     Args:
         section: The section to denoise.

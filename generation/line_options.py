@@ -46,12 +46,12 @@ def known_names(letters: Collection[str], keys: Collection[str], find: Callable[
 
 
 def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
-    """Return the advice for an unknown option of a line: the nearest name, or all letters.
+    """Return advice about an unknown option of a prompt line: the most similar name, or all letters.
 
     Args:
         word: The unknown option.
         letters: Letters of the options that the line can have.
-        names: See `known_names`.
+        names: All option names, from `known_names`.
     """
     near = did_you_mean(word.lower().replace("-", "_"), names).strip()
     return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{character}' for character in letters)}"

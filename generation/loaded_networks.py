@@ -78,10 +78,10 @@ class Session:
     _logged_media: set[bool] = field(default_factory=set)  # values of `images` whose load was logged
 
     def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode the texts of each section, as listed by `wanted_texts`.
+        """Encode the prompts of each section, as listed by `wanted_texts`.
 
-        Each text encoder is loaded once and encodes each new text alone, because its conditions must not
-        depend on another text. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
+        Each text encoder is loaded once and encodes each new prompt alone, because its conditions must not
+        depend on another prompt. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
         CPU.
 
         Returns:

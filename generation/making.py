@@ -335,7 +335,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         bar: Bar | None = None  # progress of the current section's steps
 
         def advance(step: StepDone) -> bool:
-            """Advance the bar, and save the change map of a masked section. Returns False to continue."""
+            """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
@@ -473,12 +473,12 @@ def make_tracks(
     latents: Mapping[str, Tensor | None],
     note: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
-    """Return the audio tracks of clips that are written with audio.
+    """Decode the audio of the clips that are written with audio; return the tracks by label.
 
     Args:
         run: The run.
-        latents: See `decode_tracks`.
-        note: See `decode_tracks`.
+        latents: Audio latents in model space, 1 C T M, by label; None for clips without audio.
+        note: Returns a context manager for a label that records errors of the clip.
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output

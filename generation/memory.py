@@ -75,7 +75,7 @@ class PhasePrediction:
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
-        """Return the largest moment of denoising with this number of swapped blocks."""
+        """Return the denoising phase with its peak memory for a number of swapped blocks."""
         swap = self.swaps[count]
         where, moment = dry.largest(self.moments)
         weights = moment[dry.WEIGHTS]
@@ -154,7 +154,7 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Run the block as a dry run with these networks loaded, and measure its memory."""
+    """Run the `with` block as a dry run with these networks, and measure its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.place(network, ledger)
@@ -252,7 +252,7 @@ def rehearse_denoising(
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Return the peaks of the step if the network had these numbers of blocks."""
+            """Dry-run the step with these numbers of blocks; return the memory peaks by place in the step."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.overrides.section_cache is not None:
                 section.overrides.section_cache.clear()  # its tensors belong to blocks of another run

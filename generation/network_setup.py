@@ -43,7 +43,7 @@ LorasByExpert = Sequence[Sequence["LoraUse"]]  # LoRAs for each of `Family.exper
 
 @dataclass(frozen=True)
 class DitLoader:
-    """Load an expert onto the device, with LoRAs merged and its blocks compiled and swapped."""
+    """Load an expert with its LoRAs merged, its blocks compiled and swapped, to the device."""
 
     family: Family
     uses: LorasByExpert

@@ -212,7 +212,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The axes of a comparison sheet: options and their values."""
+        """Axes of a comparison sheet, each an option with its values."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
@@ -385,10 +385,10 @@ def read_generation(
 
 
 def request_extras(record: type[Any]) -> dict[str, str]:
-    """Return the options of a family that a request stores as extras, with their names there.
+    """Map the family's own options to the names under which a request stores them.
 
     Args:
-        record: The family's own options.
+        record: Class of the family's own options.
     """
     info = info_of(GenerationOptions) | info_of(record)
     return {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
@@ -411,7 +411,7 @@ def _select_recorded(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
-    """Build a parser with the shared options, adapted to the family's script."""
+    """Build the parser of a family's script with the shared options."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
@@ -466,7 +466,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 
 def _apply_preset(args: argparse.Namespace) -> None:
-    """Set the options of --optimized, except those that were typed or that conflict with typed ones."""
+    """Set the options of --optimized, except those that the user typed or that conflict with typed ones."""
     typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:

@@ -49,7 +49,7 @@ class FrameTools(Protocol):
 
     @property
     def hides(self) -> bool:
-        """Whether a tool hides something, such as faces, so that unprocessed frames must not be shown."""
+        """Whether a tool hides content such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
         """Check the model files of the post-processing tools by their headers.

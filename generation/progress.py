@@ -37,7 +37,7 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return a prompt on a single line, cut to `length` characters."""
+    """Return a prompt in a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -257,7 +257,7 @@ class GrowingVideo:
                 self._write(final)
 
     def _decode_next_to_dit(self, piece: Piece) -> Tensor | None:
-        """Decode a piece while the DiT is on the device; return None if that needs too much memory."""
+        """Decode a piece with the DiT still on the device; return None if there is too little memory."""
         try:
             return self._decode(piece)
         except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -314,7 +314,7 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
-        """Return the encoded segments with a segment for these pixels added at the growing end."""
+        """Encode pixels as a segment and add it at the growing end; return all segments."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

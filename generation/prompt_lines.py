@@ -73,7 +73,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Parse a number. Raises ValueError if the text is not a number."""
+    """Parse a number; raise ValueError for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -133,7 +133,7 @@ def read_path(text: str) -> str:
 
 
 def read_name(text: str) -> str:
-    """Return a name unchanged; it exists because every line option has a parser."""
+    """Return the text unchanged, as the parser of options without a format."""
     return text
 
 
@@ -225,7 +225,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option with these letters or this full name; None if it is unknown."""
+    """Return the option of a prompt line with these letters or this full name; None if there is none."""
     option = options.get(word)
     if option is not None:
         return option
@@ -419,7 +419,7 @@ def parse_words(
 
 
 def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
-    """Return the spellings of each option used in a line, in order."""
+    """Return how each option was spelled in a line, in order, by its key."""
     spellings: dict[str, list[str]] = {}
     for word in words:
         option = find(word)

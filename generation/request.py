@@ -158,7 +158,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the path in a shared option; None if it is empty or if the family has its own option."""
+    """Return the path in a shared media option; None if it is empty or the family has its own option."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
@@ -229,9 +229,7 @@ def _has_control(table: object) -> bool:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare the request of the command line, overridden by a prompt line.
-
-    No network is loaded.
+    """Resolve the request of the command line, overridden by a prompt line, without loading a network.
 
     Raises:
         UserError: If the request is not possible.
@@ -391,14 +389,14 @@ class GenerationRun:
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
-        """Parse a prompt line.
+        """Parse a prompt line into its prompt and options, by key.
 
         Args:
             line: The prompt line.
             where: Name of the line in warnings.
 
         Raises:
-            OptionError: If a value cannot be read.
+            OptionError: If a value cannot be parsed.
         """
         return parse_generation_line(line, self.options.line_options, where)
 

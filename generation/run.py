@@ -229,7 +229,9 @@ def explain_lack(advice: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select. If several processes share each prompt, this call starts them.
+    """Run the mode that the options select: plan, merge, decode or generate.
+
+    If several processes share each prompt, this call starts them.
 
     Args:
         family: The model family.
@@ -312,7 +314,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
 def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
-    """Return the run for these options, without previews. Loads no network of the family."""
+    """Return the run for these options, without previews and without loading the family's networks."""
     room = room_on(device) if device.type == "cuda" else None
     predicted = None
     if room is not None or options.speed.swap.is_auto:

@@ -312,7 +312,7 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
 
 
 def _read_sides(size: Any, where: str) -> Mapping[str, int]:
-    """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError if it is not a size."""
+    """Parse a size such as [480, 832] or "480 832" into its sides; raise OptionError for anything else."""
     try:
         return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
     except ValueError as error:

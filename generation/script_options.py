@@ -221,7 +221,7 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video in sections is written again after each section."""
+        """Whether a video in sections is written again after each section, to show progress."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property

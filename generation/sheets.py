@@ -119,7 +119,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
 
 
 def _put_on_squares(frame: Frame) -> Frame:
-    """Return a frame H W 3 or 4 as H W 3, on a checkerboard that shows where it is transparent."""
+    """Composite a frame with transparency, H W 4, onto a checkerboard; return H W 3."""
     colors, alpha = split_alpha(frame)
     if alpha is None:
         return colors
@@ -236,7 +236,7 @@ class _Pen:
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Write as much of a text as fits into `width` pixels."""
+        """Draw a text, cut to `width` pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))
@@ -338,9 +338,9 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
 
 
 def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return the metadata that all cells share, the axes as --sheet takes them, and each cell's file."""
+    """Return a sheet's metadata: entries that all cells share, the --sheet axes, and each cell's file."""
     cell_metadata = [run.metadata(cells[place].prepared) or {} for place in paths]
-    # what all cells have in common
+    # entries that are equal in all cells
     metadata = {
         key: text
         for key, text in cell_metadata[0].items()

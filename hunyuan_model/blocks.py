@@ -268,9 +268,11 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
     """Double-stream block with the layers and names of HunyuanVideo and HunyuanImage."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        """Build the layers without weights, under the names of the released checkpoints."""
         super().__init__(dim, eps)
         self.num_heads = num_heads
         head_width = dim // num_heads
+        # 6: shift, scale and gate for attention and for the feed-forward layers
         self.img_mod = HunyuanModulation(dim, 6)
         self.img_attn_qkv = nn.Linear(dim, 3 * dim)
         self.img_attn_q_norm = RMSNorm(head_width, eps)

@@ -71,30 +71,34 @@ def _is_plain(x: Tensor, table: Tensor) -> bool:
 
 
 class _Turn(torch.autograd.Function):
-    """Rotate video tokens and append text; `ctx` holds the rotary table, which outlives the step, unsaved."""
+    """Rotate the first tokens of x by a rotary table and append the text tokens, or the rest of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: Tensor | None, table: Tensor) -> Tensor:
+        """Return the joined tokens, B L+T N D, for x B L N D with a text B T N D, or x B L+T N D without."""
+        # an attribute instead of a saved tensor: the table outlives the step (`modules.layers.modulation`)
         ctx.table = table
         ctx.has_text = text is not None
         length = table.shape[-4]
-        behind = x[:, length:] if text is None else text
-        joined = x.new_empty(len(x), length + behind.shape[1], *x.shape[2:])
+        unrotated = x[:, length:] if text is None else text
+        joined = x.new_empty(len(x), length + unrotated.shape[1], *x.shape[2:])
         _turn(x[:, :length], torch.view_as_complex(table), joined[:, :length])
-        joined[:, length:] = behind
+        joined[:, length:] = unrotated
         return joined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the text; rotated tokens are rotated back."""
         length = ctx.table.shape[-4]
-        of_turned, of_rest = gradient[:, :length], gradient[:, length:]
-        of_x = gradient.new_empty(of_turned.shape if ctx.has_text else gradient.shape)
-        _turn(of_turned, torch.view_as_complex(ctx.table).conj(), of_x[:, :length])
+        grad_rotated = gradient[:, :length]
+        grad_unrotated = gradient[:, length:]
+        grad_x = gradient.new_empty(grad_rotated.shape if ctx.has_text else gradient.shape)
+        _turn(grad_rotated, torch.view_as_complex(ctx.table).conj(), grad_x[:, :length])
         if ctx.has_text:
-            return of_x, of_rest, None
-        of_x[:, length:] = of_rest
-        return of_x, None, None
+            return grad_x, grad_unrotated, None
+        grad_x[:, length:] = grad_unrotated
+        return grad_x, None, None
 
 
 def _turn(x: Tensor, table: Tensor, out: Tensor) -> None:

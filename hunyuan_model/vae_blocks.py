@@ -292,6 +292,7 @@ class CausalLevel(nn.Module):
         self.resnets = nn.ModuleList(
             HunyuanResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
         )
+        # lists of at most one layer, because names in files have an index (`downsamplers.0`)
         self.downsamplers = nn.ModuleList([] if down is None else [Resample(width, stride=down)])
         self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
 

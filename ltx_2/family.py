@@ -215,7 +215,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model: version, trained streams, and the references that a LoRA learned."""
+        """Return the model's metadata: version, trained streams, and the references that a LoRA learned."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",

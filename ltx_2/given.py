@@ -392,7 +392,7 @@ def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return which latents the masks of a batch give, B F H W bool.
+    """Return which latents a batch's masks mark as given, B F H W bool.
 
     Raises DatasetError if there are no masks, or if one gives every latent.
     """

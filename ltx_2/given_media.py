@@ -184,7 +184,7 @@ class GivenImages:
 
     @property
     def frames(self) -> int:
-        """Number of latent frames."""
+        """Return the number of latent frames."""
         return self.clean.shape[2]
 
     def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = WHOLE) -> None:

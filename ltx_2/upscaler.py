@@ -120,12 +120,13 @@ def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
 
 @torch.no_grad()
 def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: torch.dtype) -> Tensor:
-    """Return enlarged latents, B C F H W float32, normalized like the given ones, on their device.
+    """Apply the latent upscalers in turn; return normalized latents, B C F H W float32, on the same device.
 
     `upscalers` are files by their options, loaded one at a time. `vae` is the file with the statistics of
     latents.
     """
     mean, std = (statistic.to(latents.device) for statistic in read_once(vae, _read_statistics))
+    # upscalers take unnormalized latents
     latents = latents.float() * std + mean
     for option, path in upscalers.items():
         network = load_upscaler(path, option, dtype, latents.device)

@@ -167,7 +167,7 @@ class H3Caching:
     def _make_tensors(
         self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
-        """Return the tensors of the single item in `media`. Sides in pixels are multiples of `step`."""
+        """Encode the single item in `media`, and return its cache tensors by name."""
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
@@ -177,6 +177,7 @@ class H3Caching:
             INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
             IS_HEARD: torch.tensor(float(any(media.heard))),
         }
+        # conditions: control images of an image, or the keyframes or references of a clip
         if media.table.kind == "image":
             tensors |= self._make_place_tensors(vae, media)
         elif self.task == KEYFRAMES:

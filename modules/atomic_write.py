@@ -87,7 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     with path_written.open("rb+") as file:
                         os.fsync(file.fileno())
             flush_folder(temporary)
-            aside = path.with_name(f".{path.name}.old")
+            aside = path.with_name(f".{path.name}.old")  # the name that `recover_folder` looks for
             if path.exists():
                 replace_file(path, aside)
             replace_file(temporary, path)
@@ -233,9 +233,8 @@ def remove_leftovers(
             if temporary is None or not is_removable(temporary["name"]):
                 continue
             with contextlib.suppress(OSError):  # another process removed it, or has it open on Windows
-                changed = entry.stat(
-                    follow_symlinks=False
-                ).st_mtime  # of a folder: when its last file was added or removed
+                # the time of a folder is that at which its last file was added or removed
+                changed = entry.stat(follow_symlinks=False).st_mtime
                 owner = _read_claim(entry) or temporary  # both name the machine and the process
                 if changed > now - _find_min_age(owner, older_seconds):
                     continue

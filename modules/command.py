@@ -185,8 +185,9 @@ def command_line(
 ) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
-    `explain` gets the file of a CheckpointError and returns its real kind, or None; printed as a hint. With
-    `needs_packages`, end at once if a package of requirements.txt is missing, but show the help without it.
+    `explain` gets the file of a CheckpointError and returns its real kind, which is printed as a hint, or
+    None. With `needs_packages`, end at once if a package of requirements.txt is missing, unless help is asked
+    for.
     """
     start_logging()
     try:
@@ -201,10 +202,10 @@ def command_line(
         is_short = str(error).count("\n") + 1 < MAX_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
             hint = explain(error.path)
-            is_said_already = "looks like" in str(error) and "looks like" in (hint or "")
-            # the message may already contain this download command, with more options
-            is_said_already = is_said_already or (hint or "-").removesuffix(" downloads it") in str(error)
-            if hint and hint not in str(error) and not is_said_already:
+            # the message may already name the file's kind, or this download command with more options
+            is_repeated = "looks like" in str(error) and "looks like" in (hint or "")
+            is_repeated = is_repeated or (hint or "-").removesuffix(" downloads it") in str(error)
+            if hint and hint not in str(error) and not is_repeated:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
@@ -216,7 +217,7 @@ def command_line(
             raise
         print(plain_message(f"OSError: {cause}"), file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt as stop:  # its text may say what is kept
+    except KeyboardInterrupt as stop:  # the exception's text may say what was saved
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:

@@ -13,10 +13,10 @@ ERROR_LINE = re.compile(
 
 
 def message_of(errors: str) -> str:
-    """Return the message, without its kind, of the error that ended a program of ours.
+    """Return the message of the error that ended one of our programs, without the error's class name.
 
     Args:
-        errors: Its stderr.
+        errors: The program's standard error output.
     """
     last = errors.rpartition("Traceback (most recent call last):")[2]
     match = ERROR_LINE.search(last)

@@ -64,7 +64,8 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
 
     Args:
         path: The lock file.
-        waits: If False, raise BlockingIOError instead of waiting. On a volume without locks nobody waits.
+        waits: If False, raise BlockingIOError instead of waiting. On a volume without locks, processes do not
+            wait.
 
     Raises:
         OSError: If the file cannot be made.
@@ -83,11 +84,11 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
                 is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
             except FileNotFoundError:
                 is_there = False
-            if not is_there:  # who had the lock before has removed the file
+            if not is_there:  # the previous holder has removed this file: lock the new one
                 continue
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):  # Windows removes no open file: there it stays
+                with contextlib.suppress(OSError):  # Windows does not remove open files: the file stays
                     path.unlink()
             return

@@ -95,6 +95,7 @@ def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:
 
 
 def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
+    """Convert an argparse action to a `DescribedOption`."""
     kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
     is_switch = action.nargs == 0
     rejection = find_rejection(action)
@@ -182,7 +183,7 @@ def _shorten_clauses(text: str) -> str:
 
 
 def _describe_default(action: argparse.Action) -> str:
-    """Return an option's default as a user would type it; "" if it is not a value or is long."""
+    """Return an option's default as a user would type it; "" if there is none, or if it is long."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))

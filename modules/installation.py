@@ -159,7 +159,7 @@ def _locate_script(argv: list[str]) -> list[str]:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
+    """Return `reelsmith.py` and its subcommand, such as `train wan`, if these started this script."""
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
@@ -274,7 +274,7 @@ def is_started_by_file() -> bool:
 
 
 def reject_starting(option: str, effect: str = "starts a program") -> None:
-    """Raise OptionError if an option that starts another program was not typed, but read from a file.
+    """Raise OptionError if an option that starts another program comes from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
     `effect` is the effect of the option, for the message.

@@ -55,6 +55,6 @@ def show_kinds(lines: Iterable[str]) -> list[str]:
 
 
 def read_kind(printed: str) -> ReadLine:
-    """Take the kind off a printed line."""
+    """Split a printed line into its kind and its text."""
     kind, end, text = printed.partition(END)
     return ReadLine(kind, text) if end and kind in KINDS else ReadLine("", printed)

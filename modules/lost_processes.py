@@ -243,7 +243,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
 
 
 def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
-    """Connect to process 0 and tell it this process' rank."""
+    """Connect to process 0 and send it this process's rank."""
     port, password = store.get(KEY).decode().split()
     try:
         link = socket.create_connection((host, int(port)), pace.silence)

@@ -185,14 +185,14 @@ _ROLES = (
 
 
 def find_our_option(foreign_name: str, has: Container[str]) -> str:
-    """Translate another program's option name: return our first name for it that is in `has`, or ""."""
+    """Return the first of our names for another program's option that is in `has`; "" if there is none."""
     names = [name for name in _first_names(foreign_name) if name in has]
     names += [name for line in _lines_with(foreign_name) for name in line if name in has]
     return names[0] if names else ""
 
 
 def _first_names(foreign_name: str) -> list[str]:
-    """Return our options in whose line of `_FOREIGN_OPTIONS` the name stands."""
+    """Return our options whose line in `_FOREIGN_OPTIONS` contains the foreign name."""
     rows = [line.partition(":") for line in _FOREIGN_OPTIONS.splitlines()]
     return [own_option for own_option, _, names in rows if foreign_name in names.split()]
 
@@ -307,8 +307,8 @@ def explain_rest(
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
-        what = by_place[0].dest
-        return f"{as_typed(unused)} is not used: give one {what}, and put quotes around a name with blanks."
+        name = by_place[0].dest
+        return f"{as_typed(unused)} is not used: give one {name}, and put quotes around a name with blanks."
     return f"{as_typed(unused)} belongs to no option. Put a text with blanks in quotes."
 
 

@@ -65,8 +65,8 @@ def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
     """Return why torch has no CUDA device although the driver lists a card; None if it lists none.
 
     Args:
-        torch_version: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.
-        cuda: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.
+        torch_version: `torch.__version__`.
+        cuda: `torch.version.cuda`, which is None for builds without CUDA.
     """
     cards = find_nvidia_cards()
     if not cards:

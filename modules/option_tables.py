@@ -20,10 +20,7 @@ def _read_lines() -> Mapping[str, str]:
 
 
 def read_entry(kind: str, name: str) -> Any:
-    """Return an entry of the file.
-
-    `kind` is the option, section, keys or script.
-    """
+    """Return an entry of the compiled option tables; `kind` is option, section, keys or script."""
     return json.loads(_read_lines()[f"{kind} {name}"])
 
 

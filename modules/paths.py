@@ -82,7 +82,7 @@ def without_quotes(text: str) -> str:
 
 
 def check_length(path: Path) -> None:
-    """Raise ValueError if no file can have so long a name."""
+    """Raise ValueError if a path is too long for any file."""
     if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:

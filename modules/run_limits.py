@@ -62,8 +62,8 @@ def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a temporary folder of the system, into which a limited run may write too."""
-    import json  # here: all options import this file
-    import tempfile  # likewise
+    import json  # both imported here: all options import this file
+    import tempfile
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,7 +150,7 @@ def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
 
 
 def _run_command(*words: str) -> str:
-    """Return the command of this run with additional words, as it can be typed."""
+    """Return the command of this run with additional arguments, as a user can type it."""
     return f"{os.environ[COMMAND]} {shlex.join(words)}"
 
 

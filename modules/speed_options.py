@@ -50,7 +50,7 @@ class VaeOptions(Options):
 
 
 def fp8_text_option(name: str, what: str) -> Any:
-    """Return the field `in_fp8` of a family's options of texts, whose flag has a name of its own."""
+    """Return the field `in_fp8` for a family's text encoder options; its flag has the name `name`."""
     return option(f"keep {what}", name=name, excludes="text_encoder_form")
 
 

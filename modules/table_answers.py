@@ -60,9 +60,9 @@ def answer_running_script() -> None:
 
 
 def answer_script(script: Path, argv: Sequence[str], program: str | None = None) -> None:
-    """End the process with the help, or with the message on a wrong option, if the words ask for it.
+    """Parse a script's command line with its compiled table; print help or an option error and exit.
 
-    The arguments of other words wait for `take_answered`.
+    Valid arguments are stored for `take_answered`.
 
     Args:
         script: Path of the script in the checkout or the package.

@@ -24,7 +24,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory(size_bytes: int) -> None:
-    """Let allocations fail beyond a size, where the system can; elsewhere time alone is bounded."""
+    """Make allocations beyond a size fail, if the system supports it; otherwise only time is limited."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

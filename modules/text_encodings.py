@@ -105,7 +105,7 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
 
 
 class _Scored(NamedTuple):
-    """A text by one encoding, and how probable it is."""
+    """A text as decoded with one encoding, and the score of its plausibility."""
 
     score: float
     encoding: str

@@ -82,7 +82,7 @@ def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]
 
 
 def is_said(value: Any) -> bool:
-    """Return whether a value of a caption is a non-blank text."""
+    """Return whether a value in a JSON caption is a text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 

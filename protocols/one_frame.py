@@ -13,7 +13,7 @@ MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
 
 @dataclass(frozen=True)
 class OneFrame:
-    """Frame indices of the target and the controls, and which frames of FramePack's sections are left out."""
+    """Frame indices of the target and control images, and which black frames are added after them."""
 
     target_index: int | None = None  # None: as in the family
     control_indices: tuple[int, ...] = ()  # of the first controls

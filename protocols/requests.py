@@ -178,7 +178,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PixelEdit:
-    """A change of a result's decoded pixels, which its latents do not have."""
+    """A change of the decoded pixels of a result that is not made in its latents."""
 
     apply: "Callable[[Iterator[Tensor]], Iterator[Tensor]]"  # chunks of pixels, 1 3 F H W in -1..1
     metadata: Mapping[str, str]  # added to that of the written result, as `own_metadata` is

@@ -268,7 +268,7 @@ class TeaCache:
 
 @dataclass(frozen=True)
 class MagCalibration:
-    """Skip no passes; measure the ratios of `MagCache`."""
+    """Measure the ratios for `MagCache` without skipping any passes."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model."""
+        """Return the model's metadata."""
         return self.metadata_of(
             {
                 "architecture": VERSION.architecture,
@@ -105,7 +105,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What cached latents depend on: the VAE and the range of its input."""
+        """Return what cached latents depend on: the VAE and the range of its input."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -322,7 +322,7 @@ def add_alpha(pixels: Tensor) -> Tensor:
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
-    """Plan how to load the VAE: a single file or diffusers' folder.
+    """Plan how to load Qwen-Image-2.1's VAE, from a single file or a diffusers folder.
 
     Raises CheckpointError for any other file, or if config.json next to it does not fit.
     """

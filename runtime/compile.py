@@ -77,11 +77,11 @@ class CompileClock:
         self._seconds = 0.0
 
     def start(self, _: object) -> None:
-        """Note that compilation starts; a callback of torch."""
+        """Record the time at which a compilation starts; torch calls this."""
         self._begun = time.perf_counter()
 
     def stop(self, _: object) -> None:
-        """Note that compilation has ended; a callback of torch."""
+        """Add the seconds of a compilation that has ended; torch calls this."""
         self._seconds += time.perf_counter() - self._begun
 
     def report(self, *_: object) -> None:

@@ -219,7 +219,7 @@ def resample(ratios: Sequence[float], count: int) -> list[float]:
 
 
 class TeaCacheRule:
-    """The rule of TeaCache, for one pass of each step. The host waits for one number per step."""
+    """Decide by TeaCache's accumulated change which steps skip a pass; the host waits once per step."""
 
     def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
         """Start without skipped passes.
@@ -302,7 +302,7 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
-        """Forget the sizes of earlier steps."""
+        """Drop the residual sizes of earlier steps."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:

@@ -304,14 +304,14 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_of_unused(
     values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn of options that have no effect without `name`, on the command line or in an image's line.
+    """Warn about options that have no effect without `name`, on the command line or in a prompt line.
 
     These options begin with the same two letters as `name`.
 
     Args:
         values: Options of the line.
         name: Letters of an option of lines.
-        typed: Options of the command line that were given.
+        typed: Options of the command line.
     """
     default = option_values(type(typed)())
     unused = [

@@ -12,7 +12,7 @@ from modules.speed_options import AttentionChoice
 
 @dataclass(frozen=True)
 class ChosenAttention:
-    """Attention processor, in the form of diffusers, for the transformers of a U-Net."""
+    """Diffusers attention processor that computes the kind of attention that the user chose."""
 
     choice: AttentionChoice
 

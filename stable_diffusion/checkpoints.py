@@ -108,7 +108,7 @@ class UnetDepths(NamedTuple):
 
 
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
-    """Plan how to load the U-Net of a single file, whose prefix is cut off.
+    """Plan how to load the U-Net of a single file, given the tensors without the U-Net's prefix.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -142,7 +142,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     if attention is None:
         raise broken("it has no attention to the text")
     projection = sources.get(f"{attention}.proj_in.weight")
-    heads = [max(1, width // HEAD_WIDTH) for width in widths]
+    heads = [max(1, width // HEAD_WIDTH) for width in widths]  # SD2 and SDXL have heads of one width
     if kind is SD1:
         heads = [SD1_HEADS] * len(widths)
     config: dict[str, Any] = {

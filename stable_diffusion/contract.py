@@ -20,7 +20,7 @@ from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOp
 
 @dataclass(frozen=True)
 class ModelKind:
-    """Differences between Stable Diffusion 1.x, 2.x and XL, except sizes, which come from the tensors."""
+    """Settings that distinguish Stable Diffusion 1.x, 2.x and XL; sizes are read from the tensors instead."""
 
     name: str  # "sd1", "sd2", "sdxl"
     words: str  # for messages: "Stable Diffusion 1.x"
@@ -125,7 +125,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class RequestedImage:
-    """One requested image, with its variants selected, its settings resolved and its files found."""
+    """One image to generate, with variants selected, settings resolved and files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants

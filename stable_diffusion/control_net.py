@@ -77,8 +77,8 @@ class ControlNets:
         def control(call: UnetCall) -> UnetCall:
             count = len(self._networks)
             # models of SDXL act together, others take turns from step to step
-            chosen = range(count) if self._model.kind is SDXL else [call.step % count]
-            active = [number for number in chosen if is_active(self._uses[number], call)]
+            numbers = range(count) if self._model.kind is SDXL else [call.step % count]
+            active = [number for number in numbers if is_active(self._uses[number], call)]
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
@@ -107,10 +107,10 @@ class ControlNets:
         )
         if network.config.global_pool_conditions:
             # residuals are only added to the prompt's rows, as in diffusers' pipelines
-            acts = torch.arange(rows, device=middle.device) < rows - call.negative_rows
-            acts = acts[:, None, None, None]
-            down = [skip * acts for skip in down]
-            middle = middle * acts
+            is_prompt_row = torch.arange(rows, device=middle.device) < rows - call.negative_rows
+            is_prompt_row = is_prompt_row[:, None, None, None]
+            down = [skip * is_prompt_row for skip in down]
+            middle = middle * is_prompt_row
         return tuple(down), middle
 
 
@@ -170,7 +170,7 @@ def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: i
 
 
 class BatchGuides:
-    """The guide images of a batch, on its device and at the size of its current latents in pixels."""
+    """Guide images of a batch, on the device and resized to the current latents."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class BatchGuides:
         self.guides = self._read()
 
     def _read(self) -> tuple[Tensor, ...]:
-        """Return the guides for each model, B 3 H W float32 in 0..1."""
+        """Read the guide images of each network, B 3 H W float32 in 0..1."""
         guides = []
         for index, use in enumerate(self._uses):
             images = []

@@ -151,10 +151,10 @@ def _read_control_net(
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
-    """Read the settings that tensors do not show: the color order, and whether residuals are averaged.
+    """Read settings that tensors do not show: the color order, and whether residuals are averaged.
 
-    A diffusers folder states both. For single files, residuals are averaged if the name contains "shuffle",
-    as for the released model.
+    A diffusers folder has both in its config.json. For single files, residuals are averaged if the name
+    contains "shuffle", as for the released model.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -195,7 +195,7 @@ class _Levels:
 
     @property
     def attentions(self) -> list[str]:
-        """Return the module paths of the existing attentions."""
+        """Module paths of the levels' attentions, without levels that have none."""
         return [
             f"{block}.attentions.0"
             for block, has_attention in zip(self.blocks, self.attends, strict=True)

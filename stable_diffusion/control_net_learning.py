@@ -131,7 +131,7 @@ def make_control_net(
 
 
 def copy_unet(unet: Any) -> ControlNetModel:
-    """Return a ControlNet with the weights of the first half of a U-Net; its outputs begin with zeros.
+    """Build a ControlNet with the weights of a U-Net's encoder half; its outputs are zero at first.
 
     This is like diffusers' `from_unet`, which does not support a number of layers for each level.
     """
@@ -207,7 +207,7 @@ def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
 
 
 def _name_own(name: str, names: Collection[str]) -> str:
-    """Return the released name of a weight that a U-Net does not have.
+    """Return the published name of a ControlNet weight that the U-Net does not have.
 
     Args:
         name: Diffusers' name of the weight.

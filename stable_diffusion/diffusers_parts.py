@@ -18,7 +18,7 @@ def unet_class() -> type[Any]:
 
 
 def vae_class() -> type[Any]:
-    """Import the class of the VAE."""
+    """Import diffusers' VAE class on first use."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL
@@ -54,7 +54,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def diffusers_version() -> str:
-    """Return the version of diffusers, which files of results record."""
+    """Return the version of diffusers, for the metadata of results."""
     import diffusers
 
     return str(diffusers.__version__)

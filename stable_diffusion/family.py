@@ -285,7 +285,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
-        """Files whose hashes a training records, by key of the metadata."""
+        """Files whose hashes are recorded in training metadata, by key."""
         return self.files.hashed
 
     @property
@@ -399,11 +399,11 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """File of the U-Net, which the checkpoint may contain."""
+        """File of the U-Net: the checkpoint, or a file in its folder."""
         return (self.files.unet_path,)
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks in each part of the U-Net."""
+        """Number of blocks in each part of the U-Net."""
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
@@ -507,7 +507,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _trained_marks(self) -> Marks:
-        """Return what the trained model predicts, as the checkpoint and the options state."""
+        """Return the prediction type of the trained model, from the checkpoint and the options."""
         predicts_v = self.noise.predicts_v
         return Marks(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
@@ -644,18 +644,20 @@ class StableDiffusion(ModelOfImages):
         )
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Return texts with their weights marked, each with the number of chunks of the longest one.
+        """Mark prompts to be read with weights, and pad both to the number of chunks of the longest one.
 
         Args:
-            texts: The texts.
-            has_negative: Whether guidance uses the negative text; otherwise its length is ignored.
+            texts: The prompts.
+            has_negative: Whether guidance uses the negative prompt; otherwise its length is ignored.
         """
-        read = [texts.positive.text]
+        counted_texts = [texts.positive.text]
         if has_negative and texts.negative is not None:
-            read.append(texts.negative.text)
+            counted_texts.append(texts.negative.text)
         num_chunks = 1
         if self.chunks > 1 or self.tells_cut:
-            num_chunks = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
+            num_chunks = max(
+                encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
+            )
         return replace(
             texts,
             positive=replace(texts.positive, marked_chunks=num_chunks),
@@ -721,7 +723,7 @@ class StableDiffusion(ModelOfImages):
         return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents in model space to pixels."""
+        """Decode latents in model space to pixels, B 3 1 H W, as a single chunk."""
         yield encoders.vae.decode(latents / self.latent.scale)
 
 
@@ -829,7 +831,7 @@ def with_control_net(
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
-    """Raise OptionError if there is not one rate for each block of the U-Net."""
+    """Raise OptionError if the number of rates differs from the number of U-Net blocks."""
     numbered = number_blocks(files.unet_config) if rates else None
     if numbered is not None and len(rates) != numbered.count:
         sides = ", ".join(f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.sides)

@@ -117,7 +117,7 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
-    """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint's kind."""
+    """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint."""
     flags = (("--v1", options.v1, SD1), ("--v2", options.v2, SD2), ("--sdxl", options.sdxl, SDXL))
     for flag, is_given, flag_kind in flags:
         if not is_given:

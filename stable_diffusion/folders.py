@@ -273,7 +273,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _are_counts(value: object, length: int) -> bool:
-    """Return whether a value is a list of `length` whole numbers."""
+    """Return whether a value is a list of `length` integers."""
     return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 

@@ -253,7 +253,7 @@ def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
 
 
 def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
-    """Return a measure of pixels: the mean squared difference between their features and an image's."""
+    """Return a loss on pixels: the mean squared difference from a guide image in VGG16's features."""
     image = read_picture(path)
     # features of the guide image, by size, because Gradual Latent enlarges the images
     features: dict[torch.Size, Tensor] = {}

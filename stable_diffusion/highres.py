@@ -30,7 +30,7 @@ OTHER_NAMES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """A module's upscaler, and the name that the user gave."""
+    """Upscaler of the user's module, with the name that the option gave."""
 
     name: str
     upscaler: Any
@@ -170,7 +170,7 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 def make_images(
     maker: ImageGenerator, highres: Highres | None, pictures: Sequence[RequestedImage]
 ) -> Iterator[SavedStage]:
-    """Generate a batch; yield each stage's images that are to be saved, as soon as they are finished.
+    """Generate a batch in one or two stages; yield the images of each stage that is saved, once finished.
 
     Args:
         maker: Makes the images.

@@ -87,7 +87,7 @@ def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
 
 
 def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> CustomNetwork:
-    """Return the network of a word's vectors for each cross-attention of the U-Net.
+    """Return the network whose weights are a word's vectors for each cross-attention of the U-Net.
 
     Args:
         word: The word to learn.
@@ -96,9 +96,10 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
     """
 
     def read_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
-        with quiet():  # it is not about prompts
-            (found,) = read_words((), [path], layers)
-        return dict(zip(layers, found.vectors[0].chunk(len(layers)), strict=True))
+        with quiet():  # its log line is about words for prompts
+            (learned_word,) = read_words((), [path], layers)
+        # the vectors of all cross-attentions are stored layer by layer
+        return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
     return Inversion(word, [tower], read_vectors).describe()
@@ -130,7 +131,7 @@ def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
 
 
 def _say_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
-    """Return the prompt of a command that generates with a trained file, whose name is the word there."""
+    """Return the prompt to generate with a trained file, in which the word is the file's name."""
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
     names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)

@@ -27,7 +27,7 @@ LATENT_SCALE = 0.18215  # factor from the autoencoder's latents to those of Stab
 
 
 class LatentRefinerBlock(nn.Module):
-    """Two normalized convolutions with a residual connection."""
+    """Residual block of two normalized convolutions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,16 +107,19 @@ class LatentUpscaler:
         pixels = torch.stack([torch.from_numpy(np.array(image)) for image in enlarged]).movedim(-1, 1)
         pixels = pixels.float() / 127.5 - 1
         encoded = [
-            vae.encode(part.to(weight.device, weight.dtype)).latent_dist.mean.float()
-            for part in pixels.split(vae_batch_size)
+            vae.encode(batch.to(weight.device, weight.dtype)).latent_dist.mean.float()
+            for batch in pixels.split(vae_batch_size)
         ]
         refiner = self.refiner.to(weight.device)  # float32: it is small
-        refined = [refiner(part) for part in torch.cat(encoded).split(batch_size)]
+        refined = [refiner(batch) for batch in torch.cat(encoded).split(batch_size)]
         return torch.cat(refined) * LATENT_SCALE
 
 
 def create_upscaler(**args: str) -> LatentUpscaler:
-    """Load the network from `weights`. Raises OptionError, or CheckpointError for another file."""
+    """Return the latent upscaler with the network that `weights` names.
+
+    Raises OptionError for other settings, or CheckpointError for a file of another network.
+    """
     unknown = sorted(args.keys() - {"weights"})
     if unknown or "weights" not in args:
         what = f"{unknown[0]} is not known; " if unknown else ""

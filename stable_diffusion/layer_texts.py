@@ -52,7 +52,7 @@ class LayerTexts:
     def for_batch(
         self, pictures: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Change the U-Net for a batch and restore it at the end. Enter this before `Regions`."""
+        """Change the U-Net for a batch and restore it at the end; enter this before `Regions`."""
         with ExitStack() as stack:
             for module, forward in give_parts(self.unet, self.paths):
                 stack.callback(put_back, module, forward)
@@ -79,7 +79,7 @@ def give_parts(unet: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, C
 
 
 def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    """Return a cross-attention to the part with index `place` of a context of `places` equal parts."""
+    """Return a cross-attention to part `place` of a context that consists of `places` equal parts."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C

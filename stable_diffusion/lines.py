@@ -178,7 +178,7 @@ _EACH = re.compile(r"[eE]\$\$")  # three characters, see `enumerates`
 
 
 def enumerates(text: str) -> bool:
-    """Return whether a text has an `{e$$...}` group, for each choice of which an image is generated."""
+    """Return whether a prompt has an `{e$$...}` group, which generates an image for each choice."""
     return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
@@ -209,7 +209,7 @@ class _ChoiceGroup(NamedTuple):
 
 
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
-    """Yield the text with its first group replaced, and so on for the remaining groups."""
+    """Yield the text with the variants of each group chosen, for `e$$` groups every combination."""
     while (match := _GROUP.search(text)) is not None:
         before = text[: match.start()]
         after = text[match.end() :]
@@ -218,12 +218,13 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
             state = random.getstate()
             group = _read_group(match[1][each.end() :])
             for size in range(group.minimum, group.maximum + 1):
-                for chosen in combinations(group.choices, size):  # each with the same random numbers
-                    random.setstate(state)
+                for chosen in combinations(group.choices, size):
+                    random.setstate(state)  # later groups draw the same choices in every combination
                     yield from _expand_groups(before + group.separator.join(chosen) + after, random)
             return
         group = _read_group(match[1])
         size = random.randint(group.minimum, group.maximum)
+        # chosen variants stay in the order of the prompt
         indices = sorted(random.sample(range(len(group.choices)), size))
         text = before + group.separator.join(group.choices[index] for index in indices) + after
     yield text
@@ -258,7 +259,7 @@ class Inputs:
     guides_at_once: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
-        """Return the input image of the run's image `number`, counted from 0; files are used in turn."""
+        """Return the input image of image `number`, counted from 0, cycling through the files."""
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:

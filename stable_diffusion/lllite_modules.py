@@ -54,7 +54,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """Changes the input of one layer. Attributes have the names that files use."""
+    """LLLite module that changes the input of one layer; attribute names are those in files."""
 
     def __init__(self, part: LllitePart, dropout: float = 0.0) -> None:
         super().__init__()

@@ -291,7 +291,7 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 
 
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
-    """Load weights from the open files; on the meta device only names and shapes are checked."""
+    """Load weights from the open files; on the meta device, compare only names and shapes."""
     for network, plan, dtype, what in parts:
         filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=what)
         filled.requires_grad_(False)
@@ -308,7 +308,7 @@ def _select_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:
-    """Raise OptionError if xformers is requested but does not work here."""
+    """Raise OptionError if xformers is requested but cannot be used on this device."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:

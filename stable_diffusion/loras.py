@@ -136,10 +136,10 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
 
 
 def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
-    """Return the trained words in the files of LoRAs.
+    """Return the textual inversion words that LoRA files contain.
 
     Raises:
-        CheckpointError: As in `read_bundled`.
+        CheckpointError: If a word cannot be read.
     """
     return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
@@ -241,7 +241,7 @@ def load_networks(
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
-    """Fold LoRAs permanently into the weights of the networks. `rounding` is the value of --lora_rounding."""
+    """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:

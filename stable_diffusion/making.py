@@ -27,7 +27,7 @@ from stable_diffusion.text import ImageVectors, Texts
 
 
 class BatchHook(Protocol):
-    """Creates a hook of the U-Net for each batch, and may change modules while the batch is generated."""
+    """Object that sets up the U-Net for each batch and creates a hook for its calls."""
 
     def for_batch(
         self, pictures: Sequence[contract.RequestedImage], width: int, height: int
@@ -36,7 +36,7 @@ class BatchHook(Protocol):
 
 
 class _Texts(NamedTuple):
-    """States of a batch's texts, with one entry for each image."""
+    """Text states of a batch, with one entry for each image."""
 
     prompts: list[contract.TextState]
     negative: list[contract.TextState] | None  # None without guidance

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def repaint(options: MinimalInpaintingOptions) -> None:
-    """Repaint an image where its mask is white, and write it.
+    """Repaint the masked (white) area of an image and save the result.
 
     Raises:
         UserError: If a file cannot be used.

@@ -41,7 +41,7 @@ ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_emb
 
 
 class BlockPaths(NamedTuple):
-    """Paths of one block of a U-Net: a residual block or an attention."""
+    """Paths of one residual block or attention of a U-Net, in LDM and here."""
 
     released: str  # in LDM
     ours: str

@@ -26,7 +26,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """Settings of one ControlNet or ControlNet-LLLite."""
+    """File, strength and active steps of one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the gray image changes by more than the second number, or by
@@ -84,7 +84,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """The option that names the networks."""
+        """Option that names the networks, for messages."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
@@ -166,7 +166,7 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """Strengths with which CLIP and VGG16 steer images (0: off), and the files of these networks."""
+    """Strengths with which CLIP and VGG16 guide images (0 means off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",

@@ -23,7 +23,7 @@ MAX_SNR = 1000.0
 
 @dataclass(frozen=True)
 class VariedNoise:
-    """Change the noise of a training: add an offset to each channel, then coarser noise."""
+    """Change training noise by an offset for each channel and by noise of lower resolutions."""
 
     offset: float | None = None
     offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch
@@ -32,7 +32,7 @@ class VariedNoise:
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the noise B C 1 h w.
+        """Return the changed training noise, B C 1 h w.
 
         Args:
             noise: Gaussian noise, B C 1 h w.
@@ -82,7 +82,7 @@ def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
 
 
 def read_betas() -> Tensor:
-    """Return the variances that the models were trained with: 1000, float32, as diffusers computes them."""
+    """Return the 1000 betas that the models were trained with, float32, computed as in diffusers."""
     low, high = TRAINED["beta_start"] ** 0.5, TRAINED["beta_end"] ** 0.5
     return torch.linspace(low, high, TRAINED["num_train_timesteps"], dtype=torch.float32).square()
 

@@ -160,7 +160,7 @@ class ImageOutputOptions(Options, title="output"):
 
 
 class TextOptions(Options, title="text"):
-    """How prompts are encoded."""
+    """Options for encoding prompts."""
 
     clip_skip: int | None = option(
         "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "

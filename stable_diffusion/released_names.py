@@ -53,7 +53,7 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
 
 
 def _vae_paths(num_levels: int) -> Iterator[tuple[str, str]]:
-    """Yield the released path and our path of the VAE's modules that have two names."""
+    """Yield the published path and our path of each VAE module that has a different name here."""
     for side in ("encoder", "decoder"):
         yield f"{side}.norm_out.", f"{side}.conv_norm_out."
         for index in (0, 1):

@@ -129,7 +129,7 @@ class ImageFiles:
 
     @contextmanager
     def _free(self, names: Iterator[str]) -> Iterator[Path]:
-        """Claim the first name that neither a file nor another run uses."""
+        """Reserve the first file name that neither a file nor another run uses."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
             if path.exists():
@@ -171,7 +171,7 @@ Load = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The parts of a run."""
+    """Loaded generator, options and output files of one gen_img.py run."""
 
     options: GenImgOptions
     maker: ImageGenerator

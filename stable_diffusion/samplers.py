@@ -173,7 +173,7 @@ class SchedulerSolver:
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
         """Add noise to clean latents, B 4 h w, at the noise level before step `index`.
 
-        Call only before the first step, for `first`, or right after a step, for the next one.
+        Call it only before the first step, for index `first`, or right after a step, for the next index.
         """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
@@ -301,7 +301,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """`Passes` of the denoising loop: the samples are B 4 1 h w, and the U-Net's output is unchanged."""
+    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, its output is not converted."""
 
     model: Model
     sampler: SchedulerSolver
@@ -317,7 +317,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
+        """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
         turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(
@@ -334,7 +334,7 @@ class UnetPasses:
         dtype = self.model.dtype
         sample = call.sample
         if self.inpainting is not None:
-            passes = len(sample) // len(self.inpainting)
+            passes = len(sample) // len(self.inpainting)  # guidance passes that are batched in this call
             sample = torch.cat([sample, self.inpainting.repeat(passes, 1, 1, 1)], dim=1)
         (output,) = dit(
             sample.to(dtype),
@@ -387,7 +387,7 @@ def make_conditions(
 
 
 def is_guided(scale: float, negative_scale: float | None) -> bool:
-    """Return whether negative texts have an effect. As in diffusers' pipelines, a scale below 1 acts as 1."""
+    """Return whether negative prompts have an effect; a scale below 1 acts as 1, as in diffusers."""
     return scale > 1 or negative_scale is not None
 
 

@@ -140,7 +140,7 @@ DEEPEST = 8
 
 
 class HighresOptions(Options, title="highres fix: two stages"):
-    """The first stage generates a small image, from which the second generates a large one."""
+    """Highres fix: a first stage generates a small image, and a second one a large image from it."""
 
     highres_fix_scale: float | None = option(
         "make images in two stages: first at this share of width and height, such as 0.5",
@@ -263,8 +263,8 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     Raises OptionError if the text cannot be read.
     """
     try:
-        ksize, sigma, strength, *rest = text.split(",")
-        target_x = ",".join(rest).strip() if rest else "1"
+        ksize, sigma, strength, *last_parts = text.split(",")
+        target_x = ",".join(last_parts).strip() if last_parts else "1"
         if target_x not in ("0", "1"):
             raise ValueError(f"target-x is {target_x}")
         unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")

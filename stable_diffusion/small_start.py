@@ -118,6 +118,7 @@ class _Shrinking:
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
+        # above the first timestep features shrink at the first depth, above the second at the second depth
         shrink = self.shrink
         if call.timestep >= shrink.ds_timesteps_1:
             self.depth = shrink.ds_depth_1
@@ -295,7 +296,7 @@ def begin_small(
 
 
 def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:
-    """Raise OptionError if a batch cannot be generated with Gradual Latent."""
+    """Raise OptionError if Gradual Latent cannot generate a batch."""
     if sampler not in SAMPLERS:
         raise OptionError(
             f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "

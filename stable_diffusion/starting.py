@@ -51,7 +51,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add a normally distributed offset, times `amount`, to each channel of C h w (Guttenberg 2023)."""
+    """Add a Gaussian offset, scaled by `amount`, to each channel of noise, C h w (Guttenberg 2023)."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -284,7 +284,7 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Sample the posteriors of images, each with its own generator; return scaled latents, B 4 h w float32.
+    """Encode images and sample the posteriors with their generators; return scaled latents, B 4 h w float32.
 
     Images are encoded one by one, so that none depends on its batch.
     """
@@ -335,7 +335,7 @@ def vae_batch(size: float | None, count: int) -> int:
     """Return the number of images that the VAE processes at once.
 
     Args:
-        size: Value of --vae_batch_size; None for all images.
+        size: Value of --vae_batch_size, a number or a fraction of the images; None for all images.
         count: Number of images.
     """
     if size is None:

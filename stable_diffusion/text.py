@@ -99,7 +99,7 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
-        """Encode a text in `count` chunks with all towers; their states are concatenated."""
+        """Encode a prompt in `count` chunks with all text encoders, and concatenate their states."""
         del networks  # only part of the cache's key
         contexts: list[Tensor] = []
         pooled = None
@@ -114,7 +114,7 @@ class Texts:
     def _encode_chunks(
         self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's states in one encoder, joined to one row, and pooled states if they are used."""
+        """Return a prompt's states in one encoder, concatenated over chunks, and pooled states if used."""
         is_pooled = self._kind is SDXL  # only SDXL uses pooled states, of its last encoder
         rows = [
             tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
@@ -142,7 +142,7 @@ class Texts:
         return torch.cat(copies * repeats), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
-        """Return a text's ids, K 77: once, or once per cross-attention if a word has vectors for each."""
+        """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
         if tower.strides is None:
             return [ids]
         strides = tower.strides[ids]
@@ -163,7 +163,7 @@ class Texts:
 def warn_of_unused(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, maximum: int
 ) -> None:
-    """Warn of a text that is cut off.
+    """Warn about a prompt that is too long, quoting the end that is not used.
 
     Args:
         parts: Parts of the text with their weights.
@@ -262,7 +262,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
 
 
 def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
-    """Raise OptionError if --clip_skip is larger than the number of the text encoder's layers."""
+    """Raise OptionError if --clip_skip exceeds the number of layers of the text encoder."""
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
@@ -312,7 +312,7 @@ class ImageVectors:
     """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image tower's files, which are loaded for the first image. Raises as `check_vision`."""
+        """Find the image encoder's files, which are loaded for the first image; raises as `check_vision`."""
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength

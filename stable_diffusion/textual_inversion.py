@@ -247,7 +247,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a word called `name` with the vectors in its file's content."""
+    """Return a learned word called `name` with the vectors in a file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = tuple(to_rows(path, option, tensors).values())
     if len({len(rows) for rows in vectors}) > 1:

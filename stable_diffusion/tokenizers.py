@@ -177,7 +177,7 @@ _MARKS = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a prompt whose tokens have one weight."""
+    """Text with one weight for all its tokens."""
 
     text: str
     weight: float = 1.0

@@ -154,7 +154,7 @@ class TowerEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on in addition to the text. Reads a few MB."""
+        """Return the files and settings on which encoded texts depend, for cache records; reads a few MB."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
@@ -169,6 +169,7 @@ class TowerEncoder:
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
+            # recorded only if captions are not padded to whole chunks
             **({} if self._fills else {f"{self.name}_fills": "no"}),
         }
 
@@ -200,11 +201,11 @@ class TowerEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        """Load encoder and tokenizer, or move a loaded encoder to the device."""
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
-        """Load a text encoder and its tokenizer, with rows for the words that are trained or bundled."""
+        """Load a text encoder and its tokenizer, with embedding rows for trained and bundled words."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
@@ -220,7 +221,7 @@ class TowerEncoder:
         if self._bundled:
             embeddings = network.embeddings
             embeddings.token_embedding = add_rows(embeddings.token_embedding, self._bundled, self._number)
-        words = self._teach(words, vocabulary)
+        words = self._teach(words, vocabulary)  # now the tokenizer knows the additional words too
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
@@ -264,7 +265,7 @@ class TowerEncoder:
 
     @cached_property
     def _counting_words(self) -> ClipWords:
-        """Tokenizer that counts tokens of captions; loads no network."""
+        """Tokenizer that counts the tokens of captions, without loading a network."""
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
             vocabulary = release.texts[self._number].network.config.vocabulary

@@ -319,7 +319,7 @@ class DiffusersVae:
 
     @torch.no_grad()
     def encode(self, clips: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return samples of the posteriors, B 4 1 h w float32.
+        """Encode images and sample the posteriors: B 4 1 h w, float32.
 
         Args:
             clips: Images, B 3 1 H W uint8.

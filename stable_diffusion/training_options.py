@@ -92,7 +92,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Options that both training scripts have in addition to the shared ones."""
+    """Stable Diffusion options of the training scripts in addition to the shared ones."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -123,7 +123,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def chunks(self) -> int:
-        """Number of 75-token chunks of each caption."""
+        """Number of 75-token chunks to which captions are padded or cut."""
         return (self.max_token_length or CHUNK) // CHUNK
 
     # set for full training only
@@ -185,7 +185,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the two caching scripts, latents and texts, that match a training."""
+    """Return the options of the latent and text caching scripts that match a training."""
     ckpt = options.ckpt or FillIn("CHECKPOINT")
     texts = {
         CKPT: ckpt,

@@ -177,7 +177,7 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
-    """Return the load plan of each network of a checkpoint, by the network's name in a training."""
+    """Return the load plan of each network, by the network's name in training."""
     texts = {text_encoder_name(index): text.network for index, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 
@@ -207,7 +207,7 @@ def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, Par
 
 
 def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor]:
-    """Return how each tensor of a single file is computed from the networks of a folder."""
+    """Map each tensor name of a single file to the folder's weights that it is computed from."""
     unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
     for index, text in enumerate(release.texts):

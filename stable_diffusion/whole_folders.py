@@ -132,11 +132,11 @@ class FolderWriter:
         return weight.detach().to(announced[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes in the file of a network.
+        """Return dtypes and shapes of the tensors in one network's file.
 
         Args:
             network: Name of the network.
-            dtype: See `write`.
+            dtype: Dtype of the trained weights; see `write`.
         """
         infos = {}
         for name, info in self.files[network].infos.items():

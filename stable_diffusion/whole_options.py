@@ -22,13 +22,13 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
 
 
 class OfFullCheckpoint:
-    """What the options of all full training scripts have in common."""
+    """Shared options of all scripts for full fine-tuning."""
 
     full_bf16: bool
 
     @property
     def is_full(self) -> bool:
-        """Whether the script trains a whole checkpoint: true for every script with these options."""
+        """Whether the script trains all weights; always True for full fine-tuning."""
         return True
 
     @property

@@ -275,13 +275,13 @@ def _accumulate(
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
     # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(row)
-    for place, index in enumerate(steps.share(group, run.feed.process)):
+    for position, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         experts = [noisy_batch.expert]
         if steps.in_lockstep:
-            experts = _experts_of_pass(run, group, place, noisy_batch.expert)
+            experts = _experts_of_pass(run, group, position, noisy_batch.expert)
         for expert in experts:
             # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
@@ -554,10 +554,11 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
     model = run.model
-    together = run.steps.num_processes if run.steps.works_together else 1
+    # processes that make each sample together also have to stop together
+    num_together = run.steps.num_processes if run.steps.works_together else 1
 
     def check() -> None:
-        if largest_of_processes(run.requests.ends, together, run.device):
+        if largest_of_processes(run.requests.ends, num_together, run.device):
             raise SamplingStopped
 
     pause = run.logs.clock.pause(SAMPLES)

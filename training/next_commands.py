@@ -210,7 +210,7 @@ class NextSteps:
                 parts = [expert.name for expert in self.plan.family.experts]
             # options that start a run from trained files, one for each file
             options = [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts]
-            options = options or [option]
+            options = options or [option]  # without parts there is one file
             left_out = RESUMING | STARTING | {*options}
             ending = []
             for option, file in zip(

@@ -39,11 +39,11 @@ class StoredForm(Protocol):
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Names of the buffers next to the weight."""
+        """Names of the buffers that a layer has in addition to its weight."""
 
     @property
     def stays(self) -> bool:
-        """Whether layers keep a file's weights in this form without an option that asks for it."""
+        """Whether layers keep this form of a file's weights even if no option asks for it."""
 
     def quantize(self, weight: Tensor) -> "Stored":
         """Quantize a weight, out x in, of any floating-point dtype."""
@@ -58,7 +58,7 @@ class StoredForm(Protocol):
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + b, in autocast's dtype if it is on, else in that of x. Differentiable in x and b.
+        """Compute x W^T + b in autocast's dtype, or in that of x without autocast; differentiable in x and b.
 
         Implementations must not save a 16-bit copy of the weight for the backward pass; `multiply_value` is
         an implementation for any form.
@@ -66,11 +66,11 @@ class StoredForm(Protocol):
         ...
 
     def cut(self, stored: "Stored", first: int, count: int) -> "Stored | None":
-        """Return `count` rows of a weight, from `first` on; None if the form cannot be cut at these rows."""
+        """Return `count` rows of a weight, from row `first` on; None if the form cannot be cut there."""
         ...
 
     def join(self, parts: Sequence["Stored"]) -> "Stored | None":
-        """Stack the rows of weights of this form; None if they have no common form."""
+        """Concatenate weights of this form along their rows; return None if they have no common form."""
         ...
 
     def computing_as(self, chosen: "StoredForm") -> "StoredForm":
@@ -84,7 +84,7 @@ class StoredForm(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored weight that may not be in a layer yet."""
+    """A quantized weight with its form, before or after it is put into a layer."""
 
     form: StoredForm
     shape: Shape
@@ -147,7 +147,7 @@ def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
 
 
 def stored_in(layer: nn.Module) -> Stored | None:
-    """Return the stored weight of a layer; None if the layer's weight is a plain tensor."""
+    """Return the quantized weight of a layer; None if its weight is a plain tensor."""
     form: StoredForm | None = layer.__dict__.get("form")
     if form is None:
         return None
@@ -156,9 +156,9 @@ def stored_in(layer: nn.Module) -> Stored | None:
 
 
 def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the value of a layer's weight, in float32 if it is stored.
+    """Return a layer's weight, dequantized to float32 if it is quantized.
 
-    `weight` is the layer's own, whole.
+    `weight` is the layer's own full weight.
     """
     stored = stored_in(layer)
     if stored is None:

@@ -44,10 +44,10 @@ def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
         step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        part = weight[rows].to(dtype)
+        values = weight[rows].to(dtype)
         if scale is not None:
-            part = part / (scale if scale.ndim == 1 else scale[rows])
-        rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
+            values = values / (scale if scale.ndim == 1 else scale[rows])
+        rounded[rows] = values.clamp(-LARGEST, LARGEST).to(E4M3)
     return rounded, None if scale is None else scale.float()
 
 

@@ -286,5 +286,5 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a product: 16 bits hold more digits than an fp8 product has."""
+    """Return the dtype that fp8 products are computed in: 16 bits hold more digits than the product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

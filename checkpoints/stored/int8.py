@@ -53,7 +53,7 @@ class Int8:
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Rotate the rows of a weight in groups and round them to int8, each with a scale."""
+        """Rotate a weight in groups of columns and quantize its rows to int8, each with a scale."""
         rows, columns = weight.shape
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -63,7 +63,7 @@ class Int8:
         return Stored(form, (rows, columns), (codes, scales))
 
     def empty(self, shape: Shape) -> Stored:
-        """Return codes and scales on the meta device, to plan memory."""
+        """Allocate codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
         return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
 
@@ -168,7 +168,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function that maps a slice of rows to the gradients of their inputs, multiplied in int8."""
+    """Return a function that maps a slice of output gradients to input gradients, multiplied in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -192,9 +192,9 @@ def _multiply_dequantised(
 
 
 def rotate(x: Tensor, group: int | None) -> Tensor:
-    """Multiply each group of columns by H, in float32: bf16 would change 9 % of the codes. group 0: none.
+    """Multiply each group of columns by the Hadamard matrix, in float32; group 0 or None changes nothing.
 
-    `x` is rows x columns.
+    `x` is rows x columns. In bf16, 9 % of the codes would change.
     """
     x = x.float()
     if not group:

@@ -41,7 +41,7 @@ def _make_value_pairs(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Nf4:
-    """The nf4 form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
+    """Weights stored in nf4: uint8, [out, in / 2] if `in` is even, otherwise flat.
 
     The maximum of each block is quantized again, in nested blocks. Companions: the maxima as 8-bit codes
     (uint8), the float32 maximum of each nested block, the 256 values of the codes, the mean of the maxima.
@@ -121,7 +121,7 @@ class Nf4:
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device: all can hold bytes."""
+        """Accept any device, because every device can store bytes."""
 
 
 def form_of(quantization: Quantization) -> Nf4:
@@ -156,7 +156,7 @@ def _allocate_value(
 
 
 def nested_values(device: torch.device) -> Tensor:
-    """Return the 256 values of 8 bits with a dynamic exponent, sorted: 0, 1, and both signs of 127.
+    """Return the 256 sorted values of an 8-bit code with dynamic exponent: 0, 1, and both signs of 127.
 
     The decade from 10^(i - 7) to 10^(i - 6) has the middles of 2^i equal parts of its upper nine tenths.
     """

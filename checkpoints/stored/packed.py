@@ -118,7 +118,7 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Return the two codes of each byte, 0 to 15, as uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, 0 to 15, as uint8 N 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
@@ -134,7 +134,7 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of mxfp8: weight N K e4m3, scales N K/32 e8m0."""
+    """Dequantize mxfp8: weight N K e4m3, block scales N K/32 e8m0."""
     return _scale_groups(weight.float(), scales)
 
 
@@ -156,7 +156,7 @@ def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Return the values of w4a8: weight N K/2, scales N K/16, scale N 1, codebook 1 16."""
+    """Dequantize w4a8: weight N K/2 bytes, block scales N K/16, row scale N 1, codebook 1 16."""
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
@@ -182,13 +182,13 @@ def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the values of int8: weight N K, scale N 1."""
+    """Dequantize int8: weight N K, row scale N 1."""
     return weight.float() * scale
 
 
 @cache
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that decodes rows of bitsandbytes' nf4 or fp4.
+    """Return a function that dequantizes rows of bitsandbytes' nf4 or fp4.
 
     `values` are the numbers that the codes 0 to 15 stand for.
     """

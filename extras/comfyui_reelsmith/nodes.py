@@ -80,7 +80,7 @@ class QueuedTraining:
                     start_new_session=True,
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
-                if self.is_stopped:  # meanwhile
+                if self.is_stopped:  # `stop` was called before there was a process
                     self.stop()
                 self.process.wait()
             except (OSError, RuntimeError) as error:
@@ -154,7 +154,7 @@ class TrainingQueue:
             training.ended.wait()
 
     def _work(self) -> None:
-        """Run what waits until nothing is left."""
+        """Run the waiting trainings until none is left."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -185,7 +185,7 @@ def find_folder(text: str) -> Path:
 
 
 def find_samples(folder: Path) -> list[Path]:
-    """Return the samples of a described folder, the newest first."""
+    """Return the samples of a training folder, the newest first."""
     description = tomllib.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     settings = {**description, **description.get("training", {})}
     samples = (folder / str(settings.get("output_dir", "output")) / "sample").glob("*")
@@ -227,7 +227,7 @@ class ReelsmithRun:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's names
-        """Return the inputs, as ComfyUI asks for them."""
+        """Return the inputs of this node in the form that ComfyUI expects."""
         return {"required": {"folder": ("STRING", {"default": ""}), "action": (["start", "stop"],)}}
 
     @classmethod
@@ -265,13 +265,13 @@ class ReelsmithSamples:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        """Return the inputs, as ComfyUI asks for them."""
+        """Return the inputs of this node in the form that ComfyUI expects."""
         count = ("INT", {"default": 4, "min": 1, "max": MAX_SAMPLES})
         return {"required": {"folder": ("STRING", {"default": ""}), "count": count}}
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
-        """Return a number that equals no other, so that the node looks each time."""
+        """Return NaN, which never equals the previous value, so that ComfyUI runs the node each time."""
         return float("nan")
 
     def load(self, folder: str, count: int) -> tuple[Tensor, str]:

@@ -28,10 +28,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 
 @dataclass(frozen=True)
 class Lengths:
-    """Number of real tokens of each sample; padding follows them.
-
-    Made once per forward pass by `make_lengths`.
-    """
+    """Number of real tokens of each sample, which padding follows; `make_lengths` makes it once per pass."""
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
     counts: tuple[int, ...]
@@ -348,7 +345,7 @@ def check_backend(
         ) from error
     try:
         try_out(choice, device, dtype(), training)
-    except Exception as error:
+    except Exception as error:  # kernels may raise anything
         raise OptionError(
             f"{flag}: {package.name} does not work here ({type(error).__name__}: {error}).\n"
             f"  Reinstall it {package.install}. {instead}"

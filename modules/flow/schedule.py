@@ -133,7 +133,7 @@ def make_schedule(
 
 
 def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
-    """Return the schedule of a rectified flow.
+    """Return the schedule of a rectified flow, whose data weight at each level is 1 - sigma.
 
     Args:
         sigmas: N + 1, float32.

@@ -288,7 +288,7 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
     """
     space = profile.data[16:20].decode("latin-1").strip()
     mode = profile.mode
-    if space != {"L": "GRAY"}.get(mode, mode):
+    if space != {"L": "GRAY"}.get(mode, mode):  # the profile's header names its color space
         rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
         try:

@@ -316,10 +316,10 @@ _CUT = "is damaged or cut short: it ends before its last frame does"
 def is_animation(path: Path) -> bool:
     """Return whether a file is a GIF or WebP, by its suffix, that has more than one frame.
 
-    Reads block headers only, and no more of them than necessary.
+    It reads block headers only, and no more of them than necessary.
 
     Raises:
-        MediaError: If they are damaged or end early.
+        MediaError: If the headers are damaged or end early.
     """
     return (
         path.suffix.lower() in ANIMATION_SUFFIXES
@@ -376,7 +376,10 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of a GIF, read from after its signature. Raises EOFError at a cut."""
+    """Yield the seconds of each frame of a GIF, whose first 6 bytes have been read.
+
+    Raises EOFError if the file is cut short.
+    """
     _skip_colors(file, _read_exactly(file, 7)[4])
     hundredths = 0
     while (kind := _read_exactly(file, 1)) != b";":
@@ -409,7 +412,7 @@ def _skip_blocks(file: BinaryIO) -> None:
 
 
 def _read_webp_durations(file: BinaryIO) -> Iterator[float]:
-    """Yield the seconds of each frame of an animated WebP from behind its first 6 bytes."""
+    """Yield the seconds of each frame of an animated WebP, whose first 6 bytes have been read."""
     _read_exactly(file, 6)  # the rest of the file's size, and WEBP
     while header := file.read(8):
         if len(header) < 8:

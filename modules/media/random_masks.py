@@ -52,9 +52,9 @@ def draw_cloud(height: int, width: int, rng: random.Random) -> BoolMask:
 
 
 def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
-    """Draw one or two polygons with corners at even angles and random distances, H W.
+    """Draw one or two polygons, H W, with corners at equal angles and random distances from the center.
 
-    The area of a circle of the maximum distance is a random fraction of the image, within AREA.
+    A circle through the farthest possible corners would cover a random fraction of the image, within AREA.
     """
     mask = np.zeros((height, width), np.uint8)
     area = height * width

@@ -127,7 +127,7 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Join what `split_alpha` returned, H W 4; alpha of another size is resized. Without alpha: `colours`."""
+    """Undo `split_alpha`: return H W 4, with alpha resized to the colors; without alpha, only the colors."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]
@@ -189,7 +189,7 @@ def read_mask(path: Path) -> Frame:
 class MaskLook:
     """Collects evidence on whether a mask is drawn by transparency instead of brightness.
 
-    It is if it has transparent parts, and all visible parts have the same color.
+    A mask is drawn by transparency if it has transparent parts and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
@@ -446,10 +446,10 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def is_laid_otherwise(path: Path) -> bool:
-    """Return whether earlier versions oriented a clip differently.
+    """Return whether earlier versions of this program oriented a clip differently.
 
-    They knew only the angle of a display matrix. Mirrored clips differ, and those with transparency, which
-    were read as stored. One frame is decoded.
+    They used only the angle of the display matrix, so mirrored clips differ. They read clips with
+    transparency as stored. One frame is decoded.
 
     Raises:
         MediaError: If the clip cannot be read.

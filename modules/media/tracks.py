@@ -20,7 +20,7 @@ LOUDEST = 32767  # maximum of 16 bits
 
 
 class TrackAudio:
-    """A generated track of sound, encoded (AAC) up to the time that the new video has reached."""
+    """A generated audio track, encoded to AAC up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
         """Prepare to write; `lasts` returns the duration of all frames once all are written."""

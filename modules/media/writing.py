@@ -155,7 +155,7 @@ class Timing:
                 )
             last = frame.start
             self._end = frame.start + frame.seconds
-            tick = max(round(frame.start * self._ticks), tick + 1)
+            tick = max(round(frame.start * self._ticks), tick + 1)  # rounded times must increase too
             self._shown[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
@@ -419,7 +419,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
             crf=12,
             preset="veryfast",
         )
-        stream.options = {**stream.options, "bf": "0"}
+        stream.options = {**stream.options, "bf": "0"}  # no B-frames, which refer to later frames
         for packet in encoding.encode_images(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
     return file.getvalue()

@@ -87,7 +87,7 @@ def _draw_labels(chart: Chart) -> Iterator[str]:
 
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
-    """Yield rules and labels at the ticks of both axes, and the axes."""
+    """Yield both axes, with a grid line and a label at each tick."""
     for position, label in across.ticks():
         yield from _draw_lines([(position, TOP), (position, BOTTOM)], RULE)
         yield _draw_text(position, BOTTOM + 19, label)

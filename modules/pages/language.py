@@ -51,7 +51,7 @@ def speaking(chosen: Language) -> Iterator[None]:
 
 
 class Words(str):
-    """An English text with the parts of its translation: the key in the table, and the values to insert."""
+    """An English text with the key of its translation, and the values to insert into the translation."""
 
     __slots__ = ("key", "values")
     key: str
@@ -101,7 +101,7 @@ class JoinedWords(Words):
 
 
 def join(separator: str, texts: Iterable[str]) -> Words:
-    """Return texts with a separator between them; those that can be translated still can."""
+    """Join texts with a separator, so that each translatable text is still translated on its own."""
     row = list(texts)
     return JoinedWords(separator.join(row), separator, {"texts": row})
 
@@ -123,7 +123,7 @@ def show_all(value: Any) -> Any:
 
 
 def say(text: str, /, **values: Any) -> Words:
-    """Return an English text, into whose `%(name)s` values are put."""
+    """Return a translatable English text, with `values` inserted for its `%(name)s`."""
     return Words(text % values if values else text, text, values)
 
 

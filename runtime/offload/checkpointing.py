@@ -79,7 +79,7 @@ class HostMemory:
 
 @dataclass(eq=False)
 class _Away:
-    """An input in host memory. Its piece is freed when autograd drops it after its backward pass."""
+    """A block's input in host memory, which is freed when autograd drops it after the backward pass."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device

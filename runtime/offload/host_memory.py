@@ -225,7 +225,7 @@ def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int
 
 
 def _register(address: int, size: int) -> bool:
-    """Lock host memory, so that copies to the device are asynchronous; return whether the driver did."""
+    """Lock host memory for asynchronous copies to the device; return whether the driver accepted it."""
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
         return True
@@ -276,7 +276,7 @@ class Transfer:
 
 
 class CudaTransfer(Transfer):
-    """Copies for CUDA in a separate stream. Moments are CUDA events."""
+    """Copy between host and CUDA device in a separate stream; moments are CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -364,7 +364,7 @@ class LoadedNetwork(Generic[Network, Beside]):
         make: Callable[[torch.device], tuple[Network, Beside]],
         move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
     ) -> None:
-        """Make both, with the network on the device; or move a network that is already loaded."""
+        """Make the network on the device and its companion, or move a network that is already loaded."""
         if self._pair is None:
             self._pair = make(device)
         else:

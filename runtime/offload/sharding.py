@@ -166,7 +166,7 @@ class _FillGradients(torch.autograd.Function):
 def _fill_gradients(
     block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Lead the first input with gradients through `_FillGradients`; FSDP2 has gathered the block before."""
+    """Pass the first input with gradients through `_FillGradients`; a hook after FSDP2's gather."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.requires_grad:
             return (*args[:index], _FillGradients.apply(value, block), *args[index + 1 :]), named

@@ -147,7 +147,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:
-    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms or scales."""
+    """Yield the names of weights below `path` that are worth moving: no biases, norms or scales."""
     for name, _ in big_layers(network, path):
         yield f"{name}.weight"
 

@@ -89,7 +89,7 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """Return the error for a device that ran out of memory during a run.
+    """Return the error with remedies for a device that ran out of memory during a run.
 
     Args:
         error: The error of torch.

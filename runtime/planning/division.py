@@ -57,14 +57,13 @@ class TokenCounter(TorchDispatchMode):
 
 
 def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
-    """Return a rehearsal's moments for a GPU that has 1 / `context` of the tokens inside the blocks.
+    """Return the memory of a dry run, by phase, for a GPU that has 1 / `context` of the tokens in the blocks.
 
-    Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that stay
-    complete inside, such as those of a text that is only attended to, are counted as divided, because they
-    are few.
+    Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
+    divides, such as those of a text used only as keys and values, are few and counted as divided.
 
     Args:
-        moments: Moments of the rehearsal.
+        moments: Bytes by kind in each phase of the dry run.
         context: Number of GPUs that share the tokens.
         undivided: Counter of the rehearsal.
     """

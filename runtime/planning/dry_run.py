@@ -65,7 +65,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """Start empty.
+        """Start without tensors.
 
         Args:
             device: Device whose tensors are counted.
@@ -463,6 +463,6 @@ def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
 
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
-    """Return the place at which the device holds the most memory, and its bytes by kind."""
+    """Return the phase in which the device holds the most memory, and its bytes by kind."""
     name = max(moments, key=lambda place: sum(moments[place].values()))
     return name, moments[name]

@@ -106,7 +106,7 @@ class Swapped:
         return self.host + self.elsewhere - self.ring
 
     def words(self, blocks: int, ring: str) -> str:
-        """Return a note about the weights.
+        """Return the note of a memory plan about the swapped or split weights.
 
         Args:
             blocks: Number of swapped blocks.

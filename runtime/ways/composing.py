@@ -93,7 +93,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
 
 
 def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
-    """Return the grid of all processes, which have joined. Raises as `count_groups` does."""
+    """Arrange all processes, which have joined, in a grid. Raises OptionError as `count_groups` does."""
     from torch import distributed  # only with several processes
 
     from runtime.offload.context import ProcessGrid

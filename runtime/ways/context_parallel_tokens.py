@@ -39,7 +39,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
     # a LoRA's neuron dropout reads it, so that each part of the tokens has its own mask
     for block in chain.from_iterable(spec_of(network).blocks(network).values()):
         for layer in block.modules():
-            setattr(layer, TOKEN_PART, grid.rank % grid.context)
+            setattr(layer, TOKEN_PART, grid.rank % grid.context)  # index of the process in its group
 
 
 def _run_part(

@@ -130,7 +130,7 @@ class WayHooks:
 
 @dataclass
 class RunModes:
-    """The contributions of the active modes to a run. Options are spelled as a user types them."""
+    """The contributions of the active modes to a run; options in it are spelled as a user types them."""
 
     speed: SpeedOptions
     typed: list[str] = field(default_factory=list)  # options of all active modes

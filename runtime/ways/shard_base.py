@@ -48,6 +48,7 @@ def _reject_full(precision: str) -> None:
 
 
 def _check(uses: RunUses) -> None:
+    """Raise OptionError if a run has a use that --shard_base does not support."""
     for model in uses.further_models:
         raise OptionError(
             f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "

@@ -85,9 +85,9 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
     run = RunFeatures(options, tables)
     attributes = {name for table in tables for name in table.attributes}
     for feature in FEATURES:
-        own_options = options.of(feature.options)
-        if feature.is_on(own_options) or feature.options.attribute in attributes:
-            feature.join(run, own_options)
+        feature_options = options.of(feature.options)
+        if feature.is_on(feature_options) or feature.options.attribute in attributes:
+            feature.join(run, feature_options)
     if run.targets:
         _reject_targets(run.targets)
     if attributes:

@@ -104,7 +104,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def full_dit(self) -> "FullDitOptions | None":
-        """Options of full fine-tuning; None if the DiT stays frozen."""
+        """Options of full fine-tuning; None if the DiT itself is not trained."""
 
     @property
     def saving(self) -> "SavingOptions":

@@ -67,9 +67,9 @@ def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     default = {key: value for key, value in content.items() if key not in ("prompts", "slider", "targets")}
     pairs: list[LecoPair] = []
     for number, entry in enumerate(_list_tables(place, content, "prompts"), 1):
-        where = f"{place}, [[prompts]] {number}"
-        read = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
-        pairs += read(where, path, entry, default)
+        entry_name = f"{place}, [[prompts]] {number}"
+        read_entry = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
+        pairs += read_entry(entry_name, path, entry, default)
     pairs += _read_sliders(place, path, content, default)
     if not pairs:
         raise OptionError(f"{place}: it has no targets. Write [[prompts]] with a target, or [slider]")

@@ -367,7 +367,7 @@ def find_results(names: Names) -> list[Path]:
     number = r"(?:-\d{6,}|-step\d{8,})?"
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
-    words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
+    word_files = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
     # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
@@ -383,9 +383,9 @@ def find_results(names: Names) -> list[Path]:
         else:
             is_result = files.fullmatch(name) is not None or entry.with_name(name) in pages
             is_result = is_result or is_section_file(name, names.name)
-            word = words.fullmatch(name)
-            written_as = entry.name[: len(names.name)]
-            is_result = is_result or (word is not None and _is_embedding_of(entry, written_as, word[1]))
+            word = word_files.fullmatch(name)
+            name_on_disk = entry.name[: len(names.name)]
+            is_result = is_result or (word is not None and _is_embedding_of(entry, name_on_disk, word[1]))
         if is_result:
             results.append(entry)
     in_samples = _entries(names.folder / SAMPLES)

@@ -31,7 +31,7 @@ ROWS = 1024  # rows of a block, when all vectors are multiplied with all
 
 
 class Neighbor(NamedTuple):
-    """A training image and its cosine to a sample."""
+    """A training image or clip, by its index, and its cosine similarity to a sample."""
 
     place: int  # index in `TrainingVectors.media`
     cosine: float
