@@ -64,7 +64,7 @@ class BucketLatentOptions(Options, title="what to do"):
 
 
 def prepare_bucket_latents(options: BucketLatentOptions) -> None:
-    """Cache the latents of the images that a metadata file names, and write the file with their buckets.
+    """Cache the latents of the images in a metadata file, and write the file with their bucket sizes.
 
     Raises:
         UserError: If the file or the checkpoint cannot be used, or if an image failed; entries of the other
@@ -74,6 +74,7 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
     record = _FAMILY.options_record("LatentCaching")
     family = _FAMILY.make_family("latent_caching", record.usual(ckpt=options.model_name_or_path))
     config = for_family(_make_dataset(options), family)
+    # `_make_dataset` writes one table
     (table,) = config.datasets
     caching = CachingOptions.usual(
         dataset_config=options.in_json,
@@ -101,7 +102,7 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
 
 
 def _make_dataset(options: BucketLatentOptions) -> DatasetConfig:
-    """Return the dataset of the metadata file, whose caches are npz files."""
+    """Return the dataset of a metadata file, with caches in npz files next to the images."""
     subset = SubsetOptions.usual(
         train_data_dir=options.train_data_dir,
         in_json=options.in_json,

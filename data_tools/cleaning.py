@@ -55,7 +55,7 @@ _CAPTION_RULES = (
 
 
 class CleaningOptions(Options, title="what to do"):
-    """Options of finetune/clean_captions_and_tags.py."""
+    """Options for cleaning captions and tags in a metadata file."""
 
     in_json: Path = option("metadata file with captions and tags", positional=True, place="file")
     out_json: Path = option("file to write; it may be the same one", positional=True)
@@ -66,7 +66,7 @@ class CleaningOptions(Options, title="what to do"):
 
 
 def clean_metadata(options: CleaningOptions) -> None:
-    """Clean the texts of all images in a metadata file.
+    """Clean captions and tags of all images in a metadata file, and write the file.
 
     Raises:
         DatasetError: If the file cannot be read, or if a caption or its tags are not a text.

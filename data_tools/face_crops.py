@@ -85,7 +85,7 @@ class CropFacesOptions(Options, title="what to do"):
         return width, height
 
     def crop_factors(self) -> tuple[float, float] | None:
-        """Return the factors of --crop_ratio. Raises OptionError if it is no such pair."""
+        """Return the factors of --crop_ratio. Raises OptionError if it is not a pair of numbers."""
         pair = _read_pair("--crop_ratio", self.crop_ratio, "2,3")
         if pair is not None and min(pair) <= 0:
             raise OptionError(f"--crop_ratio {self.crop_ratio}: give numbers above 0, such as 2,3")
@@ -158,7 +158,7 @@ class Portrait:
 
 
 def crop_faces(options: CropFacesOptions) -> None:
-    """Write what is around the faces of a folder's images; the names say where the face is.
+    """Crop the faces in a folder's images; the new file names contain the position of the face.
 
     --face_crop_aug_range of a training reads these names.
 
@@ -176,7 +176,7 @@ def crop_faces(options: CropFacesOptions) -> None:
     detector = _load_detector(options)
     make_folder(target, "--dst_dir")
     failures: list[Failure] = []
-    without: list[str] = []
+    without_face: list[str] = []
     num_written = 0
     for path in track(images, "Faces", len(images), unit="image"):
         try:
@@ -188,12 +188,12 @@ def crop_faces(options: CropFacesOptions) -> None:
             continue
         num_written += len(faces)
         if not faces:
-            without.append(path.name)
-    if without:
+            without_face.append(path.name)
+    if without_face:
         logger.warning(
             "%s without a face that is large and certain enough: %s. A lower --least_score finds more.",
-            count_of(len(without), "image"),
-            list_some(without),
+            count_of(len(without_face), "image"),
+            list_some(without_face),
         )
     rows: list[Row] = [("written", count_of(num_written, "image")), ("folder", str(options.dst_dir))]
     show_box("Faces", rows)
@@ -202,10 +202,10 @@ def crop_faces(options: CropFacesOptions) -> None:
 
 
 def _load_detector(options: CropFacesOptions) -> Detector:
-    """Load the detector.
+    """Load the face detector.
 
     Raises:
-        CheckpointError: If there is no such file, or if it is no detector.
+        CheckpointError: If the file is missing or is not a detector.
     """
     if not options.model.is_file():
         raise CheckpointError(
@@ -217,7 +217,7 @@ def _load_detector(options: CropFacesOptions) -> Detector:
 
 
 def _choose(found: Sequence[FoundFace], options: CropFacesOptions) -> list[FoundFace]:
-    """Return the faces to write, the largest first."""
+    """Return the faces to crop, the largest first."""
     faces = []
     for face in found:
         longest = max(_measure(face))
@@ -283,6 +283,6 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
 
 
 def _measure_tilt(landmarks: NDArray[np.float32]) -> float:
-    """Return the angle of the line between the eyes in degrees; positive if its right end is lower."""
+    """Return the tilt of the line between the eyes in degrees; positive if its right end is lower."""
     across, down = (landmarks[1] - landmarks[0]).tolist()
     return math.degrees(math.atan2(down, across))

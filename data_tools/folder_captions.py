@@ -19,7 +19,7 @@ _BY_TEMPERATURE = "tools/caption_dataset.py draws words with --temperature"
 
 
 class CaptionedFolderOptions(Options, title="what to do"):
-    """The images, and their caption files."""
+    """The folder of images, and the suffix of their caption files."""
 
     train_data_dir: Path = option("folder of images", positional=True, place="folder")
     caption_extension: str = option(
@@ -33,7 +33,7 @@ class CaptionedFolderOptions(Options, title="what to do"):
 
 
 class FolderCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to do"):
-    """Options of finetune/make_captions.py."""
+    """Options for captioning the images in a folder."""
 
     max_length: int = option("most tokens of a caption", default=75, minimum=1, maximum=32_768)
     model: CaptionModelOptions
@@ -51,7 +51,7 @@ class FolderCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what t
 
 
 class GitCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to do"):
-    """Options of finetune/make_captions_by_git.py."""
+    """Options for captioning the images in a folder with a GIT model."""
 
     model_id: str = option(
         "folder of a GIT model for transformers, or the name of its repository on Hugging Face",
@@ -95,7 +95,7 @@ def caption_folder_by_git(options: GitCaptionOptions) -> None:
 
 
 def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
-    """Return the replacements for --remove_words, which turn `a sign that says "Hi"` into `a sign`."""
+    """Return the wording options for --remove_words: `a sign that says "Hi"` becomes `a sign`."""
     removed = tuple((pattern, "") for pattern in _WRITTEN) if options.remove_words else ()
     return WordingOptions.usual(replace_regex=removed)
 
@@ -108,7 +108,7 @@ def _caption_dataset(
     api: ApiOptions,
     wording: WordingOptions,
 ) -> None:
-    """Caption the images of a folder, through a temporary dataset file with a table for the folder."""
+    """Caption the images of a folder with the shared captioning code, as a temporary dataset."""
     with temporary_folder() as temporary:
         config = make_folder_dataset(
             folder.train_data_dir, folder.caption_extension, folder.recursive, temporary

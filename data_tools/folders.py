@@ -20,9 +20,9 @@ def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the files with the suffix of an image in a folder, sorted, without hidden ones.
+    """Return the visible files in a folder that have an image suffix, sorted.
 
-    Animations are among them, because some have an image's suffix.
+    This includes animations, some of which have an image suffix.
     """
     return [
         path

@@ -61,7 +61,7 @@ def merge_captions(options: CaptionsToMetadataOptions) -> None:
 
 
 def merge_tags(options: TagsToMetadataOptions) -> None:
-    """Add the tags of a folder to a metadata file. Raises the errors of `_merge_texts`."""
+    """Add the tags of a folder to a metadata file. Raises UserError as `_merge_texts` does."""
     _merge_texts(options, options.caption_extension, TAGS)
 
 
@@ -125,7 +125,7 @@ def write_metadata(path: Path, content: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Read the entries of a metadata file, by the keys of their images.
+    """Read a metadata file: a dictionary of values for each image key.
 
     Raises:
         DatasetError: If the file is not a metadata file.
@@ -154,7 +154,7 @@ def _read_caption(path: Path) -> str:
 
 
 def _name_image(path: Path, options: TextsToMetadataOptions) -> str:
-    """Return the key of an image: its absolute path, or its path in the folder without suffix."""
+    """Return an image's key in the metadata: its absolute path, or its relative path without suffix."""
     if options.full_path:
         return str(real_path(path))
     return path.relative_to(options.train_data_dir).with_suffix("").as_posix()

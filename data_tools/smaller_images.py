@@ -83,7 +83,7 @@ class ResizeImagesOptions(Options, title="what to do"):
 
 @dataclass
 class _Counts:
-    """What was written, and what was not."""
+    """Numbers of written and existing files, and the failures."""
 
     written: int = 0
     existing: int = 0  # copies that an earlier run has written
@@ -163,7 +163,7 @@ def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts
 
 
 def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) -> Frame:
-    """Return an image with at most the area of `size`.
+    """Return an image, reduced if its area exceeds that of `size`; both sides are divisible by the step.
 
     Raises:
         MediaError: If a side of the image is shorter than --divisible_by.
@@ -183,7 +183,7 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
 def _copy_companions(
     path: Path, images: Sequence[Path], folder: Path, sizes: Sequence[Size], counts: _Counts
 ) -> None:
-    """Copy the files that have an image's name and another suffix, once for each size."""
+    """Copy files with an image's stem but another suffix, once for each size."""
     for companion in sorted(path.parent.iterdir()):
         if companion.stem != path.stem or companion in images or not companion.is_file():
             continue

@@ -267,7 +267,7 @@ def freeze_libraries() -> None:
     torch and its companions have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
     Call it after the libraries are imported and before a network is loaded: what is frozen is never
     collected. Only the first call of a process acts, so a process that runs several commands freezes no
-    network of an earlier one. It does not ask again whether something is frozen, as Python counts all of it.
+    network of an earlier one. The cache saves later calls of `gc.get_freeze_count`, which is slow.
     """
     if gc.get_freeze_count() == 0:
         gc.freeze()

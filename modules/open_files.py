@@ -26,6 +26,6 @@ def replace_file(file: Path, path: Path) -> None:
             if getattr(error, "winerror", None) not in OPEN_ELSEWHERE:
                 raise
             if time.monotonic() > end:
-                said = f"{error.strerror} Close the programs that have it open"
-                raise PermissionError(error.errno, said) from error
+                message = f"{error.strerror} Close the programs that have it open"
+                raise PermissionError(error.errno, message) from error
         time.sleep(PAUSE)

@@ -62,9 +62,9 @@ def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
         raise OptionError(f"--{name} and --{excluded[0]} exclude each other: give one of them{hint}")
     flags = find_needed(facts, list_given) if facts.get("needs") else ""
     if flags:
-        what = "both" if len(facts["needs"]) == 1 else "one of them too"
+        remedy = "both" if len(facts["needs"]) == 1 else "one of them too"
         hint = "" if facts.get("excludes") else _find_relation_hint(facts)
-        raise OptionError(f"--{name} needs {flags}: give {what}{hint}")
+        raise OptionError(f"--{name} needs {flags}: give {remedy}{hint}")
 
 
 def find_needed(facts: Info, list_given: ListGiven) -> str:

@@ -272,11 +272,11 @@ class Options:
         cls.path_fields = tuple(field for field in fields if "place" in field.metadata)
 
     def __init__(self, **values: Any) -> None:
-        """Make the record.
+        """Set the fields, with defaults for those that are not in `values`, and check them.
 
         Raises:
-            OptionError: For a wrong value.
-            TypeError: For a name that no field has.
+            OptionError: If a value is not allowed.
+            TypeError: If a name is not that of a field.
         """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}

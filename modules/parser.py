@@ -163,10 +163,10 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             flag = name
             if name not in flags:
-                begun = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
-                if len(begun) != 1:
+                completions = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
+                if len(completions) != 1:
                     continue
-                flag = begun[0]
+                flag = completions[0]
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._all_typed.add(flag)
         names: dict[str, str] = {}
@@ -321,9 +321,9 @@ class Parser(argparse.ArgumentParser):
 
         elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_files)
         # argparse accepts abbreviated options too
-        begun = [flag for flag in flags if flag.startswith(name)]
-        is_clear = len(begun) == 1 and begun[0] in elsewhere
-        if begun and (not elsewhere or is_clear):
+        completions = [flag for flag in flags if flag.startswith(name)]
+        is_clear = len(completions) == 1 and completions[0] in elsewhere
+        if completions and (not elsewhere or is_clear):
             return ""
         is_value = before in flags and flags[before].nargs != 0
         begins_with_dashes = word.startswith("--")

@@ -161,7 +161,7 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
             if name not in names and not names & {*info[name].get("excludes", ())}:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-    for choice in (values, paths):
+    for choice in (values, paths):  # if the record rejects the values, only the paths are tried
         with contextlib.suppress(OptionError):
             return override_options(options, choice)
     return options

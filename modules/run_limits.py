@@ -62,8 +62,8 @@ def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a temporary folder of the system, into which a limited run may write too."""
-    import json  # here: all options import this file
-    import tempfile  # likewise
+    import json  # both imported here: all options import this file
+    import tempfile
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

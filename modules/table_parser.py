@@ -138,12 +138,12 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """Check typed values by the facts of their options, as their records do.
 
-    An option whose need a file or another option may meet (`changes_values`) is left to its record. So are
-    warnings, which would be logged twice.
+    The records check needs that a file may still meet (`changes_values`), and log all warnings, which would
+    otherwise be logged twice.
 
     Args:
-        parser: Of a table.
-        arguments: What it has parsed.
+        parser: A parser built from a compiled table.
+        arguments: The arguments that it has parsed.
 
     Raises:
         OptionError: As `check_value`, `check_relations` and `check_paths` do.

@@ -38,7 +38,8 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
     else:
         default, name = home / ".local" / "state", "XDG_STATE_HOME"
     chosen = environment.get(name, "")
-    return (Path(chosen) if os.path.isabs(chosen) else default) / FOLDER  # noqa: PTH117  # "" too
+    # a relative or empty value counts as unset
+    return (Path(chosen) if os.path.isabs(chosen) else default) / FOLDER  # noqa: PTH117
 
 
 def write_user_file(name: str, text: str) -> Path:

@@ -66,17 +66,17 @@ class Chain:
 
     @property
     def labels(self) -> list[str]:
-        """Labels for progress bars: none for the first tool, "--then NAME" for the others."""
+        """Labels for progress bars: "" for the first tool, "--then NAME" for the others."""
         return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
 
     @property
     def needs_video(self) -> bool:
-        """Whether a tool needs several frames, so that single images are rejected."""
+        """Whether a tool works on several frames, so that single images are rejected."""
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, so that the result must not contain the original image."""
+        """Return whether a tool hides image content, so that results must not contain the original image."""
         return hiding_tool(self.tools) is not None
 
 
@@ -148,9 +148,9 @@ class NamedTools:
 
 
 def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
-    """Parse tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+    """Parse the value of an option such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    Invalid words end the program as in argparse.
+    Unknown options of a tool end the program, as argparse does.
 
     Args:
         texts: Words of the option.
@@ -172,7 +172,7 @@ def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
 
 
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
-    """Parse the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
+    """Parse the name and the options of one postprocessing tool: `facefix --weight 0.7` or `weight=0.7`.
 
     Without a model option, the downloaded model is used. Asking for help ends the program.
 
@@ -258,7 +258,7 @@ def name_tool(name: str) -> Iterator[None]:
 
 
 def tool_in_words(tool: Tool, options: Any) -> str:
-    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`.
+    """Return a tool with its settings as text for metadata, such as `upscaler model=x.pth scale=2.0`.
 
     Paths are reduced to file names, so that folders stay private.
     """
@@ -271,7 +271,7 @@ def tool_in_words(tool: Tool, options: Any) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Split the value of --post into words; quotes protect blanks, backslashes are plain characters."""
+    """Split the value of --post into arguments; quotes protect spaces, backslashes are literal."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
@@ -281,7 +281,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
-    """Split a list at each `mark`."""
+    """Split a list of arguments at each `mark`."""
     parts: list[list[str]] = [[]]
     for word in words:
         if word == mark:

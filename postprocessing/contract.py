@@ -21,7 +21,7 @@ from modules.media.encoding import Picture, Pixels
 
 @dataclass(frozen=True)
 class Clip:
-    """Info about a stream of images that is known before its first image is read."""
+    """Size, rate and length of a stream of images, known before the first image is read."""
 
     path: Path  # path of the video, for messages
     width: int
@@ -39,10 +39,10 @@ class Stage(Protocol):
         """Name of the tool in messages, such as `upscaler`."""
 
     def result(self, clip: Clip) -> Clip:
-        """Return the properties of the stage's result for a clip.
+        """Return the properties of the clip that the stage makes from a clip.
 
-        Raises MediaError or OptionError if the stage cannot process the clip, for example if images are too
-        small.
+        Raises MediaError or OptionError if the stage cannot process the clip, such as one that is
+        too small.
         """
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
@@ -91,7 +91,7 @@ LARGEST = 65535  # pixels of a side; no codec and few image files take more
 
 
 def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
-    """Return width and height times a factor, rounded down."""
+    """Return width and height multiplied by a factor, rounded down."""
     return int(width * factor), int(height * factor)
 
 

@@ -24,7 +24,7 @@ NAMED = 3  # maximum number of files that a message names
 
 @dataclass(frozen=True)
 class FileJob:
-    """One file to process, and the path of its result."""
+    """An input file and the path of its result."""
 
     source: Path
     output: Path
@@ -62,7 +62,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: it is part of a dataset, whose folder gets no results."""
+    """Raise OptionError if a file has a caption: results must not be written into a dataset's folder."""
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(
@@ -85,7 +85,7 @@ def _check_output(job: FileJob, jobs: Sequence[FileJob]) -> None:
 
 
 def _check_collisions(jobs: Sequence[FileJob]) -> None:
-    """Raise OutputError if two results would be the same file."""
+    """Raise OptionError if two results would be written to the same file."""
     sources: dict[str, Path] = {}
     for job in jobs:
         # file systems of Windows and macOS ignore case
@@ -143,7 +143,7 @@ def _is_still(path: Path) -> bool:
 
 
 def name_output(chain: Chain, source: Path) -> Path:
-    """Return the path of a file's result.
+    """Return the path of the result for an input file.
 
     Raises:
         OptionError: If the result cannot be written to --output.
@@ -163,6 +163,7 @@ def name_output(chain: Chain, source: Path) -> Path:
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
         return output / default
+    # the suffix follows from the format, whatever the user typed
     return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
 
 
@@ -182,7 +183,7 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
 
 
 def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs to run, after asking the user about existing results.
+    """Ask the user about existing results, and return the jobs to run.
 
     Raises:
         OutputError: If a result exists and there is nobody to ask.
@@ -201,6 +202,7 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
     if answer == "leave":
         logger.info("%s %s as before", names, "stays" if is_one else "stay")
         return [job for job in jobs if job not in existing]
+    # the third answer: write under other names
     return _rename_outputs(jobs, existing)
 
 
@@ -211,7 +213,7 @@ def _name_outputs(jobs: Sequence[FileJob]) -> str:
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:
-    """Return the jobs with unused names for results that exist."""
+    """Return the jobs with new names for results that exist already."""
     used_outputs = {job.output for job in jobs if job not in existing}
     renamed = []
     for job in jobs:

@@ -45,7 +45,7 @@ class ToolRunOptions(Options, title="input and output"):
 
     @property
     def means_folder(self) -> bool:
-        """Whether --output ends like a folder, and therefore is one even before it exists."""
+        """Whether --output ends like a folder, so that it counts as one even before it exists."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
 
@@ -149,7 +149,7 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def kind(self) -> str:
-        """Which network estimates the motion, from --mode."""
+        """Network that estimates the optical flow, according to --mode."""
         return WITH_RAFT if WITH_RAFT in self.mode.lower() else WITH_FLOWFORMER
 
     @property
@@ -250,7 +250,7 @@ YUNET = "yunet"
 
 
 class FacefixOptions(Options, title="faces"):
-    """Which faces to restore, and how strongly."""
+    """Which faces are restored, with which network and how strongly."""
 
     network: ToolNetworkOptions = option(
         settings={

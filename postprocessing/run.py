@@ -82,7 +82,7 @@ FOLDER = "frames"
 
 
 def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
-    """Write a video's frames, or the first `maximum`, to `folder`/frames as PNG; an image gives one PNG.
+    """Extract the frames of a video, or its first `maximum` frames, as PNG files into `folder`/frames.
 
     The folder appears only when all frames are written. No more of the video is read than necessary, and few
     frames are in memory.
@@ -163,7 +163,7 @@ def run_image(
 
 
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
-    """Yield the images, and write each into a folder as a PNG with its index as name."""
+    """Yield images, and write each one as a PNG file named by its index."""
     for index, image in enumerate(pictures):
         write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
         yield image
@@ -176,7 +176,7 @@ def run_video(
     form: FormatOptions,
     hides: bool = False,
 ) -> None:
-    """Run all stages on a video.
+    """Run all stages on a video, and write the result.
 
     Reading and writing run in separate threads. The output appears only when it is complete.
 
@@ -201,7 +201,7 @@ def run_video(
     rate = clips[-1].rate or info.rate
 
     def write(pictures: Iterator[Picture]) -> None:
-        """Write the video, and with --keep_pngs each frame, as the frames arrive."""
+        """Write the video while frames arrive, and with --keep_pngs also each frame."""
         with ExitStack() as opened:
             if form.keep_pngs:
                 name = job.source.with_name("frames")

@@ -38,7 +38,7 @@ TOOLS: dict[type, tuple[Check, Make]] = {
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage and its name in messages; with an empty name messages do not mention it."""
+    """A stage with its name in messages; "" omits the name."""
 
     stage: Stage
     label: str = ""
@@ -58,7 +58,7 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
 def make_stages(
     tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
 ) -> list[NamedStage]:
-    """Load the networks of all tools.
+    """Load the networks of all tools, as stages in the order of the tools.
 
     Args:
         tools: Tools with their options.
@@ -76,7 +76,7 @@ def make_stages(
 
 
 def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
-    """Return the clips between the stages, from the input to the final result.
+    """Return the properties of the clip before the first stage and after each stage.
 
     Raises MediaError or OptionError if a stage cannot process its input.
     """
@@ -145,7 +145,7 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 
 @dataclass
 class PostTools:
-    """The tools of a run, loaded for the first decoded video and kept until the end."""
+    """Postprocessing tools of a generation run, loaded for its first video and kept until its end."""
 
     selected: NamedTools
     device: torch.device
@@ -154,19 +154,19 @@ class PostTools:
 
     @property
     def hides(self) -> bool:
-        """Whether a tool hides something, so that unprocessed frames must not be shown."""
+        """Whether a tool hides image content, so that unprocessed frames must not be shown."""
         return self.selected.hiding is not None
 
     def check(self) -> None:
-        """Read the headers of the tools' model files.
+        """Read the headers of all model files of the tools.
 
         Raises:
-            UserError: If they do not fit.
+            UserError: If a file does not fit its tool.
         """
         check_tools(self.selected.tools, self.selected.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if there is a single frame but a tool works on several.
+        """Raise OptionError if a tool needs several frames, but there is only one.
 
         Args:
             frames: Number of frames.
@@ -210,7 +210,7 @@ class PostTools:
 
 
 def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:
-    """Return the properties of a clip that starts with a frame; `rate` is None for a single frame."""
+    """Return size, dtype and rate of a clip from its first frame; `rate` None stands for an image."""
     height, width = frame.shape[:2]
     return Clip(
         path=Path("the video"),

@@ -22,11 +22,11 @@ class Closed(Exception):
 
 
 class StreamStopped(Exception):
-    """Signal to a writer that the run has failed, so that it must remove its output."""
+    """Tells a writer that the run has failed, so that it removes its incomplete output."""
 
 
 class Pipe(Generic[T]):
-    """A queue between two threads, either of which may end it; it keeps no reference to a taken item."""
+    """Queue between two threads, either of which can end it; no reference to a taken item remains."""
 
     def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
@@ -86,7 +86,7 @@ class Pipe(Generic[T]):
 
 @contextmanager
 def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]:
-    """Iterate over `source` in a thread; yields an iterator over its items, which raises its errors.
+    """Yield an iterator over `source`, which a thread reads ahead; errors of `source` are raised there.
 
     At most `depth` items wait, and one more is being processed by the thread. When the block ends, the thread
     has ended, and a generator is closed.
@@ -146,7 +146,7 @@ def write_behind(
     thread.start()
 
     def put(item: T) -> None:
-        """Add an item; raise the error of `write` if it has failed."""
+        """Pass an item to the writer; raise the writer's error if it has failed."""
         try:
             pipe.put(item)
         except Closed:

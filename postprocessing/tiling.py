@@ -81,7 +81,7 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
 
 
 def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
-    """Return run(images), computed tile by tile and blended linearly where tiles overlap.
+    """Apply `run` to overlapping tiles of images, and blend the results linearly where tiles overlap.
 
     Values on which overlapping tiles agree are bit-identical.
 
@@ -113,7 +113,7 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
 
 
 class _Joined(NamedTuple):
-    """Tiles, or strips of tiles, that are being joined along an axis."""
+    """Result of joining tiles along an axis, and how far it is filled."""
 
     room: Tensor  # memory for the whole result
     filled: int  # position up to which `room` is filled
@@ -139,7 +139,7 @@ def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: i
 
 
 def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
-    """Blend the start of a tile into the part of the result that it overlaps."""
+    """Blend the start of a tile into the overlapping part of the result, in place."""
     length = tile.shape[axis]
     shape = [1] * tile.dim()
     shape[axis] = length
@@ -149,7 +149,7 @@ def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
 
 
 def room_on(device: torch.device) -> int | None:
-    """Return the free bytes of a device minus a safety margin; None if unknown."""
+    """Return the free memory of a device in bytes, minus a safety margin; None if unknown."""
     if device.type == "cuda":
         return spare_bytes(device)
     room = host_room() if device.type == "cpu" else None
@@ -168,7 +168,7 @@ def short_reason(error: BaseException) -> str:
 
 @dataclass
 class Fitting:
-    """Run a network on batches of images as large as memory allows, and remember the sizes for a clip.
+    """Runs a network on as large batches as fit into memory, and remembers the sizes for a clip.
 
     If memory runs out, batches are halved; after that, if `is_auto`, images are cut into smaller and smaller
     tiles.
@@ -183,7 +183,7 @@ class Fitting:
     factor: int = 1
 
     def __call__(self, run: Run, images: Tensor, finish: Run = lambda result: result) -> Tensor:
-        """Return finish(run(images)), in smaller batches or tiles if necessary.
+        """Run a network on images in batches or tiles that fit into memory, then apply `finish`.
 
         Raises MemoryPlanError if nothing fits.
 
@@ -309,7 +309,7 @@ def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
 def compile_parts(
     options: ToolNetworkOptions, parts: Iterable[nn.Module], choice: Compilation = DEFAULT
 ) -> None:
-    """Compile the `forward` of parts of a network in place, if --compile is given.
+    """Compile the `forward` of network modules in place if --compile is set.
 
     Compilation happens at the first call. Call `check_network` before.
 

@@ -41,7 +41,7 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 
 
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
-    """Return whether the checks found no errors and nothing that they read has changed since.
+    """Return whether earlier checks found no errors, and nothing that they read has changed since.
 
     The arguments are those of `remember_checked`.
     """
@@ -84,7 +84,7 @@ def _is_outside(key: str, value: object) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder, without hidden ones and those that runs write."""
+    """Yield the files of a folder, except hidden files and those written by runs."""
     for folder_text, folders, names in os.walk(folder):
         is_top = Path(folder_text) == folder
         folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in LEFT_OUT)]
@@ -94,6 +94,6 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _describe_file(path: Path) -> str:
-    """Return name, size and time of a file."""
+    """Return name, size and modification time of a file as text."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"

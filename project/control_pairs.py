@@ -18,7 +18,7 @@ CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pict
 def describe_control_pairs(
     control_folder: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
 ) -> str | None:
-    """Return a line about an unused folder of control images, with the kind of run that could train on them.
+    """Return a line about unused control images, with the kind of run that could train on them.
 
     Args:
         control_folder: The folder that may hold control images.

@@ -69,7 +69,7 @@ AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen model, the media and all other choices that decide the three files."""
+    """All choices on which run.toml, dataset.toml and prompts.txt depend."""
 
     options: NewOptions
     model: ModelSet
@@ -96,7 +96,7 @@ class Choice:
 
     @property
     def media(self) -> list[Media]:
-        """Clips, images or sounds of the folder."""
+        """Clips, images or audio files of the folder."""
         return self.content.media
 
     @property
@@ -111,13 +111,13 @@ class Choice:
 
     @property
     def has_subsets(self) -> bool:
-        """Return whether dataset.toml uses [[datasets.subsets]], the layout of image training guides."""
+        """Return whether dataset.toml uses [[datasets.subsets]], as image trainers do."""
         asked = needs_subsets(self.data) or any(map(needs_subsets, self.folder_keys.values()))
         return bool(self.content.regularization) or self.tags is not None or asked
 
     @property
     def varies_texts(self) -> bool:
-        """Return whether captions are encoded at each step: they vary, or the text encoder is trained."""
+        """Return whether captions are encoded at each step: they vary, or a text encoder is trained."""
         varied = VARYING_TEXTS & self.data.keys() or any(
             VARYING_TEXTS & keys.keys() for keys in self.folder_keys.values()
         )
@@ -138,7 +138,7 @@ class Choice:
 
     @property
     def needs_float16(self) -> bool:
-        """Return whether the run is on a GPU of this machine that has no bfloat16."""
+        """Return whether the run uses a GPU of this machine that does not support bfloat16."""
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def inside(self, path: Path) -> str:
@@ -187,7 +187,7 @@ def _area(size: Sequence[int]) -> int:
 
 
 def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
-    """Return the clips and images that a model is trained on."""
+    """Return those clips and images of a folder that a model is trained on."""
     visible = [item for item in media if item.kind != "audio"]
     if not learns_stills_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
@@ -205,7 +205,7 @@ def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
 
 
 def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return a size of the same shape in steps of 32, reduced to an area if it is larger."""
+    """Reduce a size to an area if it is larger, with its aspect ratio, in steps of 32 pixels."""
     factor = sqrt(area / _area(size))
     near = round if factor < 1 else int
     width, height = (max(32, near(side * min(factor, 1) / 32) * 32) for side in size)
@@ -233,17 +233,17 @@ def lengths_of(model: ModelSet) -> ClipLengths:
 
 
 def shortest_clip(model: ModelSet) -> int:
-    """Return the number of frames of the shortest clip that a model can be trained on."""
+    """Return the smallest number of frames of a clip that a model can be trained on."""
     return int(model.data.get("least_frames", lengths_of(model).shortest))
 
 
 def learns_stills_of_clips(model: ModelSet) -> bool:
-    """Return whether the model learns a single frame of a clip as an image."""
+    """Return whether the model is trained on single frames of clips as images."""
     return not model.data.get("from_image", False) and "least_frames" not in model.data
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
-    """Return whether an item is a clip with too few frames for the model."""
+    """Return whether an item is a clip with fewer frames than the model needs."""
     return item.seconds is not None and count_frames(item, model) < shortest_clip(model)
 
 
@@ -343,7 +343,7 @@ def _clip_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]:
-    """Return the keys of the table for the files of one kind in a folder."""
+    """Return the keys of a folder's table in dataset.toml, for its files of one kind."""
     content = choice.content
     keys: dict[str, Any] = {f"{kind}_directory": choice.inside(folder)}
     # links are not followed: `run` writes nothing outside the described folder
@@ -363,6 +363,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     name = content.names.get(folder)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
+    # the repeats that balance real and generated files have precedence
     if folder in content.repeats:
         keys["num_repeats"] = content.repeats[folder]
     class_tokens = choice.trigger if name is None else name.words
@@ -372,7 +373,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
 
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
-    """Return whether any file of this kind in a folder has no caption."""
+    """Return whether any file of a kind in a folder lacks a caption."""
     # unreadable files count too: the run requires captions for all files
     if any(path.parent == place for path in choice.content.unreadable):
         return True
@@ -446,7 +447,7 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
 
 
 def _describe_layer_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last image, with their numbers of layers."""
+    """Return prompt lines for the first, a middle and the last layered image."""
     images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
     for seed, index in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
@@ -459,7 +460,7 @@ def _describe_layer_samples(choice: Choice, released_values: str) -> str:
 
 
 def _select_situations(captions: Sequence[str]) -> list[str]:
-    """Return two situations that no caption mentions, or the first two if fewer than two are left."""
+    """Return two situations that no caption mentions, or the first two if fewer are left."""
     lower = [caption.lower() for caption in captions]
     new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
@@ -507,7 +508,7 @@ def plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return the sample options in the model's generation command: steps, guidance, shift, negative prompt.
+    """Return the model's released sample options (steps, guidance, ...) as options of a prompt line.
 
     All other values default to the family's, for samples as for generation.
     """
@@ -525,7 +526,7 @@ def _released_values(model: ModelSet) -> str:
 
 
 def _write_start_options(choice: Choice) -> str:
-    """Return the options for the first and last frame of all samples, if the model starts from frames."""
+    """Return the prompt options for first and last frames, if the model starts from frames."""
     return _write_frames(choice) if choice.model.data.get("from_image") else ""
 
 
@@ -545,7 +546,7 @@ def _list_edits(choice: Choice) -> list[Edit]:
 
 
 def _write_frames(choice: Choice) -> str:
-    """Write the first frame of a clip, and the last one if the model takes it; return their options.
+    """Write the first frame of a clip, and the last if the model takes one; return their prompt options.
 
     With --dry_run nothing is written.
     """
@@ -561,6 +562,7 @@ def _write_frames(choice: Choice) -> str:
         return f"--i {choice.inside(start)}"
     end = folder / "end.png"
     if writes:
+        # a deque of length 1 keeps only the last frame that was read
         (last,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
         write_png(end, last)
     return f"--i {choice.inside(start)} --ei {choice.inside(end)}"
@@ -648,7 +650,7 @@ def _describe_targets(choice: Choice) -> list[str]:
 
 
 def _model_values(choice: Choice) -> dict[str, Any]:
-    """Return the training's options that depend on the model and the card, with the model's files."""
+    """Return the training options that depend on the model and the graphics card, with the model files."""
     values = _read_options(_training_words(choice), choice.files)
     values = {name: value for name, value in values.items() if "epoch" not in name}
     if not choice.memory:  # a CPU uses no GPU-only weight formats and optimizers
@@ -661,8 +663,8 @@ def _model_values(choice: Choice) -> dict[str, Any]:
         values |= dict.fromkeys(choice.model_info.dtypes["Training"], FLOAT32)
     elif choice.needs_float16:
         values["mixed_precision"] = "fp16"
-    trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
-    return values | {name: path for name, path in choice.files.items() if name not in trained}
+    named_in_command = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
+    return values | {name: path for name, path in choice.files.items() if name not in named_in_command}
 
 
 def _training_words(choice: Choice) -> list[str]:

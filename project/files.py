@@ -77,7 +77,7 @@ DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or
 
 
 def write_project(options: NewOptions) -> None:
-    """Write the three files; print found and chosen files, and the commands that use them.
+    """Write run.toml, dataset.toml and prompts.txt of a folder; print what was found and chosen.
 
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
@@ -312,7 +312,7 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
-    """Return the kind of run: the typed one, else a control network if the folder has pairs, else a LoRA.
+    """Return what a run trains: as typed, else a control network if there are control images, else a LoRA.
 
     `chosen` holds the model and the trigger word. `kind_setting` is the setting of another trainer's project
     that asks for this kind; "" if the kind was typed.
@@ -528,20 +528,20 @@ def _count_media(media: Sequence[Media]) -> str:
 
 
 def _describe_model(choice: describing.Choice) -> str:
-    """Return the line about what the model generates, its download, and whether it fits the card."""
+    """Return a line about what the model generates, its download size, and whether it fits the card."""
     model = choice.model
     existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    makes = describe_makes(model, choice.model_info)
-    does = f"{choice.model_name} makes {makes}; {download}"
+    outputs = describe_makes(model, choice.model_info)
+    summary = f"{choice.model_name} makes {outputs}; {download}"
     if choice.kind is FULL:  # other lines report the memory
         free = gigabytes(free_bytes(choice.folder))
         slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
-        return f"{does}{slow}. {free} are free on the disk of {choice.folder}"
+        return f"{summary}{slow}. {free} are free on the disk of {choice.folder}"
     subject = "Its transformer: " if choice.memory else ""
-    return f"{does}. {subject}{describe_fit(model, choice.memory)}"
+    return f"{summary}. {subject}{describe_fit(model, choice.memory)}"
 
 
 def _describe_lengths(choice: describing.Choice) -> list[str]:
@@ -650,7 +650,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
 
 
 def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
-    """Return the media whose missing caption is replaced by the trigger word.
+    """Return the media for which the trigger word replaces a missing caption.
 
     `bare` are the media that have neither a caption nor a replacement.
     """
@@ -661,9 +661,9 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 
 
 def _describe_again(choice: describing.Choice, **more: str) -> str:
-    """Return the command that describes this folder again.
+    """Return the `new` command that describes this folder again, with changed or added options.
 
-    `more` are options to change or add.
+    `more` are the options to change or add.
     """
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]

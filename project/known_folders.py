@@ -22,7 +22,7 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """What is remembered about a folder."""
+    """What is stored about a dataset folder in the user's files."""
 
     models: Path | None = None  # download folder in its description; None if only read
 
@@ -38,7 +38,7 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
-    """Return what is remembered about a folder; None if nothing is, or if another folder took its place."""
+    """Return what is stored about a folder; None if nothing is, or if the folder was replaced."""
     try:
         info = recall_info(KIND, folder)
         models = info["models"]

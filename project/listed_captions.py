@@ -137,7 +137,7 @@ def _add_rows(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption can be written to a caption file. `place` is for messages."""
+    """Return whether a caption is a text that can be written to a caption file."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:
@@ -182,7 +182,7 @@ def _read_rows(
 
 
 def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield the file names and captions in the content of a JSON file.
+    """Yield (file name, caption) for each entry in a JSON file.
 
     `subject` is explained in `_read_rows`.
     """
@@ -249,7 +249,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
 
 
 def _decode_table(path: Path, remarks: list[str]) -> str:
-    """Return the text of a table.
+    """Decode the text of a table file, guessing its encoding if it is not UTF-8.
 
     Raises:
         DatasetError: If its encoding cannot be guessed.

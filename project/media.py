@@ -73,7 +73,7 @@ class Media:
 
     @property
     def is_clip(self) -> bool:
-        """Whether it is a video."""
+        """Whether the file is a video."""
         return self.kind == "video"
 
 
@@ -124,7 +124,7 @@ def collect_content(
     hearing: str = "",
     silent: str = "",
 ) -> FolderContent:
-    """Return the media of a folder and its subfolders, with references if the model edits images.
+    """Collect what `new` trains on: the media of a folder, with references or control images.
 
     Args:
         folder: The described folder.
@@ -152,6 +152,7 @@ def collect_content(
     audios = _collect_media(folder, folders_by_use, content, model_info)
     if kind.sees_controls:
         _leave_out_clips(content, kind)
+    # an image model trains on the first frames of clips
     elif not model_info.learns_clips:
         _take_first_frames(folder, content, name)
     if model_info.references:
@@ -386,7 +387,7 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _name_of(folder: Path) -> FolderName | None:
-    """Parse a folder name such as `10_ohwx man` into repeats and words; None for any other name."""
+    """Parse a folder name such as `10_ohwx man` into repeats and words; None for other names."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
@@ -438,7 +439,7 @@ def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _find_captions(folders_by_use: Sequence[Path]) -> str:
-    """Return the most frequent suffix of the caption files."""
+    """Return the most frequent suffix of caption files in the folders."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
     for folder in folders_by_use:
@@ -510,7 +511,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
 
 
 def _list_media(folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo") -> list[Path]:
-    """Add the clips and images in a folder, and lines about its other files; return its audio files."""
+    """Add the clips and images of a folder to `content`, with lines about other files; return audio files."""
     try:
         paths = sorted(subfolder.iterdir())
     except OSError as error:
@@ -542,7 +543,7 @@ def _list_media(folder: Path, subfolder: Path, content: FolderContent, model_inf
 
 
 def read_kept_masks(folder: Path) -> dict[Path, Path]:
-    """Return the folder of masks for each media folder that has one.
+    """Map each media folder that has masks to its folder of masks.
 
     A dataset.toml names the folders of masks. Without it, they are the folders in which this program has
     created masks.
@@ -607,7 +608,7 @@ def _is_material(path: Path) -> bool:
 
 
 def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
-    """Add clips and images, and lines about files that cannot be read and captions that are not UTF-8."""
+    """Add clips and images to `content`, and lines about unreadable files and captions that are not UTF-8."""
     encodings: list[str] = []
     for path in paths:
         try:
@@ -637,7 +638,7 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
 
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
-    """Note a media file that cannot be read."""
+    """Record a media file that cannot be read."""
     content.lines.append(fault(f"left out: {error}"))
     if path.is_file():  # runs ignore broken links
         content.unreadable.append(path)
@@ -669,7 +670,7 @@ def _describe_other_files(
 
 
 def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwners) -> str:
-    """Return the line about caption files without a media file."""
+    """Return a line about caption files without a media file."""
     for path in paths:
         owner = owners.find(path.stem)
         if owner is not None:
@@ -692,7 +693,7 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 
 def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "ModelInfo") -> None:
-    """Use audio files if there are no other media and the model supports that; else add a line about them."""
+    """Use audio files as media if there are no others and the model allows it; else report them."""
     if model_info.pairs_audios:
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
@@ -729,7 +730,7 @@ def _measure(path: Path, content: FolderContent, model_info: "ModelInfo", encodi
 
 
 def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
-    """Return a file's caption on one line, from its caption file or a list; None if there is none.
+    """Return a file's caption in one line, from its caption file or from a list; None without a caption.
 
     If the caption file is not UTF-8, a line about it is appended to `encodings`.
     """
@@ -743,11 +744,13 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
     if file is None:
         if listed_text is None:
             return None
+        # `new` will write the caption of the list into a file
         content.new_captions[caption_file] = listed_text
         return " ".join(listed_text.split())
     if file.encoding is not None:
         encodings.append(describe_encoding(caption_file, file.text, file.encoding))
     if listed_text is not None and listed_text != file.text:
+        # the caption file has precedence over the list
         content.other_captions.append(path)
     return " ".join(file.text.split())
 
@@ -773,7 +776,7 @@ def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
 
 
 def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Media | None:
-    """Plan to write a clip's first frame as an image, and return that image; None if the clip is left out."""
+    """Add a clip's first frame to the images that `new` writes; return None if the clip is left out."""
     try:
         height, width, _ = first_frame(clip.path).shape
     except MediaError as error:
@@ -802,7 +805,7 @@ def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
-    """Assign the caption of a clip to its first frame."""
+    """Assign a clip's caption to its first frame, which replaces the clip."""
     content.new_captions.pop(caption_path(clip, content.captions), None)
     content.new_captions[caption_path(picture, content.captions)] = caption
 
@@ -818,7 +821,7 @@ def _find_references(folder: Path, folders_by_use: SortedFolders, content: Folde
 
 
 def _list_sources(place: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return folders that may hold a training folder's references: in it, or next to it or its parent."""
+    """Return folders that may hold a training folder's references: inside it, next to it or its parent."""
     absolute = folder.absolute()
     outer_sources = []
     if not folders_by_use.sources:
@@ -851,7 +854,7 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
 
 
 def _list_other_media(folder: Path, source: Path) -> list[Path]:
-    """Return the other media next to a folder: a control folder there may belong to them."""
+    """Return other media next to a folder, to which a control folder there may belong."""
     parent = source.parent
     others = [
         neighbor
@@ -888,9 +891,9 @@ def _find_controls(
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Leave out clips, which cannot have control images.
+    """Remove clips, which cannot have control images, and report them.
 
-    `kind` is what is trained.
+    `kind` is the kind of run.
     """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
@@ -900,7 +903,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 
 
 def _find_references_of(image_folder: Path, sources: Sequence[Path], content: FolderContent) -> None:
-    """For a folder of images, use the first of the source folders that has a reference for any of them."""
+    """Use the first folder that has references for any image in a folder; report missing references."""
     media = [item for item in content.media if item.path.parent == image_folder]
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
@@ -1032,7 +1035,7 @@ def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
 
 
 def is_narrow(item: Media) -> bool:
-    """Return whether an image is far taller than wide, or far wider than tall."""
+    """Return whether an image has an extreme aspect ratio."""
     return max(item.size) > LONG * min(item.size)
 
 
@@ -1051,7 +1054,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
 
 
 def _describe_equal(media: Sequence[Media]) -> list[str]:
-    """Return lines about the first groups of identical files, and how many more groups there are."""
+    """Return lines about the first groups of identical files, and the number of further groups."""
     groups = find_equal(media)
     lines = []
     for paths in groups[:SHOWN]:
@@ -1132,7 +1135,7 @@ def _is_silent(path: Path) -> bool:
 
 
 def name_some(paths: Sequence[Path]) -> str:
-    """Return the names of the first files, and how many more there are."""
+    """Return the first few file names, and how many more there are."""
     names = [path.name for path in paths]
     further = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + further

@@ -49,7 +49,7 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Information about a model from the record of its family."""
+    """What `new` has to know about a model, from the record of its family."""
 
     references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
@@ -71,7 +71,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model to train, as selected by options and answers."""
+    """The selected model and trigger word, with lines about how they were selected."""
 
     model: ModelSet
     trigger: str | None
@@ -231,7 +231,7 @@ def _released_names(model: ModelSet) -> list[Path]:
 
 
 class TransformerKind(NamedTuple):
-    """Whether a transformer was distilled to few steps."""
+    """Whether a transformer was distilled to few steps, and how that is known."""
 
     has_few_steps: bool
     reason: str  # the file name or metadata that shows it
@@ -252,11 +252,12 @@ def _is_of_few_steps(family: Any, dit: Path) -> bool:
 
 
 def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return the contradiction between a file's name and the task it is given for; None if there is none."""
+    """Return a message if a model file's name contradicts the typed task; None if it does not."""
     if not knows_few_steps(family):
         return None
     for dit, released in zip(dits, _released_names(model), strict=False):
         kind = _find_kind(family, dit)
+        # the task wants a few-step model exactly if its released file is one
         if kind is None or kind.has_few_steps == _is_of_few_steps(family, released):
             continue
         subject = "the model before it was distilled to few steps"
@@ -272,7 +273,7 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
 
 
 def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | None:
-    """Return another task of a model's family whose transformer is of a kind; None if there is none."""
+    """Return another task of the family with this kind of transformer; None if there is none."""
     for candidate in find_models():
         if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
@@ -284,7 +285,7 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
 
 
 def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
-    """Return the kinds of results that a model generates, such as `clips and sound`."""
+    """Return what a model generates, such as `clips and sound`."""
     if facts.learns_layers:
         kinds = ["layers"]
     elif facts.needs_reference:
@@ -299,7 +300,7 @@ def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
 
 
 def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
-    """Return the named model and the trigger word; ask for missing ones on a terminal.
+    """Return the model that the options name, and the trigger word; ask for missing ones on a terminal.
 
     `memory` is the card's memory in GiB. `before_asking` is called before the first question, and raises
     errors that would make all questions pointless.
@@ -310,12 +311,12 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
     models = find_models()
     if options.family is None:
         before_asking()
-        named = _ask_for_family(options, models, memory)
+        named_model = _ask_for_family(options, models, memory)
     else:
-        named = read_family(options.family, models)
+        named_model = read_family(options.family, models)
         if not options.model_files:
-            reject_made_from(named, options.family, models)
-    tasks = _list_tasks_left(named, options.task, models)
+            reject_made_from(named_model, options.family, models)
+    tasks = _list_tasks_left(named_model, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
     if asks_for_task:
@@ -337,6 +338,7 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
             f"{memory:.0f} GiB holds a part of it. Smaller: {listed}"
         )
     trigger = options.trigger_word
+    # asked only if other questions were asked, too
     if trigger is None and (asks_for_task or options.family is None):
         question = "--trigger_word (a made-up word for what is learned; empty: none)"
         trigger = _ask(question, _read_trigger, "")
@@ -347,7 +349,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
     """Ask for the family on a terminal.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is no terminal.
     """
     families = families_of(models)
     if not has_terminal():
@@ -389,7 +391,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the task to train without asking: the typed one, else the only one that suits a first LoRA.
+    """Return the typed task, else the only one without few steps, an adapter or an image to edit.
 
     `text` is the value of --task, which matches all of `tasks`; None if it is not set.
 
@@ -412,7 +414,7 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
 
 
 def _ask(question: str, read: Callable[[str], T], table: str) -> T:
-    """Show a table and ask until the answer can be read. Raises OptionError at the end of the input."""
+    """Show a table and ask until the answer is valid. Raises OptionError at the end of the input."""
     while True:
         answer = ask_on_terminal(f"{table}{question}? ")
         if not answer:
@@ -424,7 +426,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _by_number(text: str, names: Sequence[str]) -> str:
-    """Replace the number of a row of the printed table by the name in this row; keep any other text."""
+    """Replace a row number of the printed table by the row's name; return other texts unchanged."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -485,7 +487,7 @@ def _training_script(model: ModelSet) -> str:
 
 
 def _training_task(model: ModelSet) -> str:
-    """Return the --task of the model's training script, "" if it has none. Several sets may share one."""
+    """Return the --task of a model's training script, which several models may share; "" without one."""
     words = shlex.split(model.commands["train"])
     return words[words.index("--task") + 1] if "--task" in words else ""
 

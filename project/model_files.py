@@ -14,7 +14,7 @@ from project.new_options import NewOptions
 
 
 def typed_files(options: NewOptions) -> dict[str, str]:
-    """Return the paths that --model_file gives, as typed, by option.
+    """Return the paths that --model_file gives, by option.
 
     Raises:
         OptionError: If one option has two files.
@@ -31,7 +31,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
-    """Return the path of each file of the model by its option.
+    """Return the paths of the model's files by option: typed paths, otherwise those of downloaded files.
 
     Raises:
         OptionError: If a file is given for an unknown option, or does not exist.
@@ -68,10 +68,9 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 
 
 def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
-    """Return the networks that another typed file of the model contains and that have no file of their own.
+    """Find the networks without a file of their own that are part of another typed model file.
 
-    `typed` is the result of `typed_files`. The result maps the option of each such network to the typed file
-    that contains it.
+    `typed` is the result of `typed_files`. Returns the containing file by the network's option.
     """
     holders = {}
     for part in model.components:
@@ -94,19 +93,19 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, which its commands then omit.
+    """Return a model without some of its files, whose options its commands then omit.
 
-    `names` are the options of these files.
+    `names` are the names of these options.
     """
     placeholders = {f"{{{name}}}" for name in names}
     commands = {}
     for step, command in model.commands.items():
-        words: list[str] = []
+        arguments: list[str] = []
         for word in shlex.split(command):
             if word in placeholders:
-                words.pop()  # also removes the option before this value
+                arguments.pop()  # also removes the option before this value
             else:
-                words.append(word)
-        commands[step] = shlex.join(words)
+                arguments.append(word)
+        commands[step] = shlex.join(arguments)
     parts = tuple(part for part in model.components if (part.option or "").lstrip("-") not in names)
     return replace(model, commands=commands, components=parts)

@@ -64,9 +64,10 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:
-    """Return the family's models with the same inputs that are at most half as large.
+    """Return smaller models of the family for the same task type, if this one does not fit the card.
 
-    The list is empty if this model fits on a card of `memory` GiB in 8 bits.
+    Smaller models are at most half as large. The list is empty if this model fits on a card of `memory` GiB
+    in 8 bits.
     """
     if not memory or is_small(model, memory) or _left_over(model, memory) <= 0:
         return []
@@ -82,7 +83,7 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
 
 
 def describe_fit(model: ModelSet, memory: float) -> str:
-    """Return whether a model can be trained on a card of `memory` GiB, by the size of its transformer."""
+    """Return a text about whether a model can be trained on a card of `memory` GiB, by its size."""
     if not memory:
         return SLOW
     if is_small(model, memory):
@@ -96,7 +97,7 @@ def describe_fit(model: ModelSet, memory: float) -> str:
 
 
 def _left_over(model: ModelSet, memory: float) -> float:
-    """Return how many GiB of the network in 8 bits exceed a card of `memory` GiB; below 0 if it fits."""
+    """Return by how many GiB the network in 8 bits exceeds a card of `memory` GiB; below 0 if it fits."""
     is_in_8_bits = not model.data["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)

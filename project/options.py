@@ -68,7 +68,7 @@ TRAINING_TABLE = KeyFile(
 
 
 def list_model_files() -> Collection[str]:
-    """Return the options that name the files of models, without dashes."""
+    """Return the names of the options for model files, without dashes."""
     parts = (part for model in find_models() for part in model.components)
     return dict.fromkeys(part.option.lstrip("-") for part in parts if part.option)
 
@@ -79,7 +79,7 @@ MODEL_FILES = KeyFile(
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
-    """Return the models that a folder can be described for: all except those that need control clips."""
+    """Return the models for which `new` can describe a folder: all except those with control clips."""
     sets = model_sets(fp8_encoders)
     return [model for model in sets if "train" in model.commands and not model.data.get("control")]
 
@@ -96,7 +96,7 @@ def own_command(*words: str) -> str:
 
 
 def find_own_script(words: Sequence[str]) -> Path | None:
-    """Return the script of ours that a command runs; None if it is another command."""
+    """Return our script that a command runs; None for other commands."""
     if words[:1] != ["python"]:
         return None
     return installation.find_script("".join(words[1:2]))
@@ -125,7 +125,7 @@ def download_options(models: Path) -> list[str]:
 
 
 def check_trigger(word: str) -> None:
-    """Raise OptionError if a trigger word cannot stand in one line of a prompt file."""
+    """Raise OptionError if a trigger word cannot be written in one line of prompts.txt."""
     reason = bad_character(word)
     if reason is None and (escape_control_codes(word) != word or len(f"{word}.".splitlines()) > 1):
         reason = "a control code or a line break"

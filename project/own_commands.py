@@ -28,12 +28,12 @@ def captions_of(choice: Choice) -> list[str]:
 
 
 def write_prompts(captions: Sequence[str]) -> str:
-    """Return a prompt line for each caption, with a seed of its own."""
+    """Return a line for each caption as a prompt, each with its own seed."""
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
 
 
 def describe_length(choice: Choice) -> list[str]:
-    """Return a line about when an adapter is done, and one if its training is shorter than usual."""
+    """Return lines about how long the training of an adapter should be, and when it is finished."""
     lines = []
     steps = choice.options.max_train_steps
     if steps < USUAL_STEPS:
@@ -56,9 +56,9 @@ def describe_length(choice: Choice) -> list[str]:
 
 
 def describe_own(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
-    """Return lines with the two commands that make the model's own images and describe their folder.
+    """Return lines with the commands that generate images with the model itself and describe their folder.
 
-    `files` are the model's, by their options.
+    `files` maps options to the model's files.
     """
     paths = {f"{{{name}}}": path for name, path in files.items()}
     argv = _without_single(shlex.split(model.commands["generate"]))
@@ -76,7 +76,7 @@ def describe_own(options: NewOptions, model: ModelSet, files: Mapping[str, str])
 
 
 def _without_single(argv: Sequence[str]) -> list[str]:
-    """Return a command without the options in OF_ONE and their values."""
+    """Return a command without the options for a single result (OF_ONE) and their values."""
     remaining: list[str] = []
     is_dropped = False
     for word in argv:

@@ -35,7 +35,7 @@ class PackOptions(Options):
 
 
 class UnpackOptions(Options):
-    """Which packed file to unpack, and into which folder."""
+    """Which archive is unpacked, and into which folder."""
 
     file: Path = option("file that `pack` wrote", positional=True, place="file")
     folder: Path | None = option(
@@ -45,10 +45,10 @@ class UnpackOptions(Options):
 
 
 def find_error_of_name(name: str, on_windows: bool) -> str:
-    """Return the reason why a packed file may not have a name; empty if it may.
+    """Return why a packed file may not have a name; "" if it may.
 
-    A name is the path in the folder, with /. With `on_windows`, names that only Windows cannot have are
-    rejected too.
+    `name` is the path within the folder, with forward slashes. With `on_windows`, names that only Windows
+    forbids are rejected, too.
     """
     parts = PurePosixPath(name).parts
     if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:

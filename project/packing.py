@@ -67,7 +67,7 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file, or of the content that replaces it in the archive."""
+        """Size of the file in bytes, or of the content that replaces it in the archive."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
@@ -108,7 +108,7 @@ def pack_folder(options: PackOptions) -> None:
 
 
 def read_described(folder: Path) -> PackSource:
-    """Read run.toml.
+    """Read from run.toml what packing needs: model paths, output folder and prompts.
 
     Raises:
         OptionError: If the file is missing, or is not in the form that `new` writes.
@@ -155,7 +155,7 @@ def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
 
 
 def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
-    """Return the paths in the training's options that are model files outside the folder."""
+    """Return the paths of model files outside the folder in the training options."""
     values = [value for value in training.values() if isinstance(value, str)]
     values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
     outside = MachinePaths(Path())
@@ -222,7 +222,7 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
 
 
 def _find_state(described: PackSource) -> list[PackMember]:
-    """Return the files of the newest state, and the run's history. Raises OptionError without a state."""
+    """Return the files of the latest training state, and the history. Raises OptionError without a state."""
     from training.reports.history import history_path  # imports torch, which is only needed for states
     from training.saving.states import find_latest  # likewise
 
@@ -278,7 +278,7 @@ def _relocate_texts(
 def _relocate_file(
     relocate: Callable[..., RelocatedText], machine_paths: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Return the text of a file as changed by `relocate`.
+    """Read a text file, and return its text with relocated paths.
 
     Raises:
         OptionError: If the file cannot be read.
@@ -292,7 +292,7 @@ def _relocate_file(
 
 
 def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive of the folder `name`. If OutputError is raised, no file is left behind."""
+    """Write the archive of a folder. If OutputError is raised, no file is left behind."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)
@@ -308,6 +308,7 @@ def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
                 archive.writestr(entry, member.content)
                 bar.update(len(member.content))
                 continue
+            # zipfile needs the size in advance to support files over 2 GiB
             entry.file_size = member.size_bytes
             with member.path.open("rb") as source, archive.open(entry, "w") as target:
                 while piece := source.read(PIECE_BYTES):

@@ -59,7 +59,7 @@ class MachinePaths:
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
 
     def erase(self, text: str) -> str:
-        """Replace all known paths of this machine in a text, such as a command."""
+        """Replace the paths of this machine in a text, such as a command."""
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
@@ -67,7 +67,7 @@ class MachinePaths:
 
 
 class RelocatedText(NamedTuple):
-    """A text without paths of this machine."""
+    """A text whose paths were made relative, with the paths that could not be."""
 
     text: str
     outside: list[str]  # paths that are not in the packed folder
@@ -128,7 +128,7 @@ def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
 
 
 def relocate_history(text: str, machine_paths: MachinePaths) -> str:
-    """Return the lines of a run's history with the paths of this machine replaced inside all texts.
+    """Return a run's history in which paths of this machine are replaced.
 
     Lines that cannot be read, such as the last one of a killed run, are dropped, as a resumed run does.
     """
@@ -144,7 +144,7 @@ def relocate_history(text: str, machine_paths: MachinePaths) -> str:
 
 
 def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
-    """Return a text for each line of a list of files that contains a path of this machine."""
+    """Return a message for each line of a list that contains a path of this machine."""
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

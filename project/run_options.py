@@ -65,7 +65,7 @@ class RunOptions(Options):
 
     @property
     def end_words(self) -> list[str]:
-        """Return the arguments of the command to start at the end; [] without --on_end."""
+        """Return the arguments of the command that --on_end starts; [] without the option."""
         return [] if self.on_end is None else read_command(ON_END, self.on_end)
 
     @property

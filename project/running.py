@@ -165,7 +165,7 @@ def _has_state(project: Project) -> bool:
 
 
 def _print_ending(project: Project, left_out: Sequence[str]) -> None:
-    """Print which files a run has left out, and where its page is."""
+    """Print the files that a run has left out, and the path of its page."""
     if left_out:
         lines = ["", f"Trained without {len(left_out)} that cannot be read:"]
         lines += [f"  {text}" for text in left_out]
@@ -258,7 +258,7 @@ def check_project(project: Project) -> None:
 
 
 def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
-    """Check the training's options and the media; return lines about the files that are left out.
+    """Check training options and media files; return lines about files that the run leaves out.
 
     Exits with code 1 if an error would end the run. `argv` is the command that checks media.
     """
@@ -275,7 +275,7 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
 def _run_or_exit(
     argv: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
 ) -> None:
-    """Run a command; exit with its code if it fails.
+    """Run a command of the project; exit with its code if it fails.
 
     With `may_leave_out`, a command that leaves files out has not failed, because the check has already
     reported these files. `progress` is explained in `run_command`.
@@ -285,6 +285,7 @@ def _run_or_exit(
     if not code or (leaves_out and may_leave_out):
         return
     if code == INTERRUPTED:
+        # the command was interrupted, so the run ends as after Ctrl-C
         raise KeyboardInterrupt
     _explain(argv, folder)
     raise SystemExit(1 if leaves_out else code)
@@ -336,10 +337,10 @@ def _extend_training(project: Project, argv: Sequence[str]) -> Project:
 
 
 def _find_described_folder(place: Path) -> Path:
-    """Return the folder of a run.toml.
+    """Return the folder that a path means: itself, or the folder of a run.toml.
 
     Raises:
-        OptionError: If this is another file.
+        OptionError: If the path is another file.
     """
     if place.name == RUN_FILE and not place.is_dir():
         return place.parent
@@ -386,7 +387,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
 
 def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Return the entries in a trained file's metadata that identify the model of a training."""
+    """Return the metadata entries by which trained files name their model."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
     for argv in commands:
@@ -397,7 +398,7 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the run is finished; if it is, print the next commands. No model is loaded.
+    """Return whether the training has finished already; if so, print what to do next.
 
     Raises:
         OptionError: If the trained file belongs to another model.
@@ -407,6 +408,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
         file = project.output / project.name / "unet" / "diffusion_pytorch_model.safetensors"
     try:
         metadata = read_safetensors_texts(file)
+        # [:12]: a file may claim any number of digits
         trained_steps = int(metadata.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
         return False
@@ -473,7 +475,7 @@ def _download_size(argv: Sequence[str]) -> str:
 
 
 def _list_typed_values(argv: Sequence[str]) -> dict[str, str]:
-    """Return a dictionary from each word of a command to the word after it."""
+    """Map each argument of a command to the argument after it."""
     return dict(itertools.pairwise(argv))
 
 
@@ -503,7 +505,7 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check the media with the script that caches latents.
+    """Check the media files with the script that caches latents; return errors or omitted files.
 
     `validation` is the training's fraction of validation files and the seed that selects them.
     """
@@ -580,7 +582,7 @@ def _require_script(argv: Sequence[str]) -> Path:
 
 
 def _scripts_of_runs() -> set[Path | None]:
-    """Return the scripts that a run may need, of all families."""
+    """Return the scripts of all families that a run may start."""
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]

@@ -30,7 +30,7 @@ class AskedOption:
     reaches_out: bool  # it may name code, or files and addresses elsewhere
 
     def read(self, value: Any) -> Any:
-        """Convert a value from another program's file to a value of this option.
+        """Convert a value from another program's file to the type of this option.
 
         Raises:
             ValueError: If the option cannot have the value.
@@ -40,9 +40,9 @@ class AskedOption:
         if self.kind in NUMBERS:
             return NUMBERS[self.kind](value)
         text = str(value)
-        same = [choice for choice in self.choices if choice.lower() == text.lower()]
-        if same:
-            return same[0]
+        matching = [choice for choice in self.choices if choice.lower() == text.lower()]
+        if matching:
+            return matching[0]
         if self.choices:
             raise ValueError(f"choose from {', '.join(self.choices)}")
         raise ValueError("write it below [training]: values of this option are not read from other programs")

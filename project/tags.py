@@ -32,7 +32,7 @@ class TagLists:
 
     @property
     def kept(self) -> int:
-        """Return the number of leading tags that all lists share; 1 if there is a single list."""
+        """Return the number of leading tags that all captions share; 1 if there is a single caption."""
         return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
 
     @property
@@ -42,7 +42,7 @@ class TagLists:
 
     @property
     def joined(self) -> str | None:
-        """Return the first tag whose words are joined by underscores; None if there is none."""
+        """Return the first tag with an underscore between words; None if there is none."""
         return next((tag for tags in self.lists for tag in tags if UNDERSCORE.search(tag)), None)
 
     def make_keys(self, trigger: str | None) -> Mapping[str, Any]:
@@ -79,7 +79,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
 
 
 def write_blanks(tags: TagLists) -> list[str]:
-    """Return the command that rewrites tags with blanks instead of underscores, separated by commas."""
+    """Return the command that rewrites tags with spaces for underscores, and commas between them."""
     commas = [] if tags.separator == "," else WRITE_COMMAS
     return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
 

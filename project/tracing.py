@@ -33,7 +33,7 @@ STEPS = {
 
 
 def describe_step(argv: Sequence[str]) -> str:
-    """Return what a command of a run does, such as `caching latents`."""
+    """Describe a command of a run, for example as `caching latents`."""
     name = "".join(argv[1:2])
     if name in kinds_by_script():
         return TRAINING
@@ -52,7 +52,7 @@ def describe_progress(progress: NotedProgress) -> str:
 
 
 class RunTrace:
-    """Write a history of one `run`, which is shown until its training writes its own.
+    """History of one `run`, which the browser shows until the training writes its own.
 
     The run continues even if the history cannot be written.
     """
@@ -64,7 +64,7 @@ class RunTrace:
         self._since = 0.0  # start time of the current command
 
     def begin(self, repeat_argv: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start the history.
+        """Start the history of a run, with the command that repeats it.
 
         Args:
             repeat_argv: Words after `reelsmith` that repeat the run.
@@ -100,7 +100,7 @@ class RunTrace:
 
     @contextmanager
     def follow(self, argv: Sequence[str]) -> Iterator[Path | None]:
-        """Yield the file to which a command of a run writes its progress; show the progress meanwhile.
+        """Yield the file to which a command writes its progress, and add the progress to the history.
 
         Yields None for the training, which writes a history of its own.
         """

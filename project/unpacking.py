@@ -38,9 +38,9 @@ LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
 
 def unpack_folder(options: UnpackOptions) -> None:
-    """Write the folder, then print the command that trains.
+    """Unpack an archive of `pack` into a new folder, and print the command that trains.
 
-    If an error is raised, no folder is left behind.
+    After an error no folder is left behind.
 
     Raises:
         OptionError: If the file is not a complete and safe packed folder.
@@ -58,6 +58,7 @@ def unpack_folder(options: UnpackOptions) -> None:
     except UserError:
         raise
     except (
+        # a damaged archive raises many kinds of errors
         *(OSError, ValueError, KeyError, TypeError, EOFError, OverflowError),
         *(NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile),
     ) as error:
@@ -94,7 +95,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
-    """Return the paths of models in run.toml, moved to this machine's models folder.
+    """Return the model files listed in an archive's run.toml, as paths in this machine's model folder.
 
     Raises ValueError or TypeError for a file that `pack` would not write; OSError if run.toml is too large.
     """
@@ -112,7 +113,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
-    """Raise ValueError for members that lead out of the folder, are not files, or are larger than possible.
+    """Raise ValueError for archive members with unsafe names, sizes or types.
 
     `size_bytes` is the size of the archive.
     """
@@ -132,12 +133,12 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         if reason:
             raise ValueError(f"{name!r}: {reason}")
         names.add(fold_name(name))
-    above = {parent.as_posix() for name in names for parent in Path(name).parents}
-    both = next(iter(names & above), None)
-    if both is not None:
-        raise ValueError(f"{both!r} is a file and a folder")
+    folders = {parent.as_posix() for name in names for parent in Path(name).parents}
+    conflict = next(iter(names & folders), None)
+    if conflict is not None:
+        raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
-    if total > size_bytes:
+    if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
         raise ValueError(f"it says that it holds {as_size(total)}, and has {as_size(size_bytes)}")
 
 
@@ -181,7 +182,7 @@ def _write(
 
 @contextlib.contextmanager
 def _without_new_parents(folder: Path) -> Iterator[None]:
-    """If the block fails, remove the parent folders that it created."""
+    """Remove newly created parent folders if the `with` block fails."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         yield
@@ -193,7 +194,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _place_models(text: str, models: Path) -> str:
-    """Return the text of run.toml with the paths of models changed to this machine's folder.
+    """Replace the archive's model folder in a run.toml by the model folder of this machine.
 
     Raises:
         ValueError: If the text is not TOML.
@@ -204,13 +205,14 @@ def _place_models(text: str, models: Path) -> str:
     except (TOMLKitError, RecursionError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{RUN_FILE} is no TOML: {error}") from None
 
-    def place(_: str, value: str) -> str:
+    # only values such as `models/vae.safetensors` are changed
+    def place_model(_: str, value: str) -> str:
         first, slash, inside = value.partition("/")
         if first != MODELS_PART or find_error_of_name(value, on_windows=False):
             return value
         return f"{models.as_posix()}{slash}{inside}"
 
-    change_texts(document, place)
+    change_texts(document, place_model)
     return tomlkit.dumps(document)
 
 

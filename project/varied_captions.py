@@ -56,6 +56,6 @@ def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
 
 
 def _cycle(words: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """Yield words without end: all of them in a random order, then all in another one."""
+    """Yield words endlessly: all of them in random order, then all in another random order."""
     while True:
         yield from rng.sample(words, len(words))

@@ -40,7 +40,7 @@ _MAX_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four 
 
 
 class NoCaptionError(Exception):
-    """The reason why an image or clip gets no caption. The run continues with the next one."""
+    """An image or clip gets no caption, for the given reason; the run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
         """Store the reason; `server_failed` says that the server answered none of several requests."""
@@ -62,16 +62,16 @@ def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
 
 
 def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames of a file to show, each H W 3: an image, or evenly spaced frames of a clip.
+    """Return the frames that the captioning model sees, H W 3 each, scaled down to `max_pixels`.
 
-    Frames with more than `max_pixels` pixels are scaled down.
+    For a clip these are evenly spaced frames.
 
     Raises:
         MediaError: If the file cannot be read.
     """
 
     def shrink(frame: Frame) -> Frame:
-        """Return a frame with at most `max_pixels` pixels."""
+        """Reduce a frame to at most `max_pixels` pixels."""
         return _shrink(frame, max_pixels)
 
     if is_image:
@@ -142,7 +142,7 @@ def caption_in(answer: str, was_cut: bool) -> str:
 
 
 def reword(caption: str, wording: WordingOptions) -> str:
-    """Apply the wording options to a caption: replacements, then trigger word, prefix and suffix.
+    """Apply the wording options: replacements, then trigger word, prefix and suffix.
 
     The result is "prefix trigger, caption suffix", as with the keys of a dataset table. Parts that the
     caption already has are not added again.

@@ -36,7 +36,7 @@ _WRONG = "Your last answer was wrong: {fault}. Write the whole object again, wit
 
 @dataclass
 class ObjectAsker:
-    """Ask a model for captions that are JSON objects, and check its answers."""
+    """Asks a model for JSON captions, and checks its answers."""
 
     format: CaptionFormat
     wording: WordingOptions
@@ -58,7 +58,7 @@ class ObjectAsker:
         return "\n".join(lines)
 
     def read_answer(self, answer: str) -> str:
-        """Return the JSON caption in an answer, with the trigger word, prefix and suffix of the options.
+        """Extract the JSON caption from a model's answer, and apply the wording options to it.
 
         Raises:
             NoCaptionError: If the answer has no JSON object, or an object in a form that the model was not
@@ -79,10 +79,10 @@ class ObjectAsker:
         return write_object(reword_object(caption, self.wording, self.format.main))
 
     def around(self, answerer: Answerer) -> Answerer:
-        """Wrap an answerer so that its captions are checked; an invalid answer is requested once more."""
+        """Wrap an answerer so that its JSON captions are checked, and asked for again if they are invalid."""
 
         def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
-            """Yield the caption of each location; ask again if an answer cannot be read as an object."""
+            """Yield (location, caption or error) for each location; ask again if an answer is not valid."""
             # location with its question -> location as the caller knows it
             questions = {
                 dataclasses.replace(location, question=self.make_question(location)): location

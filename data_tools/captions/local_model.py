@@ -49,7 +49,7 @@ GIT = "git"  # model_type of models that describe one image and take no text, ar
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A loaded model with its processor."""
+    """A loaded captioning model with its processor."""
 
     model: Any
     processor: Any
@@ -74,7 +74,7 @@ class LocalModel:
         )
 
     def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionLocation, str | Exception]]:
-        """Yield each image or clip of a batch with its caption, or with the reason why there is none."""
+        """Yield (location, caption or error) for each image or clip in a batch."""
         try:
             answers = self.describe(batch)
         except torch.OutOfMemoryError:
@@ -98,7 +98,7 @@ class LocalModel:
 
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
-        """Return the model's answer for each image or clip, and whether it was cut off."""
+        """Generate a caption for each image or clip; return (text, whether it was cut off)."""
         texts = []
         for location, frames in batch:
             prompt = prompt_for(location, self.ask)
@@ -145,7 +145,7 @@ class LocalModel:
         return inputs.to(self.model.device, self.model.dtype)
 
     def _make_image_inputs(self, batch: Sequence[Shown]) -> Any:
-        """Return the inputs of a model that takes no text: images, and the token that starts each answer."""
+        """Return inputs for a model without prompts: images, and the first token of each answer."""
         if any(location.question is not None or len(frames) > 1 for location, frames in batch):
             raise ValueError("it describes single images and takes no text; give another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
@@ -162,7 +162,7 @@ class LocalModel:
         return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def message(self, prompt: str, num_images: int) -> str:
-        """Return the model's input text: from its chat template, or else image tokens and the prompt.
+        """Return the model's input text: its chat template, or otherwise image tokens and the prompt.
 
         Raises:
             OptionError: If the template does not take the system prompt.
@@ -172,7 +172,7 @@ class LocalModel:
         system = self.ask.system_prompt
         template = getattr(self.processor, "chat_template", None)
         image_token = getattr(self.processor, "image_token", "<image>")
-        plain = f"{image_token * num_images}\n{prompt}"
+        plain_prompt = f"{image_token * num_images}\n{prompt}"
         turns: list[dict[str, Any]] = []
         if template is not None:
             if system:
@@ -184,9 +184,9 @@ class LocalModel:
         ):  # a template for text models takes only texts
             if system:
                 turns.append({"role": "system", "content": system})
-            turns.append({"role": "user", "content": plain})
+            turns.append({"role": "user", "content": plain_prompt})
         else:
-            return f"{system}\n{plain}" if system else plain
+            return f"{system}\n{plain_prompt}" if system else plain_prompt
         try:
             return render_chat(self.processor.tokenizer, template, turns)
         except TemplateError as error:
@@ -195,7 +195,7 @@ class LocalModel:
 
 
 class RowNoise:
-    """Add noise to the scores of the next token, so that the largest score is a random draw.
+    """Adds noise to next-token scores, so that the largest score is a random draw.
 
     With Gumbel noise, the largest of `scores / temperature + noise` is a draw from the softmax of the scores
     (Maddison et al. 2014, arXiv 1411.0030). Each row has its own generator, seeded by its name, so that its
@@ -210,7 +210,7 @@ class RowNoise:
         self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores B V with noise, in float32. `input_ids` are not used."""
+        """Return the scores of the next token plus noise, B V in float32; `input_ids` is unused."""
         vocabulary_size = scores.shape[1]
         rows = [
             torch.rand(vocabulary_size, generator=generator, dtype=torch.float64)
@@ -308,9 +308,9 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
-    """Load a processor without its video part, the only one that needs torchvision.
+    """Load a processor without its video part, the only part that needs torchvision; None if it fails.
 
-    Clips are shown as images. Returns None if another part is missing.
+    Clips are shown to the model as images.
     """
     import transformers
     from transformers.models.auto import processing_auto
@@ -321,7 +321,7 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         return None
 
     def check(self: Any, name: str, part: Any) -> Any:
-        """Check the class of a part as transformers does, but accept a missing video processor."""
+        """Check a processor's component as transformers does, but accept a missing video processor."""
         is_left_out = name == "video_processor" and part is None
         return None if is_left_out else kind.check_argument_for_proper_class(self, name, part)
 

@@ -33,7 +33,7 @@ class CaptionModelOptions(Options, title="a model that runs here"):
 
 
 class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
-    """A server with an OpenAI-compatible interface."""
+    """Address, model and limits of an OpenAI-compatible caption server."""
 
     api_base: str | None = option(
         "address of the server, such as http://localhost:8000/v1; frames are sent there as JPEG. A key, "
@@ -110,7 +110,7 @@ class AskOptions(Options, title="what is asked"):
 
 
 class WordingOptions(Options, title="the text that is written"):
-    """Words to put into captions and to replace in them."""
+    """Texts that are added to captions or replaced in them."""
 
     trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
     caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")
@@ -159,7 +159,7 @@ class WordingOptions(Options, title="the text that is written"):
 
 
 class WritingOptions(Options, title="what to do"):
-    """Which captions are written, and how their text is changed: options of all captioning programs."""
+    """Which captions are written and how they are reworded; shared by all captioning programs."""
 
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"

@@ -38,7 +38,7 @@ MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "han
 
 
 class CaptionList:
-    """A JSONL list whose captions are written one by one; the file is complete at any moment.
+    """JSONL list whose captions are replaced one by one; the file is complete at any moment.
 
     Only changed lines are rewritten, and their other values are kept. If the file has changed on disk, it is
     read again first, so that edits by other programs are not lost.
@@ -63,7 +63,7 @@ class CaptionList:
                 self.entries[expand_path(entry)] = entry
 
     def add_pending(self, pending: Path) -> None:
-        """Add the captions that a killed run of an earlier version left in a file next to the list.
+        """Move captions that a killed run left in a file next to the list into the list.
 
         Raises:
             OutputError: If the list cannot be written.
@@ -88,7 +88,7 @@ class CaptionList:
         pending.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
-        """Return the object in the line with the path `entry`; {} if the list has no such line."""
+        """Return the values in the line of the list with the path `entry`; {} without such a line."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
@@ -154,7 +154,7 @@ class CaptionList:
         return lines, count
 
     def _replace_file(self, lines: Sequence[str]) -> None:
-        """Write the list atomically. Raises _ListChanged if it has changed since it was read."""
+        """Replace the list file atomically. Raises _ListChanged if it changed after it was read."""
         path = real_path(self.path)  # so that a symbolic link is not replaced by a file
         assert self._stamp is not None
         with atomic_path(path, self._stamp.size_bytes) as temporary:
@@ -180,7 +180,7 @@ class _ListChanged(Exception):
 
 
 class _Stamp(NamedTuple):
-    """State of a file, which changes when it is written."""
+    """Modification time and size of a file, by which changes are noticed."""
 
     mtime_ns: int
     size_bytes: int
@@ -193,13 +193,13 @@ def _stamp_of(path: Path) -> _Stamp:
 
 
 def _key_of(entry: str) -> str:
-    """Return the path in a line; for an address, which may contain a secret, its hash."""
+    """Return the path in a line of a list; for an address, which may contain a secret, a hash."""
     return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionLocation:
-    """File or line of a list in which the caption of a source is, or will be."""
+    """Where the caption of a media file is or will be: a text file, or a line of a list."""
 
     source: MediaSource
     file: Path  # a text file, or the list
@@ -211,14 +211,14 @@ class CaptionLocation:
 
     @property
     def name(self) -> str:
-        """Return the caption's name in the record of its folder; addresses (with secrets) are hashed."""
+        """Name of the caption in its folder's record; addresses, which may contain secrets, are hashed."""
         if self.lines is None:
             return self.file.name
         return f"{self.file.name}: {_key_of(self.entry)}"
 
     @property
     def media(self) -> str:
-        """The image or clip for messages, without passwords of an address."""
+        """Path of the image or clip for messages, without passwords in an address."""
         return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
 
     def __str__(self) -> str:
@@ -295,7 +295,7 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
 
 
 def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionLocation:
-    """Return the location of a caption in a file of its own."""
+    """Return the location of a caption that has its own text file."""
     has_caption = source.caption is not None
     text = read_caption(file) if reads_text and has_caption else None
     return CaptionLocation(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
@@ -318,7 +318,7 @@ def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
 
 
 def say_missing_keys(config: DatasetConfig) -> list[str]:
-    """Return a message for each table without the key that says where its captions are."""
+    """Return a message for each table that lacks the key that tells where its captions are."""
     return [
         f"{table.name} has no caption_extension, so its captions are {EXTENSION} files next to its "
         f"{table.kind}s. "
@@ -329,10 +329,10 @@ def say_missing_keys(config: DatasetConfig) -> list[str]:
 
 
 class MadeCaptions:
-    """The record of the captions of a folder that this program wrote, which is a journal.
+    """Record of the captions in a folder that this program wrote, to which lines are appended.
 
-    A pass is a run that remakes captions. Its beginning and end are recorded, so that the same command
-    continues after an interruption instead of remaking captions again.
+    A pass is a run that replaces captions. Its start and end are recorded, so that the same command can
+    continue an interrupted pass.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -382,7 +382,7 @@ class MadeCaptions:
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def done_before(self, pass_id: str) -> set[str]:
-        """Return the names of captions that an interrupted pass with this identifier has already remade."""
+        """Return the names of the captions that an interrupted pass with this id has replaced."""
         return self._of_pass if self._pass == pass_id else set()
 
     def begin_pass(self, pass_id: str) -> None:
@@ -391,7 +391,7 @@ class MadeCaptions:
             self._append({"begin": pass_id})
 
     def end_pass(self) -> None:
-        """Record that a pass has remade all its captions; do nothing if no pass has begun."""
+        """Record that the current pass is complete; do nothing without one."""
         if self._pass is not None:
             self._append({"end": True})
 
@@ -403,12 +403,12 @@ class MadeCaptions:
 
 
 def _hash_of(text: str) -> str:
-    """Return the SHA-256 of a caption, without white space at its ends."""
+    """Return the SHA-256 of a caption without surrounding white space."""
     return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
 
 
 def read_made(locations: Iterable[CaptionLocation]) -> dict[Path, MadeCaptions]:
-    """Return the record of each folder that has captions, by folder."""
+    """Return the record of written captions for each folder that has captions."""
     folders = {location.file.parent for location in locations}
     return {folder: MadeCaptions(folder) for folder in folders}
 
@@ -453,7 +453,7 @@ def plan_captions(
 
 
 def _reason_to_make(location: CaptionLocation, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
-    """Return the reason to make a caption; None if the existing caption is kept."""
+    """Return why a caption has to be made; None if the existing one stays."""
     if not location.has_caption:
         return MISSING
     if location.caption is None:  # not read, or a line with a list of captions, which a person wrote

@@ -69,7 +69,7 @@ SERVER_GONE = 5  # the run stops after the server failed for this number of file
 
 @dataclass(frozen=True)
 class CaptionMaker:
-    """The model or server that makes captions, and the selection of captions to write."""
+    """What makes captions (a model or server), and which captions it makes."""
 
     name: str  # name of the model, for messages
     pass_id: str  # hash of the options, see `plan_captions`
@@ -130,7 +130,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Raise OptionError if a table is for training edits: its captions describe changes."""
+    """Raise OptionError if a table is for image editing, where captions are instructions."""
     lists = tuple(table for table in config.datasets if table.jsonl_file is not None)
     listed = find_all_sources(replace(config, datasets=lists), captions=False)
     for table in config.datasets:
@@ -142,7 +142,7 @@ def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _pass_of(options: CaptioningOptions) -> str:
-    """Return a hash of the options on which captions depend."""
+    """Return a hash of the options that influence captions."""
     info = [options.caption_format, options.overwrite_all]
     made_by = [options.model.model, options.api.api_base, options.api.api_model]
     values = json.dumps([*info, *made_by, asdict(options.ask), asdict(options.wording)])
@@ -150,7 +150,7 @@ def _pass_of(options: CaptioningOptions) -> str:
 
 
 def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
-    """Write the missing captions of a dataset, and replace those that the options select.
+    """Write the missing captions of a dataset, and replace the existing captions that the options select.
 
     With `dry_run`, print what would be written instead. The model is loaded only if there is something to
     write. Each caption is written at once, so that the same command continues an interrupted run.
@@ -203,7 +203,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
 
 
 def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_kept: int) -> None:
-    """Print which captions would be written, for --dry_run."""
+    """Print the captions that would be written, for --dry_run."""
     counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
     lines = [f"{location.source.path} ({why}): {location}" for location, why in jobs.items()]
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
@@ -235,7 +235,7 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
 
 
 def look_at(location: CaptionLocation, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames of a source that are shown to the model.
+    """Return the frames of a media file that the captioning model sees.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -248,7 +248,7 @@ def look_at(location: CaptionLocation, num_frames: int, max_pixels: int) -> Fram
 
 
 def _add_pending(config: DatasetConfig) -> None:
-    """Move captions that a killed run of an earlier version left next to lists into these lists."""
+    """Move captions left by a killed run of an earlier version into their lists."""
     for table in config.datasets:
         if table.jsonl_file:
             pending = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
@@ -342,7 +342,7 @@ class _Rejections:
         self._of_server = 0  # server failures in a row
 
     def clear(self) -> None:
-        """Note that an answer has arrived."""
+        """Forget earlier failures, since an answer has arrived."""
         self._has_answer = True
         self._of_server = 0
 
@@ -383,7 +383,7 @@ class _Edit:
 def edit_captions(
     config: DatasetConfig, wording: WordingOptions, dry_run: bool, format: CaptionFormat | None = None
 ) -> None:
-    """Apply `wording` to all captions of a dataset; each changed file is backed up as .bak.
+    """Apply wording options to all captions of a dataset; changed files are backed up as .bak.
 
     A caption that would become empty is not changed.
 
@@ -424,7 +424,7 @@ def _print_edits(edits: Sequence[_Edit]) -> None:
 
 
 def _shorten(caption: str) -> str:
-    """Return a caption on one line of at most SHOWN characters."""
+    """Shorten a caption to one line of at most SHOWN characters."""
     return shorten(" / ".join(caption.split("\n")), SHOWN)
 
 
@@ -479,19 +479,19 @@ def _check_words_around(
     wording: WordingOptions,
     format: CaptionFormat | None,
 ) -> None:
-    """Raise OptionError if words should be added to a JSON caption without a known main text."""
+    """Raise OptionError if words cannot be added to a JSON caption, for lack of a known main text."""
     if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
         return
-    what = f"{location.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
+    start = f"{location.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
     if format is None:
         formats = ", ".join(caption_formats())
         raise OptionError(
-            f"{what}--caption_suffix would break. Say whose it is by --caption_format ({formats}): then they "
-            "go into its texts"
+            f"{start}--caption_suffix would break. Say whose it is by --caption_format ({formats}): then "
+            "they go into its texts"
         )
     if format.main not in content:
         raise OptionError(
-            f"{what}--caption_suffix put into {format.main}, and it has none. Write it there by hand"
+            f"{start}--caption_suffix put into {format.main}, and it has none. Write it there by hand"
         )
 
 
@@ -501,7 +501,7 @@ def _edit_line(
     is_several: bool,
     reword_text: Callable[[CaptionLocation, str], str],
 ) -> _Edit | None:
-    """Return the edit of a line in a list; None if nothing changes.
+    """Return the edit of a line in a list of captions; None if the wording options change nothing.
 
     `is_several` says that the line may have several captions under the key "captions". An edit with an empty
     new text is reported and not written.
@@ -526,13 +526,14 @@ def _edit_line(
     return _Edit(
         location,
         old="\n".join(_list_texts(old)),
+        # one empty caption makes the whole line an edit that is not written
         new="\n".join(new_texts) if all(new_texts) else "",
         change=(old, new),
     )
 
 
 def _list_texts(values: Mapping[str, Any]) -> list[str]:
-    """Return the texts under all keys; a value is a text or a list of texts."""
+    """Return all texts in a mapping, whose values are texts or lists of texts."""
     texts: list[str] = []
     for value in values.values():
         texts += [value] if isinstance(value, str) else value

@@ -61,7 +61,7 @@ class _TryAgain(Exception):
 
 
 class _Session(requests.Session):
-    """A session that follows no redirects, because the other address would get the key."""
+    """HTTP session that follows no redirect, since the other address would receive the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Return None, so that requests follows no redirect."""
@@ -191,7 +191,7 @@ class ApiServer:
         return body
 
     def _request(self, body: Mapping[str, Any]) -> str:
-        """Send one request and return the caption.
+        """Send one caption request, and return the caption in the response.
 
         A request with a parameter that the model refuses is sent once more without it.
 
@@ -202,6 +202,7 @@ class ApiServer:
         """
         parameters: dict[str, Any] = {}
         for key, value in body.items():
+            # None: the parameter is left out
             name = OTHER_NAMES[key] if key in self._replaced else key
             if name is not None:
                 parameters[name] = value
@@ -248,7 +249,7 @@ class ApiServer:
         return _TryAgain(f"the connection broke: {why}", math.nan)
 
     def _post(self, parameters: Any) -> tuple[int, float, str]:
-        """Send a request; return status, seconds to wait (NaN if the server names none), and text.
+        """Send a request; return the status, the seconds to wait (NaN: not named by the server) and the text.
 
         Raises the errors of requests, and NoCaptionError if the answer is too long.
         """
@@ -308,7 +309,7 @@ class ApiServer:
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _adapt(self, text: str, parameters: Mapping[str, Any]) -> bool:
-        """Stop sending a parameter that an error names as refused. Returns whether the request had one."""
+        """Stop sending a parameter that the server refuses; return whether the request contained one."""
         for name, replacement in OTHER_NAMES.items():
             if name in parameters and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
                 if name not in self._replaced:  # else another thread has noted it
@@ -319,14 +320,14 @@ class ApiServer:
         return False
 
     def _hide(self, text: str) -> str:
-        """Return a text for a message: without the key, in one line, shortened."""
+        """Return a text in one line for messages, shortened and without the API key."""
         if self._key:
             text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
 
 
 def _data_url(frame: Frame) -> str:
-    """Return a data URL that holds a frame as JPEG."""
+    """Return a frame as a JPEG data URL."""
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
     encoded = base64.b64encode(file.getvalue()).decode("ascii")

@@ -60,7 +60,7 @@ KEYS = {
 
 
 class Draws(NamedTuple):
-    """Random choices for a clip."""
+    """Random crop position and mirroring, drawn once per clip."""
 
     place: tuple[float, float]  # left and top of the crop, in 0..1
     is_flipped: bool
@@ -81,16 +81,16 @@ class PreparedItem:
 
     @property
     def facts(self) -> Path:
-        """Path of the file with size and number of frames; written last, it marks the clip as done."""
+        """Path of a clip's info file; the file is written last, so it marks the clip as finished."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
-        """Return num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
+        """Read num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
         info = parse_json(read_text(self.facts))
         return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
-        """Return whether the files of the clip exist and are newer than the clip."""
+        """Return whether the clip's files exist and are newer than the clip itself."""
         kinds = [VIDEOS, IMAGES]
         if latents:
             kinds.append(MOMENTS)
@@ -104,7 +104,7 @@ class PreparedItem:
         return is_newer and all(self.file(kind).exists() for kind in kinds)
 
     def has_texts(self, embeds: bool) -> bool:
-        """Return whether the files of the caption exist and belong to this caption."""
+        """Return whether a caption's files exist and belong to its current text."""
         path = self.file(EMBEDS)
         if embeds and not (path.exists() and embeds_note(path).exists()):
             return False
@@ -156,7 +156,7 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
 
 
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the texts of the lists by file name: prompts.txt, videos.txt and data.jsonl.
+    """Return the contents of prompts.txt, videos.txt and data.jsonl, by file name.
 
     Args:
         items: Finished items with their `read_info`. Missing files are null in data.jsonl.
@@ -249,7 +249,9 @@ def prepare_clips(
     options: PrepareOptions,
     show_progress: bool,
 ) -> list[Failure]:
-    """Read, encode (if an encoder is given) and write all clips; return the failures.
+    """Decode, encode and write all clips of one process; return the failures.
+
+    Without `encode` nothing is encoded.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -258,6 +260,7 @@ def prepare_clips(
     settings = options.encoding
     threads = options.workers
     shape = options.shape
+    # upper limit for the memory of a decoded clip
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
 
     def read(item: PreparedItem) -> Clip:
@@ -265,7 +268,7 @@ def prepare_clips(
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
     def clips() -> Iterator[tuple[PreparedItem, Clip]]:
-        """Yield each clip in order, while threads read later ones; add failures to `failures`."""
+        """Yield clips in order while threads read ahead; append unreadable clips to `failures`."""
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))
@@ -326,7 +329,7 @@ def _encode_batch(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Encode clips of one shape; return the moments of their latents on the CPU in the dtype to save.
+    """Encode clips of equal shape to VAE moments, on the CPU in the dtype to save.
 
     On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the batch.
     """
@@ -361,7 +364,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
     def select_indices(available: int) -> range:
-        """Return the indices of evenly spaced frames, as many as the largest fitting bucket has."""
+        """Return evenly spaced frame indices, as many as the largest bucket that the clip can fill."""
         count = select_frames(available, options.frame_buckets, options.max_num_frames)
         if count is None:
             raise MediaError(
@@ -383,9 +386,9 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:
-    """Return the bucket nearest to min(available, maximum); the first one wins a tie.
+    """Return the frame bucket nearest to min(available, maximum); the first one if two are equally near.
 
-    Only buckets of at most `available` frames are considered; the result is None if there is none.
+    None if all buckets have more than `available` frames.
     """
     fitting = [bucket for bucket in buckets if bucket <= available]
     return min(fitting, key=lambda bucket: abs(bucket - min(available, maximum)), default=None)

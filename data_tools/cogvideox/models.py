@@ -108,13 +108,13 @@ def _read_vae_class(folder: Path, hint: str) -> str:
 def _make_of_family(
     name: str, folder: Path, options: EncodingOptions, texts: Mapping[str, str]
 ) -> PipelineNetworks:
-    """Describe the networks of a family, built in the same way as by its caching scripts."""
+    """Describe the networks of a family, using the options of its caching scripts."""
     entry = FAMILIES[name]
     dtype = dtype_name(DTYPES[options.dtype])
     words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
     if options.use_tiling:
         words.append("--vae_tiling")
-    media = entry.make_family(
+    media_family = entry.make_family(
         "latent_caching", *parse_options(None, words, entry.options_record("LatentCaching"))
     )
     words = []
@@ -122,18 +122,18 @@ def _make_of_family(
         # a tokenizer is optional; the family reports a missing text encoder
         if part.startswith("text") or (folder / part).exists():
             words += [option, str(folder / part)]
-    texts_of = entry.make_family(
+    text_family = entry.make_family(
         "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
     )
-    media.check_given_files()
-    texts_of.check_given_files()
+    media_family.check_given_files()
+    text_family.check_given_files()
     return PipelineNetworks(
-        architecture=media.name,
-        latent=media.latent,
-        identity=media.media_identity,
-        usable_frames=media.latent.lengths.fit,
-        load=lambda device: media.media_encoders(device).vae.moments,
-        text_encoders=texts_of.text_encoders(),
+        architecture=media_family.name,
+        latent=media_family.latent,
+        identity=media_family.media_identity,
+        usable_frames=media_family.latent.lengths.fit,
+        load=lambda device: media_family.media_encoders(device).vae.moments,
+        text_encoders=text_family.text_encoders(),
     )
 
 
@@ -142,15 +142,15 @@ def _make_of_family(
 
 
 def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
-    """Describe the networks of a CogVideoX pipeline.
+    """Describe the networks of a CogVideoX pipeline, without loading them.
 
     Raises:
         CheckpointError: If a part is missing.
         InstallationError: If a package is missing.
     """
-    for part in ("vae", "text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise CheckpointError(f"--model_id {folder} has no folder {part}", folder)
+    for subfolder in ("vae", "text_encoder", "tokenizer"):
+        if not (folder / subfolder).is_dir():
+            raise CheckpointError(f"--model_id {folder} has no folder {subfolder}", folder)
     diffusers, _ = _import_packages()
     dtype = DTYPES[options.dtype]
 
@@ -178,7 +178,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
 
 
 def usable_frames(frames: int) -> int:
-    """Return the largest number up to `frames` of the form 4n or 4n + 1, which the VAE takes."""
+    """Return the largest 4n or 4n + 1 up to `frames`, the lengths that the VAE accepts."""
     return frames if frames % 4 < 2 else frames // 4 * 4 or 1
 
 
@@ -227,7 +227,7 @@ class CogTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        """Load tokenizer and T5 onto `device`."""
+        """Load the tokenizer and the T5 encoder onto `device`."""
         _, transformers = _import_packages()
         self._tokenizer = self._load_tokenizer()
         model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
@@ -258,10 +258,10 @@ class CogTextEncoder:
 
 
 def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
-    """Load a part of a pipeline from its folder, without running code or pickles from it.
+    """Load a component of a pipeline from its folder, without executing code or unpickling.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the component cannot be read.
     """
     weights = {"use_safetensors": True} if settings else {}
     try:

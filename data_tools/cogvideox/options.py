@@ -16,7 +16,7 @@ MAX_FRAMES = 100_000
 
 
 class ClipSourceOptions(Options, title="clips and captions"):
-    """Where clips and captions are."""
+    """Which clips and captions are prepared, and in which files or columns they are."""
 
     data_root: Path = option("folder that the paths of clips are in", required=True)
     dataset_file: Path | None = option(
@@ -37,7 +37,7 @@ class ClipSourceOptions(Options, title="clips and captions"):
 
 
 class ShapeOptions(Options, title="frames and sizes"):
-    """Options for the frames of a clip: which ones are used, and at which size."""
+    """Which frames of a clip are used, and at which size."""
 
     height_buckets: tuple[int, ...] = option(
         "heights in pixels; a clip gets the nearest size",
@@ -87,7 +87,7 @@ class ShapeOptions(Options, title="frames and sizes"):
 
 
 class EncodingOptions(Options, title="encoding"):
-    """Which models encode, and how."""
+    """Which model encodes, with which dtype, tiling and batch size."""
 
     model_id: str | None = option(
         "folder of a diffusers pipeline, or its name on the hub: of Wan, HunyuanVideo or CogVideoX, "

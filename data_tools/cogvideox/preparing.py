@@ -77,7 +77,6 @@ def prepare(options: PrepareOptions) -> None:
                 raise SystemExit(DatasetError.exit_code)
             return
         # items whose files all exist now, from this run or earlier ones
-        # items whose files all exist now, from this run or earlier ones
         complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
     num_prepared = sum(count for count, _ in gathered) - len(failures)
@@ -107,7 +106,7 @@ class _Work:
 
     @property
     def num_items(self) -> int:
-        """Number of clips with something to do."""
+        """Number of clips that lack text or media files."""
         return len({item.name for item in [*self.without_texts, *self.without_media]})
 
 
@@ -155,7 +154,7 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 
 
 def _record_settings(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Record the settings of the folder, and remove unfinished files of killed runs.
+    """Record the settings of the output folder, and remove unfinished files of killed runs.
 
     Raises:
         OptionError: If the folder was begun with different settings.
@@ -188,14 +187,14 @@ def _record_settings(options: PrepareOptions, maker: PipelineNetworks | None) ->
 
 
 def _describe_model(folder: PreparedFolder) -> dict[str, Any]:
-    """Return what has to be equal for files of two runs to fit together."""
+    """Return the settings in which two runs must agree to share a folder."""
     return {"architecture": folder.architecture, **folder.vae}
 
 
 def _prepare_share(
     options: PrepareOptions, maker: PipelineNetworks | None, share: Share, work: _Work
 ) -> list[Failure]:
-    """Process this process's share of the items; models are loaded only if needed."""
+    """Prepare the items of this process; networks are loaded only if there is something to encode."""
     device = share.device
     is_main = share.rank == 0
     if maker is None:

@@ -25,7 +25,7 @@ MIN_DISTANCE = 1e-3  # metres, so that the inverse is finite
 
 @dataclass(frozen=True)
 class DepthModel:
-    """A loaded model with its processor."""
+    """A loaded depth model with its processor."""
 
     network: Any
     processor: Any
@@ -58,7 +58,7 @@ class DepthModel:
 
 
 def _gives_distances(config: Any) -> bool:
-    """Return whether a model's values grow with the distance, as other models' fall."""
+    """Return whether a depth model predicts distances, unlike most models, which predict inverse depth."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
     return is_metric or config.model_type in OF_DISTANCES
 

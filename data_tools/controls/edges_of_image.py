@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class DrawEdgesOptions(Options, title="what to do"):
-    """Options of tools/canny.py."""
+    """Options for drawing the edges of an image."""
 
     input: Path = option(
         "image to read; for a folder use tools/control_pictures.py",

@@ -65,7 +65,7 @@ class ControlImageOptions(Options, title="what to make"):
 
     @property
     def thresholds(self) -> tuple[int, int]:
-        """Return the thresholds of edges, low and high."""
+        """Return the low and the high threshold of Canny's edge detector."""
         if not self.canny:
             return EDGE_THRESHOLDS
         low, high = self.canny
@@ -125,7 +125,7 @@ def make_control_images(options: ControlImageOptions) -> None:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    """Return the images of a folder, sorted, without hidden ones, masks and condition images."""
+    """Return the visible images of a folder, sorted, without masks and condition images."""
     return [path for path in list_images(folder) if label_of(path.stem) is None]
 
 
@@ -157,24 +157,25 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 
 
 def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) -> Plan:
-    """Plan which control images to make.
+    """Decide for each image whether its control image is made, and list existing ones that stay.
 
     With `overwrite`, control images that this program has made are made again.
     """
     existing: dict[str, Path] = {}
     if output.is_dir():
+        # file systems of Windows and macOS ignore case
         existing = {path.stem.casefold(): path for path in _find_images(output)}
     plan = Plan()
     for image in pictures:
         target = existing.get(image.stem.casefold())
-        made_by = None if target is None else _read_method(target)
+        recorded_method = None if target is None else _read_method(target)
         if target is None:
             plan.jobs.append((image, output / f"{image.stem}.png"))
-        elif made_by is None:
+        elif recorded_method is None:
             plan.foreign.append(target)
         elif overwrite:
             plan.jobs.append((image, target))
-        elif made_by == method:
+        elif recorded_method == method:
             plan.done.append(target)
         else:
             plan.other_method.append(target)
@@ -182,7 +183,7 @@ def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) 
 
 
 def _read_method(path: Path) -> str | None:
-    """Return the method by which this program made a control image; None if it did not make it."""
+    """Return how this program made a control image; None if the image has another origin."""
     try:
         return read_tags(path).get(MADE)
     except MediaError:  # another program's file, which the training reports

@@ -47,7 +47,7 @@ class VideoLook:
     changes: list[SceneChange] = field(default_factory=list)
 
     def time(self, number: int) -> float:
-        """Return the start of a frame in seconds; beyond the last frame, the end of the video."""
+        """Return when a frame starts in seconds; for the index after the last frame, the end of the video."""
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
@@ -60,7 +60,7 @@ class VideoLook:
 def look_at(
     info: SourceInfo, frames: Iterable[Picture], detector: SceneDetector, black_threshold: float
 ) -> VideoLook:
-    """Read all frames of a video; measure some, and find the scene changes."""
+    """Decode a video once, to find its frame times, scene changes and measures."""
     look = VideoLook(info.width, info.height)
     due = 0.0
     for number, frame in enumerate(frames):
@@ -110,7 +110,7 @@ class PlannedClip:
 
     @property
     def frames(self) -> int:
-        """Number of frames."""
+        """Number of frames in the clip."""
         return self.end - self.first
 
 
@@ -134,7 +134,7 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
 
 
 def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
-    """Return first and end of each scene between changes; the frames of a change belong to no scene."""
+    """Return (first, end) of each scene between changes; frames of a transition belong to no scene."""
     begins = [0, *(end for _, end in changes)]
     ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
@@ -191,7 +191,7 @@ def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptio
 
 
 def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
-    """Return whether frames fit the least lengths."""
+    """Return whether frames from `first` to `end` reach both minimum lengths."""
     seconds = look.time(end) - look.time(first)
     return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING
 
@@ -212,7 +212,7 @@ def _find_content_reason(look: VideoLook, first: int, end: int, choice: ChoiceOp
 
 
 def _make_clip(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
-    """Describe the frames `first` to `end` as a clip; `dropped` is the reason why it is not cut."""
+    """Return a clip with its measures; `dropped` is the reason why it is not written."""
     samples = look.samples_between(first, end)
     return PlannedClip(
         scene,

@@ -13,7 +13,7 @@ NO_LIMIT = "0 for no limit"
 
 
 class SceneOptions(Options, title="scenes"):
-    """How scenes are found."""
+    """How changes of scene are detected."""
 
     scene_threshold: float = option(
         "how much has to change at a cut; a lower one finds more", default=0.25, above=0, maximum=1
@@ -28,7 +28,7 @@ class SceneOptions(Options, title="scenes"):
 
 
 class LengthOptions(Options, title="lengths"):
-    """How long clips are: in seconds, in frames, or both; then both limits hold."""
+    """Minimum and maximum length of clips in seconds and in frames; all limits apply."""
 
     min_seconds: float = option("shorter clips are left out; 0: none are", default=1.0, minimum=0)
     max_seconds: float = option(

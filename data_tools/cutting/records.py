@@ -53,7 +53,7 @@ class CutRecord:
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
     def changes(self, source: Path, options: CuttingOptions) -> str:
-        """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; "" if there is none."""
+        """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
             for name, value in _list_deciding_options(options).items()
@@ -133,7 +133,7 @@ def _parse_record(text: str) -> CutRecord:
 
 
 def write_record(output: Path, record: CutRecord) -> None:
-    """Write a record, completely or not at all. Raises OutputError if it cannot be written."""
+    """Write a cutting record atomically. Raises OutputError if it cannot be written."""
     content = {"version": VERSION, **asdict(record)}
     # in ASCII: a path may hold bytes that are not text
     write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
@@ -148,7 +148,7 @@ class ClipList:
     """
 
     def __init__(self, path: Path, output: Path) -> None:
-        """Read the list if it exists.
+        """Read the list of clips, if it exists.
 
         Raises:
             OutputError: If the list cannot be read.
@@ -171,7 +171,7 @@ class ClipList:
             return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
-        """Add the lines of a source; existing lines of its clips are kept.
+        """Add the lines of a source to the list; existing lines of its clips stay.
 
         With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
         added only for clips that still exist, because a user may have removed some.
@@ -232,7 +232,7 @@ class ClipList:
 
 
 def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return a clip's entry in the list: path and properties. Captions are added by other programs."""
+    """Return a clip's entry in the list: path and properties. Captions are added later."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),

@@ -50,12 +50,12 @@ class CuttingJob:
 
 
 class CuttingStopped(Exception):
-    """Raised in a thread that has to stop."""
+    """Raised in a cutting thread when the run ends early."""
 
 
 @dataclass(frozen=True)
 class CutResult:
-    """Result for a source."""
+    """Clips of one source video, and whether they were cut in this run."""
 
     record: CutRecord | None  # None: a dry run
     clips: Sequence[PlannedClip]  # including those that are left out
@@ -137,7 +137,7 @@ def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> l
 
 
 def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float) -> None:
-    """Show the numbers of sources that were cut and of their clips."""
+    """Print the numbers of sources cut and of clips written."""
     new = [result for result in results if result.is_new]
     num_clips = sum(len(result.record.clips) for result in results if result.record is not None)
     num_written = sum(result.written for result in new)
@@ -152,10 +152,10 @@ def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float)
 
 
 def find_videos(path: Path, output: Path) -> dict[Path, str]:
-    """Return a video, or all videos below a folder sorted by path, each with a unique stem.
+    """Return all videos below a folder, each with a unique stem for the names of its clips.
 
-    The stem begins the names of the clips and is made of the path below the folder. Files in `output`, and in
-    other folders that clips were cut into, are left out.
+    The stem is made of the path below the folder. Videos in `output`, and in other folders that clips were
+    cut into, are left out. `path` may also be a single video.
 
     Raises:
         MediaError: If no video is found.
@@ -167,6 +167,7 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
     videos: list[Path] = []
     for walked, folders, names in os.walk(root):
         folder = Path(walked)
+        # os.walk only enters the folders that stay in this list
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and folder / name != output_folder
         )
@@ -199,23 +200,23 @@ class Cutter:
     stop: Event = field(default_factory=Event)
 
     def cut(self, job: CuttingJob) -> CutResult:
-        """Cut a video, or finish the work of an interrupted run.
+        """Cut a video into clips, or finish the cut of an interrupted run.
 
         Raises UserError if the video cannot be read or a clip cannot be written.
         """
         path = job.source
         record = job.record
-        why = "" if record is None else record.changes(path, self.options)
+        reason_to_recut = "" if record is None else record.changes(path, self.options)
         clips: Sequence[PlannedClip]
-        if record is None or why:
+        if record is None or reason_to_recut:
             if record is not None:
-                self._check_untouched(path, record, why)
-                logger.warning("%s is cut again: %s", path, why)
+                self._check_untouched(path, record, reason_to_recut)
+                logger.warning("%s is cut again: %s", path, reason_to_recut)
             look = self._look_at(path)
             clips = plan_clips(look, self.options.lengths, self.options.choice)
             if self.options.dry_run:
                 return CutResult(None, clips)
-            record = self._begin(job, look, clips, why)
+            record = self._begin(job, look, clips, reason_to_recut)
         elif record.is_done:
             return CutResult(record, (), is_new=False)
         else:
@@ -237,14 +238,14 @@ class Cutter:
         return record
 
     def _look_at(self, path: Path) -> VideoLook:
-        """Read all frames of a video once."""
+        """Decode a video once for its frame times, scene changes and measures."""
         info = source_info(path)
         detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
         with contextlib.closing(self._frames(path, "scenes of")) as frames:
             return look_at(info, frames, detector, self.options.choice.black_threshold)
 
     def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
-        """Record how a source is cut, and remove the clips of an earlier cut.
+        """Record how a source will be cut, and remove the clips of an earlier cut.
 
         `why` is the reason for cutting again.
         """
@@ -293,7 +294,7 @@ class Cutter:
                 bar.update()
 
     def _remove_old_clips(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut and their lines; `_check_untouched` must have passed.
+        """Remove the clips of an earlier cut and their lines in the list, after `_check_untouched`.
 
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
@@ -315,7 +316,7 @@ class Cutter:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
-        """Write the missing clips in one pass over the frames; return how many.
+        """Write the clips of a video that do not exist yet, in one pass over its frames; return their number.
 
         A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
 
@@ -333,6 +334,7 @@ class Cutter:
             numbered = enumerate(frames)
             for written in missing:
                 clip = written.clip
+                # records store seconds as floats; fractions of microseconds are exact
                 start = Fraction(round(clip.start * MICRO), MICRO)
                 seconds = Fraction(round(clip.seconds * MICRO), MICRO)
                 write_timed_video(
@@ -348,7 +350,7 @@ class Cutter:
 
 
 def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: PlannedClip) -> Iterator[Picture]:
-    """Yield the frames of a clip, timed from 0 s. Skips frames before it, and reads none after it."""
+    """Yield the frames of a planned clip, with times that start at 0; no later frame is read."""
     origin: Fraction | None = None
     for number, frame in frames:
         if number < clip.first:
@@ -406,6 +408,6 @@ def _count_in_words(clips: Sequence[PlannedClip]) -> str:
 
 
 def _describe_reasons(clips: Sequence[PlannedClip]) -> str:
-    """Return how many clips are left out for each reason, the most frequent first."""
+    """Count the clips left out for each reason, the most frequent first."""
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

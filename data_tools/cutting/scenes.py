@@ -53,29 +53,30 @@ class SceneDetector:
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
-        """Look at the next frame, H W 3."""
-        now = thumbnail(pixels)
+        """Examine the next frame, H W 3, for a cut, a flash or a dissolve."""
+        current = thumbnail(pixels)
         number = self._num_seen
         self._num_seen += 1
-        is_break = self._see_plain(now, number)
-        before = self._before
+        is_break = self._see_plain(current, number)
+        previous = self._before
         jump = self._jump
-        if before is not None and self._differ(before, now):
+        if previous is not None and self._differ(previous, current):
             is_break = True
+            # a short jump whose end looks like the frame before it
             is_flash = (
                 jump is not None
                 and number - jump.number <= self._flash_frames
-                and not self._differ(jump.before, now)
+                and not self._differ(jump.before, current)
             )
             if is_flash:
                 self._jump = None  # the scene continues
             else:
                 self._confirm()
-                self._jump = _Jump(number, before)
+                self._jump = _Jump(number, previous)
         elif jump is not None and number - jump.number > self._flash_frames:
             self._confirm()
-        self._before = now
-        self._dissolves.see(now, number, is_break)
+        self._before = current
+        self._dissolves.see(current, number, is_break)
 
     def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
         """Return whether two frames differ enough to belong to different scenes."""
@@ -95,13 +96,13 @@ class SceneDetector:
         return [(begin, end) for begin, end in joined if end > 0 and begin < self._num_seen]
 
     def _confirm(self) -> None:
-        """Record the pending jump as a hard cut: it was no flash."""
+        """Record the pending jump as a cut, since it was not a flash."""
         if self._jump is not None:
             self._changes.append((self._jump.number, self._jump.number))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
-        """Track runs of frames of one color. Returns whether this frame is one."""
+        """Track runs of single-color frames; return whether this frame is one."""
         pixels = now.gray[~now.is_white]
         # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
@@ -160,7 +161,7 @@ class _Dissolves:
                 self._look(first, reach)
 
     def _look(self, first: int, reach: int) -> None:
-        """Check whether the last 2 * reach + 1 frames, from index `first` on, are a dissolve."""
+        """Check whether the last 2 * reach + 1 frames, starting at `first`, are a dissolve."""
         offset = len(self._images) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
@@ -185,7 +186,7 @@ class _Dissolves:
         return True
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
-        """Return the share of the second scene in each frame from `offset` on."""
+        """Return the fraction of the second scene in each frame from `offset` on."""
         begin = self._images[offset].gray
         direction = self._images[-1].gray - begin
         length = max(float(np.square(direction).sum()), 1e-12)

@@ -102,7 +102,7 @@ class FinderOptions(Options, title="what to find"):
 
 
 class MaskShapeOptions(Options, title="the shape of the masks"):
-    """From a network's values, 0..1, to a mask."""
+    """How a finder's values, 0..1, are turned into a mask."""
 
     threshold: float | None = option(
         "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", minimum=0, below=1

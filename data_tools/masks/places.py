@@ -63,7 +63,7 @@ class MaskPlace:
 
     @property
     def before(self) -> Path:
-        """Return the folder with the mask as it was before its last change; it is empty if there was none."""
+        """Return the folder that holds the mask from before its last change, if any."""
         return self.folder / MASKS_BEFORE / self.medium.name
 
     @property
@@ -72,7 +72,7 @@ class MaskPlace:
         return not self.masks and self.before.is_dir() and any(self.before.iterdir())
 
     def target(self, moves: bool) -> Path:
-        """Return where to write a mask.
+        """Return the path for writing a mask.
 
         Args:
             moves: Whether the mask has an image for each frame of a clip.
@@ -80,19 +80,19 @@ class MaskPlace:
         return self.folder / (self.name if moves else f"{self.name}.png")
 
     def texts(self) -> dict[str, str]:
-        """Return the texts of the mask; of one that cannot be read none."""
+        """Return the texts stored in the mask file; {} if it is unreadable."""
         with contextlib.suppress(MediaError, OSError):
             if self.mask is not None:
                 return read_tags(folder_images(self.mask)[0] if self.mask.is_dir() else self.mask)
         return {}
 
     def listed_anew(self) -> "MaskPlace":
-        """Return the place with the files that exist now."""
+        """Return the same place with the mask files that exist now."""
         return _list_places([(self.medium, self.kind)], self.folder)[0]
 
 
 def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
-    """Return a place for each image and clip in a folder, sorted; subfolders are not searched.
+    """Return where the mask of each image and clip in a folder is or would be, sorted by name.
 
     `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the images itself, masks
     lie next to the images.
@@ -113,7 +113,7 @@ def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
 
 
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
-    """Return the images and clips of a folder, sorted, without hidden ones, masks and condition images.
+    """Return the visible images and clips of a folder, sorted, with their kinds, without masks.
 
     An animated GIF or WebP is a clip.
 
@@ -130,6 +130,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
         for path in paths
         if path.suffix.lower() in suffixes
         and not path.name.startswith(".")
+        # OneTrainer stores masks and conditioning images next to the images
         and label_of(path.stem) is None
         and path.is_file()
     ]
@@ -162,7 +163,7 @@ def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskP
 
 
 def mask_line(folder: PurePath) -> str:
-    """Return the line for a dataset file that makes it use a folder of masks."""
+    """Return the line of dataset.toml that makes a table use a folder of masks."""
     return f"mask_directory = {json.dumps(folder.as_posix(), ensure_ascii=False)}"  # as TOML quotes too
 
 
@@ -184,7 +185,7 @@ def read_frames(mask: Path) -> Iterator[Gray]:
 
 
 def read_frame(mask: Path, number: int) -> Gray:
-    """Return one frame of a mask, H W; the last one if the mask is shorter.
+    """Return frame `number` of a mask, H W; the last frame if the mask is shorter.
 
     Raises MediaError if the mask cannot be read.
     """
@@ -266,7 +267,7 @@ def keep_before(place: MaskPlace) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder, which vanishes at once. Raises OutputError if it cannot be deleted."""
+    """Delete a file or folder in one step. Raises OutputError if that fails."""
     with explain_errors(path):
         if path.is_dir() and not path.is_symlink():
             waste = temporary_name(path)
@@ -303,7 +304,7 @@ def accept_mask(place: MaskPlace) -> None:
 
 
 def invert_mask(place: MaskPlace) -> None:
-    """Invert the mask, so that what was excluded is learned. It then counts as drawn by a person.
+    """Invert a mask, which then counts as drawn by a person.
 
     Raises:
         DatasetError: If there is no mask, or if nothing would be learned.
@@ -317,7 +318,7 @@ def invert_mask(place: MaskPlace) -> None:
 
 
 def remove_mask(place: MaskPlace) -> None:
-    """Remove the mask; runs do not make it again unless they are asked to replace masks.
+    """Remove a mask; runs make it again only if they replace masks.
 
     Raises:
         DatasetError: If there is no mask.
@@ -329,7 +330,7 @@ def remove_mask(place: MaskPlace) -> None:
 
 
 def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
-    """Store a mask that a person drew, replacing an existing one.
+    """Store a mask that a person has drawn, in place of an existing one.
 
     Args:
         place: Image or clip, and the location of its mask.
@@ -355,6 +356,7 @@ def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None
         mask = _require_mask(place)
         if is_still(mask) or not 0 <= number < count_frames(mask):
             raise DatasetError(f"{mask} has no frame {number}, so that it cannot be replaced")
+        # a generator: one frame of the old mask is replaced, the others are copied
         frames = (gray if index == number else old for index, old in enumerate(read_frames(mask)))
     if not write_mask(place, frames, moves=number is not None, texts={}):
         raise DatasetError(f"The mask of {place.medium.name} is all black: nothing would be learned")
@@ -377,10 +379,10 @@ def undo_change(place: MaskPlace) -> bool:
 
 
 def _require_mask(place: MaskPlace) -> Path:
-    """Return the path of a mask.
+    """Return the path of an existing mask.
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If there is no mask.
     """
     if place.mask is None:
         raise DatasetError(f"{place.medium.name} has no mask in {place.folder}")

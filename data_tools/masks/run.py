@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 class Finder(Protocol):
-    """Finds something in images."""
+    """Finds the regions of images that a mask should cover."""
 
     def find(self, frame: Frame) -> Values:
-        """Return the values of an image, H W 3: h w, 0..1."""
+        """Return how strongly each region of an image, H W 3, is to be masked: h w, 0..1."""
 
 
 class _NothingFoundError(Exception):
-    """Nothing was found in an image, or in no frame of a clip."""
+    """Nothing to mask was found in an image, or in any frame of a clip."""
 
 
 @dataclass
 class MaskPlan:
-    """What to do for each image and clip of some folders."""
+    """Which masks are made, and which existing ones stay, for the media in some folders."""
 
     jobs: list[MaskPlace] = field(default_factory=list)
     other_method: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
@@ -54,7 +54,7 @@ class MaskPlan:
 
 @dataclass
 class MaskOutcome:
-    """Results of the jobs of a run."""
+    """Numbers and failures of the masks made in a run."""
 
     written: list[MaskPlace] = field(default_factory=list)
     empty: list[MaskPlace] = field(default_factory=list)  # nothing was found
@@ -63,12 +63,12 @@ class MaskOutcome:
 
 
 def make_masks(options: MaskOptions) -> None:
-    """Make masks for the images and clips of a folder.
+    """Make masks for the images and clips in a folder.
 
-    Each mask is written completely or not at all, so the same command continues an interrupted run.
+    Masks are written atomically, so the same command continues an interrupted run.
 
     Raises:
-        UserError: If nothing can be done.
+        UserError: If an option or the folder cannot be used.
         DatasetError: At the end, if files could not be read.
     """
     options.finder.require_one()
@@ -114,7 +114,7 @@ def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: i
 def _make_mask(
     place: MaskPlace, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
 ) -> None:
-    """Write a mask and note the outcome. Raises OutputError if the mask cannot be written."""
+    """Write a mask and record the outcome. Raises OutputError if it cannot be written."""
     try:
         is_written = write_mask(place, frames, place.kind == "video", texts)
     except MediaError as error:
@@ -126,7 +126,7 @@ def _make_mask(
 
 
 def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
-    """Return the folder of the masks for a folder of images. Raises OptionError if it is that folder."""
+    """Return the folder of masks for a media folder. Raises OptionError if the two are the same."""
     if options.beside:
         return folder
     if options.output is None:
@@ -138,7 +138,7 @@ def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
 
 
 def _reject_unclear(places: Sequence[MaskPlace]) -> None:
-    """Raise DatasetError if two files would share a mask, or if a file has several masks."""
+    """Raise DatasetError if two files would share a mask, or one file has several masks."""
     by_target: dict[tuple[Path, str], MaskPlace] = {}
     for place in places:
         first = by_target.setdefault((place.folder, place.name.casefold()), place)
@@ -165,7 +165,7 @@ def _find_kind(finder: FinderOptions) -> str:
 
 
 def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
-    """Return the shaping of the masks; options that are not given take the finder's default numbers."""
+    """Return the shaping of masks; unset options take the finder's defaults."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")  # these find whole areas: smoothing would only blur the border
     default_smooth = 0 if is_exact else NETWORK_SMOOTH
@@ -244,7 +244,7 @@ def _make_texts(place: MaskPlace, method: str, mode: str) -> dict[str, str]:
 
 
 def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
-    """Yield the mask of an image, or of each frame of a clip, H W.
+    """Yield the mask of an image, or the masks of a clip's frames, H W each.
 
     Raises:
         MediaError: If a file cannot be read.
@@ -256,25 +256,25 @@ def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptio
     values = steady(
         _find_in(frames, finder, sizes), options.shape.steady_frames if place.kind == "video" else 0
     )
-    older = itertools.repeat(None) if place.mask is None else _repeat_last(read_frames(place.mask))
+    previous_masks = itertools.repeat(None) if place.mask is None else _repeat_last(read_frames(place.mask))
     has_found = False
-    for value, old in zip(values, older, strict=False):
+    for value, previous_mask in zip(values, previous_masks, strict=False):
         found = shape.find(value, sizes.popleft())
         has_found = has_found or bool(found.any())
-        yield shape.finish(found, old, options.mode, options.alpha)
+        yield shape.finish(found, previous_mask, options.mode, options.alpha)
     if not has_found:
         raise _NothingFoundError
 
 
 def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]") -> Iterator[Values]:
-    """Yield the values that a finder returns for each frame; append the frame's size to `sizes`."""
+    """Yield a finder's values for each frame, and append the frame's (width, height) to `sizes`."""
     for frame in frames:
         sizes.append((frame.shape[1], frame.shape[0]))
         yield finder.find(frame)
 
 
 def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
-    """Yield the frames, and the last one without end."""
+    """Yield the frames, then the last one endlessly."""
     frame = None
     for frame in frames:
         yield frame
@@ -325,7 +325,7 @@ def _warn_of_kept(plan: MaskPlan) -> None:
 
 
 def _warn_of_files(text: str, places: Sequence[MaskPlace]) -> None:
-    """Log a warning with the number of files and some of their names; nothing if there are none."""
+    """Log a warning with the number of files and the first names; nothing without files."""
     if places:
         logger.warning(
             text, count_of(len(places), "file"), list_some([place.medium.name for place in places])

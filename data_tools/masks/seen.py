@@ -27,14 +27,14 @@ Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
 
 @dataclass(frozen=True)
 class BackgroundFinder:
-    """A loaded U2Net-like network."""
+    """Finds the foreground with a loaded network like U2Net."""
 
     path: Path
     run: Run
     side: int  # S
 
     def find(self, frame: Frame) -> Values:
-        """Return what stands before the background of an image, H W 3: h w, scaled to 0..1.
+        """Score how likely each region of an image, H W 3, is foreground: h w, scaled to 0..1.
 
         Raises:
             CheckpointError: If the network fails.
@@ -47,7 +47,7 @@ class BackgroundFinder:
         return ((values - low) / max(high - low, np.finfo(np.float32).tiny)).astype(np.float32)
 
     def as_input(self, frame: Frame) -> NDArray[np.float32]:
-        """Return an image, H W 3, as the network takes it: 1 3 S S, divided by its brightest value."""
+        """Resize an image, H W 3, to the network's input, 1 3 S S, divided by its brightest value."""
         small = Image.fromarray(frame).resize((self.side, self.side), Image.Resampling.LANCZOS)
         pixels = np.asarray(small, np.float32)
         normal = (pixels / max(float(pixels.max()), 1e-6) - MEAN) / DEVIATION
@@ -120,7 +120,7 @@ class ColorFinder:
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a color. `text` is six hexadecimal digits, which the options have checked."""
+    """Return the finder of a color, which is given as six hexadecimal digits."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

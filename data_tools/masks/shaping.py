@@ -30,7 +30,7 @@ class MaskShape:
     inverts: bool
 
     def find(self, values: Values, size: tuple[int, int]) -> Values:
-        """Return where something is found: H W, 1 inside, less at a fading edge, 0 elsewhere.
+        """Return a mask of the found regions, H W: 1 inside, fading to 0 over `feather_pixels`, 0 elsewhere.
 
         `size` is width and height of the image. The result is not inverted: `finish` does that.
         """
@@ -39,17 +39,18 @@ class MaskShape:
             values = np.asarray(cv2.blur(values, (side, side), borderType=cv2.BORDER_REPLICATE), np.float32)
         if (values.shape[1], values.shape[0]) != size:
             values = np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_LINEAR), np.float32)
-        found = (values > self.threshold).astype(np.uint8)
+        is_found = (values > self.threshold).astype(np.uint8)
         if self.expand_pixels:
             side = 2 * self.expand_pixels + 1
-            found = np.asarray(cv2.dilate(found, np.ones((side, side), np.uint8)), np.uint8)
-        if not self.feather_pixels or not found.any():
-            return found.astype(np.float32)
-        distance = cv2.distanceTransform(1 - found, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            is_found = np.asarray(cv2.dilate(is_found, np.ones((side, side), np.uint8)), np.uint8)
+        if not self.feather_pixels or not is_found.any():
+            return is_found.astype(np.float32)
+        # distance of each pixel to the nearest found one
+        distance = cv2.distanceTransform(1 - is_found, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
     def finish(self, found: Values, old: Gray | None, mode: str, alpha: float) -> Gray:
-        """Make the mask, H W, from the values that `find` returned and the resized old mask, if any."""
+        """Combine what `find` returned with the resized previous mask, if any; return the mask, H W."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
         before = None
@@ -76,7 +77,7 @@ def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
 
 
 def to_gray(mask: Values) -> Gray:
-    """Return a mask of 0..1 as 0..255."""
+    """Convert a mask from 0..1 to 0..255."""
     return np.rint(mask * 255).astype(np.uint8)
 
 
@@ -100,7 +101,7 @@ def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
 
 
 def _repeat_ends(values: Iterable[Values], times: int) -> Iterator[Values]:
-    """Yield the values with the first one repeated `times` times before and the last one after them."""
+    """Yield values, with the first and the last one repeated `times` more times."""
     last = None
     for value in values:
         if last is None:

@@ -39,7 +39,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class WordFinder:
-    """A loaded model with its processor and the prompts to find."""
+    """Finds what prompts describe, with a loaded segmentation model."""
 
     network: Any
     processor: Any
@@ -48,13 +48,14 @@ class WordFinder:
 
     @torch.no_grad()
     def find(self, frame: Frame) -> Values:
-        """Score how well each region of an image, H W 3, matches its best prompt: h w, 0..1.
+        """Score how well each region of an image, H W 3, matches the prompt that fits it best: h w, 0..1.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
         """
         try:
             if self.network.config.model_type == CLIPSEG:
+                # `amax` over the prompts
                 values = self._ask_clipseg(frame).amax(dim=0)
             else:
                 values = torch.stack([self._ask_sam(frame, prompt) for prompt in self.prompts]).amax(dim=0)
@@ -65,7 +66,7 @@ class WordFinder:
         return np.asarray(values.cpu().numpy(), np.float32)
 
     def _ask_clipseg(self, frame: Frame) -> Tensor:
-        """Return the values of each prompt, P h w."""
+        """Return CLIPSeg's map for each prompt, P h w."""
         images = [frame] * len(self.prompts)
         inputs = self.processor(
             text=list(self.prompts), images=images, padding=True, truncation=True, return_tensors="pt"
@@ -74,7 +75,7 @@ class WordFinder:
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _ask_sam(self, frame: Frame, prompt: str) -> Tensor:
-        """Return one map, h w, of the proposed things whose score is high enough; 0 if there are none."""
+        """Return one map, h w, that merges all detected objects with a sufficient score; 0 without any."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
         scores = outputs.pred_logits[0].float().sigmoid()  # N

@@ -97,7 +97,7 @@ class AudioFindings:
 def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
-    """Report on a table's audio and its caches; `plans` are the plans for caching the table's latents."""
+    """Check the audio of a table's clips and its caches; `plans` say how their latents are cached."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return what a clip's audio is, and how many of its audio caches are valid."""

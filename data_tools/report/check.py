@@ -74,7 +74,7 @@ UNREADABLE = "cannot be read"
 
 
 def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
-    """Run --check of a script that caches latents or texts, and return the exit code."""
+    """Run --check of a caching script for latents or text embeddings; return its exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
     parts: tuple[str, ...] = (MEDIA, LATENTS)
@@ -90,6 +90,7 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
         parts=parts,
     )
     if not of_texts:
+        # tokens are counted when texts are checked
         result = replace(result, counters=TOKENS_ELSEWHERE)
     return print_check(result, family, config, page=options.page, workers=workers)
 
@@ -101,7 +102,7 @@ def print_check(
     page: CheckPageOptions,
     workers: int,
 ) -> int:
-    """Print the findings, write the page if --html is set, and return the exit code."""
+    """Print the findings of a check, write its HTML page with --html, and return the exit code."""
     _print_lines(result.lines)
     if page.html is not None:
         write_check_page(
@@ -140,7 +141,7 @@ Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its ide
 
 @dataclass(frozen=True)
 class _Identified:
-    """Identities of the encoders, to compare caches with, and report lines about their files."""
+    """Identities of the encoders, with which caches are compared, and lines about their files."""
 
     media: Mapping[str, str]  # identity of the media encoders; empty if not needed
     texts: Encoders
@@ -240,7 +241,7 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
 
 
 def _describe_training(tables: Sequence[TableFindings]) -> str:
-    """Return a line about the items and batches of an epoch."""
+    """Return a line with the number of items and batches in an epoch."""
     batches = count_of(count_batches(tables), "batch")
     num_held_back = sum(findings.held_back.total() for findings in tables)
     items = "all of it"
@@ -250,7 +251,7 @@ def _describe_training(tables: Sequence[TableFindings]) -> str:
 
 
 def _identify(family: Caches, scope: _Scope) -> _Identified:
-    """Read the identities of the family's encoders; an encoder whose files are missing is left out."""
+    """Return the identities of the family's encoders, with which caches are compared."""
     media: Mapping[str, str] = {}
     texts: Encoders = []
     lines: list[str] = []
@@ -259,6 +260,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
             media = dict(family.media_identity)
             lines += describe_identity(media)
     except OptionError as error:
+        # without the encoder's files its identity is unknown
         lines.append(f"caches are not compared: {error}")
     if scope.texts:
         with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` reports it
@@ -278,10 +280,7 @@ def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
 def _check_text_caches(
     findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores
 ) -> Iterable[str]:
-    """Add a line with the numbers of valid and missing caches for each text encoder.
-
-    Returns the names of the encoders that have captions to encode.
-    """
+    """Report valid and missing caches per text encoder; return the encoders that have captions to encode."""
     captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
     plans = plan_texts(captions, encoders, stores)
     missing = Counter(name for plan in plans for name in plan.missing)
@@ -309,7 +308,7 @@ def _check_objects(findings: TableFindings, family: Caches) -> None:
 def _check_media(
     findings: TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
 ) -> None:
-    """Check the sources of a table against the model, their caches, and one another."""
+    """Check the media of a table against the model and their latent caches."""
     try:
         check_resolution(findings.table, recipe.latent.pixel_step)
         if with_latents:
@@ -356,7 +355,7 @@ def _check_table_audio(
 
 
 def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
-    """Check the sources of a table and return their plans; sources without a record are decoded."""
+    """Check the media files of a table, and return their caching plans."""
     table = findings.table
     plans, unreadable = _plan_sources(findings, recipe, workers)
     unreadable += find_unusable_layers(plans, workers)
@@ -377,7 +376,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
 
 
 def _count_caches(plans: Sequence[SourcePlan]) -> str:
-    """Return a line with the numbers of valid and missing caches of latents."""
+    """Return a line with the numbers of valid and of missing latent caches."""
     num_valid = sum(len(plan.kept) for plan in plans)
     num_missing = sum(len(plan.missing or ()) for plan in plans)
     needs = count_words(num_missing, "items need encoding")
@@ -393,7 +392,7 @@ def _plan_sources(
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
-        """Complete the plan of a source by decoding it."""
+        """Decode a source, and complete its caching plan."""
         source = plan.source
         media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.lengths)
         planning = Planning(source, existing.of(source.stem), recipe)
@@ -437,7 +436,7 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-    """Return the size of each reference of a source, from headers."""
+    """Return the size of each reference image of a source, from the headers."""
     if not plan.items:
         return ()
     width, height = plan.items[0][:2]
@@ -448,7 +447,7 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
 
 
 def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
-    """Add a warning for each source that gives too few items, or whose frames change their size."""
+    """Add a warning for each media file that yields too few items or whose frames change size."""
     remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
         ("give no item", lambda plan: plan.reason),
         ("give no item of some lengths", lambda plan: plan.short),
@@ -516,7 +515,7 @@ def check_training(
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
-    """Add the cached items of a table, by the size of their images and references."""
+    """Count the cached items of a table by the sizes of their images and references."""
     for group in group_items(items).values():
         first = group[0]
         reference_sides = [side * latent.stride[1] for side in first.references]
@@ -597,9 +596,9 @@ def _compare_sources(
     counters: Counters,
     hears: bool,
 ) -> None:
-    """Add warnings about sources without a cache, a caption or cached audio.
+    """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing sources cause no warning, because training does not need them.
+    Missing media files cause no warning, because training only reads their caches.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
         name = form_of(findings.table).name

@@ -57,7 +57,7 @@ def list_files(
 
 
 def _describe_source(source: MediaSource) -> Numbers:
-    """Return the files and the captions of a source as JSON values."""
+    """Return the paths and captions of a media file as JSON values."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     text = None
     if source.caption_path is not None:
@@ -73,6 +73,7 @@ def _describe_source(source: MediaSource) -> Numbers:
         "caption_file": None if source.caption_path is None else str(source.caption_path),
         "caption_list": None if source.caption_path is not None else str(source.table.source),
         "text": text,  # of the file
+        # empty if training uses the text unchanged
         "captions": [] if captions == [text] else captions,  # captions as training uses them
     }
 
@@ -94,7 +95,7 @@ def _describe_look(look: Look) -> Numbers:
 
 
 def _list_parts(source: MediaSource) -> list[Numbers]:
-    """Return the files of a source (media, control media, mask): paths, and the archive or address."""
+    """Return the files of a source (media, control media, mask), with their archive or address."""
     paths = [source.path] if source.tensors is not None else [path for path, _ in source.parts]
     origins = source.origins or (None,) * len(paths)
     parts = []
@@ -135,7 +136,7 @@ def _compare_caches(
 
 
 def _find_tags(names: Iterable[str]) -> list[str]:
-    """Return the tags of the models that these cache files are of, sorted."""
+    """Return the sorted model tags that occur in the names of cache files."""
     tags = set()
     for name in names:
         match = _TAG.search(name)
@@ -215,7 +216,7 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 
 
 def _media_state(plan: SourcePlan, has_files: bool) -> State:
-    """Return the state of a source's latent caches.
+    """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
 
     `has_files` says that cache files with the source's stem exist, valid or not.
     """
@@ -234,14 +235,14 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
 
 
 def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
-    """Return a text with the images that its encoder saw; only the records of caches name them."""
+    """Return a caption file with the reference images that its cache record names."""
     if source is None or not source.control:
         return file
     return replace(file, source=source, references=source.parts[1 : 1 + len(source.control)])
 
 
 def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
-    """Return a text with the recorded caption if it names positions, which only the model can compute."""
+    """Return a caption file, with its recorded text if only the model can compute positions in it."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
@@ -286,7 +287,7 @@ def _list_recorded_encoders(
 
 
 def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str, TextRecord]:
-    """Return the first records, by encoder, in these files of texts; {} if no file has one."""
+    """Return the first readable records in text caches, by encoder; {} if there is none."""
     for name in names:
         with contextlib.suppress(CacheError):
             records = text_records(store.read(name, is_full=False))

@@ -39,7 +39,7 @@ OFFLINE = "tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLIN
 
 
 class BucketRow(NamedTuple):
-    """Counts for one bucket of a table."""
+    """Number of items and batches in one bucket of a table."""
 
     bucket: tuple[int, ...]
     items: int
@@ -69,7 +69,7 @@ class TableFindings:
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
-        """Return the texts of `faults` or `remarks` by the stem of their source.
+        """Group the texts of `faults` or `remarks` by the stem of their media file.
 
         `with_kind` prefixes each text with its kind.
         """
@@ -93,7 +93,7 @@ class TableFindings:
         return self.buckets.total()
 
     def bucket_rows(self) -> list[BucketRow]:
-        """Return the items and batches of each bucket, ascending."""
+        """Return the number of items and batches in each bucket, ascending by size."""
         batch_size = self.table.batch_size
         rows = []
         for bucket, num_items in sorted(self.buckets.items()):
@@ -126,7 +126,7 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
-    """Describe the sizes of references in a bucket, to append to its size; "" if there are none."""
+    """Describe the sizes of references in a bucket, for display after its size; "" without references."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -141,11 +141,11 @@ class Counters:
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
     def find_unreachable(self, names: Iterable[str]) -> list[Fault]:
-        """Return a fault for each of these encoders that a run cannot use."""
+        """Return a fault for each named encoder that a run cannot use."""
         return [Fault(OFFLINE, self.unreachable[name]) for name in names if name in self.unreachable]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
-        """Return (encoder name, token count of a caption) for each encoder."""
+        """Return (encoder name, token count) pairs of a caption."""
         return [(name, count(caption)) for name, count in self.by_name]
 
 
@@ -154,7 +154,7 @@ NO_COUNTERS = Counters()
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Findings in each table, with lines to print before and after."""
+    """Findings of all tables, with the lines to print before and after them."""
 
     head: tuple[str, ...]
     tables: tuple[TableFindings, ...]
@@ -168,17 +168,17 @@ class CheckResult:
 
     @property
     def num_held(self) -> int:
-        """Number of items that are held out for validation."""
+        """Number of items held out for validation."""
         return sum(findings.held_back.total() for findings in self.tables)
 
     @property
     def num_remarks(self) -> int:
-        """Number of warnings in all tables."""
+        """Total number of warnings in all tables."""
         return sum(len(findings.remarks) for findings in self.tables)
 
     @property
     def num_batches(self) -> int:
-        """Number of batches of an epoch."""
+        """Number of batches in an epoch."""
         return count_batches(self.tables)
 
     @property
@@ -191,7 +191,7 @@ class CheckResult:
 
     @property
     def lines(self) -> list[str]:
-        """All lines to print, the verdict last."""
+        """All lines to print; the last one says whether the check passed."""
         verdict = "Nothing is wrong."
         if self.num_faults:
             verdict = f"Something is wrong: see above. Faults: {self.num_faults}."
@@ -314,7 +314,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return (number of references, number of sources) pairs, sorted; [] if no source has references."""
+    """Return sorted (number of references, number of sources) pairs; [] without references."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -324,7 +324,7 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
 
 
 def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
-    """Load the tokenizers that are on this machine; no encoder is loaded, nothing is downloaded."""
+    """Load the tokenizers that exist on this machine, for counting the tokens of captions."""
     from huggingface_hub import constants  # 0.1 s to import
 
     try:
@@ -347,9 +347,10 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 def check_captions(
     findings: TableFindings, counters: Counters = NO_COUNTERS, are_cached: bool = True
 ) -> None:
-    """Add findings about the captions of a table; unreadable captions are reported by the listing.
+    """Add findings about a table's captions: missing, empty or unusual ones, and those cut by an encoder.
 
-    `are_cached` says that text encoder outputs are cached, so that their size is reported.
+    Unreadable captions are reported elsewhere. `are_cached` says that text embeddings are cached, so that
+    their size is reported.
     """
     missing = [source for source in findings.sources if source.caption is None and not is_unused(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
@@ -368,12 +369,12 @@ def check_captions(
         longest = max(sizes)
         if longest and are_cached:
             total = as_size(sum(sizes))
-            words = f"{total}, that of the longest caption {as_size(longest)}{references}"
-            findings.caches.append(f"text caches of {name}: about {words}")
+            sizes_text = f"{total}, that of the longest caption {as_size(longest)}{references}"
+            findings.caches.append(f"text caches of {name}: about {sizes_text}")
 
 
 def is_unused(source: MediaSource) -> bool:
-    """Return whether a caption file exists but could not be read; the errors name the file already."""
+    """Return whether a caption file exists but is unreadable, which the listing reports."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 
@@ -407,7 +408,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
 
 
 def _is_other_encoding(path: Path) -> bool:
-    """Return whether a caption file may have another encoding than UTF-8."""
+    """Return whether a caption file may have an encoding other than UTF-8."""
     try:
         file = read_caption_file(path)
     except DatasetError:

@@ -53,7 +53,7 @@ DIGITS = 4  # decimals of measures
 
 @dataclass(frozen=True)
 class StripSize:
-    """Sizes of drawings on a page, in pixels."""
+    """Sizes of the thumbnails on a page, in pixels."""
 
     clip_height: int
     image_height: int
@@ -107,7 +107,7 @@ class Look:
 
     @property
     def enlarged(self) -> float:
-        """Factor by which the image is resized; above 1 it is enlarged."""
+        """Factor by which the image is resized; it is enlarged if above 1."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
@@ -117,7 +117,7 @@ class Look:
 
 
 def cut_percent(fit: Fit) -> float:
-    """Return the percentage of the resized image that the bucket cuts off."""
+    """Return the percentage of the resized image that cropping to the bucket removes."""
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
@@ -126,7 +126,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
-        """Reduce a frame to the size at which measures are taken: that of the first frame."""
+        """Reduce a frame to the measuring size, which the first frame determines."""
         nonlocal size
         if size is None:
             size = _select_measured_size(frame)
@@ -204,14 +204,14 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
 
 
 def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
-    """Return a frame resized to a height, and squeezed if it is wider than `max_width`."""
+    """Resize a frame to a height; if the result is wider than `max_width`, squeeze it."""
     width = round(frame.shape[1] * height / frame.shape[0])
     width = min(max(1, width), max_width)
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
 
 def _add_audio(look: Look, source: MediaSource, fps: float) -> Look:
-    """Return the look with the audio of the used frames and a drawing of its waveform."""
+    """Add what the audio of the used frames is, and a drawing of its waveform."""
     audio = _listen(source)
     wave: Markup | None = None
     if audio is not None and audio.track is not None:
@@ -234,7 +234,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 
 
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the information in the header of a source; decode a clip whose header has no frame count."""
+    """Return what the header of a media file says; decode a clip if its header has no frame count."""
     try:
         with fetch(source) as local:
             plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
@@ -309,7 +309,7 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     facts: dict[str, Any],
 ) -> None:
-    """Pass the frames of a source on disk to `take`; add the facts to `facts`."""
+    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`."""
     table = source.table
     facts["bytes"] = _read_file_size(source)
     if table.holds == "video":
@@ -330,7 +330,7 @@ def _read_frames(
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
-    """Return pairs of length in frames and number of items, by length."""
+    """Return (frames, number of items) pairs, sorted by frames."""
     return tuple(sorted(Counter(length for _, length in spans).items()))
 
 
@@ -454,7 +454,7 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
 def _show_reference(
     table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
 ) -> ShownReference:
-    """Draw a control image.
+    """Return the thumbnail of a control image, with the crop that training applies.
 
     `path` is its local file, `name` the caption below the drawing, and `image` the fit of the main image.
     """
@@ -467,6 +467,7 @@ def _show_reference(
             fit = fit_reference(table, size, path, bucket)
     except MediaError as error:
         return ShownReference(name, text=str(error), is_bad=True)
+    # tables without rules for references crop them to the image's bucket
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
     small = _scale(frame, sizes.image_height, sizes.width, cv2.INTER_AREA)

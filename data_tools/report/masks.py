@@ -96,7 +96,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:
-    """Warn once of each file in a folder of masks that belongs to no image or clip.
+    """Warn about each mask file that belongs to no image or clip.
 
     A folder in which no mask fits is reported as an error of its table already.
     """
@@ -112,6 +112,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         of_folder = stems.pop(folder_id(folder))  # tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
         lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
+        # without any match, the table already has an error
         if not of_folder.isdisjoint(masks):
             findings.remarks += [Fault(LONE, str(path), ends_run=False) for path in lone]
 

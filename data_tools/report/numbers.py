@@ -101,7 +101,7 @@ def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
 
 
 def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
-    """Return the path of each file, once, whose `Measures` have a flag: is_black, ..."""
+    """Return the paths of the files, without duplicates, for which a flag such as is_black is set."""
     paths = [
         str(source.path)
         for _, source, look in _list_looks(tables)
@@ -120,7 +120,7 @@ def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, Me
 
 
 def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
-    """List the sources whose look has a reason in attribute `name`."""
+    """List the media files with a reason in attribute `name`, such as `problem`."""
     return [
         {"path": str(source.path), "reason": getattr(look, name), "table": findings.table.index + 1}
         for findings, source, look in _list_looks(tables)
@@ -131,7 +131,7 @@ def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
 def _list_texts(
     tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]
 ) -> list[Numbers]:
-    """List the selected findings of all tables; `name` is faults or remarks."""
+    """List the texts of selected findings in all tables; `name` is faults or remarks."""
     return [
         {"kind": error.kind, "text": error.text, "table": findings.table.index + 1}
         for findings in tables
@@ -215,16 +215,17 @@ def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
 
 
 def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return width, height and frames; 1 frame for images."""
+    """Return the width, height and frames of a bucket; images have 1 frame."""
     frames = bucket[2] if len(bucket) > 2 else 1
     return bucket[0], bucket[1], frames
 
 
 def _make_distributions(looks: Sequence[Look]) -> Numbers:
-    """Return the distributions of durations, rates, sizes and measures over all readable sources."""
+    """Return distributions of durations, frame rates, sizes and measures over all readable files."""
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
     measures = [look.measures for look in looks if look.measures is not None]
+    # motion is only measured between frames
     motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
         "durations": _make_distribution("seconds", durations),
@@ -238,7 +239,7 @@ def _make_distributions(looks: Sequence[Look]) -> Numbers:
 
 
 def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
-    """Return the number of sources of each size, the most frequent first."""
+    """Count the media files of each resolution, the most frequent first."""
     sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
     by_frequency = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
@@ -265,7 +266,7 @@ def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
 
 
 def summarize(values: Sequence[float]) -> Numbers | None:
-    """Return count, min, median, mean, max and total of numbers; None if there are none."""
+    """Return count, min, median, mean, max and total of numbers; None for an empty list."""
     if not len(values):
         return None
     numbers = np.asarray(values, np.float64)
@@ -317,7 +318,7 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
 
 
 def _select_bin_width(minimum: float, are_integers: bool) -> float:
-    """Return the smallest 1, 2 or 5 times a power of ten from `minimum` on; at least 1 for integers."""
+    """Return 1, 2 or 5 times a power of ten, the smallest from `minimum` on; at least 1 for integers."""
     if minimum <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(minimum))
@@ -327,13 +328,13 @@ def _select_bin_width(minimum: float, are_integers: bool) -> float:
 
 
 def _plain(value: float) -> float | int:
-    """Return a number as JSON shows it best: rounded, and without ".0"."""
+    """Round a number for JSON, and drop a trailing ".0"."""
     number = round(float(value), DIGITS)
     return int(number) if number == int(number) else number
 
 
 def count_captions(sources: Iterable[MediaSource]) -> Numbers:
-    """Return statistics of captions, with prefixes and suffixes applied: lengths, words, repeated texts."""
+    """Return statistics of captions as training uses them: lengths, words and repeated texts."""
     captions = _CaptionCounts()
     for source in sources:
         captions.add(source)
@@ -403,7 +404,7 @@ class _CaptionCounts:
         ]
 
     def list_frequent_words(self) -> list[Numbers]:
-        """List the words that occur in the largest number of captions, without stop words."""
+        """List the words that most captions contain, without stop words."""
         telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
         by_frequency = sorted(telling, key=lambda item: (-self.num_captions_with[item[0]], -item[1], item[0]))
         return [
@@ -413,7 +414,7 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
-    """List the texts that several files have, the most frequent first.
+    """List captions that several files share, the most frequent first.
 
     Args:
         repeated: Paths of the files, by text.

@@ -82,5 +82,5 @@ class ReportOptions(Options, title="report"):
 
     @property
     def prints(self) -> bool:
-        """Whether the JSON object goes to standard output."""
+        """Whether the JSON report goes to standard output."""
         return self.json is not None and str(self.json) == STDOUT

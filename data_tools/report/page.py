@@ -51,7 +51,7 @@ CaptionPart = tuple[str, tuple[str, ...], bool]
 
 @dataclass(frozen=True)
 class Card:
-    """One file as the page shows it."""
+    """One media file as the report page shows it."""
 
     place: str  # names the card in links
     source: MediaSource
@@ -137,7 +137,7 @@ def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
 
 
 def name_source(source: Path | str) -> str:
-    """Return the name of a table's folder or list for a heading; the working folder by its own name."""
+    """Return the folder or list of a table as a heading; the working folder is shown by its name."""
     return str(source) if Path(source).name else Path.cwd().name or str(source)
 
 
@@ -169,7 +169,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 
 @dataclass(frozen=True)
 class _CardDrawing:
-    """Settings for drawing the cards of a page."""
+    """Settings that all cards of a page share."""
 
     sizes: StripSize
     latent: LatentSpec
@@ -181,7 +181,7 @@ class _CardDrawing:
 
 @dataclass(frozen=True)
 class _CardPlace:
-    """A source of a table that gets a card, with the texts about it."""
+    """A media file that gets a card on the page, with the findings about it."""
 
     findings: TableFindings
     index: int  # of the source
@@ -190,14 +190,14 @@ class _CardPlace:
 
     @property
     def source(self) -> MediaSource:
-        """The source of the card."""
+        """The media file that the card shows."""
         return self.findings.sources[self.index]
 
 
 def _make_cards(
     tables: Sequence[TableFindings], maximum: int, workers: int, drawing: _CardDrawing
 ) -> list[Card]:
-    """Read at most `maximum` files again and return a card for each, in the order of the tables."""
+    """Return cards for at most `maximum` media files, which are decoded again, in table order."""
     jobs = []
     for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
         errors = findings.texts_by_stem("faults")
@@ -296,7 +296,7 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
 
 
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
-    """Split a caption at the points where encoders stop reading; encoders with the same limit share one."""
+    """Split a caption at each encoder's maximum length; encoders with the same limit share one result."""
     if not counts:
         return [[(_shorten(caption, MAX_CHARACTERS), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}

@@ -112,7 +112,7 @@ def _reject_downloads(config: DatasetConfig) -> None:
 
 
 def _select_latents(options: ReportOptions) -> LatentSpec:
-    """Return the latents of a model with these steps."""
+    """Return the latent format of models with the typed --pixel_step and --frame_step."""
     if options.frame_step == LATENT_H3.clip:
         return replace(LATENT_H3, pixel_step=options.pixel_step)
     channels, stride = LATENTS.get((options.pixel_step, options.frame_step), DEFAULT)
@@ -150,7 +150,7 @@ def _measure_table(
     latent: LatentSpec,
     workers: int,
 ) -> TableFindings:
-    """Read all sources of a table once; with --no_decode headers only, and nothing is measured."""
+    """Read all media files of a table, and return what was found; --no_decode reads headers only."""
     findings = find_table(config, table, folders)
     if not findings.sources:
         return findings
@@ -189,7 +189,7 @@ def _measure_table(
 
 
 def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
-    """Add a source to the findings: its items and the warnings about it, or why it cannot be read."""
+    """Add what was read of a media file to the findings: its items and warnings, or the error."""
     findings.looks.append(look)
     if look.problem is not None:
         text = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
@@ -198,6 +198,7 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
     assert look.fit is not None  # readable sources have a size
     is_image = findings.table.kind == "image"
     for length, count in look.lengths:
+        # only buckets of clips have a number of frames
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
     for kind, remark in _list_warnings(look).items():
@@ -284,7 +285,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Colors:
-    """Colors of N files: to compare those whose hashes match."""
+    """Colors of N files, for comparing files with similar hashes."""
 
     pictures: NDArray[np.uint8]  # N K C: small images of K frames
     is_flat: NDArray[np.bool_]  # N
@@ -314,7 +315,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
-    """Return a label for each of N measures; all measures in a chain of matches have the same label."""
+    """Label N measures so that all measures in a chain of matches have the same label."""
     colors = _read_colors(measures)
     labels = np.arange(len(measures))
     for index, near in _find_near(measures):
@@ -358,7 +359,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colors(colors: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
-    """Return, for each of `near`, whether its colors equal those of `index` up to brightness and contrast."""
+    """Return which of `near` have the colors of `index`, apart from brightness and contrast."""
     first = colors.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colors.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT

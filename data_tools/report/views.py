@@ -38,7 +38,7 @@ WINDOW = "window"  # another way to show, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
-    """Show every item in the way that --debug_mode names; unreadable sources are failures of the report."""
+    """Display all items of a dataset as --debug_mode says; return unreadable and unused files."""
     latent = family.latent
     fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
@@ -73,10 +73,11 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         return NEXT
 
     def show_table(table: DatasetTable) -> str:
-        """Show the items of a table, until the user or the limit of the console ends it.
+        """Display the items of a table until the user or the limit of the console ends it.
 
         Returns the last answer.
         """
+        # the console shows a limited number of items, windows and files all
         num_left = debug.console_num_images if display == "console" else None
         sources = find_sources(table)
         ahead = read_ahead(
@@ -120,7 +121,7 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
 
 
 def _select_display(debug: DebugOptions, folder: Path) -> str:
-    """Return how items are shown, a value of --debug_mode or WINDOW, and log where they are shown."""
+    """Return how items are displayed: a value of --debug_mode, or WINDOW if a window can be opened."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":
@@ -178,7 +179,7 @@ def _make_rng(source: MediaSource) -> random.Random:
 
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
-    """Join an item's frames (F H W 3) with its control media and mask to the right; transparency is gray."""
+    """Join an item's frames (F H W 3) with control media and mask at the right; transparency is gray."""
     parts = []
     height = item.frames.shape[1]
     for frames in (item.frames, *item.control):
@@ -194,7 +195,7 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], maximum: int = SHEET_FRAMES) -> Frame:
-    """Return evenly chosen frames side by side as one image."""
+    """Arrange at most `maximum` evenly spaced frames side by side in one image."""
     return np.concatenate(select_evenly(list(frames), maximum), axis=1)
 
 
@@ -234,5 +235,5 @@ def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:
-    """Return a color as the terminal's codes take it."""
+    """Return a pixel's color as an ANSI code: `r;g;b`."""
     return ";".join(str(int(value)) for value in pixel)

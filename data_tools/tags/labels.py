@@ -90,7 +90,7 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
 
 
 def _make_label(name: object, category: str) -> Label:
-    """Return a label of a tag. Raises ValueError if the name could not be written as a tag in a caption."""
+    """Return a tag's label. Raises ValueError if the tag cannot be written in a caption."""
     if not isinstance(name, str) or not name.strip() or bad_character(name) or len(name.splitlines()) > 1:
         raise ValueError(f"{name!r} is not a tag")
     return Label(name, category)

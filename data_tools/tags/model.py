@@ -43,10 +43,10 @@ class Tagger:
     max_frames: int
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
-        """Return the function that answers with the tags of each location, joined by a separator."""
+        """Return the function that tags locations; a location's tags are joined by `separator`."""
 
         def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
-            """Yield the tags of each location."""
+            """Yield (location, tags) for each location."""
             yield from answer_in_batches(
                 locations,
                 lambda location: tuple(map(self.fit, look(location))),
@@ -60,9 +60,9 @@ class Tagger:
     def _answer_batch(
         self, batch: Sequence[Shown], choice: TagChoice, separator: str
     ) -> list[tuple[CaptionLocation, str | Exception]]:
-        """Return the tags of each location, or an error if no tag is probable enough.
+        """Choose the tags of each location in a batch; return an error if no tag is probable enough.
 
-        The probabilities of a clip's frames are joined before tags are chosen.
+        The probabilities of all frames of a clip are combined before tags are chosen.
         """
         frames = [frame for _, shown in batch for frame in shown]
         probabilities = self.probabilities(frames)
@@ -98,7 +98,7 @@ class Tagger:
         return np.concatenate(parts)
 
     def fit(self, frame: Frame) -> Frame:
-        """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
+        """Pad a frame, H W 3 RGB, to a white square and resize it to the network's size: S S 3 BGR."""
         height, width = frame.shape[:2]
         side = max(height, width)
         if side * side > MAX_PIXELS:  # the square of a long strip would take gigabytes: reduce it first
@@ -122,7 +122,7 @@ class Tagger:
         return square
 
     def as_input(self, square: Frame) -> Numbers:
-        """Convert a frame prepared by `fit` to the layout of the network's input: S S 3, or 3 S S."""
+        """Convert a frame prepared by `fit` to the network's input: S S 3 or 3 S S."""
         numbers = square.astype(np.float32)
         if self.is_of_logits:
             numbers = numbers / np.float32(127.5) - np.float32(1)
@@ -148,11 +148,11 @@ class Tagger:
 def load_tagger(
     folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int, option: str = "--model_dir"
 ) -> Tagger:
-    """Load a tagger.
+    """Load a tagger: an ONNX network and its list of labels.
 
     Args:
         folder: Folder of its files.
-        batch_size: Number of images that it sees at a time, if the model takes any number.
+        batch_size: Number of images per batch, if the network accepts any number.
         joins_by_mean: Whether a clip's probability of a tag is the mean of its frames, else the highest.
         max_frames: Number of frames of a clip that are tagged at most, to plan memory.
         option: Option that names the folder, for messages.
@@ -163,9 +163,9 @@ def load_tagger(
     """
     path = folder / MODEL
     if not path.is_file():
-        to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        target = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
         raise CheckpointError(
-            f"{option} {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
+            f"{option} {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(target)])} downloads a tagger, "
             "after its size and license",
             folder,
         )

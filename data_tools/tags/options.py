@@ -12,7 +12,7 @@ MAX_WORDS = 10_000  # characters of a list of tags
 
 
 class TaggerOptions(Options, title="the tagger"):
-    """Options of a tagger: its model and batch size."""
+    """Folder, batch size and frames of the tagger."""
 
     model_dir: Path = option(
         "folder with model.onnx and selected_tags.csv, or tag_mapping.json: a WD14-like tagger",
@@ -61,7 +61,7 @@ class ThresholdOptions(Options, title="which tags are taken"):
 
 
 class TagWordOptions(Options, title="the text that is written"):
-    """Words and order of the tags."""
+    """How tags are spelled and in which order they are written."""
 
     remove_underscore: bool = option("blanks for underscores, but not in faces such as ^_^ and (o)_(o)")
     character_tags_first: bool = option("put characters before all that is seen")
@@ -113,7 +113,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
 
 
 def _check_words(name: str, text: str) -> None:
-    """Raise OptionError if the value of an option could not stand in one line of a caption."""
+    """Raise OptionError if the value of an option does not fit in one line of a caption."""
     character = bad_character(text)
     if character is not None:
         raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")

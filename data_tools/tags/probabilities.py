@@ -26,7 +26,7 @@ class TagProbabilities:
         return [label.name for label in self.tagger.labels]
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
-        """Return the probability of each tag, N T float32, for frames, each H W 3.
+        """Return the probability of each tag for frames, H W 3 each, as N T float32.
 
         Raises:
             CheckpointError: If the network fails.
@@ -36,10 +36,10 @@ class TagProbabilities:
 
 
 def load_tag_probabilities(folder: Path, batch_size: int) -> TagProbabilities:
-    """Load the tagger in a folder.
+    """Load a tagger for embedding images as tag probabilities.
 
     Raises:
-        CheckpointError: If the folder holds no tagger.
+        CheckpointError: If the folder does not contain a tagger.
         InstallationError: If onnxruntime is missing.
     """
     tagger = load_tagger(folder, batch_size, joins_by_mean=False, max_frames=1, option="--tagger")

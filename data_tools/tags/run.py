@@ -27,14 +27,14 @@ MAX_PIXELS = 4096**2  # of a frame that is looked at
 
 
 def tag_folder(options: TaggingOptions) -> None:
-    """Write tags as captions, or print those of a few files with --try_on.
+    """Tag the images and clips of a dataset, and write the tags as captions.
 
     Raises:
-        UserError: If something is unusable, or files got no tags.
+        UserError: If the dataset or the tagger cannot be used, or if files got no tags.
     """
     with temporary_folder() as temporary:
         config = _read_config(options, temporary)
-    found: Counter[str] = Counter()
+    tag_counts: Counter[str] = Counter()
     separator = options.words.caption_separator
     choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
 
@@ -47,7 +47,7 @@ def tag_folder(options: TaggingOptions) -> None:
             joins_by_mean=tagger.join_frames == "mean",
             max_frames=tagger.num_frames,
         )
-        return _counted(loaded.answerer(choice, separator), separator, found)
+        return _counted(loaded.answerer(choice, separator), separator, tag_counts)
 
     def finish(location: CaptionLocation, answer: str) -> str:
         """Return the caption to write: the new tags, appended to the existing caption with --append_tags."""
@@ -83,7 +83,7 @@ def tag_folder(options: TaggingOptions) -> None:
             write_captions(config, maker, options.dry_run)
     finally:
         if options.frequency_tags:
-            lines = [f"{count:6} {tag}" for tag, count in found.most_common()]
+            lines = [f"{count:6} {tag}" for tag, count in tag_counts.most_common()]
             sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")
 
 

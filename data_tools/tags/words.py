@@ -29,7 +29,7 @@ class TagChoice:
     sorts: bool  # by falling probability, else in the order of the labels
 
     def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags of an image in order, each once, from the probability of each label.
+        """Select the tags of an image from the probability of each label.
 
         Tags whose probability reaches the threshold of their category are selected. The categories in
         `self.ends`, rating and quality, instead give their most probable tag, or none.
@@ -44,13 +44,15 @@ class TagChoice:
             tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
 
         tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
+        # in the order of the option
         front = [tag for tag in self.always_first if tag in tags]
         return [*front, *(tag for tag in tags if tag not in front)]
 
     def _choose_above_thresholds(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags whose probability reaches the threshold of their category, in order."""
+        """Return the tags whose probability reaches the threshold of their category."""
         order = list(range(len(labels)))
         if self.sorts:
+            # stable: tags of equal probability stay in the order of the labels
             order.sort(key=lambda index: -probabilities[index])
         characters: list[str] = []
         general: list[str] = []
@@ -111,7 +113,7 @@ def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
 
 
 def _choose_end(is_first: bool, is_last: bool) -> str | None:
-    """Return the end of the text at which a category's tag is written, or None if it is not written."""
+    """Return whether a category's tag is written first or last; None if it is not written."""
     if is_first:
         return "first"
     return "last" if is_last else None
@@ -133,7 +135,7 @@ def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
 
 
 def _read_replacements(text: str) -> dict[str, str]:
-    r"""Read `a,b;c,d`, where \, and \; stand for the signs themselves. Raises OptionError."""
+    """Parse replacements such as `a,b;c,d`. Raises OptionError if they are malformed."""
     replacements = {}
     for pair in filter(None, re.split(r"(?<!\\);", text)):
         words = [re.sub(r"\\([,;])", r"\1", word).strip() for word in re.split(r"(?<!\\),", pair)]

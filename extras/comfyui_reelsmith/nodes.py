@@ -80,7 +80,7 @@ class QueuedTraining:
                     start_new_session=True,
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
-                if self.is_stopped:  # meanwhile
+                if self.is_stopped:  # `stop` was called before there was a process
                     self.stop()
                 self.process.wait()
             except (OSError, RuntimeError) as error:

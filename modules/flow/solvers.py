@@ -236,7 +236,7 @@ class _Prediction:
 
 
 def _solve_weights(step: float, ratios: list[float]) -> list[float]:
-    """Return the weights of the differences to other predictions (paper, equation 9), solved in float64.
+    """Return the weights of the differences to other predictions (UniPC, equation 9), solved in float64.
 
     Args:
         step: H of this step.

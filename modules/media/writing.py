@@ -419,7 +419,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
             crf=12,
             preset="veryfast",
         )
-        stream.options = {**stream.options, "bf": "0"}
+        stream.options = {**stream.options, "bf": "0"}  # no B-frames, which refer to later frames
         for packet in encoding.encode_images(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
     return file.getvalue()

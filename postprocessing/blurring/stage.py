@@ -45,7 +45,7 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 
 
 def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
-    """Cover a box and its margin in an image (H W 3)."""
+    """Blur or black out a box and its margin in an image (H W 3), in place."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = widened(box, options.margin)
     core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))  # fully covered
@@ -59,6 +59,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
         pixels[slices] = covered
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
+    # 1 inside, falling to 0 over the feathered edge
     opacity = _make_opacity(area, core, ellipse, feather)
     original = pixels[slices].astype(np.float32)
     blended = original + opacity[..., None] * (covered.astype(np.float32) - original)
@@ -125,13 +126,14 @@ def _measure_from_ellipse(
 
 
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge.
+    """Return the opacity of the cover for each pixel of a rectangle, 0..1.
 
     It is 1 in `core`, or in `ellipse` if there is one, and decreases over `feather` pixels around.
     """
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
     if ellipse is None:
+        # distance to the core in x; 0 inside
         horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
         vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
         distance = np.hypot(horizontal, vertical)
@@ -158,7 +160,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 
 
 class _Waiting(NamedTuple):
-    """An image that waits for the boxes of the images after it."""
+    """An image whose boxes are not final until later images have been searched."""
 
     number: int
     picture: Picture
@@ -167,7 +169,7 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Count:
-    """Counts for the summary in the log."""
+    """Numbers of images for the summary in the log."""
 
     pictures: int = 0
     with_findings: int = 0  # images in which something was found

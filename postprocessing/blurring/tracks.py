@@ -39,7 +39,7 @@ class Track:
 
     @property
     def last(self) -> Sighting:
-        """The latest sighting."""
+        """The latest detection of the object."""
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
@@ -118,7 +118,7 @@ class Tracks:
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
-        """Drop what images after `index` do not need: finished tracks, and older sightings of the others."""
+        """Delete tracks and detections that no image after `index` needs."""
         self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
             # keep enough sightings to estimate the motion, and the last one up to `index`
@@ -132,7 +132,7 @@ class Tracks:
 def _take_pairs(
     tracks: list[Track], boxes: list[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
 ) -> list[tuple[Track, Box]]:
-    """Match tracks with boxes, best pairs first, and remove both from their lists.
+    """Match tracks with boxes, best pairs first; return the pairs, and remove them from both lists.
 
     Args:
         tracks: Tracks to match.
@@ -148,6 +148,7 @@ def _take_pairs(
     while scores.max() > 0:
         row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
         pairs.append((tracks[row], boxes[column]))
+        # each track and each box is matched at most once
         scores[row] = 0
         scores[:, column] = 0
     for track, box in pairs:
@@ -157,7 +158,7 @@ def _take_pairs(
 
 
 def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return the overlap of boxes with a track's last or expected box; 0 below MIN_OVERLAP."""
+    """Score boxes by their overlap with a track's last or predicted box; 0 below MIN_OVERLAP."""
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= MIN_OVERLAP, best, 0)
@@ -213,7 +214,7 @@ def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
 
 
 def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
-    """Return a box moved by the motion of several images; negative numbers move it back."""
+    """Return a box moved by the motion of several images; a negative number moves it back in time."""
     maximum = MAX_MOVED * _find_longer_side(box)
     x, y = (max(-maximum, min(maximum, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y

@@ -25,10 +25,10 @@ class FoundFace:
 
 
 class Detector(Protocol):
-    """A detector of faces, or of other objects that it was trained for."""
+    """Detects faces, or other objects that its network was trained for."""
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the boxes found in an image (H W 3, RGB) with at least this score, best first."""
+        """Return the detections in an image (H W 3, RGB) with at least `least_score`, best first."""
 
 
 Numbers = NDArray[np.float32]  # boxes N 4: left, top, right, bottom; scores N
@@ -68,7 +68,7 @@ def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, maximum: in
 
 
 def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """Return an image (H W 3) downscaled by `factor`, each side at least one pixel; unchanged for 1."""
+    """Downscale an image (H W 3) by `factor` to at least 1 x 1 pixels; unchanged if the factor is 1."""
     if factor == 1:
         return pixels
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
@@ -153,9 +153,10 @@ def eye_distance(landmarks: NDArray[np.float32] | None) -> float:
 
 
 def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
-    """Return the matrix (2 3) that rotates, scales and shifts an image to a face of size x size pixels.
+    """Return the affine matrix (2 3) that aligns the landmarks of a face with the template.
 
-    It is fitted by least median of squares, which ignores one wrong landmark. None if no transform fits.
+    The matrix rotates, scales and shifts, and is fitted by least median of squares, which ignores one wrong
+    landmark. None if no matrix fits.
 
     Args:
         landmarks: Landmarks, 5 2, as `FoundFace.landmarks`.
@@ -166,12 +167,13 @@ def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
     )
     if matrix is None or not np.isfinite(matrix).all():
         return None
+    # the determinant of a scaled rotation is the square of the scale
     scale = math.sqrt(abs(float(np.linalg.det(matrix[:, :2]))))
     return matrix.astype(np.float64) if 1e-3 < scale < 1e3 else None
 
 
 def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
-    """Crop a face (size size 3) from an image (H W 3), in the image's dtype."""
+    """Align and crop a face (size size 3) from an image (H W 3), in the image's dtype."""
     wide = pixels.dtype == np.uint16
     border = [value * 257 for value in BORDER] if wide else BORDER
     face: Pixels = cv2.warpAffine(  # type: ignore[assignment]
@@ -181,7 +183,7 @@ def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
 
 
 def crops(pixels: Pixels, matrices: Sequence[Matrix], size: int) -> NDArray[np.float32]:
-    """Crop a face for each matrix; returns B 3 size size, -1..1."""
+    """Align and crop a face with each matrix: B 3 size size, -1..1."""
     maximum = np.float32(65535 if pixels.dtype == np.uint16 else 255)
     faces = np.stack([crop(pixels, matrix, size) for matrix in matrices])
     return faces.transpose(0, 3, 1, 2).astype(np.float32) / maximum * 2 - 1

@@ -31,7 +31,7 @@ CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quant
 
 @dataclass(frozen=True)
 class CodeFormerBlock:
-    """One block of the encoder or the generator."""
+    """Kind and channel counts of one block of the encoder or the generator."""
 
     kind: str  # RES, ATTENTION, RESIZE (the encoder halves, the generator doubles), NORM or CONV
     width_in: int
@@ -40,7 +40,7 @@ class CodeFormerBlock:
 
 @dataclass(frozen=True)
 class CodeFormerConfig:
-    """Dimensions of a CodeFormer network."""
+    """Blocks, codebook and transformer sizes of a CodeFormer."""
 
     encoder: tuple[CodeFormerBlock, ...]
     generator: tuple[CodeFormerBlock, ...]
@@ -53,7 +53,7 @@ class CodeFormerConfig:
 
     @property
     def side(self) -> int:
-        """Side of the square of codebook entries that describe a face."""
+        """Side of the square of codebook entries that encodes a face."""
         return round(self.num_positions**0.5)
 
     @property
@@ -119,7 +119,7 @@ class Halving(nn.Module):
 
 
 class Doubling(nn.Module):
-    """Nearest-neighbor upsampling by 2, followed by a convolution."""
+    """Nearest-neighbor upsampling by 2 and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Doubling(nn.Module):
 
 
 def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> nn.ModuleDict:
-    """Build the encoder or the generator from its blocks in order."""
+    """Build CodeFormer's encoder or generator from its blocks, in order."""
     modules = nn.ModuleList()
     for block in blocks:
         match block.kind:
@@ -158,7 +158,7 @@ class CodeFormerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, placed: Tensor, plain: Tensor) -> Tensor:
-        """Return the attention result, B L D.
+        """Return features after attention, B L D.
 
         Args:
             placed: Features with the position code, B L D.
@@ -182,7 +182,7 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Return the new features, B L D.
+        """Return features after attention and MLP, B L D.
 
         Args:
             x: Features, B L D.
@@ -194,7 +194,7 @@ class TransformerLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Scale and shift the generator's features by the encoder's, weighted by `fidelity`."""
+    """Scale and shift generator features with values computed from encoder features."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class CodeFormer(nn.Module):
         return x
 
     def codes(self, faces: Tensor) -> Tensor:
-        """Return the codebook index of each position, B L.
+        """Return the index of the codebook entry for each position, B L.
 
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
@@ -307,7 +307,7 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
-    """Plan how to load a CodeFormer file.
+    """Plan the loading of a CodeFormer, whose sizes are read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a CodeFormer file.
@@ -339,7 +339,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
 
 
 def _is_possible(config: CodeFormerConfig) -> bool:
-    """Return whether the dimensions are consistent."""
+    """Return whether the sizes read from a file describe a possible CodeFormer."""
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (

@@ -23,7 +23,9 @@ SIDE = 640  # side of the downscaled copy in which large images are searched
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
-    """Check a detector's file: load an ONNX file, read the header of others.
+    """Raise CheckpointError if a file is not a usable detector.
+
+    ONNX files are loaded; of other files only the header is read.
 
     Args:
         path: Path of the file.
@@ -106,7 +108,7 @@ def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) ->
 
 
 def _reject_pickled_yolo(path: Path, option: str) -> None:
-    """Raise CheckpointError for a model that ultralytics has pickled: loading it would execute its code."""
+    """Raise CheckpointError for a pickled ultralytics model, since loading it would execute its code."""
     try:
         start = _read_pickle(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
@@ -121,7 +123,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
 
 
 def _read_pickle(path: Path) -> bytes:
-    """Return the beginning of the pickle in a file; empty if the file has none."""
+    """Return the start of the pickle in a file; empty if the file contains none."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)

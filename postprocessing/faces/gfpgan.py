@@ -27,7 +27,7 @@ UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
 @dataclass(frozen=True)
 class GfpganConfig:
-    """Dimensions; both lists have one more entry than there are downsampling steps."""
+    """Channel counts of GFPGAN; both lists have one more entry than there are downsampling steps."""
 
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
@@ -65,7 +65,7 @@ class StyleResidualBlock(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """A convolution whose input channels are scaled by a style, which gives each face its own kernel."""
+    """StyleGAN2 convolution whose kernel is scaled by a style vector, separately for each face."""
 
     def __init__(self, width_in: int, width: int, kernel: int, style: int, demodulate: bool) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class StyleConv(nn.Module):
         self.doubles = doubles
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        """Return the new features, B C h w or twice as large.
+        """Return convolved features with noise, B C h w or twice as large.
 
         Args:
             x: Features, B C h w.
@@ -115,7 +115,7 @@ class StyleConv(nn.Module):
 
 
 class ToRgb(nn.Module):
-    """Predict colors from features, and add them to the upsampled colors of half the size."""
+    """Predict RGB values from features, and add the upsampled result of half the size."""
 
     def __init__(self, width: int, style: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class ToRgb(nn.Module):
 
 
 class StyleDecoder(nn.Module):
-    """StyleGAN2 with a separate style for each layer, modulated by the U-Net."""
+    """StyleGAN2 decoder of GFPGAN, with a style per layer, steered by features of the U-Net."""
 
     def __init__(self, config: GfpganConfig) -> None:
         """Create the empty layers of the decoder, with the module names of the released GFPGAN file."""
@@ -161,7 +161,7 @@ class StyleDecoder(nn.Module):
                 self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
 
     def forward(self, styles: Tensor, steering: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return images, B 3 S S.
+        """Generate faces from style vectors, steered by features of the U-Net, B 3 S S.
 
         Args:
             styles: Style vectors, B layers D.
@@ -245,7 +245,7 @@ def _make_steering(width_in: int, width: int) -> nn.Sequential:
 
 
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
-    """Plan how to load a GFPGAN file.
+    """Plan the loading of a GFPGAN, whose sizes are read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a GFPGAN file.
@@ -273,6 +273,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         steered=tuple(out_channels(f"condition_scale.{level}.2") for level in levels),
     )
     for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
+        # the U-Net can steer at most all channels of the decoder
         if steered > channels:
             raise wrong_kind
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

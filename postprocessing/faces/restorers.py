@@ -43,7 +43,7 @@ UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # tensors that are only us
 
 @dataclass(frozen=True)
 class ParseNetConfig:
-    """Dimensions of a ParseNet."""
+    """Channel counts of ParseNet's encoder and decoder."""
 
     down: tuple[int, ...]  # channels before and after each halving
     blocks: int  # number of blocks at the smallest size
@@ -76,7 +76,7 @@ class ConvLayer(nn.Module):
 
 
 class ParsingBlock(nn.Module):
-    """Two convolutions with a shortcut; `scale` of 0.5, 1 or 2 resizes height and width."""
+    """Residual block of ParseNet; `scale` 0.5, 1 or 2 resizes height and width."""
 
     def __init__(self, width_in: int, width: int, scale: float) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def face_parts(scores: Tensor) -> Tensor:
 
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
-    """Plan how to load a ParseNet file.
+    """Plan the loading of a ParseNet, whose sizes are read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a ParseNet file.
@@ -202,7 +202,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     dtype = network_dtype(network, device, name)
 
     def configure(model: Gfpgan | CodeFormer) -> Run:
-        """Return a function that restores faces with the fidelity or the noise of the options."""
+        """Return the restoring function with the options' fidelity (CodeFormer) or noise (GFPGAN) applied."""
         if isinstance(model, CodeFormer):
             return lambda faces: model(faces, options.weight)
         if network.seed is not None:
@@ -291,7 +291,7 @@ class FacefixFiles(NamedTuple):
 
 
 def find_files(options: FacefixOptions) -> FacefixFiles:
-    """Return the paths of the files.
+    """Return the paths of the restoration model, ParseNet and the face detector.
 
     --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
 
@@ -343,7 +343,7 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
 
 
 def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
-    """Return the first of these files that exists, with any known suffix, ignoring case.
+    """Return the first existing file with one of the stems and any known suffix, ignoring case.
 
     Args:
         folder: Folder of the files.

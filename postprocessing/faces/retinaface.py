@@ -50,14 +50,14 @@ FILES = (
 
 @dataclass(frozen=True)
 class RetinaFaceConfig:
-    """Dimensions of the network."""
+    """Backbone and channel count of a RetinaFace."""
 
     body: ResNetConfig | MobileNetConfig
     width: int  # channels of the features that the heads take
 
 
 class Pyramid(nn.Module):
-    """Add coarser features to each scale."""
+    """Feature pyramid: adds coarser features to each finer scale."""
 
     def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Pyramid(nn.Module):
         self.merge2 = _make_conv(width, width, 3, slope)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the features of three scales, fine to coarse, each with the coarser ones added."""
+        """Return three feature maps, fine to coarse, to which the coarser ones are added."""
         fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
         middle = self.merge2(middle + interpolate(coarse, size=middle.shape[2:], mode="nearest"))
         fine = self.merge1(fine + interpolate(middle, size=fine.shape[2:], mode="nearest"))
@@ -86,7 +86,7 @@ class Context(nn.Module):
         self.conv7x7_3 = _make_conv(quarter, quarter, 3, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of the three neighborhoods, concatenated along channels."""
+        """Return features of three neighborhood sizes, concatenated along channels."""
         shared = self.conv5X5_1(x)
         views = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
         return relu(torch.cat(views, dim=1))
@@ -144,7 +144,7 @@ class RetinaFace(nn.Module):
 
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
-    """Return the anchors of an image, N 4: center x, center y, width and height as fractions of its sides."""
+    """Return RetinaFace's anchors, N 4: center x and y, width, height as fractions of the image sides."""
     scales = []
     for stride, sizes in zip(STEPS, SIZES, strict=True):
         rows = torch.arange(ceil_div(height, stride), dtype=torch.float64)
@@ -154,6 +154,7 @@ def anchors(height: int, width: int) -> Tensor:
             (columns + 0.5) * stride / width,
             indexing="ij",
         )
+        # positions 1 2, repeated for the sizes of anchors at each position
         centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
         extents = extents.expand(len(centers), -1, -1)
@@ -184,16 +185,17 @@ class RetinaFaceDetector:
 
     @torch.inference_mode()
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
+        """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
         scale = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
         image = self._to_input(shrunk(pixels, scale))
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
-        priors = anchors(*image.shape[2:])[selected]
+        selected_anchors = anchors(*image.shape[2:])[selected]
         size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
-        corners = (decode_boxes(boxes[selected], priors) * size.repeat(2)).numpy()
-        points = (decode_landmarks(landmarks[selected], priors) * size).numpy()
+        # `repeat` gives width, height, width, height
+        corners = (decode_boxes(boxes[selected], selected_anchors) * size.repeat(2)).numpy()
+        points = (decode_landmarks(landmarks[selected], selected_anchors) * size).numpy()
         selected_scores = scores[selected].numpy()
         faces = []
         for index in select_best(corners, selected_scores, MAX_OVERLAP):
@@ -202,7 +204,7 @@ class RetinaFaceDetector:
         return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the network's output; if it is not finite in half precision, switch to float32 permanently.
+        """Run RetinaFace; if its output is not finite in half precision, switch to float32 permanently.
 
         Raises:
             CheckpointError: If the output is not finite in float32, because faces would be missed silently.
@@ -221,7 +223,7 @@ class RetinaFaceDetector:
         return self._run(image)
 
     def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Return H W 3 (RGB) as 1 3 H W, blue, green, red minus MEAN in float32; bytes go to the device."""
+        """Convert H W 3 (RGB) to 1 3 H W float32: blue, green, red minus MEAN, on the device."""
         blue_first = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
         image = rearrange(blue_first, "h w c -> 1 c h w").float()
         image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
@@ -277,10 +279,10 @@ def _read_mobile_net(shape: Callable[..., tuple[int, ...]]) -> MobileNetConfig:
 def load_retinaface(
     plan: LoadPlan[RetinaFaceConfig], device: torch.device, dtype: torch.dtype, side: int | None, option: str
 ) -> RetinaFaceDetector:
-    """Load the network of a plan whose file is open.
+    """Load the network of a plan while its file is open.
 
     Raises:
-        CheckpointError: If tensors do not fit.
+        CheckpointError: If tensors have unexpected shapes.
     """
     network = load_planned(plan, RetinaFace, device=device, dtype=dtype, what=option)
     lay_out(network, device)

@@ -28,7 +28,7 @@ class ResNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the three scales of features that the detector uses."""
+        """Channel counts of the three feature maps that the detector uses."""
         return self.outer[1:]
 
 
@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier."""
+    """ResNet backbone without the classifier."""
 
     def __init__(self, config: ResNetConfig) -> None:
         """Create the layers of a ResNet, with torchvision's module names."""
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """MobileNet v1 without its classifier: depthwise convolutions followed by 1x1 convolutions."""
+    """MobileNet v1 backbone: depthwise convolutions, each followed by a 1x1 convolution."""
 
     def __init__(self, config: MobileNetConfig) -> None:
         """Create MobileNet's three stages with the module names of the RetinaFace file."""

@@ -53,7 +53,7 @@ class SteadyLandmarks:
         self._last: list[Landmarks] = []
 
     def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
-        """Return the damped landmarks of the next image's faces; large movements are damped less.
+        """Smooth the landmarks of the faces in the next image; large movements are smoothed less.
 
         Each face is matched with the nearest one of the previous image, and moved towards its landmarks.
         """
@@ -69,6 +69,7 @@ class SteadyLandmarks:
             if distance < MOVED and new not in matched_new and old not in matched_old:
                 matched_new.add(new)
                 matched_old.add(old)
+                # falls from `strength` for a face at rest to 0 at MOVED
                 old_weight = np.float32(self._strength * (1 - distance / MOVED))
                 damped[new] = landmarks[new] + old_weight * (self._last[old] - landmarks[new])
         self._last = damped
@@ -76,7 +77,7 @@ class SteadyLandmarks:
 
 
 def _measure_distance(new: Landmarks, old: Landmarks) -> float:
-    """Return how far landmarks have moved, in units of the distance between the eyes."""
+    """Return how far landmarks have moved, relative to the distance between the eyes."""
     return float(np.hypot(*(new - old).T).mean()) / eye_distance(new)
 
 
@@ -88,7 +89,7 @@ Plane = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored face and the mask for pasting it."""
+    """A restored face, and the mask with which it is pasted."""
 
     face: Plane  # S S 3, RGB, 0..1
     mask: Plane  # S S, 0..1: opacity of the face
@@ -113,7 +114,7 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
 
 
 def enlarge(pixels: Pixels, upscale: float) -> Pixels:
-    """Scale an image by `upscale`; for 1 the same object is returned."""
+    """Resize an image by `upscale`; return the same object if the factor is 1."""
     height, width = pixels.shape[:2]
     size = enlarged_size(width, height, upscale)
     if size == (width, height):
@@ -182,7 +183,7 @@ def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
 
 
 def _find_region(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
-    """Return the part of the canvas that a face of size x size may change; `matrix` maps face to canvas."""
+    """Return the rectangle of the canvas that a face may change; `matrix` maps the face to the canvas."""
     face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
     corners = face_corners @ matrix[:2].T
     left, top = corners.min(axis=0)
@@ -196,7 +197,7 @@ def _find_region(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area
 
 
 def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: Area, white: float) -> None:
-    """Blend a face into the values of its region; `white` is the largest value."""
+    """Blend a restored face into the pixel values of its region; `white` is the largest value."""
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
@@ -229,7 +230,7 @@ class Facefix:
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the images with restored faces; images without a face are only scaled."""
+        """Yield images with restored faces; images without faces are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
         num_images = 0
         num_changed = 0

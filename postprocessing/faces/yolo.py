@@ -97,7 +97,7 @@ class YoloDetector:
         raise _other_layout(self.path, shapes)
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
-        """Return the rows with at least this score."""
+        """Decode the YOLO's output to detections with at least `least_score`."""
         # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
         counts = []
         for steps in (STEPS, *OTHER_STEPS):
@@ -216,7 +216,7 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
 
 
 def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
-    """Return landmarks N 5 2 from rows of (x, y) or (x, y, visibility); None if there are none."""
+    """Return landmarks, N 5 2, from rows of (x, y) or (x, y, visibility); None without landmarks."""
     if numbers_of_point not in (2, 3) or numbers.shape[1] < numbers_of_point * POINTS:
         return None
     points: Numbers = numbers[:, : numbers_of_point * POINTS].reshape(-1, POINTS, numbers_of_point)[..., :2]
@@ -224,7 +224,7 @@ def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
 
 
 def _parse_literal(text: str | None) -> Any:
-    """Return the value of a metadata entry, a Python literal; None if it cannot be parsed."""
+    """Parse a metadata entry, a Python literal; None if it is malformed."""
     if len(text or "") > MAX_NOTE_CHARACTERS:
         return None
     try:
@@ -298,7 +298,7 @@ class YuNetDetector:
         )
 
     def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
-        """Return the faces of one output grid, whose cells are `step` pixels apart, row by row."""
+        """Decode one of YuNet's output grids, whose cells are `step` pixels apart, to faces."""
         rows, columns = height // step, width // step
         class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
         object_score = self._read_output(outputs, "obj", step, rows * columns).clip(0, 1)
@@ -328,7 +328,7 @@ class YuNetDetector:
         return output.reshape(cells, columns)
 
     def _select_factor(self, height: int, width: int) -> float:
-        """Return the factor by which an image is downscaled for detection."""
+        """Return the factor that reduces an image for detection."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
@@ -336,12 +336,12 @@ class YuNetDetector:
 
 
 def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
-    """Return a YuNet that has been run once as a test.
+    """Return a YuNet detector after a test run.
 
     Some files accept a single image size, to which images are fitted; others accept any size.
 
     Raises:
-        CheckpointError: If it cannot be run.
+        CheckpointError: If the network cannot be run.
     """
     canvas = _read_canvas(model.input_shape)
     if canvas is not None and (side is None or side > max(canvas)):
@@ -350,12 +350,13 @@ def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
             *(model.path.name, *canvas),
         )
     detector = YuNetDetector(model.path, model, side, canvas)
+    # a black image, neither square nor of the canvas size
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     return detector
 
 
 def _read_canvas(shape: Shape) -> tuple[int, int] | None:
-    """Return the width and height that a file requires; None if it takes any."""
+    """Return the (width, height) that a YuNet file requires; None if any size is possible."""
     if len(shape) != 4:
         return None
     height, width = shape[-2:]

@@ -41,7 +41,7 @@ WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
-    """Plan how to load GIMM-VFI without its optical flow.
+    """Plan the loading of GIMM-VFI without its optical flow, with sizes read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a GIMM-VFI file.
@@ -96,7 +96,7 @@ def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) 
 
 
 def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
-    """Return the sizes of the synthesis network, from the shapes of its weights."""
+    """Return the sizes of the AMT synthesis, from the shapes of its weights."""
     first = _read_decoder("amt_init_decoder", 1, weight_shape)
     last = _read_decoder("amt_final_decoder", 2, weight_shape)
     projections = []
@@ -118,7 +118,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
 
 
 def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
-    """Read the sizes of a decoder that refines flows, `doublings` steps up."""
+    """Return the sizes of an AMT decoder, which enlarges by 2 ** `doublings`."""
     entry = weight_shape(f"{name}.convblock.0.0")
     return RefinementConfig(
         doublings=doublings,
@@ -162,7 +162,7 @@ DEFAULT = ModeSettings()
 
 
 class ModeFiles(NamedTuple):
-    """The files that a mode needs."""
+    """Paths of the model files of an interpolation mode."""
 
     main: Path
     flow: Path  # file of the optical flow; may be the main file
@@ -234,7 +234,7 @@ def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
 
 
 def read_settings(path: Path | None) -> ModeSettings:
-    """Read the released YAML file; without the file, use the released settings.
+    """Read the settings of a released YAML file; None stands for the released settings.
 
     Raises:
         CheckpointError: If the file cannot be read or asks for an unsupported computation.
@@ -285,7 +285,7 @@ def _require_mapping(value: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class InterpolationNetworks:
-    """The loaded networks of a mode."""
+    """The loaded networks of an interpolation mode."""
 
     gimm: GimmVfi
     estimator: Raft | FlowFormer
@@ -305,7 +305,7 @@ class InterpolationNetworks:
 
 
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
-    """Load both networks; only the synthesis computes in `dtype`, motion is computed in float32.
+    """Load the interpolation and the optical flow network; only the synthesis computes in `dtype`.
 
     On the meta device only headers are read.
 
@@ -331,6 +331,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     config = plan.config.synthesis
     expected_maps = tuple(inputs for inputs, _ in config.projections)
     if not expected_maps:
+        # without projections, the flow's feature maps are used directly
         expected_maps = (config.quarter, config.eighth, maps.matching)
     if maps != expected_maps:
         raise CheckpointError(
@@ -342,7 +343,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 
 class _Maps(NamedTuple):
-    """Channels of the feature maps in an `EncodedImage`."""
+    """Channels of the feature maps in an EncodedImage."""
 
     quarter: int
     eighth: int
@@ -367,7 +368,7 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
-    """Plan how to load the main file of a mode. Raises CheckpointError if it belongs to the other mode."""
+    """Plan the loading of a mode's main file. Raises CheckpointError if it belongs to the other mode."""
     plan = read_gimm(checkpoint)
     # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):

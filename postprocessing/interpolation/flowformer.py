@@ -65,6 +65,7 @@ class SelfAffinity(nn.Module):
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
             weights = q.new_empty(len(q), len(k))
+            # 8 bytes for each pair: product and softmax in float32
             rows = rows_of_part(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
             for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
@@ -79,7 +80,7 @@ class SelfAffinity(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Add the motion of similar positions."""
+    """Aggregate motion features over similar positions (GMA)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the motion with the motion of similar positions added.
+        """Return motion features plus those of similar positions, 1 C H W.
 
         Args:
             motion: Motion features, 1 C H W.
@@ -157,7 +158,7 @@ class MemoryDecoder(nn.Module):
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:
-        """Return the features of each position from memory, 1 . H W, for the costs around it (`near`)."""
+        """Read features from the cost memory for the costs around each position (`near`), 1 C H W."""
         query = self.flow_token_encoder(near)
         code = flowformer_memory.position_code(_flatten_rows(positions), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
@@ -171,7 +172,7 @@ def _flatten_rows(x: Tensor) -> Tensor:
 
 
 def _apply_to_positions(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of rows (N C) to a map (1 C H W)."""
+    """Apply a function of rows, N C, to a feature map, 1 C H W."""
     return run(_flatten_rows(x).contiguous()).T.reshape(x.shape)
 
 
@@ -185,7 +186,7 @@ UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
 
 @dataclass(frozen=True)
 class FlowFormerConfig:
-    """Dimensions of the network."""
+    """Sizes of FlowFormer's encoders, cost memory and decoder."""
 
     features: tuple[StageConfig, ...]
     context: tuple[StageConfig, ...]
@@ -223,7 +224,7 @@ class FlowFormer(nn.Module):
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single image.
+        """Return the features of one image.
 
         Args:
             image: Image, 1 3 H W, 0..255, with sides that are multiples of 32.
@@ -246,7 +247,7 @@ class FlowFormer(nn.Module):
 
 
 def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
-    """Plan how to load a FlowFormer file.
+    """Plan the loading of a FlowFormer, whose sizes are read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a FlowFormer file.
@@ -306,7 +307,7 @@ def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.Memory
 
 
 def _read_decoder(shape: Shape) -> FlowDecoderConfig:
-    """Return the sizes of the flow decoder, from the shapes of its weights."""
+    """Return the sizes of FlowFormer's decoder, from the shapes of its weights."""
 
     def out_channels(name: str) -> int:
         return shape(f"memory_decoder.{name}.weight")[0]

@@ -21,7 +21,7 @@ class TokenAttention(nn.Module):
     """Cross-attention of queries to tokens, then two linear layers, both with a residual connection."""
 
     def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
-        """Create the layers.
+        """Create cross-attention and feed-forward layers, with FlowFormer's module names.
 
         Args:
             width: Width of the queries.
@@ -46,7 +46,7 @@ class TokenAttention(nn.Module):
     def forward(
         self, x: Tensor, keys_and_values: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
     ) -> Tensor:
-        """Attend and return B Q C.
+        """Attend from queries to tokens, then apply the feed-forward layers; return B Q C.
 
         Args:
             x: Queries, B Q C.
@@ -113,7 +113,7 @@ class CostEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Return tokens, N patches D.
+        """Return tokens for patches of cost maps, N patches D.
 
         Args:
             maps: Cost maps, N 1 H W.
@@ -147,7 +147,7 @@ class WindowContextAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return the attention result, K H W D.
+        """Attend within windows to tokens and their projected context; return K H W D.
 
         Args:
             x: Tokens, K H W D.
@@ -159,13 +159,14 @@ class WindowContextAttention(nn.Module):
 
         def run(windows: Tensor) -> Tensor:
             coded = windows + code
+            # values do not include the context
             return attend(self.q(coded), self.k(coded), self.v(windows[..., :width]), HEADS)
 
         return self.proj(in_windows(run, torch.cat([x, projected], dim=-1)))
 
 
 class CoarseContextAttention(nn.Module):
-    """Attention of one token of each position to the pooled tokens of all COARSE x COARSE squares.
+    """Attention from one token of each position to tokens pooled over COARSE x COARSE squares.
 
     Both sides of a map are multiples of COARSE, because those of an image are multiples of 32.
     """
@@ -183,7 +184,7 @@ class CoarseContextAttention(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return the attention result, K H W D.
+        """Attend from each position to a coarse grid of tokens and projected context; return K H W D.
 
         Args:
             x: Tokens, K H W D.
@@ -196,6 +197,7 @@ class CoarseContextAttention(nn.Module):
         q = self.q(coded + position_code(positions, self.joined))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
+        # values come from the tokens alone, without the context
         values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
         rows, columns = keys.shape[1:3]
         coarse_positions = positions_of(rows, columns, x.device) * COARSE
@@ -224,7 +226,7 @@ class VerticalLayer(nn.Module):
 
 
 class CostPerceiver(nn.Module):
-    """Encode the cost map of each position into tokens."""
+    """Encode the cost map of each position into a fixed number of tokens."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()

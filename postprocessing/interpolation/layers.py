@@ -35,7 +35,7 @@ class FlowEstimator(Protocol):
         """
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first image to the second."""
+        """Return the optical flow from the first to the second image, 1 2 H W (x, y) in float32."""
 
 
 CPU_BYTES = 1 << 24  # memory of a part: fits the caches, twice as fast as 256 MiB
@@ -73,9 +73,9 @@ def in_parts(
 
 
 def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
-    """Return the concatenated results of run(start, end) for rows 0 to `count`, `rows` at a time.
+    """Call run(start, end) for successive ranges of rows, and return the concatenated results.
 
-    `count` is at least 1.
+    The ranges cover 0 to `count` (at least 1) with at most `rows` rows each.
     """
     first = run(0, min(rows, count))
     if rows >= count:
@@ -218,7 +218,7 @@ VOLUME_BYTES = 3 << 29  # bytes up to which the products of all pairs are stored
 
 
 class Correlation:
-    """The features of two images, prepared for comparison."""
+    """Correlation of the features of two images, for lookups around any position."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class Correlation:
         levels: int = LEVELS,
         scale: float | None = None,
     ) -> None:
-        """Prepare the comparison of two images.
+        """Prepare the correlation of all positions of two images, at several scales.
 
         Args:
             first: Features of the first image, 1 C h w, float32.
@@ -252,6 +252,7 @@ class Correlation:
             keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
+            # each level: h*w of the first image by h*w of the scaled second image
             self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
         else:
             # a row of channels for each position, zero-padded so that windows may extend beyond the edge
@@ -259,10 +260,10 @@ class Correlation:
             self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 
     def lookup(self, positions: Tensor) -> Tensor:
-        """Return 1 81*levels h w: for each position of the first image, products around one of the second.
+        """Return the correlations around one position of the second image for each position of the first.
 
-        Channel level * 81 + i * 9 + j belongs to the position moved by i - 4 in x and j - 4 in y at that
-        scale; outside of the image it is 0.
+        The result is 1 81*levels h w. Channel level * 81 + i * 9 + j belongs to the position moved by i - 4
+        in x and j - 4 in y at that scale; outside of the image it is 0.
 
         Args:
             positions: Positions in the second image's features, 1 2 h w, x and y.
@@ -275,12 +276,12 @@ class Correlation:
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
     def rows(self, start: int, end: int) -> Tensor:
-        """Return n h w: products of positions `start` to `end` of the first image with all of the second."""
+        """Return correlations n h w: positions `start` to `end` of the first image with all of the second."""
         rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
-        """Return the products around centers, P 81; `centers` are P 2 at this scale."""
+        """Return correlations around centers, P 81; `centers` are P 2 at the scale of `level`."""
         corner = centers.floor()
         share = centers - corner
         start = corner.long() - RADIUS
@@ -335,7 +336,7 @@ def _count_volume_bytes(height: int, width: int, levels: int) -> int:
 
 
 def positions_of(height: int, width: int, device: torch.device) -> Tensor:
-    """Return H W 2: the position (x, y) of each cell, in float32."""
+    """Return the position (x, y) of each cell of a grid, H W 2 in float32."""
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
     y, x = torch.meshgrid(rows, columns, indexing="ij")

@@ -22,7 +22,7 @@ MIN_VARIANCE = 1e-9
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """Widths of the layers, and three settings that the tensors do not reveal."""
+    """Channel counts of the motion network, and three settings that its tensors do not reveal."""
 
     encoder: tuple[int, int, int]  # widths of two convolutions, and output channels
     encoder_blocks: int
@@ -47,7 +47,7 @@ class Lateral(nn.Module):
 
 
 def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: int) -> nn.Sequential:
-    """Return the layers of `cnn_encoder` and of `res_conv`."""
+    """Return the layers of a `cnn_encoder` or `res_conv`: convolutions around residual blocks."""
     return nn.Sequential(
         conv(inputs, first),
         conv(first, second),
@@ -154,7 +154,7 @@ class MotionField(nn.Module):
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion of `at` as a fraction of the largest, shifted to 0..1; 0.5 is no motion."""
+        """Return the motion at `time`, normalized by the largest motion to 0..1; 0.5 is no motion."""
         first = splat(motion.first, time * motion.forward_flow, motion.first_weight)
         second = splat(motion.second, (1 - time) * motion.backward_flow, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
@@ -203,7 +203,7 @@ def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class GimmConfig:
-    """Dimensions of the network."""
+    """Sizes of the two networks of GIMM-VFI."""
 
     motion: MotionConfig
     synthesis: SynthesisConfig
@@ -233,7 +233,7 @@ class Interpolation:
     """GIMM-VFI: `frame` encodes one image, `between` interpolates images between two encoded ones."""
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
-        """Combine the networks.
+        """Combine the interpolation network with an optical flow network.
 
         Args:
             network: The interpolation network.
@@ -257,13 +257,14 @@ class Interpolation:
 
     @torch.no_grad()
     def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
-        """Yield the interpolated images, 1 3 H W, 0..1, at times above 0 and below 1."""
+        """Yield interpolated images, 1 3 H W in 0..1, at the given times between 0 and 1."""
         motion = self.network.motion.between(
             self.estimator.flow(first.encoded, second.encoded),
             self.estimator.flow(second.encoded, first.encoded),
         )
         synthesis = self.network.synthesis
         correlations = PairCorrelations(first.maps, second.maps)
+        # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
         small = 2 * torch.cat([first.small, second.small]) - 1
         for time in times:

@@ -29,7 +29,7 @@ IGNORED = (
 
 @dataclass(frozen=True)
 class RaftConfig:
-    """Widths of the layers."""
+    """Channel counts of RAFT."""
 
     stages: tuple[int, int, int]
     features: int  # channels that are compared
@@ -91,10 +91,10 @@ class RaftEncoder(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Encode correlation and flow into motion features."""
+    """Encode correlation and optical flow into motion features."""
 
     def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
-        """Create the layers.
+        """Create the motion encoder of RAFT, with the module names of its released file.
 
         Args:
             inputs: Channels of the correlation.
@@ -107,10 +107,11 @@ class MotionEncoder(nn.Module):
         self.convc2 = conv(*correlation)
         self.convf1 = conv(2, flow[0], 7)
         self.convf2 = conv(*flow)
+        # - 2: the flow itself is appended to the output
         self.conv = conv(correlation[1] + flow[1], motion - 2)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
-        """Encode correlation and flow into features; the flow itself is the last two channels."""
+        """Return motion features, whose last two channels are the flow itself."""
         compared = relu(self.convc2(relu(self.convc1(correlation))))
         moved = relu(self.convf2(relu(self.convf1(flow))))
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
@@ -142,15 +143,15 @@ class SeparableGru(nn.Module):
                 setattr(self, f"conv{gate}{number}", layer)
 
     def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
-        """Return the steps along rows and columns for a context, 1 . h w, which all iterations share.
+        """Return the GRU weights for rows and columns, with the context, 1 . h w, already applied.
 
-        The three gates read the same feature maps, and convolutions are linear: the context's part is
-        computed once, and the motion's part for all gates together.
+        Convolutions are linear, so the context's part is computed once for all iterations, and the motion's
+        part for all three gates together.
         """
         return self._turn("1", context), self._turn("2", context)
 
     def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn]) -> Tensor:
-        """Return the new hidden state, 1 C h w."""
+        """Return the hidden state after both directions of the GRU, 1 C h w."""
         width = hidden.shape[1]
         for turn in turns:
             inputs = turn.constant + _convolve_same_size(motion, turn.moving)
@@ -161,10 +162,11 @@ class SeparableGru(nn.Module):
         return hidden
 
     def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
-        """Split the weights of a GRU step, so that the part of `context` is computed only once."""
+        """Combine the weights of one GRU direction, with the part of the context computed in advance."""
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
+        # three gates of equal width
         width = len(bias) // 3
         inputs = context.shape[1]
         motion = weight.shape[1] - width - inputs
@@ -182,7 +184,7 @@ def _convolve_same_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 class FlowHead(nn.Module):
-    """Predict the change of the flow from the hidden state."""
+    """Predict the correction of the optical flow from the hidden state."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -195,7 +197,7 @@ class FlowHead(nn.Module):
 
 
 class UpdateBlock(nn.Module):
-    """One refinement of the flow."""
+    """Layers of one refinement step of RAFT."""
 
     def __init__(self, config: RaftConfig) -> None:
         super().__init__()
@@ -207,7 +209,7 @@ class UpdateBlock(nn.Module):
     def forward(
         self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the change of the flow; for `turns` see `SeparableGru.turns`."""
+        """Return the new hidden state and the flow correction; for `turns` see `SeparableGru.turns`."""
         motion = self.encoder(correlation, flow)
         hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)
@@ -225,7 +227,7 @@ class Raft(nn.Module):
         self.update_block = UpdateBlock(config)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single image.
+        """Return the features of one image.
 
         Args:
             image: Image, 1 3 H W, 0..255.
@@ -250,12 +252,12 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict the logits for `upsample_flow`, multiplied by four."""
+    """Return the layers that predict the mask for `upsample_flow`, times four."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 
 def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
-    """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine positions around it.
+    """Upsample a flow to 1 2 8h 8w by weighted means of the nine positions around each pixel.
 
     Args:
         flow: Flow, 1 2 h w.
@@ -269,7 +271,7 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
-    """Plan how to load a RAFT file.
+    """Plan the loading of a large RAFT, whose sizes are read from its tensors.
 
     Raises:
         CheckpointError: If the file is not a RAFT file.

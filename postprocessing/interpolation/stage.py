@@ -57,7 +57,7 @@ class Interpolator:
         self._device = device
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with the added images.
+        """Return the clip with the frames that interpolation adds.
 
         Raises:
             MediaError: If the clip has one image or is too small.
@@ -173,7 +173,7 @@ class Interpolator:
 
 
 class _Shown:
-    """An image of the stream, whose features are computed on first use."""
+    """A frame of the video, whose features are computed on first use."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
         self.picture = picture

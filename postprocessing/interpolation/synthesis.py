@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     """Upsample the features of each image, and predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, other_channels: int, config: RefinementConfig) -> None:
-        """Create the layers.
+        """Create the layers of an AMT decoder, with the module names of the released file.
 
         Args:
             features: Channels of each image's features.
@@ -93,6 +93,7 @@ class Decoder(nn.Module):
         shuffles = [nn.PixelShuffle(2) for _ in range(config.doublings)]
         self.upsample = nn.Sequential(
             *shuffles,
+            # each pixel shuffle divides the channels by 4
             prelu(features // 4**config.doublings, inner, 5),
             *(prelu(inner, inner) for _ in range(3)),
             prelu(inner, outer),
@@ -127,7 +128,7 @@ class Update(nn.Module):
         return nn.Sequential(conv(inputs, hidden), nn.LeakyReLU(SLOPE), conv(hidden, outputs))
 
     def forward(self, feature: Tensor, flow: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes of the feature and, in float32, of the flow (1 4 h w, for both images)."""
+        """Return the corrections of the feature and of both flows, 1 4 h w in float32."""
         dtype = self.conv.weight.dtype
         feature, inputs, correlation = feature.to(dtype), flow.to(dtype), correlation.to(dtype)
         correlations = _leaky(self.convc2(_leaky(self.convc1(correlation))))
@@ -149,7 +150,7 @@ FLOWS, IMAGES = 4, 12  # channels: flows to both images; both images unchanged, 
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Widths of the layers."""
+    """Channel counts of the AMT synthesis network."""
 
     projections: tuple[tuple[int, int], ...]  # (in, out) of quarter, eighth and matching maps; or none
     quarter: int  # channels of the feature maps that the decoders take
@@ -203,7 +204,7 @@ class Blend:
 
 
 class Synthesis(nn.Module):
-    """The layers of the synthesis."""
+    """AMT synthesis: predicts flows, masks and colors to blend two images into one."""
 
     def __init__(self, config: SynthesisConfig) -> None:
         """Create the layers of the AMT decoder, with the module names of the released GIMM-VFI file."""
@@ -228,11 +229,11 @@ class Synthesis(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Dtype of the network's weights."""
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedImage) -> Maps:
-        """Return an image's features in the form that the other methods use."""
+        """Return an image's feature maps in the form that the synthesis uses."""
         dtype = self.dtype
         quarter, eighth, matching = (
             features.to(dtype) for features in (encoded.quarter, encoded.eighth, encoded.matching)
@@ -321,7 +322,7 @@ class Synthesis(nn.Module):
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
-        """Return the image, 1 3 H W, 0..1, blended from 2 3 H W, -1..1."""
+        """Blend two images, 2 3 H W in -1..1, into the new image, 1 3 H W in 0..1."""
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
         colors = blend.colors[0].unflatten(0, (blends, 3))
@@ -356,7 +357,7 @@ def _join_channels(both: Tensor) -> Tensor:
 
 
 def _apply_layers(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Apply layers to concatenated parts; the list `parts` is emptied, to free its large tensors."""
+    """Apply layers to concatenated tensors; `parts` is emptied to free its large tensors."""
     x = torch.cat([part.to(dtype) for part in parts], dim=1)
     parts.clear()
     for layer in layers:

@@ -26,7 +26,7 @@ class StageConfig:
 
 
 class TwinsMlp(nn.Module):
-    """Two linear layers around a GELU, applied to each position separately."""
+    """MLP of a Twins block: two linear layers around a GELU, applied to each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class TwinsMlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the new features, ... C."""
+        """Return features after the MLP, ... C."""
         wide = 4 * self.fc1.out_features  # bytes
         return in_parts(self._run, x.flatten(0, -2), bytes_each=3 * wide).view(x.shape)
 
@@ -64,7 +64,7 @@ class TwinsBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention among the positions of each window."""
+    """Self-attention within windows of a feature map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class CoarseAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attention result, B H W C; H and W are at least `reduction`."""
+        """Return features after attention to the coarse grid, B H W C; H and W are at least `reduction`."""
         squares = self.norm(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
         k, v = self.kv(squares).chunk(2, dim=-1)
         return self.proj(attend(self.q(x.flatten(1, 2)), k, v, self.heads)).view(x.shape)
 
 
 class TwinsPatchEmbed(nn.Module):
-    """Merge each square of positions into one position."""
+    """Merge each `patch` x `patch` square of positions into one position."""
 
     def __init__(self, channels: int, config: StageConfig) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply `run` to WINDOW x WINDOW windows of a feature map, and reassemble the results.
+    """Apply attention to WINDOW x WINDOW windows of a feature map, and reassemble the map.
 
     Args:
         run: Maps (windows, WINDOW ** 2, C) to the same shape with any C.

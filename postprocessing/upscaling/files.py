@@ -53,7 +53,7 @@ HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  
 
 @dataclass(frozen=True)
 class UpscalerKind:
-    """A kind of network: how to build and run it."""
+    """An upscaling architecture: how its network is built and run."""
 
     name: str
     mode: str  # value of --mode
@@ -68,7 +68,7 @@ RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A loaded network and the info needed to run it."""
+    """A loaded upscaling network with its kind and configuration."""
 
     kind: UpscalerKind
     config: Config
@@ -107,7 +107,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         plan = cast("LoadPlan[Any]", read(checkpoint))
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
-            """Keep norms and attention biases in float32."""
+            """Return the dtype to load a tensor in: float32 for norms and attention biases."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
         network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
@@ -149,12 +149,13 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return patterns that convert a file's names to ours. Raises CheckpointError for other files."""
+    """Return regular expressions that convert the tensor names of an ESRGAN file to ours."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between
         layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
         last = max((int(layer[1]) for layer in layers if layer), default=0)
+        # 4: the last convolutions, 3: upsampling, convolution and activation
         num_doublings = max(last - 4, 0) // 3
         ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
         ends.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
@@ -168,7 +169,7 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
 
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
-    """Plan how to load a compact upscaler: convolutions and PReLUs in turns."""
+    """Plan the loading of a compact upscaler, which alternates convolutions and PReLUs."""
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     shape.expect("body.0.weight", 4, axis=1, size=COLOURS)
@@ -214,7 +215,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
 
 
 def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
-    """Return the side of a window, from its table with a bias for each distance in y and x."""
+    """Return the side of the windows, from the shape of the attention bias table."""
     num_distances = shape.of(SWINIR_NAME, 2)[0]
     side = isqrt(num_distances)
     if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
@@ -224,7 +225,7 @@ def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _SwinirEnd:
-    """The last layers of a SwinIR, which upsample."""
+    """How a SwinIR upsamples after its last block."""
 
     upsampler: str  # their kind
     ups: Sequence[int] = ()  # factor of each enlargement
@@ -277,7 +278,7 @@ class _Shapes:
         return sizes
 
     def expect(self, name: str, axes: int, axis: int, size: int) -> None:
-        """Raise CheckpointError unless a tensor has this size along an axis."""
+        """Raise CheckpointError unless a tensor has `axes` axes and `size` entries along `axis`."""
         size_in_file = self.of(name, axes)[axis]
         if size_in_file != size:
             raise self.error(f"{name} is for pictures of {size_in_file} channels, not {size}")

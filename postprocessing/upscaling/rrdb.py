@@ -20,7 +20,7 @@ SHARE = 0.2  # factor on a block's result before it is added to the input
 
 @dataclass(frozen=True)
 class RrdbConfig:
-    """Dimensions of an RRDBNet."""
+    """Channel counts, depth and factors of an RRDBNet."""
 
     features: int
     growth: int  # channels that each convolution of a dense block adds
@@ -31,7 +31,7 @@ class RrdbConfig:
 
     @property
     def factor(self) -> int:
-        """Factor on width and height."""
+        """Upscaling factor of width and height."""
         return 2**self.doublings // self.unshuffle
 
     @property
@@ -58,7 +58,7 @@ class DenseBlock(nn.Module):
         self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus SHARE times the output of the last convolution."""
+        """Return the input plus the scaled output (SHARE) of the last convolution."""
         features = [x]
         for number in range(1, 5):
             convolve = self.get_submodule(f"conv{number}")
@@ -104,7 +104,7 @@ class RRDBNet(nn.Module):
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return upscaled images, B 3 fH fW, not clamped.
+        """Return images upscaled by the factor f, B 3 fH fW, not clamped.
 
         Args:
             x: Images, B 3 H W, 0..1, with H and W multiples of `config.step`.
@@ -155,11 +155,11 @@ class CompactNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Parts to compile: all layers as one."""
+        """All layers together, as one module to compile."""
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return upscaled images, B 3 fH fW, not clamped.
+        """Return images upscaled by the factor f, B 3 fH fW, not clamped.
 
         Args:
             x: Images, B 3 H W, 0..1.

@@ -112,7 +112,7 @@ class UpscalerStage:
         return enlarged_clip(clip, self.options.scale, "--scale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the upscaled images; one batch is in memory at a time."""
+        """Yield upscaled images; only one batch is in memory at a time."""
         result = self.result(clip)
         size = (result.height, result.width)
         fitting = self._make_fitting(clip)
@@ -125,7 +125,7 @@ class UpscalerStage:
 
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
-        """Upscale images to a size (height, width); returns B 3 H W, about 0..1, on the device."""
+        """Upscale images to (height, width): B 3 H W, about 0..1, on the device."""
         images = torch.cat([to_tensor(image, self.device) for image in pixels])
         height, width = images.shape[-2:]
         factor = self.upscaler.config.factor
@@ -138,11 +138,12 @@ class UpscalerStage:
         return fitting(self.network, images, finish)
 
     def _make_fitting(self, clip: Clip) -> tiling.Fitting:
-        """Choose the initial batch and tile sizes for a clip."""
+        """Choose the initial batch size and tile size for a clip."""
         options = self.options
         config = self.upscaler.config
         batch = options.batch_size
         if batch is None:
+            # as many images as keep a GPU busy; a CPU gains nothing from a batch
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
             batch = min(max(fits, 1), MAX_AT_ONCE)
         tile = options.tile

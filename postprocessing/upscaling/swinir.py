@@ -51,12 +51,12 @@ class SwinirConfig:
 
     @property
     def step(self) -> int:
-        """Number that image sides must be a multiple of: the side of a window."""
+        """Side of a window, by which image sides must be divisible."""
         return self.window
 
     @property
     def short(self) -> "SwinirConfig":
-        """Return the same network with one block of each kind, which needs as much memory per pixel."""
+        """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, heads=self.heads[:1], depths=(1,))
 
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return the attention result, G N C.
+        """Return tokens after attention within windows, G N C.
 
         Args:
             x: Tokens of windows, G N C.
@@ -113,7 +113,7 @@ class SwinMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of each token, B L C."""
+        """Return features after the MLP, B L C."""
         return self.fc2(gelu(self.fc1(x)))
 
 
@@ -147,7 +147,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the new features, B H W C; for `index` see `Attention.bias`."""
+        """Return features after the blocks, B H W C; for `index` see `Attention.bias`."""
         for number, block in enumerate(self.blocks):
             shift = self.window // 2 if number % 2 else 0
             if shift:
@@ -158,7 +158,7 @@ class ResidualGroup(nn.Module):
         return x
 
     def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
-        """Apply a block to the windows of a map, a few windows at a time."""
+        """Apply a block to the windows of a feature map, B H W C, a few windows at a time."""
         out = torch.empty_like(x)
         windows = self._view_windows(x)
         results = self._view_windows(out)
@@ -177,12 +177,12 @@ class ResidualGroup(nn.Module):
         return out
 
     def _view_windows(self, x: Tensor) -> Tensor:
-        """Return a view of B H W C as B, rows and columns of windows, S S C."""
+        """View B H W C as windows of S S C: B, rows, columns, S, S, C."""
         return rearrange(x, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the attention bias, heads N N, with the last rows and columns of a window masked off.
+    """Return the attention bias, heads N N, that masks the last rows and columns of a window.
 
     Windows are shifted cyclically, so these rows and columns come from the opposite edge of the image.
     """
@@ -196,7 +196,7 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
 
 
 class _WindowRange(NamedTuple):
-    """Some rows or columns of windows that have the same mask."""
+    """A range of window rows or columns that share one attention mask."""
 
     windows: range
     masked: int  # tokens at the end of each window that shifting has brought there
@@ -258,7 +258,7 @@ class Layer(nn.Module):
         self.conv = convolutions(config)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the new features, B H W C."""
+        """Return features after the blocks and convolutions, B H W C."""
         return x + as_tokens(self.conv(as_map(self.residual_group(x, index))))
 
 
@@ -273,7 +273,7 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 class SwinIR(nn.Module):
-    """Upscale or restore images."""
+    """SwinIR, a network that upscales or restores images."""
 
     def __init__(self, config: SwinirConfig) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ class SwinIR(nn.Module):
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return upscaled images, B 3 fH fW, not clamped.
+        """Return images upscaled by the factor f, B 3 fH fW, not clamped.
 
         Args:
             x: Images, B 3 H W, 0..1, with H and W multiples of the window.

@@ -51,7 +51,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which parts of the model learn, and at which rates."""
+    """Return which networks an AI Toolkit job trains, and their learning rates."""
     names = ("train_unet", "train_text_encoder", "unet_lr", "text_encoder_lr")
     keys = [f"{_FIRST}.train.{name}" for name in names]
     unet, texts, unet_rate, text_rate = (values.get(key) for key in keys)

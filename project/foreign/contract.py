@@ -41,18 +41,18 @@ class KeyRule(NamedTuple):
 
 
 class ForeignRun(NamedTuple):
-    """What a project trains."""
+    """Kind of training that a project describes, and the key that shows it."""
 
     kind: str  # a value of `new --train`
     setting: str  # key and value that select it, for messages
 
 
 class UnsetValue(ValueError):
-    """Raised by readers for a text that stands for an unset value in the program's page."""
+    """A value that means "not set" in the other program's interface."""
 
 
 class NoRun(Exception):
-    """Raised for a project whose kind of training `new` cannot set up; the message has the reason."""
+    """A project's kind of training cannot be set up by `new`; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def train_lora(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
-    """Return the default parts, for a program whose files cannot select parts."""
+    """Return the defaults, for a program whose files cannot select which networks are trained."""
     return Parts()
 
 
 def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return no idle keys, for a program in which every key has an effect."""
+    """Return an empty set, for a program in which every key has an effect."""
     return set()
 
 
@@ -93,10 +93,10 @@ def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Program:
-    """A trainer, and how its files are read.
+    """A trainer, with the rules for reading its project files.
 
-    Keys are written with dots, elements of lists as []; a rule for `table.*` applies to the table's keys
-    without a rule of their own. Keys without any rule are left out, with the reason.
+    Keys are dotted, with [] for list elements. A rule for `table.*` applies to the table's keys without a
+    rule of their own. Keys without any rule are reported.
     """
 
     title: str
@@ -184,12 +184,12 @@ def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
 
 
 def read_repeats(value: Any) -> int:
-    """Return the number of repeats of each file in an epoch, an integer of at least 1."""
+    """Return how often each file is repeated in an epoch: an integer of at least 1."""
     return max(round(number(0, 100_000)(value)), 1)
 
 
 def read_warmup(value: Any) -> float:
-    """Return the warm-up in steps, or, if it is below 1, as a fraction of the run."""
+    """Return the warm-up: steps, or a fraction of the run if it is below 1."""
     found = number(0, MAX_STEPS)(value)
     return found if found < 1 else int(found)
 
@@ -293,7 +293,7 @@ def read_trigger(value: Any) -> str:
 
 
 def read_side(value: Any) -> tuple[int, int]:
-    """Return width and height, read from a number, `512,512` or `512x768`."""
+    """Parse (width, height) from a number, `512,512` or `512x768`."""
     parts = re.split(r"[,x]", value.lower()) if isinstance(value, str) else [value]
     sides = [integer(64, 8192)(part) for part in parts]
     if len(sides) > 2:
@@ -303,7 +303,7 @@ def read_side(value: Any) -> tuple[int, int]:
 
 
 def read_largest(value: Any) -> tuple[int, int]:
-    """Return the largest of several sizes: each a number, `512x768`, or a list of width and height."""
+    """Return the largest of several sizes, each given as a number, as `512x768` or as a list of sides."""
     if isinstance(value, str):
         items: list[Any] = list(value.split(","))
     else:
@@ -330,7 +330,7 @@ _NETWORKS: Mapping[str, str | None] = {  # spelling of a network -> module; None
 
 
 def read_network(value: Any) -> str | None:
-    """Return the module that makes a network; None for a LoRA."""
+    """Return the network module that a name stands for; None for the default LoRA."""
     kind = plain_name(str(value))
     if kind not in _NETWORKS:
         raise ValueError("a LoRA is trained. docs/networks.md has other networks")
@@ -354,11 +354,11 @@ read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and s
 
 
 def read_text(value: Any) -> str:
-    """Return a text without blanks at its ends.
+    """Return a text without surrounding spaces.
 
     Raises:
         ValueError: If the value is not a text.
-        UnsetValue: If it is empty.
+        UnsetValue: If the text is empty.
     """
     if not isinstance(value, str):
         raise ValueError("it is no text")
@@ -368,7 +368,7 @@ def read_text(value: Any) -> str:
 
 
 def read_folder(value: Any) -> Path:
-    """Return the path in a text, with the errors of `read_text`."""
+    """Convert a text to a path; raises the errors of `read_text`."""
     text = read_text(value)
     if "\0" in text:
         raise ValueError("no folder has a name with NUL")

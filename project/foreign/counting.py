@@ -32,7 +32,7 @@ class CountedFile:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that the files of one batch have in common."""
+        """Values that all files of a batch have in common."""
         return (self.table.batch_group, *self.bucket)
 
 
@@ -69,7 +69,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
 
 
 def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:
-    """Return the lengths, in frames, in which a clip is learned; each counts as an item."""
+    """Return the numbers of frames of the items that a clip yields."""
     frames = describing.count_frames(item, choice.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]
@@ -78,7 +78,7 @@ def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> lis
 def _bucket(
     choice: describing.Choice, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
-    """Return the size that a file is learned at; () if it is not known."""
+    """Return the bucket size in which a file is trained; () if it is unknown."""
     if size is None:
         return ()
     try:

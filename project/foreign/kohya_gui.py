@@ -113,7 +113,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that have no effect in that program: keys of other networks, noises and models."""
+    """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off."""
     kind = str(values.get("LoRA_type", "")).lower()
     without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
     without_effect |= {
@@ -129,6 +129,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
         without_effect |= {*_OFFSET}
     if not is_on(values.get("flux1_checkbox")):
         without_effect |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        # it is read above, although its name starts with flux1_
         without_effect.discard("flux1_checkbox")
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
         without_effect.add("min_snr_gamma")

@@ -14,7 +14,7 @@ _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
 def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Drop the learning rates of the project if this run has another kind or another optimizer."""
+    """Remove a project's learning rates if this run trains something else or with another optimizer."""
     reason = ""
     if kind.name != project.run.kind:
         setting = f" ({project.run.setting})" if project.run.setting else ""
@@ -41,7 +41,7 @@ def _keys_of_parts(project: ForeignProject) -> str:
 
 
 def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
-    """Write which networks learn: the transformer or U-Net, text encoders, and at which rates."""
+    """Write which networks are trained, and at which learning rates."""
     parts = project.parts
     if kind.learns_word or kind.sees_controls:
         if parts.keys:
@@ -72,7 +72,7 @@ def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptio
 
 
 def _set_rate(project: ForeignProject, rate: float) -> None:
-    """Use the rate of the transformer or U-Net for everything that learns."""
+    """Use the learning rate of the transformer or U-Net for all trained networks."""
     key = next((key for key in project.parts.keys if "unet" in key or "transformer" in key), "unet_lr")
     if project.training.get("learning_rate") == rate:
         return
@@ -97,7 +97,7 @@ def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
 
 
 def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
-    """Let the LoRA change the text encoders too, at `rates` (None: the shared rate)."""
+    """Train the LoRA on the text encoders, too, at `rates` (None: the common rate)."""
     training = project.training
     training["network_train_unet_only"] = False
     if not project.parts.trains_dit:
@@ -114,11 +114,12 @@ def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float 
 def _train_text_encoders_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
-    """Train the text encoders of a checkpoint too; `rates` has one rate for all of them or one for each."""
+    """Train the text encoders of a checkpoint, too, at one common rate or at one rate each."""
     training = project.training
     training["train_text_encoder"] = True
     names = ["learning_rate_te"]
     if "learning_rate_te" not in script.known:
+        # scripts of models with two text encoders have an option for each
         names = ["learning_rate_te1", "learning_rate_te2"]
     rates_of_all = (*rates, *rates[-1:])  # a second encoder defaults to the rate of the first
     report = ""

@@ -42,7 +42,7 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
 
 def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
-    """Return the steps per epoch, also for a project that draws a fixed number of items per dataset."""
+    """Return the steps per epoch, also if the project draws a fixed number of files from each dataset."""
     drawn = [dataset.num_drawn for dataset in project.datasets.values()]
     if drawn and all(count is not None for count in drawn):
         batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
@@ -67,7 +67,7 @@ def _take_file_steps(project: ForeignProject) -> int | None:
 def _leave_length(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
-    """Note that the project's length is not used, because another one was typed."""
+    """Report that the project's training length is not used, because another one was typed."""
     for file_epochs in epochs:
         project.leave_value(file_epochs.key, file_epochs.number, _TYPED)
     if file_steps is not None and file_steps != typed:
@@ -98,7 +98,7 @@ def _select_steps(
 
 
 def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoch: int) -> FileEpochs | None:
-    """Return the number of epochs that applies; None if a number of steps applies instead."""
+    """Return the number of epochs that decides the length; None if a number of steps does."""
     for file_epochs in epochs:
         if file_epochs.counts == contract.FIRST:
             return file_epochs
@@ -119,7 +119,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
 
 
 def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
-    """Convert intervals in epochs or steps, such as the interval of saves, to steps of this run."""
+    """Convert a project's save and sample intervals, given in epochs or steps, to steps of this run."""
     training = project.training
     for name, interval in project.per_epoch.items():
         if not interval.number:
@@ -142,7 +142,7 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Convert the warm-up to steps of this run, and select a schedule that has a warm-up.
+    """Convert a project's warm-up to steps, and choose a schedule that has a warm-up.
 
     `steps` is the number of steps of the run.
     """

@@ -26,7 +26,7 @@ _CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with conditions by their type: `video.conditions.prefix.probability`."""
+    """Rename list items to their type, as in `video.conditions.prefix.probability`."""
     named = {}
     for key, value in values.items():
         found = _CONDITION.match(key)
@@ -45,7 +45,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the model, by the name of its file and by whether a stream of audio is described."""
+    """Guess the model from its file name and from the presence of an audio stream."""
     family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
     has_audio = any(key.startswith(f"{_STRATEGY}.audio.") for key in values)
     return family, "av" if has_audio else "v"

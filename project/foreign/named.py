@@ -18,9 +18,9 @@ _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # 
 
 
 def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
-    """Take over keys with the name of an option of the training script or of a key of dataset.toml.
+    """Adopt keys of a foreign file that are named like training options or dataset.toml keys of ours.
 
-    `chosen` are the options for which `new` writes a value of its own.
+    `chosen` are the options that `new` itself sets.
     """
     known_names: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     if project.program.knows_options:
@@ -101,7 +101,7 @@ def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) 
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any, known_names: Collection[str]) -> None:
-    """Note a key that has no rule, with our name for it if there is one."""
+    """Report a key without a rule, with our name for it if there is one."""
     ours = _find_ours(key, known_names)
     if is_off(value):
         project.without_effect.append(show(key))

@@ -55,11 +55,12 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
 def _read_model(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
 ) -> FileModel | None:
-    """Return the model that a key of another trainer names, and note in the report how it was read."""
+    """Return the model that a key of a foreign file names, and report how the key was read."""
     value = values[key]
     if value is False:
         project.adopted.append(show(key))
         return None
+    # a switch such as `is_flux` names the model by its key
     name = f"{key.split('.')[-1]}=True" if value is True else str(value)
     source = _FILE if rule.to == contract.FILE else _KIND
     if key in project.program.variants:  # variant names are only unique within a kind of model
@@ -82,18 +83,18 @@ def _read_model(
 
 
 def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
-    """Return the family and task to which a model name, a repository or a released file belongs.
+    """Return the (family, task) that a model name, a repository or a released file stands for.
 
     The task is None if the program's name stands for all tasks of a family.
     """
     by_name: dict[str, tuple[str, str | None]] = {}
     for model in reversed(find_models()):  # the first model of a repository takes precedence
-        of_model = (model.family, model.task)
-        by_name[plain_name(model.released_by.split("/")[-1])] = of_model
-        by_name[plain_name(model.released_by)] = of_model
+        family_and_task = (model.family, model.task)
+        by_name[plain_name(model.released_by.split("/")[-1])] = family_and_task
+        by_name[plain_name(model.released_by)] = family_and_task
         for part in model.components:
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
-                by_name[plain_name(part.path.stem)] = of_model
+                by_name[plain_name(part.path.stem)] = family_and_task
     by_name |= {plain_name(theirs): model for theirs, model in program.models.items()}
     file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
     stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)

@@ -73,7 +73,7 @@ def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Write eps and eps2 of Adafactor as the pair eps, if both are given."""
+    """Combine Adafactor's eps and eps2 into the pair `eps`, if both are set."""
     if {"eps", "eps2"} <= found.keys():
         found["eps"] = [found["eps"], found.pop("eps2")]
         project.adopted.append(project.key_of("eps2"))

@@ -70,7 +70,7 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_general(project: ForeignProject) -> None:
-    """Move the keys of a list's only folder to the keys of all tables, where they take precedence."""
+    """Move the keys of the only dataset folder to [general], where they have precedence."""
     moved: set[str] = set()
     for dataset in project.datasets.values():
         for name, value in dataset.data.items():
@@ -101,10 +101,9 @@ def _omit_general_key(project: ForeignProject, name: str) -> None:
 def find_table_keys(
     project: ForeignProject, folder: Path, described: Collection[Path]
 ) -> dict[Path, dict[str, Any]]:
-    """Return the keys that a project has for each of several folders.
+    """Return the keys that a project has for each folder; report keys for other folders.
 
-    Keys for other folders are dropped and noted. `folder` is the described folder; `described` are the
-    folders in it that hold files.
+    `folder` is the dataset folder; `described` are the folders in it with media.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
@@ -129,7 +128,7 @@ def leave_sizes(project: ForeignProject) -> None:
 
 
 def needs_subsets(data: Mapping[str, Any]) -> bool:
-    """Return whether any of these keys of dataset.toml needs the layout with subsets."""
+    """Return whether any of these dataset.toml keys requires the layout with subsets."""
     return any(name not in KEYS for name in data)
 
 
@@ -141,7 +140,7 @@ def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collectio
 
 
 def _find_dataset(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
-    """Return the dataset of a folder: the one at this path, else the only one of this name."""
+    """Return the dataset of a folder: by its path, otherwise the only one with its name."""
     with_keys = [known for known in project.datasets.values() if known.path is not None and known.data]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))

@@ -18,7 +18,7 @@ MISSPELT = 0.85  # minimum similarity of a misspelled key
 
 
 class FileEpochs(NamedTuple):
-    """Epochs that a key sets, and whether they take precedence over a number of steps."""
+    """Number of epochs that a key sets, and whether it has precedence over a number of steps."""
 
     key: str
     number: int
@@ -75,11 +75,11 @@ class ForeignProject:
 
     @property
     def title(self) -> str:
-        """Name of the program that wrote the file."""
+        """Name of the trainer that wrote the file."""
         return self.program.title
 
     def key_of(self, name: str) -> str:
-        """Return the key of the file that set this option, or key of dataset.toml."""
+        """Return the key of the foreign file that set a training option or a dataset.toml key."""
         return self.source_keys.get(name, name)
 
     def leave(self, key: str, reason: str) -> None:
@@ -115,7 +115,10 @@ class ForeignProject:
             self.leave_value(key, value, reason)
 
     def lines(self, folder: Path) -> list[str]:
-        """Return the report about the file, with every key once. `folder` is the described folder."""
+        """Return the report about a foreign project file, in which every key occurs once.
+
+        `folder` is the dataset folder.
+        """
         lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
 
         # a key with the described folder is used; keys with other folders are left out
@@ -158,7 +161,7 @@ class ForeignProject:
         return lines
 
     def _find_near(self, key: str) -> str:
-        """Return a known key, not in the file, that differs from this one by a letter or two; "" if none."""
+        """Return a known key, unused in the file, that differs by a letter or two; "" if there is none."""
         table, _, name = key.rpartition(".")
         generic = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
@@ -170,7 +173,7 @@ class ForeignProject:
 
 
 def without_numbers(key: str) -> str:
-    """Return a key with its list indices replaced by [], as in the rules."""
+    """Return a key with [] for its list indices, as the rules spell it."""
     return re.sub(r"\[\d+\]", "[]", key)
 
 

@@ -40,7 +40,7 @@ _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_pa
 
 
 def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
-    """Read the project of another trainer.
+    """Read another trainer's project file, and translate its keys to options of ours.
 
     `trains` is the kind of run that was typed.
 
@@ -62,15 +62,16 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     project.parts = program.find_parts(values)
     for key, value in program.usual.items():
         if key not in values:
+            # the program's default for a missing key
             project.assumed[key] = values[key] = value
-    of_models = _convert_values(project, values)
+    model_rules = _convert_values(project, values)
     join_datasets(project)
-    read_models(project, values, of_models)
+    read_models(project, values, model_rules)
     return project
 
 
 def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
-    """Set the project's kind of run.
+    """Set the kind of run that a foreign project describes.
 
     Raises:
         OptionError: If `new` cannot set up such a training, and no other kind was typed.
@@ -218,7 +219,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
 
 
 def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
-    """Return the values of an additional file of a project; if it is missing, report it and return {}."""
+    """Return the values of an additional file that a project names; {} if the file is missing."""
     path = find_beside(project.path, name)
     if path is None:
         project.omitted.append(

@@ -150,7 +150,7 @@ def _as_text(value: Any) -> str:
 
 
 def _select_alpha(project: ForeignProject) -> None:
-    """Write the project's program's default alpha if its file sets none."""
+    """Use the other trainer's default alpha if its file sets none."""
     rank = project.training.get("network_dim")
     if rank is None or "network_alpha" in project.training:
         return
@@ -160,8 +160,9 @@ def _select_alpha(project: ForeignProject) -> None:
 
 
 def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
-    """Remove the optimizer settings of full training if the project has another optimizer."""
+    """Remove the Adafactor settings of full training if the project has another optimizer."""
     training = project.training
+    # gradients of several batches cannot be applied during the backward pass
     accumulates = training.get("gradient_accumulation_steps", 1) > 1
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
@@ -182,7 +183,7 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
 
 
 def _resolve_data(project: ForeignProject, forms: Forms) -> None:
-    """Drop keys that dataset.toml cannot have, and keys that have no effect without others."""
+    """Remove keys that the new dataset.toml cannot have, and keys without effect."""
     data = project.data
     steps = data.get("bucket_reso_steps", forms.step)
     if steps % forms.step:

@@ -50,7 +50,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
 
 
 def _read_size(value: Any) -> tuple[int, int]:
-    """Return width and height. Numbers up to 16 are areas in megapixels, larger ones sides in pixels."""
+    """Return width and height for a number: up to 16 an area in megapixels, otherwise a side in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)

@@ -16,7 +16,7 @@ _DRAWN = -1  # placeholder: num_repeats holds the number of files per epoch
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value of a file."""
+    """A value in a foreign file, with its key and the rule that applies to it."""
 
     rule: KeyRule
     key: str  # key as shown in messages
@@ -50,7 +50,7 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
 
 
 def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
-    """Return the dataset whose table contains a key, and record the key for this dataset."""
+    """Return the dataset whose table contains a key, and record the key in it."""
     table = _find_table(project.program, key)
     if table is None:
         return None
@@ -64,7 +64,7 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
 
 
 def _find_table(program: Program, key: str) -> str | None:
-    """Return the dataset part of a key in a list of datasets: `concepts[0]` of `concepts[0].path`."""
+    """Return the list element that a key belongs to: `concepts[0]` for `concepts[0].path`."""
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
         if rule.to == contract.FOLDER and prefix.endswith("[]"):
@@ -180,7 +180,7 @@ def _set(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a value is taken over unchanged, except that it may be written as a text."""
+    """Return whether a value was adopted unchanged, apart from being written as text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

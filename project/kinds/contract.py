@@ -22,7 +22,7 @@ def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 
 def read_words(key: str, model: ModelSet) -> list[str]:
-    """Return the script and options in the catalogue for a kind of run of a model; [] without an entry.
+    """Return the script and options for a kind of run from the catalogue; [] without an entry.
 
     `key` is the name of the entry.
     """
@@ -30,12 +30,12 @@ def read_words(key: str, model: ModelSet) -> list[str]:
 
 
 def find_lora_script(model: ModelSet) -> list[str]:
-    """Return the script that trains a LoRA for a model."""
+    """Return the script that trains a LoRA for a model, as the first argument of a command."""
     return [next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))]
 
 
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
-    """Return why this kind of run cannot be made for a model; None if it can.
+    """Return why a model does not support this kind of run; None if it does.
 
     `key` and `title` belong to the kind.
     """

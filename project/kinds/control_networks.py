@@ -33,7 +33,7 @@ def _why_no_inpainting(model: ModelSet, memory: float) -> str | None:
 
 
 def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run that trains half of a U-Net in float32, with the least memory."""
+    """Convert LoRA options for training a ControlNet: half a U-Net in float32, with the least memory."""
     changed = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
     return {**changed, **RECIPE}
 

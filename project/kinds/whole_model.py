@@ -81,9 +81,9 @@ def saves_models(values: Mapping[str, Any]) -> bool:
 
 
 def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
-    """Return the options that follow from the number of steps: those for saves, states and samples.
+    """Return the intervals of saves, states and samples that suit a number of steps.
 
-    `saves_models` is explained in `RunKind`.
+    `saves_models`: see `RunKind`.
     """
     times = times_of_steps(steps)
     if saves_models:
@@ -94,19 +94,21 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
 
 
 def describe_full(model: ModelSet, memory: float) -> list[str]:
-    """Return lines about the memory and the disk space that a run needs.
+    """Return lines about the memory and the disk space that full training needs.
 
     `memory` is the card's memory in GiB; 0 means a CPU.
     """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:
+        # float32 takes twice the bytes of the files, which have 16 bits
         fit = f"{2 * weights / 2**30:.1f} GiB in float32"
     elif weights / 2**30 + FREE <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
         left = weights / 2**30 - max(memory - FREE, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
+    # KEPT saves and the result; each of the KEPT states holds the weights, too
     maximum = gigabytes((KEPT + 1) * written + KEPT * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",

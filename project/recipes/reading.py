@@ -51,7 +51,7 @@ _NAME = re.compile(r"\w[\w-]{0,80}")
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Training values, with the model and data of the trial and its figures."""
+    """Training options that worked, with their model, data and measured figures."""
 
     name: str
     title: str
@@ -117,13 +117,13 @@ def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
 
 
 def list_paths() -> dict[str, Path]:
-    """Return the files of all recipes by name: shipped ones, and those in OWN, which come first."""
+    """Return the recipe files by name; the user's own have precedence over shipped ones."""
     files = [path for folder in (OWN, SHIPPED) for path in sorted(folder.glob("*.toml"))]
     return {path.stem: path for path in reversed(files)}
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
-    """Return lines about a recipe: what it is for and was tried on, its values and its figures."""
+    """Return lines about a recipe: purpose, trial, values and figures."""
     return [
         f"recipe {recipe.name}: {recipe.title}",
         f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
@@ -156,7 +156,7 @@ def read_recipe(path: Path) -> TrainingRecipe:
 
 
 def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
-    """Return the recipe of a parsed file. Raises ValueError, or OptionError for a value beyond its limits."""
+    """Check the keys of a parsed recipe file, and return the recipe. Raises ValueError or OptionError."""
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
@@ -208,7 +208,7 @@ def _read_figures(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_recipe_model(family: str, task: str) -> ModelSet:
-    """Return the model of a recipe. Raises ValueError if `new` has none of this family and task."""
+    """Return the model of a recipe. Raises ValueError if `new` does not support it."""
     models = {(model.family, model.task): model for model in find_models()}
     if (family, task) not in models:
         names = [f"{one} {other}" for one, other in models]
@@ -220,7 +220,7 @@ def find_recipe_model(family: str, task: str) -> ModelSet:
 
 
 def check_values(training: Mapping[str, Any], family: str, task: str, train: str) -> dict[str, Any]:
-    """Return the values of a recipe, each checked by the table of the script that trains this kind of run.
+    """Check the values of a recipe against the options of the script that trains its kind of run.
 
     Args:
         training: Values by option.
@@ -338,7 +338,7 @@ def _read_pair(name: str, text: Any) -> str:
 
 
 def _read_number(name: str, value: Any, kind: Any) -> float | int:
-    """Return a number; a text, also that of a path, is none. Warm-up steps may be whole or a fraction."""
+    """Convert a recipe's value to a number; warm-up steps may be a fraction."""
     if type(value) not in (int, float):
         raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
     if kind is int and type(value) is not int:

@@ -104,15 +104,15 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
-    """Return the text of a recipe's file."""
-    texts = {
+    """Return the text of a recipe file: TOML with the recipe's name, options and figures."""
+    header = {
         "title": recipe.title,
         "family": recipe.family,
         "task": recipe.task,
         "train": recipe.train,
         "tried_on": recipe.tried_on,
     }
-    lines = [f"{name} = {toml_value(text)}" for name, text in texts.items()]
+    lines = [f"{name} = {toml_value(text)}" for name, text in header.items()]
     lines += ["", "[training]"]
     lines += [f"{name} = {toml_value(value)}" for name, value in recipe.training.items()]
     if recipe.figures:
@@ -154,7 +154,7 @@ def _read_commands(history: Path) -> list[list[str]]:
 
 
 def _name_model_file(typed: Mapping[str, str], family: str, task: str) -> str:
-    """Return the name of the first file of the model that was typed, without its folder."""
+    """Return the file name of the first model file that was typed, without its folder."""
     for part in find_recipe_model(family, task).components:
         name = (part.option or "").lstrip("-")
         if name in typed:
@@ -165,7 +165,7 @@ def _name_model_file(typed: Mapping[str, str], family: str, task: str) -> str:
 def _select_values(
     typed: Mapping[str, str], family: str, task: str, train: str, start: Start
 ) -> dict[str, Any]:
-    """Return the values of a run that a recipe may have, from their texts in its history."""
+    """Return those options of a finished run that a recipe may contain, parsed from its history."""
     script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
@@ -175,7 +175,9 @@ def _select_values(
         action = actions.get(name)
         if name not in list_allowed(script) or action is None or find_rejection(action):
             continue
+        # a flag without a value
         value: Any = True if action.nargs == 0 else text
+        # an option with several values
         if action.nargs not in (None, 0, "?"):
             value = [_read_number(word) for word in shlex.split(text)]
         elif action.nargs != 0:
@@ -198,7 +200,7 @@ def _read_number(text: str) -> int | float | str:
 
 
 def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
-    """Return the figures of a run: losses and seconds."""
+    """Return the measured figures of a run: losses and seconds."""
     figures = {}
     if run_history.average is not None:
         figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"

@@ -65,7 +65,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """Start empty.
+        """Start without tensors.
 
         Args:
             device: Device whose tensors are counted.
