@@ -190,14 +190,14 @@ class _Layer:
     def check_companion(
         self, suffix: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of a further tensor of the layer, such as a scale.
+        """Return the shape of an additional tensor of the layer, such as a scale.
 
         Some programs store fp8 as uint8: if the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
 
         Args:
             suffix: Name of the tensor after the layer's name.
             dtypes: Possible dtypes.
-            *shapes: Possible shapes; none are all shapes.
+            *shapes: Possible shapes; any shape if there are none.
 
         Raises:
             ValueError: If the tensor is missing or has another dtype or shape.

@@ -369,7 +369,7 @@ class _SectionPreview:
     video: GrowingVideo | None = None  # None until the first section is finished
 
     def add_previous(self, section: Section) -> None:
-        """Append the section before `section`, if there is one."""
+        """Append the section before `section` to the preview, if there is one."""
         run = self.run
         hides = run.post is not None and run.post.hides
         if not run.options.output.shows_progress:

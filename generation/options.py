@@ -443,7 +443,7 @@ def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Names
 
 
 def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """Return arguments with --scheduler applied to --sample_solver, and with the options of --optimized.
+    """Apply --scheduler to --sample_solver, set the options of --optimized, and return the arguments.
 
     Raises:
         OptionError: If an option is not allowed, or if both options name different solvers.

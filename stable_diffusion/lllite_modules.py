@@ -205,7 +205,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
 
 
 def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
-    """Read the sizes of the module `name` from its tensors."""
+    """Read the dimensions of the module `name` from its tensors."""
     tensors = checkpoint.tensors
 
     def shape(ending: str, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ class _LlliteBatch:
 
 
 def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
-    """Check all files by their headers, before anything is loaded.
+    """Check by the headers that all LLLite files fit SDXL, before anything is loaded.
 
     Raises CheckpointError if one does not fit.
     """

@@ -306,9 +306,9 @@ class TowerEncoder:
         return results
 
     def _read_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Return the states of rows of token ids, B*K 77 C, and their pooled states if these are used.
+        """Encode rows of token ids; return states, B*K 77 C, and pooled states if these are used.
 
-        With vectors for each cross-attention there are as many copies, one after the other.
+        If a word has vectors for each cross-attention, the states of all cross-attentions follow one another.
         """
         network, loaded = self._loaded.get()
         ends = None
@@ -318,6 +318,7 @@ class TowerEncoder:
         if self._word is not None and self._copies > 1:
             table = network.embeddings.token_embedding
             assert isinstance(table, GrowingEmbedding)
+            # only ids of the word move: each cross-attention has its own rows of vectors
             stride = (ids >= table.known) * self._word.count
             ids = torch.cat([ids + index * stride for index in range(self._copies)])
         is_xl = self.files.kind is SDXL

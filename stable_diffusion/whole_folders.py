@@ -171,7 +171,7 @@ def make_folder_writer(
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
-    """Return the file of a network; text encoders have the names of the package transformers."""
+    """Plan the file of a network in diffusers' layout; text encoders get the names of transformers."""
     plan = plans[network]
     if network in (DIT, VAE_PART):
         folder = _UNET_FOLDER if network == DIT else network
@@ -327,7 +327,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the vocabulary and the merges of a tokenizer, by their files' names.
+    """Return the contents of vocab.json and merges.txt of a tokenizer, by file name.
 
     Raises:
         CheckpointError: If the files cannot be read.

@@ -45,7 +45,7 @@ class RowForm:
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight's values; rows and columns of padding, beyond `shape`, are left out."""
+        """Dequantize the weight; rows and columns of padding, beyond `shape`, are left out."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
@@ -76,10 +76,10 @@ class RowForm:
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows of several weights.
+        """Concatenate packed weights along their rows.
 
         Returns:
-            None if a companion covers all rows of a part, or is missing in some parts.
+            None if an additional tensor covers all rows of a part, or is missing in some parts.
         """
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
