@@ -239,7 +239,7 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative(self, index: int, weakens: bool) -> Pass:
-        """Return the negative pass of a step: with the prompt, and with layers skipped if the options say so.
+        """Return the negative pass of a step, with blocks skipped if the options or the model ask for it.
 
         Args:
             index: Index of the step.

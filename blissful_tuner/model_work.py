@@ -409,9 +409,8 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         lines = [format_json(info, listed, hashes, lora_hashes)]
     else:
         text_lines = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
-        lines = [
-            escape_control_codes(line) for line in text_lines
-        ]  # names of files and tensors may hold some
+        # names of files and tensors may contain control codes
+        lines = [escape_control_codes(line) for line in text_lines]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -45,6 +45,7 @@ class CaptionText:
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         text = decoded.strip()
+        # white space before and after the caption is written back unchanged
         position = decoded.index(text) if text else 0
         return cls(
             text=text,

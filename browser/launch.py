@@ -387,11 +387,11 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     option = POSITIONAL  # the option that the current word belongs to
     # with --output_config, a training writes the file that --config_file names
-    written = "--config_file" if "--output_config" in argv else None
+    written_option = "--config_file" if "--output_config" in argv else None
     for word in argv:
         if word.startswith("-"):
             option, _, word = word.partition("=")
-        is_read = option in (POSITIONAL, *_file_options()) and option != written
+        is_read = option in (POSITIONAL, *_file_options()) and option != written_option
         is_file = is_read and FILE_NAME.fullmatch(word) is not None
         if is_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
             raise OptionError(

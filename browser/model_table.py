@@ -136,7 +136,7 @@ class _RankedRow(NamedTuple):
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
-    """Return a row with the properties of its model. Arguments as in `list_model_rows`."""
+    """Return a row with the values by which it is sorted; `memory` and `content` as in `list_model_rows`."""
     model = row.model
     suits = True
     if content is not None:

@@ -1066,17 +1066,17 @@ def explain_empty(folder: Path) -> str:
     return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
 
 
-def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that have been applied since `new` described the folder, for `make_checklist`.
+def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Sequence[Job | None]) -> set[str]:
+    """Return the remedies applied since `new` described the folder: command lines, or REPAIR.
 
     Args:
         lines: Lines that `new` has printed.
-        looking: Background job of `new`; None if there is none.
+        describing: Background job of `new`; None if there is none.
         jobs: Jobs that may have applied a remedy.
     """
-    if looking is None or not looking.log.exists():
+    if describing is None or not describing.log.exists():
         return set()
-    since = looking.log.stat().st_mtime
+    since = describing.log.stat().st_mtime
     ended = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
     done = [_split_line(job.line) for job in ended if job.log.stat().st_mtime > since]
     mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}

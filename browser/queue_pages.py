@@ -219,7 +219,7 @@ class QueuePages:
         return RedirectResponse("/queue", 303)
 
     def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Change the queue, and return whether `action` names a change.
+        """Handle a button of the queue; return False for an unknown button or job number.
 
         Args:
             action: Name of the button.

@@ -526,6 +526,7 @@ class RenderWorker:
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
         _, program = self.find_program(render_job.session, folder)
+        # the command may come from somebody else: it may write only below these folders
         limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
         reject_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link

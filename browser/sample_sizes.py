@@ -78,7 +78,7 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
 
 
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
-    """Return sentences about the size in a prompt line that the model cannot generate."""
+    """Yield a sentence for each size in a prompt line that the model cannot generate."""
     for name in SIDES:
         pixels = values.get(name)
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)

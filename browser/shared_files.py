@@ -194,6 +194,7 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
         head = file.read(8)
         if len(head) < 8:
             return
+        # a wrong length must not lead beyond the end of the file
         length = min(int.from_bytes(head[4:], "little"), size - start - 8)
         if head[:4] in WAV_TEXTS:
             yield Blank(start, 4, b"JUNK")

@@ -214,6 +214,7 @@ class FileUploads:
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
+            # the size is required to check the disk space before the upload
             if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MAX_DIGITS:
                 raise OptionError(
                     say("%(name)s comes without its size, so there may be no room for it", name=name)

@@ -404,7 +404,7 @@ class _Filling:
         self._check_finite(stored_name, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
-        """Make a tensor on the device, not yet cast to `target`; it may be a view of `scratch`."""
+        """Compute a tensor on the device, not yet cast to `target`; it may be a view of `scratch`."""
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
         if tensor.ndim != len(self._shapes[name]):

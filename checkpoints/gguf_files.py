@@ -90,7 +90,7 @@ class GgufFile(HeaderFile):
         self._name_like_transformers()
 
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Read the header entry of the next tensor, except for its position; return its name."""
+        """Read the name, shape and type of the next tensor, but not its position; return its name."""
         check_count(self.path, len(self.tensors))
         name = reader.read_string(MAX_TENSOR_NAME)
         axes = reader.read_number("I")

@@ -81,7 +81,7 @@ def find_packed(
 def _read_marks(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the settings of each marked layer, by its name in the file."""
+    """Return the quantization settings of each marked layer, from mark tensors or metadata, by layer name."""
     marks: dict[str, Mapping[str, Any]] = {}
     for name in tensors:
         if name.endswith(MARK):

@@ -122,7 +122,7 @@ class Asking:
             yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return (seed, text) for each image of a line, in which choices replace the `{...}` groups."""
+        """Return seed and text of each image of a line, with the variants of `{...}` groups chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
             seeds = self.seeds.for_line(None)

@@ -703,7 +703,7 @@ class StableDiffusion(ModelOfImages):
         return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> ScaledSolver:
-        """Return the solver for an image, and its start noise."""
+        """Return the solver for an image, with its start noise from the image's seed."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
         from_noise = self.inpaints and source is not None and find_kept_source(prepared.request) is None

@@ -183,10 +183,10 @@ def enumerates(text: str) -> bool:
 
 
 def expand(text: str, random: Random) -> list[str]:
-    """Replace the `{...}` groups of a prompt: `{e$$...}` by each choice in turn, others by random choices.
+    """Return a prompt's variants: `{e$$...}` groups give each choice in turn, others random choices.
 
-    Returns one text, or several if there are `{e$$...}` groups. For each of these texts `random` starts from
-    the same state. Equal texts are returned once.
+    The result has one text, or several if there are `{e$$...}` groups. For each of these texts `random`
+    starts from the same state. Equal texts are returned once.
 
     Raises:
         OptionError: If there are more than MAX_VARIANTS texts.

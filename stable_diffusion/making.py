@@ -114,7 +114,7 @@ class ImageGenerator:
     def _make_group(
         self, pictures: Sequence[contract.RequestedImage], start: contract.SecondStart | None
     ) -> Tensor:
-        """Return the latents, B 4 h w, of images with texts of equal length."""
+        """Generate the latents, B 4 h w, of images with prompts of equal length."""
         settings = pictures[0].settings
         options = self.sampling
         gradual = settings.gradual_latent

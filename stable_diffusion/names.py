@@ -103,7 +103,7 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
 
 
 def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
-    """Return the names of all modules of a U-Net.
+    """Return the pairs of published and diffusers' names of all modules of a U-Net.
 
     Args:
         levels: Number of levels.

@@ -173,7 +173,7 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        regions = [self.read(image, width, height) for image in pictures]
+        regions = [self.read(image, width, height) for image in pictures]  # each P H W, or P 1 1
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:

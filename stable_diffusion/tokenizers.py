@@ -70,9 +70,9 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return the files in which each text encoder's tokenizer may be, and the one that exists, or None.
+    """Return where each text encoder's tokenizer may be, and its existing file, or None.
 
-    Arguments and OptionError: as for `find_tokenizers`.
+    Arguments and OptionError are those of `find_tokenizers`.
     """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")

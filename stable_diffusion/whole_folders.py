@@ -120,7 +120,7 @@ class FolderWriter:
         announced: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return a tensor of a network's file.
+        """Return a tensor of a network's file in the dtype that was announced for it.
 
         Args:
             states: Weights of the trained networks, by network.
@@ -151,7 +151,7 @@ def make_folder_writer(
     marks: Marks,
     form: SavedForm = IN_ONE_FILE,
 ) -> FolderWriter:
-    """Return the writer for the checkpoint of a training.
+    """Return a writer that saves the checkpoints of a training as folders in diffusers' layout.
 
     Args:
         checkpoint: The source checkpoint.

@@ -49,13 +49,13 @@ class CommandRun:
     def __init__(
         self, script: Path, argv: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
     ) -> None:
-        """Start a command whose words were checked.
+        """Start a command whose options have been checked.
 
         Args:
             script: Path of the script in the checkout or the package.
-            argv: The words after it.
-            options: Keyword arguments that they were made of.
-            history: Reads the history of a training.
+            argv: Arguments of the script.
+            options: Keyword arguments from which `argv` was made.
+            history: Reader of the training's history; None for other commands.
         """
         self.script, self.options = script, dict(options)
         self.losses: dict[int, float | None] = {}
