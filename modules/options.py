@@ -413,7 +413,7 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
         logger.warning("%s is ignored because %s given", option, reason)
 
 
-def _tell_idle(record: Any, field: "dataclasses.Field[Any]") -> None:
+def _warn_of_idle(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn of an option that is typed with its default value but has no effect without another option.
 
     Values other than the default are rejected or reported by `_check_info`. Default values are accepted,
@@ -528,7 +528,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
         if is_typed and not is_given(options, field):
-            _tell_idle(options, field)
+            _warn_of_idle(options, field)
     for field in dataclasses.fields(cls):
         value = values[field.name]
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):

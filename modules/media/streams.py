@@ -210,7 +210,7 @@ class Clock:
             time = self._previous + self._step
         nearest = self._origin + round((time - self._origin) / self._step) * self._step
         snapped = nearest if abs(nearest - time) <= self._tolerance else time
-        # images with equal times are shown one after the other, before the next image
+        # an image that is not later than the previous one is shown a quarter of a step after it
         later = [moment for moment in (snapped, time) if moment > self._previous]
         self._previous = later[0] if later else self._previous + self._step / 4
         return self._previous
