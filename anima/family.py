@@ -87,7 +87,7 @@ class Anima(ModelOfImages):
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
     latent: LatentSpec = field(default=LATENT, init=False)
-    noise: NoiseSpec = NOISE  # with random masks in a training of a ControlNet-LLLite for inpainting
+    noise: NoiseSpec = NOISE  # with random masks in a training run of a ControlNet-LLLite for inpainting
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
@@ -269,7 +269,7 @@ def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
 
 
 def family_for_training(options: AnimaLearningOptions) -> Anima:
-    """Describe the family for Anima's trainings; warn if full training changes the adapter."""
+    """Describe the family for Anima's training runs; warn if full training changes the adapter."""
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "

@@ -17,7 +17,7 @@ from modules.pages.language import say
 from modules.text_files import parse_toml
 
 BATCH = "batch_size"  # key of dataset.toml
-BATCH_OPTION = "train_batch_size"  # option of a training, for datasets whose file does not set a batch size
+BATCH_OPTION = "train_batch_size"  # training option, for datasets whose file does not set a batch size
 GENERAL = "general"
 OF_SUBSETS_TOO = "masked_loss"  # the only option without a corresponding dataset key
 MAX_IN_BATCH = 1024
@@ -25,7 +25,7 @@ MAX_IN_BATCH = 1024
 
 @cache
 def _list_options() -> Mapping[str, str]:
-    """Return the key of dataset.toml that replaces each option of a training, by the option's name."""
+    """Return the key of dataset.toml that replaces each option of a training run, by the option's name."""
     keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
     return {
         option_name(field): keys.get(option_name(field), "") for field in dataclasses.fields(SubsetOptions)

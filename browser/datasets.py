@@ -297,7 +297,7 @@ class Datasets:
     def _find_projects(self) -> set[Path]:
         """Return the dataset files next to the given folders.
 
-        `new` writes FOLDER/dataset.toml, and a training of that folder saves into FOLDER/output.
+        `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
         """
         configs: set[Path] = set()
         for folder in self.runs.tops:

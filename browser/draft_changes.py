@@ -94,7 +94,7 @@ def plan_change(
 ) -> DraftChange:
     """Let the scripts check a change, and return it with their messages.
 
-    While a training runs, only its prompts may be changed: it has read the other files already.
+    During training, only the prompts may be changed: it has read the other files already.
 
     Args:
         site: The pages' server.
@@ -254,7 +254,7 @@ def find_training_script(text: str) -> str:
 
     Raises:
         ValueError: If the file does not name a script.
-        OptionError: If the script is not a training of this program.
+        OptionError: If the script is not a training run of this program.
     """
     try:
         # `new` writes the training, `python SCRIPT ...`, as the last command

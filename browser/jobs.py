@@ -351,7 +351,7 @@ class JobQueue:
                 launch.kill_processes(number_of_process)
 
     def retry(self, number: int) -> None:
-        """Queue an ended job again; add `--resume latest` to a training without --resume."""
+        """Queue an ended job again; add `--resume latest` to a training run without --resume."""
         with self._change() as book:
             job = book.find(number, *ENDED)
             argv = job.argv

@@ -501,7 +501,7 @@ def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder:
 
 
 def interrupt_processes(number: int) -> None:
-    """Send Ctrl-C to a job's process group, so that a training saves and ends.
+    """Send Ctrl-C to a job's process group, so that a training run saves and ends.
 
     `number` is the id of the process that runs the job.
     """

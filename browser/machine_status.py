@@ -174,7 +174,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return the processes on this machine: trainings, other queue jobs, render jobs and downloads."""
+        """Return what runs on this machine: training runs, other queue jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)

@@ -49,7 +49,7 @@ class FolderStanding:
     load_failure: str = ""  # last lines of a failed download
     uncaptioned: int = 0  # files without the caption that the training needs
     only_pictures: bool = True  # whether all of these files are images
-    has_listed_errors: bool = False  # `new` has listed files that prevent a training
+    has_listed_errors: bool = False  # `new` has listed files that prevent a training run
     loads_at_start: bool = False  # the training downloads missing files
     checking: Job | None = None
     is_check_old: bool = False

@@ -117,7 +117,7 @@ class RenderWorker:
         self.store = RenderQueue(self.folder)
         self.session: LoadedModel | None = None
         self.problem = ""  # error because of which render jobs wait
-        self.waits_for = ""  # ordinary reason for which they wait, such as a training that uses the card
+        self.waits_for = ""  # ordinary reason for which they wait, such as a training run that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)

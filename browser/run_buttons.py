@@ -551,7 +551,7 @@ class RunButtons:
         return sorted(below)
 
     def list_trained(self, run: RunSummary) -> list[Path]:
-        """Return the files written by a training, found by their names and in the run's history."""
+        """Return the files written by a training run, found by their names and in the run's history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
@@ -746,7 +746,7 @@ def has_lora(run: RunSummary) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return the files that a training has written under a name, and its request files such as .stop."""
+    """Return the files that a training run has written under a name, and its request files such as .stop."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]

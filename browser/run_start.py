@@ -437,7 +437,7 @@ class TrackedRuns:
             self._start(real_path(folder), argv, is_read)
 
     def reject_while_it_runs(self, folder: Path) -> None:
-        """Raise OptionError if a training of the folder is running, because its files must not change."""
+        """Raise OptionError if a training run of the folder is running, because its files must not change."""
         for shown in self.list_all():
             is_of_folder = shown.plan is not None and shown.plan.folder == folder
             if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:

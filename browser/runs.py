@@ -428,7 +428,7 @@ class Runs:
             return sorted(shown, key=lambda run: -run.changed)
 
     def _has_begun(self, run: RunSummary) -> bool:
-        """Return whether a run only prepared a training that now writes its own history."""
+        """Return whether a run only prepared a training run that now writes its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
         training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))

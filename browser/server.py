@@ -320,7 +320,7 @@ def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Shows the list of runs, and the page, news and files of each; passes requests on to trainings."""
+    """Shows the list of runs, and the page, news and files of each; passes requests on to training runs."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs

@@ -160,7 +160,7 @@ class Portrait:
 def crop_faces(options: CropFacesOptions) -> None:
     """Crop the faces in a folder's images; the new file names contain the position of the face.
 
-    --face_crop_aug_range of a training reads these names.
+    --face_crop_aug_range of a training run reads these names.
 
     Raises:
         DatasetError: If the folder has no images; at the end, if images could not be read.

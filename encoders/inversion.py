@@ -132,7 +132,7 @@ class WordTower:
 
 
 class Inversion:
-    """The textual inversion of a training: its word, and the initial values of its vectors."""
+    """The textual inversion of a training run: its word, and the initial values of its vectors."""
 
     def __init__(
         self,

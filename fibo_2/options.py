@@ -80,12 +80,12 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
 
 
 def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
 
 
 def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     turbo: dict[str, Any] = {}
     # the distilled transformer needs Turbo's steps, and its file name need not show that; a sample's own
     # number of steps comes first

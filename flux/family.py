@@ -83,7 +83,7 @@ class Flux(ModelOfImages):
     # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
-    options: Any = NO_OPTIONS  # set for trainings and generations
+    options: Any = NO_OPTIONS  # set for training runs and generations
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
     # what a training makes in place of a LoRA, which sees the control images
     custom_network: CustomNetwork | None = None

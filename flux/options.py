@@ -278,7 +278,7 @@ def join_swapped(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     latents = {
         "--ae": options.vae.vae or FillIn("AE_FILE"),
         CONTROL_NET: options.controlnet,
@@ -288,7 +288,7 @@ def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[
 
 
 def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),

@@ -148,6 +148,6 @@ class Flux2Files(LanguageModelFiles):
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the model files that the options of a training or generation name."""
+    """Return the model files that the options of a training run or generation name."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -73,14 +73,14 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     version = {"--model_version": options.model_version}
     latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("TEXT_ENCODER_FILE"), **version}
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training.
+    """Return the options with which the generation script uses the models of a training run.
 
     Args:
         options: Options of the training.

@@ -75,12 +75,12 @@ class Flux3GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
 
 
 def generation_options(options: Flux3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training.
+    """Return the options with which the generation script uses the models of a training run.
 
     Args:
         options: Options of the training.

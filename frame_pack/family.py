@@ -257,7 +257,7 @@ class FramePack(OneTransformer):
 
     def prepare(self, request: Request) -> Prepared:
         """Plan a request as sections of a video or, for LoRAs trained on single images, as an image."""
-        if self.one_frame is not None:  # samples of a training of images
+        if self.one_frame is not None:  # samples of a training run of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
         prepared = prepare_request(

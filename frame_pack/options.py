@@ -208,7 +208,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     text = options.text
     latents = options.vae.file.words()
     latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")
@@ -218,7 +218,7 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     window = options.latent_window_size
     extra = sample.get("extra") or {}
     frames = sample.get("frames")

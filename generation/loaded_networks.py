@@ -147,7 +147,7 @@ class Session:
             if self._media is None or (images and not self._has_image_encoder):
                 # the VAE is loaded again with the image encoder, which is rare; two VAEs would not fit
                 self._media = None
-                # a VAE that is loaded repeatedly, as for each sample of a training on the CPU, is logged once
+                # a VAE that is loaded repeatedly, as for each sample of CPU training, is logged once
                 with quiet() if images in self._logged_media else nullcontext():
                     self._media = self.family.media_encoders(self.device, images)
                 self._has_image_encoder = images

@@ -179,12 +179,12 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     return options.vae.file.words(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     return files | _list_text_options(options.text)
 

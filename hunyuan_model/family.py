@@ -321,7 +321,7 @@ def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """Describe the family for hv_train_network.py and the other trainings of HunyuanVideo."""
+    """Describe the family for hv_train_network.py and the other training runs of HunyuanVideo."""
     dtype = select_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),

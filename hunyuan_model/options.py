@@ -156,7 +156,7 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
@@ -164,7 +164,7 @@ def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], di
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options that generate with a training run's models; see `FamilyEntry.generation_words`."""
     default_image = None
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)

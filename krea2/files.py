@@ -158,7 +158,7 @@ class Krea2Release(NamedTuple):
 def find_release(dit: Path | None) -> Krea2Release | None:
     """Find out whether a transformer is Turbo or raw; return it with the evidence, None without any.
 
-    The evidence is what a training wrote into the file, then the release's model_index.json, then the nearest
+    The evidence is the file's own training metadata, then the release's model_index.json, then the nearest
     name, as in `FewSteps.judge`.
     """
     if dit is None:

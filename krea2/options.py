@@ -224,7 +224,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     latents = {
         "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         "--edit": options.edit,
@@ -235,7 +235,7 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training.
+    """Return the options with which the generation script uses the models of a training run.
 
     Args:
         options: Options of the training.

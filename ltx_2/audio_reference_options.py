@@ -18,7 +18,7 @@ IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
 
 @dataclass(frozen=True)
 class ReferenceStrategy:
-    """Which references a training uses."""
+    """Which references a training run uses."""
 
     takes_images: bool = False  # clips and images, of reference_directory
     takes_audio: bool = False  # of reference_audio_directory
@@ -71,7 +71,7 @@ def _identity(facts: Mapping[str, Any]) -> Any:
 
 
 class Ltx2AudioReferences(Options, title="audio references"):
-    """Options of audio references that a training uses, such as a speaker's voice (ID-LoRA)."""
+    """Options of audio references that a training run uses, such as a speaker's voice (ID-LoRA)."""
 
     is_before: bool = _switch(
         "positions of the reference end before the audio begins; default: both begin at 0",

@@ -146,7 +146,7 @@ class Ltx2(Ltx2Media):
     image_crf: int | None = None  # H.264 quality to which the first image is compressed; None: the release's
     given: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: kept parts of other media
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
-    makes_audio: bool = True  # False: samples of a training with audio are generated without it
+    makes_audio: bool = True  # False: samples of a training run with audio are generated without it
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # set for trainings only
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)

@@ -189,7 +189,7 @@ class Ltx2Files(TransformerFiles):
             return None
         try:
             settings: Settings = read_once(self.audio_path("audio_vae"), _read_audio_vae)
-        except OptionError:  # a training from caches needs no VAE
+        except OptionError:  # a training run from caches needs no VAE
             settings = AUDIO_SETTINGS
             self._check_default_audio()
         return AudioSpec(
@@ -339,7 +339,7 @@ def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int,
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training or generation; `streams` are the ones it trains or generates."""
+    """Return the files of a training run or generation; `streams` are the ones it trains or generates."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,

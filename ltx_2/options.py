@@ -542,7 +542,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
@@ -561,7 +561,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

@@ -275,7 +275,7 @@ class H3Files(LanguageModelFiles):
         try:
             settings: Settings = read_once(self.audio_vae_path, _read_audio_vae)
             channels: int = settings["latent_channels"]
-        except (OptionError, OSError):  # a training from caches needs no VAE
+        except (OptionError, OSError):  # a training run from caches needs no VAE
             channels = len(AUDIO_MEAN)
         return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
 
@@ -308,6 +308,6 @@ def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
 
 
 def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
-    """Return the files of a training or a generation."""
+    """Return the files of a training run or a generation."""
     files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
     return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)

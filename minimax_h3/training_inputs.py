@@ -34,7 +34,7 @@ LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 TAUGHT, TAUGHT_AUDIO = "taught_latents", "taught_sound"
 
 
-CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the host
+CLEAN = "clean_shares"  # in conditions of a training run: `Clean`, 2 float32 on the host
 
 
 class Clean(NamedTuple):

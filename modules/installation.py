@@ -37,7 +37,7 @@ FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 DRIVEN = "REELSMITH_DRIVEN"
 # set by the browser for a script that ends after reading its options
 ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
-# set by the browser for a training that reports options without effect before torch loads
+# set by the browser for a training run that reports options without effect before torch loads
 TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
 # variable with the file to which a program writes its progress (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
@@ -45,7 +45,7 @@ PROGRESS = "REELSMITH_PROGRESS"
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
 # variable with the extensions that the user enables (modules/extensions.py)
 EXTENSIONS = "REELSMITH_EXTENSIONS"
-RUN_CHECKS = "checks"  # value for a training that only checks its options and files
+RUN_CHECKS = "checks"  # value for a training run that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching for `run`: all files are cached except faulty ones
 # distribution -> import name, if it differs
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}

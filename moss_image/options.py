@@ -157,12 +157,12 @@ def check_schedule(name: str) -> str:
 
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     return options.vae.file.words(), options.text.words("QWEN3_5_FILE")
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training.
+    """Return the options with which the generation script uses the models of a training run.
 
     Args:
         options: Options of the training.

@@ -52,7 +52,7 @@ class Formatted(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFormat:
-    """Naming scheme for the layers in the LoRA files of a training, for a family's model."""
+    """Naming scheme for the layers in the LoRA files of a training run, for a family's model."""
 
     name: str = KNOWN
     family: FamilyNames | None = None

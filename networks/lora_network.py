@@ -64,7 +64,7 @@ class OwnNetwork(nn.Module):
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
         """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""
         linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
-        strengths = nn.Module()  # buffers, which are saved with the state of a training
+        strengths = nn.Module()  # buffers, which are saved with the state of a training run
         for index, (name, layer) in enumerate(linear.items()):
             strengths.register_buffer(name, torch.zeros(layer.original.out_features))
             self._base_norms[name] = mean_row_norm(layer.original, index)

@@ -75,7 +75,7 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
         network: The network.
         levels: Noise level of each sample, S; a single level applies to all samples.
     """
-    # not getattr, which is slow for attributes that a module lacks, in each step of every training
+    # not getattr, which is slow for attributes that a module lacks, in each step of every training run
     masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
     for mask in masks.values() if masks else ():
         mask.set_levels(levels)

@@ -1093,7 +1093,7 @@ def _require_media(
     has_audios: bool,
     kind: RunKind,
 ) -> None:
-    """Raise DatasetError if a folder lacks the media that a training needs.
+    """Raise DatasetError if a folder lacks the media that a training run needs.
 
     `name` is the name of the model, and `kind` the kind of run. `alone` and `instead` suggest other ways to
     use the folder. With `has_audios`, audio files lie next to the clips; `audio_directory` in

@@ -74,7 +74,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
 
 
 def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
-    """Read the recorded history of a training; empty if none was written since `began`."""
+    """Read the recorded history of a training run; empty if none was written since `began`."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):

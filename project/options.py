@@ -85,7 +85,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def times_of_steps(steps: int) -> dict[str, int]:
-    """Return the intervals of saves, states and samples for a training of `steps` steps."""
+    """Return the intervals of saves, states and samples for a training run of `steps` steps."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
 

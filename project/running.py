@@ -222,7 +222,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 
 
 def check_project(project: Project) -> None:
-    """Run the checks that precede a training, and print what they find; nothing is cached or trained.
+    """Run the checks that precede a training run, and print what they find; nothing is cached or trained.
 
     Exits with code 1 if an error would end the run.
 

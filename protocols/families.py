@@ -114,7 +114,7 @@ class FamilyEntry:
         return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
-        """Return the options that a training needs to use these latent caches, by flag.
+        """Return the options that a training run needs to use these latent caches, by flag.
 
         Args:
             family_options: Options of the command that cached the latents.
@@ -130,7 +130,7 @@ class FamilyEntry:
         switches: Sequence[str],
         typed: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
-        """Return the commands that cache the missing latents and text encoder outputs of a training.
+        """Return the commands that cache the missing latents and text encoder outputs of a training run.
 
         Args:
             family_options: Options of the training.
@@ -156,7 +156,7 @@ class FamilyEntry:
     def generation_words(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the words of a generation command that uses the same models as a training.
+        """Return the words of a generation command that uses the same models as a training run.
 
         Options of the training are repeated if the generation script has them too.
 

@@ -414,11 +414,11 @@ class Abilities:
     sample_apart: str = ""  # option that names a separate, frozen transformer for training samples
     guide: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
     references: str = ""  # for messages: the variant that takes references of clips, and how to select it
-    views: tuple[str, ...] = ()  # additional conditions that a training can use (`Batch.view`)
+    views: tuple[str, ...] = ()  # additional conditions that a training run can use (`Batch.view`)
     one_sample: str = ""  # why training batches have one sample: completes "batch_size 2: ..."
     bring_empty: bool = False  # the family is a `BringsEmptyText`
     rate_parts: bool = False  # the family is a `RatesParts`
-    bring_texts: bool = False  # the checkpoint contains the text encoders, which a training can then use
+    bring_texts: bool = False  # the checkpoint contains the text encoders, which a training run can then use
     train_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
     make_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
     inpaint: bool = False  # the family is an `Inpaints` of the training feature for inpainting

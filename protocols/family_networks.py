@@ -31,7 +31,7 @@ class DefaultRate:
 
 @dataclass(frozen=True)
 class CustomNetwork:
-    """A network that a family creates for a training.
+    """A network that a family creates for a training run.
 
     It runs alongside the model and gets a control image for each image, or it is part of the text encoders
     (`in_text_encoders`).

@@ -88,5 +88,5 @@ DIT = "dit"  # the transformer among `networks`
 
 
 def trains_checkpoint(family: Described) -> TypeGuard[TrainsCheckpoint]:
-    """Return whether trainings of the family write full checkpoints."""
+    """Return whether training runs of the family write full checkpoints."""
     return family.can.train_checkpoint

@@ -224,6 +224,6 @@ class QwenImageReleaseFiles(QwenImageFiles):
 
 
 def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageReleaseFiles:
-    """Return the files that the options of a training or a generation name."""
+    """Return the files that the options of a training run or a generation name."""
     files = QwenImageReleaseFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -199,7 +199,7 @@ class QwenImageLayered(ModelOfImages):
         return request
 
     def _count_layers(self, request: Request) -> int:
-        """Return the number of layers from a training's sample, a prompt line or the option."""
+        """Return the number of layers from a training run's sample, a prompt line or the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:

@@ -228,14 +228,14 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     version = {"--model_version": _not_original(options.version)}
     latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("QWEN_FILE"), **version}
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),

@@ -131,12 +131,12 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
 
 
 def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training's models; see `FamilyEntry.generation_words`."""
+    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--dit_config": options.dit_config,

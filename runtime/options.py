@@ -221,7 +221,7 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the generation options, by flag, that load the model in the form that a training used."""
+    """Return the generation options, by flag, that load the model in the form that a training run used."""
     swap = speed.swap
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size

@@ -171,13 +171,13 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 
 @dataclass(frozen=True)
 class StableDiffusion(ModelOfImages):
-    """Stable Diffusion model for one training, caching run or generation, built from a checkpoint."""
+    """Stable Diffusion model for one training run, caching run or generation, built from a checkpoint."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
     chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
-    sampler: str = DEFAULT_SAMPLER  # sampler for a training's samples
+    sampler: str = DEFAULT_SAMPLER  # sampler for a training run's samples
     options: Any = NO_OPTIONS  # set for trainings only
     tells_cut: bool = False  # whether to warn if a prompt is cut off
     learning_texts: LearningTexts | None = None  # set for full training only
@@ -457,7 +457,7 @@ class StableDiffusion(ModelOfImages):
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
         """Return the model with embedding rows for a trained word in its text encoders."""
-        assert self.learning_texts is not None  # as for each training
+        assert self.learning_texts is not None  # as for each training run
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
 
@@ -473,7 +473,7 @@ class StableDiffusion(ModelOfImages):
         """Names of the tensors that the text encoders produce."""
         return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
 
-    # a training of all weights
+    # a training run of all weights
 
     @property
     def learning_parts(self) -> LearningParts:
@@ -748,7 +748,7 @@ def family_for_training(
     says_v2: bool = False,
     clip_skip: int | None = None,
 ) -> StableDiffusion:
-    """Return the model of a training.
+    """Return the model of a training run.
 
     Raises:
         OptionError: If the options contradict the checkpoint.
@@ -809,7 +809,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     word = model.options.word
     made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
     taught = model.with_word_in_texts(word)
-    assert taught.learning_texts is not None  # as for each training
+    assert taught.learning_texts is not None  # as for each training run
     learning = replace(taught.learning_texts, layers=layers)
     return replace(taught, learning_texts=learning, custom_network=made, lora_module=MODULE)
 

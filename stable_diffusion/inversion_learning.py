@@ -108,7 +108,7 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
 def learn_alone(
     network: CustomNetwork, options: InversionOptions, option: str = "--textual_inversion_embeddings"
 ) -> CustomNetwork:
-    """Return the network of a word as the only network of a training.
+    """Return the network of a word as the only network of a training run.
 
     Args:
         network: The network.

@@ -133,7 +133,7 @@ def create_upscaler(**args: str) -> LatentUpscaler:
     with open_checkpoint(path) as checkpoint:
         for name, tensor in refiner.state_dict().items():
             info = checkpoint.tensors.get(name)
-            # counts of batches, which only a training needs, are not in every file
+            # counts of batches, which only a training run needs, are not in every file
             if name.endswith("num_batches_tracked"):
                 if info is not None:
                     state[name] = checkpoint.read(name)

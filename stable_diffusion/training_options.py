@@ -185,7 +185,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and text caching scripts that match a training."""
+    """Return the options of the latent and text caching scripts that match a training run."""
     ckpt = options.ckpt or FillIn("CHECKPOINT")
     texts = {
         CKPT: ckpt,
@@ -204,7 +204,7 @@ def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the model of a training; see `FamilyEntry.generation_words`."""
+    """Return the options that generate with a training run's model; see `FamilyEntry.generation_words`."""
     chunks = options.chunks
     return {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

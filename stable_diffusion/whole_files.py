@@ -53,7 +53,7 @@ class PartTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Write the single-file checkpoints of a training.
+    """Write the single-file checkpoints of a training run.
 
     The source file stays open, so it may be deleted during the training.
     """
@@ -124,7 +124,7 @@ def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], networ
 def make_writer(
     checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: Marks
 ) -> CheckpointFiles:
-    """Return the writer for the checkpoint of a training.
+    """Return the writer for the checkpoint of a training run.
 
     Args:
         checkpoint: The source checkpoint.

@@ -151,7 +151,7 @@ def make_folder_writer(
     marks: Marks,
     form: SavedForm = IN_ONE_FILE,
 ) -> FolderWriter:
-    """Return a writer that saves the checkpoints of a training as folders in diffusers' layout.
+    """Return a writer that saves the checkpoints of a training run as folders in diffusers' layout.
 
     Args:
         checkpoint: The source checkpoint.

@@ -210,7 +210,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
 
 
 def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return the features of a training that may conflict with a mode in `runtime/ways`.
+    """Return the features of a training run that may conflict with a mode in `runtime/ways`.
 
     Args:
         family: The model family.

@@ -46,7 +46,7 @@ OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """Command line of a training, from which commands for caching and for the next steps are derived."""
+    """Command line of a training run, from which commands for caching and for the next steps are derived."""
 
     script: str = "the training script"
     script_options: Sequence[ScriptOption] = ()

@@ -375,7 +375,7 @@ def join_processes(
 
 
 def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:
-    """Read the data of a training: --dataset_config, or --train_data_dir and its companions.
+    """Read the data of a training run: --dataset_config, or --train_data_dir and its companions.
 
     Args:
         options: Options of the run.

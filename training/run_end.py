@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 PATIENCE = 60.0  # seconds to wait for the command
 MAX_OF_ERROR = 1000  # characters of the error
-# variables of a multi-process launcher, removed so that a training in the command is not taken for one of its
-# processes
+# variables of a multi-process launcher, removed so that the command may train without being taken for one of
+# the launcher's processes
 OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 

@@ -36,7 +36,7 @@ def read_seed(text: str) -> int:
 
 
 class LoopOptions(Options, title="training run"):
-    """Length and data of a training. `dataset_config` is None only for commands without data."""
+    """Length and data of a training run. `dataset_config` is None only for commands without data."""
 
     key_files = (DATASET_FILE,)
 

@@ -204,7 +204,7 @@ class TrainedModel:
 
 @dataclass
 class TrainingRun:
-    """The state of a training that the loop uses.
+    """The state of a training run that the loop uses.
 
     The plan's progress, the network, the optimizer and the schedule change during training.
     """

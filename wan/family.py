@@ -334,7 +334,7 @@ class Wan(OneTransformer):
         task = self.files.task
         self.files.check_dits()
         settings: dict[str, Any] = {"defaults": self.defaults, "latent": self.latent, "experts": self.experts}
-        if self.image_kind == ONE_FRAME:  # samples of a training of images
+        if self.image_kind == ONE_FRAME:  # samples of a training run of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
             from wan import one_frame  # only for single images
@@ -466,7 +466,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py and the other trainings of Wan."""
+    """Describe the family for wan_train_network.py and the other training runs of Wan."""
     files = files_of(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)

@@ -60,7 +60,7 @@ class WanExpertOptions(Options):
     """The second transformer of models with separate transformers for high and for low noise."""
 
     dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
-    # compared when a training resumes
+    # compared when a training run resumes
     timestep_boundary: float | None = option(
         "noise level from which --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
         above=0,
@@ -339,7 +339,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the options of a training from latent caches: --task, unless it is the default.
+    """Return the options of a training run from latent caches: --task, unless it is the default.
 
     `family` is that of the caching command. Caches do not show the size of the model.
     """
@@ -356,7 +356,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training."""
+    """Return the options of the latent and the text caching script for a training run."""
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or FillIn(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
@@ -370,7 +370,7 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the generation script that select the models of a training.
+    """Return the options of the generation script that select the models of a training run.
 
     Args:
         options: Options of the training.

@@ -577,7 +577,7 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
 
 
 def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield (item, caption index or EMPTY) for every caption that a training reads."""
+    """Yield (item, caption index or EMPTY) for every caption that a training run reads."""
     for item in items:
         for number in range(item.captions):
             yield item, number

@@ -42,7 +42,7 @@ def remember_options(
 ) -> None:
     """Write the options of a caching command into the cache folders of all tables.
 
-    A training from these caches repeats them. A folder that cannot be written to is skipped, because its
+    A training run from these caches repeats them. A folder that cannot be written to is skipped, because its
     caches are usable without the file.
 
     Args:
@@ -51,7 +51,7 @@ def remember_options(
         kind: Which command, one of KINDS.
         family_options: The family's options of the command.
         typed: Spelling of each option on the command line, by public name.
-        training: Options that a training from these caches needs in addition, by flag.
+        training: Options that a training run from these caches needs in addition, by flag.
     """
     accepted = accepted_options(type(family_options))
     options = {}
@@ -100,7 +100,7 @@ def recall_options(
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
     """Yield the options of a remembered command that are known and still valid.
 
-    `key` is "options" for the command's own options, or "training" for those that a training needs.
+    `key` is "options" for the command's own options, or "training" for those that a training run needs.
     """
     accepted = accepted_options(record)
     folder = command.get("folder")

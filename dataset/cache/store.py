@@ -182,7 +182,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
     folder = table.cache_directory
     if table.cache_format == "shards":
         return True
-    if table.cache_format != "files":  # files next to shared caches may be those of another training
+    if table.cache_format != "files":  # files next to shared caches may be those of another training run
         return False
     if names is None:
         names = os.listdir(folder) if folder.is_dir() else ()

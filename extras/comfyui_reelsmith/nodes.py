@@ -68,7 +68,7 @@ class QueuedTraining:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Run `reelsmith run` to its end; it continues a training that was stopped."""
+        """Run `reelsmith run` to its end; it continues a training run that was stopped."""
         with self.log.open("wb") as log:
             try:
                 self.process = subprocess.Popen(
@@ -147,7 +147,7 @@ class TrainingQueue:
             return training
 
     def end(self) -> None:
-        """Stop all trainings, and wait until they have saved."""
+        """Stop all training runs, and wait until they have saved."""
         for training in [*self._trainings.values()]:
             training.stop()
         for training in [*self._trainings.values()]:
@@ -209,7 +209,7 @@ def read_frames(path: Path) -> Tensor:
 
 
 def free_models() -> None:
-    """Unload the models that ComfyUI keeps on the GPU, because a training needs the memory."""
+    """Unload the models that ComfyUI keeps on the GPU, because a training run needs the memory."""
     management = sys.modules.get("comfy.model_management")
     if management is not None:
         management.unload_all_models()
@@ -256,7 +256,7 @@ class ReelsmithRun:
 
 
 class ReelsmithSamples:
-    """Load the newest samples of a training: images of one size, or the frames of the newest clip."""
+    """Load the newest samples of a training run: images of one size, or the frames of the newest clip."""
 
     CATEGORY = "Reelsmith"
     FUNCTION = "load"

@@ -49,7 +49,7 @@ Callback = Callable[[Event], None]
 
 
 def train(model: str, **options: Any) -> CommandRun:
-    """Start a training of a LoRA, as `reelsmith train MODEL` does, and return it while it runs.
+    """Start a training run of a LoRA, as `reelsmith train MODEL` does, and return it while it runs.
 
     Args:
         model: Name of the model as in commands, such as wan, sdxl or flux_2.
@@ -63,7 +63,7 @@ def train(model: str, **options: Any) -> CommandRun:
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
-    """Continue a training that was stopped, or has ended with a saved state, and return it while it runs.
+    """Continue a training run that was stopped, or has ended with a saved state, and return it while it runs.
 
     Args:
         run: The training.
@@ -84,7 +84,7 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
 
 
 def plan(model: str, **options: Any) -> str:
-    """Return the table of the memory that a training needs, as its option --plan prints it.
+    """Return the table of the memory that a training run needs, as its option --plan prints it.
 
     Args:
         model: Name of the model.

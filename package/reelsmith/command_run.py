@@ -135,7 +135,7 @@ class CommandRun:
         return self
 
     def stop(self) -> None:
-        """Interrupt the command as Ctrl-C does, and wait for its end. A training saves its state first.
+        """Interrupt the command as Ctrl-C does, and wait for its end. A training run saves its state first.
 
         Events that were not iterated over are then recorded in the attributes, too.
         """

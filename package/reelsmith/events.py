@@ -79,9 +79,9 @@ class PrintedLines:
 
 
 class HistoryEvents:
-    """Reads the events of one training from the history file that it writes.
+    """Reads the events of one training run from the history file that it writes.
 
-    Create this reader before the training starts. The file may hold rows of earlier trainings, and the new
+    Create this reader before the training starts. The file may hold rows of earlier runs, and the new
     training rewrites it, so its rows are those after a start entry that the file did not have before.
     """
 

@@ -74,7 +74,7 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
     """Set the kind of run that a foreign project describes.
 
     Raises:
-        OptionError: If `new` cannot set up such a training, and no other kind was typed.
+        OptionError: If `new` cannot set up such a training run, and no other kind was typed.
     """
     try:
         project.run = project.program.find_run(values)

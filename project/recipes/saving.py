@@ -54,7 +54,7 @@ def find_history(path: Path) -> Path:
     if path.name.endswith(END):
         return path
     for folder in (path, path / "output"):
-        # .run files are histories of `run`, not of a training
+        # .run files are histories of `run`, not of a training run
         histories = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
         if len(histories) == 1:
             return histories[0]

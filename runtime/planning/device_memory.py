@@ -117,7 +117,7 @@ EVERY = 50  # steps between two checks of the driver
 
 @dataclass
 class MemoryWatch:
-    """Compare the predicted and the measured peak of a training once, and warn once if memory is full.
+    """Compare the predicted and the measured peak of a training run once, and warn once if memory is full.
 
     The first step of a run creates the optimizer's states, so measuring starts with the second one.
     """

@@ -72,7 +72,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         rehearsed: The rehearsed run.
         cards: Number of GPUs.
         room: Memory of each GPU.
-        is_training: Whether the run is a training.
+        is_training: Whether the run is a training run.
     """
     for division in _list_divisions(cards, is_training):
         words = _words_of(division)
@@ -139,7 +139,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
             save memory. A rehearsal is used only if nothing fits in the previous ones.
         cards: Number of GPUs.
         room: Memory of each GPU.
-        is_training: Whether the run is a training.
+        is_training: Whether the run is a training run.
     """
     ways: list[Way] = []
     added: tuple[str, ...] = ()
@@ -213,7 +213,7 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         way: The way.
         added: Options that the planned command lacks.
         argv: Arguments of the planning command.
-        is_training: Whether the run is a training.
+        is_training: Whether the run is a training run.
     """
     # arguments without the options that `way` decides, and without the values of these options
     other_arguments: list[str] = []

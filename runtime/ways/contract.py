@@ -57,7 +57,7 @@ class RunUses:
     """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
-    # in trainings: the option that names a separate model for samples
+    # in training runs: the option that names a separate model for samples
     samples_apart: str = ""
     foreign_module: str = ""  # network module of another package
     own_modules: Collection[str] = ()  # network modules that can replace it
@@ -84,7 +84,7 @@ class WayOptions(Options):
     """Base of the options of a way to run.
 
     Attributes:
-        in_training: Whether trainings have the options too.
+        in_training: Whether training runs have the options too.
         keeps_pixels: Whether a generation gives bit-identical pixels.
         shares: Word for what the processes share.
         answer: The option and its effect, for users who ask accelerate's launcher to split the model.

@@ -22,7 +22,7 @@ class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, 
 
 
 def _start(run: "RunFeatures") -> None:
-    from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training
+    from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training run
 
     folder, name = run.options.saving.place
     recorder = ItemLossRecorder(folder, name)

@@ -250,7 +250,7 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
-    with contextlib.suppress(UserError):  # a training from caches may have no images
+    with contextlib.suppress(UserError):  # a training run from caches may have no images
         sources = find_sources(table, captions=False, faults=errors)
     images: dict[str, ItemImage] = {}
     for source in sources:

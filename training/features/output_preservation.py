@@ -27,7 +27,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 
     In lockstep, the base model runs for every batch, because all processes have to run the same passes.
     """
-    from training.targets.passes import choose, kept_samples  # torch: only in a training
+    from training.targets.passes import choose, kept_samples  # torch: only in a training run
 
     preserved = kept_samples(passes, noisy_batch)
     if not (any(preserved) or passes.rule.always_as_base):

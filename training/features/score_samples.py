@@ -43,7 +43,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
 
 def _start(run: "RunFeatures") -> None:
     """Add the recorder that starts a scoring process each time samples have been generated."""
-    from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
+    from training.features.score_samples_starting import SampleScorer  # starts processes: only in training
 
     folder, name = run.options.saving.place
     options = run.options.of(SampleScoringOptions)

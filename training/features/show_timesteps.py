@@ -29,7 +29,7 @@ def _show(
     options: "OptionsOfRun", family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
 ) -> None:
     """Print or draw the distribution of timesteps."""
-    from training.features.show_timesteps_drawing import show_timesteps  # torch: only in place of a training
+    from training.features.show_timesteps_drawing import show_timesteps  # torch: only instead of training
 
     kind = options.of(ShowTimestepsOptions).show_timesteps
     assert kind is not None  # the feature is on

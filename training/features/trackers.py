@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _start(run: "RunFeatures") -> None:
-    from training.features.trackers_sending import make_trackers  # torch: only in a training
+    from training.features.trackers_sending import make_trackers  # torch: only in a training run
 
     run.on.recorders.append(make_trackers)
 

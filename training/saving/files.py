@@ -283,7 +283,7 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
     The folder is created; if it is empty at the end, it is removed again.
 
     Raises:
-        OutputError: If another training has reserved the name, or if the folder is not writable.
+        OutputError: If another training run has reserved the name, or if the folder is not writable.
     """
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")

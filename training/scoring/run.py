@@ -301,7 +301,7 @@ def open_run(place: Path) -> ScoredRun:
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
-    """Return the history files of trainings, without histories of `reelsmith run`, which have no training."""
+    """Return the history files of training runs, without those of `reelsmith run`."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
