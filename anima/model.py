@@ -307,7 +307,7 @@ class AnimaModel(BlockNetwork):
     def _read_text(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions as in `pad_texts`."""
+        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
         rows = read_texts(
             self.llm_adapter,
             states,

@@ -98,7 +98,9 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
     ) -> list[Conditions]:
-        """Return each prompt's states, `maximum` C, and their mask, int64; both 0 after its tokens.
+        """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
+
+        `rows` are token ids of prompts; `dropped` is the number of first states to leave out.
 
         A prompt without tokens is not run: all of its states are zeros.
         """

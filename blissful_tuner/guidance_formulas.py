@@ -200,11 +200,12 @@ def rescale(share: float) -> GuidanceStage:
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
     """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
-    See `StreamGuidance` for the formula and its source.
+    With the clean latents c of the positive pass and x of each other pass, the guided ones are
+    c + sum of weight * (c - x).
 
     Args:
-        rule: Rescaling of the result.
-        weights: Weight of c - x for the prediction x of each pass.
+        rule: How far the result is rescaled to the standard deviation of c.
+        weights: Weight of c - x for each pass.
     """
     rescaling = rescale(rule.rescale)
 
@@ -284,15 +285,19 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return the stage of projected guidance: by a momentum of limited norm, reduced along the positive one.
+    """Return the stage of projected guidance, which adds up the differences of positive and negative pass.
+
+    The sum is limited in norm, and its part along the positive velocity is weakened.
 
     Each sample is treated separately.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
+        """Guide by the projected sum of differences; `negative`, `momentum` and `rule` are the caller's."""
         positive = velocities[POSITIVE]
         base = velocities[negative]
         total = momentum.add(positive - base)
+        # limit the norm of the step
         shrinking = (rule.norm_limit / _measure_norms(total)).clamp(max=1.0)
         step = total * shrinking
         # Split the step into its parts parallel and orthogonal to the positive velocity. In float64, as in

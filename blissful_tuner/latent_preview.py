@@ -136,6 +136,7 @@ class LatentPreviews:
         is_image = num_frames == 1
         self._check_room(height, width)
         if self.vae is not None:
+            # preview with the small decoder, if there is one
             try:
                 chunks = [copy_to_host(chunk) for chunk in self.vae.frames(latents[0], self.device)]
             except torch.OutOfMemoryError:

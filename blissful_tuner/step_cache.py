@@ -122,6 +122,7 @@ class StepCaches:
         self._make_rule: Callable[[], step_cache.Rule] | None = None
         self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0
+        # calibrations only measure; without a choice, nothing is skipped or measured
         match self._choice:
             case MagCache(ratios, retention, threshold, max_skips):
                 # ratios are for all steps, but a video that starts from a source runs only the last ones

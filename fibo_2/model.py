@@ -136,7 +136,7 @@ class PerceiverLayer(nn.Module):
 
         Args:
             x: Gist tokens.
-            bundle: States of the text.
+            bundle: States of the text from several layers, side by side, and numbers of real tokens.
             lengths: Number of gist tokens of each sample; None if no sample is padded.
             choice: Attention to use.
         """

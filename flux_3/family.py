@@ -172,7 +172,10 @@ class Flux3(pictures.ModelOfImages):
         return replace(prepared, shown=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
-        """Return the request without a guidance scale, which a distilled model does not use."""
+        """Return the request without a guidance scale, which a distilled model does not use.
+
+        Raises OptionError for a solver other than Euler's method.
+        """
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "

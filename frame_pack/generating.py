@@ -87,7 +87,7 @@ def video_sections(
 
 
 def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbor, so that the preview has the final video's transition.
+    """Return the newest section with its neighbor's latents, so that a preview has the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if
     `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.

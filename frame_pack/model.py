@@ -250,7 +250,7 @@ class FramePackModel(BlockNetwork):
     dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released files."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -370,7 +370,10 @@ class FramePackModel(BlockNetwork):
         )
 
     def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
-        """Raise ValueError for shapes that do not fit the model or each other; the last kind is noisy."""
+        """Raise ValueError for shapes that do not fit the model or each other.
+
+        `kinds` are the latents with their frame indices: history, and last the noisy ones.
+        """
         noisy = kinds[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         for kind in kinds:

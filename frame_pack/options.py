@@ -218,7 +218,10 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script, with values, for a sample with a training run's models.
+
+    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    """
     window = options.latent_window_size
     extra = sample.get("extra") or {}
     frames = sample.get("frames")

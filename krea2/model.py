@@ -332,15 +332,16 @@ class Krea2Model(BlockNetwork):
         isolated: bool = False,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` describes.
+        """Predict the velocity from the arguments of `embed`, with or without cached references.
 
-        With `overrides.section_cache`, isolated references are computed once.
+        With `overrides.section_cache`, isolated references are computed once for all steps.
         """
         # only isolated references do not depend on the image, so only they can be cached
         memory = overrides.section_cache if isolated and references else None
         if memory is not None and not memory:
             # the first pass fills the cache; references are equal for all samples
             memory.update(self.remember([latents[:1] for latents in references]))
+        # a pass that leaves references out takes none from the cache
         if memory is None or overrides.leaves_out:
             memory = {}
         else:

@@ -174,7 +174,8 @@ class LtxAttention(nn.Module):
     ) -> None:
         """Build the layers.
 
-        `dim` is the width of all heads, `is_gated` and `splits_heads` as in `LtxConfig`.
+        `dim` is the width of all heads together; `is_gated` gives each head's output a gate. With
+        `splits_heads`, rotary pairs are channels of a head's two halves, else neighbors.
         """
         super().__init__()
         self.num_heads = heads

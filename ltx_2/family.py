@@ -484,7 +484,7 @@ class Ltx2(Ltx2Media):
             check_opens("drive_video", self.drive_video, is_image=False)
 
     def _check_generated_keyframes(self) -> None:
-        """Raise OptionError if keyframes are generated, but the network or another option rules them out."""
+        """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
         count = self.given.num_generated_keyframes
         if not count:
             return
@@ -526,7 +526,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return output metadata about given media, references and stages."""
+        """Return the metadata for saved files that describe input media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -581,7 +581,7 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.given.inpaint_source is None:
-            return ()  # the reference is already used as the clip to inpaint
+            return ()  # no inpainting clip was typed: the reference itself was taken as that clip
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -594,6 +594,7 @@ class Ltx2(Ltx2Media):
             )
         for path in paths:
             check_opens("reference_video", path, is_image=is_still(path))
+        # the mask limits where references are attended to
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
@@ -674,7 +675,10 @@ class Ltx2(Ltx2Media):
         return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of reference images or clips, and how strongly the video attends to them."""
+        """Return the latents of reference images or clips, and how strongly the video attends to each token.
+
+        The strengths are left out if all are 1.
+        """
         reference_rules = self.references
         images = prepared.family_record.images
         if not images or reference_rules is None:
@@ -733,9 +737,9 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections of all stages, which have no noisy references; return the latents."""
+        """Yield a denoising section for each stage, and return the latents; references, if any, are clean."""
 
-        def draw(stage: Prepared) -> Tensor:
+        def draw(stage: Prepared) -> Tensor:  # the noise that a stage starts from
             joint = stage.joint
             if joint is None:
                 return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
@@ -743,7 +747,7 @@ class Ltx2(Ltx2Media):
             audio = noise.draw((1, *joint.audio))
             return joint.join(image, audio)
 
-        def begin(stage: Prepared, number: int, start: Tensor) -> Section:
+        def begin(stage: Prepared, number: int, start: Tensor) -> Section:  # `start`: noise, or noisy latents
             # the rate is stored as an integer, in thousandths
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
@@ -763,7 +767,7 @@ class Ltx2(Ltx2Media):
             level = stage.levels[0] if stage.levels else 1.0
             return append_keyframes(section, keyframes, stage.joint, noise, level)
 
-        # a rehearsal of memory use runs only one of the two stages
+        # without stages; a dry run that measures memory also has a single one
         if self.stages is None or not prepared.stages:
             return (yield begin(prepared, 0, draw(prepared)))
         enlarge_clip = partial(

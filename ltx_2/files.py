@@ -223,7 +223,10 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return the text encoder: Gemma with the connectors; weights are read later."""
+        """Return the text encoder: Gemma with the connectors to the transformer; weights are read later.
+
+        Raises OptionError if options name the Gemma of another LTX version.
+        """
         # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
         # the projections
         connectors_path, gemma_path = self.connectors, None

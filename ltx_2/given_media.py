@@ -45,7 +45,7 @@ Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on 
 
 
 def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the given-media options, with values from the prompt line in place of their defaults.
+    """Return the options of given clips, keyframes and masks, with a prompt line's values in their place.
 
     A mask without --inpaint_source applies to the request's only reference.
 
@@ -85,7 +85,7 @@ def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
 
 
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
-    """Raise OptionError or MediaError if files cannot be opened, or do not fit the result."""
+    """Raise OptionError or MediaError if given media cannot be opened, or do not fit the result's frames."""
     for name, path in media.image_files.items():
         check_opens(name, path, is_image=is_still(path))
     frames = prepared.frames
@@ -121,7 +121,9 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
 
 
 def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of an extension's clip to encode, a multiple of frame_step plus 1; 0 without it.
+    """Return how many frames of a clip to extend are encoded, a multiple of frame_step plus 1; 0 without it.
+
+    `name` is extend_prefix or extend_suffix.
 
     Raises:
         OptionError: If the clip has too few frames; a clip at the end needs at least frame_step + 1.
@@ -315,15 +317,14 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the given parts of the audio, and which latents are given.
+    """Return the latents of the audio parts that a request gives, and which latents are given.
 
-    The shares are 0 or WHOLE in int16, as in `GivenTokens`. Returns {} if no part is kept.
+    The shares are 0 or WHOLE (entirely given) in int16. Returns {} if no part is given.
 
     Args:
-        media: Options of what is kept.
+        media: Options that give audio.
         prepared: The request.
-        encode: Takes samples, a number of frames and a frame rate, and returns latents, as
-            `HearsAudio.encode_audio`.
+        encode: Takes samples, a number of frames and a frame rate, and returns latents.
         spec: Format of the audio latents.
     """
     joint = prepared.joint

@@ -154,7 +154,7 @@ class LtxModel(nn.Module):
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` selects how attention is computed."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -178,7 +178,7 @@ class LtxModel(nn.Module):
         dim = stream.dim
         prefix = names.prefix
         modulation = partial(TimeModulation, config, dim)
-        parts: dict[str, nn.Module | nn.Parameter] = {}
+        parts: dict[str, nn.Module | nn.Parameter] = {}  # layers by attribute, named as in released files
         parts[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
@@ -371,12 +371,14 @@ class LtxModel(nn.Module):
     def _embed_cross(
         self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
     ) -> CrossInputs:
-        """Return the inputs for a stream's attention to the other stream.
+        """Return the inputs for a stream's attention to the other stream (video to audio, or back).
 
         Shifts and scales depend on the stream's own times, the gate on the other stream's. `influence`, B
         bool, states whether the other stream has an effect in each sample; None means in all samples.
         """
+        # shifts and scales
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
+        # times for the gate are scaled differently
         other_waves = inputs.make_waves(other_times * self.config.gate_time)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_waves)
         if influence is not None:
@@ -453,6 +455,7 @@ class LtxModel(nn.Module):
         """
         latents = inputs.latents
         width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
+        # places of references come first, as their tokens do
         tables = self._rotary[inputs.names, by_time]
         if inputs.names is SOUND:
             references = inputs.references
@@ -502,6 +505,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
     Given tokens get velocity 0, and partly given tokens a fraction of it. Reference tokens are removed,
     unless `keeps_references` is set; then the result stays flat, B Z L.
     """
+    # references that are denoised too need their velocities
     if names is VIDEO and tokens.keeps_references:
         return out.mT
     stream = tokens.streams[names]

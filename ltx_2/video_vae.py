@@ -132,7 +132,9 @@ def load_video_vae(
 ) -> LtxVideoVae:
     """Load the video VAE of LTX-2 or LTX-2.3 from its own file, the official file or a diffusers folder.
 
-    `tile` is as in `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
+    `tile` is the side of tiles, None for none.
+
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

@@ -45,7 +45,7 @@ def reference_of(medium: ShownMedium) -> H3Reference:
 
 
 def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
-    """Raise DatasetError if the references of a row cannot be used.
+    """Raise DatasetError if a dataset row has no references, or some that the model cannot use.
 
     Args:
         media: The references.
@@ -58,6 +58,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_l
             f"{name}: a row has no references, which --task ref2va makes clips from. Name them in "
             "`references`, or move the row to a list of its own, for --task t2va"
         )
+    # errors of these checks become errors that name the table
     with _of_dataset(name):
         check_references([reference_of(medium) for medium in media])
         for medium in media:

@@ -144,7 +144,7 @@ class H3CachingEncoder(H3TextEncoder):
         Raises MediaError if the task is ref2va and the row has no references.
         """
         if prompt.clip is None:
-            return ()
+            return ()  # not a caption of a dataset
         if self.task == KEYFRAMES:
             return present_keyframes(_list_keyframes(prompt))
         if self.task != REFERENCES:

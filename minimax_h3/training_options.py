@@ -333,11 +333,12 @@ def translate(args: argparse.Namespace) -> None:
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
-    """Return MiniMax-H3's changes to the training scripts' shared options, for `TrainerChanges`.
+    """Return MiniMax-H3's changes to the training scripts' shared options, as arguments of `TrainerChanges`.
 
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
+    # the released schedule allows one way to draw noise levels; other values are refused with a reason
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {

@@ -142,8 +142,8 @@ class QwenImage21(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D, and image_slots, n, of each sample, and the latents of n references:
-        latents_control_0, ..., B C 1 h w each.
+        The conditions are vl_embed, T D, and image_slots, n (text tokens before each reference), of
+        each sample, and the latents of n references: latents_control_0, ..., B C 1 h w each.
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:

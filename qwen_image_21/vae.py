@@ -361,7 +361,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Return the dimensions of the encoder's or the decoder's levels.
+    """Return widths, blocks and resampling factors of the encoder's or the decoder's levels.
 
     `start` names the list of levels, `resampler` the resampling layer at the end of a level.
     """

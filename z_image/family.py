@@ -184,8 +184,8 @@ class ZImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
-        The network predicts the direction from noise to data. The condition is llm_embed, T D for each
-        sample.
+        The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
+        llm_embed, T D for each sample.
         """
         direction = dit(
             noisy.squeeze(2),
