@@ -136,7 +136,9 @@ def identify(path: Path) -> str | None:
     try:
         if path.is_dir():
             description = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
-            kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
+            kind = (
+                SDXL if (path / "text_encoder_2").is_dir() else SD1
+            )  # SD1 also stands for SD2: same scripts
         else:
             with open_checkpoint(path) as checkpoint:
                 kind = _find_kind(checkpoint.tensors)
