@@ -205,7 +205,7 @@ class TowerEncoder:
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
-        """Load a text encoder and its tokenizer, with embedding rows for words to train and words of LoRAs."""
+        """Load a text encoder and its tokenizer, with embedding rows for a trained word and LoRAs' words."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
