@@ -137,11 +137,11 @@ class OtherProcesses:
             missed = 0
             *lines, unfinished = (unfinished + received).split(b"\n")
             # a line is a word, and after `LOST` the number of the lost process and how it was lost
-        for word, *words in (line.decode().split() for line in lines):
-            if word == OVER:
-                return None
-            if word == LOST:
-                return self._end(int(words[0]), words[1])
+            for word, *words in (line.decode().split() for line in lines):
+                if word == OVER:
+                    return None
+                if word == LOST:
+                    return self._end(int(words[0]), words[1])
         return self._end(rank, SILENT)
 
     def _end(self, lost: int, how: str) -> None:

@@ -300,8 +300,9 @@ def write_timed_video(
     images a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
     millisecond, in .mkv to half of one. `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit);
     `bit_rate` is bits per second instead of `crf`. `list_companions` is a video whose sound, subtitles,
-    attachments, chapters and tags are copied into this one without re-encoding; parts that the format cannot hold are logged. `covers` states whether its cover
-    images, and other parts that may show the old images, are copied too. `section_of` is a part of a video
+    attachments, chapters and tags are copied into this one without re-encoding; parts that the format cannot
+    hold are logged. `covers` states whether its cover images, and other parts that may show the old images,
+    are copied too. `section_of` is a part of a video
     from which only the sound is copied. `track` is generated sound. `tags` are texts to store by name; they
     replace the copied tags of these names.
 
