@@ -80,6 +80,7 @@ def read_autoencoder(
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
+    # 1. bring diffusers' names to ours, and reject other models
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
@@ -93,6 +94,7 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
+    # 2. the channels of each level, and whether the norms' groups divide them
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
@@ -312,7 +314,7 @@ def load_autoencoder(
         path: The file, or the folder of a release with the autoencoder in its subfolder `vae`.
         device: Device to load to.
         dtype: Dtype of the weights.
-        tile: Size of the tiles that large images are processed in, as `Autoencoder` takes it.
+        tile: Side in pixels of the tiles that large images are processed in; None for no tiles.
 
     Raises:
         CheckpointError: If the file is damaged or contains another model.

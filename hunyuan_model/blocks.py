@@ -214,7 +214,8 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then of the feed-forward layers
+        # shift, scale and gate of attention, then of the feed-forward layers. `tokens.clean` and
+        # `tokens.split` are the indices where tokens with a second vector begin; 0: none
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 

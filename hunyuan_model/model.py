@@ -134,7 +134,7 @@ class HunyuanVideoModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.get_table(Grid(grid, overrides.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
-        embedded_texts = []
+        embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]

@@ -99,7 +99,7 @@ class HunyuanVae(nn.Module):
     def moments(self, pixels: Tensor) -> Tensor:
         """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network computes them.
 
-        Raises ValueError as `encode`.
+        Raises ValueError if the number of frames is not 4n + 1, or a side is not a multiple of 8 pixels.
         """
         check_clip(pixels, FRAMES, PIXELS)
         if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
@@ -192,7 +192,7 @@ def load_vae(
         path: The file.
         device: Device to load onto.
         dtype: Compute dtype.
-        chunk_size: Number of frames that a layer computes at a time, as in `HunyuanVae`.
+        chunk_size: Number of frames that a layer computes at a time; None for as many as fit into 2**26 values.
         tile: Edge of a tile in pixels, rounded down to a multiple of 8; turns tiling on.
         tiling: Cut clips into tiles as the released VAE does.
         tile_frames: Length of a tile in frames, a multiple of 16.

@@ -310,6 +310,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
     baked_note = ""
+    # only plain LoRAs can be joined: approximate the others by plain LoRAs first
     unjoinable = _find_unjoinable_factors(tensors)
     if unjoinable:
         if options.lokr_rank is None:
@@ -414,7 +415,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
         output: File to write.
         conversion: How to convert.
     """
-    for lora in parts.values():
+    for lora in parts.values():  # kinds for which diffusers has no files with two experts
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
         if conversion.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)

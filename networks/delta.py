@@ -114,9 +114,9 @@ class Delta:
         return total[start:stop]
 
     def shape(self) -> tuple[int, ...] | None:
-        """Return the shape of `dense` from the shapes of the factors; None if `dense` returns None.
+        """Return the shape of the change, out in (kernel), from the shapes of the factors.
 
-        Meta tensors are avoided, because the first operation on them loads torch's compiler, which takes
+        It is None for an input rotation, for a replacement weight, and if only the bias changes. Meta tensors are avoided, because the first operation on them loads torch's compiler, which takes
         seconds.
 
         Raises:
@@ -144,7 +144,7 @@ class Delta:
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
         """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
 
-        It is None in the same cases as that of `dense`.
+        It is None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.
@@ -259,9 +259,10 @@ class Delta:
         return all_parts
 
     def blocks(self, start: int, stop: int) -> Factors | None:
-        """Return factors without `ROWS` for some rows; None if their kind cannot be cut there.
+        """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
-        A LoKr can be cut only between blocks of rows.
+        A LoKr can be cut only between blocks of rows. The result lacks `ROWS`, the entry that says which rows
+        of a layer the factors are for.
         """
         size = self.size()
         if size is None:

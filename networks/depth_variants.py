@@ -34,6 +34,7 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
+    # how deeper variants of each LoRA's model repeat blocks; None: there are no such variants
     grown_of_uses = [use.lora.grown for use in uses]
     if not any(grown_of_uses):
         return [*uses]

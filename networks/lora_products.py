@@ -111,6 +111,7 @@ def add_up(
         saved: Result of `hold` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows
+    # without gradients, no autograd function is needed
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, split_sizes)
     total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), split_sizes)
