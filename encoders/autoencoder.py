@@ -287,13 +287,17 @@ class Autoencoder(ImageVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Encode as `ImageVae.encode` does; as in the released code, log-variances are not clamped."""
+        """Return latents in model space, B Z 1 h w float32, of pixels B 3 1 H W.
+
+        They are samples of the posterior, or its mean without generators. As in the released code,
+        log-variances are not clamped.
+        """
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to one image of the batch at a time, as `ImageVae.in_tiles` does."""
+        """Apply `compute` to x, B C 1 H W, one image of the batch at a time, in tiles if x is large."""
         results = []
         for image in x.split(1):
             result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)

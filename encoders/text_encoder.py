@@ -426,6 +426,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
+            """Count the tokens of a text, and the characters that the encoder reads of it."""
             try:
                 written = self.write(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check

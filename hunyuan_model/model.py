@@ -193,7 +193,10 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real(
     mask: Tensor, before: int, device: torch.device
 ) -> tuple[int, list[int] | None, Lengths | None]:
-    """Return the results of `real_tokens`, and the lengths with `before` tokens in front of the text."""
+    """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
+
+    The last two are None if all texts are equally long. A sequence has `before` tokens in front of the text.
+    """
     longest, counts = real_tokens(mask)
     return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
 

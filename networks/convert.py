@@ -246,7 +246,12 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_anima(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of Anima to ComfyUI's names, or back. Raises the errors of `convert_file`."""
+    """Convert a LoRA of Anima to ComfyUI's names, or back.
+
+    Raises:
+        CheckpointError: If the file is not a LoRA for this model, or if none of it can be written.
+        OptionError: If the output would replace the source.
+    """
     target = "default" if options.reverse else "other"
     convert_file(options.src_path, options.dst_path, target, ANIMA.name)
 

@@ -51,7 +51,7 @@ def fit_depths(
 
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
-    """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
+    """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
     if not any(use.lora.grown for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:

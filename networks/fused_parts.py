@@ -606,7 +606,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return the factors of one part; `factors` are the whole layer's, and their `ROWS` are the part's rows."""
+    """Return one part's factors from those of the whole layer, whose `ROWS` entry has the part's rows."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(

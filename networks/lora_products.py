@@ -138,7 +138,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
-    """Compute `add_up` without gradients."""
+    """Return out + hidden @ up^T, in the memory of `out`, part by part; no gradients are recorded."""
     if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
     outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)

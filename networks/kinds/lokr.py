@@ -112,7 +112,7 @@ class LokrKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
-        """Return the algebra of Kronecker products."""
+        """Return the computations with the factors of a Kronecker product."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()
