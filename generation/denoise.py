@@ -179,6 +179,7 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
+        """Predict the velocity at the step's noisy latents for each of several conditions."""
         can_stack = not split and _are_alike(conditions)
         # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
@@ -271,8 +272,8 @@ def make_latents(
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
         guidance_options: Options of guidance other than its scale.
-        watchers: See `denoise`.
-        split: See `denoise`; families with `SamplingDefaults.one_batch` never split.
+        watchers: Called after each step's velocity is known; they may stop the section.
+        split: Run guidance passes one by one; families with `SamplingDefaults.one_batch` never do.
         on_section: Called before each section is denoised; the network may leave its device meanwhile.
         run: Runs the passes of a step.
 
@@ -285,6 +286,7 @@ def make_latents(
     if prepared.request.source is not None and prepared.request.source.extra_noise:
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    # a generator that yields the sections of a clip, and is sent the latents of each
     has_source = SOURCE in inputs.get(0, {})
     if has_source or prepared.slow_frames is not None or prepared.joint is not None:
         sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
@@ -300,7 +302,7 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(replace(section, previous=None), device)
+            section = on_device(replace(section, previous=None), device)  # `previous` is for `on_section`
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             if section.solver is not None:  # a family's own solver may count several steps for one
                 stage = replace(stage, steps=section.solver.schedule.num_steps)
@@ -338,7 +340,7 @@ def make_latents(
                     first_step=first_step,
                 )
             section = sections.send(latents)
-    except StopIteration as end:
+    except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:
             caches.report()
         return end.value

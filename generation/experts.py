@@ -136,7 +136,7 @@ class DitTurns:
         finally:  # also where Ctrl-C comes in the middle of a move
             if self._ahead is not None:
                 self._end_ahead(self._ahead)
-            if not self.keep:
+            if not self.keep:  # no further prompts need the experts
                 self.free()
             elif self.device.type != "cpu" or self.lazy:
                 self._plan = ()

@@ -78,9 +78,19 @@ class DitLoader:
     def __call__(
         self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert, by default onto the device. Raises OptionError if a LoRA does not fit."""
+        """Load an expert with its LoRAs, compiled and with swapped blocks as the options say.
+
+        Args:
+            expert: Index of the expert.
+            host_weights: Which weights stay in host memory; None for those of the blocks to swap.
+            check: Called for each tensor; it may raise to stop loading.
+
+        Raises:
+            OptionError: If a LoRA does not fit.
+        """
         family = self.family
         speed = self.options.speed
+        # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
         uses, masked = self._split(self.uses[expert] if self.uses else ())
         merged: LoraPatch | None = None
         if uses and not self.originals:
@@ -91,6 +101,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
+        # of several processes, each may load only some of the blocks
         blocks = make_block_place(speed, self.device) if speed.modes.on.place else None
         placement = Placement(
             self.device,
@@ -218,12 +229,14 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
+    # read the files, and deal them out to the options that name them
     uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     if len(keys) > 1 or any(uses for key, uses in uses_by_key.items() if key not in keys):
         _check_experts(uses_by_key, keys)
         _warn_of_missing_experts(uses_by_key, keys)
+    # collect the LoRAs of each expert, also from files with a LoRA per expert that another option names
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
         uses_of_expert = [*uses_by_key[key]]

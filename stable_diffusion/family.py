@@ -699,8 +699,8 @@ class StableDiffusion(ModelOfImages):
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        section = prompts[0].section(solver.seen(0), conditions)
-        return (yield replace(section, solver=solver))
+        section = prompts[0].section(solver.seen(0), conditions)  # begins with the U-Net's first input
+        return (yield replace(section, solver=solver))  # the caller sends the denoised latents
 
     def _begin(self, prepared: Prepared) -> ScaledSolver:
         """Return the solver for an image, with its start noise from the image's seed."""
@@ -749,6 +749,12 @@ def family_for_training(
     clip_skip: int | None = None,
 ) -> StableDiffusion:
     """Return the model of a training run.
+
+    Args:
+        kinds: Kinds of checkpoints that the script accepts.
+        options: Options of the run.
+        says_v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
+        clip_skip: Layer, counted from the end, whose text states are used; None for the kind's default.
 
     Raises:
         OptionError: If the options contradict the checkpoint.
@@ -807,6 +813,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     with files.opened() as release:
         layers = list_cross_attentions(release.unet.sources)
     word = model.options.word
+    # the vectors are the only network of the run
     made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
     taught = model.with_word_in_texts(word)
     assert taught.learning_texts is not None  # as for each training run
@@ -846,6 +853,10 @@ def family_for_generation(
 ) -> StableDiffusion:
     """Return the Stable Diffusion model to generate with.
 
+    Args:
+        kinds: Kinds of checkpoints that the script accepts.
+        options: Options of the command line.
+
     Raises:
         OptionError: If the options contradict the checkpoint.
     """
@@ -870,7 +881,7 @@ def family_for_generation(
         noise,
         chunks=options.max_embeddings_multiples or 1,
         clip_skip=options.clip_skip,
-        tells_cut=True,
+        tells_cut=True,  # warn about a prompt that is cut off
         inpaints=files.inpaints,
     )
 

@@ -265,6 +265,7 @@ def _make_folding(
 
     `rounding` is the value of --lora_rounding.
     """
+    # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:
         target_uses = uses_for(uses, target.prefix)

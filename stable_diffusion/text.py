@@ -239,12 +239,12 @@ def check_texts(
         options: Options of texts.
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
-        layers: See `Texts`.
-        bundled: See `Texts`.
+        layers: Names of the U-Net's cross-attentions, with --XTI_embeddings.
+        bundled: Words in the files of LoRAs.
 
     Raises:
-        OptionError: As `Texts` does.
-        CheckpointError: As `Texts` does, except for words that are already tokens.
+        OptionError: If an encoder lacks the layer of --clip_skip, or if SDXL is used with --XTI_embeddings.
+        CheckpointError: If embeddings cannot be read, or do not fit the text encoders.
     """
     for config in configs:
         check_layer(options.clip_skip, config.num_layers, kind)
@@ -325,7 +325,7 @@ class ImageVectors:
         Each image is encoded alone, so its vector does not depend on others, and only once in a run.
 
         Raises:
-            CheckpointError: If the tower's files are damaged or do not fit the model.
+            CheckpointError: If the image encoder's files are damaged or do not fit the model.
         """
         new_paths = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
         device = self._model.device
@@ -343,7 +343,10 @@ class ImageVectors:
         ]
 
     def _load_tower(self) -> ClipVision:
-        """Load the image tower. Raises CheckpointError if its vectors do not fit the pooled state."""
+        """Load the image encoder, whose vectors replace pooled text states.
+
+        Raises CheckpointError if the vectors have another width than these states.
+        """
         model = self._model
         tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
         logger.info("CLIP vision conditioning: %s", self._path)
@@ -377,7 +380,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Find the bigG image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
+    """Find OpenCLIP bigG's image encoder: in --tokenizer_cache_dir, by the checkpoint, or in the hub's cache.
 
     If it is in none of these, it is downloaded.
 

@@ -182,6 +182,7 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
     infos = {}
     for written, weight in weights.items():
         source = plan.sources[weight]
+        # made from tensors without values, for dtype and shape
         hollow = source.make([plan.checkpoint.tensors[stored].hollow() for stored in source.names])
         infos[written] = TensorInfo(hollow.dtype, tuple(hollow.shape))
     return NetworkFile(name, weights, infos)

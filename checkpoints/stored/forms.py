@@ -203,6 +203,10 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
+        """Multiply by a weight that is stored in a quantized form, without keeping the dequantized weight.
+
+        `first` to `fourth` are the tensors that belong to the stored weight, such as its scale.
+        """
         # autograd needs a fixed number of tensors: arguments that the form does not have are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
