@@ -270,7 +270,7 @@ def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
 
 
 def family_for_training(options: AnimaLearningOptions) -> Anima:
-    """Describe the family for Anima's training runs; warn if full training changes the adapter."""
+    """Return the family for Anima's training runs; warn if full training changes the adapter."""
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "

@@ -255,7 +255,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as texts.
 
         Args:
             noisy: B Z 1 H W.
@@ -264,7 +264,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text has the same four arguments.
+            overrides: Changes to this call; their second text (negative attention) has the last four too.
 
         Raises:
             ValueError: If sizes do not match.

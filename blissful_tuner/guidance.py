@@ -139,6 +139,7 @@ class _StepPlanner:
     """Chooses each step's passes and stages; all steps and experts share the same pass objects."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
+        """Make the passes that steps may need: weakened, perturbed, isolated, and without audio reference."""
         self._prepared = prepared
         self._options = options
         self._rules = prepared.rules
@@ -509,7 +510,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
-    # some step is guided, but no pass skips a layer
+    # some step is guided, but no pass skips a layer, so none of the options for such passes acts
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)

@@ -136,8 +136,9 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
     """Return the stage of Perp-Neg: guidance from the empty prompt, away from the negative prompt.
 
-    It subtracts `weight` times the part of the negative direction that is perpendicular to the positive
-    direction, per sample. A weight of 0 needs no negative pass.
+    Directions are differences from the empty prompt's velocity. It subtracts `weight` times the part of the
+    negative direction that is perpendicular to the positive one, per sample. A weight of 0 needs no negative
+    pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -181,12 +182,12 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """Return the stage of `--guidance_rescale`: match each sample's contrast to the positive velocity's.
+    """Return the stage of `--guidance_rescale`: match each sample's deviation to the positive velocity's.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
     Args:
-        share: Fraction of the rescaled result, 0 to 1.
+        share: Weight of the rescaled velocity in a mean with the one before, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -240,7 +241,7 @@ def keep_norms(side: int) -> GuidanceStage:
     Source: the released code of Qwen-Image.
 
     Args:
-        side: Edge length of a token, in latent pixels.
+        side: Edge length in latent pixels of the square that becomes a token.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:

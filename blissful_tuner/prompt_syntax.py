@@ -308,12 +308,12 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative chosen in each group.
+    """Return a text with one alternative chosen in each group {a|b}, by `choose` from their weights.
 
     Escaped characters remain escaped until `unescape`.
 
     Raises:
-        OptionError: If groups are nested more than MAX_NESTED deep, or as `choose` does.
+        OptionError: If groups are nested more than MAX_NESTED deep, or raised by `choose`.
     """
     groups = _find_groups(text)
     _check_nesting(groups)
@@ -371,7 +371,7 @@ def _find_groups(text: str) -> list[_Group]:
 
 
 def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups are nested too deeply.
+    """Raise OptionError if groups {a|b} are nested too deeply.
 
     Args:
         groups: Groups sorted by their start.

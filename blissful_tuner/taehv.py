@@ -249,7 +249,7 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return the plan adapted to a family's latents; for image models a latent frame becomes a single frame.
+    """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
 
     Raises:
         CheckpointError: If the file is for other latents.

@@ -38,7 +38,7 @@ MAX_UNSEEN_STRETCHING = 1.05
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check a request's source, and fill in the number of frames from saved latents or an image.
+    """Check a request's source (video, image or latents to start from), and fill in the number of frames.
 
     Only headers are read, and one frame of a video.
 
@@ -118,7 +118,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if the aspect ratio of an image or video changes."""
+    """Warn if the source image or video is stretched visibly, and suggest a size that keeps its ratio."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:

@@ -306,6 +306,8 @@ class Fibo2Model(BlockNetwork):
     ) -> Hidden:
         """Embed image, references and gist as tokens, B L+R+G C; return them with the blocks' other inputs.
 
+        The gist is a short sequence of tokens into which the network condenses the text.
+
         Args:
             noisy: Packed latents, B Z 1 H W.
             timesteps: B, 0..1000.

@@ -179,7 +179,8 @@ class Flux(ModelOfImages):
                 f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
-        if sees_controls:  # the rule for every family rejects control images, which are allowed here
+        # the check for every family rejects control images, which are allowed here
+        if sees_controls:
             table = replace(table, has_control=False)
         super().check_table(table)
 
@@ -373,7 +374,10 @@ class Flux(ModelOfImages):
         return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
-        """Fill in a request's size, guidance and flow shift; warn about settings that have no effect."""
+        """Fill in a request's size, guidance and flow shift; warn about settings that have no effect.
+
+        Only FLUX.1 dev has an input for guidance.
+        """
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))

@@ -197,7 +197,7 @@ class Flux2Model(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; double blocks share a modulation, as do single blocks."""
         super().__init__()
         self.config = config
         self.attention = attention

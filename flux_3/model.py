@@ -208,7 +208,10 @@ def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | Non
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value."""
+    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value.
+
+    With several processes (`parts`), each computes some heads for all tokens.
+    """
     second, parts = tokens.second, tokens.parts
     if parts:
         heads = _gather_streams(heads, tokens)

@@ -109,6 +109,7 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
 
 @lru_cache  # warn once for each, not with every batch
 def _note_other_order(is_f1: bool) -> None:
+    """Warn that caches have another order of sections than samples; `is_f1` is that of the samples."""
     if is_f1:
         logger.warning(
             "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "

@@ -141,7 +141,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
-    """Return the cache entries of one clip's sections, in the order of generation.
+    """Return the cache entries of one clip's sections, each with the earlier sections as its history.
 
     Args:
         latents: 1 C F h w, the start frame and full sections.
@@ -151,7 +151,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
     """
     start = latents[:, :, :1]
     targets = latents[:, :, 1:].split(window, dim=2)
-    history = order.begin(start, None)
+    history = order.begin(start, None)  # what precedes a section in the order of generation
     entries = []
     for plan in order.plan(len(targets), window, ()):
         target = targets[plan.index]

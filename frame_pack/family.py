@@ -257,7 +257,7 @@ class FramePack(OneTransformer):
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Plan a request as sections of a video or, for LoRAs trained on single images, as an image."""
+        """Fill in a request as sections of a video or, in one-frame inference, as a single image."""
         if self.one_frame is not None:  # samples of a training run of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))

@@ -146,8 +146,9 @@ def one_frame_section(
 def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
     """Decode latents, 1 C F h w in model space, to pixels 1 3 F H W in -1..1, in playing order.
 
-    Sections are decoded in overlapping pairs and blended, on the CPU. With `at_once`, or if the latents are
-    not a whole number of sections, all are decoded together, which has no seams and takes more memory.
+    Sections of `window` latent frames are decoded in overlapping pairs and blended, on the CPU. With
+    `at_once`, or if the latents are not a whole number of sections, all are decoded together, which has no
+    seams and takes more memory.
     """
     sections = count_window_sections(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:

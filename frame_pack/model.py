@@ -71,7 +71,7 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
 def rotary_table(
     layout: WindowLayout, widths: Sequence[int], theta: float, device: torch.device = CPU
 ) -> Tensor:
-    """Return the rotary table of a window, (cosine, sine) pairs in float32 on `device`.
+    """Return the rotary table of a section with its history, (cosine, sine) pairs in float32 on `device`.
 
     The table is L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2.
 
@@ -97,7 +97,10 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window."""
+    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window.
+
+    `indices` are the frame indices of each stretch, a run of latents of one resolution.
+    """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []

@@ -73,7 +73,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released file."""
         super().__init__()
         self.config = config
         self.attention = attention

@@ -304,7 +304,7 @@ class Krea2Model(BlockNetwork):
     dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released file."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -357,7 +357,10 @@ class Krea2Model(BlockNetwork):
             )
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Compute each block's keys and values of isolated references, 1 Z 1 h w each, once for all steps."""
+        """Return each block's keys and values of isolated references, 1 Z 1 h w each, for use in all steps.
+
+        References are clean: time 0.
+        """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)

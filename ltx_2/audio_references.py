@@ -92,6 +92,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
 
     Clips without audio need no reference for it. `option` names the strategy with its option.
     """
+    # with the tensors that dropout removed from this batch
     names = {**batch.tensors, **batch.undropped}
     lacking = []
     if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):

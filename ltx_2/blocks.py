@@ -226,6 +226,7 @@ class LtxBlock(nn.Module):
     """
 
     def __init__(self, config: LtxConfig) -> None:
+        """Build self-attention, text attention and feed-forward of each stream, and attention between two."""
         super().__init__()
         attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
         # shift, scale and gate: of self-attention, of the feed-forward, and of the attention to the text
@@ -426,8 +427,8 @@ def _attend_dimmed(
 ) -> Tensor:
     """Compute attention whose logits get the bias of extra channels, which weaken attention to references.
 
-    The channels `more_queries` and `more_keys`, L E each, come from `dim_references`. Always in torch,
-    because 8-bit kernels are too coarse.
+    The channels `more_queries` and `more_keys`, L E each, are such that their product is the bias. Always in
+    torch, because 8-bit kernels are too coarse.
     """
     width = query.shape[-1]
     num_more = more_queries.shape[-1]

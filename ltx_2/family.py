@@ -215,7 +215,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata: version, trained streams, and the references that a LoRA learned."""
+        """Return metadata for saved files: version, trained streams, and references that a LoRA learned."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -382,7 +382,10 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request; fill in its size, guidance, references, audio and stages."""
+        """Check a request; fill in its size, guidance, references, audio and stages.
+
+        Raises OptionError or MediaError for what LTX-2 cannot generate.
+        """
         self.files.check(("dit",))
         if not self.files.has_images:
             self._reject_images(request)
@@ -413,6 +416,7 @@ class Ltx2(Ltx2Media):
             flow_shift=flow_shift,
             default_negative=NEGATIVE_PROMPT,
         )
+        # shapes of video and audio latents; None without audio
         joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
@@ -646,7 +650,10 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the given latents of images and audio, and how much of each latent stays clean."""
+        """Return latents of given images, keyframes and audio, and how much of each stays clean.
+
+        The audio VAE is loaded only if audio is given.
+        """
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -748,7 +755,7 @@ class Ltx2(Ltx2Media):
             return joint.join(image, audio)
 
         def begin(stage: Prepared, number: int, start: Tensor) -> Section:  # `start`: noise, or noisy latents
-            # the rate is stored as an integer, in thousandths
+            # the frame rate is stored as an integer, in thousandths
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)

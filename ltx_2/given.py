@@ -346,7 +346,9 @@ class BatchGuide:
 
 
 def read_guides(batch: Batch) -> list[BatchGuide]:
-    """Return the guide images of a batch from its tensors; [] without any, or if clips are single frames.
+    """Return the guide images of a batch, which are given clean; [] without any, or for single frames.
+
+    A guide is a keyframe next to the clip, or replaces one of its latent frames.
 
     Raises:
         DatasetError: If the index of a replaced latent frame is out of range.

@@ -272,7 +272,9 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
 
 
 def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Return which latents of the edited source stay unchanged, F H W bool, or F 1 1 for whole frames.
+    """Return which latents of the clip to change stay as they are, F H W bool, or F 1 1 for whole frames.
+
+    Either a time span is generated anew, or a mask says what stays: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
@@ -350,10 +352,10 @@ class _KeptAudio(NamedTuple):
 def _read_kept_audio(
     media: Ltx2GivenMedia, count: int, seconds: float, spec: AudioSpec
 ) -> Iterator[_KeptAudio]:
-    """Yield the audio that options keep; where two keep the same step, the later one counts.
+    """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
 
     Args:
-        media: Options of what is kept.
+        media: Options that give audio.
         count: Number of steps of the audio latents.
         seconds: Length of the clip.
         spec: Format of the audio latents.

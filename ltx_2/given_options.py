@@ -153,6 +153,7 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         return bool(ends or self.ltx2_audio_inpaint_mask)
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options of given frames that have no effect or lack another option."""
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
             raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")

@@ -192,7 +192,10 @@ def append_learned(
 
 
 def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that their results lose the appended latents, such as references and keyframes."""
+    """Yield the same sections, but cut appended latents (references, keyframes) off the results sent back.
+
+    Returns what `sections` returns.
+    """
     section = next(sections)
     try:
         while True:

@@ -275,8 +275,8 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Embed all streams as tokens, B L+M W; return them with the blocks' other inputs.
 
-        The arguments are those of `forward`, by stream. References come before the tokens of their stream;
-        attention depends on positions only, not on the order of tokens.
+        Latents, timesteps (B, 0..1000) and texts (B T text_dim) are given by stream. References come before
+        the tokens of their stream; attention depends on positions only, not on the order of tokens.
         """
         self._check(latents, texts)
         first_latents = next(iter(latents.values()))
@@ -325,13 +325,13 @@ class LtxModel(nn.Module):
         return Hidden(tokens.join(parts), tokens)
 
     def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return the inputs of the blocks for a single stream, without the attention to the other stream.
+        """Return what the blocks need for a single stream, without the attention to the other stream.
 
         `texts` are embedded, B T C each.
         """
         rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
         references = inputs.references
-        num_hidden, num_without_text = 0, 0
+        num_hidden, num_without_text = 0, 0  # first tokens that the video, or the text, does not reach
         if isinstance(references, LtxAudioReferences):
             # the mask hides either all tokens of the audio references or none
             num_hidden = sum(references.counts) * references.is_hidden_from_video
@@ -478,6 +478,7 @@ class LtxModel(nn.Module):
         return tables.get_table(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
+        """Raise ValueError if latents or texts of a stream are missing or do not fit the network."""
         if not latents:
             raise ValueError("neither latents of a video nor of sound are given")
         for names, stream_latents in latents.items():

@@ -315,6 +315,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     no_convert_to_comfy = not_needed(_ONE_FILE, action="store_false", dest="convert_to_comfy")
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options that contradict each other or leave nothing to learn."""
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:

@@ -165,6 +165,7 @@ class TwoStages:
             batch, channels, length, rows, columns = shape
             loaders.append((partial(load_upscaler, path, option, dtype), shape))
             growth = factors(path, option, channels)
+            # the first latent frame stays single
             length = (length - 1) * growth.frames + 1
             shape = (batch, channels, length, int(rows * growth.side), int(columns * growth.side))
         return tuple(loaders)

@@ -146,7 +146,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
-    """Read the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
+    """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """

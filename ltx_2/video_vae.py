@@ -81,7 +81,7 @@ class LtxVideoVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
-        """Yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
+        """Decode latents; yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
 
         The chunks are on the VAE's device. With tiles they are in host memory, and the first one is yielded
         after the last tile is done.

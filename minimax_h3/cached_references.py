@@ -111,7 +111,8 @@ def encode_references(
 ) -> dict[str, Tensor]:
     """Encode the references of a dataset item to latents by name, each without a batch axis.
 
-    `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
+    `frames` is the length of the item's clip, `sizes` decides how references are resized. Raises MediaError
+    if a reference cannot be read or used.
     """
     tensors = {}
     for index, medium in enumerate(shown):
@@ -126,7 +127,7 @@ def encode_references(
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_audio(audio, seconds)
             tensors[reference_key(index, AUDIO)] = audio_vae.encode(samples)[0]
-        if source is None:
+        if source is None:  # audio alone
             continue
         pixels = source.read()
         clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)

@@ -186,12 +186,12 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, length, steps and solver of a generation."""
+        """Return the values that a generation uses for open fields of its request."""
         height, width = SIZE
         return SamplingDefaults(
             steps=STEPS,
             fps=FPS,
-            guidance_scale=1.0,
+            guidance_scale=1.0,  # none: the model has guidance built in
             embedded_guidance=None,
             flow_shift=self.noise.base_shift,
             solver=SOLVER,
@@ -539,7 +539,7 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section.
+        """Yield the only denoising section: video and audio noise, joined to 1 N.
 
         Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
         right.

@@ -193,7 +193,7 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
-    """Yield the references in one line of a JSONL dataset; raise OptionError if it has none."""
+    """Yield the references in the JSONL line that a request selects; raise OptionError without any."""
     path = to_path(f"--{JSONL}", request.extra[JSONL])
     number = int(request.extra.get(INDEX, 0))
     try:

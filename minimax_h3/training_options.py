@@ -384,7 +384,10 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the trainer's options of the guidance loss to those of --guided_target in `shared`."""
+    """Translate the trainer's options of the guidance loss to the shared options of --guided_target.
+
+    `shared` takes, by the shared option's name, the name that the user typed and the value.
+    """
     scale = args.h3_guidance_loss_scale
     if scale:
         shared["guided_target"] = "--h3_guidance_loss_scale", scale
@@ -405,7 +408,10 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the options of the model's own trainer for teacher matching to those in `shared`."""
+    """Translate the own trainer's options of teacher matching to the shared options.
+
+    `shared` takes, by the shared option's name, the name that the user typed and the value.
+    """
     defaults = H3TargetOptions.usual()
     weight_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",

@@ -159,7 +159,10 @@ class H3VideoVae(nn.Module):
             yield from self._decode_neighbors(latents)
 
     def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames."""
+        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames.
+
+        A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
+        """
         config = self.config
         size = config.clip_latents
         # repeat the last latent until the clips are full
@@ -181,6 +184,7 @@ class H3VideoVae(nn.Module):
             clip = clip[:, :, :frames_left]
             frames_left -= clip.shape[2]
             yield clip
+        # the end of the last overlap has no next clip
         if previous is not None and frames_left > 0:
             yield previous[:, :, :frames_left]
 

@@ -113,13 +113,14 @@ class MossImage(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and the references.
+        """Return the captions' states, T D each, and the latents of references by condition name.
 
         Raises CacheError for states of another encoder or another template.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
+        # a cache that records no template is accepted
         for cache in batch.made_by:
             fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
             if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:

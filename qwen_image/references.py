@@ -152,7 +152,9 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return an anchor that keeps the result like the first image; None without mask and threshold.
+    """Return what holds the result close to the first control image: a mask, or rules by a threshold.
+
+    None without either.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

@@ -220,7 +220,9 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, with a cache for the prefix's keys and values unless --no_kv_cache is set.
+        """Yield the only denoising section, with a cache for keys and values of texts and references.
+
+        --no_kv_cache leaves the cache out.
 
         With a mask, the result keeps the first image outside of it.
         """

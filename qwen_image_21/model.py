@@ -159,8 +159,12 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
+        second, part = (
+            tokens.second,
+            tokens.part,
+        )  # a second text, for negative attention; this process's part of the tokens
         if part is not None:
+            # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(*heads)
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
@@ -428,7 +432,9 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
-        """Embed an image and its prefix as tokens, B L+P C; return them with the blocks' other inputs.
+        """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
+
+        Returned with the blocks' other inputs. A second text is that of negative attention.
 
         Args:
             noisy: B Z 1 H W.
@@ -582,7 +588,9 @@ class QwenImage21Model(BlockNetwork):
         tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
         # the generated image comes after the prefix in time, but first in the sequence
         target = picture(layout.grid, position + num_left)
-        return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
+        if not layout.has_prefix:  # its keys and values are stored
+            tables = []
+        return torch.cat([target, *tables]).unsqueeze(1)
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:

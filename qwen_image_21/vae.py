@@ -379,7 +379,10 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels do not fit each other, or change the scale wrongly."""
+    """Raise CheckpointError if levels do not fit each other, or scale height and width by another factor.
+
+    `half` is encoder or decoder, and `is_down` true for the encoder.
+    """
     scale = math.prod(level.factors[1] for level in levels)
     error = None
     if scale != STRIDE:

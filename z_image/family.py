@@ -200,7 +200,10 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off."""
+        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off.
+
+        The options cfg_trunc_ratio and renorm_cfg end guidance early and limit its norm.
+        """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         lowest = min(prepared.guidance_scale)
         if lowest < 0:
