@@ -86,7 +86,7 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
-        """Return the options for a printed command that encodes texts in the same way.
+        """Return the options that make a printed command encode texts with the same model.
 
         `stand_in` takes the place of a file that is not given.
         """
