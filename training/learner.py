@@ -87,7 +87,7 @@ def find_learner(
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: See `RunFeatures.in_place_of_lora`.
+        in_place_of_lora: Returns the network that a feature trains instead of a LoRA; None without one.
     """
     if network is None:
         return FULL_MODEL
@@ -107,6 +107,7 @@ def find_learner(
 
 def _describe_custom_network(custom: CustomNetwork) -> Learner:
     """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
+    # captions should contain the trained word, unless the run learns from sentences of its own
     reads_captions = custom.in_text_encoders and not custom.sentences
     return Learner(
         label=custom.label,
@@ -152,7 +153,10 @@ def _make_custom_network(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network of the family's own, see `MakeNetwork`; its settings are in the record `custom`."""
+    """Make a network that the model family defines; all arguments are those of other networks' makers.
+
+    `options` and `resumed` are not used: the settings of such a network are in the record `custom`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
         module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, with_values)

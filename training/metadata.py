@@ -66,7 +66,9 @@ def _hash_files(family: Family) -> dict[str, str]:
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
-    """Return the `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
+    """Return the metadata entries that stay the same over the run.
+
+    With --no_metadata these are only the ones that programs need to load the file.
 
     `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
     the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
@@ -209,7 +211,13 @@ def file_metadata(
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
-    """Return the entries about the training: its options, its steps and its progress."""
+    """Return the metadata entries (`ss_...`) on the training: its options, its steps and its progress.
+
+    Args:
+        plan: The plan of the run.
+        optimizer: Name of the optimizer.
+        lr_scheduler: Name of the learning-rate schedule.
+    """
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}

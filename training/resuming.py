@@ -151,14 +151,14 @@ def settings_of(
     plan: StepPlan,
     adapter: str | None,
 ) -> RunSettings:
-    """Return the settings for comparing a resumed run with its saved state.
+    """Return the settings that a state records, and that a resumed run compares with those of the state.
 
     Args:
         family: The model family.
         options: Options of the run.
         seed: Seed of the run.
-        order: Batch order.
-        plan: Step plan.
+        order: Order of the items in each epoch, of which a digest is recorded.
+        plan: Numbers of steps, epochs and micro-batches.
         adapter: The training adapter with a hash of its file (`describe_adapter`); None without
             --training_adapter.
     """
@@ -236,7 +236,7 @@ def check_resumable(
         saved: The saved state.
         settings: Settings of this run.
         options: Options of the run.
-        saving: See `TrainingPlan.saving`.
+        saving: Options of saving, as the plan of this run has them.
 
     Returns:
         With --resume_changed, a description of each changed setting by its name; otherwise empty.
@@ -249,7 +249,7 @@ def check_resumable(
         )
     if not isinstance(saved, states.SavedState):
         return {}
-    habits = settings.habits
+    habits = settings.habits  # settings that may change between the saved run and this one
     # settings that older versions, without several transformers or adapters, did not record
     default = {
         TRANSFORMERS: "one from 0",
@@ -301,7 +301,7 @@ def _reject_differences(
         may_change: Whether --resume_changed is given, which allows some of them.
     """
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
-    changeable |= {GROUP_SIZE, BATCHES}
+    changeable |= {GROUP_SIZE, BATCHES}  # these are no options, so the records do not flag them
     allowed = changeable if may_change else set()
     refused = {name: pair for name, pair in differences.items() if name not in allowed}
     if not refused:
@@ -358,10 +358,10 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
 
 
 def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Normalize an identity, so that settings with equal meaning are equal, however they were typed.
+    """Normalize the settings that identify a run: equal meanings become equal values, however typed.
 
     Args:
-        identity: Settings that identify the run.
+        identity: Settings that must be the same when the run is resumed, by name.
         record: Record of the family's own options.
     """
     by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}

@@ -67,7 +67,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
-        """Read the options and run the training, or print what the options ask for."""
+        """Read the options of `argv` (None: of the command line) and train; exit with an error's code."""
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
@@ -115,7 +115,7 @@ def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: 
 
     Args:
         entry: Entry of the trained family.
-        sample_apart: See `Abilities`.
+        sample_apart: The family's option for transformers that only samples use; "" if it has none.
         family_options: The record of the family's options.
     """
     from training.other_models import OtherFamilies  # it loads torch

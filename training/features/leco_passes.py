@@ -70,6 +70,7 @@ class Walk:
         time = self.timestep(index)
         previous = time - TRAINED_STEPS // self.num_steps
         data_fraction = 1 - self.noise.table[time] ** 2  # fraction of the variance that is data
+        # at the next timestep towards clean; "before" in the order in which noise is added
         data_fraction_before = 1 - self.noise.table[previous] ** 2 if previous >= 0 else 1.0
         noise_fraction = 1 - data_fraction / data_fraction_before
         if self.noise.predicts_v:

@@ -45,7 +45,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
             )
     # the first item of each table, and a sample of all items
     stride = len(items) // LOOKED_AT + 1
-    first_items = {item.table.index: item for item in reversed(items)}
+    first_items = {item.table.index: item for item in reversed(items)}  # the first item comes last and stays
     for item in [*first_items.values(), *items[::stride]]:
         if item.kind.sizes is not None:
             raise CacheError(

@@ -42,7 +42,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for tables that ask for another target or strength."""
+    """Raise OptionError for dataset tables with a target or a LoRA strength, which a slider has itself."""
     for table in run.tables:
         if KEPT in table.attributes:
             raise OptionError(

@@ -139,7 +139,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
                 f"--teacher {OTHER_DIT}: give the transformer to learn from (--teacher_dit FILE), the LoRA "
                 "whose effect is to be learned (--teacher_lora FILE), or both"
             )
-        self.loras()
+        self.loras()  # raises for a wrong number of multipliers
 
     @property
     def view(self) -> str:

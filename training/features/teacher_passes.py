@@ -132,6 +132,7 @@ class Teaching:
             comparisons.append(TargetComparison(target, measure, batch_of_teacher, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
             target = self.teach(passes, noisy_batch)
+            # outside of the band, the teacher only holds the network where the base model is (the anchor)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
             weight = _make_weight_of_samples(
                 [anchor_weight * outside for outside in is_outside], target.device

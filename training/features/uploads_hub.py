@@ -156,7 +156,15 @@ def _front_matter(
     spec: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
-    """Return the YAML header of a model card."""
+    """Return the YAML header of a model card, which the hub reads.
+
+    Args:
+        is_lora: Whether the files are LoRAs.
+        release: The released model.
+        prompts: Prompts of the samples, which the hub shows.
+        spec: Metadata of the trained file (`modelspec.*`), by name without prefix.
+        words: Words that the model was taught.
+    """
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
@@ -332,7 +340,7 @@ def download_state(
     Raises:
         OptionError: If the name is malformed or nothing is found.
     """
-    name, _, revision_and_type = address.partition(":")
+    name, _, revision_and_type = address.partition(":")  # revision and type may be left out
     revision, _, repo_type = revision_and_type.partition(":")
     parts = name.strip("/").split("/")
     if len(parts) < 3:

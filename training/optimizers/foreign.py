@@ -32,7 +32,7 @@ def renumber(
         state: State dict of the other program's optimizer.
         groups: Parameter groups of this run's optimizer.
         names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
-        version: Version of the model, as in `ss_base_model_version`.
+        version: Version of the model, as LoRA files record it under `ss_base_model_version`.
         ordered: Names of tensors in the other program's order, if its files reveal it.
     """
     if not state:
@@ -90,7 +90,10 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
 
 
 def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[str, Any] | None:
-    """Return the state with our parameter numbers; None if its groups or shapes differ from ours."""
+    """Return another program's state with our parameter numbers; None if groups or shapes differ.
+
+    `position_of` returns the place of a parameter in the assumed order of that program.
+    """
     their_groups = state["param_groups"]
     # our groups in the order of theirs
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))

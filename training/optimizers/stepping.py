@@ -227,7 +227,7 @@ class StepAfterBackward:
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip the gradients and step.
+        """Unscale and clip the gradients, and step the optimizer or, in `alone`, each parameter by itself.
 
         Args:
             allows: Decides from the norm whether the weights are stepped; None steps them always.

@@ -77,7 +77,7 @@ class RunReporter:
                 self.page.close()
 
     def _log_end(self, error: Exception | None) -> None:
-        """Record how the run has ended, and its commands from then on.
+        """Record how the run has ended, and the commands that the page shows from then on.
 
         Args:
             error: Error that ended the run; None if it completed.
@@ -119,6 +119,7 @@ class RunReporter:
         """
         self.step = report.step
         if self.history.is_written:
+            # keys without a value are left out of the line
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
             metrics = {METRICS: dict(report.metrics)} if report.metrics else {}

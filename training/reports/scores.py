@@ -335,7 +335,7 @@ def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
-    """Describe how the scores change after the best file, as sentences."""
+    """Describe how the scores change after the best file; each text is a reason for this choice."""
     later = [row for row in rows if row.step > best.step]
     if not later:
         return [say("it is the last one with samples")]
@@ -363,7 +363,7 @@ class ScoreTable:
 
 
 def make_table(scores: RunScores) -> ScoreTable:
-    """Return the table of the terminal and the page."""
+    """Return the table of scores with a row for each step with samples, for the terminal and the page."""
     headings = [
         say("step"),
         say("file"),
