@@ -167,7 +167,7 @@ def _fill(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode items: some into npz files, others into memory."""
+    """Encode the latents and texts that the plans of the tables ask for, into npz files or into memory."""
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
@@ -486,7 +486,7 @@ def _overrides_text_cache(
         OptionError: If only text encoders would be trained, whose outputs cannot be cached.
     """
     names = " and ".join(encoder.name for encoder in learning)
-    switches = _switches(family, options)
+    switches = _switches(family, options)  # choices for encoders that are off by default
     if any(switches.get(encoder.lora_prefix) for encoder in learning):
         logger.warning(
             "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "

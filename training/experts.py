@@ -331,7 +331,7 @@ def set_up_network(
         blocks: Place that the blocks were loaded into, if they are split over processes.
     """
     on_host = loop.gradient_checkpointing_cpu_offload
-    checkpointing: network_setup.Checkpointing | None = None
+    checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
     if loop.gradient_checkpointing:
         checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
     network_setup.set_up_network(

@@ -25,7 +25,7 @@ Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions wi
 
 
 def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
-    """Return the additional `ss_*` entries of an image trainer's file."""
+    """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
     validation = options.validation
@@ -52,7 +52,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
     }
     if not plan.family.noise.keeps_variance:
         values["model_prediction_type"] = prediction.model_prediction_type
-    batch_size = values["batch_size_per_device"]
+    batch_size = values["batch_size_per_device"]  # None if the tables differ in it
     if batch_size is not None:
         batch_size *= plan.steps.processes * plan.steps.accumulation
     values["total_batch_size"] = batch_size

@@ -587,6 +587,7 @@ def block_control_net_trainer(called: str, defaults: ImageTrainerDefaults) -> Im
         called: Name of the network, as error messages call it.
         defaults: Defaults of the script that trains LoRAs of the same family.
     """
+    # such a network runs with the tokens of the blocks, so options that change how blocks run are rejected
     of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
     refused = {
         **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),

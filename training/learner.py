@@ -138,7 +138,10 @@ def _make_lora(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a LoRA, see `MakeNetwork`; `module` is the network module of the family's LoRAs."""
+    """Make a LoRA (or a network of its kind) and attach it to the model.
+
+    `module` is the network module of the family's LoRAs.
+    """
     return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
 
 
@@ -166,7 +169,8 @@ def _make_custom_network(
 def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
     """Check the tables for a family's own network: control images, or images of a new word.
 
-    Returns the dataset, see `Learner.check_data`. Images need no captions if sentences replace them.
+    Returns the dataset, in which images need no captions if sentences replace them. `kept` is the name of
+    the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone

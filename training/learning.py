@@ -400,7 +400,7 @@ class Loading:
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
         """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
 
-        All of them are disabled.
+        All of them are disabled, until a step or a sample enables its own.
         """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert

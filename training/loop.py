@@ -487,7 +487,7 @@ def _after_epoch(run: TrainingRun) -> None:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
-    if samples and progress.sampled_step != progress.step:
+    if samples and progress.sampled_step != progress.step:  # else the step has its samples already
         progress.sample_pending = f"e{epoch:06d}"
     if is_complete:
         progress.epoch = epoch

@@ -186,7 +186,7 @@ def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
-        given: Shares as in `GivenTokens`, B 1 F H W or B 1 T 1.
+        given: How clean each position is, from 0 (noisy) to WHOLE (clean), B 1 F H W or B 1 T 1.
     """
     is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
@@ -214,7 +214,7 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    if not MASKS.isdisjoint(noisy_batch.batch.tensors):
+    if not MASKS.isdisjoint(noisy_batch.batch.tensors):  # the batch has a mask
         weights = mask_weights(noisy_batch.batch, errors)
         errors = errors if weights is None else errors * weights
     image_errors = _mean_of_noisy_frames(errors, noisy_batch)
@@ -312,7 +312,7 @@ def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
     Args:
         noisy: Noisy latents of a stream, B C ....
         clean: The same without noise.
-        given: Shares as in `GivenTokens`; None if nothing is given.
+        given: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
     """
     if given is None:
         return noisy

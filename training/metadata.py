@@ -31,11 +31,11 @@ IMAGE_RESOLUTION = "1024x1024"
 
 
 def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
-    """Return rank and alpha of a network that continues from a file or state, if they are not the options'.
+    """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:
         model: The loaded networks.
-        part: Part that the file is for, see `Trainable.writes`.
+        part: Name of the expert that the file is for; "" for a file for all.
     """
     options = model.plan.options
     network = model.plan.learner.lora
@@ -156,7 +156,7 @@ def file_metadata(
     Args:
         run: Entries that are the same for all files of the run.
         options: Options of the run.
-        family_metadata: `Family.metadata`.
+        family_metadata: Metadata entries of the family, such as `architecture`.
         step: Number of the optimizer step.
         epoch: The current or just finished epoch, from 1.
         now: Time of saving.

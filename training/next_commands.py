@@ -108,8 +108,8 @@ class NextSteps:
         """Return the commands that can follow: resume, generate, convert or extract, start again.
 
         Args:
-            saved: The newest usable file, see `RunHistory.usable_file`. With None, if nothing is saved yet,
-                the commands name the file that the end of the run will save.
+            saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
+                commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
         file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]

@@ -86,7 +86,7 @@ class TrainingPlan:
     validation: Sequence[TrainingItem]
     order: BatchOrder
     steps: StepPlan
-    table_times: Mapping[int, TimestepOptions]  # see `times_by_group`
+    table_times: Mapping[int, TimestepOptions]  # by the group of tables with equal timestep options
     sources: BatchSources  # where batches are read from
     texts: LiveTexts | None  # encoded while training; None: all come from caches
     changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
@@ -468,7 +468,7 @@ def _find_items(
 def _split_items(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the items to train on and those to validate on."""
+    """Return the items to train on, and those to validate on; check that the options fit them."""
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)

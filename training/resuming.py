@@ -64,6 +64,7 @@ def find_state(
     """
     saving = options.saving
     storage = options.features.storage
+    # a feature may download the state that --resume names
     folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
     if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
@@ -79,7 +80,13 @@ def find_state(
 
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
-    """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
+    """Log that no state was found and a new run begins; raise OptionError for `--resume latest-or-fail`.
+
+    Args:
+        resume: Value of --resume.
+        folder: Folder of the run's files.
+        name: Name of the run.
+    """
     earlier_states = find_set_aside(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
@@ -347,7 +354,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     with states.one_error(saved.folder):
         # the text begins with the number of batches of an epoch
         num_batches = int(str(saved.identity[BATCHES]).partition(",")[0])
-    if progress.position >= num_batches:
+    if progress.position >= num_batches:  # the state was saved at the very end of an epoch
         progress.epoch += 1
         progress.position = 0
     if BATCHES in changes:

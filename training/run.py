@@ -217,7 +217,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Encode the texts and images of the samples.
+    """Return the sampler of the run, for which texts and images of the prompts are encoded now.
 
     Raises:
         OptionError: If an encoder is missing, before the DiT is loaded.

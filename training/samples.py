@@ -210,10 +210,10 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Write a sample.
+        """Decode a sample and write it as image, clip, layers or sound; return the path of the file.
 
         Args:
-            latents: Latents in model space, B C F H W.
+            latents: Latents in model space, B C F H W, or B N together with audio.
             prepared: The request with all values resolved.
             stem: Name of the file without its suffix.
             model: File name of the weights, for the metadata.
@@ -414,7 +414,10 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images of each sample; return the conditions of each. Arguments: see `encode_samples`."""
+    """Encode the images of each sample; return the conditions of each.
+
+    The VAE is loaded only for images, or if `loads` asks for it; `decodes` tells that it is needed later.
+    """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):

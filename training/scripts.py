@@ -52,7 +52,7 @@ def training_script(
         about: The script's docstring.
         full_dit: Whether the whole transformer is trained.
         script: File of the script, if it is not `..._train.py` with `full_dit`.
-        kind: Kind of the family's options, see `FamilyEntry.options_record`.
+        kind: Kind of the family's options: a family may have several records for different scripts.
         images: Differences between image families; None for video.
         extra_options: Records of options in addition to the family's.
         check: Raises OptionError if the family's options do not fit together.

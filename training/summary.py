@@ -174,7 +174,13 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the lines on saves, samples, disk space and folders. See `show_start`."""
+    """Return the rows of the start's box on saves, samples, disk space and folders.
+
+    Args:
+        run: The run.
+        parameters: The trained parameters.
+        dtype: Dtype of saved files; None for that of the parameters.
+    """
     plan = run.plan
     options = run.options
     samples = options.samples

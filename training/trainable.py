@@ -335,7 +335,7 @@ def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dic
 
     Args:
         unused: Tensors that the training does not use, by name.
-        dtype: See `saved_dtypes`.
+        dtype: Dtype of --save_precision; None keeps the dtype of each tensor.
     """
     infos = {} if unused is None else unused.infos
     dtypes = saved_dtypes({name: info.dtype for name, info in infos.items()}, dtype)

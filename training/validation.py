@@ -47,7 +47,7 @@ class Validation:
         else:
             levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         lowest = min(expert.lowest for expert in plan.family.experts)
-        # an expert that starts above the last level is measured at pure noise
+        # levels below all trained experts are left out; an expert above all levels is measured at pure noise
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
@@ -127,7 +127,7 @@ class Validation:
         """Return the loss of one item at each of these noise levels."""
         batch = self._read(item, autocast)
         frames = batch.tensor("latents").shape[2]
-        # the draw depends on the item only: it is the same in all bands and in all runs
+        # the draw depends on the item only: it is the same at all noise levels and in all runs
         given_frames = draw_given_frames(
             self.plan.family.noise, frames, "validation", item.key, "given frames"
         )

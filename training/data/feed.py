@@ -52,10 +52,10 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 
 
 class EncodesImages(Protocol):
-    """Functions that read and encode the images of a batch, as `training.caching_inside.LiveMedia` does."""
+    """Interface of an object that reads and encodes the images of a batch that are not cached."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Return the encoded tensors of items that are not cached; see `caching_inside.LiveMedia.encode`."""
+        """Return the encoded tensors of items that are not cached, by position; `stream` is the seed."""
 
 
 @dataclass(frozen=True)

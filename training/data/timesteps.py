@@ -430,7 +430,7 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
     """Raise OptionError if an expert would never be trained.
 
     Args:
-        several: See `levels_reached`.
+        several: Timestep options of each table, which may differ.
         noise: Noise conventions of the family.
         experts: Networks of the model, with their noise levels.
     """
@@ -491,7 +491,10 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
 def _shifted_logit_normal(
     rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float
 ) -> Tensor:
-    """Return t of the sampler shifted_logit_normal, B, from `uniform_numbers`."""
+    """Return the noise fractions t of the sampler shifted_logit_normal, B, from `uniform_numbers`, B.
+
+    The lowest of these numbers select the uniform share of the draws, the others the shifted logit-normal.
+    """
     uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
     def logit(quantiles: Tensor) -> Tensor:

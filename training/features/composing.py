@@ -99,7 +99,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> RunFeatures:
-    """Join a run as `join_run` does, then call `on.start` of the features, which may need torch."""
+    """Let the active features register, then call their `on.start` functions, which may need torch."""
     run = join_run(options, tables)
     run.family = family
     for start in run.on.start:

@@ -168,7 +168,14 @@ def _read_pair(
 def _read_slider(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of a slider, for each combination of a neutral prompt and a size."""
+    """Yield the pairs of a slider, for each combination of a neutral prompt and a size.
+
+    Args:
+        place: Description of the entry, for messages.
+        path: The file; prompt files in it are relative to its folder.
+        entry: Keys of the slider.
+        default: Keys at the file's top level, for those that the slider does not set.
+    """
     _reject_unknown(place, entry, SLIDER)
     values = {**default, **entry}
     target = _read_text(place, values, "target_class")

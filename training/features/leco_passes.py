@@ -36,7 +36,7 @@ class LecoTarget:
     has_sizes: bool  # whether the model is given sizes and crops of images
 
     def make_conditions(self, prompt: str, sizes: Tensor, device: torch.device) -> Conditions:
-        """Return the conditions of a prompt for B samples, whose sizes are B 6."""
+        """Return the conditions of a prompt for B samples; `sizes`, B 6, are the size inputs of SDXL."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for name, value in self.captions.encoded[prompt].items():
             stacked = stack_texts([value] * len(sizes), name in self.captions.variable_length)

@@ -26,7 +26,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """Strength beta and weight of the ordinary loss, see `compare_pairs`."""
+    """Strength beta of the preference, and weight of the ordinary loss of the better items."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added

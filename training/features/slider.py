@@ -82,6 +82,7 @@ def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
 
 
 def _join(run: "RunFeatures", options: SliderOptions) -> None:
+    """Let a run learn a slider: at strength 1 toward one caption, at -1 toward its opposite."""
     path = options.path
     if run.options.is_fused:
         raise OptionError(

@@ -131,7 +131,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
         return
     name = f"--teacher_dit {options.teacher_dit}"
     teacher = others.with_dit(options.teacher_dit)
-    with _naming("--teacher_dit"):
+    with _naming("--teacher_dit"):  # errors name this option instead of --dit
         files = set(teacher.dit_files)
         teacher.check_given_files()
     if files & set(family.dit_files):

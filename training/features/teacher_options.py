@@ -143,7 +143,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def view(self) -> str:
-        """Name of the conditions that only the teacher gets, see `Batch.view`; "" if there are none."""
+        """Name of the conditions that only the teacher gets, such as a fuller caption; "" for none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:

@@ -122,7 +122,10 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 
 
 def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the command-line options that load the files of a card; see `write_card`."""
+    """Return the command-line options that load the files of a model card.
+
+    `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
+    """
     words = []
     for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
         flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
@@ -269,7 +272,7 @@ class Uploads:
             self._upload(path, card)
 
     def publish_state(self, folder: Path) -> None:
-        """Start uploading a state folder, if --save_state_to_huggingface asks for it."""
+        """Start uploading a state folder, but only with --save_state_to_huggingface."""
         if self.options.save_state_to_huggingface:
             self._start_upload(folder, None)
 

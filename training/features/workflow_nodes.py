@@ -198,7 +198,7 @@ class Workflows:
             logger.info("Saved %s", path)
 
     def make_nodes(self, by_part: Mapping[str, Path]) -> dict[str, Any]:
-        """Return the nodes of a workflow.
+        """Return the ComfyUI nodes of a workflow by their keys: those of all samples that it can generate.
 
         Args:
             by_part: LoRA files by the name of their expert; "" for a file for all experts.

@@ -64,7 +64,10 @@ def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
-    """Return the orders that the other program may have used, if they are known for the model."""
+    """Return the orders in which the other program may have numbered the parameters; [] if unknown.
+
+    An order is a function that maps a parameter to its place: first by module, then by factor in it.
+    """
     parameters = [parameter for group in groups for parameter in group]
     # part, module and factor of each name
     name_parts = {parameter: names[parameter].split(".", 2) for parameter in parameters}

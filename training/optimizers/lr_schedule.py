@@ -31,7 +31,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     Raises:
         OptionError: If the options conflict.
     """
-    if needs_no_schedule(optimizer):
+    if needs_no_schedule(optimizer):  # a schedule-free optimizer
         if (
             options.lr_scheduler != "constant"
             or options.lr_scheduler_type

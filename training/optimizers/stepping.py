@@ -127,7 +127,7 @@ class ParameterSteps:
         Args:
             parameter: The parameter.
             value: Its new value, float32.
-            weight: See `stochastic_bfloat16`.
+            weight: Split weight to which the values belong as rows; None for a weight that is not split.
         """
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU

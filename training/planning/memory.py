@@ -68,7 +68,7 @@ class StepPrediction:
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
-        """Return the largest moment of a step with this number of swapped blocks."""
+        """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
         (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),

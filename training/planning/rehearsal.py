@@ -204,13 +204,13 @@ def rehearse(
         dit: The network as loaded, on the meta device; do not use it afterwards.
         noisy_batch: Batch on the CPU.
         texts: Text encoders that run in each step, on the meta device too.
-        watch: See `runtime.planning.division`.
+        watch: Given the network, returns the function that computes memory with all blocks from a few.
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
         rehearsal.tables = tables
-        moments = rehearsal.measure_step()
+        moments = rehearsal.measure_step()  # first: the states that it creates count in the other phases
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         measure = functools.partial(rehearsal.measure, on_device)
         rehearsal.learning_pass = [

@@ -91,7 +91,7 @@ class Start:
     total_steps: int
     changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
     unchanged: Sequence[tuple[str, str]] = ()
-    listens: bool = False  # whether it watches for request files, see `Requests`
+    listens: bool = False  # whether it watches for files that request samples or saves
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "" if an older version wrote the line
     working_folder: str = ""  # folder of the command; "" if an older version wrote the line
@@ -379,6 +379,7 @@ class History:
             append_text(self.path, "".join(self._waiting))
         except Exception:
             # the last line in the file may be incomplete: the next attempt starts on a new line
+            # only the first waiting line (if any) gets one line break in front, however often it was tried
             self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
             raise
         self._waiting.clear()

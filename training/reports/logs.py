@@ -49,7 +49,7 @@ class RowLayout:
     """Columns of the metrics row of a step; norms are appended after these columns."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
-        """Define the columns of the log; `parts` names separate losses, () for a single loss."""
+        """Define the columns of the row; `parts` names the losses and metrics besides the loss itself."""
         self.parts = parts
         counts = WISHES.stop + len(parts)
         self.size = counts + len(parts)  # number of values in a row before the norms

@@ -127,7 +127,7 @@ def write_split_state(folder: Path, state: SavedState) -> None:
     split: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
         for name in [name for name, value in tensors.items() if is_split(value)]:
-            split[f"{prefix}/{name}"] = tensors.pop(name)
+            split[f"{prefix}/{name}"] = tensors.pop(name)  # they go into files of their own
     if distributed.get_rank() == 0:
         check_space(folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in split.values()))
         write_state(folder, state, lambda temporary: _write_files(temporary, split))
@@ -169,7 +169,7 @@ def fill_state(
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        split: Weights that are split in this run, by name.
+        split: Trained weights that are split over processes in this run, by name.
         device: Device of the run.
 
     Raises:

@@ -388,7 +388,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
                 raise ValueError(f"the checksum of {path.name} is not the recorded one")
             parts[part] = load_file(path)
     content = {name: record[name] for name in ("progress", "identity", "habits")}
-    if not verify_checksum:
+    if not verify_checksum:  # the caller only compares the progress of several states
         return content
     described = record["described"]
     tensors = parts.pop("optimizer")
