@@ -216,7 +216,7 @@ def is_safe_name(name: str) -> bool:
 def tensor_name(
     key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
 ) -> str:
-    """Return the name that a tensor has in a cache file.
+    """Return the name that a tensor has in a cache file: its key, sizes and dtype.
 
     Args:
         key: Name of the tensor in batches.

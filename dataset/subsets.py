@@ -59,6 +59,7 @@ def read_subsets(
         typed: Values from the command line; None means the keys' defaults.
         problems: Errors are added to this list.
     """
+    # from the weakest to the strongest: defaults, command line, [general], [[datasets]], subset
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
@@ -119,7 +120,7 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of one [[datasets]]; `defaults` has the values of keys that it lacks."""
+    """Yield the subsets of [[datasets]] number `group`; `defaults` has the values of keys that it lacks."""
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, problems)
     subsets = dataset.get("subsets")

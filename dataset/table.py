@@ -285,6 +285,7 @@ class DatasetTable:
     declared_fps: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        """Set the fields that follow from others."""
         place = f"[[datasets]] {self.index + 1}"
         if self.group is not None and self.subset is not None:
             place = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
@@ -402,7 +403,7 @@ class DatasetTable:
         Args:
             sees_clip: Whether text encoders see the frames of the clip.
             shown: Reference media in order; None if text encoders see none.
-            further_text: `FURTHER_TEXT` of the row, used only with `shown`.
+            further_text: Additional text of the row for the encoders, used only with `shown`.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -479,7 +480,7 @@ class DatasetTable:
                 is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
-        return entry | self.changed(SECTIONS) | self.learning_keys
+        return entry | self.changed(SECTIONS) | self.learning_keys  # only keys that were set
 
 
 @dataclass(frozen=True)

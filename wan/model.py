@@ -78,6 +78,7 @@ class CrossAttention(SelfAttention):
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
+        # a second text, for guidance in the attention (NAG), is combined with the first
         attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
         del attended_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
@@ -339,7 +340,7 @@ class WanModel(BlockNetwork):
         return embedded.expand(len(noisy), -1, -1), repeats
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for given frames."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for clean input frames."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
         velocity = rearrange(
@@ -354,7 +355,7 @@ class WanModel(BlockNetwork):
         )
         if not tokens.num_given:
             return velocity
-        given_frames = tokens.num_given // (rows * columns) * pf
+        given_frames = tokens.num_given // (rows * columns) * pf  # clean frames, which are first
         clean = torch.zeros_like(velocity[:, :, :given_frames])
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 

@@ -159,13 +159,16 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name."""
+    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name.
+
+    `shape` returns the shape of a tensor, `names` are all tensor names, `start` is the list's name.
+    """
     list_name = start.split(".")[-1]
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         stage = _read_layers(shape, names, f"{name}.{list_name}")
-        if stage:
+        if stage:  # nested layers: kind and output width are those of the last, which resamples
             layers.append(VaeLayer(stage[-1].kind, stage[0].width_in, stage[-1].width_out, stage))
             continue
         kind = "residual"

@@ -54,7 +54,7 @@ def check_channels(
     """
     stores = stores or Stores()
     without_fps: list[Path] = []  # caches of other programs
-    for group in group_items(items).values():
+    for group in group_items(items).values():  # by table and size
         item = group[-1]
         if item.kind.sizes is not None:  # encoded while training: there is no cache
             continue
@@ -455,7 +455,11 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return a warning if encoders differ from those of earlier batches; None if there is nothing new."""
+        """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
+
+        `made_by` are the origins of the batch's caches, each for a part such as latents. A part is warned
+        of once.
+        """
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False

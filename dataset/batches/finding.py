@@ -149,6 +149,7 @@ def _add_table(
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
         latent_files = _select_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
+    # the other caches of the items, by name
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     text_caches = _TextCaches(table, text_names, kind.tag, listing) if kind.has_text else None

@@ -180,7 +180,7 @@ def encode(
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
     rejected = _stack_batch(all_rejected) if all_rejected else None  # B F H W C
-    encoded = _encode_pair(media, rejected, family, encoders)
+    encoded = _encode_pair(media, rejected, family, encoders)  # rejected latents are in the same entries
     if not items[0].source.table.augmentation.flip:
         return encoded
     mirrored_rejected = None if rejected is None else rejected.flip(3)  # axis 3 is W

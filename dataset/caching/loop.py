@@ -242,8 +242,8 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
-    if report.is_main:
-        following.remember()
+    if report.is_main:  # one of several processes writes for all
+        following.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, marks=marks)
     memory = peak_in_words(select_device(options.device))

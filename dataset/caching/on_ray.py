@@ -127,6 +127,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     try:
         available = ray.cluster_resources()
         gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
+        # how many actors, and what each needs
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
         default_actors = 1

@@ -79,9 +79,9 @@ class Recipe:
     audio: AudioSpec | None = None  # None: the family has no audio
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
-        """Return the options that the record of an item of this source has, by name.
+        """Return the settings that an item's latents depend on, by their names in its record.
 
-        `sizes` are the size, bucket and span of the item.
+        Most settings that do not apply are left out. `sizes` are the size, bucket and span of the item.
         """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
@@ -118,7 +118,7 @@ class Recipe:
             options[LAYERS] = len(source.layers)
         if source.shown:
             options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
-        return options | table.changed(SECTIONS)
+        return options | table.changed(SECTIONS)  # keys about sections that are not at their defaults
 
     @property
     def keeps_audio(self) -> bool:
@@ -188,7 +188,7 @@ def plan_all(
     Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
     settings and shapes count as equal.
     """
-    reads_values = recipe.stores.verify or len(sources) < MANY
+    reads_values = recipe.stores.verify or len(sources) < MANY  # reading many would take long
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         """Plan a source, or return why it cannot be read."""
@@ -268,7 +268,10 @@ class Planning:
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return everything that `plan` depends on except source files; None if these may have changed."""
+        """Return a key that is equal for sources with equal plans; None if a source file may have changed.
+
+        The key has everything that `plan` depends on except the source files.
+        """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
         shape: list[object] = [
@@ -314,7 +317,7 @@ class Planning:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing` of the plan is None if the items are unknown until the source is decoded.
+        `missing`, the spans to encode, is None if they are unknown until the source is decoded.
 
         Raises:
             MediaError: If the header of the source cannot be read.
@@ -338,8 +341,8 @@ class Planning:
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
                 return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:
-            # the header may be wrong about the number of frames, so it counts only if it agrees with the
-            # existing files
+            # skip_existing trusts files without a record, so that only the header can be compared; it may be
+            # wrong about the number of frames, so it counts only if it agrees with the existing files
             self._by_header = True
             header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
@@ -364,6 +367,7 @@ class Planning:
             # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
+        # a complete count is better than one at which decoding stopped early
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
@@ -476,7 +480,7 @@ class Planning:
             CacheError: If the file differs.
         """
         path = self.table.cache_directory / file
-        entry: Entry | None = None  # with tensors, if these are checked
+        entry: Entry | None = None  # with tensors, if these are checked; else only the header is read
         if self.reads_values:
             header = entry = self.store.read(file)
             record = records.latent_record(header)

@@ -291,7 +291,7 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Collect items by group, and yield a group as a batch once it is full.
+    """Collect items by group, and yield the items of a group as a batch once there are enough.
 
     Args:
         items: Items of any group.

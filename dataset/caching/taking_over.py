@@ -82,6 +82,7 @@ class OtherCaches:
                 maker,
             )
         if self._rejected:
+            # shown only if another autoencoder or other options made a file
             remedy = ". To take them over, give the file and the options of the autoencoder that made them"
             logger.info(
                 "%s: the latents that %s has cached are not those that this command makes, and are not used. "

@@ -169,7 +169,7 @@ class _SeenMedia(NamedTuple):
 def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
     """Return the media of a source that text encoders see: reference images and what `sight` selects."""
     table = source.table
-    seen_source = None
+    seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
@@ -213,7 +213,7 @@ def _list_captions(
             caption=fitted,
             caption_path=source.caption_path,
             settings=caption_settings,
-            pass_over=1 if number else 0,
+            pass_over=1 if number else 0,  # further captions are encoded after all first ones
             embeds=embeds,
             source=seen.source,
             references=seen.files,

@@ -226,6 +226,7 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
+        # latents of another model with the same VAE are copied instead of encoding
         if self._family.latent.shares_caches:
             from dataset.caching.taking_over import OtherCaches  # few models share caches
 
@@ -292,6 +293,7 @@ class MediaWork:
         count = 0
         if self._audio is not None:
             count += self._audio.remove_stale(table, valid_names, failed)
+        # files of this table that no item has, without those of sources that could not be read
         stale = self._existing[table.index].not_in(valid_names, except_of=failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)

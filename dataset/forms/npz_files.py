@@ -75,7 +75,8 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
         for name in filter(is_wanted, _list_names(file)):
             with file.open(name + _MEMBER) as member:
                 array = npy.read_array(member, allow_pickle=False)
-                if member.read(1):  # zipfile compares the checksum only at the end of a member
+                # zipfile compares the checksum only at the end of a member: read beyond the array
+                if member.read(1):
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is of {array.dtype}, which are not numbers")

@@ -202,7 +202,7 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of a file; None if the file is not of this family or table.
+        """Return the cache entry's name for an npz file; None if the file is not of this family or table.
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
@@ -261,7 +261,8 @@ class NpzStore:
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             """Return a tensor in the shape that training takes."""
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # stored in pixels for other programs
+            # a mask for other programs has the size of the image, training takes that of the latents
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):
                 # shrink_mask takes frames with values 0..255
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)

@@ -148,6 +148,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
             # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
+                # each value takes memory in addition to its page
                 pages.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
                 largest = max(largest, fixed_length, _count_pages(content, chunk, pages))
@@ -293,7 +294,7 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return the column with the bytes of files in `name`: `name` itself, or `name.bytes` of a struct.
+    """Return the column that holds the bytes of files: `name` itself, or `name.bytes` if it is a struct.
 
     Returns None if `name` holds no files.
     """
@@ -379,7 +380,7 @@ def _may_have_nulls(chunks: Sequence[Any]) -> bool:
 
 
 def read_cell(origin: ParquetCell) -> bytes:
-    """Return the bytes of a cell.
+    """Return the bytes in a cell of a Parquet file.
 
     Raises:
         MediaError: If the cell is empty or cannot be read.

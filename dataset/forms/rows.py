@@ -471,9 +471,9 @@ def check_controls(
 ) -> list[media_source.MediaSource]:
     """Add a fault for each source without control media or a rejected item if other sources have some.
 
-    Returns `sources` unchanged.
+    Returns `sources` unchanged. `where` names the rows or samples in messages.
     """
-    count = table.control_count
+    count = table.control_count  # None: any number
     if count is not None and any(source.control for source in sources):
         lacking = [source for source in sources if len(source.control) < count]
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"

@@ -96,6 +96,7 @@ def list_tars(
         json_first=table.caption_column is not None,  # a key of the .json that the table names
         multi_caption=table.multi_caption,
     )
+    # read each tar's list of samples
     num_others = 0  # samples without media
     example = ""  # one of them
     unusable = f"tars of {table.name} cannot be used"

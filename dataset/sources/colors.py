@@ -35,14 +35,15 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    Files that still have to be downloaded count as equal. `as_shown` is the earlier version in a record
-    (`LatentRecord.as_shown`).
+    Files that still have to be downloaded count as equal. `as_shown` is the version of reading that the
+    cache's record states.
     """
     if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
         return None
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as local:
+        # pairs of a file and whether its transparency is kept
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         parts = [(local.path, source_keeps)]
         parts += [(path, control_keeps) for path in local.control]

@@ -39,7 +39,7 @@ LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read 
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
-    """Return the spans (first frame, length) of a clip with `kept_frames` frames.
+    """Return the spans (first frame, length) that training cuts from a clip with `kept_frames` frames.
 
     The result is () if the clip is shorter than all target_frames. Spans are sorted by target, then by start,
     without duplicates. `lengths` are the clip lengths of the family, to which frame_extraction = "full"
@@ -128,7 +128,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        shown=shown if any(shown) else (),
+        shown=shown if any(shown) else (),  # empty if no row has any
     )
 
 
@@ -193,7 +193,7 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the kept frames. Only the header of a clip is read.
+    """Return the frame rate of the frames that are kept of a clip. Only the header of the clip is read.
 
     Args:
         source: The fetched source.

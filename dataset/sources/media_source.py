@@ -267,7 +267,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
-            # the first row of a file keeps the file's stem, further rows get a number
+            # the first row of a file keeps the file's stem, further rows get a free number
             while stems and stem.casefold() in used:
                 stem = f"{source.stem}-{number}"
                 number += 1
