@@ -335,10 +335,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
-        tower = None
+        tower = None  # makes tokens of the language model from images
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
-        room = None
+        room = None  # free bytes on the device; None: load all layers there
         # backward passes need all layers on the device
         if device.type == "cuda" and blocks is None and not self.learns_word:
             room = spare_bytes(device)
@@ -410,6 +410,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         vocabulary = len(network.get_parameter(self.embedding))
         # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
+        # pad each group of prompts, run the network, and take its states apart again
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
@@ -526,7 +527,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts as `FileTextEncoder.encode` does, together with their images.
+        """Return the conditions of each prompt and its images, on the CPU.
 
         Image tokens do not count towards `maximum`.
 

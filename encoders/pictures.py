@@ -166,7 +166,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     `size` becomes `Prompt.image_size`, the size at which the text encoder sees the images.
     """
     paths = prepared.request.control_images
-    prompt_set = prepared.prompts[0]
+    prompt_set = prepared.prompts[0]  # an image has a single section
 
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, image_size=size)
@@ -369,7 +369,12 @@ def image_defaults(
 ) -> SamplingDefaults:
     """Return sampling defaults for square images and Euler's method.
 
-    `changes` are additional fields of `SamplingDefaults`.
+    Args:
+        steps: Number of sampling steps.
+        guidance_scale: Scale of classifier-free guidance.
+        side: Width and height in pixels.
+        flow_shift: Shift of the sigmas; None lets the family compute it.
+        changes: Further fields of `SamplingDefaults`.
     """
     defaults = SamplingDefaults(
         steps=steps,

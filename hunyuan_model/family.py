@@ -130,7 +130,7 @@ class HunyuanVideo(OneTransformer):
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
-        """Draw the same posterior samples from moments as `encode_media` draws from clips."""
+        """Return cache entries with posterior samples drawn from moments, equal to those from the clips."""
         return sample_moments(media, self.files.encoder_dtype(self.files.vae_dtype))
 
     # the network

@@ -193,7 +193,8 @@ def select_format(
 ) -> LoraFormat | None:
     """Return the format of --lora_format, or the family's default; None for another package's network.
 
-    If the default format cannot express the network, KNOWN is used, and the reason is logged.
+    If the default format cannot express the network, KNOWN (the names of the known tuners) is used, and the
+    reason is logged.
 
     Args:
         options: Options of the network.

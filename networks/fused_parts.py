@@ -104,7 +104,11 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
     Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
     not have are left out. Modules that are not fused, that cannot be split, or that have no part in the model
-    are unchanged. The arguments are those of `for_model`.
+    are unchanged.
+
+    Args:
+        tensors: Tensors under our names, with our prefix.
+        height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     modules = deltas.group_by_module(tensors)
     result: dict[str, Factors] = {}
@@ -602,7 +606,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return the factors of one part; `factors` are those of the whole layer and have a `ROWS` entry."""
+    """Return one part's factors from those of the whole layer, whose `ROWS` entry has the part's rows."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(

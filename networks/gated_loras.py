@@ -694,6 +694,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
                 )
             target = weight.new_empty(len(weight))
             target_name = f"the bias of {name}"
+        # only for its errors; None: the LoRA's module is this weight, not a part of it
         change.fit(
             None,
             target,

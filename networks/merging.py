@@ -53,7 +53,13 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 
 def merge_dit(options: MergeOptions) -> None:
-    """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
+    """Merge LoRAs into a transformer's file, and write the result.
+
+    Raises:
+        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        OptionError: If the output would replace an input.
+        OutputError: If it cannot be written.
+    """
     # the name of the file or its folder reveals the expert: `high_noise_model/` in the official repository,
     # `transformer/` and `transformer_2/` in diffusers
     folders = {prefix.removesuffix("."): expert for prefix, expert in find_networks().items()}
