@@ -134,7 +134,7 @@ class Recognized:
 
 
 def quantize_file(options: QuantizeOptions) -> None:
-    """Write the quantized or 16-bit file.
+    """Write a model's file with quantized layers, or with --form bf16 a quantized one in 16 bits.
 
     Raises:
         CheckpointError: If the model is unknown or already quantized (for --form bf16: not quantized).
@@ -343,6 +343,7 @@ class _Rounding:
     """Storage dtype, shape of the scales and metadata (the mark) of a layer that is quantized."""
 
     def __init__(self, form: str, shape: Shape) -> None:
+        """Select dtype, shape of the scale and ComfyUI's mark for a weight of this shape, out x in."""
         self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":

@@ -423,7 +423,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Return a denoising phase, which loads networks with these LoRAs and yields the `dit_at` function."""
+    """Return a context that loads networks with LoRAs and yields a function from timestep to network."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader

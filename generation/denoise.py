@@ -50,6 +50,7 @@ def denoise(
     Returns:
         The latents in the shape of the section's noise, float32, on its device.
     """
+    # insert what is fixed: first frames and audio (given), other latents (held), unchanged regions (anchor)
     schedule = solver.schedule
     is_anchored = section.anchor is not None
     assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
@@ -82,7 +83,7 @@ def denoise(
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.overrides, clean_streams), section
         ).float()
-        if section.held is not None:
+        if section.held is not None:  # so that the prediction of held latents is their value
             velocity = section.held.mix_prediction(step, velocity)
         done = steps.StepDone(step, velocity, section)
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
@@ -93,7 +94,7 @@ def denoise(
         if audio_sigmas is not None:
             velocity = keep_time(section, schedule, index, velocity)
         latents = solver.step(index, velocity, latents)
-        if has_given:
+        if has_given:  # insert again what is fixed
             latents = hold_given(section, latents)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
@@ -121,7 +122,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's fixed parts inserted: first frames, audio and held latents.
+    """Return the latents with the section's fixed values inserted: first frames, audio, other held latents.
 
     Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
     measures the norm of a velocity.

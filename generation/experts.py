@@ -252,7 +252,7 @@ class DitTurns:
         copy = self._copies.get(expert)
         weights = bytes_on(dit, self.device)
         room = self.host_room()
-        if copy is not None:
+        if copy is not None:  # the host has the weights already: only the device's memory is freed
             copy.leave()
         elif self.device.type == "cpu" or (room is not None and weights > room):
             logger.info(

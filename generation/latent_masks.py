@@ -32,7 +32,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset the latents to the noisy reference in the regions where the two hardly differ.
+    """Reset latents to the noisy original image in the regions where they hardly differ from it.
 
     Call before each step, once its velocity is known, so that small deviations do not accumulate.
 
@@ -42,7 +42,7 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
         schedule: Schedule of noise levels.
         step: Index in the schedule of the latents' noise level.
     """
-    anchor = section.anchor
+    anchor = section.anchor  # the original image and the rules that find changes
     if anchor is None or anchor.rules is None:
         return latents
     noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)

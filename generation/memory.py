@@ -362,7 +362,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse decoding of `DECODED` frames, which suffices to reach the peak memory."""
+    """Predict the memory of decoding from a dry run of `DECODED` frames, which suffices to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:

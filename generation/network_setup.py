@@ -71,7 +71,7 @@ class DitLoader:
         if self.device.type != "cpu":
             swap = self.options.speed.swap
             host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
-        with own_stream(self.device):
+        with own_stream(self.device):  # not in the queue of the expert that runs
             dit = self(expert, host_weights, check)
             return dit, HostCopy(dit, self.device, host_weights)
 
@@ -185,7 +185,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by the keys of `LORA_OPTIONS`."""
+    """Return the LoRA files with their strengths, by expert; "" is the only or the low-noise expert."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -193,7 +193,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return an expert's key in `LORA_OPTIONS`."""
+    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the only or the low-noise expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 

@@ -394,7 +394,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """File name and strength of each LoRA, by the expert names of `list_loras`."""
+        """File name and strength of each LoRA, by expert; "" is the only or the low-noise expert."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
@@ -414,7 +414,7 @@ class GenerationRun:
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone, without loading a network.
 
-    Raises the errors of `prepare_line`, and OptionError if --post cannot process a single image.
+    Raises UserError if the request is not possible, or if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

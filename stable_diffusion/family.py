@@ -590,6 +590,7 @@ class StableDiffusion(ModelOfImages):
             "encoder_hidden_states": context,
             "added_cond_kwargs": added,
         }
+        # a ControlNet or LLLite that is trained: it turns control images into more arguments
         beside: BesideUnet | None = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, device, dtype)
@@ -824,7 +825,14 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 def with_control_net(
     model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
 ) -> StableDiffusion:
-    """Return the model for training a ControlNet; for the arguments see `make_control_net`."""
+    """Return the model for training a ControlNet.
+
+    Args:
+        model: The model.
+        path: File to start from; None copies the U-Net.
+        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        checkpoints: Whether to use gradient checkpointing.
+    """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
     made = describe_control_net(

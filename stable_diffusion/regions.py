@@ -141,7 +141,7 @@ class Regions:
         Args:
             unet: The U-Net.
             layers: Added layers of each LoRA, by module name; None if LoRAs are folded in for each batch.
-            color_codes: See `read_regions`.
+            color_codes: Number of pure colors that mark the parts in masks; None if channels mark them.
         """
         self._is_folded = layers is None
         self._layers = layers or ()

@@ -65,7 +65,7 @@ class Texts:
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
-            CheckpointError: As `add_words` does.
+            CheckpointError: If vectors do not fit an encoder, or if a word exists already as a token.
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
@@ -312,7 +312,10 @@ class ImageVectors:
     """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image encoder's files, which are loaded for the first image; raises as `check_vision`."""
+        """Find the image encoder's files, which are loaded for the first image.
+
+        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the files cannot be downloaded.
+        """
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength

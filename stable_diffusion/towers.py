@@ -246,7 +246,7 @@ class TowerEncoder:
         return list_ids(self._bundled, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer to use, counted from the end; raise OptionError if it does not exist."""
+        """Return the layer whose states are used, counted from the end; raise OptionError for none."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)

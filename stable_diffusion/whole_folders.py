@@ -136,7 +136,7 @@ class FolderWriter:
 
         Args:
             network: Name of the network.
-            dtype: Dtype of the trained weights; see `write`.
+            dtype: Dtype of the networks; None keeps that of the source.
         """
         infos = {}
         for name, info in self.files[network].infos.items():
@@ -244,7 +244,10 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the source folder's scheduler settings if it predicts the same, otherwise defaults."""
+    """Return the source folder's scheduler settings if the trained model predicts what the source predicts.
+
+    Otherwise return the defaults of the trained model's kind and prediction type.
+    """
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])

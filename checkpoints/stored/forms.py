@@ -50,7 +50,7 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return what `quantize` returns for a weight of this shape, on the meta device."""
+        """Return a quantized weight of this shape on the meta device, to plan memory."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -118,7 +118,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantization for a dry run, from the `rehearsed` of its form; None stays None."""
+    """Return the quantization to use in a dry run, where some kernels only allocate; None stays None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)

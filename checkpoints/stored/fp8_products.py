@@ -84,7 +84,9 @@ def tensor_scaled_product(
     fast_sums: bool,
     piece: int = PIECE,
 ) -> Tensor:
-    """Compute a `Product` with scales applied afterwards, if torch has no row-wise scales (Windows).
+    """Return a @ b times both scales, plus bias, for a torch without row-wise scales (Windows).
+
+    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
     second rounding of 2^-9, which is small compared with the rounding to e4m3. `piece` is the number of
