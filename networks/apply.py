@@ -713,6 +713,7 @@ class LoraPatch:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)  # a dictionary as an ordered set
+            # names under which a LoRA may change the module; None: its own name, else how the two are related
             relations: list[tuple[str, Relative | None]] = [(module, None)]
             layouts = self._layouts
             # a family without fused or joined weights has no related names
