@@ -143,7 +143,7 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Settings that models pass to `modules.attention.attend.attend`."""
+    """The attention back end and how to use it: settings that models pass to `attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # compute one sample at a time

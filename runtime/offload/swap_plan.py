@@ -163,7 +163,7 @@ def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 
 
 class HostWeights:
-    """The weights of one network that are in host memory: a `HostPlace`."""
+    """The weights of one network that are in host memory while it computes on a device."""
 
     def __init__(
         self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
