@@ -39,13 +39,16 @@ class CaptionText:
 
     @classmethod
     def of(cls, content: bytes) -> "CaptionText":
-        """Parse the bytes of a caption file. Raises UnicodeDecodeError if they are not UTF-8."""
+        """Split a caption file's bytes into its text and what surrounds it, which is written back unchanged.
+
+        Raises UnicodeDecodeError if they are not UTF-8.
+        """
         start = BOM if content.startswith(BOM) else b""
         decoded = content[len(start) :].decode()
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         text = decoded.strip()
-        # white space before and after the caption is written back unchanged
+        # white space before and after the caption
         position = decoded.index(text) if text else 0
         return cls(
             text=text,
@@ -168,7 +171,7 @@ class Captions:
         """Write many captions with a .bak copy of each old file, skipping files that have changed.
 
         Args:
-            edits: Captions to write.
+            edits: Captions to write, each with the checksum that its file had when it was read.
             checksums: Filled with the new checksum of each written file. If an error ends the writing early,
                 for example a full disk, it holds the files written until then.
 
@@ -200,7 +203,7 @@ class Captions:
         """Undo the last save of many captions; return the number of files skipped because they have changed.
 
         Args:
-            checksums: Checksum of each file, as `save_all` filled them in.
+            checksums: Checksum that each file had after `save_all` wrote it.
 
         Raises:
             OSError: If a file cannot be read.

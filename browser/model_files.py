@@ -183,7 +183,7 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
 
 
 def read_part(component: Component, models: Path) -> ModelPart:
-    """Return a part with its state in the models folder."""
+    """Return a downloadable part of a model with its size and state in the models folder."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
@@ -249,7 +249,7 @@ class UnknownFile:
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return files that belong to no part, the largest first, at most MAX_FILES."""
+    """Return at most MAX_FILES files in `models` that belong to no known model, the largest first."""
     known_names = set()
     for model in (*model_sets(), *model_sets(fp8_encoders=True)):
         for component in model.components:

@@ -404,6 +404,7 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
         value = getattr(sent, name)
+        # not typed since the page was built, or in the files already: then it is not reported
         is_changed = value not in (getattr(shown, name), getattr(present, name))
         if is_changed and (value or name not in OF_RUN_FILE):
             labels.append(label)

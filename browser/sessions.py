@@ -39,8 +39,8 @@ def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[s
 
     Args:
         result_folder: Folder of its results.
-        render_folder: Folder of the render jobs, for previews.
-        top: Root that is shown.
+        render_folder: Folder of the render jobs, which also holds previews.
+        top: The shown folder that the results must lie in.
 
     Raises:
         OptionError: If the results would lie outside `top`, or in the folder of the queue.

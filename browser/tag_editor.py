@@ -182,7 +182,7 @@ class TagEditor:
 
 
 def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return sentences about captions that stayed unchanged."""
+    """Return sentences about captions that a change of tags left alone: how many, and for which reason."""
     lines: list[str] = []
     if num_emptied:
         lines.append(
