@@ -259,7 +259,7 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, now: bytes) -> bytes:
-    """Return the content of a file with another caption. Raises ValueError if it cannot be stored."""
+    """Return a caption file's bytes `now` with another text. Raises ValueError if it cannot be stored."""
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
@@ -273,7 +273,7 @@ def _encode(text: str, now: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
-    """Lock several folders as `_only_one_writes` does, always in the same order to avoid deadlocks."""
+    """Let no other server write captions in these folders, locked in one order to avoid deadlocks."""
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(only_one(folder / LOCK))

@@ -303,7 +303,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
 
 
 def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
-    """Return the ids of runs that have no saved file of their name next to the history. Reads no history."""
+    """Return the ids of runs whose folder has no saved file of their name; no history is read for this."""
     names: dict[Path, list[str]] = {}
     bare = set()
     for run in runs:

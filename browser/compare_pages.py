@@ -67,7 +67,7 @@ class ComparePages:
             return answer_text(str(problem), 422 if error else 500)
 
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
-        """Return the cells of a comparison; see `compare.fill_cells`."""
+        """Return the clips of a comparison: one list for each prompt, with a cell for each file."""
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:

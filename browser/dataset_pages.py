@@ -193,7 +193,7 @@ class DatasetPages:
         self.thumbnails = Thumbnails()
 
     def items(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return a part of a dataset's files, and the state of its measurement, as JSON values.
+        """Return one page of a dataset's files, and the state of its measurement, as JSON values.
 
         Args:
             dataset: The dataset.

@@ -49,7 +49,7 @@ STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """Preview of the changes that saving a form would make, shown in one section of the page."""
+    """The changes that saving a form would make to files, shown as a preview in one section of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()

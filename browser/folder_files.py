@@ -203,7 +203,9 @@ class FolderFiles:
             return answer_text("from and count are numbers of files.", 400)
 
     def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return a part of a folder's files as JSON values.
+        """Return the files of a folder that a page shows at once, as JSON values.
+
+        The query has `text` and `only`, which filter the files, and `from` and `count`.
 
         Raises:
             OSError: If the folder cannot be read.

@@ -293,7 +293,7 @@ class FolderSettingsPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the settings of a folder; see `FolderPages`."""
+        """Return the HTML of a folder's settings."""
         return self.answer(folder)
 
     def answer(
@@ -326,7 +326,7 @@ class FolderSettingsPages:
         return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
-        """Return the values of the settings table; the error of an unreadable file becomes their `problem`."""
+        """Return the values of the settings table; if a file is unreadable, its error is their `problem`."""
         chosen = self.read_chosen_text(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -358,7 +358,7 @@ class FolderSettingsPages:
     def read_rows(
         self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
-        """Return the rows of a run.toml's text; see `list_rows`.
+        """Return a row for each option of the training script that run.toml names.
 
         Raises OptionError if its script is unknown.
         """

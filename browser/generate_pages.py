@@ -460,7 +460,7 @@ class GeneratePages:
         return self.answer_pressed(queued_message=queued_message)
 
     def answer_pressed(self, error: str = "", queued_message: str = "") -> Response:
-        """Return the list of render jobs after a button was pressed; arguments as in `answer_work`."""
+        """Return the list of render jobs after a button was pressed, with an error or a message about it."""
         response = self.answer_work(error, queued_message)
         response.headers["hx-trigger"] = "render_added"
         return response
@@ -558,7 +558,7 @@ class GeneratePages:
         return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
-        """Fill a form with the settings in a dropped file, and answer with the address of its page."""
+        """Fill a form with the settings in a dropped file, store it, and respond with its page's address."""
         try:
             tags = read_file_tags(path, Path(name).suffix)
         finally:

@@ -177,7 +177,7 @@ class Job:
 
 @dataclass
 class _Book:
-    """Content of the two files of a queue: the users' text file, and the stored state of the jobs."""
+    """Content of a queue's two files: command lines in a text file, and the stored state of their jobs."""
 
     entries: list[str]  # entries of the text file: commands and other lines
     jobs: list[Job]
@@ -303,7 +303,11 @@ class JobQueue:
     def add_and_begin(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command as `add` does, and run the jobs, unless the queue is paused and not empty."""
+        """Append a command, and start the queue, unless it is paused and has other jobs.
+
+        Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
+        may send data nevertheless.
+        """
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(argv, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:

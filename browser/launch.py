@@ -180,7 +180,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError as `find_program` and `reject_endless` do."""
+    """Return the program of a job. Raises OptionError if it is not one of ours, or if it never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program
@@ -305,7 +305,6 @@ def check_options(
         script = program_words(command.path.relative_to(ROOT))
         script_start = program.index(script[-1]) + 1 - len(script)
         program = program[script_start:]
-    # READ_OPTIONS starts the script and ends it after it has read its options
     # READ_OPTIONS is code that runs the script until it has read its options
     try:
         process = subprocess.run(
@@ -501,7 +500,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
 
 
 def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Let a process of `prepare_process` run a program in a folder. `code` is the file for the exit code."""
+    """Let a waiting process, which `prepare_process` started, run a program; `code` gets the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())

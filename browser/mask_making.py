@@ -73,7 +73,7 @@ class MaskMakingPages:
         self.tool = FolderTool(site, FORM.script, "trymasks")
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the form, or of its section named in the query; see `FolderPages`."""
+        """Return the HTML of the mask tool's form, or of its section named in the query."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", error: str = "") -> Response:

@@ -229,7 +229,7 @@ class MaskReview:
         del changed[:-MAX_UNDONE]
 
     def _require_unchanged(self, place: MaskPlace, version: str) -> MaskPlace:
-        """Return a file with its mask of now; raise MaskConflictError if the mask has another version."""
+        """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
         now = place.listed_anew()
         if mark_mask(now) != version:
             raise MaskConflictError

@@ -217,7 +217,7 @@ class MemoryPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the HTML of the memory section; see `FolderPages`."""
+        """Return the HTML of the section about the training's memory."""
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
@@ -258,7 +258,7 @@ class MemoryPages:
             return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
-        """Return the plan of a finished job; None if it failed, still runs, or printed no plan."""
+        """Return the memory plan that a finished job has printed; None if it failed, runs or printed none."""
         if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:

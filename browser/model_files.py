@@ -32,7 +32,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A network or tokenizer of the catalogue, and its state on disk."""
+    """A downloadable part of a model, such as a network or tokenizer, and its state on disk."""
 
     component: Component
     models: tuple[ModelSet, ...]  # models that use the part
@@ -165,7 +165,10 @@ def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = No
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
 ) -> TaskFiles | None:
-    """Return a task of the catalogue, with arguments as in `list_tasks`; None if it does not exist."""
+    """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
+
+    `in_fp8` selects the smaller text encoders; `known` keeps parts that were already looked for on disk.
+    """
     known = {} if known is None else known
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):

@@ -200,7 +200,7 @@ def _read_kind(name: str) -> str:
 
 
 def _fit_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value of the field `train`, or "" if the selected model does not support it."""
+    """Return `name`, a value of the field `train`, if the selected model supports it; else ""."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""

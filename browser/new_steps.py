@@ -21,7 +21,7 @@ QUEUE_ADDRESS = "/queue"
 
 @dataclass(frozen=True)
 class NextStep:
-    """Label and action of the page's main button."""
+    """The next step towards a training: label and action of the page's main button."""
 
     name: str
     word: str
@@ -39,7 +39,7 @@ class NextStep:
 
 @dataclass(frozen=True)
 class FolderStanding:
-    """Progress of preparing and training a folder, derived from its files and its commands."""
+    """How far a folder is prepared and trained, derived from its files and its commands."""
 
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them

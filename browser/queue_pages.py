@@ -159,7 +159,7 @@ class QueuePages:
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
-        """Return the page of the queue. `error` is a message to show; `query` is as in `find_draft`."""
+        """Return the page of the queue with an error; `query` may name a command to show for editing."""
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
@@ -205,7 +205,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Handle a button of the queue, and show the queue again."""
+        """Carry out a button of the page Queue, and show the page again."""
         action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))

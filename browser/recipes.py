@@ -484,7 +484,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """A result to generate: a recipe, and the values of the fields."""
+    """A request for a result: the model with its fixed options, the prompt, and the other fields' values."""
 
     recipe: ModelRecipe
     prompt: str
@@ -683,7 +683,7 @@ class RenderRequest:
         return ["python", recipe.script, *_as_argv(options), save_flag, self.save_path]
 
     def as_render_job(self, seed: str) -> RenderJob:
-        """Return the render job of one result."""
+        """Return the job that generates one result of this request with `seed`."""
         return RenderJob(
             id=0,
             title=self.recipe.title,

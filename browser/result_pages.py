@@ -166,7 +166,7 @@ def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSum
 
 @dataclass(frozen=True)
 class ResultTile:
-    """A result as the page shows it."""
+    """A generated file as a tile of the page Results, with its settings and its enlarging job."""
 
     result: Result
     settings: ResultSettings | None

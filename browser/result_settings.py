@@ -172,7 +172,7 @@ def read_settings(path: Path) -> ResultSettings | None:
 
 
 def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
-    """Return the settings in the metadata texts of a file; see `read_settings`."""
+    """Return the generation settings in the metadata texts of a file; None if this program wrote none."""
     settings = parse_tags(tags)
     is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
     return settings if is_ours else None
@@ -226,7 +226,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """Properties of a generation script's option that are needed to write it on a command line."""
+    """An option of a generation script: its flags, number of words and default, to write a command line."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`

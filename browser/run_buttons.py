@@ -310,7 +310,7 @@ class RunButtons:
         return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, shown: ShownRun) -> Job | None:
-        """Return the queue's job that a running run belongs to; None if it was started elsewhere."""
+        """Return the running job of the queue that trains a run; None if it was started elsewhere."""
         job = shown.state.job
         if job is not None and job.state == RUNNING:
             return job
@@ -619,7 +619,7 @@ class RunButtons:
         return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:
-        """Start or continue a run. The form has the mark of the run.toml that the user has read."""
+        """Start or continue a run. The form has the checksum of the run.toml that the user has read."""
         if shown.plan is None:
             self.add_command(shown.summary, steps=0)
         else:

@@ -249,7 +249,7 @@ class WaitingJobs:
 
 
 class TrackedRuns:
-    """Finds drafts below the roots, and determines the state of all runs."""
+    """Finds described folders, and determines the state of their runs and of all other runs."""
 
     def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
@@ -459,7 +459,7 @@ class TrackedRuns:
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         """Add commands, each with its working folder, to the queue.
 
-        Raises OptionError if one of them already waits or runs, OutputError as `start`.
+        Raises OptionError if one of them already waits or runs, OutputError if the queue cannot be written.
         """
         with self._only_one_starts():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
@@ -601,7 +601,7 @@ def read_run_state(run: RunSummary) -> RunState:
 
 
 def _read_training_state(doing: str) -> RunState:
-    """Return the state of a running training. `doing` is its work between two steps, see `History`."""
+    """Return the state of a running training; `doing` names its work between two steps, such as sampling."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
         progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
@@ -612,7 +612,7 @@ def _read_training_state(doing: str) -> RunState:
 
 
 def read_preparation_state(preparation: RunSummary) -> RunState:
-    """Return the state of a `run` that has not begun its training."""
+    """Return the state of a run that still downloads or caches, as `reelsmith run` does before training."""
     step, _, progress = preparation.doing.partition(": ")
     if step not in STEPS:
         return RunState(STARTING, words=preparation.doing)
@@ -662,7 +662,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
-    """Return the state of a run with a history. `job` is the latest of its folder; None if there is none."""
+    """Return the state of an ended run with a history; `job` is its folder's latest, None without one."""
     state = read_run_state(run)
     if job is None or job.born > run.changed + SECOND:  # a job that started after the run's last change
         return state

@@ -161,7 +161,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 
 @dataclass(frozen=True)
 class LiveStanding:
-    """Current progress of a run."""
+    """Current progress of a run as its page shows it, with the remaining time."""
 
     shown: Standing
     state: str

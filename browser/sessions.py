@@ -22,7 +22,8 @@ INTERACTIVE = "--interactive"
 def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
     """Return the command that starts a process for requests, and its program.
 
-    Arguments as in `launch.find_program`. Raises OptionError if it is not a command that the page writes.
+    `argv` is the command line, `folder` its working folder. Raises OptionError if it is not a command that
+    the page writes.
     """
     texts = [word for word in argv if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)

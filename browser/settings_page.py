@@ -79,7 +79,7 @@ class SettingsPages:
         return answer_template("settings_page.html", say("Settings"), values, is_rejected=error != "")
 
     def find_worker(self) -> str:
-        """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""
+        """Return who runs the queue: "here", "elsewhere" or "" (nobody), or why that is not known."""
         try:
             return self.site.queue.worker
         except UserError as error:

@@ -76,7 +76,7 @@ class TagPages:
         self.editor = TagEditor(site.runs)
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the tag section, or of its part named in the query; see `FolderPages`."""
+        """Return the HTML of the tag section, or of its part named in the query."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(
