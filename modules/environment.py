@@ -205,7 +205,7 @@ def _install_lines(
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
             return
-        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])
+        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])  # uv pip install --quiet ...
         if error_output is None:
             return
         if FULL_DISK.search(error_output):

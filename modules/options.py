@@ -295,7 +295,7 @@ class Options:
             prefix = "" if field.metadata["declared"].positional else "--"
             value = getattr(self, field.name)
             check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
-        # checks beyond the declared facts
+        # checks beyond the declared facts, if the record must be given or any of its options is
         if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
 
@@ -475,7 +475,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in list_paths(value):
             reject_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
-        if value not in field.metadata.get("stays", ()):
+        if value not in field.metadata.get("stays", ()):  # values that send nothing
             reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             reject_in_queue(name)

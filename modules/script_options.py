@@ -35,7 +35,11 @@ def parse_options(
 def parse_spelled(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> tuple[list[Any], Mapping[str, str]]:
-    """Return the records of `parse_options`, and the spelling of each given option by public name."""
+    """Return the records read from the command line, and the spelling of each given option by public name.
+
+    `records` are the records that declare the options; `changes` are passed to `add_options`. Help and errors
+    end the program.
+    """
 
     def build_parser() -> Parser:
         parser = Parser(description=description)
@@ -46,6 +50,6 @@ def parse_spelled(
     with name_as_typed(typed_names(arguments)):
         reject_unsupported(parser, arguments)
         options = [read_options(record, arguments) for record in records]
-    if os.environ.get(ONLY_OPTIONS):
+    if os.environ.get(ONLY_OPTIONS):  # the browser only checks the options
         raise SystemExit(0)
     return options, parser.typed_flags

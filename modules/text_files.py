@@ -108,7 +108,7 @@ def read_tensor_header(
         read: Returns the next bytes of the file.
         size: Size of the file in bytes.
         first: Number of bytes of the first read; a larger number saves a second read of a short header.
-        no_repeats: As in `parse_json`.
+        no_repeats: Whether a key that occurs twice in a table is an error.
 
     Raises:
         ValueError: If the header is not valid. Its entries are not checked.
@@ -200,7 +200,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
         position = error.pos  # explain only the part at the error, because the text may be huge
         hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
         raise ValueError(f"{error}{hint}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH:  # fewer brackets cannot be nested too deeply
         check_depth(content)
     if _LONG_NUMBER.search(text):
         check_numbers(content)
@@ -246,7 +246,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
     or has a number too large for a float.
     """
-    if _LONG_KEY.search(text):
+    if _LONG_KEY.search(text):  # the parser takes quadratic time for a key of very many parts
         raise _too_deep()
     import tomllib
 

@@ -129,6 +129,7 @@ def extract_model(options: ExtractOptions) -> None:
             return extract_full(options)
         all_weights = BlockWeights(model="", prefixes=("",), example="")  # every name begins with ""
         matrices = all_weights.list_in(bare_names(original))
+    # the family is the one that has the layers' names
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []
@@ -140,7 +141,7 @@ def extract_model(options: ExtractOptions) -> None:
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
-    if family.network_module == FLUX_MODULE:
+    if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
         return extract_flux(options)
     if family.written_version:
         raise CheckpointError(
@@ -236,6 +237,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantized),
         )
+    # some released shards have the rows of fused weights by head: bring both models into one order
     return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 

@@ -55,7 +55,7 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`.
+    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
 
     Args:
         argument: Name of the argument, for messages.

@@ -81,7 +81,7 @@ class StepCache:
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
-        turn = overrides.turn
+        turn = overrides.turn  # step and pass of this call; None: nothing is cached
         if turn is None:
             inner(dit, hidden, overrides)
             return

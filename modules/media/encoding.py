@@ -268,7 +268,7 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])
     image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
-    packets = [*encoder.encode(image), *encoder.encode(), None]
+    packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
     (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
 

@@ -87,7 +87,7 @@ class OftKind(NetworkKind):
     plain_title = "Make a plain LoRA of the OFT"
 
     def load_algebra(self) -> "OftAlgebra":
-        """Return the algebra of block rotations."""
+        """Return the computations with block rotations."""
         from networks.kinds.oft_rotation import OftAlgebra  # torch
 
         return OftAlgebra(PART)

@@ -77,6 +77,7 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
+    # None: nothing is shared, or the machine cannot share it; then each process fills its own memory
     shared = None if machine is None else _share(size, machine)
     mapping = _private(size) if shared is None else shared
     memory, unlocked = _as_tensor(mapping, pieces if pinned else ())

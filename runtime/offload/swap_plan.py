@@ -126,7 +126,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
         totals: Number of all blocks in each list.
 
     Raises:
-        OptionError: If the network has too few, or if none of its blocks can be swapped.
+        OptionError: If the network has too few blocks, or if none of its blocks can be swapped.
     """
     if not blocks:
         return [0] * len(totals)
@@ -176,7 +176,7 @@ class HostWeights:
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
-        self._held: HostTensors | None = None
+        self._held: HostTensors | None = None  # allocated by `hold`
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate the memory.
@@ -212,7 +212,7 @@ class HostWeights:
                 {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
             )
             for name, weight in weights.items():
-                if self.is_filled_here:
+                if self.is_filled_here:  # else another process fills the shared memory
                     tensors[name].copy_(weight.data)
                 weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
             self.finish()

@@ -65,7 +65,7 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
     Args:
         moments: Bytes by kind in each phase of the dry run.
         context: Number of GPUs that share the tokens.
-        undivided: Counter of the rehearsal.
+        undivided: Bytes of queries and of tokens in the dry run, which divided nothing.
     """
     exchange_buffers = EXCHANGED * undivided.largest // context
     divided: dict[str, Moment] = {}

@@ -165,6 +165,7 @@ def reject_other_splits() -> None:
     """
     if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
         return
+    # each way is a mode of running the model here that replaces some of the launcher's variables
     num_ways = Counter(variable for way in WAYS for variable in way.options.replaces)
     # variables that several ways replace come last: they are set together with a more specific one
     for variable in sorted(num_ways, key=lambda variable: num_ways[variable]):
