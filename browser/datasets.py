@@ -393,8 +393,8 @@ class Datasets:
     def accept_edit(self, dataset: FoundDataset, before: object) -> None:
         """Keep a dataset's measurements valid after this server has saved one of its captions.
 
-        `before` is the fingerprint of the dataset's files (`mark`) before the save. If other files have changed
-        as well, the dataset is measured again.
+        `before` is the fingerprint of the dataset's files before the save, which `mark` returned. If other
+        files have changed as well, the dataset is measured again.
         """
         with self.lock:
             measured = self._measured.get(dataset.id)

@@ -328,7 +328,7 @@ def check_options(
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
-    """Return a job's command for the argument `earlier` of `check_options`; None if it would be rejected."""
+    """Return a job's command, to check jobs after it that may need its files; None if it is rejected."""
     with contextlib.suppress(OptionError):
         command, _ = find_program(argv, folder)
         return EarlierJob(command.path.relative_to(ROOT), argv, folder)
