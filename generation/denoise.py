@@ -94,8 +94,7 @@ def denoise(
         if audio_sigmas is not None:
             velocity = keep_time(section, schedule, index, velocity)
         latents = solver.step(index, velocity, latents)
-        # insert again what is fixed
-        if has_given:
+        if has_given:  # insert again what is fixed
             latents = hold_given(section, latents)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
