@@ -273,7 +273,7 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
-        """Make an entry from tensors by their names in the file."""
+        """Make an entry from tensors by their names in the file; `place` is its path, for messages."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property

@@ -278,7 +278,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
-    """Return a configuration whose audio references follow a family's rules.
+    """Return a configuration whose audio references are dropped at the family's rate.
 
     Raises:
         DatasetError: If the run takes no audio as reference.
@@ -447,7 +447,7 @@ def _read_table(
     if source_key is None:
         return None
     is_of_audio = source_key in OF_AUDIO
-    if is_of_audio:
+    if is_of_audio:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
     form = FORM_OF_SOURCE[media_key]

@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Make the `Form` of a key's values.
+    """Make the `Form` of a key: it reads a value of the file, and describes the allowed ones.
 
     Args:
         kinds: Python types of values in the file.

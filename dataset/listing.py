@@ -120,7 +120,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
             faults.append(Fault(repeated, str(source.path), source.stem))
         elif earlier is not source:
             faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
-        # fast path: no character takes more than four bytes
+        # fast path: no character takes more than four bytes, so that the name need not be encoded
         if len(source.stem) * 4 <= MAX_OF_STEM:
             continue
         size_bytes = len(os.fsencode(source.stem))

@@ -287,6 +287,7 @@ def _size_errors(values: Table) -> list[str]:
     if size is None:
         return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
     errors = []
+    # without buckets, or without enlarging, the limits have no effect
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
             errors.append(
@@ -441,7 +442,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
 
 
 def _has_repeats(folder: Path) -> bool:
-    """Return whether a folder has a subfolder whose name begins with a number of repeats."""
+    """Return whether a folder has a subfolder whose name begins with a number of repeats, as `10_cat`."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
     except OSError:  # for example, a folder of another user

@@ -109,7 +109,7 @@ class Guide:
 
 
 class OwnKeys(Protocol):
-    """Keys that only tables of one data form have (see `dataset/forms`), as a frozen dataclass."""
+    """Keys that only tables of one data form have, such as tars or a table file, as a frozen dataclass."""
 
     @property
     def source(self) -> Path:
@@ -347,7 +347,7 @@ class DatasetTable:
         return source
 
     def of(self, kind: type[Own]) -> Own:
-        """Return the keys of the table's data form, `own`, which must be of the class `kind`."""
+        """Return the values that only tables of this data form have; they must be of the class `kind`."""
         assert isinstance(self.own, kind)
         return self.own
 
@@ -416,9 +416,10 @@ class DatasetTable:
         return settings
 
     def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return values that differ from their defaults, by key, for keys with one of these `stale` flags.
+        """Return the table's values that differ from their defaults, by key.
 
-        The values can be written as JSON; a folder becomes its name.
+        Only keys whose change makes stale what `stale` names, such as latents, are returned. The values can
+        be written as JSON; a folder becomes its name.
         """
         values = {}
         records: list[Any] = [self]

@@ -299,7 +299,8 @@ class Wan(OneTransformer):
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
-        The conditions are t5 (n D for each sample), clip (B T 1280) and condition_latents (B C F H W).
+        The conditions are t5 (n D for each sample: its text), clip (B T 1280: features of images),
+        condition_latents (B C F H W: channels after the noisy ones), and those of VACE and of single images.
         """
         # image and control conditions are additional input channels
         condition = cond.get("condition_latents")

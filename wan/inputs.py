@@ -187,6 +187,7 @@ def encode_inputs(
             conditions["clip"] = encode_features(encoders, paths)
         image = _encode_images(vae, task, prepared, first)
         conditions["condition_latents"] = image.cpu()
+    # the image itself is the clean first frame
     if task.keeps_image and request.image_path is not None:
         pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()

@@ -125,7 +125,7 @@ class WanAttentionBlock(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Return the input of self-attention for an input x of the block, both B L C."""
+        """Return the block's input x, B L C, normalized and modulated as self-attention takes it."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
         return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_given)
 
@@ -362,7 +362,7 @@ class WanModel(BlockNetwork):
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C.
 
-        S is 1, or 2 if there are given frames, whose time 0 comes first. Each distinct time is embedded once,
+        S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded once,
         not once for each token as in the released code.
         """
         if has_given:
@@ -377,7 +377,7 @@ class WanModel(BlockNetwork):
 
 
 def _pair_with_last(rows: Tensor) -> Tensor:
-    """Return B pairs, B 2 ..., of the last of B+1 rows and each of the other rows."""
+    """Pair each of B+1 rows but the last with the last one, which comes first: B 2 ..."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

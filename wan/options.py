@@ -171,7 +171,8 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # each of two transformers needs VACE's blocks, and a single one must not have two files of them
+        # each of two transformers needs a file of VACE's blocks, and a single one takes only one such file;
+        # other_transformers: for high noise, or (in training) only for samples
         other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
             missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"

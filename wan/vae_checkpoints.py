@@ -89,6 +89,7 @@ def read_vae(
         of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise other_kind(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
+    # the dimensions follow from the shapes
     shape = shapes_of(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]
     encoder = _read_layers(shape, sources, "encoder.downsamples")
@@ -109,7 +110,7 @@ def check_latents(
         config: Dimensions of the given VAE.
         latent: Latent space of the model.
         path: The VAE's file.
-        needed_by: What needs the latents, for the message: "--task ti2v-5B".
+        needed_by: What needs the latents, for the message, such as "--task ti2v-5B".
         files: Released files of the right VAE; "" for those of Wan's release.
     """
     release = RELEASES[latent.channels]
@@ -189,7 +190,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
-    has_alpha = config.colors == 4 and config.patch == 1  # tensor that identifies Qwen-Image-Layered
+    has_alpha = config.colors == 4 and config.patch == 1  # the VAE of Qwen-Image-Layered
     if colors != 3 * config.patch**2 and not has_alpha:
         raise _make_vae_error(path, f"takes {colors} channels")
     frame_stride, pixel_stride, _ = release.stride

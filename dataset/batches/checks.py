@@ -240,7 +240,7 @@ def _find_shape_errors(
     frames = item.bucket[2] if len(item.bucket) == 3 else 1
     expected = list(latent.shape(frames, height, width)[1:])
     if data.PLACES in tensors:
-        expected[1] = len(tensors[data.PLACES])
+        expected[1] = len(tensors[data.PLACES])  # a single image with its control images as frames
     if shape != expected:
         yield (
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
@@ -304,7 +304,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys with one of these `stale` flags."""
+    """Return the recorded options that are table keys; `stale` names what a change of these outdates."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -317,7 +317,11 @@ def audio_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached audio latents do not fit the table and the model."""
+    """Yield the reasons why cached audio latents do not fit the table and the model.
+
+    If the cache has no record (`record` is None), only the shape is compared. `latent` and `is_shared` are
+    not used; callers pass the same arguments as for latents.
+    """
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
     if item.audio and shape != item.audio:

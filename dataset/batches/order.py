@@ -164,7 +164,7 @@ def count_batches(items: Sequence[Grouped]) -> int:
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
-    """Return the repeated items of an epoch by group; items of a group can share a batch.
+    """Return the items of an epoch, each as often as it is trained, by group; a batch has items of one group.
 
     Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
     that a seed keeps giving the same batches.

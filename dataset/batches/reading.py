@@ -91,6 +91,7 @@ def read_batch(
         _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
+    # texts in addition to those that are trained: before dropout, and the empty prompt
     full_texts: list[_Part] = []  # before dropout
     if undropped and tuple(undropped) != tuple(caption_indices):
         full_texts = reader.read_texts(items, undropped)
@@ -221,7 +222,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
+    """Reader of the cached media and captions of a batch, with the stores, checks and family to read by."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -482,7 +483,7 @@ def _stack(
 
 
 def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
-    """Raise CacheError if a tensor does not have the same shape in all parts."""
+    """Raise CacheError if the tensor `name` does not have the same shape in the parts of all items."""
     first = parts[0]
     expected = first.tensors[name].shape
     for part in parts:
@@ -495,7 +496,7 @@ def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, 
 
 
 def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Prepend reference latents, each B C 1 H W, to the latents of clips; the loss covers them, too."""
+    """Prepend reference latents, each B C 1 H W, to clips' latents in place; the loss covers them, too."""
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return

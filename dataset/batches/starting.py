@@ -115,7 +115,7 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
     Text caches of other programs have no record and pass. Dtype, length and the tokenizer's files are not
     compared.
     """
-    if not origin.encoder:
+    if not origin.encoder:  # another program's cache
         return
     compared = [key for key in own if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
     for key in compared:
@@ -261,6 +261,7 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
+        # files without latents (`new`), latents without a file, and clips whose audio is not cached
         without_source: list[str] = []
         uncached_audio: list[str] = []
         if table.index in listing.left_out:  # the index of the caches has the answer

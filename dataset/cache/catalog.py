@@ -115,7 +115,7 @@ class Catalog:
     """The entries of a folder at the time when its shards were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
-        """Read the catalog of a folder; `writer` writes the shard of this process.
+        """Read which entries the shards of a folder have; `writer` writes the shard of this process.
 
         Raises CacheError if a shard cannot be read.
         """

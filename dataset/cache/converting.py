@@ -166,7 +166,7 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
-    """Copy entries that the target lacks or has with other contents.
+    """Copy entries that the target store lacks or has with other contents; count them and their bytes.
 
     Args:
         names: Names of the entries.

@@ -49,7 +49,7 @@ LOCK = ".cache-index.lock"  # exists while shards are merged
 
 
 class ShardStore:
-    """The entries of a folder of shards, as `CacheStore` describes them."""
+    """Store whose entries are in shards, SQLite files with many cache entries each."""
 
     holds_only_caches, is_shared = True, False
 

@@ -138,7 +138,8 @@ def cache(
     """
     freeze_libraries()
     shard = options.shard
-    module_name, class_name = kind.split(":")  # only the module of this kind of work is imported
+    # LATENTS and TEXTS are "module:class", so that only the module of this kind of work is imported
+    module_name, class_name = kind.split(":")
     with join_processes(options.device) as share:
         make_work = getattr(import_own(module_name), class_name)
         work = make_work(family, config, options, device=share.device, stores=stores)
@@ -176,7 +177,7 @@ def _write_indexes(
     report: CacheReport,
     marks: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a run into the index of each table.
+    """Write the results of a run into the index of each table, from which training lists the caches.
 
     `marks` are the fingerprints of the tables, by table index.
     """

@@ -247,7 +247,7 @@ class Planning:
         self._by_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Do the same as `plan`, but faster.
+        """Compare the source with its cache files like `plan`, but faster.
 
         Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
@@ -257,7 +257,7 @@ class Planning:
         if shape in valid:
             return self._make_valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = plan == self._make_valid_plan(plan.items)
+        is_valid = plan == self._make_valid_plan(plan.items)  # nothing is missing or outdated
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
@@ -304,7 +304,7 @@ class Planning:
     def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
         """Return whether the source would be decoded to the same pixels now as when its cache was made.
 
-        `record_texts` are the pieces of a record's text from `shared_part`.
+        `record_texts` are pieces of the record's JSON.
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
@@ -371,7 +371,7 @@ class Planning:
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Return the plan of a clip whose size and number of kept frames were recorded."""
+        """Compare a clip's caches with the spans that follow from its recorded size and number of frames."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
         reason = None
@@ -517,7 +517,7 @@ class Planning:
             raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
-        """Raise OtherKind if a cache file of another program lacks a tensor that this run needs."""
+        """Raise OtherKind if a cache file without a record lacks a tensor that this run needs."""
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
@@ -580,9 +580,9 @@ class Planning:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a part of the source, by its index in `parts_of`, is unchanged.
+        """Return whether a file of the source, by its index in `parts_of`, is as it was recorded.
 
-        A part that was found unchanged is not checked again.
+        A file that was found unchanged is not checked again.
         """
         if self._unchanged.get(index) != identity:
             path, origin = self.recipe.parts_of(self.source)[index]

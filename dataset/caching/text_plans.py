@@ -233,9 +233,10 @@ def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Ori
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
-    """Return `DatasetTable.seen_settings` for a source, whose bucket is read from its header.
+    """Return the settings that change how text encoders see a source's reference images, by name.
 
-    The bucket is () if the source has to be downloaded, and (0, 0) if it cannot be read.
+    Its bucket, which they depend on, is read from its header: () if the source has to be downloaded, and
+    (0, 0) if it cannot be read.
     """
     table = source.table
     if source.origins or table.references is None or not table.references.as_encoded:
@@ -311,6 +312,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
     With `reads_values`, tensors are compared with their checksums, too.
     """
     store = stores.of_texts(file.table)
+    # files of other programs count as valid without being read
     if stores.trusts and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)

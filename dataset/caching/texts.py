@@ -209,7 +209,7 @@ class TextWork:
         return remove_caches(store, stale, is_of_family) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
-        """Return the names of entries of the second and further captions of current sources."""
+        """Return those of `names` that are entries of second or further captions of current sources."""
         stems = {source.stem for source in self._sources if source.table.index == table.index}
         further = []
         for name in names:
@@ -293,7 +293,7 @@ class TextWork:
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see.
+        """Return the prompt of a text with the media that text encoders see; `stack` keeps these media.
 
         Raises:
             MediaError: If the source cannot be used.

@@ -441,7 +441,7 @@ class MediaWork:
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
-        sizes = [size for plan in plans for size in plan.items]
+        sizes = [size for plan in plans for size in plan.items]  # width, height, and of clips frames
         # `missing` is None until the size of a source is known
         num_with_sizes = sum(plan.missing is not None for plan in plans)
         if not sizes:

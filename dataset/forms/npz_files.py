@@ -98,7 +98,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members by the names of their arrays.
+    """Return the bytes of all members of an npz file by the names of their arrays.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -179,7 +179,7 @@ def describe_tensors(
 
     Args:
         tensors: Tensors by name.
-        sources: Name of the tensor in each array, by name of the array.
+        sources: Name of the tensor that each array contains, by name of the array.
         metadata: Metadata of the entry.
         members: Bytes of each array, for its checksum.
     """

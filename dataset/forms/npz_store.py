@@ -150,7 +150,7 @@ class NpzStore:
         return image_path.with_name(image_path.name + file.removeprefix(source))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file to read an entry from: that of `_path`, else `STEM.npz` of an older program."""
+        """Return the file that has an entry: the one of its name, else `STEM.npz` of an older program."""
         path = self._path(name)
         source = self._source_stem(name)
         if not self.format.has_nameless or self._is_text(name) or not source or path.is_file():
@@ -237,7 +237,7 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        """Return height and width of latents, from the entry name."""
+        """Return height and width of latents in an entry, computed from the size in its name."""
         _, (width, height) = self._sizes(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width
@@ -424,7 +424,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays that other programs expect in addition to outputs: constants, settings, zeros."""
+        """Return the arrays that other programs expect beside encoder outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.of_table.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

@@ -156,7 +156,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
 
 def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the unpacked bytes of a column in a row group.
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `pages`, which raises at too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -406,7 +406,7 @@ def _column(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group.
+    """Return a column of a row group as an Arrow array.
 
     `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """

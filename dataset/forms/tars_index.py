@@ -295,7 +295,7 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
         ValueError: If the caption cannot be used.
     """
     for ending, text in texts.items():
-        if text.startswith("\0"):  # an error, see `_read_text`
+        if text.startswith("\0"):  # `_read_text` stores an error like this
             raise ValueError(f"its .{ending} {text[1:]}")
     caption_text = texts.get(rules.caption_suffix[1:])
     json_text = texts.get("json")
@@ -308,7 +308,8 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
         return None
     if not rules.multi_caption:
         return captions[0].strip()
-    further = [" ".join(caption.split()) for caption in captions[1:]]  # each on one line
+    # each further caption on one line; lines of the first one are captions already
+    further = [" ".join(caption.split()) for caption in captions[1:]]
     return "\n".join([captions[0], *further]).strip()
 
 

@@ -154,7 +154,7 @@ def _sources(
 
 
 def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Make the source of a sample.
+    """Make the source of a sample: its image or clip with caption, control media and mask.
 
     Raises:
         DatasetError: If the sample cannot be used.

@@ -60,7 +60,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:
+    if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
     return itertools.islice(frames, frames_wanted(table))
 

@@ -25,7 +25,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colors of transparent pixels.
 
-    `keeps_alpha` is the field of the family's LatentSpec.
+    `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
     for_family = keeps_alpha and source.table.kind == "image"
     # with alpha_mask, transparency is the mask of the loss, so the colors below it are used
@@ -124,7 +124,7 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Warn of each file whose colors do not follow from its pixel values alone.
+    """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """

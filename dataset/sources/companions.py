@@ -105,7 +105,7 @@ def pair_by_name(
         DatasetError: If two files have the same stem and number, or the folder cannot be listed.
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
-    numbered: dict[str, dict[int, Path]] = {}
+    numbered: dict[str, dict[int, Path]] = {}  # stem -> (number -> path)
     alone = []
     for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name

@@ -371,9 +371,9 @@ def _read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references and the control mask of a fetched source, see `read_companions`.
+    """Read the references, the guides and the control mask of a fetched source.
 
-    The defaults are for an image, which has one frame.
+    `count` frames are read at the times in `clock`, at the rate `fps`; the defaults are for an image.
     """
     from dataset.sources.companions import read_companions  # few sources have any
 
@@ -612,7 +612,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         fit = fit_without_enlarging(size, width * height, rule.step)
     else:
         fit = fit_cover(size, bucket)
-    interpolation = how_to_resize(size, fit.resized)
+    interpolation = how_to_resize(size, fit.resized)  # "none" if the size stays
     if interpolation != "none" and rule.interpolation:
         interpolation = rule.interpolation
     return dataclasses.replace(fit, interpolation=interpolation)

@@ -102,6 +102,7 @@ def _find_audio(
     """
     if clip in audios:
         return audios[clip], None
+    # a file beside the clip counts only if no other place is set
     if not table.finds_audio or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
@@ -233,7 +234,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             kind = f"{table.holds}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
             faults.append(Fault(kind, text, path.stem, ends_run=False))
-    # the usual case: no possible animations and no spare files, so nothing has to be opened
+    # the usual case: no possible animations and no spare files (GIF, TIFF), so nothing has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
     if table.leaves_animations:

@@ -66,6 +66,7 @@ class TableFolders:
         sharing = self._sharing[folder_key]
         if sharing[0].index != table.index:
             return None
+        # what the tables of this folder read, together
         kinds = {str(sharing_table.holds) for sharing_table in sharing}
         captions = {
             sharing_table.caption_extension for sharing_table in sharing if sharing_table.caption_extension

@@ -36,7 +36,7 @@ NO_REFERENCE = (
 
 
 class PackedFile(Protocol):
-    """A file inside another file, such as a tar (see `dataset/forms`). It can be compared and hashed."""
+    """A file inside another file, such as a tar or a Parquet table. It can be compared and hashed."""
 
     def __hash__(self) -> int: ...
 
