@@ -94,7 +94,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
     _add_then(parser)
-    # print the help of a later tool even if required options of the first one are missing
+    # print the help of a later tool, which ends the program, even if the first one lacks required options
     for later in later_tools:
         if HELP & set(later):
             read_tool(later, before)

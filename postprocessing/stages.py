@@ -196,12 +196,14 @@ class PostTools:
         alpha = None
         if is_single:  # frames of videos have no alpha channel
             first, alpha = split_alpha(first)
-        self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
+        # raises if a tool needs a video and gets an image; 2 stands for any larger number of frames
+        self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         # NTSC rates such as 30000/1001 have the denominator 1001
         rate = Fraction(fps).limit_denominator(1001)
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
+        # `first` was taken from the iterator to learn the size
         numbered = enumerate(chain([first], frames))
         images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = run_stages(self._stages, images, clips)

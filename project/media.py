@@ -204,7 +204,7 @@ def _collect_media(
         if training_folder != folder:
             content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
     _add_audios(content, audios, model_info)
-    # made last, because only now is it known which captions were used
+    # only now is it known which captions were used; inserted before the lines about files
     content.lines[start:start] = _describe_lists(content)
     return audios
 
@@ -258,9 +258,11 @@ def _describe_unused_sources(
 ) -> list[str]:
     """Return lines about folders of reference images, which a model that does not edit cannot use.
 
-    Folders in `described` already have a line.
+    `name` is the model's name, and `edits` continues the sentence with a model of the family that does. Folders in `described`
+    already have a line.
     """
     inner_sources = [
+        # [1:]: without the media folder itself, whose folders are in `sources`
         source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
     ]
     return [
@@ -304,6 +306,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             candidates.append(subfolder)
             # sd-scripts' layout: folders such as img/10_cat class
             candidates += [inner for inner in _folders(subfolder) if _name_of(inner) is not None]
+        # a folder named like one that runs write; `new` itself fills FIRST_FRAMES
         elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
             text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
             content.lines.append(warning(text))
@@ -345,7 +348,8 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularization images, and record the folder if it is used.
 
-    `reason` explains why its images are for regularization. `kind` is the kind of run.
+    Folders are left out if the run, the model or missing captions allow no regularization. `reason` explains
+    why its images are for regularization. `kind` is the kind of run.
     """
     images = _files_in(subfolder, image_suffixes())
     if not images:
@@ -369,6 +373,7 @@ def _describe_regularising(
         )
         return [warning(text)]
     content.regularization.append(subfolder)
+    # the line that says how the folder is used
     count = count_of(len(images), "regularization picture")
     caption = ""
     if uncaptioned and class_name is not None:
@@ -908,6 +913,7 @@ def _find_references_of(image_folder: Path, sources: Sequence[Path], content: Fo
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
         return
+    # references have the file names of their images
     for source in sources:
         without = _without_reference(source, images)
         if len(without) == len(images):

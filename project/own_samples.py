@@ -40,7 +40,7 @@ def balance_origins(content: FolderContent) -> None:
         by_folder.setdefault(item.path.parent, []).append(bool(_read_prompt(content, item)))
     generated = {folder: len(files) for folder, files in by_folder.items() if all(files)}
     real = {folder: len(files) for folder, files in by_folder.items() if not any(files)}
-    # a folder with both kinds is in neither dictionary
+    # a folder with both kinds is in neither dictionary, so fewer folders are counted than exist
     if not generated or not real or len(generated) + len(real) < len(by_folder):
         return
     fewer, more = sorted((generated, real), key=lambda counts: sum(counts.values()))

@@ -77,7 +77,8 @@ class RelocatedText(NamedTuple):
 def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
     """Make the paths in a TOML text relative; comments are preserved.
 
-    `without` are keys to remove from all tables.
+    `machine_paths` replaces the paths; those that it cannot replace stay, and are returned as outside of the
+    packed folder. `without` are keys to remove from all tables.
 
     Raises:
         ValueError: If the text is not TOML.

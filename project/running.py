@@ -135,6 +135,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     # the LoRA is finished already
     if _report_trained(project, options):
         return
+    # an interrupted run has saved its state: continue from the latest one
     if _has_state(project):
         project = _extend_training(project, ["--resume", "latest"])
     if project.missing and not (options.download or options.dry_run):
@@ -145,6 +146,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
         for argv in commands:
             _print_command(argv, project.folder)
         return
+    # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
@@ -193,7 +195,7 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands in order, except checks that have passed before; return lines about skipped files.
+    """Run the commands in order, except checks that have passed before; return lines about skipped media.
 
     Exits with the code of the first command that fails.
 
@@ -214,6 +216,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         else:
             with trace.follow(argv) as progress:
                 _run_or_exit(argv, project.folder, may_leave_out=bool(left_out), progress=progress)
+        # the download command is run only if files are missing, and has to bring them all
         if argv == project.download and project.missing:
             raise OptionError(
                 f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
@@ -354,7 +357,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
-    project_table = tables[OTHERS_TABLE]
+    project_table = tables[OTHERS_TABLE]  # what `run` needs besides training options: commands and files
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output = expand_path(str(values["output_dir"]), folder)
@@ -366,7 +369,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = (float(values.get("validation_split", 0)), seed)
-    steps = None
+    steps = None  # unknown if the length is set in epochs
     if "max_train_epochs" not in values:
         steps = int(values["max_train_steps"])
     if not commands:
@@ -490,7 +493,7 @@ def _check_training(project: Project) -> None:
 
     Raises OptionError if the script rejects them.
     """
-    argv = project.commands[-1]
+    argv = project.commands[-1]  # the last command trains
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
         cwd=project.folder,

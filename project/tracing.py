@@ -135,8 +135,9 @@ class RunTrace:
     def end(self, reason: str, kind: str) -> None:
         """Record in the run's history how the run ended, unless its training records that itself.
 
-        `kind` is the kind of the history's end.
+        `reason` is "" if it ended well. `kind` is "good", "bad", or "" for a run that was stopped.
         """
+        # nothing was begun
         if self._history is None or not self._step:
             return
         with self._guarded():

@@ -75,6 +75,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
     Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
     """
+    # checked first, against the size of the archive: nothing is read from it before
     entries = archive.infolist()
     _check_entries(entries, os.fstat(archive.fp.fileno()).st_size)  # type: ignore[union-attr]
     if archive.getinfo(MANIFEST).file_size > MAX_METADATA_BYTES:
@@ -83,9 +84,10 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
         manifest = parse_json(_read_member(file).decode("utf-8"))
     if manifest["version"] != VERSION:
         raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
-    # raises KeyError if there is no run.toml
+    # called only to raise KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
     name, modified = manifest["name"], manifest["modified"]
+    # the name becomes that of the new folder
     reason = find_error_of_name(name, os.name == "nt")
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
@@ -156,7 +158,10 @@ def _write(
     folder: Path,
     options: UnpackOptions,
 ) -> None:
-    """Write all members into a folder that appears only when it is complete."""
+    """Write all members into a folder that appears only when it is complete.
+
+    `modified` holds their modification times in nanoseconds, by name.
+    """
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)

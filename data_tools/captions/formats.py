@@ -143,7 +143,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     reworded = caption
     if wording.replace or wording.replace_regex:
         reworded = reword_value(caption)
-    # trigger word, prefix and suffix
+    # what is added around the main text: trigger word, prefix and suffix
     additions = dataclasses.replace(wording, replace=(), replace_regex=())
     if not additions.changes_something:
         return reworded

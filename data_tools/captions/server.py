@@ -101,7 +101,7 @@ class ApiServer:
         self._key = key
         self._stop = threading.Event()
         self._has_answered = False
-        self._logged_reasons: set[str] = set()  # why it was asked again
+        self._logged_reasons: set[str] = set()  # why the server was asked again
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
@@ -246,7 +246,7 @@ class ApiServer:
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
             why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
-        return _TryAgain(f"the connection broke: {why}", math.nan)
+        return _TryAgain(f"the connection broke: {why}", math.nan)  # NaN: the server demands no waiting time
 
     def _post(self, parameters: Any) -> tuple[int, float, str]:
         """Send a request; return the status, the seconds to wait (NaN: not named by the server) and the text.

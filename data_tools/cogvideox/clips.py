@@ -223,8 +223,9 @@ def write_texts(
 ) -> None:
     """Write the embeddings of a caption and a note on their origin; the caption itself is written last.
 
-    `tensors` have the keys that they have in caches. A single tensor is stored without a dictionary, as other
-    trainers expect. Raises OutputError, or CacheError if a value is NaN.
+    `tensors` are named by the keys of text caches, and `identities` describe each text encoder. A single
+    tensor is stored without a dictionary, as other trainers expect. Raises OutputError, or CacheError if a
+    value is NaN.
     """
     path = item.file(EMBEDS)
     item.file(PROMPTS).unlink(missing_ok=True)

@@ -221,7 +221,7 @@ def _encode_captions(
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
 
-    Captions are written last, when all encoders have added their results.
+    The text of a caption is written last, when all encoders have added their embeddings to its file.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.

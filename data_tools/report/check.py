@@ -419,13 +419,14 @@ def _plan_sources(
 
 
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Add the items of all plans to the findings; if references cannot be read, add a fault instead."""
+    """Count the items that each source will give; if its references cannot be read, add a fault instead."""
     table = findings.table
+    # sizes of the references of each source; without references an endless row of ()
     sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
     if table.references is not None:
         bar = Bar(len(plans), "Reading headers", "source", shown=False)
         sizes_of = map_ahead(plans, _measure_references, workers, bar)
-    for sizes, plan in zip(sizes_of, plans, strict=False):
+    for sizes, plan in zip(sizes_of, plans, strict=False):  # not strict: `sizes_of` may be endless
         if isinstance(sizes, Failure):
             findings.faults.append(Fault(UNREADABLE, str(sizes), sizes.stem))
             continue
@@ -482,7 +483,8 @@ def check_training(
 
     The product of `accumulation` and `processes` is the number of batches per optimizer step. `files` are
     report lines about the checkpoints. `text_keys` are the keys of a complete text cache. `audio` is the
-    audio specification of a family that is trained with sound.
+    audio specification of a family that is trained with sound. `validation` holds the fraction of items for
+    validation and its seed, for tables that do not state their own.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
     encoders = SameEncoders(commands)
@@ -598,7 +600,8 @@ def _compare_sources(
 ) -> None:
     """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing media files cause no warning, because training only reads their caches.
+    Missing media files cause no warning, because training only reads their caches. `hears` says whether the
+    model is trained with audio.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
         name = form_of(findings.table).name

@@ -179,7 +179,7 @@ def _compare_media(
         return {}
     record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
     sections = _count_sections(caches)
-    # other programs' caches have no record
+    # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,
@@ -299,7 +299,8 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
     """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
-    `records` are the records of some caption of the dataset, by encoder; they show which encoders are used.
+    `plan` names the caption's cache file, and the encoders whose embeddings in it cannot be used. `records` are
+    those of some other caption of the dataset, by encoder; they show which encoders are used.
     """
     if plan.file_name not in store:
         return MISSING, ""
@@ -315,4 +316,5 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return STALE, str(error)
     if record is None:
         return STALE, f"it has no record of {encoder}"
+    # its record fits, so the tensors themselves must be unusable
     return STALE, why_outdated(record, records[encoder].encoder, plan) or "damaged"

@@ -150,7 +150,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the look of a source with the error that its control media or its mask would cause in caching.
 
-    The source is decoded again, because only caching's own function reads it together with them.
+    Control media and masks are read only by the function with which caching decodes a source.
     """
     if not source.control and source.mask_from is None:
         return look
@@ -309,7 +309,10 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     facts: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`."""
+    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`.
+
+    If an error is raised, `facts` holds what was learned before.
+    """
     table = source.table
     facts["bytes"] = _read_file_size(source)
     if table.holds == "video":

@@ -72,7 +72,7 @@ def check_masks(
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
-    """Measure which fraction of the latents a mask includes; None if the mask cannot be read."""
+    """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]
@@ -89,6 +89,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
             mask = read_moving(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
+    # the mask is reduced to the size of the latents, as for training
     _, height_stride, width_stride = latent.stride
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
     learned_fraction = float((weights > LEARNED).float().mean())

@@ -75,7 +75,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     def show_table(table: DatasetTable) -> str:
         """Display the items of a table until the user or the limit of the console ends it.
 
-        Returns the last answer.
+        Returns the user's last answer; NEXT also at the end of the table.
         """
         # the console shows a limited number of items, windows and files all
         num_left = debug.console_num_images if display == "console" else None

@@ -192,7 +192,7 @@ class RetinaFaceDetector:
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
         selected_anchors = anchors(*image.shape[2:])[selected]
-        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
+        size = torch.tensor([width, height], dtype=torch.float32)  # decoded positions are fractions of the image
         # `repeat` gives width, height, width, height
         corners = (decode_boxes(boxes[selected], selected_anchors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[selected], selected_anchors) * size).numpy()

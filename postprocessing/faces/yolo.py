@@ -338,7 +338,8 @@ class YuNetDetector:
 def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
     """Return a YuNet detector after a test run.
 
-    Some files accept a single image size, to which images are fitted; others accept any size.
+    Some files accept a single image size, to which images are fitted; others accept any size. Larger images
+    are reduced to `side` pixels; None searches them in full size.
 
     Raises:
         CheckpointError: If the network cannot be run.
@@ -350,7 +351,7 @@ def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
             *(model.path.name, *canvas),
         )
     detector = YuNetDetector(model.path, model, side, canvas)
-    # a black image, neither square nor of the canvas size
+    # test run with a black image, neither square nor of the canvas size, to raise errors before real work
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     return detector
 

@@ -215,9 +215,9 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return a model file with a released name, else the only one whose name begins with `start`, or None.
+    """Return a model file with one of the released `names`, else the only one that begins with `start`.
 
-    Returns None if there is neither.
+    Returns None if there is neither. Raises CheckpointError if several begin with `start`.
     """
     for name in names:
         if (folder / name).is_file():
@@ -234,7 +234,7 @@ def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
 
 
 def read_settings(path: Path | None) -> ModeSettings:
-    """Read the settings of a released YAML file; None stands for the released settings.
+    """Read GIMM-VFI's settings from a YAML file of its authors; None gives the defaults of these files.
 
     Raises:
         CheckpointError: If the file cannot be read or asks for an unsupported computation.

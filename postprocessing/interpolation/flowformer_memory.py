@@ -154,6 +154,7 @@ class WindowContextAttention(nn.Module):
             context: Context features, 1 H W C.
         """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
+        # positions within a window, equal for all windows; `joined` is the width of tokens and context
         code = position_code(positions_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
 

@@ -65,8 +65,8 @@ def in_parts(
     Args:
         run: Function to apply.
         x: Rows.
-        bytes_each: See `rows_of_part`.
-        part_bytes: See `rows_of_part`.
+        bytes_each: Memory to compute one row.
+        part_bytes: Memory limit of a part; None for the best size for the device.
     """
     rows = rows_of_part(bytes_each, x.device, part_bytes)
     return in_ranges(lambda start, end: run(x[start:end]), len(x), rows)
@@ -234,12 +234,14 @@ class Correlation:
         Args:
             first: Features of the first image, 1 C h w, float32.
             second: Features of the second image, 1 C h w, float32.
-            keeps_volume: Whether to store all products; None decides by the size.
+            keeps_volume: Whether to store the products of all pairs of positions, instead of computing them when
+                they are looked up; None decides by the size.
             levels: Number of scales to compare at.
             scale: Factor of all products; None for 1 / sqrt(C).
         """
         self._size = first.shape[-2:]
         scale = first.shape[1] ** -0.5 if scale is None else scale
+        # rows of the first image and columns of the second, so that a matrix product compares all positions
         self._first = rearrange(first.float(), "1 c h w -> (h w) c") * scale
         self._second = second[0].float().flatten(1)
         pyramid = [second.float()]

@@ -117,7 +117,8 @@ class Interpolator:
     ) -> Iterator[Picture]:
         """Yield the first of two frames, then the frames interpolated between them.
 
-        Nothing is interpolated across a cut, or between equal images: the first image is repeated.
+        Nothing is interpolated across a cut, or between equal images: the first image is repeated. The time of a
+        cut is added to `cuts`. `is_deep` says whether images have more than 8 bits.
         """
         factor = self._options.factor
         start = first.picture.start

@@ -58,6 +58,7 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
+    # from the most specific keys to the least: LECO, LLLite, LoRA, embedding; else the whole model
     kind = values.get("LoRA_type")
     slider = next((key for key in _OF_SLIDER if key in values), None)
     if slider is not None:

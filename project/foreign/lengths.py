@@ -77,7 +77,11 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the training length that a project sets: its number of steps, or the steps of its epochs."""
+    """Return the training length that a project sets: its number of steps, or the steps of its epochs.
+
+    `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of steps,
+    None if it has none. Keys that do not decide are reported.
+    """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{deciding_key} counts, as in {project.title}"
@@ -147,6 +151,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     `steps` is the number of steps of the run.
     """
     training = project.training
+    # a warm-up given as a fraction of the run; a number of steps has precedence
     if project.warmup_share is not None:
         key, share = project.warmup_share
         if training.get("lr_warmup_steps"):

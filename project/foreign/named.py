@@ -48,6 +48,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
     for key in list(project.unknown):
         if _find_ours(key, known_names) is not None:
             project.unknown.remove(key)
+            # the value is not needed any more; True stands for one that is not off
             _note_unknown(project, key, True, known_names)
 
 

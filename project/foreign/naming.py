@@ -24,9 +24,10 @@ class FileModel(NamedTuple):
 
 
 def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
-    """Select the model that a project names, and note what became of its keys.
+    """Select the model that a project of another trainer names, and note what became of its keys.
 
-    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model.
+    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model. A variant is a
+    key that names a model only together with another key.
     """
     models: list[FileModel] = []
     has_unknown_variant = False
