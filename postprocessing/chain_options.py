@@ -188,6 +188,7 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.record)
+    # options of the whole run are known here only to reject them
     run_parser = Parser(add_help=False)
     add_options(run_parser, ToolRunOptions)
     tool_flags = _list_flags(parser)

@@ -62,7 +62,7 @@ def make_stages(
 
     Args:
         tools: Tools with their options.
-        labels: See `NamedStage`.
+        labels: Name of each tool in messages; "" omits it.
         device: Device of the run.
 
     Raises:
@@ -97,7 +97,7 @@ def run_stages(
     Args:
         stages: The stages in order.
         pictures: Images of the input.
-        clips: Result of `results`.
+        clips: Properties of the clip before the first stage and after each stage, as `results` returns them.
     """
     earlier_errors: list[BaseException] = []  # errors of earlier stages, which name their own tool
     pictures = _note_errors(pictures, clips[0], "", earlier_errors)

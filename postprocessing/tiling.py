@@ -121,7 +121,10 @@ class _Joined(NamedTuple):
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`."""
+    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`.
+
+    `joined` is the result so far, None for the first tile; `length` is the size of the whole result.
+    """
     end = start + tile.shape[axis]
     if joined is None:
         # a single tile covers the whole axis
@@ -201,7 +204,7 @@ class Fitting:
                 if not is_out_of_memory(error):
                     raise
                 reason = short_reason(error)
-            # not inside `except`: the error keeps the failed run's tensors alive
+            # outside of `except`, where the error would keep the failed run's tensors alive; then try again
             self._shrink_batch(images, reason)
             free_memory(self.device)
 
@@ -212,7 +215,7 @@ class Fitting:
         """
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
-        side = min(self.tile or longest, longest)
+        side = min(self.tile or longest, longest)  # a tile of 0 stands for whole images
         minimum = min_tile(self.step, self.overlap)
         if batch > 1:
             self.batch = batch // 2

@@ -731,7 +731,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
-    # such as CON or NUL, which cannot be file names on Windows
+    # names such as CON or NUL, which cannot be file names on Windows
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
@@ -742,8 +742,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["output_name"] = choice.options.output_name or choice.trigger
         # prompts use an embedding by its file name
+        values["output_name"] = choice.options.output_name or choice.trigger
     return values
 
 

@@ -87,6 +87,7 @@ def write_project(options: NewOptions) -> None:
     Raises:
         OutputError: If one of the three files exists.
     """
+    # options: those typed, completed by another trainer's project or by a recipe
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
@@ -118,6 +119,7 @@ def write_project(options: NewOptions) -> None:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
 
+    # the texts of the three files; captions and first frames are written before them
     described = _describe(choice, describing.list_commands(choice))
     if not options.dry_run:
         _write_content(choice.content)
@@ -676,6 +678,7 @@ def _describe_again(choice: describing.Choice, **more: str) -> str:
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
+    # only options that differ from their defaults are written
     default = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed
     for name, value in values.items():

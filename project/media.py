@@ -258,12 +258,14 @@ def _describe_unused_sources(
 ) -> list[str]:
     """Return lines about folders of reference images, which a model that does not edit cannot use.
 
-    `name` is the model's name, and `edits` continues the sentence with a model of the family that does. Folders in `described`
-    already have a line.
+    `name` is the model's name, and `edits` continues the sentence with a model of the family that does.
+    Folders in `described` already have a line.
     """
     inner_sources = [
         # [1:]: without the media folder itself, whose folders are in `sources`
-        source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
+        source
+        for subfolder in folders_by_use.training_folders[1:]
+        for source in _sources_in(subfolder)
     ]
     return [
         warning(
@@ -398,7 +400,10 @@ def _name_of(folder: Path) -> FolderName | None:
 
 
 def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return why a folder's images count as regularization images; None if they do not."""
+    """Return why a folder's images count as regularization images; None if they do not.
+
+    `names` are the class or subject words in the names of folders, such as `ohwx man` of 10_ohwx man.
+    """
     if subfolder == folder:
         return None
     for path in (subfolder, subfolder.parent):
@@ -409,7 +414,7 @@ def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, Fold
         return None
     class_words = name.words.strip().lower()
     for subject in names.values():
-        # `man` is the class of `ohwx man`
+        # this folder shows a class if another one shows a subject of it: `man` is the class of `ohwx man`
         if subject.words.strip().lower().endswith(f" {class_words}"):
             return (
                 f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
@@ -699,7 +704,7 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "ModelInfo") -> None:
     """Use audio files as media if there are no others and the model allows it; else report them."""
-    if model_info.pairs_audios:
+    if model_info.pairs_audios:  # such an audio file is used with its clip
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
         return
@@ -742,7 +747,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
     caption_file = caption_path(path, content.captions)
     try:
         file = read_caption_file(caption_file)
-    except DatasetError:  # the check of the written files reports it
+    except DatasetError:  # not a text; the check of the written files reports it
         content.bad_captions.add(path)
         return None
     listed_text = content.listed.by_path.get(path)

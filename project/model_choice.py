@@ -256,6 +256,7 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
     """Return a message if a model file's name contradicts the typed task; None if it does not."""
     if not knows_few_steps(family):
         return None
+    # typed files next to the names of the files that are released for the task
     for dit, released in zip(dits, _released_names(model), strict=False):
         kind = _find_kind(family, dit)
         # the task wants a few-step model exactly if its released file is one
@@ -317,6 +318,7 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
         named_model = read_family(options.family, models)
         if not options.model_files:
             reject_made_from(named_model, options.family, models)
+    # tasks of the family that the typed one may mean; all of them if none is typed
     tasks = _list_tasks_left(named_model, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []

@@ -20,7 +20,7 @@ def use_prompts_as_captions(content: FolderContent) -> None:
         prompt = "" if item.caption is not None else _read_prompt(content, item)
         if prompt:
             content.new_captions[caption_path(item.path, content.captions)] = prompt
-            item = replace(item, caption=" ".join(prompt.split()))
+            item = replace(item, caption=" ".join(prompt.split()))  # a caption has one line
             count += 1
         media.append(item)
     content.media = media

@@ -281,7 +281,7 @@ def _run_or_exit(
     """Run a command of the project; exit with its code if it fails.
 
     With `may_leave_out`, a command that leaves files out has not failed, because the check has already
-    reported these files. `progress` is explained in `run_command`.
+    reported these files. `progress` is the file into which the command writes its progress.
     """
     code = run_command(argv, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
@@ -320,13 +320,14 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
     option = f"{path}: output_name"
-    # before history_path, which makes a path of the name
+    # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(option, project.name, is_new=False)
     reject_outside("output_dir", project.output)
     has_begun = history_path(project.output, project.name).exists()
     check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         reject_outside("logging_dir", project.logs)
+    # called only to raise an error for commands that are none of our scripts
     for argv_of_command in (project.download, *project.commands):
         _require_script(argv_of_command)
     typed_argv = option_words({f"--{name}": value for name, value in typed.items()})
@@ -535,8 +536,10 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
         for table in findings.tables:
             errors.extend(table.faults)
 
+    # the caching script loads the family and the dataset, and then calls `check` in place of caching
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check)
+    # only unreadable files are left out; any other error ends the run
     ending = [error.kind for error in errors if error.kind != UNREADABLE and error.ends_run]
     if ending:
         return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])

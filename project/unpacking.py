@@ -110,7 +110,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
         raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is not a table with a list of files")
     for path in files:
-        expand_path(path)
+        expand_path(path)  # called only to raise ValueError for an invalid path
     return files
 
 
@@ -135,6 +135,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         if reason:
             raise ValueError(f"{name!r}: {reason}")
         names.add(fold_name(name))
+    # no file may have the name of a folder that another file is in
     folders = {parent.as_posix() for name in names for parent in Path(name).parents}
     conflict = next(iter(names & folders), None)
     if conflict is not None:
@@ -176,6 +177,7 @@ def _write(
                     target.write(piece)
                     bar.update(len(piece))
         run_file = temporary / RUN_FILE
+        # its model paths become those of this machine's model folder
         text = _place_models(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:

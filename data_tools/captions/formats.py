@@ -64,6 +64,7 @@ class ObjectAsker:
             NoCaptionError: If the answer has no JSON object, or an object in a form that the model was not
                 trained with.
         """
+        # models may write text around the object
         start, end = answer.find("{"), answer.rfind("}")
         if start < 0 or end < start:
             hint = "" if start < 0 else ", as it does not end: raise --max_new_tokens"

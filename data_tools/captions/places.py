@@ -68,7 +68,7 @@ class CaptionList:
         Raises:
             OutputError: If the list cannot be written.
         """
-        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
+        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line; the latest line counts
         # the last line may be unfinished, even within a character
         content = pending.read_bytes().decode("utf-8", "replace")
         for text in content.split("\n"):
@@ -227,8 +227,8 @@ class CaptionLocation:
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
-        `is_foreign` says that a person wrote the replaced caption, which is then kept as a backup. `record` lists
-        the captions of the folder that this program has written.
+        `is_foreign` says that a person wrote the replaced caption, which is then kept as a backup. `record`
+        lists the captions of the folder that this program has written.
 
         Raises:
             OutputError: If the caption cannot be written.

@@ -161,7 +161,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     start = time.monotonic()
     replaces = maker.rewritten.ours or maker.rewritten.all
     if not dry_run:
-        _add_pending(config)
+        _add_pending(config)  # captions that a killed run has not put into its list yet
     locations = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
     records = read_made(locations)
     jobs, num_done = plan_captions(locations, records, maker.rewritten, maker.pass_id)
@@ -514,7 +514,7 @@ def _edit_line(
     new: dict[str, Any] = {}
     keys = ("caption", "captions") if is_several else ("caption",)
     for key in keys:
-        value = line.get(key)
+        value = line.get(key)  # a text or a list of texts
         if value is None:
             continue
         if isinstance(value, str):

@@ -224,6 +224,7 @@ class ApiServer:
                 f"{self._address} answers {status}, {REJECTED[status]}: {message}. "
                 f"Give what it wants: {remedy}."
             )
+        # `_adapt` notes the parameter that the server refuses, so that the next request leaves it out
         if status == 400 and self._adapt(text, parameters):
             return self._request(body)
         if 300 <= status < 400:

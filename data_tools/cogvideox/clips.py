@@ -159,7 +159,8 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
     """Return the contents of prompts.txt, videos.txt and data.jsonl, by file name.
 
     Args:
-        items: Finished items with their `read_info`. Missing files are null in data.jsonl.
+        items: Finished items with their number of frames, height and width. Missing files are null in
+            data.jsonl.
     """
     lines = []
     for item, info in items:

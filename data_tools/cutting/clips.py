@@ -68,7 +68,7 @@ def look_at(
         look.starts.append(start)
         look.end = float(frame.start + frame.seconds)
         detector.see(frame.pixels)
-        if start >= due:
+        if start >= due:  # measured every SAMPLE_SECONDS only
             look.samples.append(_measure(number, frame.pixels, black_threshold))
             due = start + SAMPLE_SECONDS
     look.changes = detector.changes()

@@ -51,7 +51,7 @@ def check_masks(
     At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
-    local = [plan for plan in masked if not plan.source.origins]
+    local = [plan for plan in masked if not plan.source.origins]  # origins: addresses of remote files
     step = math.ceil(len(local) / LOOKED_AT) or 1
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
@@ -110,7 +110,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         folder = findings.table.mask_directory
         if folder is None or folder_id(folder) not in stems:
             continue
-        of_folder = stems.pop(folder_id(folder))  # tables that share a folder warn once
+        of_folder = stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
         lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
         # without any match, the table already has an error

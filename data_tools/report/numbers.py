@@ -55,7 +55,7 @@ def collect_numbers(
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]
-    if len(table_numbers) == 1:
+    if len(table_numbers) == 1:  # counted already
         captions = table_numbers[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)

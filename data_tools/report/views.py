@@ -145,7 +145,7 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
 def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
     """Show frames, F H W 3, of an item in the chosen way; return what the user wants to see next.
 
-    `file` is the path to write, without suffix. Only a window waits for a key.
+    `file` is the path to write, without suffix. Only a window waits for a key: otherwise the result is NEXT.
     """
     if display == "console":
         image = sheet(frames, CONSOLE_FRAMES)

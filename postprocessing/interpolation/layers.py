@@ -234,8 +234,8 @@ class Correlation:
         Args:
             first: Features of the first image, 1 C h w, float32.
             second: Features of the second image, 1 C h w, float32.
-            keeps_volume: Whether to store the products of all pairs of positions, instead of computing them when
-                they are looked up; None decides by the size.
+            keeps_volume: Whether to store the products of all pairs of positions, instead of computing them
+                when they are looked up; None decides by the size.
             levels: Number of scales to compare at.
             scale: Factor of all products; None for 1 / sqrt(C).
         """
@@ -310,9 +310,10 @@ class Correlation:
         return products * (is_row[:, :, None] & is_column[:, None])
 
     def _compute_products(self, level: int, start: Tensor) -> Tensor:
-        """Compute products P 10 10 (y, x) from the features around each position.
+        """Compute the products of each position with a window of the second image, P 10 10 (y, x).
 
-        Used if the full cost volume would take too much memory: only the products of the window are made.
+        Used if the full cost volume would take too much memory. `start` holds x and y of the window's first
+        corner for each of the P positions.
         """
         height, width = self._sizes[level]
         features = self._levels[level]  # with REACH zeros around the image

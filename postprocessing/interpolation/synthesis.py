@@ -212,6 +212,7 @@ class Synthesis(nn.Module):
         feature = config.feature
         blends = config.blends
         self.is_projected = bool(config.projections)
+        # only for RAFT, whose feature maps have other channels than the decoder takes
         if config.projections:
             quarter, eighth, matching = config.projections
             self.amt_second_last_cproj = conv(*quarter, 1)

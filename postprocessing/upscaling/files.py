@@ -149,7 +149,10 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return regular expressions that convert the tensor names of an ESRGAN file to ours."""
+    """Return pairs (regular expression, replacement) that convert the tensor names of an ESRGAN file to ours.
+
+    Files of three generations have different names: the oldest ones are numbered by nn.Sequential.
+    """
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between

@@ -115,6 +115,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off."""
+    # the program saves all fields of its page, also those of features that are off
     kind = str(values.get("LoRA_type", "")).lower()
     without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
     without_effect |= {

@@ -89,6 +89,7 @@ def _adopt_option(
         return
     converted = option.read(value)
     project.adopted.append(show(key))
+    # written even if it is the default, where `new` would choose another value
     if converted != option.default or is_chosen:
         project.training[key] = converted
         project.source_keys[key] = show(key)

@@ -76,7 +76,7 @@ def _count_pixels(size: Size) -> int:
 
 def _move_to_general(project: ForeignProject) -> None:
     """Move the keys of the only dataset folder to [general], where they have precedence."""
-    moved: set[str] = set()
+    moved: set[str] = set()  # keys that an earlier dataset of the folder has set
     for dataset in project.datasets.values():
         for name, value in dataset.data.items():
             if name in moved and project.data[name] != value:  # the folder is listed twice

@@ -39,7 +39,7 @@ class Forms(NamedTuple):
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
-    default = NewOptions(folder=options.folder)
+    default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
     file_values = dict(project.new)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         file_values["train"] = project.run.kind

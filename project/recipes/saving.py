@@ -171,6 +171,7 @@ def _select_values(
     script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
+    # histories have all values as texts: the options of the script say how to parse them
     actions = {action.dest: action for action in build_parser(table, script)._actions}
     values: dict[str, Any] = {}
     for name, text in typed.items():
