@@ -98,7 +98,7 @@ class CostEmbed(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         """Create the layers that embed 8 x 8 patches of cost maps, with FlowFormer's module names.
 
-        Three convolutions of stride 2 reduce a patch to one token; `ffn_with_coord` mixes in its position code.
+        Three convolutions of stride 2 make a patch one token; `ffn_with_coord` mixes in its position code.
         """
         super().__init__()
         first, second, third = config.costs
