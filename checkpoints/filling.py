@@ -346,7 +346,7 @@ class _Filling:
             assert loading.form is not None
             stored = self._round(name, loading.form)
         form = stored.form
-        if loading.form is not None:
+        if loading.form is not None:  # products are computed as the user chose
             form = form.computing_as(loading.form)
         weight, *scales = stored.tensors
         assert weight is not None

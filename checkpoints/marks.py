@@ -65,6 +65,7 @@ def find_packed(
             raise ValueError(f"the layer {stem}: its mark cannot be read ({error!r})") from error
         except ValueError as error:
             raise ValueError(f"the layer {stem} {error}") from error
+    # layers of bitsandbytes have no mark: a tensor with their state lies next to the weight
     for name in tensors:
         weight, is_state, _ = name.partition(BNB_STATE)
         if is_state:

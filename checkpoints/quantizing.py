@@ -134,7 +134,7 @@ class Recognized:
 
 
 def quantize_file(options: QuantizeOptions) -> None:
-    """Write the quantized or 16-bit file.
+    """Write a model's file with quantized layers, or with --form bf16 a quantized one in 16 bits.
 
     Raises:
         CheckpointError: If the model is unknown or already quantized (for --form bf16: not quantized).
@@ -202,6 +202,7 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> Recognized:
     bare = bare_names(checkpoint)
     # in reverse order, as in `families.identify`, so that Wan is last: it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
+        # `room` is the family's folder, whose files.py describes how to recognize its transformer
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         if dit_format is None:
@@ -260,6 +261,7 @@ def _recognize_transformer(
         family=family,
         layers=frozenset(layers),
         shapes=shapes_in_file,
+        # functions that restore the row order of the published single file
         single_rows={prefix + name: order for name, order in dit_format.single_rows(bare, header).items()},
     )
 
@@ -341,6 +343,7 @@ class _Rounding:
     """Storage dtype, shape of the scales and metadata (the mark) of a layer that is quantized."""
 
     def __init__(self, form: str, shape: Shape) -> None:
+        """Select dtype, shape of the scale and ComfyUI's mark for a weight of this shape, out x in."""
         self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":

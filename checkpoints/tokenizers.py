@@ -42,7 +42,7 @@ class TokenizerFiles:
         """Return the tokenizer's file, or None if no file is found.
 
         Args:
-            path: Value of the option, a file or folder; None searches `folders`.
+            path: Value of the option, a file or folder; None searches `folders` next to the text encoder.
             checkpoint_path: File or folder of the text encoder.
 
         Raises:
@@ -59,6 +59,7 @@ class TokenizerFiles:
                 continue
             # single-file encoders of several models may lie in one folder, together with their tokenizers
             may_be_another_model = relative in self.shared and not checkpoint_path.is_dir()
+            # `token` is one that only this tokenizer has
             if not may_be_another_model or self.token.encode() in self.read_bytes(file):
                 return file
         return None

@@ -216,7 +216,7 @@ def is_safe_name(name: str) -> bool:
 def tensor_name(
     key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
 ) -> str:
-    """Return the name that a tensor has in a cache file.
+    """Return the name that a tensor has in a cache file: its key, sizes and dtype.
 
     Args:
         key: Name of the tensor in batches.
@@ -273,7 +273,7 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
-        """Make an entry from tensors by their names in the file."""
+        """Make an entry from tensors by their names in the file; `place` is its path, for messages."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property

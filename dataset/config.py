@@ -225,7 +225,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
             others[name] = value
     if not moved:
         return others
-    if not isinstance(general, dict):  # reported by the reader of [general]
+    if not isinstance(general, dict):  # nothing can be added to it; its reader reports the error
         return {name: value for name, value in content.items() if name in others or name in moved}
     # a key must not stand both above all tables and in [general]
     duplicates = [name for name in moved if name in general]
@@ -278,7 +278,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
 
 def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
-    """Return a configuration whose audio references follow a family's rules.
+    """Return a configuration whose audio references are dropped at the family's rate.
 
     Raises:
         DatasetError: If the run takes no audio as reference.
@@ -351,7 +351,7 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
 def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    `hint` is `Abilities.references`, which error messages end with.
+    `hint` names the variant of the model that takes references of clips; error messages end with it.
 
     Raises:
         DatasetError: If a table has a key that the family does not use.
@@ -426,7 +426,7 @@ def _find_entries(content: Table, problems: list[str]) -> list[Any]:
         problems.append(
             "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
         )
-        return [entries]
+        return [entries]  # so that errors in its keys are reported, too
     if isinstance(entries, list) and entries:
         return entries
     # an unknown top-level key such as [[dataset]] has been reported with a hint; one error is enough
@@ -447,7 +447,7 @@ def _read_table(
     if source_key is None:
         return None
     is_of_audio = source_key in OF_AUDIO
-    if is_of_audio:
+    if is_of_audio:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
     form = FORM_OF_SOURCE[media_key]
@@ -541,7 +541,15 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
 def _fill_in_fields(
     form: DataForm, fields: dict[str, Any], source_key: str, where: str, problems: list[str]
 ) -> bool:
-    """Fill in fields that depend on others; if fields conflict, add an error and return False."""
+    """Fill in fields that depend on others; if fields conflict, add an error and return False.
+
+    Args:
+        form: Form of the data, such as a folder or a list; some have keys of their own in `fields["own"]`.
+        fields: Fields of a table by name, which are changed.
+        source_key: Key that names the data, for messages.
+        where: Path of the file, and name of the table after a comma.
+        problems: List to which the error is added.
+    """
     folder = fields["directory"] if fields["own"] is None else fields["own"].folder
     conflict = None
     if not (fields["cache_directory"] or folder):
@@ -562,6 +570,7 @@ def _fill_in_fields(
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
     guides = fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"]
     fields["has_guides"] = bool(guides)
+    # whether a part of each item is given as a condition and not learned
     fields["gives_parts"] = bool(
         guides or fields["spatial_crop_region"] or fields["audio_cond_mask_directory"]
     )

@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Make the `Form` of a key's values.
+    """Make the `Form` of a key: it reads a value of the file, and describes the allowed ones.
 
     Args:
         kinds: Python types of values in the file.
@@ -340,7 +340,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a configuration without the keys of UNNEEDED, which are logged."""
+    """Return the content of a configuration without keys that have no effect here (UNNEEDED); log them."""
     datasets = content.get("datasets")
     tables = [content.get("general")]
     if isinstance(datasets, list):

@@ -49,7 +49,7 @@ def check_pairs(config: DatasetConfig, taker: str, warn: Callable[[str], None] =
         if table.directory is None or table.directory.is_dir():
             by_folder.setdefault(folder, []).extend(find_sources(table))
     for folder, sources in by_folder.items():
-        lone = ControlFolder(folder, {source.stem for source in sources}).alone
+        lone = ControlFolder(folder, {source.stem for source in sources}).alone  # control images of no image
         if lone:
             names = ", ".join(path.name for path in lone[:SHOWN])
             more = " ..." if len(lone) > SHOWN else ""

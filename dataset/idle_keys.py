@@ -27,6 +27,7 @@ _NEEDS: Mapping[str, str] = {
 
 def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
     """Warn about keys that have no effect because no subset has the keys they depend on."""
+    # what keys may depend on, and whether a table has it
     is_met = {
         _BUCKETS: any(table.enable_bucket for table in tables),
         _VARIES: any(table.changes.moves_parts for table in tables),

@@ -120,7 +120,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
             faults.append(Fault(repeated, str(source.path), source.stem))
         elif earlier is not source:
             faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
-        # fast path: no character takes more than four bytes
+        # fast path: no character takes more than four bytes, so that the name need not be encoded
         if len(source.stem) * 4 <= MAX_OF_STEM:
             continue
         size_bytes = len(os.fsencode(source.stem))
@@ -144,7 +144,8 @@ class CompanionCounts(NamedTuple):
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
     """List a table again, and return the number of files that belong to each of its sources, by stem.
 
-    The mapping is empty if there are no sources, because training needs only the caches.
+    The mapping is empty if the sources cannot be listed, because training needs only the caches. Results
+    are remembered, because every item of a table asks for them.
     """
     try:
         with quiet():  # warnings about the dataset were shown when it was cached
@@ -205,6 +206,7 @@ def find_all_sources(
             skipped += [(table, fault) for fault in errors if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
+    # warnings about files that were read in an old encoding, or not at all
     if any(source.caption_encoding is not None for source in sources):
         encoding_warnings = list_errors(find_encodings(sources), LISTED)
         logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))

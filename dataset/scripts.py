@@ -113,7 +113,7 @@ def cache_family_texts(
         about: Docstring of the script.
         argv: Arguments; None for those of the process.
         run: Is called instead of the caching loop.
-        finish: Is called when all texts are cached, see `caching_script`.
+        finish: Is called with the family's options, the family and the dataset when all texts are cached.
     """
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")

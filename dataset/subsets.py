@@ -59,6 +59,7 @@ def read_subsets(
         typed: Values from the command line; None means the keys' defaults.
         problems: Errors are added to this list.
     """
+    # from the weakest to the strongest: defaults, command line, [general], [[datasets]], subset
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
@@ -119,7 +120,7 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of one [[datasets]]; `defaults` has the values of keys that it lacks."""
+    """Yield the subsets of [[datasets]] number `group`; `defaults` has the values of keys that it lacks."""
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, problems)
     subsets = dataset.get("subsets")
@@ -286,6 +287,7 @@ def _size_errors(values: Table) -> list[str]:
     if size is None:
         return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
     errors = []
+    # without buckets, or without enlarging, the limits have no effect
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
             errors.append(
@@ -440,7 +442,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
 
 
 def _has_repeats(folder: Path) -> bool:
-    """Return whether a folder has a subfolder whose name begins with a number of repeats."""
+    """Return whether a folder has a subfolder whose name begins with a number of repeats, as `10_cat`."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
     except OSError:  # for example, a folder of another user

@@ -109,7 +109,7 @@ class Guide:
 
 
 class OwnKeys(Protocol):
-    """Keys that only tables of one data form have (see `dataset/forms`), as a frozen dataclass."""
+    """Keys that only tables of one data form have, such as tars or a table file, as a frozen dataclass."""
 
     @property
     def source(self) -> Path:
@@ -285,6 +285,7 @@ class DatasetTable:
     declared_fps: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        """Set the fields that follow from others."""
         place = f"[[datasets]] {self.index + 1}"
         if self.group is not None and self.subset is not None:
             place = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
@@ -346,7 +347,7 @@ class DatasetTable:
         return source
 
     def of(self, kind: type[Own]) -> Own:
-        """Return the keys of the table's data form, `own`, which must be of the class `kind`."""
+        """Return the values that only tables of this data form have; they must be of the class `kind`."""
         assert isinstance(self.own, kind)
         return self.own
 
@@ -402,7 +403,7 @@ class DatasetTable:
         Args:
             sees_clip: Whether text encoders see the frames of the clip.
             shown: Reference media in order; None if text encoders see none.
-            further_text: `FURTHER_TEXT` of the row, used only with `shown`.
+            further_text: Additional text of the row for the encoders, used only with `shown`.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -415,9 +416,10 @@ class DatasetTable:
         return settings
 
     def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return values that differ from their defaults, by key, for keys with one of these `stale` flags.
+        """Return the table's values that differ from their defaults, by key.
 
-        The values can be written as JSON; a folder becomes its name.
+        Only keys whose change makes stale what `stale` names, such as latents, are returned. The values can
+        be written as JSON; a folder becomes its name.
         """
         values = {}
         records: list[Any] = [self]
@@ -479,7 +481,7 @@ class DatasetTable:
                 is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
-        return entry | self.changed(SECTIONS) | self.learning_keys
+        return entry | self.changed(SECTIONS) | self.learning_keys  # only keys that were set
 
 
 @dataclass(frozen=True)

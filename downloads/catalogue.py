@@ -213,7 +213,7 @@ def known_components() -> dict[str, Component]:
     licenses = known_licenses()
     components = {}
     for name, entry in catalog["component"].items():
-        paths = entry.get("files") or [entry["file"]]
+        paths = entry.get("files") or [entry["file"]]  # an entry has one of the two keys
         components[name] = Component(
             role=entry["role"],
             option=entry.get("option"),

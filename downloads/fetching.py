@@ -45,7 +45,7 @@ def run_download(options: DownloadOptions) -> None:
         DownloadError: If a site does not deliver a file.
         OutputError: If it cannot be stored.
     """
-    [model] = options.sets()
+    [model] = options.sets()  # several only for --list
     print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
     files = [file for component in model.components for file in component.files]
     planned = []
@@ -218,7 +218,8 @@ def _receive_undamaged(
     """Download what is missing of a file, and all of it once more if its checksum is wrong.
 
     Raises:
-        DownloadError: If the data arrive damaged twice, or as `_receive` does.
+        DownloadError: If the data arrive damaged twice, if the site refuses, or if the connection stays
+            broken.
         OutputError: If the disk is full.
     """
     name = _display_name(partial)

@@ -187,6 +187,7 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
     Raises:
         OptionError: If the model is known but not supported.
     """
+    # family and task of a fine-tune's base, or the name of a model that is not supported
     subject = _find_subject(text, _FINE_TUNED + _UNSUPPORTED)
     if subject is None:
         return None

@@ -80,6 +80,7 @@ def read_autoencoder(
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
+    # 1. bring diffusers' names to ours, and reject other models
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
@@ -93,6 +94,7 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
+    # 2. the channels of each level, and whether the norms' groups divide them
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
@@ -285,13 +287,17 @@ class Autoencoder(ImageVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Encode as `ImageVae.encode` does; as in the released code, log-variances are not clamped."""
+        """Return latents in model space, B Z 1 h w float32, of pixels B 3 1 H W.
+
+        They are samples of the posterior, or its mean without generators. As in the released code,
+        log-variances are not clamped.
+        """
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to one image of the batch at a time, as `ImageVae.in_tiles` does."""
+        """Apply `compute` to x, B C 1 H W, one image of the batch at a time, in tiles if x is large."""
         results = []
         for image in x.split(1):
             result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)
@@ -312,7 +318,7 @@ def load_autoencoder(
         path: The file, or the folder of a release with the autoencoder in its subfolder `vae`.
         device: Device to load to.
         dtype: Dtype of the weights.
-        tile: Size of the tiles that large images are processed in, as `Autoencoder` takes it.
+        tile: Side in pixels of the tiles that large images are processed in; None for no tiles.
 
     Raises:
         CheckpointError: If the file is damaged or contains another model.

@@ -282,7 +282,7 @@ class ClipVision(nn.Module):
         """Return the projected state of the class token, B P.
 
         Args:
-            pixels: Normalized pixels, B 3 S S, as `prepare` returns them.
+            pixels: Square images, resized, cropped and normalized: B 3 S S.
         """
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
@@ -310,7 +310,7 @@ class ClipVision(nn.Module):
         return _normalize(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
-        """Prepare pixels, B 3 H W in 0..1, as `prepare` does, but differentiably."""
+        """Resize pixels, B 3 H W in 0..1, to B 3 S S, center-crop and normalize them; all differentiable."""
         size = self.image_size
         shorter = min(pixels.shape[-2:])
         height, width = (size * length // shorter for length in pixels.shape[-2:])

@@ -136,7 +136,7 @@ def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
 
 
 def draw_control_mask(width: int, height: int, seed: int) -> dict[str, Tensor]:
-    """Return a mask that a seed draws, as `read_control_mask` returns it, for a sample without one."""
+    """Return a random mask for a sample without one, as conditions: 1 1 H W uint8, 0 or 1."""
     drawn = draw_mask(height, width, random.Random(seed))
     return {CONTROL_MASK: torch.from_numpy(drawn[None, None]).to(torch.uint8)}
 

@@ -144,7 +144,7 @@ class Inversion:
 
         Args:
             word: The word to learn.
-            towers: The text encoders, in their order.
+            towers: Names and tokenizers of the text encoders, in the order in which the model uses them.
             read_vectors: Reads the vectors from an embedding file or from a LoRA with the word; returns them,
                 each V C, by the keys of the towers, or None for a LoRA without the word. The second argument
                 is the option that names the file.
@@ -179,23 +179,24 @@ class Inversion:
         )
 
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
-        """Create the vectors, and let the text encoders use them.
+        """Create the vectors of the word, and let the text encoders use them.
 
         Random vectors are drawn from torch's default generator.
 
         Args:
-            encoders: Networks of the text encoders.
+            encoders: Networks of the text encoders, in the order of `towers`.
             with_values: Whether to initialize the vectors; otherwise they are zero.
 
         Raises:
-            UserError: As in `check`, and if the vectors of a file have another width.
+            UserError: If the initial values cannot be read, or have another width than the token embeddings.
         """
-        tables: dict[str, GrowingEmbedding] = {}  # by key of the tower
+        # a tower is one text encoder (`WordTower`): here, its key in files -> its token embeddings
+        tables: dict[str, GrowingEmbedding] = {}
         for network, tower in zip(encoders.children(), self.towers, strict=True):
             table = network.get_submodule(tower.embedding.removesuffix(".weight"))
             assert isinstance(table, GrowingEmbedding)
             tables[tower.key] = table
-        if with_values:
+        if with_values:  # embeddings of the known tokens, from which initial values are taken
             known_rows = {key: table.weight.detach().float().cpu() for key, table in tables.items()}
             initial = self._make_initial(known_rows)
         else:
@@ -213,12 +214,12 @@ class Inversion:
         return rows
 
     def _make_initial(self, known_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the initial vectors, each V C, by key of the towers.
+        """Return the initial vectors, each V C, by their keys in embedding files.
 
         They come from a file, else from the initial word, else they are random.
 
         Args:
-            known_rows: Token embeddings of each text encoder, by key of the tower.
+            known_rows: Token embeddings of each text encoder (tower), by its key in embedding files.
         """
         count = self.word.count
         from_file = self._read_weights()
@@ -245,6 +246,7 @@ class Inversion:
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
+            # as many ids as vectors: repeated from the start, or cut
             repeated_ids = [ids[index % len(ids)] for index in range(count)]
             vectors = known_rows[tower.key][repeated_ids]
             initial |= {name: vectors.clone() for name in tower.keys}

@@ -245,6 +245,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.maximum = use.maximum
         self.keys = use.keys
         self.word_keys = (use.model.word_key,)
+        # whether states have as many tokens as the prompt, not always `maximum`
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.takes_weights = use.states_key
@@ -291,7 +292,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.strips:
             num_stripped = len(text) - len(text.lstrip())
             text = text.strip()
-        text = text or use.blank
+        text = text or use.blank  # what the family writes for an empty prompt
         spans = []
         for first, last, weight in prompt.spans:
             spans.append((first - num_stripped, last - num_stripped, weight))
@@ -301,6 +302,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             prompt=text,
             spans=tuple(spans),
             start=start,
+            # tokens from here on are kept if the prompt is too long
             end=start + len(text) if use.keeps_after else math.inf,
         )
 
@@ -335,10 +337,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
-        tower = None
+        tower = None  # makes tokens of the language model from images
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
-        room = None
+        room = None  # free bytes on the device; None: load all layers there
         # backward passes need all layers on the device
         if device.type == "cuda" and blocks is None and not self.learns_word:
             room = spare_bytes(device)
@@ -410,6 +412,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         vocabulary = len(network.get_parameter(self.embedding))
         # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
+        # pad each group of prompts, run the network, and take its states apart again
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
@@ -526,7 +529,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts as `FileTextEncoder.encode` does, together with their images.
+        """Return the conditions of each prompt and its images, on the CPU.
 
         Image tokens do not count towards `maximum`.
 

@@ -287,12 +287,14 @@ def read_language_model(
         path,
     )
     shape = shapes_of(network, sources, wrong)
+    # layers: only those before the last state that is used are loaded
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
     query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_parts
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
+    # settings that the shapes do not show, from a config.json if there is one
     config_json = read_network_config(
         path,
         "text_config",
@@ -301,7 +303,7 @@ def read_language_model(
         defaults=model.defaults,
         written=network.metadata.get(model.config_key),
     )
-    if Q_NORM in model.marks:
+    if Q_NORM in model.marks:  # the norm of queries has one value for each channel of a head
         width = shape(f"{layer}{Q_NORM}", 1)[0]
     else:
         width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
@@ -497,6 +499,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     if config.model.rotated_share != 1:
         settings["rope_scaling"]["partial_rotary_factor"] = config.model.rotated_share
+    # the class of transformers, which older versions may lack
     classes = config.model.classes
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
@@ -551,7 +554,8 @@ def load_language_model(
         model: Kind of model that the file must contain.
         device: Device to load to.
         dtype: Compute dtype.
-        states: States to use, as in `read_language_model`.
+        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
+            before it; negative numbers count from the end.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.

@@ -27,7 +27,8 @@ def language_states(
         network: The language model.
         tokens: Embeddings, B L C.
         mask: 1 for real tokens, B L.
-        states: Numbers of the states to return, as `load_language_model` took them.
+        states: Numbers of the states to return, ascending, with which the network was loaded: the number of
+            layers before the state, or -1 for the last state after the final norm; () for all.
         positions: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
         added: Image features, each B L C. The n-th is added to the output of the n-th layer, after the state
             of that layer was collected (DeepStack).

@@ -101,7 +101,7 @@ def encode_images(
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
     entries = []
-    for part in media.split_for(device):
+    for part in media.split_for(device):  # a CPU encodes items one by one
         latents = {"latents": encode(part.frames)}
         for number, frames in enumerate(part.control):
             latents[f"{CONTROL}_{number}"] = encode(frames)
@@ -166,7 +166,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     `size` becomes `Prompt.image_size`, the size at which the text encoder sees the images.
     """
     paths = prepared.request.control_images
-    prompt_set = prepared.prompts[0]
+    prompt_set = prepared.prompts[0]  # an image has a single section
 
     def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, image_size=size)
@@ -369,7 +369,12 @@ def image_defaults(
 ) -> SamplingDefaults:
     """Return sampling defaults for square images and Euler's method.
 
-    `changes` are additional fields of `SamplingDefaults`.
+    Args:
+        steps: Number of sampling steps.
+        guidance_scale: Scale of classifier-free guidance.
+        side: Width and height in pixels.
+        flow_shift: Shift of the sigmas; None lets the family compute it.
+        changes: Further fields of `SamplingDefaults`.
     """
     defaults = SamplingDefaults(
         steps=steps,

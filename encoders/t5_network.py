@@ -258,7 +258,7 @@ class T5Block(nn.Module):
             weight = table.get_parameter("weight")
             buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
             by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
-            # the keys of query i are at the distances from -i on: a window of n
+            # the n keys of query i are at the distances from -i on, which is window n-1-i: hence the flip
             tokens.bias = by_distance.unfold(1, length, 1).flip(1)
         assert tokens.bias is not None
         x = _clamp_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))

@@ -98,7 +98,7 @@ class _WordReader:
         self.ids_after = example.ids[len(example.ids) - num_after :]
 
     def __call__(self, text: str) -> Tokens:
-        """Return the tokens of a text."""
+        """Return the tokens of a text; known words (`pattern`) get their own ids, other text is tokenized."""
         if not self.pattern.search(text):
             return self.read_plain(text)
         ids = list(self.ids_before)
@@ -426,6 +426,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
+            """Count the tokens of a text, and the characters that the encoder reads of it."""
             try:
                 written = self.write(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
@@ -515,6 +516,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         if not written:
             return []
         network, tokenizer = self._loaded.get()
+        # tokens of the template, whose states are not part of the result
         dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []

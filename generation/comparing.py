@@ -93,7 +93,13 @@ Column = tuple[Variant, Sequence[Cell]]
 
 @explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
-    """Generate all missing clips, then write the grids. Raises UserError if a clip or grid cannot be made."""
+    """Generate the clip of each prompt without LoRA and with each LoRA and strength, and write them as grids.
+
+    Clips that exist from an earlier run are not generated again.
+
+    Raises:
+        UserError: If a clip or grid cannot be made.
+    """
     _check(options)
     start = time.monotonic()
     device = select_device(options.device)
@@ -112,6 +118,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     _show_start(run, jobs, columns, missing)
     if missing:
         denoise_cells(run, missing)
+    # by label, because columns may share a clip
     clips = {cell.clip.label: cell.clip for _, cells in columns for cell in cells}
     paths = decode_cells(run, list(clips.values()))
     grids = write_grid(run, variants, jobs, paths)
@@ -212,7 +219,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_planning,
-        **dict.fromkeys(options.speed.modes.typed, True),
+        **dict.fromkeys(options.speed.modes.typed, True),  # options that use several processes
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,
         "--keep_pngs": output.format.keep_pngs,
@@ -416,7 +423,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Return a denoising phase, which loads networks with these LoRAs and yields the `dit_at` function."""
+    """Return a context that loads networks with LoRAs and yields a function from timestep to network."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader

@@ -50,6 +50,7 @@ def denoise(
     Returns:
         The latents in the shape of the section's noise, float32, on its device.
     """
+    # insert what is fixed: first frames and audio (given), other latents (held), unchanged regions (anchor)
     schedule = solver.schedule
     is_anchored = section.anchor is not None
     assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
@@ -82,7 +83,7 @@ def denoise(
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.overrides, clean_streams), section
         ).float()
-        if section.held is not None:
+        if section.held is not None:  # so that the prediction of held latents is their value
             velocity = section.held.mix_prediction(step, velocity)
         done = steps.StepDone(step, velocity, section)
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
@@ -93,7 +94,7 @@ def denoise(
         if audio_sigmas is not None:
             velocity = keep_time(section, schedule, index, velocity)
         latents = solver.step(index, velocity, latents)
-        if has_given:
+        if has_given:  # insert again what is fixed
             latents = hold_given(section, latents)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
@@ -121,7 +122,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's fixed parts inserted: first frames, audio and held latents.
+    """Return the latents with the section's fixed values inserted: first frames, audio, other held latents.
 
     Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
     measures the norm of a velocity.
@@ -179,6 +180,7 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
+        """Predict the velocity at the step's noisy latents for each of several conditions."""
         can_stack = not split and _are_alike(conditions)
         # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
@@ -271,8 +273,8 @@ def make_latents(
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
         guidance_options: Options of guidance other than its scale.
-        watchers: See `denoise`.
-        split: See `denoise`; families with `SamplingDefaults.one_batch` never split.
+        watchers: Called after each step's velocity is known; they may stop the section.
+        split: Run guidance passes one by one; families with `SamplingDefaults.one_batch` never do.
         on_section: Called before each section is denoised; the network may leave its device meanwhile.
         run: Runs the passes of a step.
 
@@ -285,6 +287,7 @@ def make_latents(
     if prepared.request.source is not None and prepared.request.source.extra_noise:
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    # a generator that yields the sections of a clip, and is sent the latents of each
     has_source = SOURCE in inputs.get(0, {})
     if has_source or prepared.slow_frames is not None or prepared.joint is not None:
         sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
@@ -300,7 +303,7 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(replace(section, previous=None), device)
+            section = on_device(replace(section, previous=None), device)  # `previous` is for `on_section`
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             if section.solver is not None:  # a family's own solver may count several steps for one
                 stage = replace(stage, steps=section.solver.schedule.num_steps)
@@ -338,7 +341,7 @@ def make_latents(
                     first_step=first_step,
                 )
             section = sections.send(latents)
-    except StopIteration as end:
+    except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:
             caches.report()
         return end.value

@@ -80,17 +80,17 @@ class ExpertTurns:
         return peak
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the lines of a plan for idle experts; () if only one expert works.
+        """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
 
-        Swapped weights of the working expert are counted in its own line.
+        Swapped weights of the expert that denoises are in host memory too, but count in its own line.
 
         Args:
             weights: Bytes of a full expert.
-            swap: Effect of swapping blocks.
+            swap: Bytes of weights that leave the device because blocks are swapped or split over processes.
         """
         if self.count < 2:
             return ()
-        if self.together:  # all experts stay on the device
+        if self.together:  # all experts stay on the device, without the weights that other processes hold
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.elsewhere)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:
@@ -164,8 +164,8 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     """Return the requests that no other exceeds in frame size, number of frames and references.
 
-    Usually there is one. If several remain, only a rehearsal shows which one needs the most memory: a longer
-    video made in sections may need no more than a short one.
+    Usually there is one. If several remain, only a dry run of each shows which one needs the most memory: a
+    longer video made in sections may need no more than a short one.
     """
     # only the last request of each size is used: one that also encodes media, if there is one
     request_by_size: dict[tuple[int, int, int], Prepared] = {}

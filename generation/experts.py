@@ -136,7 +136,7 @@ class DitTurns:
         finally:  # also where Ctrl-C comes in the middle of a move
             if self._ahead is not None:
                 self._end_ahead(self._ahead)
-            if not self.keep:
+            if not self.keep:  # no further prompts need the experts
                 self.free()
             elif self.device.type != "cpu" or self.lazy:
                 self._plan = ()
@@ -252,7 +252,7 @@ class DitTurns:
         copy = self._copies.get(expert)
         weights = bytes_on(dit, self.device)
         room = self.host_room()
-        if copy is not None:
+        if copy is not None:  # the host has the weights already: only the device's memory is freed
             copy.leave()
         elif self.device.type == "cpu" or (room is not None and weights > room):
             logger.info(

@@ -152,6 +152,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
             try:
                 with (
                     interrupts.allowed(),
+                    # a broken pipe ends the loop: nobody reads the answers any more
                     failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)),
                     send_warnings(answers),
                 ):

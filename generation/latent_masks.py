@@ -14,9 +14,9 @@ from protocols.steps import Section, StepDone
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset the latents to the noisy reference in every region that the section's mask protects.
+    """Reset latents to the noisy original image wherever the section's mask does not let it change.
 
-    Call it after each step.
+    Call it after each step. Without a mask the latents are returned unchanged.
 
     Args:
         section: The section to denoise.
@@ -24,7 +24,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
         schedule: Schedule of noise levels.
         step: Index in the schedule of the latents' noise level.
     """
-    anchor = section.anchor
+    anchor = section.anchor  # the original image and its mask
     if anchor is None or anchor.changed is None:
         return latents
     noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
@@ -32,7 +32,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Reset the latents to the noisy reference in the regions where the two hardly differ.
+    """Reset latents to the noisy original image in the regions where they hardly differ from it.
 
     Call before each step, once its velocity is known, so that small deviations do not accumulate.
 
@@ -42,7 +42,7 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
         schedule: Schedule of noise levels.
         step: Index in the schedule of the latents' noise level.
     """
-    anchor = section.anchor
+    anchor = section.anchor  # the original image and the rules that find changes
     if anchor is None or anchor.rules is None:
         return latents
     noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
@@ -57,7 +57,7 @@ def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
 
     Args:
         difference: Difference from the reference with the same noise, B C F H W.
-        rules: The family's rules for anchors.
+        rules: The family's blur, threshold and growth of changed regions.
     """
     magnitude = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)  # B 1 F H W
     threshold = rules.threshold * (magnitude.max() if rules.is_relative else 1)

@@ -124,7 +124,7 @@ class Session:
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode prompts as `texts` does, with LoRAs in text encoders that are not kept between calls."""
+        """Encode the prompts of each section, with LoRAs in text encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
         self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
@@ -198,7 +198,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return the distinct prompts of several requests, each given as a result of `wanted_texts`."""
+    """Return the distinct prompts of several requests, each given as its prompts by section index."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():

@@ -207,7 +207,7 @@ def encode_all_inputs(
     for job in jobs:
         if needs_media(run.family, job.prepared):
             with_media.append(job)
-        else:
+        else:  # its conditions need no encoder
             inputs[job.label] = encode_inputs(run.family, NO_ENCODERS, job.prepared)
     if with_media:
         # the VAE is needed again if the results are decoded
@@ -274,7 +274,7 @@ def denoise_all(
                         ).to(CPU)
                     if not bool(is_finite(latents)):
                         raise UserError(NOT_FINITE)
-                    if output.output_type == NOTHING:
+                    if output.output_type == NOTHING:  # of several processes only the first one writes
                         continue
                     denoised = _save_latents(run, job, latents, stem)
                 yield denoised
@@ -374,13 +374,13 @@ class _SectionPreview:
         hides = run.post is not None and run.post.hides
         if not run.options.output.shows_progress:
             return
-        if section.previous is None:
+        if section.previous is None:  # `section` is the first one
             if hides and section.count > 1:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             return
         if hides:
             return
-        if self.video is None:
+        if self.video is None:  # the first section is done: begin the preview
             prepared = self.job.prepared
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
             decoding_bytes = None if run.predicted is None else run.predicted.decoding
@@ -391,9 +391,9 @@ class _SectionPreview:
 def decode_all(
     run: GenerationRun, denoised: Iterable[GenerationJob], failures: Failures, are_named: bool
 ) -> dict[str, Path]:
-    """Decode latents to videos or images; return their paths by label of the job.
+    """Decode latents to videos or images and write them; return their paths by label of the job.
 
-    Latent files and previews that are not part of the result are then removed.
+    Afterwards each job's preview is removed, and its latent file unless --output_type keeps latents.
 
     Args:
         run: The run.
@@ -416,7 +416,7 @@ def decode_all(
                 assert job.latents is not None, "it is denoised"
                 pixels = decode(run.family, encoders, job.latents, job.prepared.shown)
                 metadata, edit = job.metadata, job.prepared.edit
-                if edit is not None:
+                if edit is not None:  # a change of the decoded pixels
                     pixels = edit.apply(pixels)
                     if metadata is not None:  # the latents do not have it
                         changes = {f"bt_{name}": text for name, text in edit.metadata.items()}

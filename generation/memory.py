@@ -105,9 +105,9 @@ def predict(
     room: Room | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse all phases of a generation without reading weights, and measure their memory.
+    """Run all phases of a generation on tensors without values, and measure their memory.
 
-    Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are rehearsed as 16-bit
+    Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are counted as 16-bit
     products of the same weights. Loading raises the same errors as in a real run.
 
     Args:
@@ -115,9 +115,10 @@ def predict(
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        turns: Turns of the experts over the whole run; None computes the turns of this request alone.
+        turns: Order of the experts over the whole run; None computes that of this request alone.
         room: Memory of the device; layers of text encoders that do not fit wait on the host.
-        watch: `TokenCounter.watch` if several devices share the step.
+        watch: Returns, for a network, the function that extrapolates from runs with few blocks to all;
+            `TokenCounter.watch` if several devices share the step.
     """
     extra = memory_plan.workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra=extra, room=room)
@@ -168,7 +169,7 @@ def rehearse_texts(
     extra: memory_plan.MemoryPart,
     room: Room | None,
 ) -> tuple[list[memory_plan.Phase], Mapping[int, EncodedPrompts]]:
-    """Rehearse the text encoders; return their phases, and the encoded prompts as uninitialized tensors.
+    """Predict the memory of each text encoder; also return the encoded prompts, as uninitialized tensors.
 
     An encoder's blocks may be split over the processes that share the transformer, or some layers may stay in
     host memory if they do not fit on the device.
@@ -179,7 +180,7 @@ def rehearse_texts(
     for encoder in family.text_encoders():
         encoder.load(META)
         if can_see(encoder) and any(text.pictures for text in outputs):
-            encoder.load_tower(META)  # before the rehearsal, which must not load anything
+            encoder.load_tower(META)  # the image encoder; before the dry run, which must not load anything
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
             phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
@@ -218,7 +219,7 @@ def rehearse_denoising(
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse the step that needs the most memory.
+    """Predict the peak memory of denoising: run its heaviest step on tensors without values.
 
     Args:
         family: The model family.
@@ -228,9 +229,10 @@ def rehearse_denoising(
         inputs: Conditions from input media, by section.
         extra: Other memory in use on the device.
         turns: Turns of the experts over the run.
-        watch: See `predict`.
+        watch: Returns, for a network, the function that extrapolates from runs with few blocks to all.
     """
     speed = options.speed
+    # load the transformer without values
     sdpa = replace(speed.attention.choice, mode="sdpa")  # represents all kernels, some of which need a GPU
     placement = Placement(META, attention=sdpa, quantization=rehearsed(speed.fp8.quantization))
     dit, lora_changes = load_with_loras(family, options, placement)
@@ -242,6 +244,7 @@ def rehearse_denoising(
     extrapolate = watch(dit)
     if prepared.added:
         add_stage_loras(dit)
+    # run one step with a few blocks, and extrapolate to all blocks
     with rehearsing(dit) as ledger:
         dry.watch_blocks(blocks, ledger)
         _place_loras(dit, lora_changes, prepared, ledger)
@@ -359,7 +362,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse decoding of `DECODED` frames, which suffices to reach the peak memory."""
+    """Predict the memory of decoding from a dry run of `DECODED` frames, which suffices to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -430,6 +433,7 @@ def predict_largest(
         for stage in request.stages or (request,):
             prediction = predict(family, options, stage, device=device, turns=turns, room=room)
             predictions.append((stage, prediction))
+    # by the bytes on the device with 0 swapped blocks
     return max(predictions, key=lambda candidate: candidate[1].device(0))
 
 
@@ -485,12 +489,15 @@ def resolve_options(
         family: The model family.
         options: Options of the run.
         device: Device of the run.
-        room: Memory of a CUDA device; None on other devices, where nothing is rehearsed.
+        room: Memory of a CUDA device; None on other devices, where no peaks are predicted.
+
+    Returns:
+        The options, and the predicted peaks; None if nothing was predicted.
 
     Raises:
         MemoryPlanError: If auto cannot be resolved.
     """
-    requests: Sequence[Prepared] = ()
+    requests: Sequence[Prepared] = ()  # empty: no prediction, such as for latents that are only decoded
     try:
         if room is not None and not options.latent_path:
             requests = all_requests(family, options)

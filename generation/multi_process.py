@@ -39,7 +39,7 @@ from runtime.ways.contract import Division, RunUses
 def plan_ways(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
 ) -> None:
-    """Print the ways to use several GPUs, and the cheapest one that fits.
+    """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.
 
     Args:
         family: The model family.
@@ -53,6 +53,7 @@ def plan_ways(
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
 
     def runs() -> Iterator[Rehearsed]:
+        """Yield the prediction for the given options, then that for fp8 weights if they are in 16 bits."""
         run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
         yield Rehearsed((), run.counter.heads, can_swap=True, divide=run.divide)
         if alone.speed.fp8.quantization is None:
@@ -76,6 +77,7 @@ class _DividedRun:
         cards: int,
         room: Room,
     ) -> None:
+        """Predict the memory of the full network, and count the tokens of a step."""
         self.family = family
         self.options = options
         self.prepared = prepared
@@ -121,7 +123,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     """Run `generate` in all processes of the launcher, or in the first one alone if no transformer runs.
 
     Raises:
-        UserError: As `generate` does, and if another process was lost.
+        UserError: If `generate` raises it, or if another process was lost.
     """
     speed = options.speed
     launched = launched_processes()
@@ -138,7 +140,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, select_device(options.device))
         return
-    meet_anew()
+    meet_anew()  # at a new port, if torchrun has restarted the processes
     device = join_processes(options.device, speed.modes.typed[0])
     rank = distributed.get_rank()
     if rank > 0:
@@ -196,7 +198,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
     flags = " and ".join(speed.modes.typed)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.modes.on.check:
+    for check in speed.modes.on.check:  # of each kind of division over processes that is in use
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(

@@ -71,16 +71,26 @@ class DitLoader:
         if self.device.type != "cpu":
             swap = self.options.speed.swap
             host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
-        with own_stream(self.device):
+        with own_stream(self.device):  # not in the queue of the expert that runs
             dit = self(expert, host_weights, check)
             return dit, HostCopy(dit, self.device, host_weights)
 
     def __call__(
         self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert, by default onto the device. Raises OptionError if a LoRA does not fit."""
+        """Load an expert with its LoRAs, compiled and with swapped blocks as the options say.
+
+        Args:
+            expert: Index of the expert.
+            host_weights: Which weights stay in host memory; None for those of the blocks to swap.
+            check: Called for each tensor; it may raise to stop loading.
+
+        Raises:
+            OptionError: If a LoRA does not fit.
+        """
         family = self.family
         speed = self.options.speed
+        # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
         uses, masked = self._split(self.uses[expert] if self.uses else ())
         merged: LoraPatch | None = None
         if uses and not self.originals:
@@ -91,6 +101,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
+        # of several processes, each may load only some of the blocks
         blocks = make_block_place(speed, self.device) if speed.modes.on.place else None
         placement = Placement(
             self.device,
@@ -174,7 +185,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by the keys of `LORA_OPTIONS`."""
+    """Return the LoRA files with their strengths, by expert; "" is the only or the low-noise expert."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -182,7 +193,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return an expert's key in `LORA_OPTIONS`."""
+    """Return an expert's key in `LORA_OPTIONS`: its name, or "" for the only or the low-noise expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -218,12 +229,14 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
+    # read the files, and deal them out to the options that name them
     uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     if len(keys) > 1 or any(uses for key, uses in uses_by_key.items() if key not in keys):
         _check_experts(uses_by_key, keys)
         _warn_of_missing_experts(uses_by_key, keys)
+    # collect the LoRAs of each expert, also from files with a LoRA per expert that another option names
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
         uses_of_expert = [*uses_by_key[key]]

@@ -216,6 +216,7 @@ class GenerationOptions(Options, title="run"):
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options that contradict each other."""
         self._check_work()
         if self.post.post:
             self._check_post()
@@ -355,6 +356,7 @@ def read_generation(
         add_more(parser)
         return parser
 
+    # parse the command line into the records of shared options and of the family's own
     parser, parsed = read_command_line(argv, build_parser)
     values = {**script_values(parser, defaults), **vars(parsed), "extras": request_extras(record)}
     args = fill_arguments(parser, argparse.Namespace(**values))
@@ -369,7 +371,9 @@ def read_generation(
     decoding_options = frozenset(
         name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
+    # likewise for options that need an image to edit
     has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
+    # options to record in the metadata of outputs
     recorded = _select_recorded(parser, args, info)
     settings = {name: value for name, value in values.items() if name in recorded}
     # a --save_path with a file name is split into folder and name
@@ -421,7 +425,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> Pars
 
 
 def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
-    """Return the values of the parsed arguments that the family's script sets and that are not options."""
+    """Return the fields of `GenerationOptions` that come from the family's script, not from an option."""
     return {
         "extras": {},
         "line_options": defaults.line_options,
@@ -461,6 +465,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
         setattr(args, name, None)  # the default depends on the model, which is not known yet
     if args.optimized:
         _apply_preset(args)
+    # options of the family that are part of a request: name -> (key in `Request.extra`, value)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
 

@@ -134,6 +134,7 @@ def make_request(
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
+        # the texts as typed, if wildcards or a file changed them
         typed={name: text for name, text in typed_texts.items() if text is not None and text != texts[name]},
     )
     check_values(request)
@@ -180,7 +181,13 @@ def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
 
 
 def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """Return the source that the command line or a prompt line names. Raises OptionError for several."""
+    """Return the video or image to start from instead of noise; None if neither line nor options name one.
+
+    A prompt line takes precedence over the command line.
+
+    Raises:
+        OptionError: If several are named.
+    """
     paths = {name: line[name] for name in SOURCES if name in line}
     if not paths:
         paths = {name: getattr(options, name) for name in SOURCES}
@@ -234,13 +241,14 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     Raises:
         UserError: If the request is not possible.
     """
+    # complete the request, and check what does not depend on the family's values
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
         from blissful_tuner.step_cache import select_step_cache  # only if a line may ask for one
 
         step_cache, settings = select_step_cache(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})
-    if request.source is not None:
+    if request.source is not None:  # a video or image to start from instead of noise
         from blissful_tuner.video_to_video import check_source  # only with a source
 
         request = check_source(request, request.source, family.source, family.latent)
@@ -248,6 +256,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from generation.embedding_marks import warn_of_embeddings  # only with such a mark
 
         warn_of_embeddings(family, request)
+    # fill in the family's values
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
@@ -262,6 +271,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
 
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
+    # check the result
     check_guidance(prepared, options.guidance)
     warn_of_low_scales(prepared, options.guidance)
     if request.step_cache is not None:
@@ -305,7 +315,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
         return prepared
     from modules.layers.rope import Slow  # only with --riflex_index
 
-    # over the whole video the frequency completes TURN of a period, so that the motion does not repeat
+    # over the whole video the frequency completes less than a period (TURN), so that motion does not repeat
     return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
 
 
@@ -384,7 +394,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """File name and strength of each LoRA, by the expert names of `list_loras`."""
+        """File name and strength of each LoRA, by expert; "" is the only or the low-noise expert."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
@@ -404,7 +414,7 @@ class GenerationRun:
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone, without loading a network.
 
-    Raises the errors of `prepare_line`, and OptionError if --post cannot process a single image.
+    Raises UserError if the request is not possible, or if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

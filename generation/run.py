@@ -397,7 +397,8 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
 
     Args:
         run: The run.
-        strengths: Expert -> strength of each of its files, as in `list_loras`. Missing experts keep theirs.
+        strengths: Expert -> strength of each of its files, in order; "" is the only or low-noise expert.
+            Missing experts keep theirs.
 
     Raises:
         OptionError: If a number is missing or not finite.
@@ -458,7 +459,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs that change text encoders or layers loaded with them; None if there are none.
+    """Return the LoRAs of text encoders and of networks that are loaded with these; None if there are none.
 
     Args:
         uses: LoRA files by expert; those of the first expert bring the text encoders.

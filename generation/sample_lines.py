@@ -192,7 +192,13 @@ def read_sample_file(path: Path) -> str:
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
-    """Return the prompts in the text of a file, as `read_sample_prompts` does.
+    """Return the prompts in the text of a .txt, .toml or .json file: one dictionary per sample image.
+
+    The keys are `prompt` and those of `SAMPLE_OPTIONS`.
+
+    Args:
+        text: The text of the file.
+        path: Path of the file; its suffix gives the format.
 
     Raises:
         OptionError: If an entry cannot be parsed.

@@ -137,6 +137,7 @@ class OutputOptions(Options, title="output"):
     file_name: str = option(default="", facts=NO_PIXELS)  # of the one result, if --save_path names a file
 
     def __post_init__(self) -> None:
+        """Raise OptionError if the output cannot be written, or does not have what other options need."""
         if self.save_last_frame and self.output_type in UNDECODED:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
@@ -326,6 +327,7 @@ class ScriptDefaults:
         }
 
     def _list_defaults(self) -> dict[str, Any]:
+        """Return the family's default of each shared option, by the option's name."""
         return {
             "video_size": list(self.size),
             "video_length": 1 if self.pictures else self.video_length,
@@ -343,7 +345,7 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return choices, help texts and flags of options.
+        """Return the changes of the family to shared options, by name: choices, help texts and flags.
 
         Args:
             source_settings: Settings of the options of video-to-video.

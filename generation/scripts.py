@@ -44,7 +44,7 @@ def generation_script(
                 about, defaults, record=record, argv=argv, add_more=add_more
             )
             stack.enter_context(name_as_typed(options.typed_names))
-            if settle is not None:
+            if settle is not None:  # may change which options are named
                 options, family_options = settle(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
             options.warn_of_ignored()

@@ -259,7 +259,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
 
     Args:
         run: The run.
-        lines: Prompt lines by label, as in `map_lines`.
+        lines: Prompt lines by label; None for the prompt of the command line.
         failures: Collects the errors of single lines.
     """
     sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))

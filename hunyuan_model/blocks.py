@@ -87,7 +87,7 @@ class HunyuanTokens:
 
     @property
     def clean(self) -> int:
-        """Negative index where the video tokens with a second vector begin; 0 if there are none."""
+        """Negative index where the video tokens with a second modulation vector begin; 0: none."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class TokensWithTurnedText(HunyuanTokens):
         return replace(super().cut(part), rotary_of_image=part.rows(self.rotary_of_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Select video tokens and the rotary rows of these; arguments as in `HunyuanTokens.select`."""
+        """Return the inputs for the tokens at the ascending positions `kept`, B K, and their rotary rows."""
         of_image = take_rows(self.rotary_of_image, kept, num_left_out)
         return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
@@ -214,7 +214,8 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then of the feed-forward layers
+        # shift, scale and gate of attention, then of the feed-forward layers. `tokens.clean` and
+        # `tokens.split` are the indices where tokens with a second modulation vector begin; 0: none
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 

@@ -107,7 +107,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             "skyreels_hunyuan_i2v_bf16.safetensors,"
         )
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
-    mark, table = DIALECTS[dialect]
+    mark, table = DIALECTS[dialect]  # a tensor that only this dialect has, and its names -> ours
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     shapes = DitShapes(path, file_shapes, "HunyuanVideo")
     dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
@@ -149,7 +149,17 @@ def read_dimensions(shapes: DitShapes, spec: DitSpec, names: Mapping[str, str]) 
 def read_block_dimensions(
     shapes: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
 ) -> dict[str, int]:
-    """Read the dimensions of blocks and refiner as `read_dimensions`. `dim` is the width of the model."""
+    """Read the dimensions of the blocks and the token refiner, by field of the config.
+
+    Args:
+        shapes: Shapes of the file's tensors.
+        spec: Names inside the transformer.
+        names: Tensor or list of blocks that shows each field of the config.
+        dim: Width of the model.
+
+    Raises:
+        CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
+    """
     (head_width,) = shapes.of(names["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(

@@ -50,7 +50,7 @@ class _JoinGelu(torch.autograd.Function):
 
 
 def turn_first(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the first L tokens of x, B L+T N D, by their positions; `table` of L tokens as in `rotate`."""
+    """Rotate the first L tokens of x, B L+T N D, by `table`, the cosines and sines of L positions."""
     length = table.shape[-4]
     if _is_plain(x, table):
         return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)

@@ -134,7 +134,7 @@ class HunyuanVideoModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.get_table(Grid(grid, overrides.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
-        embedded_texts = []
+        embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
@@ -193,7 +193,10 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real(
     mask: Tensor, before: int, device: torch.device
 ) -> tuple[int, list[int] | None, Lengths | None]:
-    """Return the results of `real_tokens`, and the lengths with `before` tokens in front of the text."""
+    """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
+
+    The last two are None if all texts are equally long. A sequence has `before` tokens in front of the text.
+    """
     longest, counts = real_tokens(mask)
     return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
 

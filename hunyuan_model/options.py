@@ -164,7 +164,7 @@ def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], di
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options of hv_generate_video.py that generate a sample with a training run's models."""
     default_image = None
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)

@@ -115,7 +115,10 @@ def refine_tokens(
     counts: Sequence[int] | None,
     attention: AttentionChoice,
 ) -> Tensor:
-    """Apply blocks to tokens B T C. `vector` is B C float32; `counts` as in `TokenRefiner.forward`."""
+    """Apply blocks to tokens B T C; `vector` is B C float32.
+
+    `counts` has the number of real tokens of each sample; None if all T are real.
+    """
     # an empty text keeps one key, because its rows need something to attend to
     lengths = None if counts is None else make_lengths([max(1, count) for count in counts], x.device)
     for block in blocks:

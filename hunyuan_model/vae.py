@@ -99,7 +99,7 @@ class HunyuanVae(nn.Module):
     def moments(self, pixels: Tensor) -> Tensor:
         """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network computes them.
 
-        Raises ValueError as `encode`.
+        Raises ValueError if the number of frames is not 4n + 1, or a side is not a multiple of 8 pixels.
         """
         check_clip(pixels, FRAMES, PIXELS)
         if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
@@ -133,7 +133,7 @@ class HunyuanVae(nn.Module):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the same as `decode`, before clamping to -1..1."""
+        """Yield pixels in playing order, one frame and then four at a time, not clamped to -1..1."""
         if self.tiling is None or latents.shape[2] <= self.tiling.frames // FRAMES:
             yield from _in_playing_order(self._decode(latents))
             return
@@ -192,7 +192,8 @@ def load_vae(
         path: The file.
         device: Device to load onto.
         dtype: Compute dtype.
-        chunk_size: Number of frames that a layer computes at a time, as in `HunyuanVae`.
+        chunk_size: Number of frames that a layer computes at a time; None for as many as fit into 2**26
+            values.
         tile: Edge of a tile in pixels, rounded down to a multiple of 8; turns tiling on.
         tiling: Cut clips into tiles as the released VAE does.
         tile_frames: Length of a tile in frames, a multiple of 16.
@@ -239,9 +240,10 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
-    """Return the same as `encode_latents` from moments: the same draws for the same names.
+    """Return cache entries with posterior samples drawn from moments, each with the seed of its clip's name.
 
-    `dtype` is that of the VAE. Moments of first frames also give `latents_image`.
+    They equal those of `encode_latents`. `dtype` is that of the VAE. Moments of first frames also give
+    `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
     latents = sample_posterior(_copy_moments(media.moments), generators, LOG_VARIANCE)

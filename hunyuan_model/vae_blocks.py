@@ -169,7 +169,7 @@ class HunyuanCausalConv(nn.Module):
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]
-        _, rows, columns = self.enlarge
+        _, rows, columns = self.enlarge  # factors by which frames are enlarged before the convolution
         batch, channels, _, height, width = x.shape
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
         padded = empty_clip(x, *size)
@@ -288,6 +288,7 @@ class CausalLevel(nn.Module):
         down: Factors | None = None,
         up: Factors | None = None,
     ) -> None:
+        """Build `blocks` residual blocks; `down` and `up` are factors for frames, rows and columns."""
         super().__init__()
         self.resnets = nn.ModuleList(
             HunyuanResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)

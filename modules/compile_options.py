@@ -33,6 +33,7 @@ class Compilation:
     variants: int | None = None  # recompilation limit of a list of blocks; None: enough for all
 
     def __post_init__(self) -> None:
+        """Raise OptionError if the mode is unknown, or if the mode or the back end does not work here."""
         if self.mode not in MODES:
             raise OptionError(
                 f"--compile_args: the mode {self.mode} is unknown: use one of {', '.join(MODES)}"
@@ -111,6 +112,7 @@ class CompileOptions(Options):
         Raises:
             OptionError: If a word is unknown, or if two options say the same.
         """
+        # the separate options win; the order is that of `COMPILE_ARGS`
         named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._values_of_options(default)
         backend, mode, dynamic, fullgraph = named.values()
         is_dynamic = None
@@ -125,7 +127,10 @@ class CompileOptions(Options):
         )
 
     def _values_of_options(self, default: tuple[str, ...]) -> dict[str, str]:
-        """Return the values of the separate options, by their names in `COMPILE_ARGS`."""
+        """Return the values of the separate options, by their names in `COMPILE_ARGS`.
+
+        `default` is the value of --compile_args if it is not typed. Raises OptionError if both are typed.
+        """
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
             "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,

@@ -55,7 +55,7 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         root = logging.getLogger()
         console = logging.StreamHandler()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError):  # a mistake in the logging call, not in the file
             super().handleError(record)
             return
         console.setFormatter(self.formatter)

@@ -172,7 +172,10 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Request a file by HTTP or HTTPS (an `Ask`). `headers` are additional headers, such as a token."""
+    """Request a file by HTTP or HTTPS (an `Ask`). `headers` are additional headers, such as a token.
+
+    `have` is the number of bytes that have arrived before, `version` the ETag or date that came with them.
+    """
     import requests  # takes 0.1 s, which only downloads need
     import urllib3
 

@@ -205,7 +205,7 @@ def _install_lines(
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
             return
-        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])
+        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])  # uv pip install --quiet ...
         if error_output is None:
             return
         if FULL_DISK.search(error_output):
@@ -250,7 +250,7 @@ def find_uv(python: Path) -> str | None:
     """Return the program uv if it can install into an environment; None if pip is needed.
 
     The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. No uv can be used if the
-    environment inherits packages of another Python (see `create_environment`), because uv does not see them.
+    environment inherits packages of another Python, because uv does not see them.
     """
     settings = python.parent.parent / "pyvenv.cfg"
     text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""

@@ -45,7 +45,7 @@ def full_help(parser: argparse.ArgumentParser) -> str:
         formatter.add_arguments([action for action in group._group_actions if not find_rejection(action)])
         formatter.end_section()
     refused: dict[str, list[str]] = {}  # reason -> flags
-    unneeded: dict[str, list[str]] = {}
+    unneeded: dict[str, list[str]] = {}  # what makes the option unnecessary -> flags
     for group in groups:
         for action in group._group_actions:
             rejection = find_rejection(action)

@@ -136,6 +136,7 @@ class OtherProcesses:
                 return self._end(rank, KILLED)
             missed = 0
             *lines, unfinished = (unfinished + received).split(b"\n")
+            # a line is a word, and after `LOST` the number of the lost process and how it was lost
             for word, *words in (line.decode().split() for line in lines):
                 if word == OVER:
                     return None
@@ -144,7 +145,10 @@ class OtherProcesses:
         return self._end(rank, SILENT)
 
     def _end(self, lost: int, how: str) -> None:
-        """End this process, unless it ends by itself first."""
+        """End this process because process `lost` was lost, unless it ends by itself first.
+
+        `how` is `KILLED` or `SILENT`.
+        """
         if self._over.is_set() or self._noticed.is_set():
             return
         self._lost = lost, how
@@ -267,7 +271,7 @@ def _accept_all(server: socket.socket, password: str, count: int, pace: Pace) ->
             raise UserError(f"no connection from process {missing} (counted from 0)") from None
         link.settimeout(pace.grace)
         with contextlib.suppress(OSError):
-            greeting = link.recv(len(password) + 7).decode("latin-1")
+            greeting = link.recv(len(password) + 7).decode("latin-1")  # password, a blank, rank
             password_received, _, rank_received = greeting.partition(" ")
             if password_received == password:
                 links[int(rank_received)] = link

@@ -195,7 +195,7 @@ def int_or_float(text: str) -> int | float:
     if text.endswith("%") or value < 1:
         if value > 1:
             raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
-        return value if value else 0
+        return value if value else 0  # an integer: no steps
     if value != int(value):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number of steps; fractions of the run lie between 0 and 1"
@@ -305,6 +305,7 @@ def _mix_characters(text: str) -> int:
             return int(total)
     except (OverflowError, ZeroDivisionError):
         pass
+    # the total is infinite or not a number
     return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
 
 

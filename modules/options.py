@@ -295,7 +295,7 @@ class Options:
             prefix = "" if field.metadata["declared"].positional else "--"
             value = getattr(self, field.name)
             check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
-        # checks beyond the declared facts
+        # checks beyond the declared facts, if the record must be given or any of its options is
         if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
 
@@ -448,7 +448,7 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
-    """Return why an option has no effect with the values of its record; see `acts_if` of `option`."""
+    """Return the reasons why an option has no effect with the values of its record, as its field declares."""
     acts_if = field.metadata.get("acts_if") or {}
     return [reason for reason, acts in acts_if.items() if not acts(record)]
 
@@ -475,7 +475,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in list_paths(value):
             reject_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
-        if value not in field.metadata.get("stays", ()):
+        if value not in field.metadata.get("stays", ()):  # values that send nothing
             reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             reject_in_queue(name)

@@ -71,6 +71,7 @@ class Parser(argparse.ArgumentParser):
     shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
+        """Make a parser without options; the arguments are those of `ArgumentParser`."""
         self._front_words = find_front_words()
         if self._front_words:
             # started as `reelsmith.py train wan`: the help names that command instead of the script
@@ -87,10 +88,8 @@ class Parser(argparse.ArgumentParser):
         # whether arguments may be replaced (by a file, for example) before records are read
         self.changes_values = False
         help_flags = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
-        for (
-            flag,
-            text,
-        ) in help_flags.items():  # declared only for the help; `_show_help` handles them earlier
+        # declared only for the help; `_show_help` handles them earlier
+        for flag, text in help_flags.items():
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
@@ -117,14 +116,15 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
         argv = sys.argv[1:] if args is None else list(args)
-        self._show_help(argv)
+        self._show_help(argv)  # ends the program if help is asked for
+        # find mistakes that argparse would explain worse, and bring the words into its form
         self._reject_open_line(argv)
         argv = self._respell(argv)
         self._reject_unknown(argv)
         self._reject_joined(argv)
         takers = [action for action in self._actions if getattr(action, "by_place", False)]
         argv = self._give_flags(argv, takers) if takers else argv
-        names = self._note_flags(argv)
+        names = self._note_flags(argv)  # flag -> flag to show in messages
         parsed, unused = super().parse_known_args(argv, namespace)
         if unused:
             from modules.mistyped import explain_rest  # only mistakes need it
@@ -417,9 +417,9 @@ def add_options(
     A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
     mappings are keyed by the public names of options. `without` are options that the script does not have;
     their records hold the default. `defaults` and `settings` replace those of the declaration; `settings` are
-    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (see
-    `option`). `refused` gives the reason why the script rejects an option. `group` gets the options of
-    records without a heading.
+    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (rejected
+    values with the reason). The argument `refused` gives the reason why the script rejects an option. `group`
+    gets the options of records without a heading.
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
@@ -456,7 +456,7 @@ def _add_field(
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
-    if record_of(hint) is hint:
+    if record_of(hint) is hint:  # the field holds a record: declare that record's options
         inner = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(
@@ -477,7 +477,7 @@ def _add_field(
         default = changes.defaults[name]
     else:
         default = None if required else default_of(cls, field)
-    if name in changes.without:
+    if name in changes.without:  # no such option here: its record gets the default
         parser.set_defaults(**{name.replace("-", "_"): default})
         if isinstance(parser, Parser):
             parser.left_out[name.replace("-", "_")] = default
@@ -550,6 +550,7 @@ def _add_option(
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """
+    # the type of the value if it is not None
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
     default_text = "default: the task's" if default is None else f"default {default}"
@@ -576,6 +577,7 @@ def _add_option(
         flags = (*arguments.pop("flags", declared.flags), f"--{name}")
         unique_flags = dict.fromkeys(flags)  # the name may be among the additional flags
         action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **arguments)
+    # facts that argparse does not know, for the help and for messages
     action.often = declared.often  # type: ignore[attr-defined]
     action.refused = refused  # type: ignore[attr-defined]
     action.by_place = declared.by_place  # type: ignore[attr-defined]

@@ -108,7 +108,7 @@ def join_options(
     """Combine chosen options with the options of earlier commands; return the values by flag.
 
     Options that the command does not have are left out. A chosen value replaces that of an earlier command,
-    except that a `FillIn` is filled with the earlier value. Options are spelled as the user typed them.
+    except that a `FillIn` (a placeholder) is replaced by it. Options are spelled as the user typed them.
 
     Args:
         record: Record of the command's options.
@@ -158,6 +158,7 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, by_flag):
+            # given options win, also those that exclude this one
             if name not in names and not names & {*info[name].get("excludes", ())}:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}

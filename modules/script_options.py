@@ -12,11 +12,11 @@ from modules.table_answers import CommandLine, take_answered
 
 
 def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
-    """Return the arguments of the running script with its parser; the command line is parsed once.
+    """Return the parsed arguments of the running script, and its parser.
 
     Args:
         argv: Arguments of the command line. None: those of the process, which the script's table has read.
-        build_parser: Makes the parser of the script from its records, where no table has read the words.
+        build_parser: Makes the script's parser from its records, if no compiled table has parsed the words.
     """
     answered = take_answered() if argv is None else None
     if answered is not None:
@@ -35,7 +35,11 @@ def parse_options(
 def parse_spelled(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> tuple[list[Any], Mapping[str, str]]:
-    """Return the records of `parse_options`, and the spelling of each given option by public name."""
+    """Return the records read from the command line, and the spelling of each given option by public name.
+
+    `records` are the records that declare the options; `changes` are passed to `add_options`. Help and errors
+    end the program.
+    """
 
     def build_parser() -> Parser:
         parser = Parser(description=description)
@@ -46,6 +50,6 @@ def parse_spelled(
     with name_as_typed(typed_names(arguments)):
         reject_unsupported(parser, arguments)
         options = [read_options(record, arguments) for record in records]
-    if os.environ.get(ONLY_OPTIONS):
+    if os.environ.get(ONLY_OPTIONS):  # the browser only checks the options
         raise SystemExit(0)
     return options, parser.typed_flags

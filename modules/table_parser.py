@@ -68,10 +68,10 @@ class _NamedType:
 
 
 def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[Parser] = Parser) -> Parser:
-    """Return the parser of a script, which parses as the one that is built from its records.
+    """Return the parser of a script, equal to the parser that is built from the script's option records.
 
     Args:
-        table: What `find_table` returns.
+        table: Description of the parser, as `find_table` returns it.
         prog: Name of the program in messages. None: that of the running one.
         kind: Class of the parser.
     """
@@ -146,7 +146,8 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         arguments: The arguments that it has parsed.
 
     Raises:
-        OptionError: As `check_value`, `check_relations` and `check_paths` do.
+        OptionError: If a value is not allowed, if it conflicts with another option or needs one that is not
+            given, or if a path is unusable.
     """
     actions = {action.dest: action for action in parser._actions}
     typed: Collection[str] = getattr(arguments, TYPED)
@@ -268,7 +269,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     defaults = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
     if info["type"] is not None:
         info["type"] = _name_type(info["type"])
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(action, argparse.BooleanOptionalAction):  # sets both by itself
         info["help"] = (info["help"] or "").removesuffix(_SHOWN_DEFAULT)
         info["nargs"] = None
     for name, value in info.items():
@@ -284,7 +285,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
             "values": list(rejection.values),
         }
         row["rejection"] = {name: value for name, value in rejection_row.items() if value}
-        if row.get("help") == _help_of(rejection):
+        if row.get("help") == _help_of(rejection):  # the help that follows from the rejection
             del row["help"]
     if "not_given" in vars(action):
         row["not_given"] = vars(action)["not_given"]

@@ -84,6 +84,7 @@ class EncodingGuess:
 
 def guess_encoding(content: bytes) -> EncodingGuess | None:
     """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
+    # UTF-16 and UTF-32: by a byte order mark, or by zero bytes
     marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
     if marked is not None or b"\0" in content:
         return _guess_wide(content, marked)
@@ -154,7 +155,7 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
             not_unicode.append(content)
     if len(not_unicode) < 2:
         return guesses
-    joint = guess_encoding(b"\n".join(not_unicode))
+    joint = guess_encoding(b"\n".join(not_unicode))  # of all these files together
     if joint is None or joint.encoding.startswith("utf"):
         return guesses
     for index, (content, guess) in enumerate(zip(contents, guesses, strict=True)):

@@ -74,7 +74,7 @@ def _too_large(path: Path, limit_bytes: int) -> OSError:
 def read_safetensors_texts(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
 
-    Raises OSError as `require_regular_file`, ValueError as `read_tensor_header`.
+    Raises OSError if the file cannot be read, ValueError if its header is not valid.
     """
     size = require_regular_file(path)
     with path.open("rb") as file:
@@ -108,7 +108,7 @@ def read_tensor_header(
         read: Returns the next bytes of the file.
         size: Size of the file in bytes.
         first: Number of bytes of the first read; a larger number saves a second read of a short header.
-        no_repeats: As in `parse_json`.
+        no_repeats: Whether a key that occurs twice in a table is an error.
 
     Raises:
         ValueError: If the header is not valid. Its entries are not checked.
@@ -139,7 +139,7 @@ def read_tensor_header(
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
 
-    Raises OSError as `read_content`, UnicodeDecodeError if the file is not UTF-8.
+    Raises OSError if it cannot be read or is too large, UnicodeDecodeError if it is not UTF-8.
     """
     content = read_content(path, limit_bytes)
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -200,7 +200,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
         position = error.pos  # explain only the part at the error, because the text may be huge
         hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
         raise ValueError(f"{error}{hint}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH:  # fewer brackets cannot be nested too deeply
         check_depth(content)
     if _LONG_NUMBER.search(text):
         check_numbers(content)
@@ -246,7 +246,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
     or has a number too large for a float.
     """
-    if _LONG_KEY.search(text):
+    if _LONG_KEY.search(text):  # the parser takes quadratic time for a key of very many parts
         raise _too_deep()
     import tomllib
 

@@ -70,7 +70,7 @@ def _check_nodes(root: yaml.Node) -> None:
     """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes."""
     sizes: dict[int, int] = {}  # node id -> number of nodes including nested ones
     open_nodes: set[int] = set()
-    waiting = [(root, _list_inner(root))]
+    waiting = [(root, _list_inner(root))]  # the path to the current node, which is walked without recursion
     while waiting:
         node, inner = waiting[-1]
         open_nodes.add(id(node))

@@ -236,7 +236,7 @@ def check_network(
         if settings.block_numbers:
             check_blocks(settings, depths)
         if settings.blocks is not None:
-            settings.blocks.fit(numbered)
+            settings.blocks.fit(numbered)  # only for its errors: the result is not used here
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
@@ -276,7 +276,7 @@ def make_network(
     """
     encoders = encoders or {}
     name = options.network_module or default_module
-    builder = None if name in OWN_MODULES else import_network_module(name)
+    builder = None if name in OWN_MODULES else import_network_module(name)  # another package's module
     with torch.random.fork_rng(devices=[]):  # torch's initializers draw from the global generator
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
@@ -310,6 +310,7 @@ def make_network(
                 encoders=encoders,
                 begun=initial_tensors,
             )
+    # attach the layers; another package's network was attached when it was built
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
         layers_of_dit = network.layers_of_dit()
@@ -498,6 +499,7 @@ def _create_from_file(
 ) -> Any:
     """Build another package's network with the modules of `--network_weights`."""
     text_encoders = list(encoders.values()) or None
+    # packages have one of these two functions
     create = getattr(builder, "create_arch_network_from_weights", None)
     create = create or getattr(builder, "create_network_from_weights", None)
     if create is None:

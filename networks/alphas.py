@@ -127,6 +127,7 @@ def find_alphas(
     warnings: list[str] = []
     if not is_written_here:
         sources, warnings = _sources(path, metadata, paths, start)
+    # keep the sources that can be for factors of these ranks
     distinct_ranks = set(ranks.values())
     warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.fits(distinct_ranks)]
@@ -142,6 +143,7 @@ def find_alphas(
             path,
         )
     tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
+    # say for the log where the alphas come from, and how many modules have none
     descriptions: list[str] = []
     if alphas:
         descriptions.append(f"alpha {alphas[0]:g} of {with_alpha[0].place}")

@@ -180,7 +180,7 @@ class Change:
             MismatchError: If the weight holds only a part of the layer.
         """
         size = self.delta.size()
-        first_row, end_row = deltas.rows_in(self.delta.factors)
+        first_row, end_row = deltas.rows_in(self.delta.factors)  # rows of the layer that this change has
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         rows = part_rows(relative.part, end_row - first_row, len(weight))
@@ -255,7 +255,7 @@ class Change:
             total.add_(rotation.of_weight(weight, rotations))
             return
         delta = self.delta
-        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_split_rows`
+        if block is not None:  # a LoKr, for which `rows` returns None, is never split into blocks
             delta = self.delta.rows(block) or self.delta
         if self.leaf == "bias":
             addition = delta.bias(total.device)
@@ -408,7 +408,7 @@ def _round_into(
         at_random: Source of stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
-    # for a small weight, the draw that alters the change least is selected: see `round_small`
+    # a small weight is rounded several times, and the draw that alters the change least is kept
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
     if at_random is not None and change is not None and start == 0:
@@ -512,6 +512,7 @@ class LoraPatch:
         if not blocks:
             return weight
         if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
+            # once for all blocks; on the CPU only rotations need it, to compute their matrices
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
         sample = None  # some rows, which show how much rounding to 16 bits would lose
@@ -679,7 +680,7 @@ class LoraPatch:
             keys: Names of the parameters that the LoRA changes.
         """
         if not lora.encoder:
-            reject_unknown(lora)
+            reject_unknown(lora)  # raises if no known model has modules of these names
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
@@ -712,6 +713,7 @@ class LoraPatch:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)  # a dictionary as an ordered set
+            # names under which a LoRA may change the module; None: its own name, else how the two are related
             relations: list[tuple[str, Relative | None]] = [(module, None)]
             layouts = self._layouts
             # a family without fused or joined weights has no related names
@@ -776,6 +778,7 @@ class OriginalWeights:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         published = self._published(name)
+        # on the meta device, `add_to` only compares shapes and notes which changes apply
         self._all.add_to(published, deltas.hollow(weight))
         if self._all.touches(published):
             self._originals[name] = weight.detach().to(CPU, copy=True)

@@ -102,6 +102,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     if family is not None and any(name.endswith(NEEDING_WEIGHT) for name in tensors):
         # magnitudes depend on the whole weight: parts of a fused weight are joined, as in the model
         tensors = in_own_form(tensors, family)
+    # the modules to approximate: all but plain LoRAs
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
     if not replaced:
@@ -206,9 +207,10 @@ def _compute_change(
         assert shape is not None
         num_rows = shape[0]
     weight, path = weight_of(name, num_rows, lora, weights)
+    # `fit` gets None because the LoRA's module is this weight, not a part of it
     change = Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
-    change.add_to(total, None, weight.to(device))
+    change.add_to(total, None, weight.to(device))  # None: all rows
     return total
 
 

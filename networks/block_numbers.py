@@ -43,7 +43,7 @@ class BlockSettings:
         return float(self.texts.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
-        """Return the settings for a model.
+        """Return the settings with the blocks of a model and, if learning rates are set, a factor for each.
 
         Args:
             numbered: The model's blocks; None if they have no numbers for this purpose.
@@ -184,7 +184,7 @@ def _read_numbers(name: str, texts: Sequence[str], is_integer: bool = False) -> 
         try:
             number = int(text) if is_integer else float(text)
         except ValueError:
-            number = -1
+            number = -1  # rejected below
         if not 0 <= number < math.inf:
             kind = "whole numbers" if is_integer else "numbers"
             curves = f", or one of {', '.join(_CURVES)}" if name in RATES else ""

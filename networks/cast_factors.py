@@ -30,7 +30,7 @@ def cast_before_pass(
     Args:
         model: The network.
         layers: Layers on it; those that are not LoRAs are ignored.
-        shared_inputs: Modules that get the same tensor, as in `DitSpec`.
+        shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if lora_layers:
@@ -57,7 +57,7 @@ def group_layers(
     Args:
         model: Network that contains the frozen modules.
         layers: LoRAs on them; those with a common input are linear.
-        shared_inputs: For each group of modules, the endings of their paths, as in `DitSpec`.
+        shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
     index_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}

@@ -194,7 +194,7 @@ def convert(options: ConvertOptions) -> None:
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
-    target = "other" if options.target == "comfyui" else options.target
+    target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(
             options.input,
@@ -246,7 +246,12 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_anima(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of Anima to ComfyUI's names, or back. Raises the errors of `convert_file`."""
+    """Convert a LoRA of Anima to ComfyUI's names, or back.
+
+    Raises:
+        CheckpointError: If the file is not a LoRA for this model, or if none of it can be written.
+        OptionError: If the output would replace the source.
+    """
     target = "default" if options.reverse else "other"
     convert_file(options.src_path, options.dst_path, target, ANIMA.name)
 
@@ -310,6 +315,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
     baked_note = ""
+    # only plain LoRAs can be joined: approximate the others by plain LoRAs first
     unjoinable = _find_unjoinable_factors(tensors)
     if unjoinable:
         if options.lokr_rank is None:
@@ -414,7 +420,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
         output: File to write.
         conversion: How to convert.
     """
-    for lora in parts.values():
+    for lora in parts.values():  # kinds for which diffusers has no files with two experts
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
         if conversion.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)
@@ -470,7 +476,7 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion)
         return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
-    is_for_comfyui = conversion.target == "other" and not in_diffusers
+    is_for_comfyui = conversion.target == "other" and not in_diffusers  # "other" is ComfyUI's dialect
     for kind in KINDS:
         lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")

@@ -76,7 +76,7 @@ class Delta:
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
-        """Return the delta with its factors on a device, except alpha and `ROWS`, which the host reads."""
+        """Return this change with its factors on a device, except alpha and `ROWS`, which the host reads."""
         moved = dict(self.factors)
         for part, tensor in self.factors.items():
             if part not in ("alpha", ROWS):
@@ -101,7 +101,7 @@ class Delta:
         }
         changes = [moved["diff"].clone()] if "diff" in moved else []
         scale = strength(self.factors)
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # each computes with the factors of one kind of network
             change = algebra.change(moved, scale)
             if change is not None:
                 changes.append(change)
@@ -114,10 +114,10 @@ class Delta:
         return total[start:stop]
 
     def shape(self) -> tuple[int, ...] | None:
-        """Return the shape of `dense` from the shapes of the factors; None if `dense` returns None.
+        """Return the shape of the change, out in (kernel), from the shapes of the factors.
 
-        Meta tensors are avoided, because the first operation on them loads torch's compiler, which takes
-        seconds.
+        It is None for an input rotation, for a replacement weight, and if only the bias changes. Meta tensors
+        are avoided, because the first operation on them loads torch's compiler, which takes seconds.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.
@@ -125,7 +125,7 @@ class Delta:
         shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
         change_shapes = [shapes["diff"]] if "diff" in shapes else []
         try:
-            for algebra in self.algebras:
+            for algebra in self.algebras:  # each computes with the factors of one kind of network
                 shape = algebra.shape(shapes)
                 if shape is not None:
                     change_shapes.append(shape)
@@ -144,7 +144,7 @@ class Delta:
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
         """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
 
-        It is None in the same cases as that of `dense`.
+        It is None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.
@@ -222,9 +222,9 @@ class Delta:
         if self.is_part:
             return None
         factors = dict(self.factors)
-        for part in _FULL & self.factors.keys():
+        for part in _FULL & self.factors.keys():  # as large as the weight or the bias: cut directly
             factors[part] = self.factors[part][rows]
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # each cuts the factors of one kind of network
             replaced = algebra.rows(self.factors, rows)
             if replaced is None:
                 return None
@@ -259,16 +259,17 @@ class Delta:
         return all_parts
 
     def blocks(self, start: int, stop: int) -> Factors | None:
-        """Return factors without `ROWS` for some rows; None if their kind cannot be cut there.
+        """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
-        A LoKr can be cut only between blocks of rows.
+        A LoKr can be cut only between blocks of rows. The result lacks `ROWS`, the entry that says which rows
+        of a layer the factors are for.
         """
         size = self.size()
         if size is None:
             return None
         num_rows, _ = size
         all_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # the first kind of network that can be cut there
             factors = algebra.blocks(all_factors, num_rows, start, stop)
             if factors is not None:
                 return factors
@@ -364,7 +365,7 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the delta of each module of a file; kinds are looked up once for modules with equal parts."""
+    """Return the change of each module of a file; kinds are looked up once for modules with equal parts."""
     algebras: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
@@ -376,12 +377,12 @@ def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def read_delta(factors: Factors) -> Delta:
-    """Return the delta of one module. For all modules of a file, use `read_deltas`, which is faster."""
+    """Return the change of one module by its factors. For a whole file, `read_deltas` is faster."""
     return Delta(factors, _find_algebras(factors))
 
 
 def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the algebra of each kind that has one of these parts, even if other parts are missing."""
+    """Return the computations (`Algebra`) of each kind that has one of these parts, or several."""
     parts = set(parts)
     algebras = []
     for kind in KINDS:

@@ -147,7 +147,7 @@ def split_strength(strength: float) -> tuple[float, float]:
 
 
 def fold_strength(factors: Factors) -> Factors:
-    """Multiply alpha / rank into both factors of a LoRA, as `split_strength` splits it, and drop alpha."""
+    """Multiply alpha / rank into both factors of a LoRA, a power of two into the up factor; drop alpha."""
     down_factor, up_factor = split_strength(strength(factors))
     multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": strength(factors)}
     folded: dict[str, Tensor] = {}

@@ -34,6 +34,7 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
+    # how deeper variants of each LoRA's model repeat blocks; None: there are no such variants
     grown_of_uses = [use.lora.grown for use in uses]
     if not any(grown_of_uses):
         return [*uses]
@@ -50,7 +51,7 @@ def fit_depths(
 
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
-    """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
+    """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
     if not any(use.lora.grown for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:

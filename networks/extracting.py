@@ -129,6 +129,7 @@ def extract_model(options: ExtractOptions) -> None:
             return extract_full(options)
         all_weights = BlockWeights(model="", prefixes=("",), example="")  # every name begins with ""
         matrices = all_weights.list_in(bare_names(original))
+    # the family is the one that has the layers' names
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []
@@ -140,7 +141,7 @@ def extract_model(options: ExtractOptions) -> None:
             "transformer, or a single-file checkpoint of Stable Diffusion, to --model_org.",
             options.model_org,
         )
-    if family.network_module == FLUX_MODULE:
+    if family.network_module == FLUX_MODULE:  # its metadata depend on the variant
         return extract_flux(options)
     if family.written_version:
         raise CheckpointError(
@@ -202,7 +203,7 @@ def _extract_blocks(
                 )
         names = weights.list_in(pair.original)
         _check_same_shapes(pair, names, weights.list_in(pair.tuned))
-        plan: dict[str, list[ExtractedModule]] = {}
+        plan: dict[str, list[ExtractedModule]] = {}  # each matrix is the weight of one module
         for name in names:
             module = ExtractedModule(
                 name=OURS + module_of_tensor(name)[0],
@@ -236,6 +237,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantized),
         )
+    # some released shards have the rows of fused weights by head: bring both models into one order
     return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 
@@ -251,7 +253,7 @@ def extract_full(options: ExtractOptions) -> None:
         pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
         unchanged = _find_unchanged_texts(pair, options.min_diff)
-        plan: dict[str, list[ExtractedModule]] = {}
+        plan: dict[str, list[ExtractedModule]] = {}  # a fused tensor has the weights of several modules
         for name in pair.original.tensors:
             plan[name] = []
             for piece in pieces_of(name):

@@ -160,7 +160,12 @@ def product_with_core(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
 
 
 def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the shape of `product_with_core`.
+    """Return the shape of a @ b, or of the product with a core between them: out x in (x kernel).
+
+    Args:
+        a: Shape of the left factor, out x r; with a core, r x out.
+        b: Shape of the right factor, r x in.
+        core: Shape of the core, r x r x kernel; None for none.
 
     Raises:
         MismatchError: If the factors cannot be multiplied.

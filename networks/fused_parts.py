@@ -73,7 +73,7 @@ def default_rows(part: WeightPart, full_height: int) -> slice | None:
     This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
     """
-    if not is_cut(part):
+    if not is_cut(part):  # all rows, possibly with swapped halves
         return slice(0, full_height)
     siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
     # heights of parts are multiples of a unit
@@ -104,7 +104,11 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
     Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
     not have are left out. Modules that are not fused, that cannot be split, or that have no part in the model
-    are unchanged. The arguments are those of `for_model`.
+    are unchanged.
+
+    Args:
+        tensors: Tensors under our names, with our prefix.
+        height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     modules = deltas.group_by_module(tensors)
     result: dict[str, Factors] = {}
@@ -362,6 +366,7 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
             so files get the parts separately.
     """
     first = pieces[0]
+    # a part without an index has all rows: it is the same weight under another name
     is_full_weight = first.part.index is None and len(pieces) == 1
     if is_full_weight:
         return first.factors
@@ -534,7 +539,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
     if any(part.has_input_magnitudes for part in parts):
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
     magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
-    if magnitudes:
+    if magnitudes:  # then every row of the weight needs one
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
@@ -602,7 +607,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return the factors of one part; `factors` are those of the whole layer and have a `ROWS` entry."""
+    """Return one part's factors from those of the whole layer, whose `ROWS` entry has the part's rows."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
@@ -641,7 +646,7 @@ def stack_rows(
     Raises:
         CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
-    if not any(re.search(rule.mark, name) for name in stored):
+    if not any(re.search(rule.mark, name) for name in stored):  # no file of a program with rows by head
         return tensors
     ending = rule.ending.replace(".", "_")
     modules = deltas.group_by_module(tensors)

@@ -18,7 +18,7 @@ MAX_JOINED = 1 << 26
 
 @torch.no_grad()
 def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device) -> None:
-    """Place the weights of linear modules, and their biases, one after the other in memory.
+    """Place the weights of linear modules one after the other in memory, for a single product; biases too.
 
     Modules are left unchanged if their weights are on another device, are views of a larger storage, or have
     different dtypes.
@@ -82,6 +82,7 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
         sizes: Sizes C of the parts; if they are equal, a single kernel computes all parts.
     """
     if len(set(sizes)) == 1:
+        # views as batches of equal parts
         _parts(total, len(sizes)).baddbmm_(_parts(left, len(sizes)), _stack(right, len(sizes)).mT)
         return
     columns = zip(total.split(sizes, -1), left.chunk(len(sizes), -1), right.split(sizes), strict=True)
@@ -99,7 +100,7 @@ def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     rank = right.shape[1]
     product = left.new_empty((len(left), len(sizes) * rank))
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1:  # equal sizes: one batched product
         torch.bmm(_parts(left, len(sizes)), _stack(right, len(sizes)), out=_parts(product, len(sizes)))
         return product
     columns = zip(left.split(sizes, -1), right.split(sizes), product.split(rank, -1), strict=True)

@@ -110,6 +110,7 @@ def to_native(
     if any(MARKS.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
 
+    # the family: by the dialect, by module names and sizes, and by the form of the names
     keys = _parse_keys(rewritten.tensors)
     dialects = sorted({parsed.dialect for parsed in keys.in_dit.values()})
     family_name: str | None = rewritten.family_name or None
@@ -122,6 +123,7 @@ def to_native(
         if len(families) == 1:
             family_name = families[0].name
 
+    # our name of each key
     modules = _our_modules(keys.in_dit, families)
     names = {key: f"{modules[parsed.path]}.{parsed.part}" for key, parsed in keys.in_dit.items()}
     text_names: dict[str, str] = {}
@@ -180,6 +182,7 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
     for key in tensors:
         module, _, part = key.partition(".")
         path = module.removeprefix(OURS)
+        # another prefix, an unknown part, another program's spelling, or no module of the family
         if path == module or part not in PARTS or FLAT.search(key) or module_path(path, family) is None:
             return None
         paths[module] = path

@@ -159,6 +159,7 @@ class LoraFile:
         """
         if hint is None and self.written_for is not None:
             return [self.written_for]
+        # in a file with a LoRA for each expert, the tensors are in `parts`: the first shows the family
         part = next(iter(self.parts.values()), self)
         trained_family = read_family(part.metadata)
         if hint is None and trained_family is not None:
@@ -241,12 +242,14 @@ def read_lora(
     if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
         stored = without_words(stored)
+    # our own file: its names are ours
     trained_family = read_family(metadata) if is_own else None
     if trained_family is not None and family in (None, trained_family.name):
         native = key_formats.read_own_names(stored, trained_family)
         if native is not None:  # most files: no need to try the names of other programs and families
             lora = _read_part(path, native, metadata, expert=None, is_own=True)
             return replace(lora, words=words, written_for=trained_family)
+    # any other file: find out whose names it has, for each expert
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _make_several_error(path)
@@ -315,7 +318,7 @@ def _read_part(
         is_own: Whether the file was written by us.
     """
     tensors, texts = dict(native.tensors), dict(native.texts)
-    if is_own and FOLDED in metadata:
+    if is_own and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
     if not is_own:  # other programs also write parts that change nothing
@@ -381,6 +384,7 @@ def _recognize(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
+    # "other" is ComfyUI's dialect, whose DoRA magnitudes may refer to the norms of the frozen weights
     has_frozen_norms = native.dialect == "other" and any(
         kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
     )

@@ -105,7 +105,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        self.joins_from = JOINS_FROM
+        self.joins_from = JOINS_FROM  # number of values from which on products are added in place
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output
         self.combine: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
@@ -167,7 +167,7 @@ class LoraLayer(nn.Module):
             out = self._original_forward(x)
             added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
-        if self.training and self.noise_of is not None:
+        if self.training and self.noise_of is not None:  # LoRA-GGPO
             module, buffer_name = self.noise_of
             seed = self.seed.derive(self.index, "noise")
             noise = perturbed(x.to(dtype), getattr(module, buffer_name), seed)
@@ -223,6 +223,7 @@ class LoraLayer(nn.Module):
         # factors that were cast before the pass already include the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
+        # saved before the frozen layer runs: recomputing a checkpointed block can then stop before that layer
         saved = hold(hidden, up, split_sizes)
         out = self._original_forward(frozen_input)
         total = add_up(out.to(x.dtype), hidden, up, split_sizes=split_sizes, saved=saved)

@@ -111,6 +111,7 @@ def add_up(
         saved: Result of `hold` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows
+    # without gradients, no autograd function is needed
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, split_sizes)
     total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), split_sizes)
@@ -137,7 +138,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
-    """Compute `add_up` without gradients."""
+    """Return out + hidden @ up^T, in the memory of `out`, part by part; no gradients are recorded."""
     if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
     outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)

@@ -55,7 +55,7 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`.
+    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`; return None for all blocks.
 
     Args:
         argument: Name of the argument, for messages.
@@ -318,6 +318,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         """Return the pattern if it matches as written, else one that matches in any spelling."""
         if matches_any or not modules:
             return pattern
+        # the pattern may be typed with dots for underscores or the reverse: note all names that it means
         any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
         for path, name in zip(paths, names, strict=True):

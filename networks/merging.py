@@ -53,7 +53,13 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 
 def merge_dit(options: MergeOptions) -> None:
-    """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
+    """Merge LoRAs into a transformer's file, and write the result.
+
+    Raises:
+        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
+        OptionError: If the output would replace an input.
+        OutputError: If it cannot be written.
+    """
     # the name of the file or its folder reveals the expert: `high_noise_model/` in the official repository,
     # `transformer/` and `transformer_2/` in diffusers
     folders = {prefix.removesuffix("."): expert for prefix, expert in find_networks().items()}
@@ -337,7 +343,7 @@ def merge_into_file(
             written,
             read,
             metadata=_metadata_of_merged(checkpoint, model, uses),
-            late_metadata=lambda: lora_rounding.metadata,
+            late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
     rows = [
@@ -543,7 +549,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
                 )
         scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # split between both factors, so that neither underflows in 16 bits
-        signed_root = root if scale >= 0 else -root
+        signed_root = root if scale >= 0 else -root  # the sign goes into one factor only
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
     return _LowRank(
         down=torch.cat([change.down for change in scaled]),

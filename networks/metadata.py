@@ -176,6 +176,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
     trained_family = read_family(checkpoint.metadata)
     hint = None if trained_family is None else trained_family.name
+    # names and shapes are enough here, so no values are read
     hollow_tensors = {name: hollow(checkpoint.tensors[name]) for name in names}
     native = key_formats.to_native(hollow_tensors, hint)
     in_dit = group_by_module(native.tensors)
@@ -259,6 +260,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    # rank -> alpha / rank, which is multiplied into the factors of our files without alphas
     folded = read_folded(checkpoint.metadata) if is_own else {}
     if folded:
         return {rank * strength for rank, strength in folded.items()}

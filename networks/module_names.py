@@ -316,7 +316,7 @@ def _all_paths() -> frozenset[str]:
 
 @cache
 def _all_names() -> frozenset[str]:
-    """Return the results of `_all_paths` with underscores instead of dots."""
+    """Return the underscored names of all families' modules in all layouts, with templates for numbers."""
     return frozenset(path.replace(".", "_") for path in _all_paths())
 
 

@@ -33,7 +33,7 @@ def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
     The colon of a drive (`C:\x`) belongs to the path, because no number follows it.
     """
     name, colon, number = str(text).rpartition(":")
-    if not colon or text.exists():
+    if not colon or text.exists():  # the name of a file may have a colon itself
         return text, 1.0
     try:
         multiplier = float(number)

@@ -74,6 +74,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
     if rules is not None:
         if settings.train_blocks is not None:
             prefix_groups = [rules.choices[settings.train_blocks]]
+        # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
         for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
             if rank:  # modules outside the blocks follow them, in this order
                 prefix_groups.append((path,))
@@ -262,6 +263,7 @@ def build_network(
     Raises:
         OptionError: If settings are invalid, or if no module is left.
     """
+    # 1. the modules that may get a layer: those of the trained text encoders, and of the DiT
     settings, kind_settings = read_own(name, typed)
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
@@ -269,6 +271,7 @@ def build_network(
     text_candidates = {
         f"{prefix}_": list(_list_encoder_modules(encoder)) for prefix, encoder in trained_encoders.items()
     }
+    # 2. typed patterns may differ from the names in their separators, so they are fitted to all names
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
         for prefix, candidates in text_candidates.items():
@@ -278,6 +281,7 @@ def build_network(
     if not kind.is_for_texts:
         trained_encoders = {}
         text_candidates = {}
+    # 3. select modules, and build their layers
     targets: dict[str, Target] = {}
     if dit is not None:
         targets = select_modules(dit, settings)
@@ -286,7 +290,7 @@ def build_network(
     for prefix, candidates in text_candidates.items():
         targets |= _choose(candidates, text_settings, prefix)
     layers = kind.make_layers(targets, settings, kind_settings)
-    if begun:
+    if begun:  # 4. layers that only the file or state has
         by_name = _modules_by_name(dit, trained_encoders)
         added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
         layers = _merge_in_order(layers, added, by_name)
@@ -462,6 +466,7 @@ def build_from_tensors(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(absent, 3)}.\n  Give a file that was trained for this model."
         )
+    # typed patterns may differ from the names in their separators, so they are fitted to the modules
     prefixes_and_paths: list[tuple[str, str]] = []
     for layer_name in layers:
         path = by_name[layer_name].path

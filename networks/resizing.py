@@ -256,6 +256,7 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
         # the factor is a parameter itself (`lora_A`), or the weight of a module (`lora_A.weight`)
         if match is None or not down.endswith((match["factor"], ".weight")):
             continue
+        # the up factor has the same name but for the word: `lora_B` for `lora_A`
         prefix = down[: match.start("factor")]
         suffix = match["suffix"]
         up = f"{prefix}{_UP_WORDS[match['factor']]}{suffix}"
@@ -341,6 +342,7 @@ def _resize_module(
         singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
     )
     kept_values = singular_values[:rank]
+    # the singular vectors of the product are left @ u and right @ vh^T; the values go into the up factor
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
     kernel_axes = [1] * len(product.kernel)  # the up factor of a convolution has the kernel size 1

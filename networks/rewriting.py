@@ -190,7 +190,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     Modules without their own alpha have the alpha for all modules, if the file has one.
     """
     joined = dict(tensors)
-    stacked: dict[str, int] = {}
+    stacked: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
     alphas_for_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
     alpha_for_all = alphas_for_all[0] if alphas_for_all else None
     for module, keys_by_number in _find_numbered_factors(tensors).items():

@@ -242,6 +242,7 @@ class LoraRounding:
         key = dtype, device
         if key not in self._noise:
             # the noise fills the bits that rounding drops; one block serves all weights of the dtype
+            # any fixed seed: merging twice gives equal weights
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32
@@ -262,6 +263,7 @@ class LoraRounding:
             return f"weights are rounded to the nearest, as {typed} says"
         percentages = []
         for path, loss in self._losses.items():
+            # estimated from samples, so it may lie outside 0..1
             percent = 100 * min(max(loss.kept_fraction, 0), 1)
             decimals = 1 if percent > 95 else 0
             percentages.append(f"{percent:.{decimals}f} % of {path.name}")

@@ -147,6 +147,7 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Sequence[int], x: Tensor, down: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the output of each layer: x W^T + bias + x @ down^T @ up^T."""
+        # `rest`: one up factor per layer, then one weight per layer, then one bias per layer
         num_layers = len(ranks)
         ups = rest[:num_layers]
         weights = rest[num_layers : 2 * num_layers]

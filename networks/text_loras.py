@@ -256,7 +256,7 @@ class FullPatch:
         return tensor
 
     def check(self) -> None:
-        """Call `LoraPatch.check` for each network of the checkpoint."""
+        """Warn of LoRA modules that a network lacks; raise CheckpointError if it lacks all of a LoRA."""
         for patch in self._patches.values():
             patch.check()
 

@@ -80,8 +80,8 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
         device: Device of the network.
 
     Returns:
-        Padded texts and their masks. Texts of different lengths are padded with zeros. Masks stay on the
-            host: the network reads them there and must not wait for the device.
+        Padded texts and their masks. Texts of different lengths are padded with zeros. `send` leaves masks on
+            the host: the network reads them there and must not wait for the device.
     """
     arguments = {}
     for argument, name in names.items():
@@ -102,7 +102,7 @@ def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tens
 def name_text_and_mask(
     conditions: Conditions, argument: str, name: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return texts of several lengths as `name_texts` does, with the mask of valid tokens, `{argument}_mask`.
+    """Return texts, padded with zeros to equal length, and the mask of valid tokens, `{argument}_mask`.
 
     Args:
         conditions: Conditions by the names that caches use.
@@ -170,7 +170,7 @@ class Batch:
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with tensors restored that dropout had removed.
+        """Return the batch with captions or references restored that dropout had removed.
 
         Args:
             names: Kinds of tensors to restore: CAPTION and REFERENCE.

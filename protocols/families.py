@@ -362,7 +362,7 @@ def plain_script(
         work: Function to run, or its name, such as `networks.merging.merge_flux`, if importing it loads
             torch.
         records: Option records to read.
-        without: Options to leave out, as in `add_options`.
+        without: Public names of options to leave out; their records hold the default.
         prepare: Makes the function's arguments from the first record.
         going_on: Returns the advice to print after Ctrl-C.
     """

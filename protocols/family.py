@@ -687,8 +687,7 @@ class Passes(Protocol):
             overrides: Changes to this single call.
 
         Returns:
-            `noise - latents`, shaped like `noisy`. A model that predicts noise returns that (see
-                `NoiseSpec`).
+            `noise - latents`, shaped like `noisy`. A model that predicts noise returns the noise instead.
         """
 
 

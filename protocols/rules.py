@@ -329,7 +329,7 @@ def token_weights(text: str, tokens: Sequence[Place], spans: Sequence[tuple[int,
     Args:
         text: Text that was tokenized.
         tokens: Start and end of each token in `text`, in characters; None for special tokens.
-        spans: Start, end and weight in characters, sorted, as in `Prompt`.
+        spans: Start and end in characters, and weight; sorted by their starts.
     """
     span_starts = [start for start, _, _ in spans]
     weights = []

@@ -110,7 +110,7 @@ class GivenTokens:
 
 
 def clean_fraction(given: Tensor, like: Tensor) -> Tensor:
-    """Return shares of `GivenTokens` as 0..1, float32, on the device of another tensor."""
+    """Return how clean each latent is, stored in thousandths, as 0..1 float32 on the device of a tensor."""
     return send_ahead(given, like.device).float() / WHOLE
 
 
@@ -326,6 +326,7 @@ class StepDone:
         joint = self.section.overrides.joint
         if self.step.audio_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
+        # latents of images and of sound, which have different noise levels, are joined in one tensor
         image, audio = joint.split(self.step.noisy)
         image_velocity, audio_velocity = joint.split(self.velocity)
         clean_audio = audio - self.step.audio_sigma * audio_velocity

@@ -49,7 +49,7 @@ Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
 
 
 class Rule(Protocol):
-    """Rule that decides whether to skip one pass of each step. It keeps its own state between steps."""
+    """Rule that decides at each step whether a network pass is skipped; it keeps state between steps."""
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
         """Return whether to skip the pass. Called once at every step that has this pass.
@@ -81,7 +81,7 @@ class StepCache:
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
-        turn = overrides.turn
+        turn = overrides.turn  # step and pass of this call; None: nothing is cached
         if turn is None:
             inner(dit, hidden, overrides)
             return
@@ -175,9 +175,9 @@ class MagCacheRule:
 
         Args:
             ratios: One ratio for each step of the video.
-            retention: See `protocols.rules.MagCache`.
-            threshold: See `protocols.rules.MagCache`.
-            max_skips: See `protocols.rules.MagCache`.
+            retention: Fraction of the steps, at the start, in which no pass is skipped.
+            threshold: Maximum sum of errors over consecutive skipped passes.
+            max_skips: Maximum number of consecutive skipped passes.
         """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._max_skips = threshold, max_skips

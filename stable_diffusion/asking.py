@@ -124,7 +124,7 @@ class Asking:
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
         """Return seed and text of each image of a line, with the variants of `{...}` groups chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
-        if line.is_plain:
+        if line.is_plain:  # from the metadata of an image, in which options and variants are not parsed
             seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = split_seeds(line.text)
@@ -146,12 +146,12 @@ class Asking:
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
         """Return the requested image of a prompt line: its texts, its files and its settings."""
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
-        if not line.is_plain:
+        if not line.is_plain:  # a plain line, from the metadata of an image, has no options
             values = read_line(text, line.label)
         number = number if line.image_number is None else line.image_number
         image = self.inputs.image(number)
         mask = self.inputs.mask(number)
-        parts = len(split_parts(values["prompt"]))
+        parts = len(split_parts(values["prompt"]))  # texts between AND
         if mask is not None and image is None:
             _check_parts(parts)
         if values.get("clip_prompt") and not self.options.guides.clip_guidance_scale:
@@ -184,7 +184,7 @@ def _check_parts(parts: int) -> None:
 
 def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
-    if line.is_plain:
+    if line.is_plain:  # from the metadata of an image, in which options and variants are not parsed
         return
     split_seeds(line.text)  # raises if a seed is not a number
     any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
@@ -196,6 +196,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
             _check_parts(num_parts)
         if num_parts > 1:
             networks = options.networks
+            # LoRAs folded into the weights are the same in all regions
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(num_parts, networks.num_adjustable, is_folded)
     _select_strengths(with_line(options, values), values)  # raises if --am is not valid

@@ -129,6 +129,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
             checkpoint.path,
         )
 
+    # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
     shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
     # a tensor name may contain any number, so the count is checked before it sets the work
     for level, num_layers in enumerate(layers_by_level):
@@ -137,7 +138,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     widths = tuple(
         shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers_by_level))
     )
-    depths = _read_depths(sources, layers_by_level)
+    depths = _read_depths(sources, layers_by_level)  # transformer blocks of each layer, by level
     attention = _find_last_attention(sources, depths)
     if attention is None:
         raise broken("it has no attention to the text")

@@ -62,7 +62,7 @@ class ControlNets:
     def for_batch(
         self, pictures: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Yield the hook that adds residuals for images of this size; None if they have no guides.
+        """Yield the hook that adds residuals for images of this size; None if they have no guide images.
 
         Raises:
             OptionError: If an image has a wrong number of guides.
@@ -133,7 +133,8 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     """Load the ControlNets of a run onto the model's device; None if there are none.
 
     Raises:
-        CheckpointError: As `check_control_nets` does, or if tensors are missing or damaged.
+        CheckpointError: If a file is no ControlNet or one for another model, or if tensors are missing or
+            damaged.
     """
     if not options.control_net_models:
         return None

@@ -86,6 +86,7 @@ def load_control_net(
     opened = open_part(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
+        """Add the U-Net's weight of the same name to a difference."""
         if name.startswith(OWN_PARTS):
             return weight
         assert base is not None
@@ -224,7 +225,7 @@ def _read_config(
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
         raise unknown_sizes
-    levels = _read_levels(sources, [*down, "mid_block"])
+    levels = _read_levels(sources, [*down, "mid_block"])  # so index -1 is the middle block
     # diffusers has one number of layers for the last level and the middle block
     if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
         raise unknown_sizes

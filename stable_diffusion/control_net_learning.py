@@ -152,7 +152,15 @@ def describe_control_net(
     new_layers_lr: float | None,
     checkpoints: bool,
 ) -> CustomNetwork:
-    """Describe a ControlNet as a network that a training makes. For the arguments see `make_control_net`."""
+    """Describe a ControlNet as a network that a training makes.
+
+    Args:
+        options: Options of the run.
+        files: The checkpoint.
+        path: File to start from; None copies the U-Net.
+        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        checkpoints: Whether to use gradient checkpointing.
+    """
 
     def check() -> None:
         if path is not None:

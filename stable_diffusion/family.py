@@ -590,6 +590,7 @@ class StableDiffusion(ModelOfImages):
             "encoder_hidden_states": context,
             "added_cond_kwargs": added,
         }
+        # a ControlNet or LLLite that is trained: it turns control images into more arguments
         beside: BesideUnet | None = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, device, dtype)
@@ -699,8 +700,8 @@ class StableDiffusion(ModelOfImages):
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        section = prompts[0].section(solver.seen(0), conditions)
-        return (yield replace(section, solver=solver))
+        section = prompts[0].section(solver.seen(0), conditions)  # begins with the U-Net's first input
+        return (yield replace(section, solver=solver))  # the caller sends the denoised latents
 
     def _begin(self, prepared: Prepared) -> ScaledSolver:
         """Return the solver for an image, with its start noise from the image's seed."""
@@ -749,6 +750,12 @@ def family_for_training(
     clip_skip: int | None = None,
 ) -> StableDiffusion:
     """Return the model of a training run.
+
+    Args:
+        kinds: Kinds of checkpoints that the script accepts.
+        options: Options of the run.
+        says_v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
+        clip_skip: Layer, counted from the end, whose text states are used; None for the kind's default.
 
     Raises:
         OptionError: If the options contradict the checkpoint.
@@ -807,6 +814,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     with files.opened() as release:
         layers = list_cross_attentions(release.unet.sources)
     word = model.options.word
+    # the vectors are the only network of the run
     made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
     taught = model.with_word_in_texts(word)
     assert taught.learning_texts is not None  # as for each training run
@@ -817,7 +825,14 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 def with_control_net(
     model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
 ) -> StableDiffusion:
-    """Return the model for training a ControlNet; for the arguments see `make_control_net`."""
+    """Return the model for training a ControlNet.
+
+    Args:
+        model: The model.
+        path: File to start from; None copies the U-Net.
+        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        checkpoints: Whether to use gradient checkpointing.
+    """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
     made = describe_control_net(
@@ -846,6 +861,10 @@ def family_for_generation(
 ) -> StableDiffusion:
     """Return the Stable Diffusion model to generate with.
 
+    Args:
+        kinds: Kinds of checkpoints that the script accepts.
+        options: Options of the command line.
+
     Raises:
         OptionError: If the options contradict the checkpoint.
     """
@@ -870,7 +889,7 @@ def family_for_generation(
         noise,
         chunks=options.max_embeddings_multiples or 1,
         clip_skip=options.clip_skip,
-        tells_cut=True,
+        tells_cut=True,  # warn about a prompt that is cut off
         inpaints=files.inpaints,
     )
 

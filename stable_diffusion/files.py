@@ -136,6 +136,7 @@ def identify(path: Path) -> str | None:
     try:
         if path.is_dir():
             description = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
+            # SD1 also stands for SD2, which has the same scripts
             kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
         else:
             with open_checkpoint(path) as checkpoint:

@@ -177,7 +177,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
     """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
 
     Raises:
-        CheckpointError: If there are no weights, or as in `open_checkpoint`.
+        CheckpointError: If there are no weights, or if their file is incomplete, damaged or no model.
     """
     for endings in (_ENDINGS, _OLD_ENDINGS):
         for stem in stems:

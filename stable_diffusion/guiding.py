@@ -181,6 +181,7 @@ class Guides:
             model.unet.enable_gradient_checkpointing()
 
         def steered(step: Step, predict: Predict, section: Section) -> Tensor:
+            """Add the gradient of the loss between predicted image and guide image to the velocity."""
             velocity = guidance(step, predict, section)
             index = sampler.first + step.index
             alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
@@ -315,7 +316,11 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
 
 
 def _load_clip(path: Path, model: Model) -> FullClip:
-    """Load both towers of a CLIP. Raises CheckpointError if it has too few tokens for the model."""
+    """Load the text and the image encoder of a CLIP.
+
+    Raises CheckpointError if its vocabulary lacks tokens of the model's first text encoder, whose tokenizer
+    is used.
+    """
     device = model.device
     dtype = model.dtype
     vision = load_clip_vision(path, device, dtype=dtype, option=CLIP.option, release=CLIP.release)
@@ -323,6 +328,7 @@ def _load_clip(path: Path, model: Model) -> FullClip:
         projection = checkpoint.read(_PROJECTION).to(device, dtype)
     text = load_clip_text(path, device, dtype, CLIP)
     tower = model.texts[0]
+    # start and end tokens have the highest ids of the vocabulary
     if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
         raise CheckpointError(
             f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "

@@ -175,10 +175,10 @@ def make_images(
     Args:
         maker: Makes the images.
         highres: Options and upscaler of the second stage; None for one stage.
-        pictures: Images of equal settings, as `ImageGenerator.make` takes them.
+        pictures: Images of equal settings.
 
     Raises:
-        UserError: As `ImageGenerator.make` does, and if --highres_fix_upscaler fails.
+        UserError: If an input image cannot be used, or if --highres_fix_upscaler fails.
     """
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")

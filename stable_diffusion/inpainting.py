@@ -53,7 +53,9 @@ def make_inputs(
 
 
 def keep_image(request: Request, keep: Callable[[Request, str], Request], who: str) -> Request:
-    """Return a request whose `image_path` is the image to repaint, without media that cannot be used.
+    """Return a request whose `image_path` is the image to repaint, without media that the model cannot use.
+
+    The image is the source of image-to-image, else the input image, else the first control image.
 
     Args:
         request: The request.
@@ -66,6 +68,7 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
     path, control_images = request.image_path, request.control_images
     if path is None and control_images:  # the first control image is the one to repaint
         path, control_images = control_images[0], control_images[1:]
+    # without the image to repaint, which `keep` would remove
     usable = keep(replace(request, image_path=None, control_images=control_images), who)
     source = request.source
     if source is not None and source.option == IMAGE:

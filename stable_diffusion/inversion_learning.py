@@ -55,12 +55,13 @@ STYLE_SENTENCES = tuple(
 
 
 def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
-    """Return the network of a word's vectors for the text encoders of a checkpoint."""
-    keys = SEVERAL if files.kind is SDXL else (SINGLE,)
+    """Return the trainable network that holds a word's vectors for each text encoder of a checkpoint."""
+    keys = SEVERAL if files.kind is SDXL else (SINGLE,)  # names of the encoders' vectors in files
 
     def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
+        """Read start values by key from an embedding, or from a LoRA file that contains the word."""
         content = find_in_lora(path, word.text)
-        if content is None and word.weights is None:
+        if content is None and word.weights is None:  # a LoRA to continue, without this word
             return None
         if content is None:
             (learned_word,) = read_words([path], option=option)
@@ -72,7 +73,7 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
         check_words([learned_word], widths, files.kind)
         return dict(zip(keys, learned_word.vectors, strict=True))
 
-    towers = [
+    towers = [  # one for each text encoder
         WordTower(key, PooledClip.embedding, partial(_tokenize, files, number))
         for number, key in enumerate(keys)
     ]
@@ -101,6 +102,7 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
         # the vectors of all cross-attentions are stored layer by layer
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
+    # one text encoder, with separate vectors for each cross-attention
     tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
     return Inversion(word, [tower], read_vectors).describe()
 

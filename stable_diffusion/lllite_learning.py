@@ -69,6 +69,7 @@ class TrainedLllite(Lllite):
             assert isinstance(module, LlliteModule)
             layer = find_layer(unet, name, part=module.part, path=path, option=WEIGHTS)
             layer.register_forward_pre_hook(partial(self._change_input, module))
+        # called before each U-Net call with the control images
         unet.beside = BesideUnet(self.compute_residuals)  # type: ignore[assignment]
 
     def compute_residuals(

@@ -62,7 +62,7 @@ class Lllites:
     def for_batch(
         self, pictures: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Attach the modules while a batch is generated; yield the hook, None if the batch has no guides.
+        """Attach the modules while a batch is generated; yield the hook, None without guide images.
 
         Raises:
             OptionError: For a wrong number of guides.

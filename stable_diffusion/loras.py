@@ -85,7 +85,12 @@ class ChosenLoras:
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
-        """Apply the LoRAs with these strengths until the next call; see `settle` for the arguments."""
+        """Apply the LoRAs with these strengths until the next call.
+
+        Args:
+            multipliers: Multipliers of a prompt; None for the ones on the command line.
+            part: Index of the only LoRA to use; None for all.
+        """
         strengths = self.settle(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
@@ -265,6 +270,7 @@ def _make_folding(
 
     `rounding` is the value of --lora_rounding.
     """
+    # keep a copy of the weights that LoRAs change, and check that the LoRAs fit
     originals = []
     for target in targets:
         target_uses = uses_for(uses, target.prefix)

@@ -140,6 +140,7 @@ class ImageGenerator:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
         self._select_loras(settings)
+        # each of ControlNets, Deep Shrink and the like changes the U-Net until the batch is done
         with ExitStack() as stack:
             batch_hooks = [*self.batch_hooks]
             if self.regions is not None:
@@ -280,7 +281,7 @@ class ImageGenerator:
         states: dict[tuple[str, int | None], contract.TextState] = {}
         for number in range(settings.parts):
             part = number if is_regional else None
-            self._select_loras(settings, part)
+            self._select_loras(settings, part)  # before encoding, as LoRAs change the text encoders too
             for parts, avoided_texts in zip(prompts, avoided, strict=True):
                 for text in (parts[number], *avoided_texts):
                     if (text, part) not in states:

@@ -50,7 +50,7 @@ class ModelUpscaler:
         """Return the enlarged images; the caller resizes them to the final size."""
         # arguments of the call that all upscalers share, which this one does not need
         del latents, dtype, batch_size, vae_batch_size, width, height
-        stage = self._stages.get(vae.device)
+        stage = self._stages.get(vae.device)  # the loaded network
         if stage is None:
             stage = self._stages.setdefault(vae.device, make_upscaler(self.options, vae.device))
         clip = Clip(self.options.network.model, *imgs[0].size, None, len(imgs), is_deep=False)

@@ -263,6 +263,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError for unsupported modules, and for more values than --network_weights has files."""
         for name in self.network_module or ():
             what = NOT_READ.get(name)
             if what is not None:
@@ -291,7 +292,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
             raise OptionError(
                 f"--network_merge_n_models {self.network_merge_n_models}: there are {files} --network_weights"
             )
-        multipliers_for(self.files, self.network_mul or (), "--network_mul")
+        multipliers_for(self.files, self.network_mul or (), "--network_mul")  # raises for invalid values
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -209,6 +209,7 @@ class GenImgOptions(Options, title="run"):
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available")
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options that need others or exclude them."""
         if self.text.clip_vision_strength is not None and self.prompts.image_path is None:
             raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
         if self.output.use_original_file_name and self.prompts.image_path is None:

@@ -141,7 +141,7 @@ class Regions:
         Args:
             unet: The U-Net.
             layers: Added layers of each LoRA, by module name; None if LoRAs are folded in for each batch.
-            color_codes: See `read_regions`.
+            color_codes: Number of pure colors that mark the parts in masks; None if channels mark them.
         """
         self._is_folded = layers is None
         self._layers = layers or ()
@@ -168,7 +168,7 @@ class Regions:
     ) -> Iterator[UnetHook | None]:
         """Apply a batch's regions in the U-Net until the batch is done; yield None if prompts have one part.
 
-        The context of a call holds all parts of each row, one after the other: R P*L C.
+        The context of a call holds the states of all P parts of each of R rows: R P*L C, with L states each.
         """
         if pictures[0].settings.parts == 1:
             yield None
@@ -178,7 +178,7 @@ class Regions:
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:
             batch.enter(self._unet, changes)
-            if any(image.mask is not None for image in pictures):
+            if any(image.mask is not None for image in pictures):  # LoRA i acts in the region of part i
                 for index, layers in enumerate(self._layers):
                     for name, layer in layers.items():
                         changes.callback(setattr, layer, "region", None)

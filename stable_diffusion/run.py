@@ -191,7 +191,7 @@ class Run:
         paths = []
         images = self.asking.pictures(lines, failures)
         for batch in batches(images, self.options.prompts.batch_size):
-            if len(batch) > 1:
+            if len(batch) > 1:  # if it fails, its images are made one by one, so that only bad ones are lost
                 try:
                     paths += self._make(batch)
                     continue
@@ -299,7 +299,10 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
 def _make_lines(
     options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
 ) -> list[Path]:
-    """Generate the images of a fixed list of lines. All are checked before `start` loads a model."""
+    """Generate the images of a fixed list of lines; return their paths.
+
+    All lines are checked before `start` loads a model; one that fails is left out.
+    """
     usable = []
     for line in lines:
         with failures.note_errors(line.label):

@@ -118,6 +118,7 @@ class _Shrinking:
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
+        """Select the depth at which features shrink in this call, and fit a ControlNet's residuals to it."""
         # above the first timestep features shrink at the first depth, above the second at the second depth
         shrink = self.shrink
         if call.timestep >= shrink.ds_timesteps_1:
@@ -201,7 +202,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
             yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
-    # the output has the size of the sample again
+    # if features were made smaller in this call, the output has the size of the sample again
     yield unet.conv_norm_out.register_forward_pre_hook(
         lambda _, args: None if shrinking.depth is None else resize_like(args[0], shrinking.size)
     )

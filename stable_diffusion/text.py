@@ -65,7 +65,7 @@ class Texts:
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
-            CheckpointError: As `add_words` does.
+            CheckpointError: If vectors do not fit an encoder, or if a word exists already as a token.
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
@@ -239,12 +239,12 @@ def check_texts(
         options: Options of texts.
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
-        layers: See `Texts`.
-        bundled: See `Texts`.
+        layers: Names of the U-Net's cross-attentions, with --XTI_embeddings.
+        bundled: Words in the files of LoRAs.
 
     Raises:
-        OptionError: As `Texts` does.
-        CheckpointError: As `Texts` does, except for words that are already tokens.
+        OptionError: If an encoder lacks the layer of --clip_skip, or if SDXL is used with --XTI_embeddings.
+        CheckpointError: If embeddings cannot be read, or do not fit the text encoders.
     """
     for config in configs:
         check_layer(options.clip_skip, config.num_layers, kind)
@@ -312,7 +312,10 @@ class ImageVectors:
     """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image encoder's files, which are loaded for the first image; raises as `check_vision`."""
+        """Find the image encoder's files, which are loaded for the first image.
+
+        Raises OptionError if the checkpoint is not SDXL, or DownloadError if the files cannot be downloaded.
+        """
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength
@@ -325,7 +328,7 @@ class ImageVectors:
         Each image is encoded alone, so its vector does not depend on others, and only once in a run.
 
         Raises:
-            CheckpointError: If the tower's files are damaged or do not fit the model.
+            CheckpointError: If the image encoder's files are damaged or do not fit the model.
         """
         new_paths = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
         device = self._model.device
@@ -343,7 +346,10 @@ class ImageVectors:
         ]
 
     def _load_tower(self) -> ClipVision:
-        """Load the image tower. Raises CheckpointError if its vectors do not fit the pooled state."""
+        """Load the image encoder, whose vectors replace pooled text states.
+
+        Raises CheckpointError if the vectors have another width than these states.
+        """
         model = self._model
         tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
         logger.info("CLIP vision conditioning: %s", self._path)
@@ -377,7 +383,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Find the bigG image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
+    """Find OpenCLIP bigG's image encoder: in --tokenizer_cache_dir, by the checkpoint, or in the hub's cache.
 
     If it is in none of these, it is downloaded.
 

@@ -72,7 +72,13 @@ def find_tokenizer_files(
 ) -> list[tuple[TokenizerFiles, Path | None]]:
     """Return where each text encoder's tokenizer may be, and its existing file, or None.
 
-    Arguments and OptionError are those of `find_tokenizers`.
+    Args:
+        cache: Folder of --tokenizer_cache_dir.
+        checkpoint: File or folder of the checkpoint.
+        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+
+    Raises:
+        OptionError: If --tokenizer_cache_dir names a file.
     """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")

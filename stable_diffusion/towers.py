@@ -205,7 +205,7 @@ class TowerEncoder:
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
-        """Load a text encoder and its tokenizer, with embedding rows for trained and bundled words."""
+        """Load a text encoder and its tokenizer, with embedding rows for a trained word and LoRAs' words."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
@@ -246,7 +246,7 @@ class TowerEncoder:
         return list_ids(self._bundled, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer to use, counted from the end; raise OptionError if it does not exist."""
+        """Return the layer whose states are used, counted from the end; raise OptionError for none."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
@@ -318,7 +318,7 @@ class TowerEncoder:
         if self._word is not None and self._copies > 1:
             table = network.embeddings.token_embedding
             assert isinstance(table, GrowingEmbedding)
-            # only ids of the word move: each cross-attention has its own rows of vectors
+            # copy i of the ids, for cross-attention i: only ids of the word move, to rows of its own
             stride = (ids >= table.known) * self._word.count
             ids = torch.cat([ids + index * stride for index in range(self._copies)])
         is_xl = self.files.kind is SDXL

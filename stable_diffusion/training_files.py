@@ -85,7 +85,7 @@ class TrainingFiles:
 
     @cached_property
     def path(self) -> Path:
-        """Path of the checkpoint, which is downloaded if necessary; raises as `loading.find_checkpoint`."""
+        """Path of the checkpoint, downloaded if necessary; raises CheckpointError if there is none."""
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
@@ -133,7 +133,7 @@ class TrainingFiles:
 
     @contextmanager
     def opened(self) -> Iterator[loading.OpenedCheckpoint]:
-        """Open the checkpoint and plan how its networks are loaded, as `loading.open_release` does."""
+        """Open the checkpoint and plan how its networks are loaded; its files are closed after the block."""
         _ = self.marks
         options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.says_v)
         with ExitStack() as files:
@@ -273,7 +273,7 @@ class TrainingFiles:
 
     @cached_property
     def tokenizers(self) -> list[ClipWords]:
-        """Tokenizers of the text encoders, read once; raises the errors of `find_tokenizers`."""
+        """Tokenizers of the text encoders, read once; raises CheckpointError if one cannot be read."""
         with self.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
         return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)

@@ -204,7 +204,12 @@ def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with a training run's model; see `FamilyEntry.generation_words`."""
+    """Return the options, by name, of a command that generates with the model of a training run.
+
+    Args:
+        options: Options of the training run.
+        sample: Values of a sample image, by the names of `Request`.
+    """
     chunks = options.chunks
     return {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

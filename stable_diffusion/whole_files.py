@@ -87,7 +87,7 @@ class CheckpointFiles:
         """Return dtypes and shapes of the tensors in a saved checkpoint.
 
         Args:
-            dtype: Dtype of the trained weights; see `write`.
+            dtype: Dtype of the networks; None keeps that of the source.
         """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
         stored = {} if self.source is None else self.source.tensors

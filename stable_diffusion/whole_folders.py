@@ -136,7 +136,7 @@ class FolderWriter:
 
         Args:
             network: Name of the network.
-            dtype: Dtype of the trained weights; see `write`.
+            dtype: Dtype of the networks; None keeps that of the source.
         """
         infos = {}
         for name, info in self.files[network].infos.items():
@@ -182,6 +182,7 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
     infos = {}
     for written, weight in weights.items():
         source = plan.sources[weight]
+        # made from tensors without values, for dtype and shape
         hollow = source.make([plan.checkpoint.tensors[stored].hollow() for stored in source.names])
         infos[written] = TensorInfo(hollow.dtype, tuple(hollow.shape))
     return NetworkFile(name, weights, infos)
@@ -243,7 +244,10 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the source folder's scheduler settings if it predicts the same, otherwise defaults."""
+    """Return the source folder's scheduler settings if the trained model predicts what the source predicts.
+
+    Otherwise return the defaults of the trained model's kind and prediction type.
+    """
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])

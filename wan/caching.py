@@ -147,7 +147,7 @@ def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
         fits = clip.shape[1] == positions
         options, images = "--clip --flf2v", "two images"
     else:
-        fits = clip.shape[1] != 2 * CLIP_TOKENS  # not the features of two images
+        fits = clip.shape[1] != 2 * CLIP_TOKENS  # any rows but those of two images
         options, images = "--clip, without --flf2v", "one image"
     if fits:
         return clip

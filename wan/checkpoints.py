@@ -93,9 +93,10 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log if only --task shows the kind of a file, or if the file's size differs from the released one.
+    """Log what is unusual about a transformer's file: its dtype, its size, or an ambiguous version.
 
-    `target` is the compute dtype. Warns if a large file stays in float32, as A14B was released.
+    Tensors of some versions are alike, so that only --task tells them apart. `target` is the compute dtype.
+    Warns if a large file stays in float32, as A14B was released.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
@@ -140,7 +141,10 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
+    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported.
+
+    The dialect is whose tensor names it has: those of diffusers or of the official code.
+    """
     names = checkpoint.tensors
     shapes = _list_shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"

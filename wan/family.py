@@ -299,7 +299,8 @@ class Wan(OneTransformer):
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
-        The conditions are t5 (n D for each sample), clip (B T 1280) and condition_latents (B C F H W).
+        The conditions are t5 (n D for each sample: its text), clip (B T 1280: features of images),
+        condition_latents (B C F H W: channels after the noisy ones), and those of VACE and of single images.
         """
         # image and control conditions are additional input channels
         condition = cond.get("condition_latents")
@@ -333,6 +334,7 @@ class Wan(OneTransformer):
         """
         task = self.files.task
         self.files.check_dits()
+        # for `prepare_request` or its counterpart for single images
         settings: dict[str, Any] = {"defaults": self.defaults, "latent": self.latent, "experts": self.experts}
         if self.image_kind == ONE_FRAME:  # samples of a training run of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
@@ -402,10 +404,11 @@ class Wan(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section for the denoising loop.
+        """Yield the one section (start noise and conditions) to the denoising loop; return its latents.
 
-        Noise is one draw of C F H W. Extra noise on the image's condition, for more motion, is drawn after
-        it. An image that is the video's first frame is passed to the section as a clean frame.
+        The loop sends back the denoised latents. Noise is one draw of C F H W. Extra noise on the image's
+        condition, for more motion, is drawn after it. An image that is the video's first frame is passed to
+        the section as a clean frame.
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -466,7 +469,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """Describe the family for wan_train_network.py and the other training runs of Wan."""
+    """Make the description of Wan (files, options, noise) for wan_train_network.py and its other trainers."""
     files = files_of(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)

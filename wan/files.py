@@ -195,7 +195,7 @@ class WanRelease(NamedTuple):
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
-    """Find the parts of an official release, or of a diffusers pipeline. Loads nothing.
+    """Find the files of an official release, or of a diffusers pipeline, in its folder. Loads nothing.
 
     Args:
         folder: Folder of the release.
@@ -301,7 +301,10 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
 
 
 def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
-    """Return the given files that the task uses. Raises OptionError if the transformers were swapped."""
+    """Return the files of the options that the task uses.
+
+    Raises OptionError if file names show that the two transformers were swapped.
+    """
     text = options.text
     high = options.experts.dit_high_noise
     check_names(options.dit, high)
@@ -364,6 +367,7 @@ def find_boundary(
             "or use --task t2v-A14B or i2v-A14B"
         )
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
+    # training of --dit alone may have the other expert for samples (--sample_dit_other)
     boundary = options.experts.timestep_boundary  # a timestep, or up to 1 a fraction of MAX_TIMESTEP
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")

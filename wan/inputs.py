@@ -95,7 +95,7 @@ def frame_mask(known_frames: Tensor) -> Tensor:
 
 
 def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor | None = None) -> Tensor:
-    """Return the condition of image-to-video, B 20 L h w float32.
+    """Return the condition of image-to-video, B 20 L h w float32: a mask of 4 channels, then 16 of latents.
 
     Args:
         vae: The VAE.
@@ -187,6 +187,7 @@ def encode_inputs(
             conditions["clip"] = encode_features(encoders, paths)
         image = _encode_images(vae, task, prepared, first)
         conditions["condition_latents"] = image.cpu()
+    # the image itself is the clean first frame
     if task.keeps_image and request.image_path is not None:
         pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
@@ -256,13 +257,13 @@ def prepare_request(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Fill in open fields of the request, resolve its size, and check both.
+    """Fill in the fields that the request leaves unset, resolve its size, and check both.
 
     The video takes the aspect ratio of the image that it starts from.
 
     Args:
         task: The task.
-        request: Request with only the media that the task takes, see `wan.inputs.take_inputs`.
+        request: Request with only the media that the task takes.
         defaults: Defaults of the task.
         latent: Latent space of the model.
         experts: The transformers.

@@ -78,6 +78,7 @@ class CrossAttention(SelfAttention):
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
+        # a second text, for guidance in the attention (NAG), is combined with the first
         attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
         del attended_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
@@ -124,7 +125,7 @@ class WanAttentionBlock(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Return the input of self-attention for an input x of the block, both B L C."""
+        """Return the block's input x, B L C, normalized and modulated as self-attention takes it."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
         return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_given)
 
@@ -339,7 +340,7 @@ class WanModel(BlockNetwork):
         return embedded.expand(len(noisy), -1, -1), repeats
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for given frames."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for clean input frames."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
         velocity = rearrange(
@@ -354,14 +355,14 @@ class WanModel(BlockNetwork):
         )
         if not tokens.num_given:
             return velocity
-        given_frames = tokens.num_given // (rows * columns) * pf
+        given_frames = tokens.num_given // (rows * columns) * pf  # clean frames, which are first
         clean = torch.zeros_like(velocity[:, :, :given_frames])
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
         """Return the embedded times, B S C, and their modulation, B S 6 C.
 
-        S is 1, or 2 if there are given frames, whose time 0 comes first. Each distinct time is embedded once,
+        S is 1, or 2 if there are clean frames, whose time 0 comes first. Each distinct time is embedded once,
         not once for each token as in the released code.
         """
         if has_given:
@@ -376,7 +377,7 @@ class WanModel(BlockNetwork):
 
 
 def _pair_with_last(rows: Tensor) -> Tensor:
-    """Return B pairs, B 2 ..., of the last of B+1 rows and each of the other rows."""
+    """Pair each of B+1 rows but the last with the last one, which comes first: B 2 ..."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

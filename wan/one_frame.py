@@ -172,7 +172,9 @@ def _list_feature_images(request: Request) -> list[Path]:
 def encode_request(
     encoders: MediaEncoders, prepared: Prepared, task: WanTask
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Return `condition_latents` 1 20 F h w, places 1 F and, if the task has them, CLIP features.
+    """Encode the control images of a request: `condition_latents` 1 20 F h w and the times of its F frames.
+
+    Returns these, and CLIP features if the task has them.
 
     All are on the CPU. Control images are scaled to cover the target's size and cropped.
     """
@@ -201,7 +203,7 @@ def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor)
 
 
 def check_table(table: MediaTable, has_features: bool) -> None:
-    """Raise DatasetError unless a table has images with control images.
+    """Raise DatasetError unless a table can be trained with --one_frame: images with control images.
 
     `has_features` says whether CLIP features are cached, which limits the number of control images.
     """
@@ -224,15 +226,18 @@ def check_table(table: MediaTable, has_features: bool) -> None:
 
 
 def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Encode training images and their control images, each as a clip of one frame; `store` is the dtype."""
+    """Encode training images and their control images, each as a clip of one frame, for a cache.
+
+    Returns an entry for each item of the batch. `store` is the dtype of stored latents.
+    """
     vae = encoders.vae
     table = media.table
-    order = order_frames(table.clean_indices, table.target_index)
+    order = order_frames(table.clean_indices, table.target_index)  # which image is at which time
     controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
     picture = to_pixels(media.frames.to(vae.device))
     control_latents = [vae.encode(image) for image in controls]
     latents = [*control_latents, vae.encode(picture)]
-    gray = vae.encode(torch.zeros_like(controls[0]))
+    gray = vae.encode(torch.zeros_like(controls[0]))  # the condition where no control image is
     tensors = {
         # `latents` ends with the target, so that its index -1 in `order.images` selects it
         "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),

@@ -171,7 +171,8 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
-        # each of two transformers needs VACE's blocks, and a single one must not have two files of them
+        # each of two transformers needs a file of VACE's blocks, and a single one takes only one such file;
+        # other_transformers: for high noise, or (in training) only for samples
         other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
             missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
@@ -319,7 +320,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
         control_images = None if one_frame else self.control_image_path
-        unused = None
+        unused = None  # the first option that this task does not use
         if self.src_mask:
             unused = MASK
         elif self.vace_scale != (1.0,):  # not the default
@@ -339,7 +340,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the options of a training run from latent caches: --task, unless it is the default.
+    """Return the options that training needs for latents of a caching command: --task, if not the default.
 
     `family` is that of the caching command. Caches do not show the size of the model.
     """
@@ -404,7 +405,10 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
 
 
 def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips of a sample, with placeholders for required ones that are missing."""
+    """Return the options for a sample's images and clips, with placeholders for required ones it lacks.
+
+    `sample` has the values of a sample, or an item of the dataset as "example".
+    """
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
@@ -426,7 +430,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
 
 
 def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips that a sample was generated from."""
+    """Return the images and clips that a sample was generated from, by option."""
     extra = sample.get("extra") or {}
     images = sample.get("control_images")
     is_vace = TASKS[options.task].kind == VACE
@@ -445,7 +449,7 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the images and clips that a training item was cached with."""
+    """Return the images and clips that a training item was cached with, by option of generation."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:

@@ -136,7 +136,7 @@ class WanTokens:
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
         """Return the inputs for a subset of the tokens; only tokens of the latents to learn may be missing.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
         """
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 
@@ -144,7 +144,7 @@ class WanTokens:
 def pad_texts(
     text: Sequence[Tensor] | Tensor, length: int, attention: AttentionChoice | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Stack texts of any length to B T text_dim, padded with zeros, which are unmasked as in training.
+    """Pad texts with zeros to `length` rows and stack them: B T text_dim. The model attends to the padding.
 
     On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
     T numbers say how many rows each row stands for. The layers before attention treat each row separately, so

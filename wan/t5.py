@@ -48,7 +48,7 @@ TOKENIZER = TokenizerSource(
 def clean_text(text: str) -> str:
     """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space.
 
-    White space at the ends becomes a blank. Raises InstallationError without ftfy.
+    White space at the ends becomes a blank. Raises InstallationError if the package ftfy is missing.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else ftfy would change nothing
         try:
@@ -64,7 +64,7 @@ def clean_text(text: str) -> str:
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
-    """Return `clean_text(text)` without surrounding white space, and the positions of its parts.
+    """Clean a prompt and strip it; return it with its weighted parts: start, end and weight of each.
 
     Each part is cleaned alone to measure its length. If cleaning joins it to its neighbors (an accent after
     the last letter of a part), positions may be off by a character or two.

@@ -168,7 +168,7 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     if not any(settings.scales):
         return {}
     width, height, frames = prepared.width, prepared.height, prepared.frames
-    # without a video the control is gray (0 in -1..1), and without a mask all pixels are generated
+    # without a video the control is gray (0 in -1..1), and without a mask all pixels are generated anew
     pixels = torch.zeros(1, 3, frames, height, width)
     mask = torch.ones(1, 1, frames, height, width)
     if request.control_path is not None:

@@ -57,7 +57,7 @@ class WanVaceModel(WanModel):
         hint_scales: Tensor | None = None,
         **named_inputs: Any,
     ) -> Hidden:
-        """Embed the inputs like `WanModel.embed`, and the control for VACE's second stack of blocks.
+        """Embed the inputs as a plain Wan model does, and the control for VACE's second stack of blocks.
 
         Args:
             *inputs: Inputs of `WanModel.embed`.

@@ -31,6 +31,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
         mask = torch.full_like(media.frames[..., 0], 255)  # white: everything is generated anew
     levels = mask.to(device)[:, None].float()  # 0..255
     tensors = {"latents": vae.encode(pixels).to(store)}
+    # VACE encodes the parts of the control that stay and that are new separately
     halves = encode_halves(vae, control, levels / 255)
     tensors["latents_control"] = halves.to(store)
     if media.control_mask is not None:

@@ -55,7 +55,7 @@ class WanVae(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, as_moments: bool = False) -> Tensor:
-        """Return the normalized means of the posterior, B Z n+1 H/S W/S float32 on the VAE's device.
+        """Encode a clip to normalized means of the posterior, B Z n+1 H/S W/S float32 on the VAE's device.
 
         Args:
             pixels: B 3 F H W in -1..1, on any device (moved group by group). F = 4n + 1, and H and W are
@@ -89,7 +89,7 @@ class WanVae(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, not normalized, B 2Z n+1 H/S W/S; see `encode`."""
+        """Encode a clip, B 3 4n+1 H W, to means and log variances, not normalized: B 2Z n+1 H/S W/S."""
         return self.encode(pixels, as_moments=True)
 
     @torch.no_grad()

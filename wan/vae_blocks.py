@@ -102,7 +102,7 @@ class WanCausalConv(nn.Conv3d):
 
         Args:
             x: The frames.
-            memory: State of the clip; None if x is the whole clip.
+            memory: Last frames of earlier parts of the clip, updated here; None if x is the whole clip.
             norm: Norm to apply first, followed by SiLU.
         """
         before = None if memory is None else memory.take(self, x.device)
@@ -121,7 +121,8 @@ class WanCausalConv(nn.Conv3d):
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
-    The result is written into one tensor, so that no concatenation copies it again.
+    With `norm`, x is normalized and passed through SiLU first, as `before` was. The result is written into
+    one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
     earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one

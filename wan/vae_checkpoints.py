@@ -89,6 +89,7 @@ def read_vae(
         of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise other_kind(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
+    # the dimensions follow from the shapes
     shape = shapes_of(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]
     encoder = _read_layers(shape, sources, "encoder.downsamples")
@@ -109,7 +110,7 @@ def check_latents(
         config: Dimensions of the given VAE.
         latent: Latent space of the model.
         path: The VAE's file.
-        needed_by: What needs the latents, for the message: "--task ti2v-5B".
+        needed_by: What needs the latents, for the message, such as "--task ti2v-5B".
         files: Released files of the right VAE; "" for those of Wan's release.
     """
     release = RELEASES[latent.channels]
@@ -159,13 +160,16 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name."""
+    """Read the layers of a list; Wan2.2 nests them in stages, each with a list of the same name.
+
+    `shape` returns the shape of a tensor, `names` are all tensor names, `start` is the list's name.
+    """
     list_name = start.split(".")[-1]
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         stage = _read_layers(shape, names, f"{name}.{list_name}")
-        if stage:
+        if stage:  # nested layers: kind and output width are those of the last, which resamples
             layers.append(VaeLayer(stage[-1].kind, stage[0].width_in, stage[-1].width_out, stage))
             continue
         kind = "residual"
@@ -186,7 +190,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
-    has_alpha = config.colors == 4 and config.patch == 1  # tensor that identifies Qwen-Image-Layered
+    has_alpha = config.colors == 4 and config.patch == 1  # the VAE of Qwen-Image-Layered
     if colors != 3 * config.patch**2 and not has_alpha:
         raise _make_vae_error(path, f"takes {colors} channels")
     frame_stride, pixel_stride, _ = release.stride

@@ -49,7 +49,8 @@ def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
 def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its values in blocks; return h.
 
-    h is changed in place. T' is T * frames, or less at the beginning of a clip, where the first frames of the
+    h is changed in place. Channels fill the pixels of a block in order; if h has more channels, those of x
+    are repeated. T' is T * frames, or less at the beginning of a clip, where the first frames of the
     first block are left out. One pixel of all blocks is added at a time, so that no enlarged copy of x is
     made.
     """

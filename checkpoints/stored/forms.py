@@ -50,7 +50,7 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return what `quantize` returns for a weight of this shape, on the meta device."""
+        """Return a quantized weight of this shape on the meta device, to plan memory."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -118,7 +118,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantization for a dry run, from the `rehearsed` of its form; None stays None."""
+    """Return the quantization to use in a dry run, where some kernels only allocate; None stays None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)
@@ -203,6 +203,10 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
+        """Multiply by a weight that is stored in a quantized form, without keeping the dequantized weight.
+
+        `first` to `fourth` are the tensors that belong to the stored weight, such as its scale.
+        """
         # autograd needs a fixed number of tensors: arguments that the form does not have are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)

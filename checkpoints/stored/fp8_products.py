@@ -58,7 +58,9 @@ def row_scaled_product(
     dtype: torch.dtype,
     fast_sums: bool,
 ) -> Tensor:
-    """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers.
+    """Return a @ b times both scales, plus bias, applying scales and bias while sums are in registers.
+
+    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
 
     The result is rounded to bfloat16 even if `dtype` is float16, because only Hopper GPUs support other
     results with row-wise scales. Up to FEW_TOKENS rows are left to `tensor_scaled_product`, because torch
@@ -82,7 +84,9 @@ def tensor_scaled_product(
     fast_sums: bool,
     piece: int = PIECE,
 ) -> Tensor:
-    """Compute a `Product` with scales applied afterwards, if torch has no row-wise scales (Windows).
+    """Return a @ b times both scales, plus bias, for a torch without row-wise scales (Windows).
+
+    a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
     second rounding of 2^-9, which is small compared with the rounding to e4m3. `piece` is the number of
@@ -219,6 +223,7 @@ class _FrozenLinear(torch.autograd.Function):
         dtype: torch.dtype,
         product: Product,
     ) -> Tensor:
+        """Quantize rows of x to fp8 and multiply them by the weight, with a result in `dtype`."""
         ctx.save_for_backward(weight, scale)
         ctx.product, ctx.dtype = product, x.dtype
         quantized, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -235,6 +240,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x, computed in fp8 too; all other arguments of `forward` have none."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         (gradient,) = gradients

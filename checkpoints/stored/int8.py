@@ -33,7 +33,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """Weights stored in int8, with a float32 scale per row in the companion `scale_weight`, out x 1."""
+    """Weights stored in int8, with a float32 scale per row in the buffer `scale_weight`, out x 1."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -134,6 +134,7 @@ class _Int8Product(torch.autograd.Function):
         dtype: torch.dtype,
         form: Int8,
     ) -> Tensor:
+        """Multiply x by an int8 weight in 8 bit: rows of x are rotated, and rounded with a scale each."""
         ctx.save_for_backward(codes, scale)
         ctx.form = form
         ctx.dtype = x.dtype

@@ -43,8 +43,9 @@ def _make_value_pairs(device: torch.device) -> Tensor:
 class Nf4:
     """Weights stored in nf4: uint8, [out, in / 2] if `in` is even, otherwise flat.
 
-    The maximum of each block is quantized again, in nested blocks. Companions: the maxima as 8-bit codes
-    (uint8), the float32 maximum of each nested block, the 256 values of the codes, the mean of the maxima.
+    The maximum of each block is quantized again, in nested blocks. A layer's other buffers are the maxima as
+    8-bit codes (uint8), the float32 maximum of each nested block, the 256 values of the codes, and the mean
+    of the maxima.
     """
 
     expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation

@@ -53,7 +53,7 @@ class RowForm:
         step = max(1, _PIECE // max(1, shape[1]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            # companions of one row apply to all rows
+            # tensors next to the weight, such as scales: those of one row apply to all rows
             parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
             values = self.make(*parts)
             if self.rotation:
@@ -81,6 +81,7 @@ class RowForm:
         Returns:
             None if an additional tensor covers all rows of a part, or is missing in some parts.
         """
+        # one list for each tensor of a packed weight: the weight itself, then its scales and the like
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
         for column in columns:

@@ -54,7 +54,7 @@ def check_channels(
     """
     stores = stores or Stores()
     without_fps: list[Path] = []  # caches of other programs
-    for group in group_items(items).values():
+    for group in group_items(items).values():  # by table and size
         item = group[-1]
         if item.kind.sizes is not None:  # encoded while training: there is no cache
             continue
@@ -240,7 +240,7 @@ def _find_shape_errors(
     frames = item.bucket[2] if len(item.bucket) == 3 else 1
     expected = list(latent.shape(frames, height, width)[1:])
     if data.PLACES in tensors:
-        expected[1] = len(tensors[data.PLACES])
+        expected[1] = len(tensors[data.PLACES])  # a single image with its control images as frames
     if shape != expected:
         yield (
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
@@ -304,7 +304,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys with one of these `stale` flags."""
+    """Return the recorded options that are table keys; `stale` names what a change of these outdates."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -317,7 +317,11 @@ def audio_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached audio latents do not fit the table and the model."""
+    """Yield the reasons why cached audio latents do not fit the table and the model.
+
+    If the cache has no record (`record` is None), only the shape is compared. `latent` and `is_shared` are
+    not used; callers pass the same arguments as for latents.
+    """
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
     if item.audio and shape != item.audio:
@@ -455,7 +459,11 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return a warning if encoders differ from those of earlier batches; None if there is nothing new."""
+        """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
+
+        `made_by` are the origins of the batch's caches, each for a part such as latents. A part is warned
+        of once.
+        """
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False

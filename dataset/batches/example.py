@@ -32,7 +32,7 @@ class ExampleItem:
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
-    """Return the files and the caption of an item; anything that cannot be found is left out."""
+    """Return the source files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
     cached: frozenset[str] = frozenset()
     if item.kind.sizes is None:  # its latents are cached, not encoded while training

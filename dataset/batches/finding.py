@@ -90,7 +90,7 @@ def find_items(
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
         stores: Stores of the run; None for the cache directories of the tables.
-        live: Item kinds of the tables that are encoded while training, by table index.
+        live: Properties of the items of tables that are encoded while training, by table index.
         audio: Audio spec of the family; None if no audio is trained.
         trusts_index: Whether to take the items of a table from the index of its caches if that is up to
             date.
@@ -149,6 +149,7 @@ def _add_table(
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
         latent_files = _select_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
+    # the other caches of the items, by name
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     text_caches = _TextCaches(table, text_names, kind.tag, listing) if kind.has_text else None
@@ -433,6 +434,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """
     if listing.unsound or listing.unfinished_text:
         _reject_unfinished(listing, commands)
+    # everything that ends the run
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)

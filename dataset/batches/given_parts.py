@@ -18,13 +18,13 @@ KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # keys
 
 
 def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
-    """Add the parts of clips that training may keep clean, as conditions, to a batch.
+    """Add the parts of clips that training may keep clean (free of noise), as conditions, to a batch.
 
     These parts are a region of the frame, spans of the audio, and images that guide the clip. The tables of
     the items name them.
 
     Raises:
-        DatasetError: If a file of spans cannot be used (see `read_times`), or caches lack guides.
+        DatasetError: If a file of spans cannot be read or has no pairs of seconds, or if caches lack guides.
     """
     regions = tuple(item.table.spatial_crop_region for item in items)
     rates = batch.tensors.get(data.FPS)  # B, in thousandths of a frame per second
@@ -53,7 +53,9 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
 
 
 def read_times(item: TrainingItem, fps: float | None) -> Times | None:
-    """Return the start and end of each span, in seconds of an item's clip; None if the item has no file.
+    """Return the spans of an item's audio that stay clean: start and end in seconds of its clip.
+
+    None if the item has no file of spans.
 
     The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
     Times in the file count from the start of the source; the item's clip may begin later in it.

@@ -91,7 +91,7 @@ class BatchOrder:
                 self._last = number
             # the number of items before each batch, and at the end the number of all items
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
-            self._group_starts = array("q")
+            self._group_starts = array("q")  # of the previous epoch until now; filled when needed
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
@@ -164,7 +164,7 @@ def count_batches(items: Sequence[Grouped]) -> int:
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
-    """Return the repeated items of an epoch by group; items of a group can share a batch.
+    """Return the items of an epoch, each as often as it is trained, by group; a batch has items of one group.
 
     Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
     that a seed keeps giving the same batches.
@@ -194,6 +194,7 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return the number of times that each item is trained in an epoch with regularization images."""
     counts = [item.table.num_repeats for item in items]
+    # tables of one group share their batches; each group is balanced separately
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
         reg_indices: list[int] = []  # indices of regularization images
         num_learned = 0  # number of other images, with repeats
@@ -251,6 +252,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
     if fraction > 0:
         candidates = {item.source_stem for item in items if not item.table.validation}
         count = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
+        # the smallest hashes of names, so that the selection does not depend on the order
         chosen = set(heapq.nsmallest(count, candidates, key=_digest))
     training: list[S] = []
     validation: list[S] = []
@@ -271,7 +273,8 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     """Split each subset separately; all regularization images are for training.
 
     The sorted names of a subset are shuffled by the seed. Those after the first ceil(n (1 - fraction)) are
-    for validation: once each, without augmentation or caption changes.
+    for validation: once each, without augmentation or caption changes. A subset's own fraction and seed take
+    precedence.
     """
     held_out_stems: dict[int, frozenset[str]] = {}  # by index of the table
     validation_tables: dict[int, DatasetTable] = {}
@@ -333,7 +336,8 @@ def changed_caption(
         total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
         generator: Random generator.
     """
-    if not changes.is_raw:  # the trigger word, prefix and suffix were added when the source was listed
+    # not raw: nothing is random, and trigger word, prefix and suffix were added when the source was listed
+    if not changes.is_raw:
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
@@ -439,8 +443,8 @@ def change_captions(
 ) -> tuple[str, ...]:
     """Apply the random caption changes of the tables to all samples of a batch.
 
-    `texts` are the captions of the sources, and `chosen` their indices; a caption with index EMPTY becomes
-    "".
+    `texts` are the captions of the sources, and `chosen` their indices among the captions of a source; a
+    caption with index EMPTY was dropped, and becomes "". `run` has the seed and the step of the run.
     """
     changed = []
     for position, (item, text, caption_index) in enumerate(zip(items, texts, chosen, strict=True)):

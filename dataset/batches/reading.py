@@ -91,6 +91,7 @@ def read_batch(
         _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
+    # texts in addition to those that are trained: before dropout, and the empty prompt
     full_texts: list[_Part] = []  # before dropout
     if undropped and tuple(undropped) != tuple(caption_indices):
         full_texts = reader.read_texts(items, undropped)
@@ -136,7 +137,7 @@ def _list_makers(
 def _unpack_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Rename and reshape audio that latent caches contain, as if it came from audio caches.
+    """Rename and reshape audio that latent caches contain, to the layout of separate audio caches.
 
     Args:
         tensors: Tensors of the batch, changed in place.
@@ -147,7 +148,7 @@ def _unpack_inner_audio(
         CacheError: If the caches have no audio.
     """
     audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
-    is_heard = tensors.pop(data.IS_HEARD, None)  # 1 or 0 for each sample
+    is_heard = tensors.pop(data.IS_HEARD, None)  # for each sample: 1, or 0 for a silent clip
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
         lacking = data.INNER_AUDIO if audio is None else data.IS_HEARD
         raise CacheError(
@@ -177,6 +178,7 @@ def _join_media_and_texts(
     media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
 ) -> dict[str, Any]:
     """Stack the tensors of a batch's media and texts, and return them by key."""
+    # items without audio or masks get placeholders, so that tensors can be stacked
     has_audio = [data.SOUND in part.tensors for part in media]  # before gaps are filled
     if len(media) > 1:
         _fill_gaps(media)
@@ -220,7 +222,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the media and captions of a batch; its fields are arguments of `read_batch`."""
+    """Reader of the cached media and captions of a batch, with the stores, checks and family to read by."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -289,7 +291,10 @@ class _Reader:
         return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
-        """Read a caption of an item. Texts that are encoded while training have no tensors."""
+        """Read the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
+
+        Texts that are encoded while training have no tensors.
+        """
         path = item.caption_path(number)
         store = self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
@@ -310,6 +315,7 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
+            # neither compared by an earlier batch nor for the index
             is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
             if not is_checked and not _is_compared(item, entry, path.name):
                 errors = text_errors(
@@ -359,6 +365,7 @@ class _Reader:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
+            # a file that is unchanged since it was compared is not compared again
             if not _is_compared(item, entry, path.name):
                 errors = find_errors(
                     item,
@@ -391,7 +398,7 @@ class _Reader:
             encoder=record.encoder,
             # records of early versions lack CLOCK: these timed companions apart from the clip
             own_clocks=is_video and CLOCK not in record.options and has_companions,
-            windows=_count_windows(item, record, self.latent.lengths),
+            windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
             as_shown=record.as_shown if is_older else None,
         )
 
@@ -402,9 +409,10 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
-    """Return the size conditions of SDXL for an image, `data.SIZES`, without batch dimension.
+    """Return the size conditions of SDXL for an image: original size, corner of the crop, target size.
 
-    `cached_sizes` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes.
+    `cached_sizes` are those that another program wrote into the cache: width, height, and the edges of the
+    crop (left, top, right, bottom). They take precedence over computed ones.
     """
     bucket_width, bucket_height = item.bucket[:2]
     if cached_sizes is None:
@@ -465,7 +473,7 @@ def _stack(
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
         tensors = [part.tensors[name] for part in parts]
-        if name in first.variable:
+        if name in first.variable:  # lengths differ, so that these stay a list
             stacked[name] = tensors
         else:
             if len(parts) > 1:
@@ -475,7 +483,7 @@ def _stack(
 
 
 def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
-    """Raise CacheError if a tensor does not have the same shape in all parts."""
+    """Raise CacheError if the tensor `name` does not have the same shape in the parts of all items."""
     first = parts[0]
     expected = first.tensors[name].shape
     for part in parts:
@@ -488,7 +496,7 @@ def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, 
 
 
 def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Prepend reference latents, each B C 1 H W, to the latents of clips; the loss covers them, too."""
+    """Prepend reference latents, each B C 1 H W, to clips' latents in place; the loss covers them, too."""
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
     if not names:
         return

@@ -115,7 +115,7 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
     Text caches of other programs have no record and pass. Dtype, length and the tokenizer's files are not
     compared.
     """
-    if not origin.encoder:
+    if not origin.encoder:  # another program's cache
         return
     compared = [key for key in own if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
     for key in compared:
@@ -177,7 +177,7 @@ def _warn_of_fewer(
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn of caches from versions that read control clips at a rate of their own, if the rates differ.
+    """Warn if an early version cached control clips at another rate than that of their clip.
 
     The rates are read from the headers of the source files. Missing files are skipped.
     """
@@ -197,15 +197,16 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 def _compare_reading(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of caches by an earlier version that read the frames of a clip in another order or orientation.
+    """Warn of a cache by an earlier version that read the frames of a clip in another order or orientation.
 
-    At most MAX_DECODED clips are checked; missing files are skipped.
+    At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 
     Args:
         items: Pairs of an item and the version of reading clips (`LatentRecord.as_shown`) in its record.
         keeps_alpha: `LatentSpec.keeps_alpha` of the family.
         commands: Commands that cache again, for the warning.
     """
+    # an item of each source, and its version of reading
     by_source = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_DECODED]}
     for table in {item.table.index: item.table for item, _ in items}.values():
         for source in _sources_of(table):
@@ -260,6 +261,7 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
+        # files without latents (`new`), latents without a file, and clips whose audio is not cached
         without_source: list[str] = []
         uncached_audio: list[str] = []
         if table.index in listing.left_out:  # the index of the caches has the answer

@@ -115,7 +115,7 @@ class Catalog:
     """The entries of a folder at the time when its shards were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
-        """Read the catalog of a folder; `writer` writes the shard of this process.
+        """Read which entries the shards of a folder have; `writer` writes the shard of this process.
 
         Raises CacheError if a shard cannot be read.
         """
@@ -199,7 +199,7 @@ class Catalog:
 
 
 def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
-    """Read the rows of a shard, without the bytes of their entries.
+    """Read name, row number (`place`), generation, size and checksum of each entry of a shard.
 
     Raises:
         sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
@@ -253,7 +253,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.size = 0
+        self.size = 0  # bytes written so far
         self.began = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)

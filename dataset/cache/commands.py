@@ -116,7 +116,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             continue
         if option.choices and isinstance(value, str) and value not in option.choices:
             continue
-        if Path in option.types:
+        if Path in option.types:  # a path must still exist
             value = Path(str(value))
             if not value.is_absolute() and Path(folder) != real_path(Path.cwd()):
                 value = folder / value

@@ -83,6 +83,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         CacheError: If a file is damaged; then no file is removed.
         OutputError: If a shard cannot be written.
     """
+    # copy; with `dry_run` only count
     names = list(list_single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
     errors: list[str] = []
@@ -90,10 +91,10 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     if errors:
         raise CacheError("\n  ".join(errors))
     if not dry_run:
-        shards.close()
+        shards.close()  # finishes the last shard
         merge_shards(folder, with_tars=True)
         if not keep:
-            _require_equal(names, folder)
+            _require_equal(names, folder)  # compares the copies before the originals are removed
             with explain_errors(folder):
                 for name in (*names, INDEX):  # the index is of single files only
                     files.remove(name)
@@ -146,7 +147,7 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
         OutputError: If a file cannot be removed.
     """
     _require_equal(names, folder)
-    catalog = Catalog(folder)
+    catalog = Catalog(folder)  # read again: other processes may have written
     if set(catalog.names()) != set(names):
         raise CacheError(
             f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
@@ -165,7 +166,7 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
-    """Copy entries that the target lacks or has with other contents.
+    """Copy entries that the target store lacks or has with other contents; count them and their bytes.
 
     Args:
         names: Names of the entries.

@@ -37,14 +37,14 @@ def list_shard_errors(table: DatasetTable) -> list[str]:
 def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
     """Yield an error if a table has a cache that is only in another format than its `cache_format`.
 
-    The table is one for which `may_be_mixed` is true. A cache in both formats, as `tools/convert_cache.py
+    The table's folder may have single files and shards. A cache in both formats, as `tools/convert_cache.py
     --keep` leaves it, is not an error.
     """
     from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore
 
     def is_of_table(name: str) -> bool:
-        """Return whether a file is a cache of this table's kind and model."""
+        """Return whether a file is a cache of this table's kind (image or video) and model."""
         return _is_of(name, tag, table.kind)
 
     folder = table.cache_directory

@@ -147,6 +147,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
         if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
+        # marks are fingerprints: of the latent space, and of the table and the names in its folders
         if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
             return None
         if latents.mark != mark_table(table):  # last, because it lists folders

@@ -26,7 +26,8 @@ OldRow = tuple[bytes, int, int, int | None, int]
 def read_old_shard(path: Path) -> list[OldRow]:
     """Return the rows of a shard of earlier versions, which is a tar.
 
-    A pax header precedes each entry; its comment has the name, the generation, the size and the checksum.
+    A row is name, position, generation (higher replaces lower), size and checksum of an entry. A pax header
+    precedes each entry; its comment has the name, the generation, the size and the checksum.
     The comment of a global pax header says that an entry was removed.
 
     Raises:

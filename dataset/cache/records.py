@@ -312,9 +312,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _content(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield the value of a key in an entry's record; None if there is no record.
+    """Yield the value of a key ("latents" or "texts") in an entry's record; None if there is no record.
 
-    Errors in the block that show a damaged record become CacheError.
+    Errors in the `with` block that show a damaged record become CacheError.
     """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:

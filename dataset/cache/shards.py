@@ -49,7 +49,7 @@ LOCK = ".cache-index.lock"  # exists while shards are merged
 
 
 class ShardStore:
-    """The entries of a folder of shards, as `CacheStore` describes them."""
+    """Store whose entries are in shards, SQLite files with many cache entries each."""
 
     holds_only_caches, is_shared = True, False
 
@@ -161,7 +161,7 @@ class ShardStore:
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
-        """Return the catalog of all shards; with `is_new`, look for shards of other processes first."""
+        """Return the catalog: which entry is in which shard; with `is_new`, including new ones of others."""
         if self._process != os.getpid():
             # A forked process must not close its parent's connections: they are kept, but not used
             self._inherited = self._writer, self._opened, self._catalog
@@ -169,6 +169,7 @@ class ShardStore:
             self._writer = None
             self._forget()
         if is_new or self._catalog is None:
+            # shards that killed processes left unfinished are used, too, but not the one that is written here
             own_shard = None if self._writer is None else self._writer.path
             adopt_shards(self.folder, own_shard)
         if is_new and self._catalog is not None:
@@ -279,6 +280,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
             (folder / name).unlink(missing_ok=True)
         catalog = Catalog(folder)
         sizes = catalog.entry_bytes()
+
         # the fraction SMALL of a full shard is the limit
         small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
         untidy = set(catalog.damaged)
@@ -304,7 +306,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     writer: ShardWriter | None = None
     try:
         for name, row in sorted(catalog.rows.items()):
-            if row.shard not in shards:
+            if row.shard not in shards:  # it stays as it is
                 continue
             if not row.shard.endswith(".tar") and row.shard not in opened:
                 opened[row.shard] = open_shard(folder / row.shard)

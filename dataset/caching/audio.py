@@ -133,6 +133,7 @@ class AudioWork:
                 if isinstance(plan, Failure):
                     report = replace(report, failures=(*report.failures, plan))
                     continue
+                # files that are valid already, then those of the missing items
                 files = list(plan.kept)
                 for index, name in enumerate(plan.missing[: len(plan.samples)]):  # no samples: silent
                     file = name.file_name(self._tag)

@@ -46,7 +46,7 @@ def write_index(
     valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
-    """Write one part of a table's index, replacing the previous part.
+    """Write one part of a table's index (a line for each cache file of LATENTS or TEXTS), replacing the old.
 
     If the process is killed, the previous index remains. Another process that writes at the same time waits.
     If the index cannot be written, there is none, and training lists the caches instead.
@@ -136,10 +136,10 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
-    """Return the fields of a cache's line about its origin.
+    """Return the fields about a cache's origin for its line in the folder's index.
 
     These are the checksum of its record, and size and time of the files that it was made from. If they are
-    unknown, training compares the cache itself.
+    unknown, training compares the cache itself. `part` is LATENTS or TEXTS.
     """
     unknown: dict[str, Any] = {"record": None, "sources": {}}
     made_from: list[tuple[Path | None, FileIdentity]] = []

@@ -72,6 +72,7 @@ def decode(
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
             )
+    # compare again, now that the items are known
     if plan.missing is None:  # the items were unknown until the source was decoded
         planning = Planning(source, existing.of(source.stem), recipe)
         plan = planning.compare(media.size, media.spans, len(media.frames), media.reason)
@@ -85,6 +86,7 @@ def decode(
         with fetch(source) as local:
             audios = audios_of(local, missing, recipe.fps, recipe.audio)
         plan = dataclasses.replace(plan, silent=audios.silent)
+    # identities of the source files, for the record
     files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
     items: Iterable[DecodedMedia] = map(media.cut, missing)
@@ -118,7 +120,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Load the media encoders of a family.
+    """Load the networks with which a family encodes images and clips.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.
@@ -180,7 +182,7 @@ def encode(
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
     rejected = _stack_batch(all_rejected) if all_rejected else None  # B F H W C
-    encoded = _encode_pair(media, rejected, family, encoders)
+    encoded = _encode_pair(media, rejected, family, encoders)  # rejected latents are in the same entries
     if not items[0].source.table.augmentation.flip:
         return encoded
     mirrored_rejected = None if rejected is None else rejected.flip(3)  # axis 3 is W

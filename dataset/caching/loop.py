@@ -138,7 +138,8 @@ def cache(
     """
     freeze_libraries()
     shard = options.shard
-    module_name, class_name = kind.split(":")  # only the module of this kind of work is imported
+    # LATENTS and TEXTS are "module:class", so that only the module of this kind of work is imported
+    module_name, class_name = kind.split(":")
     with join_processes(options.device) as share:
         make_work = getattr(import_own(module_name), class_name)
         work = make_work(family, config, options, device=share.device, stores=stores)
@@ -176,7 +177,7 @@ def _write_indexes(
     report: CacheReport,
     marks: Mapping[int, str | None],
 ) -> None:
-    """Write the results of a run into the index of each table.
+    """Write the results of a run into the index of each table, from which training lists the caches.
 
     `marks` are the fingerprints of the tables, by table index.
     """
@@ -242,8 +243,8 @@ def run_caching(
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
-    if report.is_main:
-        following.remember()
+    if report.is_main:  # one of several processes writes for all
+        following.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, marks=marks)
     memory = peak_in_words(select_device(options.device))

@@ -61,6 +61,7 @@ class CachingActor:
             threads: Number of threads that read ahead, unless the arguments set it.
             folder: Folder in which the command was typed; the actor's process changes to it.
         """
+        # `main` reads the arguments, and calls `_make` with what it has made instead of caching
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
         self._threads, self._folder = threads, folder
@@ -127,6 +128,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     try:
         available = ray.cluster_resources()
         gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
+        # how many actors, and what each needs
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
         default_actors = 1

@@ -79,9 +79,9 @@ class Recipe:
     audio: AudioSpec | None = None  # None: the family has no audio
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
-        """Return the options that the record of an item of this source has, by name.
+        """Return the settings that an item's latents depend on, by their names in its record.
 
-        `sizes` are the size, bucket and span of the item.
+        Most settings that do not apply are left out. `sizes` are the size, bucket and span of the item.
         """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
@@ -118,7 +118,7 @@ class Recipe:
             options[LAYERS] = len(source.layers)
         if source.shown:
             options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
-        return options | table.changed(SECTIONS)
+        return options | table.changed(SECTIONS)  # keys about sections that are not at their defaults
 
     @property
     def keeps_audio(self) -> bool:
@@ -188,7 +188,7 @@ def plan_all(
     Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
     settings and shapes count as equal.
     """
-    reads_values = recipe.stores.verify or len(sources) < MANY
+    reads_values = recipe.stores.verify or len(sources) < MANY  # reading many would take long
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         """Plan a source, or return why it cannot be read."""
@@ -247,7 +247,7 @@ class Planning:
         self._by_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Do the same as `plan`, but faster.
+        """Compare the source with its cache files like `plan`, but faster.
 
         Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
@@ -257,7 +257,7 @@ class Planning:
         if shape in valid:
             return self._make_valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = plan == self._make_valid_plan(plan.items)
+        is_valid = plan == self._make_valid_plan(plan.items)  # nothing is missing or outdated
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
@@ -268,7 +268,10 @@ class Planning:
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return everything that `plan` depends on except source files; None if these may have changed."""
+        """Return a key that is equal for sources with equal plans; None if a source file may have changed.
+
+        The key has everything that `plan` depends on except the source files.
+        """
         source = self.source
         # numbers of files and their presence decide which keys of the table a record has
         shape: list[object] = [
@@ -301,7 +304,7 @@ class Planning:
     def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
         """Return whether the source would be decoded to the same pixels now as when its cache was made.
 
-        `record_texts` are the pieces of a record's text from `shared_part`.
+        `record_texts` are pieces of the record's JSON.
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
@@ -314,7 +317,7 @@ class Planning:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing` of the plan is None if the items are unknown until the source is decoded.
+        `missing`, the spans to encode, is None if they are unknown until the source is decoded.
 
         Raises:
             MediaError: If the header of the source cannot be read.
@@ -338,8 +341,8 @@ class Planning:
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
                 return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:
-            # the header may be wrong about the number of frames, so it counts only if it agrees with the
-            # existing files
+            # skip_existing trusts files without a record, so that only the header can be compared; it may be
+            # wrong about the number of frames, so it counts only if it agrees with the existing files
             self._by_header = True
             header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
@@ -364,10 +367,11 @@ class Planning:
             # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
+        # a complete count is better than one at which decoding stopped early
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Return the plan of a clip whose size and number of kept frames were recorded."""
+        """Compare a clip's caches with the spans that follow from its recorded size and number of frames."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
         reason = None
@@ -476,7 +480,7 @@ class Planning:
             CacheError: If the file differs.
         """
         path = self.table.cache_directory / file
-        entry: Entry | None = None  # with tensors, if these are checked
+        entry: Entry | None = None  # with tensors, if these are checked; else only the header is read
         if self.reads_values:
             header = entry = self.store.read(file)
             record = records.latent_record(header)
@@ -513,7 +517,7 @@ class Planning:
             raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
-        """Raise OtherKind if a cache file of another program lacks a tensor that this run needs."""
+        """Raise OtherKind if a cache file without a record lacks a tensor that this run needs."""
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
@@ -576,9 +580,9 @@ class Planning:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a part of the source, by its index in `parts_of`, is unchanged.
+        """Return whether a file of the source, by its index in `parts_of`, is as it was recorded.
 
-        A part that was found unchanged is not checked again.
+        A file that was found unchanged is not checked again.
         """
         if self._unchanged.get(index) != identity:
             path, origin = self.recipe.parts_of(self.source)[index]

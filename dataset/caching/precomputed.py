@@ -152,7 +152,7 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of the note that describes stored embeddings (see `embeds_note`).
+    """Return the content of NAME.json, the note that describes the embeddings in NAME.pt.
 
     Args:
         caption: Caption of the embeddings.

@@ -42,7 +42,7 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the failure of a source; `reason` is a text or an exception."""
+        """Make the report that a source could not be used; `reason` is a text or an exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -275,6 +275,7 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
 
         def write(work: Callable[[], object]) -> None:
             """Run a write in another thread; wait if too many writes are pending."""
+            # the oldest writes are taken if there are too many, or if they are done, to raise their errors
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
                 waiting.popleft().result()  # waits, and raises the error of that write
             waiting.append(pool.submit(work))
@@ -291,7 +292,7 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Collect items by group, and yield a group as a batch once it is full.
+    """Collect items by group, and yield the items of a group as a batch once there are enough.
 
     Args:
         items: Items of any group.

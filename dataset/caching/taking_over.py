@@ -23,7 +23,7 @@ _SIZES_OF_REFERENCES = "its reference pictures were cached in the sizes that the
 
 
 class OtherCaches:
-    """The latent caches of other models in the folders of a run."""
+    """The latent caches of other models in a run's folders, to copy if they have the same autoencoder."""
 
     def __init__(self, family: Caches, recipe: Recipe) -> None:
         self._family, self._recipe = family, recipe
@@ -82,6 +82,7 @@ class OtherCaches:
                 maker,
             )
         if self._rejected:
+            # shown only if another autoencoder or other options made a file
             remedy = ". To take them over, give the file and the options of the autoencoder that made them"
             logger.info(
                 "%s: the latents that %s has cached are not those that this command makes, and are not used. "
@@ -93,7 +94,7 @@ class OtherCaches:
             )
 
     def _list_others(self, plan: SourcePlan, stores: Stores) -> dict[str, LatentNames]:
-        """Return the latent caches of other models in the folder of a table, by the tag of the model."""
+        """Return the latent caches of other models in the table's folder, by the tag in their file names."""
         table = plan.source.table
         if table.index not in self._by_table:
             store = stores.of(table)

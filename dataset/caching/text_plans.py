@@ -169,7 +169,7 @@ class _SeenMedia(NamedTuple):
 def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
     """Return the media of a source that text encoders see: reference images and what `sight` selects."""
     table = source.table
-    seen_source = None
+    seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
@@ -213,7 +213,7 @@ def _list_captions(
             caption=fitted,
             caption_path=source.caption_path,
             settings=caption_settings,
-            pass_over=1 if number else 0,
+            pass_over=1 if number else 0,  # further captions are encoded after all first ones
             embeds=embeds,
             source=seen.source,
             references=seen.files,
@@ -233,9 +233,10 @@ def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Ori
 
 
 def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
-    """Return `DatasetTable.seen_settings` for a source, whose bucket is read from its header.
+    """Return the settings that change how text encoders see a source's reference images, by name.
 
-    The bucket is () if the source has to be downloaded, and (0, 0) if it cannot be read.
+    Its bucket, which they depend on, is read from its header: () if the source has to be downloaded, and
+    (0, 0) if it cannot be read.
     """
     table = source.table
     if source.origins or table.references is None or not table.references.as_encoded:
@@ -311,6 +312,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
     With `reads_values`, tensors are compared with their checksums, too.
     """
     store = stores.of_texts(file.table)
+    # files of other programs count as valid without being read
     if stores.trusts and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)

@@ -94,6 +94,7 @@ class TextWork:
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
+        # cache files of each table, and the unfinished ones (`.part`) of all tables
         self._existing: dict[int, list[str]] = {}
         self._parts: set[str] = set()
         for table in config.datasets:
@@ -101,6 +102,7 @@ class TextWork:
             existing = [name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)]
             self._existing[table.index] = existing
             self._parts |= {name for name in existing if name.endswith(PART)}
+        # captions that change at random cannot be cached
         for table in config.datasets:
             if table.group is not None:
                 reject_changing(table, table.changes.varying_keys, "texts")
@@ -153,7 +155,7 @@ class TextWork:
         batches = [tuple(itertools.islice(remaining, len(batch))) for batch in pieces]
         self._failed.clear()
         for file in files:
-            if not file.missing:
+            if not file.missing:  # nothing to encode, but an earlier run may have left a `.part`
                 self._finish_part(file)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.missing]
@@ -193,7 +195,7 @@ class TextWork:
     ) -> int:
         """Remove the entries of a table that belong to no caption; return their number.
 
-        `valid` and `failed` are not used, because the captions alone determine the names. With `keep_cache`,
+        `valid` and `failed` are not used, because captions alone determine the names. With `keep_cache`,
         only entries of further captions are removed, if a source now has fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
@@ -207,7 +209,7 @@ class TextWork:
         return remove_caches(store, stale, is_of_family) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
-        """Return the names of entries of the second and further captions of current sources."""
+        """Return those of `names` that are entries of second or further captions of current sources."""
         stems = {source.stem for source in self._sources if source.table.index == table.index}
         further = []
         for name in names:
@@ -291,7 +293,7 @@ class TextWork:
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see.
+        """Return the prompt of a text with the media that text encoders see; `stack` keeps these media.
 
         Raises:
             MediaError: If the source cannot be used.
@@ -446,7 +448,7 @@ class TextWork:
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
         # the unfinished file is read before the finished one (in `_finish`), because another process may
         # finish it in between
-        part, encoders = self._find(file, in_part=True)
+        part, encoders = self._find(file, in_part=True)  # outputs of the encoders before this one
         if part is not None:
             new = _join(part, new)
         if encoder == file.missing[-1]:  # the last encoder that adds outputs
@@ -466,7 +468,7 @@ class TextWork:
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
-        old, valid = self._find(file)
+        old, valid = self._find(file)  # the finished file, and the encoders whose outputs in it are valid
         if old is not None:
             caption = file.caption or ""
             old_caption = old.metadata.get("caption1", caption)
@@ -510,7 +512,7 @@ def _join(old: Entry, new: Entry) -> Entry:
     """
     old_records = text_records(old)
     new_records = text_records(new)
-    replaced = set(new.keys)
+    replaced = set(new.keys)  # keys whose tensors in `old` are dropped
     for encoder in old_records.keys() & new_records.keys():
         replaced |= {tensor_key(name) for name in old_records[encoder].crc32}
     only_old = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in replaced}

@@ -226,6 +226,7 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
+        # latents of another model with the same VAE are copied instead of encoding
         if self._family.latent.shares_caches:
             from dataset.caching.taking_over import OtherCaches  # few models share caches
 
@@ -292,6 +293,7 @@ class MediaWork:
         count = 0
         if self._audio is not None:
             count += self._audio.remove_stale(table, valid_names, failed)
+        # files of this table that no item has, without those of sources that could not be read
         stale = self._existing[table.index].not_in(valid_names, except_of=failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
@@ -439,7 +441,7 @@ class MediaWork:
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
-        sizes = [size for plan in plans for size in plan.items]
+        sizes = [size for plan in plans for size in plan.items]  # width, height, and of clips frames
         # `missing` is None until the size of a source is known
         num_with_sizes = sum(plan.missing is not None for plan in plans)
         if not sizes:

@@ -34,7 +34,7 @@ class CogVideoX(DataForm):
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
-        """Set `gives_latents`; warn of keys about frames, which have no effect with precomputed latents."""
+        """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
         fields["gives_latents"] = fields["own"].load_tensors
         if not fields["gives_latents"]:
             return

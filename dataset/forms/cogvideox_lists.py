@@ -239,7 +239,7 @@ class _TensorFolder(NamedTuple):
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return the precomputed tensors for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
+    """Return the precomputed latents and embeddings for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
     Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
     `faults` and None is returned.

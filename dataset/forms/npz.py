@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 def open_store(
     table: DatasetTable, names: "NpzNames | None", folder: Path, list_images: ListImages
 ) -> "NpzStore":
-    """Open the npz caches of a table.
+    """Open the npz caches of a table, which are next to its images as in sd-scripts.
 
-    `folder` is the folder of the table's images, except for those that `list_images` returns.
+    `folder` is the folder of the table's images, except for those that `list_images` returns. `names` has
+    the family's latent space and the keys of its texts; None if it has no such caches.
 
     Raises:
         DatasetError: If the family has no caches in npz files.

@@ -75,7 +75,8 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
         for name in filter(is_wanted, _list_names(file)):
             with file.open(name + _MEMBER) as member:
                 array = npy.read_array(member, allow_pickle=False)
-                if member.read(1):  # zipfile compares the checksum only at the end of a member
+                # zipfile compares the checksum only at the end of a member: read beyond the array
+                if member.read(1):
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is of {array.dtype}, which are not numbers")
@@ -97,7 +98,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members by the names of their arrays.
+    """Return the bytes of all members of an npz file by the names of their arrays.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -178,7 +179,7 @@ def describe_tensors(
 
     Args:
         tensors: Tensors by name.
-        sources: Name of the tensor in each array, by name of the array.
+        sources: Name of the tensor that each array contains, by name of the array.
         metadata: Metadata of the entry.
         members: Bytes of each array, for its checksum.
     """

@@ -150,7 +150,7 @@ class NpzStore:
         return image_path.with_name(image_path.name + file.removeprefix(source))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file to read an entry from: that of `_path`, else `STEM.npz` of an older program."""
+        """Return the file that has an entry: the one of its name, else `STEM.npz` of an older program."""
         path = self._path(name)
         source = self._source_stem(name)
         if not self.format.has_nameless or self._is_text(name) or not source or path.is_file():
@@ -202,7 +202,7 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the entry name of a file; None if the file is not of this family or table.
+        """Return the cache entry's name for an npz file; None if the file is not of this family or table.
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
@@ -237,7 +237,7 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
-        """Return height and width of latents, from the entry name."""
+        """Return height and width of latents in an entry, computed from the size in its name."""
         _, (width, height) = self._sizes(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width
@@ -261,7 +261,8 @@ class NpzStore:
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             """Return a tensor in the shape that training takes."""
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # stored in pixels for other programs
+            # a mask for other programs has the size of the image, training takes that of the latents
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):
                 # shrink_mask takes frames with values 0..255
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
@@ -423,7 +424,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays that other programs expect in addition to outputs: constants, settings, zeros."""
+        """Return the arrays that other programs expect beside encoder outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.of_table.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

@@ -148,6 +148,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
             # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
+                # each value takes memory in addition to its page
                 pages.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
                 largest = max(largest, fixed_length, _count_pages(content, chunk, pages))
@@ -155,7 +156,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
 
 def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the unpacked bytes of a column in a row group.
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `pages`, which raises at too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -293,7 +294,7 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return the column with the bytes of files in `name`: `name` itself, or `name.bytes` of a struct.
+    """Return the column that holds the bytes of files: `name` itself, or `name.bytes` if it is a struct.
 
     Returns None if `name` holds no files.
     """
@@ -379,7 +380,7 @@ def _may_have_nulls(chunks: Sequence[Any]) -> bool:
 
 
 def read_cell(origin: ParquetCell) -> bytes:
-    """Return the bytes of a cell.
+    """Return the bytes in a cell of a Parquet file.
 
     Raises:
         MediaError: If the cell is empty or cannot be read.
@@ -405,7 +406,7 @@ def _column(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group.
+    """Return a column of a row group as an Arrow array.
 
     `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """

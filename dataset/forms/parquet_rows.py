@@ -49,7 +49,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )
     with parquet_files.open_parquet(path, columns.leaves_of_lists) as file:
-        limit = parquet_files.Unpacking.of(path)
+        limit = parquet_files.Unpacking.of(path)  # counts unpacked bytes, and raises at too many
         if not columns.names:  # rows without values still have numbers
             limit.add(parquet_files.ROW_BYTES * file.metadata.num_rows)
             for number in range(1, file.metadata.num_rows + 1):

@@ -131,7 +131,7 @@ class RowReader:
         return replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
 
     def _read_media(self, values: Mapping[str, Any], where: str) -> "_Media":
-        """Return the image or clip that a row names."""
+        """Return the image or clip that a row names, with its stem and the text that identifies it."""
         text = values.get(self.path_column)
         if text is None and self.table.multiple_target:  # image_path_0 is the image, image_path_1 a layer
             text = values.get(f"{self.path_column}_0")
@@ -180,7 +180,7 @@ class RowReader:
         return [layers[number] for number in sorted(layers)]
 
     def _note_gap(self, parts: Mapping[int, Part], column: str, where: str) -> None:
-        """Remember for a warning that numbered columns of a row skip a number."""
+        """Remember, for a later warning, a row whose numbered columns skip a number."""
         gap = find_gap(parts)
         if gap is not None:
             self._gaps.append(f"{where}: there is no {column}_{gap}, but {column}_{max(parts)}")
@@ -239,7 +239,7 @@ class RowReader:
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
         for source, stem in zip(sources, stems, strict=True):
-            # equal file names in a list are an error, which is reported later
+            # equal file names in a list are an error, which is reported later; tables get a hash in the stem
             keeps_stem = stem == source.stem or (self.is_list and not source.origins)
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
@@ -363,7 +363,7 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row; `cells` locates the files of columns, as in `list_rows`.
+    """Return the source of a row; `cells` has a function for each column of files, which finds a row's file.
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
@@ -471,9 +471,9 @@ def check_controls(
 ) -> list[media_source.MediaSource]:
     """Add a fault for each source without control media or a rejected item if other sources have some.
 
-    Returns `sources` unchanged.
+    Returns `sources` unchanged. `where` names the rows or samples in messages.
     """
-    count = table.control_count
+    count = table.control_count  # None: any number
     if count is not None and any(source.control for source in sources):
         lacking = [source for source in sources if len(source.control) < count]
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"

@@ -105,6 +105,7 @@ def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColu
     path = table.source
     columns = column_names(path)
     media, caption = _select_columns(table, path_column, columns)
+    # columns of files are only located, all others are read as values
     read = names_read(table, media, caption or "") - {media}
     control = [name for name in columns if is_control(table, name)]
     unread = [name for name in columns if name not in read and not is_companion(name)]

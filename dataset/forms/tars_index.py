@@ -138,6 +138,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
     """Return the samples and the errors of an opened tar, up to its end or its first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
+    # a sample is all files with an equal name before the first dot, its key
     groups: dict[str, _Group] = {}  # files of each sample, by key
     last_key = ""  # of the last member read: a damage may have cut its group
     try:
@@ -227,7 +228,9 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _make_sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
-    """Make a sample from the files of a group; None if none of them is an image or clip.
+    """Make a sample from the files of a group, by ending; None if none of them is an image or clip.
+
+    Texts in the group are the caption or JSON; all other files are media.
 
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
@@ -240,7 +243,7 @@ def _make_sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
         else:
             files[ending] = content
     by_role: dict[tuple[str, int], list[str]] = {}  # endings such as `mask.png` or `control_1.png`
-    candidates = []
+    candidates = []  # endings of files that may be what is learned
     for ending in files:
         role = _find_role(ending, rules)
         if role is None:
@@ -292,7 +295,7 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
         ValueError: If the caption cannot be used.
     """
     for ending, text in texts.items():
-        if text.startswith("\0"):  # an error, see `_read_text`
+        if text.startswith("\0"):  # `_read_text` stores an error like this
             raise ValueError(f"its .{ending} {text[1:]}")
     caption_text = texts.get(rules.caption_suffix[1:])
     json_text = texts.get("json")
@@ -305,7 +308,8 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
         return None
     if not rules.multi_caption:
         return captions[0].strip()
-    further = [" ".join(caption.split()) for caption in captions[1:]]  # each on one line
+    # each further caption on one line; lines of the first one are captions already
+    further = [" ".join(caption.split()) for caption in captions[1:]]
     return "\n".join([captions[0], *further]).strip()
 
 

@@ -96,6 +96,7 @@ def list_tars(
         json_first=table.caption_column is not None,  # a key of the .json that the table names
         multi_caption=table.multi_caption,
     )
+    # read each tar's list of samples
     num_others = 0  # samples without media
     example = ""  # one of them
     unusable = f"tars of {table.name} cannot be used"
@@ -153,7 +154,7 @@ def _sources(
 
 
 def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Make the source of a sample.
+    """Make the source of a sample: its image or clip with caption, control media and mask.
 
     Raises:
         DatasetError: If the sample cannot be used.

@@ -56,6 +56,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
     for name in columns.cells:
         if name not in control_cells:
             unread[name] = f", which holds files{_make_hint(name, table) or ''}"
+    # what each of the first rows has in columns that are not read
     finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cells}
     for row in itertools.islice(columns.rows, MAX_ROWS):
         values: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def find_audio(source: MediaSource) -> Path:
 
 @dataclass(frozen=True)
 class SpanAudios:
-    """The audio of spans of a clip."""
+    """The audio of each span of a clip, C S; silence with its reason if there is none."""
 
     samples: tuple[Tensor, ...]  # audio of each span, C S
     silent: str | None = None  # why the samples are zeros; None: the clip has audio

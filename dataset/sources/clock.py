@@ -60,7 +60,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    if table.declared_fps is not None:
+    if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
     return itertools.islice(frames, frames_wanted(table))
 
@@ -98,7 +98,7 @@ def companion_frames(
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    if _Pair(path, clip, table, fps).is_matched_by_index:
+    if _Pair(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
         indices = [index for index, _ in clock]
         return _select_frames(reading.video_frames(path, alpha), indices)
     seconds = [second for _, second in clock]
@@ -139,7 +139,7 @@ def read_mask(
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames with these indices, which ascend and may repeat.
+    """Yield the frames at `indices`, which ascend and may repeat.
 
     If all indices are beyond the end, the last frame is yielded.
     """
@@ -279,7 +279,7 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):
                 pair = _Pair(path, source.path, source.table, fps)
-                if pair.differs:
+                if pair.differs:  # neither as many frames nor as many seconds
                     companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
                     clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
                     text = f"{path}: {companion}; its clip {clip}"

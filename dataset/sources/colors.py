@@ -25,7 +25,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colors of transparent pixels.
 
-    `keeps_alpha` is the field of the family's LatentSpec.
+    `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
     for_family = keeps_alpha and source.table.kind == "image"
     # with alpha_mask, transparency is the mask of the loss, so the colors below it are used
@@ -35,14 +35,15 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    Files that still have to be downloaded count as equal. `as_shown` is the earlier version in a record
-    (`LatentRecord.as_shown`).
+    Files that still have to be downloaded count as equal. `as_shown` is the version of reading that the
+    cache's record states.
     """
     if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
         return None
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as local:
+        # pairs of a file and whether its transparency is kept
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         parts = [(local.path, source_keeps)]
         parts += [(path, control_keeps) for path in local.control]
@@ -123,7 +124,7 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Warn of each file whose colors do not follow from its pixel values alone.
+    """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """

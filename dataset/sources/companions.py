@@ -105,7 +105,7 @@ def pair_by_name(
         DatasetError: If two files have the same stem and number, or the folder cannot be listed.
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
-    numbered: dict[str, dict[int, Path]] = {}
+    numbered: dict[str, dict[int, Path]] = {}  # stem -> (number -> path)
     alone = []
     for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name
@@ -147,7 +147,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
     `sources` are the sources of the table that have references or a control mask.
     """
-    rules = table.clip_references
+    rules = table.clip_references  # None: the model takes no references beside control clips
     maximum = 0 if rules is None else rules.maximum
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:
@@ -220,7 +220,9 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references, guides and control mask of a fetched source; guides follow the references.
+    """Read the references, guides and control mask of a fetched source.
+
+    In the result, guides (images for single frames) follow the references.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. An image has
     one frame. A reference clip has `count` frames, those at the times of `clock`; if it ends earlier, its

@@ -134,7 +134,7 @@ class DecodedMedia:
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Return the item of a span; a short span is copied, so that the rest of the clip can be freed."""
+        """Cut the item of a span; a short span is copied, so that the rest of the clip can be freed."""
         start, length = span
         end = start + length
         num_frames = len(self.frames)
@@ -339,7 +339,9 @@ def _fit_alpha_and_mask(
     size: tuple[int, int],
     fit_to_bucket: Callable[[Frame], Frame],
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """Return the transparency that the model sees and the mask of the loss, both fitted, or None.
+    """Return the transparency that the model sees (H W) and the mask of the loss (F H W), each or None.
+
+    Both are resized and cropped like the image.
 
     With the table's alpha_mask, transparency is the mask instead, and the model does not see it.
 
@@ -369,9 +371,9 @@ def _read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references and the control mask of a fetched source, see `read_companions`.
+    """Read the references, the guides and the control mask of a fetched source.
 
-    The defaults are for an image, which has one frame.
+    `count` frames are read at the times in `clock`, at the rate `fps`; the defaults are for an image.
     """
     from dataset.sources.companions import read_companions  # few sources have any
 
@@ -411,6 +413,7 @@ def _decode_image(
         fitted = fit_frame(other, other_fit)
         return mirror(fitted) if is_mirrored else fitted
 
+    # control images and masks are changed like the image
     control = _read_controls(
         source,
         bucket=fit.bucket,
@@ -609,7 +612,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         fit = fit_without_enlarging(size, width * height, rule.step)
     else:
         fit = fit_cover(size, bucket)
-    interpolation = how_to_resize(size, fit.resized)
+    interpolation = how_to_resize(size, fit.resized)  # "none" if the size stays
     if interpolation != "none" and rule.interpolation:
         interpolation = rule.interpolation
     return dataclasses.replace(fit, interpolation=interpolation)

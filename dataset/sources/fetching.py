@@ -91,7 +91,10 @@ def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a packed file to the path `copy` plus a suffix, and return the resulting path."""
+    """Write a file from a tar or table to the path `copy` plus a suffix, and return the resulting path.
+
+    `path` names the original in errors.
+    """
     try:
         pieces = origin.pieces()
         first = next(pieces, b"")

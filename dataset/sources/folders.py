@@ -42,6 +42,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 
         layers = group_layers(paths, table.caption_extension)
         paths = list(layers)
+    # files of other folders that belong to the media by name
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths}, table.config_path)
@@ -53,6 +54,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if table.audio_directory is not None and table.audio != IGNORE:
         audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
     assert table.directory is not None
+    # captions, and the sources
     extension = table.caption_extension
     errors: dict[Path, str] = {}  # by caption file
     stems_with_error: list[str] = []  # stems of the items whose caption file has an error
@@ -100,6 +102,7 @@ def _find_audio(
     """
     if clip in audios:
         return audios[clip], None
+    # a file beside the clip counts only if no other place is set
     if not table.finds_audio or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
@@ -231,7 +234,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             kind = f"{table.holds}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
             faults.append(Fault(kind, text, path.stem, ends_run=False))
-    # the usual case: no possible animations and no spare files, so nothing has to be opened
+    # the usual case: no possible animations and no spare files (GIF, TIFF), so nothing has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
     if table.leaves_animations:
@@ -301,7 +304,7 @@ def _find_folder_controls(
 def _warn_unused_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
 ) -> None:
-    """Log control images after the first `count` of each image, which are not used."""
+    """Log the control images of each image that are not used because they come after the first `count`."""
     unused: list[Path] = []
     for path in paths:
         unused += folder.beyond(path.stem, count)
@@ -494,7 +497,7 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files that the table uses in addition to `media`.
+    """Return the GIF, WebP and TIFF files, among `spare_files`, that the table uses besides `media`.
 
     A video table takes only animations; an image table takes the first image of each GIF and TIFF. A file
     with the same stem as a file of `media` is left out with a warning, because both would share a cache.

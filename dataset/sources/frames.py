@@ -39,7 +39,7 @@ LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read 
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
-    """Return the spans (first frame, length) of a clip with `kept_frames` frames.
+    """Return the spans (first frame, length) that training cuts from a clip with `kept_frames` frames.
 
     The result is () if the clip is shorter than all target_frames. Spans are sorted by target, then by start,
     without duplicates. `lengths` are the clip lengths of the family, to which frame_extraction = "full"
@@ -128,7 +128,7 @@ def media_table(
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
         guides=name_guides(table.guides) if has_guides else (),
-        shown=shown if any(shown) else (),
+        shown=shown if any(shown) else (),  # empty if no row has any
     )
 
 
@@ -169,7 +169,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Return the indices of the kept frames among `num_frames` decoded frames."""
+    """Return the indices of the frames that are kept to go from `source_fps` to `target_fps`."""
     return tuple(itertools.compress(range(num_frames), keep_pattern(source_fps, target_fps)))
 
 
@@ -193,7 +193,7 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the kept frames. Only the header of a clip is read.
+    """Return the frame rate of the frames that are kept of a clip. Only the header of the clip is read.
 
     Args:
         source: The fetched source.
@@ -286,7 +286,7 @@ Mask = NDArray[np.uint8]  # F H W
 
 
 class ClipCompanions(NamedTuple):
-    """References and the control mask of a source, as `DecodedMedia` has them."""
+    """References and guides, and the control mask of a source, resized to their buckets."""
 
     references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3
     control_mask: Mask | None = None
@@ -312,7 +312,7 @@ def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: 
 def read_moving(
     path: Path, frames: Iterator[Frame], fit_image: FitImage, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks.
+    """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks, F H W in 0..255.
 
     A longer clip is cut; the last frame of a shorter clip is repeated.
 
@@ -330,7 +330,7 @@ def read_moving(
         on_white, opacity = look.add(frame)
         masks.append(_gray(path, on_white, fit_image, size))
         opacities.append(fit_image(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
-    if look.is_drawn:  # in the alpha
+    if look.is_drawn:  # the mask is in the alpha
         masks = opacities
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
@@ -365,7 +365,7 @@ def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> 
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the bucket of an image of `size`; precomputed latents keep their size.
+    """Return the size (bucket) that an image of `size` is resized to; precomputed latents keep their size.
 
     `path` is for messages only.
 

@@ -66,6 +66,7 @@ class TableFolders:
         sharing = self._sharing[folder_key]
         if sharing[0].index != table.index:
             return None
+        # what the tables of this folder read, together
         kinds = {str(sharing_table.holds) for sharing_table in sharing}
         captions = {
             sharing_table.caption_extension for sharing_table in sharing if sharing_table.caption_extension
@@ -141,11 +142,12 @@ def _count_unused(
 ) -> dict[str, Counter[str]]:
     """Count the files of a folder that are not read, grouped by hint and suffix.
 
-    `entries` are the entries of the folder, `stems` the stems of its media files.
+    A hint is a text that says why they are not read. `entries` are the entries of the folder, `stems` the
+    stems of its media files.
     """
     image_suffixes = _all_suffixes(["image"])
     captions = _find_captions(table, entries, rules)
-    counted = {name for names in captions.values() for name in names}
+    counted = {name for names in captions.values() for name in names}  # in `captions` already
     # hint -> number of files by suffix
     counts = {hint: Counter(split_name(name)[1] for name in names) for hint, names in captions.items()}
     for entry, stem, suffix in entries:
@@ -245,7 +247,14 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are not read, by a hint at how to have them read."""
+    """Return the names of caption files that are not read, by a hint at how to have them read.
+
+    Args:
+        table: Table of the dataset.
+        by_suffix: Captions that only another suffix setting would read, by suffix.
+        misnamed: Pairs of a caption and the media file that it seems to belong to.
+        wanted_suffix: Suffix of the captions that the table reads.
+    """
     by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
         setting = _name_suffix_setting(table, suffix)

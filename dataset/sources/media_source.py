@@ -36,7 +36,7 @@ NO_REFERENCE = (
 
 
 class PackedFile(Protocol):
-    """A file inside another file, such as a tar (see `dataset/forms`). It can be compared and hashed."""
+    """A file inside another file, such as a tar or a Parquet table. It can be compared and hashed."""
 
     def __hash__(self) -> int: ...
 
@@ -267,7 +267,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
-            # the first row of a file keeps the file's stem, further rows get a number
+            # the first row of a file keeps the file's stem, further rows get a free number
             while stems and stem.casefold() in used:
                 stem = f"{source.stem}-{number}"
                 number += 1

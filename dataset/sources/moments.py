@@ -82,7 +82,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return size and number of frames of the clip from which moments 2C F h w were encoded.
+    """Return size and number of frames of the clip that moments (means and log variances, 2C F h w) are of.
 
     If the number of latent frames is even, each stands for `stride[0]` frames; if it is odd, the first stands
     for one frame.
@@ -137,7 +137,9 @@ def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
 
 
 def read_prepared(folder: Path) -> PreparedFolder | None:
-    """Read the file that describes a prepared folder; None if it is missing, as in other programs' folders.
+    """Read which VAE and settings a folder of precomputed latents was made with; None without such a file.
+
+    Folders of other programs have none.
 
     Raises:
         DatasetError: If the file cannot be read.

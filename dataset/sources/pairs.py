@@ -23,7 +23,7 @@ Clip = NDArray[np.uint8]  # F H W C
 def add_rejected(
     table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]
 ) -> list[MediaSource]:
-    """Add the rejected files, found by name in the table's worse_directory, to a folder's sources.
+    """Add the rejected image or clip of each preference pair, found by name in worse_directory.
 
     `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files with
     the same name, and a source without a rejected file, are errors.

@@ -126,7 +126,7 @@ def read_reference(
         fit = fit_reference(source.table, (image.shape[1], image.shape[0]), path, bucket)
     except MediaError as error:
         raise explain_reference(source, error) from error
-    if fit is None:  # the size of the image
+    if fit is None:  # it has no size of its own
         fitted = fit_image(image)
     else:
         fitted = fit_frame(image, fit)

@@ -103,6 +103,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     warnings: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}  # ordered, each kind once
+        # a JSON object would be torn apart if its parts are shuffled or dropped
         if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):

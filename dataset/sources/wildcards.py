@@ -58,6 +58,7 @@ def has_choice(text: str) -> bool:
 
 def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
     """Draw the choices that `closed` closing braces end; return the number of braces left over."""
+    # each run of opening braces takes as many of the closing ones as it has
     while closed and len(groups) > 1:
         group = groups[-1]
         matched = min(group.opened, closed)  # braces on both ends of this content

@@ -102,10 +102,10 @@ def make_schedule(
 ) -> Schedule:
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
-    With a `table` (`NoiseSpec.table`), its levels are used, evenly spaced in timesteps from the last one to
-    0, without a shift. Without a table, Euler, unipc-bh1 and lcm feed exact timesteps to the model; the other
-    solvers feed timesteps cut to integers but step by the exact sigmas, as the released code does. `levels`
-    (`Prepared.levels`) replace all of this.
+    With a `table` (the sigma of each training timestep), its levels are used, evenly spaced in timesteps from
+    the last one to 0, without a shift. Without a table, Euler, unipc-bh1 and lcm feed exact timesteps to the
+    model; the other solvers feed timesteps cut to integers but step by the exact sigmas, as the released code
+    does. `levels` replace all of this.
 
     Raises:
         ValueError: For an unknown solver, if steps is below 1, or if `levels` are given and are not `steps`
@@ -128,7 +128,7 @@ def make_schedule(
     return Schedule(
         torch.from_numpy(of_table).float(),
         torch.from_numpy(positions).float(),
-        torch.ones(steps + 1, dtype=torch.float64),
+        torch.ones(steps + 1, dtype=torch.float64),  # noise is added to the data without scaling them
     )
 
 

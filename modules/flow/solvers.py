@@ -51,9 +51,10 @@ def solver_for(
             "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
         steps: Number of steps.
         flow_shift: Shift of the noise levels.
-        table: Sigmas of a discrete schedule; see `make_schedule`.
+        table: Sigma of each training timestep, which replaces the shifted schedule; empty: the schedule is
+            computed.
         draw: Draws noise; called only in steps that add noise.
-        levels: Noise levels in place of the solver's own; see `make_schedule`.
+        levels: `steps` falling noise levels and then 0, which replace the solver's own; empty: its own.
         audio_shift: Shift of the noise levels for audio; only Euler can follow two schedules.
 
     Raises:
@@ -122,7 +123,7 @@ class DpmPlusPlus:
         x0 = now.x0
         if self._earlier and following.sigma > 0:
             before = self._earlier[-1]
-            # infinite after a start from pure noise
+            # the last step in lambda, log(data / noise), in units of this one: infinite after pure noise
             ratio = (current.lam - before.level.lam) / (following.lam - current.lam)
             x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
         self._earlier = [now]
@@ -242,6 +243,7 @@ def _solve_weights(step: float, ratios: list[float]) -> list[float]:
         step: H of this step.
         ratios: Distances of the predictions from its start, in units of h; one weight each.
     """
+    # h phi_2(h) of the paper; each further row needs the next phi, which follows from the previous one
     phi = math.expm1(-step) / -step - 1
     factorial = 1.0
     rows = []
@@ -268,7 +270,7 @@ def _move(
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Step twice as far in lambda as `_move` would, and compensate by adding fresh noise.
+    """Step twice as far in lambda as without noise, and compensate by adding fresh noise.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """

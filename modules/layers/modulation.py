@@ -28,7 +28,8 @@ def modulate(
 ) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
-    `normed` is B L C. `shift` and `scale` are B S C; None means 0.
+    `normed` is B L C. `shift` and `scale` are B S C, a row for each of S segments; None means 0. `split` is
+    where segments begin: one index, several, or the index of the row of each token.
     """
     if scale is None:
         return normed.to(dtype)
@@ -48,8 +49,7 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
     `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd keeps
-    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added: see
-    `_AddGated`.
+    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added.
     """
     if gate is None:
         return x + branch.to(x.dtype)
@@ -137,6 +137,7 @@ class _Modulate(torch.autograd.Function):
             normed_gradient = torch.empty_like(gradient, dtype=ctx.dtype)
             for part, target, times in split_segments(ctx.split, [factor], gradient, normed_gradient):
                 torch.mul(part, times, out=target)
+        # in the order of the arguments of `forward`; dtype and split have no gradient
         return (
             normed_gradient,
             _sum_rows(gradient, factor, ctx.split) if needs_shift else None,

@@ -38,7 +38,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
     """
     context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
-    gapless = _Gapless(source.time_base)
+    gapless = _Gapless(source.time_base)  # fills gaps with silence, because encoders number samples on
 
     def convert(packet: Any) -> Iterator[Any]:
         for frame in packet.decode():

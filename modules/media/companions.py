@@ -66,9 +66,9 @@ class Companions:
         self._covers = covers
         self._origin = time_origin(source)
         self._main = source.streams.best("video")
-        self._tracks: dict[int, _Track] = {}
-        self._packets: Iterator[Any] = iter(())
-        self._waiting: Any = None
+        self._tracks: dict[int, _Track] = {}  # by index of the source's stream
+        self._packets: Iterator[Any] = iter(())  # packets of all copied streams
+        self._waiting: Any = None  # the next packet to write
         self._sent = 0  # packets passed to FFmpeg, which may buffer them
         self._failed = 0  # packets among them that failed
 
@@ -216,7 +216,7 @@ class Companions:
             self._leave_out(name)
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
-        """Add a track whose packets are copied; in .mkv, encode sound again that begins before time 0."""
+        """Add a track whose packets are copied; in .mkv, declare sound before time 0 as the codec's delay."""
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
             with open_container(self._path) as again:

@@ -58,8 +58,8 @@ _BY_EXIF = {
 def read_orientation(frame: Any) -> Orientation:
     """Return the orientation in the display matrix of FFmpeg's frame.
 
-    Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
-    FFmpeg's libavutil/display.h.
+    An angle between quarter turns is rounded to the nearest of the eight orientations, and scaling is
+    ignored. Source: FFmpeg's libavutil/display.h.
     """
     # `frame.side_data` would form a reference cycle with the frame, so that hundreds of frames would stay in
     # memory until the garbage collector runs
@@ -380,10 +380,10 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
 
     Raises EOFError if the file is cut short.
     """
-    _skip_colors(file, _read_exactly(file, 7)[4])
+    _skip_colors(file, _read_exactly(file, 7)[4])  # byte 4 states the size of the table of colors
     hundredths = 0
     while (kind := _read_exactly(file, 1)) != b";":
-        if kind == b"!":
+        if kind == b"!":  # an extension
             label = _read_exactly(file, 1)
             size = _read_exactly(file, 1)[0]
             block = _read_exactly(file, size)
@@ -391,7 +391,7 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
                 hundredths = int.from_bytes(block[1:3], "little")
             if size:
                 _skip_blocks(file)
-        elif kind == b",":
+        elif kind == b",":  # an image
             _skip_colors(file, _read_exactly(file, 9)[8])
             _read_exactly(file, 1)  # size of the codes
             _skip_blocks(file)

@@ -115,7 +115,7 @@ def select_encoder(codec: str, width: int, height: int) -> str:
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
-    """Return the result of `select_encoder`; warns if it differs from --codec."""
+    """Return the codec, or h264 with a warning for images that are too small for an encoder of h265."""
     settled = select_encoder(codec, width, height)
     if settled != codec:
         logger.warning(
@@ -268,7 +268,7 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])
     image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
-    packets = [*encoder.encode(image), *encoder.encode(), None]
+    packets = [*encoder.encode(image), *encoder.encode(), None]  # None flushes the decoder
     (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
 

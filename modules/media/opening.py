@@ -174,7 +174,7 @@ def reject_cut(path: Path) -> None:
             if not head or length == 0 and len(head) > 7:  # the last box may extend to the end of the file
                 break
             kinds.add(kind)
-            if length == 1:
+            if length == 1:  # 64 bits follow the kind
                 length = int.from_bytes(head[8:], "big")
             position += max(length, 8)
             if position > size:

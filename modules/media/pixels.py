@@ -95,7 +95,7 @@ def image_pixels(
 
     With `keep_aspect`, scale to cover and crop the center, as in training; otherwise stretch, as Wan's
     released code does after choosing a size with the image's aspect ratio. `shrink` is the method of
-    shrinking, as for `resize_cover`. If `crf` is not 0, the image is first compressed as H.264 of this
+    shrinking, such as "area" or "lanczos". If `crf` is not 0, the image is first compressed as H.264 of this
     quality. With `on_white` False, transparent parts keep their colors instead of becoming white.
     """
     import cv2

@@ -127,7 +127,7 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Undo `split_alpha`: return H W 4, with alpha resized to the colors; without alpha, only the colors."""
+    """Join colors and alpha to H W 4, with alpha resized to the colors; without alpha, return the colors."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]
@@ -328,7 +328,11 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[tuple[Frame, float, float]]:
-    """Yield all frames of a video file like `video_frames`, each with its start and end time in seconds."""
+    """Yield all frames of a video file, upright, each with its start and end time in seconds.
+
+    Frames are H W 3 on white; with `alpha`, frames with transparency are H W 4. `threads` is the number of
+    decoding threads; 0 lets FFmpeg choose.
+    """
     if decoding.is_animation(path):
         end = 0.0
         for pixels, seconds in decoding.animation_frames(path):
@@ -522,7 +526,7 @@ def read_tags(path: Path) -> dict[str, str]:
     """Return the text stored in a PNG, a video or a WAV file, {} if there is none.
 
     Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
-    `tracks.write_wav` writes it.
+    a JSON table of further tags.
 
     Raises:
         MediaError: If the file cannot be read.

@@ -40,7 +40,7 @@ class TrackInfo:
 
 
 def track_info(path: Path) -> TrackInfo | None:
-    """Return information about the audio track that `read_track` would read; None if there is no track.
+    """Return information about the default or the best audio track; None if there is no track.
 
     Raises:
         MediaError: If the file cannot be opened.
@@ -115,8 +115,9 @@ def read_beginning(
     """Read at most `seconds` of a file's audio, without silence after its end.
 
     The audio is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept;
-    several channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no
-    track. Raises MediaError as `read_track` does.
+    several channels are mixed to `channels`. It begins with the first frame of the file, or with the first
+    sample of a file without video. Returns None if there is no track. Raises MediaError if the file cannot be
+    read, or if its audio is damaged.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
@@ -245,7 +246,10 @@ def _decode(
 def _decode_resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield resampled blocks as `_decode` does; restart the resampler if times or the format jump."""
+    """Yield resampled blocks, each with the index of its first sample counted from `begin`.
+
+    The resampler is restarted if times or the format jump.
+    """
     resampler = None
     input_format = None  # format of the samples that the resampler takes
     next_index = 0  # index of the next sample, counted from `begin`

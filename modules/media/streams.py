@@ -128,7 +128,7 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
         origin = decoding.time_origin(container)
-        clock = Clock(rate, Fraction(stream.time_base))
+        clock = Clock(rate, Fraction(stream.time_base))  # corrects missing, falling and inexact times
         end = _find_end(container, stream)
         if end is not None:
             end -= origin

@@ -145,7 +145,7 @@ class Timing:
             ValueError: If the times do not increase.
         """
         last: Fraction | None = None
-        tick = -(2**62)
+        tick = -(2**62)  # before every possible time
         for frame in frames:
             if last is None:
                 self._begin = frame.start
@@ -298,12 +298,13 @@ def write_timed_video(
 
     `frames` are read one at a time; 8 and 16 bits may be mixed. Their times rise. `rate` is the number of
     images a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
-    millisecond, in .mkv to half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`.
-    `list_companions` is a video whose sound, subtitles, attachments, chapters and tags are copied into this
-    one without re-encoding; parts that the format cannot hold are logged. `covers` states whether its cover
-    images, and other parts that may show the old images, are copied too. `section_of` is a part of a video
-    from which only the sound is copied. `track` is generated sound. For `tags` see `write_video`; they
-    replace the copied tags.
+    millisecond, in .mkv to half of one. `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit);
+    `bit_rate` is bits per second instead of `crf`. `list_companions` is a video whose sound, subtitles,
+    attachments, chapters and tags are copied into this one without re-encoding; parts that the format cannot
+    hold are logged. `covers` states whether its cover images, and other parts that may show the old images,
+    are copied too. `section_of` is a part of a video
+    from which only the sound is copied. `track` is generated sound. `tags` are texts to store by name; they
+    replace the copied tags of these names.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size
@@ -430,7 +431,7 @@ def join_segments(
 ) -> None:
     """Join segments of `encode_segment` to one .mp4, completely or not at all.
 
-    `tags` are as in `write_video`.
+    `tags` are the texts to store by name.
 
     Images are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one.

@@ -68,7 +68,7 @@ def draw_chart(chart: Chart) -> Markup:
     for curve, color in colored:
         parts += _draw_curve(curve, across, up, color)
     parts += _draw_labels(chart)
-    if len(chart.curves) > 1:
+    if len(chart.curves) > 1:  # a legend of the curves' names
         y = TOP + 15
         for curve, color in colored:
             parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{color}"'))

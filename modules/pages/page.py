@@ -70,7 +70,7 @@ def mark_folders(value: Any) -> Any:
 
     Control codes, which could hide or reorder the text, are written out.
     """
-    if isinstance(value, Words):
+    if isinstance(value, Words):  # in the language of the page
         value = value.shown()
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value

@@ -50,7 +50,7 @@ class DoraKind(NetworkKind):
     plain_title = "Make a plain LoRA of the DoRA"
 
     def load_algebra(self) -> "DoraAlgebra":
-        """Return the algebra of magnitudes."""
+        """Return the computations with magnitudes."""
         from networks.kinds.dora_change import DoraAlgebra  # torch
 
         return DoraAlgebra(PART)

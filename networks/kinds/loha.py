@@ -56,7 +56,7 @@ class LohaKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
-        """Return the algebra of element-wise products."""
+        """Return the computations with the factors of an element-wise product."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()

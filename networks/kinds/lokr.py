@@ -40,7 +40,8 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
     Args:
         weight: Shape of the weight, out in (kernel).
         rank: Rank of the factors.
-        factor: How each axis is split into two numbers, see `split_size`.
+        factor: One of the two numbers into which each axis is split, if it divides the axis; -1 makes the two
+            as equal as possible.
         decompose_both: Whether the small matrix gets two factors too.
     """
     kernel = weight[2:]
@@ -111,7 +112,7 @@ class LokrKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
-        """Return the algebra of Kronecker products."""
+        """Return the computations with the factors of a Kronecker product."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()

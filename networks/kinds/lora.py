@@ -32,7 +32,7 @@ class LoraKind(NetworkKind):
     takes_all_settings = True
 
     def load_algebra(self) -> "LoraAlgebra":
-        """Return the algebra of low-rank products."""
+        """Return the computations with low-rank factors."""
         from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
         return LoraAlgebra()

@@ -87,7 +87,7 @@ class OftKind(NetworkKind):
     plain_title = "Make a plain LoRA of the OFT"
 
     def load_algebra(self) -> "OftAlgebra":
-        """Return the algebra of block rotations."""
+        """Return the computations with block rotations."""
         from networks.kinds.oft_rotation import OftAlgebra  # torch
 
         return OftAlgebra(PART)
@@ -178,7 +178,7 @@ class OftKind(NetworkKind):
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
-        changed: Counter[str] = Counter()
+        changed: Counter[str] = Counter()  # description of a changed block size -> number of layers
         for name, target in targets.items():
             module = target.module
             if not isinstance(module, nn.Linear):

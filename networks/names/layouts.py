@@ -152,7 +152,7 @@ class GrownBlocks:
         indices: list[list[int]] = []
         next_index = 0  # in the deeper variant
         originals = self.originals(depth)
-        counts = Counter(self.originals(deeper))
+        counts = Counter(self.originals(deeper))  # original block -> its copies in the deeper variant
         for index, original in enumerate(originals):
             is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
             num_blocks = 1

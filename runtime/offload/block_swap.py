@@ -117,7 +117,7 @@ class Kept:
 
 
 class BlockSwap:
-    """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
+    """Copies a network's weights from host memory to the device before each block runs, forward and back."""
 
     def __init__(
         self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
@@ -136,7 +136,7 @@ class BlockSwap:
         self._order = order
         self._transfer = transfer
         self._turn_of = {position: turn for turn, position in enumerate(order)}  # inverse of the order
-        # slot and index of its part, by the address of the part's device memory
+        # slot and index of the weight in it, by the address of the weight's device memory
         self._owners: dict[int, tuple[Slot, int]] = {}
         self._turns = False  # whether a backward pass follows, in which the order is reversed
         self._skipped: frozenset[int] = frozenset()  # positions that this pass skips
@@ -152,6 +152,7 @@ class BlockSwap:
             position: Position of the block in the order of blocks.
             skipped: Positions of blocks that the pass skips.
         """
+        # the blocks of a list that are streamed through shared slots; None: this block stays on the device
         ring = self._ring_of.get(position)
         if ring is None:
             return
@@ -186,6 +187,7 @@ class BlockSwap:
         self.enter(position, backward=False)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
+        # the blocks of a list that are streamed through shared slots; None: this block stays on the device
         ring = self._ring_of.get(position)
         if ring is None:
             output = forward(*inputs, **named)
@@ -213,7 +215,7 @@ class BlockSwap:
         self._at = None
 
     def park(self) -> None:
-        """Call `settle`, and free the slots' device memory until the next pass."""
+        """Copy trained weights back to host memory, and free the slots' device memory until the next pass."""
         self.settle()
         self._owners.clear()
         for ring in self.rings:
@@ -338,6 +340,7 @@ def swap_blocks(
         for name, layer in big_layers(dit, path):
             offload_layer(layer, host_weights[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
+    # one ring for each list of blocks: its streamed blocks, and the slots that they share on the device
     rings = _make_rings(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
     order = host.plan.spec.order([plan.num_blocks for plan in lists])
@@ -351,7 +354,7 @@ def swap_blocks(
 
 
 def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], host_weights: Mapping[str, Tensor]) -> list[Ring]:
-    """Return a ring for each list that has streamed blocks.
+    """Return a ring (streamed blocks and the slots that they share) for each list that has streamed blocks.
 
     Args:
         dit: The transformer.
@@ -379,7 +382,7 @@ def _report(
 ) -> None:
     """Log how many blocks are in host memory, and the bytes that swapping takes there and on the device."""
     total = sum(tensor.nbytes for tensor in host_weights.values()) / 1e9
-    if swap.rings:
+    if swap.rings:  # some blocks are streamed through slots on the device
         streamed = sum(len(blocks.streamed) for blocks in lists)
         count = sum(blocks.num_blocks for blocks in lists)
         slots = sum(sum(ring.sizes) * len(ring.slots) for ring in swap.rings) / 1e9

@@ -204,6 +204,7 @@ class _Block:
     is_first: bool
 
     def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        """Run the block; in train mode with gradients, checkpoint it."""
         if not (self.module.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **named)
         if self.offload is not None and self.is_first:
@@ -368,7 +369,7 @@ class _CommonInputs:
         # split once, so that the pieces' gradients are joined once
         self._pieces = inputs[0].chunk(count, dim=1)
         self._num_recomputed = 0  # pieces, in the backward pass
-        # modes of a rehearsal (`PlannedKernels`), which torch turns off during `backward`
+        # modes of a run on tensors without values (a memory plan), which torch turns off during `backward`
         self._modes = function_modes()
 
     def forget(self) -> None:

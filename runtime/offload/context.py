@@ -122,8 +122,8 @@ class TokenPart:
         Combining needs all heads of a token.
 
         Args:
-            with_first: See `SecondText.combine`.
-            with_second: See `SecondText.combine`.
+            with_first: Attention of the image's L tokens and the first text's T tokens, B L+T n D.
+            with_second: Attention of the image's L tokens and the second text's T' tokens, B L+T' n D.
             second: The second text.
         """
         num_image_tokens = second.before  # image tokens come before text tokens

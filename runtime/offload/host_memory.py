@@ -77,6 +77,7 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
+    # None: nothing is shared, or the machine cannot share it; then each process fills its own memory
     shared = None if machine is None else _share(size, machine)
     mapping = _private(size) if shared is None else shared
     memory, unlocked = _as_tensor(mapping, pieces if pinned else ())
@@ -124,7 +125,7 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine | None) -> None:
-    """Wait until every process has arrived here; None means that there is only one process."""
+    """Wait until every process has arrived here; with None, there is only one, which goes on at once."""
     if machine is not None:
         torch.distributed.barrier()
 

@@ -42,7 +42,7 @@ TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share
 
 
 class ShardedBlocks:
-    """The parts of a network's blocks that this process keeps; a `BlockPlace`."""
+    """The parts of a network's blocks that this process keeps while other processes keep the others."""
 
     def __init__(self, device: torch.device, asked_by: str) -> None:
         """Prepare to split blocks over all processes that have joined.
@@ -82,12 +82,15 @@ class ShardedBlocks:
                 self._split(block)
 
     def finish(self, network: nn.Module) -> None:
-        """Make the network gather its blocks. Call it last, in place of `swap_blocks`."""
+        """Split the blocks over the processes; each block is gathered while it runs. Call it last.
+
+        It takes the place of `swap_blocks`.
+        """
         from torch.distributed.fsdp import fully_shard
 
         self.split(network)
         blocks = list(_blocks_of(network).values())
-        root = _Root(blocks)
+        root = _Root(blocks)  # FSDP2 needs one module around all blocks
         fully_shard(root, mesh=self._mesh)
         runner = runner_of(network)
         if any(parameter.requires_grad for parameter in root.parameters()):

@@ -62,8 +62,8 @@ def max_blocks(
 
     Args:
         num_blocks: Number of blocks in each list.
-        counts: `DitSpec.swap_counts`.
-        unswapped: `DitSpec.unswapped`.
+        counts: Returns the swapped blocks of each list for a value of the option; None: none can be swapped.
+        unswapped: Number of blocks of each list that have to stay on the device.
     """
     if counts is None:
         return 0
@@ -104,7 +104,10 @@ class SwapPlan:
         return [plan_list(*row, self.slots) for row in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
+        """Return the names of all weights in host memory, in order of use.
+
+        Raises OptionError if the network has too few blocks.
+        """
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for blocks in self.lists(dit):
             names += [
@@ -126,7 +129,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
         totals: Number of all blocks in each list.
 
     Raises:
-        OptionError: If the network has too few, or if none of its blocks can be swapped.
+        OptionError: If the network has too few blocks, or if none of its blocks can be swapped.
     """
     if not blocks:
         return [0] * len(totals)
@@ -160,7 +163,7 @@ def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 
 
 class HostWeights:
-    """The weights of one network that are in host memory: a `HostPlace`."""
+    """The weights of one network that are in host memory while it computes on a device."""
 
     def __init__(
         self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
@@ -176,7 +179,7 @@ class HostWeights:
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
-        self._held: HostTensors | None = None
+        self._held: HostTensors | None = None  # allocated by `hold`
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate the memory.
@@ -212,7 +215,7 @@ class HostWeights:
                 {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
             )
             for name, weight in weights.items():
-                if self.is_filled_here:
+                if self.is_filled_here:  # else another process fills the shared memory
                     tensors[name].copy_(weight.data)
                 weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
             self.finish()

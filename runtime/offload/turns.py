@@ -55,6 +55,7 @@ class HostCopy:
             self._transfer: Transfer | None = None
             return
         self._transfer = transfer or transfer_to(device)
+        # tensors that block swap keeps in host memory are moved by the swap
         swap = swap_of(network)
         swapped = frozenset() if swap is None else swap.in_host_memory
         moving = {
@@ -62,6 +63,7 @@ class HostCopy:
             for name, tensor in chain(network.named_parameters(), network.named_buffers())
             if not tensor.requires_grad and tensor not in swapped
         }
+        # find the tensors that are in host memory already, and allocate memory for the remaining ones
         loaded = {} if place is None else place.tensors
         on_host: dict[str, Tensor] = {}
         remaining: dict[str, TensorInfo] = {}

@@ -33,7 +33,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Watch a network from now on; return the function that extrapolates the rehearsal to all blocks."""
+        """Watch a network from now on; return the function that extrapolates its memory to all blocks."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -65,7 +65,7 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
     Args:
         moments: Bytes by kind in each phase of the dry run.
         context: Number of GPUs that share the tokens.
-        undivided: Counter of the rehearsal.
+        undivided: Bytes of queries and of tokens in the dry run, which divided nothing.
     """
     exchange_buffers = EXCHANGED * undivided.largest // context
     divided: dict[str, Moment] = {}

@@ -73,13 +73,13 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.is_backward = False
-        self.peaks: dict[str, Moment] = {}
+        self.peaks: dict[str, Moment] = {}  # place of the run -> bytes by kind when it took most
         self._place, self._number = "start", 0  # name and number of the current place
         self._kind = WORKING  # kind of new tensors
         self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
         self._here = 0  # bytes of WORKING that were allocated in the current place
         self._total = 0
-        self._most = 0  # highest total since `rise` began
+        self._most = 0  # highest total since the latest call of `rise`
         self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
         self._guesses = False  # whether unknown numbers are read as 1
         self.counts: dict[str, int] = {}  # blocks of each list that run
@@ -248,6 +248,7 @@ class OneOfManyPieces(TorchFunctionMode):
         self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; of the pieces that `compute_piece` computes, run only the largest of each kind."""
         if func is not compute_piece:
             return func(*args, **(kwargs or {}))
         compute, piece = args
@@ -305,8 +306,8 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in stand_ins:
-                        # integers would keep their values (see `_compute`), so that 8-bit codes of stored
-                        # weights are allocated as floats and viewed as integers
+                        # a dry run keeps small integer tensors, with values, on the host: so 8-bit codes of
+                        # stored weights are allocated as floats and viewed as integers
                         dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
                         empty = torch.empty(tensor.shape, dtype=dtype, device=ledger.device)
                         empty = empty.view(tensor.dtype)
@@ -429,6 +430,7 @@ def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Count
     The bytes at the time of a block depend linearly on its index, so the maximum is at an end of a list.
     """
     few_counts = tuple(min(count, MIN) for count in counts)
+    # of three blocks, the second is also the last but one: its entry is copied under that name
     with_few = _with_both_ends(measure(few_counts))
     moments = {name: Counter(moment) for name, moment in with_few.items()}
     for index, count in enumerate(counts):
@@ -448,12 +450,12 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
-    """Return the function that extrapolates per block, for runs on one device."""
+    """Return `extrapolate`, which extends the measured memory to all blocks, for runs on one device."""
     return extrapolate
 
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
-    """Copy the entry of the second block to the last but one: of three blocks both are the middle one."""
+    """Add entries of the last block but one, equal to the second's: both are the middle one of three."""
     ends = {
         name.removesuffix(SECOND) + BEFORE_LAST: moment
         for name, moment in moments.items()

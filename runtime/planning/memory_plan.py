@@ -110,7 +110,7 @@ class Swapped:
 
         Args:
             blocks: Number of swapped blocks.
-            ring: Text that describes the slots.
+            ring: Text that describes the slots, the device memory through which blocks are streamed.
         """
         if self.processes > 1:
             return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
@@ -128,11 +128,11 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
         return sum(dry_run.round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
 
     # input layers move one at a time; each list of blocks has slots of the size of its largest block
-    ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
+    slot_bytes = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
     for list_plan in plan.lists(dit):
         blocks = [size(big_weights(dit, f"{list_plan.name}.{index}")) for index in list_plan.streamed]
-        ring += list_plan.slots * max(blocks, default=0)
-    return Swapped(size(plan.names(dit)), ring)
+        slot_bytes += list_plan.slots * max(blocks, default=0)
+    return Swapped(size(plan.names(dit)), slot_bytes)
 
 
 GATHERED = 3  # blocks on the device: one computes, one is gathered, one is the receive buffer
@@ -186,7 +186,7 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
 
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
-    """Return the effect of splitting blocks over processes."""
+    """Return the bytes of weights that leave each device if blocks are split over processes."""
     block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
     total = sum(block_bytes)
     return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
@@ -216,7 +216,7 @@ def parts_of(
     """Format a moment as lines of a plan.
 
     Args:
-        moment: Bytes by kind.
+        moment: Device bytes by kind, at one moment of the run.
         swap: Effect of swapping.
         notes: Notes by kind.
         waiting: Bytes of activations in host memory.
@@ -375,8 +375,8 @@ def resolve_swap(
 ) -> tuple[Speed, Predicted | None]:
     """Replace --blocks_to_swap auto by a number; return the options and the prediction.
 
-    The prediction is None without a device to plan for, or if the rehearsal failed; a failure is logged only,
-    because a run works without a plan too.
+    The prediction is None without a device to plan for, or if the rehearsal (the run on tensors without
+    values) failed; a failure is logged only, because a run works without a plan too.
 
     Args:
         speed: Options of memory and speed.

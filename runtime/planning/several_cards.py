@@ -38,7 +38,7 @@ class Divided(Swappable, Protocol):
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A rehearsed run on one GPU, and a function that divides it over several."""
+    """A run on one GPU that was tried on tensors without values, and a function that divides it over GPUs."""
 
     words: tuple[str, ...]  # options to add to the command
     heads: int  # number of attention heads, divided among cards that share tokens
@@ -135,8 +135,9 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
     """Print the ways to use the GPUs, and the memory of the cheapest way that fits.
 
     Args:
-        runs: Rehearsals: the first one with the command's options, each further one with more options that
-            save memory. A rehearsal is used only if nothing fits in the previous ones.
+        runs: Rehearsals (runs on tensors without values): the first one with the command's options, each
+            further one with more options that save memory. A rehearsal is used only if nothing fits in the
+            previous ones.
         cards: Number of GPUs.
         room: Memory of each GPU.
         is_training: Whether the run is a training run.
@@ -184,7 +185,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
 
 
 def format_table(ways: Sequence[Way]) -> list[str]:
-    """Return the lines of a table, with a heading, of the ways whose memory is known."""
+    """Return the lines of a table, with a heading, of the ways to use several GPUs whose memory is known."""
     rows = [("options", "GiB per card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:
@@ -207,10 +208,10 @@ def format_table(ways: Sequence[Way]) -> list[str]:
 
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
-    """Return the command to type for a way.
+    """Return the command that runs the planned command in a way to use several GPUs.
 
     Args:
-        way: The way.
+        way: Options and number of processes.
         added: Options that the planned command lacks.
         argv: Arguments of the planning command.
         is_training: Whether the run is a training run.

@@ -12,7 +12,7 @@ from runtime.offload.sharding import gather_parts
 
 
 class SharedPasses:
-    """Divide the passes of each step over processes; a `RunPasses`.
+    """Divide the network passes of each step over processes, and return all results in each process.
 
     Each pass runs separately. If the transformer is split too, all processes run passes that skip the same
     blocks at the same time; if there are fewer such passes than processes, some passes run twice.
@@ -34,7 +34,7 @@ class SharedPasses:
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
         """Run this process's share of a step's passes, and return the velocities of all passes, float32."""
         velocities: dict[tuple[Overrides, int], Tensor] = {}
-        for group in self._group_passes(calls):
+        for group in self._group_passes(calls):  # passes that can run at the same time
             for start in range(0, len(group), self.processes):
                 at_once = group[start : start + self.processes]
                 velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
@@ -43,6 +43,7 @@ class SharedPasses:
                     overrides, key = at_once[self._rank % len(at_once)]
                     (predicted,) = predict(calls[overrides][key], overrides=overrides)
                     velocity.copy_(predicted)
+                # B C F H W of each process, one after the other
                 gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
                 gather_parts(gathered, velocity, self._group)
                 velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))

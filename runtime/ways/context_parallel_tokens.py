@@ -46,6 +46,7 @@ def _run_part(
     inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
     """Run the blocks on this process's part of the tokens with the previous runner."""
+    # the blocks' other inputs; for each block, what is added to its result
     tokens, added = hidden.tokens, hidden.added
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
@@ -59,7 +60,7 @@ def _run_part(
     for tensor in added:
         added_here.append(None if tensor is None else parts[0].take(tensor))
     hidden.added = added_here
-    if hidden.side is not None:
+    if hidden.side is not None:  # input of the side blocks: tokens of the first stream
         hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, overrides)
     # the layers after the blocks compute on complete tokens again

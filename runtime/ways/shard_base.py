@@ -83,7 +83,7 @@ def _make_place(device: "torch.device") -> "BlockPlace | None":
 
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
-    """Add --shard_base to the ways of a run. Raises OptionError if blocks are swapped as well."""
+    """Enter --shard_base and its hooks in the modes of a run; raise OptionError if blocks are swapped too."""
     swapping = run.speed.swap.typed
     if swapping:
         raise OptionError(
