@@ -120,7 +120,7 @@ class BackgroundJobs:
     def find(self, name: str) -> Job | None:
         """Return a background job with its current state; None if there is none, or its record is damaged."""
         child = self._children.get(name)
-        if child is not None and child.poll() is not None:
+        if child is not None and child.poll() is not None:  # reap a process that has ended
             del self._children[name]
         try:
             record = parse_json(read_text(self._record(name), MAX_OF_RECORD))
@@ -146,6 +146,8 @@ class BackgroundJobs:
 
     def stop(self, name: str) -> None:
         """End a running background job at once, with all processes that it has started.
+
+        Nothing happens if no job of this name runs.
 
         Raises:
             OutputError: If the job runs on another machine.

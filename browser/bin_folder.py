@@ -72,13 +72,16 @@ class BinFolder:
             for name in names
             if not any(os.path.lexists(bin_folder / name) for bin_folder in self.folders)
         )
-        used = self.folders[0]
+        used = self.folders[0]  # the bin has a folder on each disk; the last one used is returned
         for path in paths:
             used = self._move_one(path, base, name)
         return used / name
 
     def _move_one(self, path: Path, base: Path, name: str) -> Path:
-        """Move a file or folder; return the folder of the bin that took it."""
+        """Move a file or folder into the bin's folder on the same disk, and return that folder of the bin.
+
+        Below it, the path is `name` and then the path relative to `base`.
+        """
         for bin_folder in self.folders:
             target = _free_name(bin_folder / name / path.relative_to(base))
             with explain_errors(target):
@@ -163,7 +166,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
 
 
 def _measure(path: Path) -> BinEntry:
-    """Return the size of a file or folder. Links are not followed and count as nothing."""
+    """Return the size of a file or folder and its number of files; a link counts as a file of 0 bytes."""
     size_bytes = num_files = 0
     waiting = [path]
     while waiting:

@@ -53,7 +53,7 @@ class CaptionForm:
 
 
 def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]:
-    """Return the command line that writes captions in a described folder.
+    """Return the command line that writes captions for the dataset of a described folder.
 
     Args:
         form: The form of the page.

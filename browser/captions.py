@@ -39,13 +39,16 @@ class CaptionText:
 
     @classmethod
     def of(cls, content: bytes) -> "CaptionText":
-        """Parse the bytes of a caption file. Raises UnicodeDecodeError if they are not UTF-8."""
+        """Split a caption file's bytes into its text and what surrounds it, which is written back unchanged.
+
+        Raises UnicodeDecodeError if they are not UTF-8.
+        """
         start = BOM if content.startswith(BOM) else b""
         decoded = content[len(start) :].decode()
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         text = decoded.strip()
-        # white space before and after the caption is written back unchanged
+        # white space before and after the caption
         position = decoded.index(text) if text else 0
         return cls(
             text=text,
@@ -168,7 +171,7 @@ class Captions:
         """Write many captions with a .bak copy of each old file, skipping files that have changed.
 
         Args:
-            edits: Captions to write.
+            edits: Captions to write, each with the checksum that its file had when it was read.
             checksums: Filled with the new checksum of each written file. If an error ends the writing early,
                 for example a full disk, it holds the files written until then.
 
@@ -200,7 +203,7 @@ class Captions:
         """Undo the last save of many captions; return the number of files skipped because they have changed.
 
         Args:
-            checksums: Checksum of each file, as `save_all` filled them in.
+            checksums: Checksum that each file had after `save_all` wrote it.
 
         Raises:
             OSError: If a file cannot be read.
@@ -256,7 +259,7 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, now: bytes) -> bytes:
-    """Return the content of a file with another caption. Raises ValueError if it cannot be stored."""
+    """Return a caption file's bytes `now` with another text. Raises ValueError if it cannot be stored."""
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
@@ -270,7 +273,7 @@ def _encode(text: str, now: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
-    """Lock several folders as `_only_one_writes` does, always in the same order to avoid deadlocks."""
+    """Let no other server write captions in these folders, locked in one order to avoid deadlocks."""
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(only_one(folder / LOCK))

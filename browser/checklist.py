@@ -78,13 +78,14 @@ def make_checklist(
         if row is not None:
             rows.append(row)
             continue
+        # lines without a row go below the list
         for line in group.lines:  # shown without a button, because the file already has one
             details.append(replace(line, remedy="") if line.remedy == OUT else line)
     return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
 
 
 def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word: str) -> list[CheckRow]:
-    """Return the rows that follow from the files of a folder."""
+    """Return the checklist rows about a folder's files: their numbers, unreadable ones, missing captions."""
     # files without caption and unreadable files get rows of their own below
     rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
     if unreadable:
@@ -123,7 +124,10 @@ def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 
 
 def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
-    """Return the row of a line and its details; None if the user need not act, has acted, or has a row."""
+    """Return the checklist row of a printed line and its details; None if it needs no row of its own.
+
+    `unreadable` are names of files that another row lists; `mended` are remedies that were applied.
+    """
     head = group.head
     if head.kind in NO_ROWS:
         return None

@@ -85,7 +85,7 @@ class OutputLine:
 
 
 def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
-    """Return the lines that a command has printed, without the listed changes of a --dry_run.
+    """Return the lines that a command has printed, with their remedies, up to the diff of a --dry_run.
 
     `names` are the names of the files of the command's folder.
     """

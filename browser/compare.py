@@ -206,7 +206,7 @@ class Comparison:
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
-    """Return a run for comparison, with its first generating command; None if its history has none.
+    """Return a run for comparison, with the first generation command in its history; None if it has none.
 
     Raises:
         OSError: If the history cannot be read.
@@ -214,7 +214,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     run_history = runs.open(run).run_history
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
     for command in _read_commands(current_commands(run_history, run.history.parent, run.name), families):
-        return ComparableRun(
+        return ComparableRun(  # only the first one counts
             run=run,
             run_history=run_history,
             family=families[command.script],
@@ -252,13 +252,14 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
 def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder in which a run's command was typed.
 
-    It is the folder in the run's history. Histories of older versions have none: then the run's output option
-    shows it, and otherwise it is the browser's own working folder.
+    It is recorded in the run's history. Histories of older versions do not have it: then it follows from the
+    command's output option, and failing that, the browser's own working folder is returned.
     """
     with contextlib.suppress(OSError, ValueError):  # the history may come from another machine
         if run.working_folder is not None and run.working_folder.is_dir():
             return run.working_folder
     output_words = options.get("--output_dir")
+    # training scripts have --output_dir; generation scripts write samples to --save_path below it
     typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
     # the history lies in the output folder; without the typed relative path, the working folder remains
@@ -283,7 +284,7 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
     """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared."""
-    sources = _read_sources(runs, form)
+    sources = _read_sources(runs, form)  # the selected runs
     comparison = Comparison(sources, typed_lines="\n".join(form.get("more", ())))
     for source in sources:
         comparison.columns += _select_files(runs, source, form.get("file", ()))
@@ -296,13 +297,13 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
                 most_rows=MAX_ROWS,
             )
         )
-    if sources:
+    if sources:  # the first run's command generates the clips of all columns
         comparison.problem = sources[0].problem
     return comparison
 
 
 def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
-    """Return the ids of runs that have no saved file of their name next to the history. Reads no history."""
+    """Return the ids of runs whose folder has no saved file of their name; no history is read for this."""
     names: dict[Path, list[str]] = {}
     bare = set()
     for run in runs:
@@ -317,7 +318,11 @@ def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
 
 
 def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
-    """Return the runs that a form names directly or by a file. Raises OptionError if they do not match."""
+    """Return the runs that a form names directly or by a file.
+
+    Raises OptionError if a run has no generation command, or if they are of different model families.
+    """
+    # the key of a file is RUN_ID/NAME
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
     candidates = [runs.find(id) for id in dict.fromkeys(ids)]
     chosen_runs = [run for run in candidates if run is not None]
@@ -485,7 +490,7 @@ def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> l
 
 
 def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the addresses of the clips that tools/compare.py generated with LoRAs at strength 1."""
+    """Return the addresses of the clips that tools/compare.py generated without a LoRA or at strength 1."""
     clips: dict[ClipKey, str] = {}
     for source in comparison.sources:
         if not source.folder.is_dir() or source.is_link:
@@ -558,7 +563,10 @@ class PlannedJob(NamedTuple):
 
 
 def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> list[PlannedJob]:
-    """Return the jobs for the missing clips. Rows that lack clips of the same files share one job."""
+    """Return the jobs that generate the missing clips; rows that lack clips of the same files share one job.
+
+    `cells` has a list for each row: the clip without a LoRA, then one clip for each column.
+    """
     if comparison.problem:
         return []
     rows_by_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # indices of columns without a clip
@@ -579,7 +587,7 @@ def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> l
 def _plan_job(
     source: ComparableRun, files: Sequence[ComparedFile], rows: Sequence[ComparedPrompt]
 ) -> PlannedJob:
-    """Return the job that generates the clips of some files and prompts with the options of a run."""
+    """Return the job that generates a clip for each pair of file and prompt, with the options of a run."""
     prompts = "".join(f"{row.line}\n" for row in rows)
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"

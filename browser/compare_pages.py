@@ -35,7 +35,7 @@ class ComparePages:
         return self.answer(read_query(request))
 
     def make(self, _: Request, form: Form) -> Response:
-        """Queue jobs for the missing clips of a comparison."""
+        """Queue jobs that generate the missing clips of a comparison, and show its page again."""
         try:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
@@ -67,7 +67,7 @@ class ComparePages:
             return answer_text(str(problem), 422 if error else 500)
 
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
-        """Return the cells of a comparison; see `compare.fill_cells`."""
+        """Return the clips of a comparison: one list for each prompt, with a cell for each file."""
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
@@ -87,7 +87,7 @@ class ComparePages:
             "chosen": {file.key for file in comparison.columns},
             "titles": [file.step_title for file in comparison.columns],
             "others": other_runs,
-            "bare": compare.find_without_files(other_runs),
+            "bare": compare.find_without_files(other_runs),  # ids of runs that have no LoRA file
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
             "commands": [

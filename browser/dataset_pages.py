@@ -77,6 +77,7 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
     if only == "told":  # files with messages of the report
         return bool(file["faults"] or file["remarks"])
     if only == "uncaptioned":
+        # a caption edited on the page counts instead of those that the report has read
         captions = [file["edited"]] if "edited" in file else file["captions"] or [file["text"]]
         return not any(captions)
     if only == "outdated":
@@ -139,8 +140,8 @@ class Thumbnails:
         """Return the first frame of a file as a small JPEG.
 
         Args:
-            part: The file as the dataset report lists it.
-            stamp: Modification time of the file in nanoseconds; a part of the cache's key.
+            part: The file as the dataset report lists it, with its `path`.
+            stamp: Modification time of the file in nanoseconds: a changed file is decoded again.
 
         Raises:
             MediaError: If the file cannot be decoded.
@@ -162,12 +163,13 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
-        """Return the first frame of an item, which may lie in a tar."""
+        """Return the first frame of a dataset's file, which may be a member of a tar archive."""
         path = Path(part["path"])
         if "in" not in part:  # the item is a file, not inside an archive
             return first_frame(path)
         if "offset" not in part:  # an item of a Parquet table, not of a tar
             raise MediaError(say("%(path)s is in a table", path=path))
+        # decoders open paths, so the member's bytes are copied out of the tar
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
             if part["bytes"] > MAX_COPIED:
@@ -191,7 +193,7 @@ class DatasetPages:
         self.thumbnails = Thumbnails()
 
     def items(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return a part of a dataset's files, and the state of its measurement, as JSON values.
+        """Return one page of a dataset's files, and the state of its measurement, as JSON values.
 
         Args:
             dataset: The dataset.
@@ -233,7 +235,7 @@ class DatasetPages:
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values of a file, with its current caption."""
         caption = self.caption(dataset, file)
-        caches = {tag: dict(states) for tag, states in file["caches"].items()}
+        caches = {tag: dict(states) for tag, states in file["caches"].items()}  # copied, to change states
         # the caption was edited after the measurement, which still calls its text cache valid
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
             for states in caches.values():
@@ -289,7 +291,7 @@ class DatasetPages:
     def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
         """Save or undo a caption, and return the HTTP status and the answer.
 
-        `query` is as in `Captions.change`.
+        `query` has `what` (save, undo or back), `have` (checksum of the caption file) and `text`.
         """
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)

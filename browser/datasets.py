@@ -268,7 +268,10 @@ class Datasets:
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
     def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
-        """Return the datasets that runs trained on. `projects` is the result of `_find_projects`."""
+        """Return the datasets that runs trained on, by the path of their configuration.
+
+        `projects` are the configurations of described folders.
+        """
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
         formats: dict[Path, str] = {}
@@ -365,10 +368,7 @@ class Datasets:
             return measured
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
-        """Return the media counts of a dataset's folders, and a description of its measurement.
-
-        Starts no measurement.
-        """
+        """Return the number of media in a dataset's folders, and in words the state of its measurement."""
         try:
             if self.list_outside(dataset):
                 return MediaFiles(), say("partly outside the folders that are shown")
@@ -393,8 +393,8 @@ class Datasets:
     def accept_edit(self, dataset: FoundDataset, before: object) -> None:
         """Keep a dataset's measurements valid after this server has saved one of its captions.
 
-        `before` is the dataset's mark before the save. If other files have changed as well, the dataset is
-        measured again.
+        `before` is the fingerprint of the dataset's files before the save, which `mark` returned. If other
+        files have changed as well, the dataset is measured again.
         """
         with self.lock:
             measured = self._measured.get(dataset.id)
@@ -427,7 +427,7 @@ class Datasets:
             threading.Thread(target=self._run_measurement, args=(dataset, measured), daemon=True).start()
 
     def _run_measurement(self, dataset: FoundDataset, measured: Measured) -> None:
-        """Measure a dataset, and put the results into `measured`."""
+        """Measure a dataset's files, and store what may be shown of the report in `measured`."""
         options = _report_options(dataset, measured)
         report: dict[str, Any] = {}
         error = ""
@@ -436,6 +436,7 @@ class Datasets:
                 report = self._report(options, dataset.folder)
             except (OSError, ValueError, OptionError) as problem:
                 error = str(problem)
+        # leave out files outside the roots, and the captions of files whose caption is outside
         all_files = list(report.get("files", ()))
         for file in all_files:
             _join_paths(file, dataset.folder)
@@ -463,7 +464,10 @@ class Datasets:
         return self.is_open(dataset, path) or not (path.exists() or path.is_symlink())
 
     def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
-        """Return the JSON of tools/dataset_report.py. Raises ValueError with its message if it fails."""
+        """Run tools/dataset_report.py in `folder`, and return its JSON report.
+
+        Raises ValueError with its message if it fails.
+        """
         process = subprocess.Popen(
             [sys.executable, *program_words(Path("tools/dataset_report.py")), *options],
             stdin=subprocess.DEVNULL,
@@ -472,7 +476,7 @@ class Datasets:
             cwd=folder,
             env=program_environment(PYTHONUTF8="1"),
         )
-        self._processes.add(process)
+        self._processes.add(process)  # these are killed when the server ends
         try:
             output, errors = process.communicate()
         finally:

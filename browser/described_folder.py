@@ -107,6 +107,7 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
         changes["max_train_epochs"] = None  # it would take precedence
     before = values.get("max_train_steps")
     are_large = saves_models(values)
+    # intervals such as save_every_n_steps, as `new` derives them from a number of steps
     derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
     unchanged = {}
     for name, value in derive_times(steps, are_large).items():
@@ -171,7 +172,7 @@ def read_described(folder: Path) -> DescribedFolder:
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
-    if isinstance(run_content, OSError):
+    if isinstance(run_content, OSError):  # the error of reading stands in place of the content
         raise run_content
     run = parse_toml(run_content.decode())
     try:
@@ -365,10 +366,11 @@ def replace_content(path: Path, content: bytes, checksum: str) -> None:
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Set the options of a run.toml, or remove those that are None; all other text and comments stay.
+    """Return the text of a run.toml with changed options; all other text and comments stay.
 
-    A key is changed in the table that has it, the last one if several do, because tables only group keys. A
-    new key is added at the end of TRAINING_TABLE. Raises ValueError as `change_keys`.
+    `changes` has the new values; None removes an option. A key is changed in the table that has it, the last
+    one if several do, because tables only group keys. A new key is added at the end of TRAINING_TABLE.
+    Raises ValueError if the text is not TOML or has no table of training options.
     """
     if not changes:
         return text

@@ -49,7 +49,7 @@ STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """Preview of the changes that saving a form would make, shown in one section of the page."""
+    """The changes that saving a form would make to files, shown as a preview in one section of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -80,7 +80,7 @@ def read_keys(text: str) -> dict[str, Any]:
         raise ValueError(say("%(run_file)s is no TOML: %(error)s", run_file=RUN_FILE, error=error)) from None
     keys: dict[str, Any] = {}
     tables: list[Any] = [document]
-    while tables:
+    while tables:  # keys of inner tables become options too
         for key, value in tables.pop(0).items():
             if not isinstance(value, dict):
                 keys[key] = value
@@ -94,13 +94,13 @@ def plan_change(
 ) -> DraftChange:
     """Let the scripts check a change, and return it with their messages.
 
-    During training, only the prompts may be changed: it has read the other files already.
+    While the folder trains, only the prompts may change: the training has read the other files already.
 
     Args:
         site: The pages' server.
         part: TABLE or the name of the file that the form edits.
-        texts: New text of each file.
-        run: The folder's current run.toml.
+        texts: Files as they are on disk, mapped to their new texts.
+        run: The folder's current run.toml, which names the scripts.
         typed: Text of a file that the user typed in full; None if it was edited by fields.
     """
     difference: list[str] = []
@@ -125,8 +125,8 @@ def plan_change(
 def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `texts` has the new text of each file. Raises ChangedMeanwhileError if a file has changed since it was
-    read, OutputError if it cannot be written.
+    `texts` maps each file, as it was read, to its new text. Raises ChangedMeanwhileError if a file has
+    changed since it was read, OutputError if it cannot be written.
     """
     if change.fault:
         return change
@@ -141,7 +141,7 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
 
 
 def describe_following(before: str, after: str) -> str:
-    """Describe the values that a changed run.toml keeps although `new` would derive others from its steps.
+    """Describe the intervals that a changed run.toml keeps although `new` would derive others from its steps.
 
     Args:
         before: Text of the file before the change.
@@ -353,9 +353,10 @@ def folder_routes(
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
-    """Return two routes for a section of a folder's page: to show it, and to handle its buttons.
+    """Return two routes for a section of a folder's page: to show it, and to carry out its buttons.
 
-    `find` returns the folder that a text names, or None if the part is not about that folder.
+    `part` is the section's name in its addresses. `find` returns the folder that a text names, or None if
+    the section does not apply to that folder.
     """
 
     def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:

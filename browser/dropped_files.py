@@ -94,7 +94,7 @@ def clean_stem(name: str) -> str:
 
 def find_suffix(path: Path) -> str:
     """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
-    with contextlib.suppress(MediaError):
+    with contextlib.suppress(MediaError):  # raised if it is no image: then it may be a clip
         with DECODING, open_image(path) as image:
             kind = image.format or ""
             if kind in SUFFIXES:

@@ -105,7 +105,10 @@ _COMFYUI_SIZES = {"width": "video_size_width", "height": "video_size_height"}
 
 
 def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
-    """Return the prompts and numbers of a graph's first sampler. Raises OptionError if there is no prompt."""
+    """Return the prompts, numbers and size of the first sampler in a ComfyUI graph.
+
+    `graph` maps the ids of nodes to nodes. Raises OptionError if no sampler has a prompt.
+    """
     for node in graph.values():
         inputs = node.get("inputs")
         # only samplers have an input `positive`: the id of the node of the prompt, and an output of it
@@ -157,7 +160,8 @@ SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?
 
 
 def _read_parameters(text: str) -> DroppedSettings:
-    """Return the settings in AUTOMATIC1111's text: prompt lines, a negative line, a line of settings."""
+    """Return the settings in AUTOMATIC1111's metadata: prompt, `Negative prompt:`, a line of settings."""
+    # the settings are the last line, such as `Steps: 20, Seed: 1, Size: 512x768`
     body, _, line = text.rpartition("\n")
     prompt, _, negative = body.partition("\nNegative prompt:")
     settings = dict(SETTINGS.findall(line))

@@ -46,7 +46,7 @@ def describe_duration(
 
 
 def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
-    """Describe the duration of some steps in seconds, minutes or hours."""
+    """Describe how long `steps` take at `seconds` per step, in seconds, minutes or hours."""
     hours = steps * seconds / 3600
     if hours >= 1:
         duration = say("%(hours)s hours", hours=f"{hours:.1f}")

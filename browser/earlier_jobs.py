@@ -15,7 +15,7 @@ QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
 
 class EarlierJob(NamedTuple):
-    """A command that runs before another command."""
+    """A command that runs before another one, which may need the files that it creates."""
 
     script: Path  # in the checkout or the package
     argv: Sequence[str]

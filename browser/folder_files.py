@@ -82,7 +82,7 @@ def find_caption_file(folder: Path, name: str) -> Path:
 
 
 def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return the names of the files whose caption is missing or empty.
+    """Return those of `names`, media files of a folder, whose caption file is missing or empty.
 
     Raises OSError if the folder cannot be listed.
 
@@ -203,7 +203,9 @@ class FolderFiles:
             return answer_text("from and count are numbers of files.", 400)
 
     def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return a part of a folder's files as JSON values.
+        """Return the files of a folder that a page shows at once, as JSON values.
+
+        The query has `text` and `only`, which filter the files, and `from` and `count`.
 
         Raises:
             OSError: If the folder cannot be read.
@@ -231,7 +233,10 @@ class FolderFiles:
         return all(word in text for word in words)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the JSON values of a file that the page shows."""
+        """Return the JSON values of a file in a folder that no dataset report describes.
+
+        They have the keys of a report's items; values that only a report knows are empty.
+        """
         info = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not info.fault
@@ -321,7 +326,10 @@ class FolderFiles:
         return self.captions.change(path, query)
 
     def move(self, request: Request, body: bytes) -> Response:
-        """Leave a file out, or put it back. The JSON body has `name`, and `what`: "out" or "back"."""
+        """Leave a media file out of a dataset, or put it back.
+
+        The JSON body has `name`, and `what`: "out" or "back".
+        """
         folder = self.find(request)
         try:
             query = parse_json(body.decode())

@@ -293,7 +293,7 @@ class FolderSettingsPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the settings of a folder; see `FolderPages`."""
+        """Return the HTML of a folder's settings."""
         return self.answer(folder)
 
     def answer(
@@ -303,11 +303,11 @@ class FolderSettingsPages:
         is_rejected: bool = False,
         chosen_problem: str = "",
     ) -> Response:
-        """Return the settings of a folder.
+        """Return the HTML of a folder's settings: its files, and a table of the training's options.
 
         Args:
             folder: The described folder.
-            change: What a form would save; None without a form.
+            change: The edit that was previewed or saved; None if only the files are shown.
             is_rejected: Whether the answer explains a rejected request (status 422).
             chosen_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
@@ -326,7 +326,7 @@ class FolderSettingsPages:
         return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
-        """Return the values that the template shows. Errors of reading are a part of them, never raised."""
+        """Return the values of the settings table; if a file is unreadable, its error is their `problem`."""
         chosen = self.read_chosen_text(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -340,6 +340,7 @@ class FolderSettingsPages:
                 batch = dataset.read_batch(read_keys(files[RUN_FILE].text))
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
+        # the job that computes which values `new` would choose
         job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
         is_failed = job is not None and job.state != RUNNING and job.code != 0
         return SettingsView(
@@ -357,7 +358,7 @@ class FolderSettingsPages:
     def read_rows(
         self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
-        """Return the rows of a run.toml's text; see `list_rows`.
+        """Return a row for each option of the training script that run.toml names.
 
         Raises OptionError if its script is unknown.
         """
@@ -391,7 +392,7 @@ class FolderSettingsPages:
             return None
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button: preview or save the settings, or compute the values that `new` would choose."""
+        """Preview or save the edited settings, or compute the values that `new` would choose."""
         if action == CHOSEN:
             return self.ask_chosen(folder)
         edited_part = fields.get("part", TABLE)
@@ -400,7 +401,7 @@ class FolderSettingsPages:
         name = RUN_FILE if edited_part == TABLE else edited_part
         try:
             current_draft = read_draft_file(self.site, folder, name)
-            if current_draft.mark != fields.get("have", ""):
+            if current_draft.mark != fields.get("have", ""):  # not the file that the page was made from
                 return self.answer_conflict(folder, edited_part, current_draft, fields)
             edited_text = self.read_edited(edited_part, current_draft, fields)
             texts: Mapping[DraftFile, str] = {current_draft: edited_text}
@@ -434,8 +435,8 @@ class FolderSettingsPages:
 
         Args:
             folder: The described folder.
-            texts: The new text of run.toml.
-            fields: Fields of the form.
+            texts: run.toml as it is on disk, mapped to its new text.
+            fields: Fields of the form; `have_dataset` is the checksum of dataset.toml on the page.
 
         Raises:
             ChangedMeanwhileError: If dataset.toml has changed since the page was made.
@@ -456,7 +457,14 @@ class FolderSettingsPages:
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
     ) -> Response:
-        """Return the page of the current file, with the text that was typed for its earlier content."""
+        """Return the page with the error that a file changed while it was edited, and with the typed text.
+
+        Args:
+            folder: The described folder.
+            part: TABLE, or the name of the file that was edited as text.
+            present: The file as it is now.
+            fields: Fields of the form; `base` is the text that the page was made from.
+        """
         typed_text = fields.get("text")
         base = fields.get("base", "")
         file_changes = describe_difference(base, present.text)

@@ -44,7 +44,7 @@ class FolderTool:
         }
 
     def press(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
-        """Handle the button try, write, stop or go_on; return False for any other name.
+        """Start, try, stop or resume a tool on a folder; return False if `action` names no such button.
 
         `make_argv` returns the command line; its argument is true for a dry run. Raises UserError if the
         command cannot be started.

@@ -160,7 +160,7 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     direct = _read_inner(folder)
     in_img = _read_inner(folder / INSIDE)
     candidates = [*direct, *in_img]
-    if PARTS.fullmatch(folder.name):  # itself a part of a project: the dataset is the folder around it
+    if PARTS.fullmatch(folder.name):  # `img` and the like belong to the folder above, which is the dataset
         candidates = in_img
     has_trainer_names = any(OF_TRAINERS.fullmatch(candidate.path.name) for candidate in candidates)
     if not has_trainer_names and not is_described(folder):
@@ -216,7 +216,7 @@ def find_file(runs: Runs, text: str) -> Path | None:
 def find_typed(runs: Runs, text: str) -> Path | None:
     """Return the path of an existing folder anywhere on the machine; None for any other text.
 
-    `text` is as in `find_folder`.
+    A relative `text` begins in the first folder that the server shows.
 
     Raises:
         ValueError: With the reason, if no folder can have this name.

@@ -347,9 +347,9 @@ class GeneratePages:
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
-        """Return the recipe of a source.
+        """Return the recipe of a source, which is "run ID" or "model FAMILY TASK".
 
-        Raises OptionError if there is none, OSError if its history is gone.
+        Raises OptionError if there is no such source, OSError if the history of its run is gone.
         """
         if not source:
             raise OptionError(say("Model: choose one."))
@@ -388,7 +388,7 @@ class GeneratePages:
     def make_render_request(
         self, recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]
     ) -> RenderRequest:
-        """Return the render request that a form describes."""
+        """Return the render request that a form describes, with the selected LoRAs among `rows`."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
             # a model without start images redraws the image taken from a result
@@ -422,7 +422,7 @@ class GeneratePages:
         return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
-        """Handle a button of the page: fill the form, generate, or change a render job."""
+        """Carry out a button of the page: fill the form, generate, or change a render job."""
         action = request.path_params["what"]
         # each field of a form is a list of texts; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
@@ -460,13 +460,13 @@ class GeneratePages:
         return self.answer_pressed(queued_message=queued_message)
 
     def answer_pressed(self, error: str = "", queued_message: str = "") -> Response:
-        """Return the list of render jobs after a button was pressed; arguments as in `answer_work`."""
+        """Return the list of render jobs after a button was pressed, with an error or a message about it."""
         response = self.answer_work(error, queued_message)
         response.headers["hx-trigger"] = "render_added"
         return response
 
     def make(self, form: GenerateForm) -> str:
-        """Queue the render jobs of a form, and return a message about the results to come.
+        """Queue the render jobs of a form, one for each seed, and return a message about the results to come.
 
         Raises OptionError if the form is not valid.
         """
@@ -486,7 +486,7 @@ class GeneratePages:
         for lora in render_request.loras:
             check_family(recipe.folder / lora.path, recipe.family)
         seeds = select_seeds(form)
-        launch.check_options(render_request.command(seeds[0]), recipe.folder)
+        launch.check_options(render_request.command(seeds[0]), recipe.folder)  # only seeds differ
         render_jobs = []
         for seed in seeds:
             # each job remembers a form that generates exactly its one result again
@@ -523,7 +523,7 @@ class GeneratePages:
         text = without_quotes(form.texts.get("lora_file", "").strip())
         if not text:
             return
-        path = recipe.folder / text
+        path = recipe.folder / text  # an absolute path replaces the folder
         if path.suffix != ".safetensors":
             raise OptionError(say("LoRA file %(path)s: give a file that ends in .safetensors.", path=text))
         is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
@@ -558,7 +558,7 @@ class GeneratePages:
         return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
-        """Fill a form with the settings in a dropped file, and answer with the address of its page."""
+        """Fill a form with the settings in a dropped file, store it, and respond with its page's address."""
         try:
             tags = read_file_tags(path, Path(name).suffix)
         finally:
@@ -585,7 +585,10 @@ class GeneratePages:
         return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
     def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
-        """Describe which program's settings fill the form, and which of them do not fit."""
+        """Say which program's settings have filled the form, and what of them is missing here.
+
+        `found` are the settings in a dropped file; `form` is already filled with them.
+        """
         sentences = [say("Filled with the settings of a file that %(program)s made.", program=found.program)]
         recipe = self.find_recipe(form.source)
         if not found.family:
@@ -620,7 +623,10 @@ class GeneratePages:
         return best[0]
 
     def _rate_source(self, found: DroppedSettings, source: str) -> int:
-        """Return how well a source fits the settings of a file; below 0 if it does not fit."""
+        """Return how well a model or run fits the settings of a dropped file; -1 if it does not fit.
+
+        `source` is "model FAMILY TASK" or "run ID".
+        """
         kind, _, name = source.partition(" ")
         if not found.family:
             return -1
@@ -706,6 +712,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
     Raises OptionError if the file is not an image, a clip or an audio file.
     """
+    # the original suffix first; a wrong one is no reason to reject the file
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue
@@ -721,7 +728,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
 
 def select_seeds(form: GenerateForm) -> list[str]:
-    """Return the seed of each result that a form requests.
+    """Return the seed of each result that a form requests: the typed or a random one, then counted up.
 
     Raises OptionError if seed or count is not valid.
     """

@@ -19,7 +19,7 @@ WITHOUT_WARM_UP = "constant"  # schedule with which a training refuses warm-up s
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
     """Return the reasons why options have no effect, by the names of the options.
 
-    Options that the run sets are not included: the training itself logs what it ignores.
+    Options that run.toml sets are not included: the training itself logs what it ignores.
 
     Args:
         values: Options that the run sets.

@@ -177,7 +177,7 @@ class Job:
 
 @dataclass
 class _Book:
-    """Content of the two files of a queue: the users' text file, and the stored state of the jobs."""
+    """Content of a queue's two files: command lines in a text file, and the stored state of their jobs."""
 
     entries: list[str]  # entries of the text file: commands and other lines
     jobs: list[Job]
@@ -283,8 +283,8 @@ class JobQueue:
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: Described folder whose limits apply, as in `BackgroundJobs.start`.
-            typed: Options that may send data despite the limits, as in `BackgroundJobs.start`.
+            within: Described folder outside of which the command may not write; None without limits.
+            typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
             OptionError: If it is not a command of this program, or a command that never ends.
@@ -303,7 +303,11 @@ class JobQueue:
     def add_and_begin(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command as `add` does, and run the jobs, unless the queue is paused and not empty."""
+        """Append a command, and start the queue, unless it is paused and has other jobs.
+
+        Returns the number of the job. `within` is the folder that it may write to, `typed` are options that
+        may send data nevertheless.
+        """
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(argv, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
@@ -396,7 +400,7 @@ class JobQueue:
         if self._worker is not None:
             return
         was_open = self.is_open
-        stack = contextlib.ExitStack()
+        stack = contextlib.ExitStack()  # holds the lock of the one server that runs the jobs
         with self._change() as book:
             if only_known:
                 self._reject_unknown(book)
@@ -413,9 +417,9 @@ class JobQueue:
         self._worker.start()
 
     def end_work(self, pauses: bool = False) -> None:
-        """Start no more jobs; a running job continues.
+        """Stop starting jobs, and wait for the thread that starts them; a running job continues.
 
-        With `pauses`, the next server does not start any either.
+        With `pauses`, the queue also stays paused in the next server of these folders.
         """
         worker = self._worker
         self._worker = None
@@ -444,7 +448,7 @@ class JobQueue:
 
     def start_next(self) -> None:
         """Start the first waiting job, unless a job is running. Raises OutputError if it cannot start now."""
-        if self._child is not None and self._child.poll() is not None:
+        if self._child is not None and self._child.poll() is not None:  # reap a process that has ended
             self._child = None
         if self._read_book().next() is None:
             return
@@ -479,7 +483,7 @@ class JobQueue:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[_Book]:
-        """Yield the content of both files, and write the changes that the block makes."""
+        """Yield the jobs in the queue's text file and state file, and write the changes of the block."""
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
         with explain_errors(self.folder / QUEUE):
@@ -491,6 +495,7 @@ class JobQueue:
                 entries = [*book.entries]
                 before = book.count_waiting()
                 yield book
+                # each file is written only if it changed: users edit the text file too
                 if book.entries != entries:
                     write_text(self.folder / QUEUE, "".join(book.entries))
                 if book.as_text() != stored_text:
@@ -498,28 +503,29 @@ class JobQueue:
                 self._remember(book.count_waiting(), before)
 
     def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Store which waiting jobs the user knows about.
+        """Store which waiting jobs the user knows about, outside of the queue's own folder.
 
         The user knows about jobs added with a button, and about lines added to the text file while a queue
         runs that the user has started.
 
         Args:
-            waiting: Result of `_Book.count_waiting` after a change.
-            before: The same before the change.
+            waiting: Number of waiting jobs of each line after a change.
+            before: These numbers before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         if self._keeps_open:  # the pages of this server show all waiting jobs
             jobs = waiting
         else:
-            added = waiting - before
-            jobs = (known.jobs & waiting) + added
+            added = waiting - before  # by the change, which a button has made
+            jobs = (known.jobs & waiting) + added  # known lines that still wait, and the new ones
         updated = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
         if updated != known:
             remember_queue(self.folder, updated.is_open, updated.jobs.elements())
 
     def _reject_unknown(self, book: _Book) -> None:
-        """Raise UnknownJobsError if a job waits that the user does not know."""
+        """Raise UnknownJobsError if a job waits that the user has neither typed nor started."""
         known = recall_queue(self.folder)
+        # equal lines may wait several times, so lines are counted: more than are known count as unknown
         unknown = book.count_waiting() - (Counter() if known is None else known.jobs)
         if unknown:
             raise UnknownJobsError(
@@ -561,7 +567,7 @@ class JobQueue:
                     most_of_job=f"{MAX_OF_JOB:,}",
                 )
             )
-        if entries and not entries[-1].endswith("\n"):
+        if entries and not entries[-1].endswith("\n"):  # else an added entry would continue the last line
             entries[-1] += "\n"
         return entries
 
@@ -580,7 +586,7 @@ class JobQueue:
             # jobs without a line: their lines were removed when they ended
             surplus = max(0, len(equal_jobs) - counts[line])
             ended = [job for job in equal_jobs if job.state in ENDED]
-            book.jobs += ended[:surplus]
+            book.jobs += ended[:surplus]  # the oldest: a line belongs to the newest of its jobs
             unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
         for index, line in lines.items():
             candidates = unmatched[line]

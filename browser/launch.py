@@ -85,6 +85,7 @@ def split_arguments(line: str) -> list[str]:
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
     """
+    # group 1 is text that must stay as it is, such as quotes; otherwise ~ was matched
     line = HOME.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
@@ -179,14 +180,14 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError as `find_program` and `reject_endless` do."""
+    """Return the program of a job. Raises OptionError if it is not one of ours, or if it never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program
 
 
 def _count_launcher_arguments(argv: Sequence[str]) -> int:
-    """Return the number of leading words that belong to `accelerate launch` and its options.
+    """Return the number of words from the start of `argv` that belong to `accelerate launch` and its options.
 
     Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
@@ -304,6 +305,7 @@ def check_options(
         script = program_words(command.path.relative_to(ROOT))
         script_start = program.index(script[-1]) + 1 - len(script)
         program = program[script_start:]
+    # READ_OPTIONS is code that runs the script until it has read its options
     try:
         process = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
@@ -326,7 +328,7 @@ def check_options(
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
-    """Return a job's command for the argument `earlier` of `check_options`; None if it would be rejected."""
+    """Return a job's command, to check jobs after it that may need its files; None if it is rejected."""
     with contextlib.suppress(OptionError):
         command, _ = find_program(argv, folder)
         return EarlierJob(command.path.relative_to(ROOT), argv, folder)
@@ -346,7 +348,7 @@ def _may_be_created_later(
 
 def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
     """Raise OptionError for a command that never ends or waits for user input: it would block the queue."""
-    if any(word in HELP for word in argv):
+    if any(word in HELP for word in argv):  # the command prints its help and ends
         return
     options = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
@@ -389,7 +391,7 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
     # with --output_config, a training writes the file that --config_file names
     written_option = "--config_file" if "--output_config" in argv else None
     for word in argv:
-        if word.startswith("-"):
+        if word.startswith("-"):  # --option or --option=word
             option, _, word = word.partition("=")
         is_read = option in (POSITIONAL, *_file_options()) and option != written_option
         is_file = is_read and FILE_NAME.fullmatch(word) is not None
@@ -411,6 +413,7 @@ def _check_folder_of_run(argv: Sequence[str], folder: Path, earlier: Sequence[Ea
 
     Whether it is described is checked when the job starts, because a job before it may describe it.
     """
+    # the folder is the word behind the script
     script = next(
         index for index, word in enumerate(argv) if word.endswith(("run_project.py", "run_project"))
     )
@@ -470,7 +473,9 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start a process that waits for a job in a new process group, and ends if it gets no job.
+    """Start a process that waits for a job's command on its stdin, and ends if it gets none.
+
+    A process group of its own lets the job be stopped without its server.
 
     Args:
         log: File for the output.
@@ -479,6 +484,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     Raises:
         OSError: If the log is a link.
     """
+    # O_NOFOLLOW: a link could lead the output out of the folder; O_APPEND: an earlier log stays
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(handle, "ab") as file:
         return subprocess.Popen(
@@ -494,7 +500,7 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
 
 
 def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Let a process of `prepare_process` run a program in a folder. `code` is the file for the exit code."""
+    """Let a waiting process, which `prepare_process` started, run a program; `code` gets the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())
@@ -523,7 +529,7 @@ def kill_processes(number: int) -> None:
 
 def main() -> None:
     """Read a job from standard input, run it, and write its exit code."""
-    job = sys.stdin.buffer.read()
+    job = sys.stdin.buffer.read()  # JSON: program, folder, file for the exit code
     if not job:  # the server was killed before it stored this process
         return
     signals: list[int] = []

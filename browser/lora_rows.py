@@ -48,7 +48,11 @@ class LoraRow:
         return {self.name, *(Path(path).name for path in self.copies)}
 
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
-        """Return the row with the path in the recipe's command, and a reason if it may not fit the task."""
+        """Return the row as the form shows it for a recipe.
+
+        If the recipe's command has this LoRA, the row gets the path typed there. If the LoRA was trained for
+        another task, the row gets that as its `reason`.
+        """
         task = "".join(recipe.fixed.get("--task", ()))
         reason = (
             say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)
@@ -103,7 +107,10 @@ class RunLoras:
         return [(run, label) for run, label in labeled if rows[run.id][1]]
 
     def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
-        """Return the family and the rows of a run; no family if it has no command that generates."""
+        """Return the family of a run and the rows of its LoRA files, titled `label`.
+
+        The family is "" if the run's history has no generation command.
+        """
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
@@ -155,7 +162,7 @@ class RunLoras:
         return [row for path, row in rows.items() if path not in listed_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs of runs that were trained for another family than the recipe's."""
+        """Return the LoRAs of runs that were trained for another model family, each with that reason."""
         rows = []
         for _, family, run_rows in self._rows.values():
             if family != recipe.family:
@@ -231,7 +238,7 @@ def choose_expert(row: LoraRow, folder: Path) -> str:
 
 
 def check_family(path: Path, family: str) -> None:
-    """Raise OptionError if the header of a LoRA file names another family than the script's."""
+    """Raise OptionError if a LoRA file's header names a model family that does not fit `family`."""
     texts = _read_texts(path)
     trained_on = read_family(texts)
     if trained_on is None:

@@ -90,7 +90,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Parse the table of nvidia-smi; lines of another form are left out."""
+    """Parse nvidia-smi's lines `name, MiB used, MiB in all, temperature`; other lines are left out."""
     cards = []
     for line in text.splitlines():
         # split from the right: the name of a card may contain commas
@@ -195,7 +195,7 @@ class MachineLine:
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return running jobs that no run represents, and the number of jobs in a paused queue."""
+        """Return lines for running jobs that are not among `runs`, and for the jobs of a paused queue."""
         try:
             now = self.site.queue.now()
         except UserError:  # the queue's page reports it
@@ -236,7 +236,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
-    """Describe a running training, or the preparation by `run`, with a link to its page."""
+    """Describe a running training, or the downloads and caching before it, with a link to its page."""
     title = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(

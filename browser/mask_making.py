@@ -73,7 +73,7 @@ class MaskMakingPages:
         self.tool = FolderTool(site, FORM.script, "trymasks")
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the form, or of its section named in the query; see `FolderPages`."""
+        """Return the HTML of the mask tool's form, or of its section named in the query."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", error: str = "") -> Response:
@@ -85,6 +85,7 @@ class MaskMakingPages:
             part: "form" or "progress"; "" for both.
             error: Reason why a button did nothing.
         """
+        # once one of several media folders is selected, the form sends the described folder as `outer`
         outer = find_open_folder(self.site.runs, texts.get("outer", "")) or folder
         folders = list_media_folders_of(self.site.runs, outer)
         folder = folder if folder in folders else folders[0]
@@ -189,14 +190,14 @@ class MaskMakingPages:
         else:
             argv += give_value("model", network)
         masks = find_masks_folder(self.site.runs, folder)
-        if masks == folder:
+        if masks == folder:  # masks beside their media
             argv.append("--beside")
         elif masks is not None:
             argv += give_value("output", str(masks))
         return [*argv, "--dry_run"] if tries else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button of the form, and return the HTML of the progress."""
+        """Carry out a button of the mask tool's form, and return the HTML of its progress."""
 
         def make_argv(tries: bool) -> list[str]:
             self.require_ready(fields, tries)

@@ -58,7 +58,7 @@ class MaskPages:
                 places = self.review.places(folders[0])
         except (UserError, OSError) as error:
             problem = str(error)
-        first = read_number(query, "from", len(places))
+        first = read_number(query, "from", len(places))  # for browsers without scripts
         values = {
             "folder": folders[0] if len(folders) == 1 else folder,
             "folders": folders,
@@ -153,7 +153,10 @@ class MaskPages:
         return self._answer_change(query, act)
 
     def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskPlace], None]) -> Response:
-        """Change a mask, and answer with its file as JSON, or with the reason why nothing was changed."""
+        """Call `act` to change the mask of `query`, and respond with the image or clip and its mask as JSON.
+
+        If nothing could be changed, the JSON also has the reason as `error`.
+        """
         folder = self.find_folder(query)
         id = query.get("id", "")
         place = None

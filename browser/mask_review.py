@@ -115,7 +115,7 @@ class MaskReview:
         try:
             numbers = list_shots(place)
             size = image_size(place.medium) if place.kind == "image" else None
-        except (MediaError, OSError) as error:
+        except (MediaError, OSError) as error:  # the page shows the path already
             return _as_json(place, state, str(error).replace(f"{place.medium} ", ""))
         mark = mark_mask(place)  # "" without a mask
         stamp = place.medium.stat().st_mtime_ns
@@ -139,13 +139,13 @@ class MaskReview:
         return bool(self._changed.get(folder))
 
     def change(self, folder: Path, place: MaskPlace, action: str, version: str) -> None:
-        """Accept, invert or remove a mask.
+        """Accept, invert or remove a mask, and note the change so that it can be undone.
 
         Args:
             folder: The folder with media.
             place: The image or clip.
-            action: The change.
-            version: Mark of the mask that the page shows, as `mark_mask` returns it.
+            action: A key of CHANGES.
+            version: Checksum of the mask that the page shows, as `mark_mask` returns it.
 
         Raises:
             MaskConflictError: If the mask has changed since.
@@ -175,7 +175,7 @@ class MaskReview:
             changed = self._changed.get(folder)
             if not changed:
                 raise OptionError(say("There is nothing to undo."))
-            medium, mark = changed.pop()
+            medium, mark = changed.pop()  # the file, and the checksum of its mask after the change
             place = next((place for place in self.places(folder) if place.medium == medium), None)
             if place is None or not self.is_open(place):
                 raise OptionError(say("%(name)s is gone.", name=medium.name))
@@ -210,7 +210,7 @@ class MaskReview:
     def read_mask(self, place: MaskPlace, number: int, is_full: bool) -> MaskImage | None:
         """Return a mask as a PNG of white pixels whose opacity is the brightness of the mask.
 
-        `is_full` asks for full size. Returns None and raises MediaError as `read_picture`.
+        `is_full` asks for full size. Returns None without a mask; raises MediaError if it cannot be read.
         """
         if place.mask is None:
             return None
@@ -229,7 +229,7 @@ class MaskReview:
         del changed[:-MAX_UNDONE]
 
     def _require_unchanged(self, place: MaskPlace, version: str) -> MaskPlace:
-        """Return a file with its mask of now; raise MaskConflictError if the mask has another version."""
+        """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
         now = place.listed_anew()
         if mark_mask(now) != version:
             raise MaskConflictError
@@ -284,7 +284,7 @@ def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[
 
 
 def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode a drawn mask, H W.
+    """Decode the PNG of a drawn mask into gray levels H W, 0 where nothing was drawn.
 
     Its pixels are decoded only if the header has the right size.
 
@@ -329,7 +329,7 @@ def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
 
 
 def find_named_masks(runs: Runs, folder: Path) -> Path | None:
-    """Return the mask_directory that a dataset.toml sets for a folder; None if none does.
+    """Return the mask_directory that a dataset.toml sets for a folder with media; None if none does.
 
     The dataset.toml is the one in the folder, or the one in the folder above.
     """
@@ -341,7 +341,7 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
             )
             masks = table.get("mask_directory")
             if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
-                return real_path(config.parent / masks)
+                return real_path(config.parent / masks)  # of the first table for this folder
     return None
 
 

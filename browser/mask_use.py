@@ -33,7 +33,7 @@ class MaskUse:
     is_used: bool
 
     def write(self, learns: bool) -> bool:
-        """Write whether the training uses the masks, and return whether that changed the file.
+        """Set or remove `mask_directory` in dataset.toml, and return whether that changed the file.
 
         Raises OptionError or ValueError if dataset.toml cannot be edited,
         ChangedMeanwhileError if it has changed.

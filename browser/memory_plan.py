@@ -177,7 +177,10 @@ def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> MemoryOpti
 
 
 def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str], names: Sequence[str]) -> str:
-    """Return run.toml with the switches that the form has changed. Raises ValueError if it is not TOML."""
+    """Return the text of run.toml with the memory switches that the form has changed.
+
+    `names` are the options of the training script. Raises ValueError if `text` is not TOML.
+    """
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
@@ -214,11 +217,11 @@ class MemoryPages:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
-        """Return the HTML of the memory section; see `FolderPages`."""
+        """Return the HTML of the section about the training's memory."""
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
-        """Return the HTML of the memory section, with an error (`fault`) or success message (`done`)."""
+        """Return the HTML of the section about memory, with an error (`fault`) or a message (`done`)."""
         described = read_described(folder)
         file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -255,7 +258,7 @@ class MemoryPages:
             return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
-        """Return the plan of a finished job; None if it failed, still runs, or printed no plan."""
+        """Return the memory plan that a finished job has printed; None if it failed, runs or printed none."""
         if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:
@@ -291,7 +294,7 @@ class MemoryPages:
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Plan for a card, or write a switch and plan again."""
+        """Plan the training's memory for a graphics card, after writing changed switches if asked."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         done = ""
@@ -313,9 +316,9 @@ class MemoryPages:
         return self.answer(folder, done=done)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
-        """Write the changed switches into run.toml, and return a message with the changed lines."""
+        """Write a form's memory switches into run.toml, and return a message with the changed lines."""
         draft = read_draft_file(self.site, folder, RUN_FILE)
-        if draft.mark != fields.get("have", ""):
+        if draft.mark != fields.get("have", ""):  # the checksum that the page was made with
             raise ChangedMeanwhileError
         text = draft.text
         names = [setting.name for setting in read_settings(find_training_script(text))]

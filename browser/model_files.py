@@ -32,7 +32,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A network or tokenizer of the catalogue, and its state on disk."""
+    """A downloadable part of a model, such as a network or tokenizer, and its state on disk."""
 
     component: Component
     models: tuple[ModelSet, ...]  # models that use the part
@@ -165,7 +165,10 @@ def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = No
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
 ) -> TaskFiles | None:
-    """Return a task of the catalogue, with arguments as in `list_tasks`; None if it does not exist."""
+    """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
+
+    `in_fp8` selects the smaller text encoders; `known` keeps parts that were already looked for on disk.
+    """
     known = {} if known is None else known
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):
@@ -183,7 +186,7 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
 
 
 def read_part(component: Component, models: Path) -> ModelPart:
-    """Return a part with its state in the models folder."""
+    """Return a downloadable part of a model with its size and state in the models folder."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
@@ -249,7 +252,7 @@ class UnknownFile:
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return files that belong to no part, the largest first, at most MAX_FILES."""
+    """Return at most MAX_FILES files in `models` that belong to no known model, the largest first."""
     known_names = set()
     for model in (*model_sets(), *model_sets(fp8_encoders=True)):
         for component in model.components:

@@ -141,7 +141,7 @@ class ModelPages:
             return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
-        """Handle a button: download a task, stop a download, or remove parts; then show the page again."""
+        """Download a task's files, stop a download, or remove parts; then show the page again."""
         chosen = Chosen.of_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)

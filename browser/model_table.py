@@ -107,7 +107,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
             makes=describe_kind(model),
         )
         ranked.append(_rank_row(row, memory, content))
-    # the sort is stable: models of equal rank stay in the order of the catalogue
+    # False sorts first; the sort is stable: models of equal rank stay in the order of the catalogue
     ranked.sort(
         key=lambda item: (
             not item.suits,
@@ -136,7 +136,10 @@ class _RankedRow(NamedTuple):
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
-    """Return a row with the values by which it is sorted; `memory` and `content` as in `list_model_rows`."""
+    """Return a row of the model table with the values by which the table is sorted.
+
+    `memory` is the graphics card's GiB, 0 without a card; `content` is the selected folder's media.
+    """
     model = row.model
     suits = True
     if content is not None:
@@ -196,14 +199,14 @@ def describe_file(text: str) -> str:
         if not path.is_file():
             return say("There is no such file.")
         size_bytes = path.stat().st_size
-        if suffix != ".safetensors":
+        if suffix != ".safetensors":  # only safetensors files have a header that is read here
             return say("%(size_bytes)s; what it is, Prepare looks up", size_bytes=gigabytes(size_bytes))
         with path.open("rb") as file:
             start = file.read(16)
             file.seek(0)
             if not start:
                 return say("It is empty. Download or copy it again.")
-            if is_pointer_or_page(start):
+            if is_pointer_or_page(start):  # a Git LFS pointer or an HTML page was saved instead of the file
                 return translate_line(f"It {describe_beginning(start)}")
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
@@ -245,9 +248,10 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
-    """Check a file in another process, because the families' code loads torch.
+    """Return why a file does not fit an option of a model; "" if it fits or cannot be checked.
 
-    The answer is cached for the file's modification time `changed` and its `size`.
+    It is checked in another process, because the families' code loads torch. `changed` (modification time)
+    and `size` only make the cache forget an answer when the file changes.
     """
     process = subprocess.run(
         [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],

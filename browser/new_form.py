@@ -200,7 +200,7 @@ def _read_kind(name: str) -> str:
 
 
 def _fit_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value of the field `train`, or "" if the selected model does not support it."""
+    """Return `name`, a value of the field `train`, if the selected model supports it; else ""."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
@@ -404,6 +404,7 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
         value = getattr(sent, name)
+        # not typed since the page was built, or in the files already: then it is not reported
         is_changed = value not in (getattr(shown, name), getattr(present, name))
         if is_changed and (value or name not in OF_RUN_FILE):
             labels.append(label)

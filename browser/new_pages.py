@@ -210,7 +210,7 @@ class NewPages:
         if "train" not in query:
             form = replace(form, train=self.suggest_kind(form))
         message = ""
-        if "folder" in query and set(query) <= {"folder", "name"}:
+        if "folder" in query and set(query) <= {"folder", "name"}:  # a link, not a sent form
             described = self.read_form(form.folder)
             form = replace(described, name=form.name or described.name)
         elif "mark" in query:
@@ -241,7 +241,7 @@ class NewPages:
             return NewForm(folder=folder_text)
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is not None and self.is_pending(comparing, folder):
-            # the user has not yet accepted these changes: the form keeps them, the files do not have them
+            # COMPARE ran `new --dry_run`; until the user accepts its changes, only the form has them
             return NewForm.of_argv(shlex.split(comparing.line))
         job = self.find_background_job(DESCRIBE, folder)
         is_failed = job is not None and job.state != RUNNING and job.code != 0
@@ -283,11 +283,12 @@ class NewPages:
         content = None if folder is None else read_media_folder(folder)
         if content is not None:
             content = replace(content, unreadable=self.files.count_unreadable(content.path))
-        written = None if described is None else self.make_form(described)
+        written = None if described is None else self.make_form(described)  # as the files have it
         progress = self.progress_values(folder, described)
         is_written = written is not None and not list_unwritten(form, written, written)
         duration = self.describe_duration(form, described)
         writer = CaptionForm(format=find_format_of_folder(folder))
+        # reason why there is nothing to describe in the folder
         empty = "" if folder is None or described is not None else explain_empty(folder)
         values = {
             **progress,
@@ -377,7 +378,7 @@ class NewPages:
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
             "rows": rows,
-            "families": list({row.model.family: row.model for row in rows}.values()),
+            "families": list({row.model.family: row.model for row in rows}.values()),  # one model of each
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
             **self.list_kind_values(form, None if chosen is None else chosen.model),
@@ -459,7 +460,7 @@ class NewPages:
             return None, str(reason)
 
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values for the section that changes while commands run."""
+        """Return the template values for the part of the page that is reloaded while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
@@ -471,6 +472,7 @@ class NewPages:
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         output = self.output_values(folder, background_jobs)
         loading = self.loading_values(described)
+        # the browser reloads this part as long as anything still waits or runs
         is_busy = False
         for running_job in (*background_jobs.values(), loading["download"]):
             if running_job is not None and running_job.state == RUNNING:
@@ -481,8 +483,8 @@ class NewPages:
         checklist = self.make_checklist(
             folder, described, background_jobs, queue.jobs, output["looking_lines"]
         )
-        commands: list[list[str]] = []
-        if folder is not None:
+        commands: list[list[str]] = []  # that run.toml lists
+        if folder is not None:  # a folder that cannot be read as described may still list commands
             commands = read_commands(folder) if described is None else described.commands
         repair_argv = [] if folder is None else find_repair(commands, folder)
         standing = self.find_standing(
@@ -522,14 +524,14 @@ class NewPages:
         output: Mapping[str, Any],
         loading: Mapping[str, Any],
     ) -> FolderStanding:
-        """Return the progress of a folder, without the job that trains on it.
+        """Return how far the preparation of a folder for a training has come, without its training job.
 
         Args:
             folder: The folder; None if none is selected.
             described: Content of its files; None if it is not described.
             checking: Background job of the check.
-            output: Result of `output_values`.
-            loading: Result of `loading_values`.
+            output: Page values of the commands that describe and check the folder (`output_values`).
+            loading: Page values of the model files that are missing or loading (`loading_values`).
         """
         # if this page cannot load the missing files, `run` loads them when the training starts
         is_loaded_here = loading["load_command"] != ""
@@ -553,7 +555,7 @@ class NewPages:
         checking: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
-        """Return fields of `FolderStanding`: captions and errors that `new` reported and that remain.
+        """Return the fields of `FolderStanding` for missing captions and errors that `new` has reported.
 
         `lines` were printed by `new` about files that still exist.
         """
@@ -573,7 +575,10 @@ class NewPages:
         return missing
 
     def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
-        """Return the background jobs of a folder and their printed lines, by kind."""
+        """Return the template values of the commands that describe, check and repair a folder.
+
+        `looking` is the `new` command whose lines are shown: a pending dry run, or the last that wrote.
+        """
         names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
@@ -609,16 +614,15 @@ class NewPages:
         jobs: Sequence[Job],
         lines: Sequence[OutputLine],
     ) -> Checklist:
-        """Return the checklist of a folder.
+        """Return the checklist of a folder: what is ready, needs attention or would end a training.
 
-        `jobs` are the jobs of the queue. `lines` were printed by `new`; they count if it has ended without an
-        error.
+        `jobs` are the jobs of the queue. `lines` were printed by `new`, and are left out if it failed.
         """
         if folder is None:
             return Checklist([])
         content = read_media_folder(folder)
         unreadable = [] if content is None else self.files.list_unreadable(folder)
-        looking = background_jobs[COMPARE] or background_jobs[DESCRIBE]
+        looking = background_jobs[COMPARE] or background_jobs[DESCRIBE]  # both run `new`
         has_succeeded = looking is not None and looking.code == 0
         return make_checklist(
             content or read_outer_folder(folder),
@@ -629,7 +633,7 @@ class NewPages:
         )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the template values about a folder's downloads: size, licenses and state of the login."""
+        """Return the template values about model files to download: size, licenses, command and login."""
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
@@ -711,7 +715,7 @@ class NewPages:
         return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
-        """Return the reason why the typed folder cannot be described here."""
+        """Return the reason why `text`, a typed path, names no folder that this page can describe."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
         text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
@@ -786,7 +790,7 @@ class NewPages:
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}
-        for in_fp8 in (False, True):
+        for in_fp8 in (False, True):  # the released files exist in two precisions
             files = find_task(self.site.models, described.family, described.task, in_fp8)
             if files is None or not missing:
                 return None
@@ -819,7 +823,7 @@ class NewPages:
         return DescribePlan(make_new_argv(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
-        """Return the plan of Describe for a folder.
+        """Return what the button Prepare does with a folder: a `new` command, or changed keys of run.toml.
 
         A folder that is not described yet is described by `new`. In a described folder, a changed name or
         number of steps is written into run.toml; for all other changes, `new` first shows how the files would
@@ -837,7 +841,7 @@ class NewPages:
         return DescribePlan(make_new_argv(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
-        """Handle a button of the page, and show the folder's page again."""
+        """Carry out a button's action on the selected folder, and show the folder's page again."""
         sent = NewForm.of_fields(form)
         action = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
@@ -862,7 +866,7 @@ class NewPages:
             )
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
-        if action not in FULL_PAGE:
+        if action not in FULL_PAGE:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
         if problem:
             return self.answer(sent if action == "describe" else self.read_form(str(folder)), problem)
@@ -871,7 +875,7 @@ class NewPages:
         return response
 
     def carry_out(self, action: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
-        """Handle any button except Describe; return False for an unknown button.
+        """Carry out any button of the page except Prepare; return False for an unknown button.
 
         Raises UserError, OSError or ValueError if it fails, and ChangedMeanwhileError if the files have
         changed since the page was made.
@@ -913,7 +917,7 @@ class NewPages:
     def reject_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
         """Raise OptionError if fields of a page have values that are not in the folder's files.
 
-        `shown` is the address of the page's form when it was made; "" if the fields were not sent.
+        `shown` is the query string with the form's values when the page was made; "" if no fields were sent.
         """
         if not shown:
             return
@@ -929,13 +933,15 @@ class NewPages:
             )
 
     def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
-        """Apply the plan of Describe, and return a message about changes that were written at once.
+        """Describe a folder with the form's values, or change its files, and return a message.
+
+        Small changes are written at once; otherwise a `new` command starts, and the message is "".
 
         Args:
             folder: The folder.
             form: Values of the fields.
             mark: Checksum of the files that the page was made from.
-            shown: Address of the page's form when it was made.
+            shown: Query string with the form's values when the page was made.
         """
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
@@ -957,7 +963,7 @@ class NewPages:
         return ""
 
     def replace(self, folder: Path, mark: str) -> None:
-        """Write the three files with the changes shown, after copying the old files into the bin."""
+        """Let `new` write the folder's files again with the changes shown, after a copy of the old ones."""
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
             raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
@@ -966,6 +972,7 @@ class NewPages:
         self.site.tracked_runs.reject_while_it_runs(folder)
         copy_name = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / copy_name)
+        # the command that was compared, this time writing
         form = NewForm.of_argv(shlex.split(comparing.line))
         argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
@@ -1006,7 +1013,7 @@ class NewPages:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
         require_inside(self.site.runs, folder)
         command, _ = find_program(argv, folder)
-        if command.words[0] == "cache":
+        if command.words[0] == "cache":  # it repairs captions: short, so it does not wait in the queue
             self.site.background_jobs.start(
                 name_background_job(REPAIRING, folder), argv, folder, within=folder
             )
@@ -1026,7 +1033,10 @@ class NewPages:
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), argv, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
-        """Respond with a description of a model file that is read from its header."""
+        """Respond with a description of the file typed for a model option, and whether the page asks `new`.
+
+        `new` is asked whether the file fits the model only if the described folder uses another file.
+        """
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
         chosen = NewForm.of_fields(form)
@@ -1067,7 +1077,7 @@ def explain_empty(folder: Path) -> str:
 
 
 def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies applied since `new` described the folder: command lines, or REPAIR.
+    """Return the remedies that succeeded after `new` last described the folder: command lines, or REPAIR.
 
     Args:
         lines: Lines that `new` has printed.
@@ -1161,5 +1171,6 @@ def new_routes(site: Site) -> list[Route]:
         Route(PIECE, pages.pieces.take, methods=["POST"]),
         Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
+        # last, because it also matches the addresses above
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -21,7 +21,7 @@ QUEUE_ADDRESS = "/queue"
 
 @dataclass(frozen=True)
 class NextStep:
-    """Label and action of the page's main button."""
+    """The next step towards a training: label and action of the page's main button."""
 
     name: str
     word: str
@@ -39,7 +39,7 @@ class NextStep:
 
 @dataclass(frozen=True)
 class FolderStanding:
-    """Progress of preparing and training a folder, derived from its files and its commands."""
+    """How far a folder is prepared and trained, derived from its files and its commands."""
 
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them
@@ -78,7 +78,10 @@ class FolderStanding:
 
 
 def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
-    """Return the next step for a folder. `is_written` is true if its files have the values of the form."""
+    """Return the next step towards a training: what to press, and what is missing for it.
+
+    `is_written` is true if the folder's files have the values of the form.
+    """
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task
@@ -95,7 +98,7 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
 
 
 def _ask_for_captions(standing: FolderStanding) -> NextStep:
-    """Return the step that asks for captions or a trigger word, before anything is downloaded."""
+    """Return the next step "write captions", with a trigger word as the other choice."""
     missing = (
         counted(
             standing.uncaptioned,

@@ -150,7 +150,7 @@ class BrowserOptions(Options, title="browser"):
             return None
         try:
             word = read_text(self.token, LONGEST).strip()
-        except UnicodeDecodeError:
+        except UnicodeDecodeError:  # "" is rejected below
             word = ""
         except OSError as error:
             raise OptionError(

@@ -39,7 +39,7 @@ class Permission:
 def read_permissions(folder: Path) -> list[Permission]:
     """List the actions that a described folder's files permit; actions that `new` never writes come first.
 
-    Acts beyond MAX_LINES are counted in a last line.
+    Actions beyond MAX_LINES are counted in a last line.
 
     Raises:
         OSError: If run.toml cannot be read.
@@ -83,7 +83,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _describe_target(folder: Path, option: str, text: str) -> Permission:
-    """Describe where an option writes, as unusual if that is outside the folder."""
+    """Return a line about the place that an option writes to, marked as unusual if it is outside `folder`."""
     try:
         reject_share(text, folder)
         real = real_path(expand_path(text, folder))

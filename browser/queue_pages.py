@@ -60,7 +60,7 @@ class Draft(NamedTuple):
 
 
 def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
-    """Return the command to edit on the page; an empty command if the query names none.
+    """Return the command line to show in the edit field of the page; an empty one if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
@@ -89,8 +89,8 @@ def read_jobs(
     Args:
         text: The commands, one a line.
         run: Run that the commands come from; None if they were typed.
-        earlier: Jobs before them, which may create the files that they read. Earlier commands of the text
-            may, too.
+        earlier: Jobs that are already in the queue; like earlier commands of the text, they may create files
+            that a command reads.
 
     Raises:
         UserError: If a command is not valid. Then none is added.
@@ -159,7 +159,7 @@ class QueuePages:
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
-        """Return the page of the queue. `error` is a message to show; `query` is as in `find_draft`."""
+        """Return the page of the queue with an error; `query` may name a command to show for editing."""
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
@@ -205,7 +205,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Handle a button of the queue, and show the queue again."""
+        """Carry out a button of the page Queue, and show the page again."""
         action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
@@ -219,7 +219,7 @@ class QueuePages:
         return RedirectResponse("/queue", 303)
 
     def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Handle a button of the queue; return False for an unknown button or job number.
+        """Carry out a button of the page Queue; return False for an unknown button or an invalid job number.
 
         Args:
             action: Name of the button.
@@ -245,7 +245,7 @@ class QueuePages:
                 )
             for argv, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
                 self.queue.add(argv, folder, within=limits)
-        elif not NUMBER.fullmatch(number):
+        elif not NUMBER.fullmatch(number):  # all buttons below belong to a job
             return False
         elif action == "edit":
             self.queue.edit(int(number), line)

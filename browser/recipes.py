@@ -112,7 +112,7 @@ class ModelRecipe:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Option that each field sets, by the name of the field; only fields that the script has."""
+        """Option that each field of the form sets, by the field's name; only fields that the model uses."""
         keys = find_field_keys(self.defaults, self.extras)
         if not self.has_experts:
             keys.pop("high_cfg", None)
@@ -124,7 +124,7 @@ class ModelRecipe:
         # only releases that split images into layers name this option
         if not self.initial_texts.get("layers"):
             keys.pop("layers", None)
-        if "redraw" not in keys:
+        if "redraw" not in keys:  # `share` says how much of `redraw` changes
             keys.pop("share", None)
         return keys
 
@@ -175,7 +175,7 @@ class ModelRecipe:
         return list(self.keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if a field is empty; "" if only the model has it.
+        """Return the value, as text, that is used if a field is empty; "" if it is not known here.
 
         Defaults of the model's files take precedence over those of its task, and these over those of its
         script.
@@ -260,7 +260,7 @@ def list_extras(family: str) -> dict[str, str]:
 def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
     """Return the option that each field sets in a script, by the name of the field.
 
-    `extras` are the family's options in a request, as in `ModelRecipe.extras`.
+    `extras` are the options that only this family's generation requests have.
     """
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
@@ -425,7 +425,7 @@ def _make_recipe(
         folder: Working folder of the command.
         missing: Files of the model that do not exist.
         is_example: Returns whether a word is a placeholder for a file that the user has to name.
-        file_defaults: Defaults of the model's files, see `ModelRecipe`.
+        file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
@@ -467,7 +467,7 @@ def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults)
         if option.is_size:
             default |= {"height": option.words[0], "width": option.words[1]}
         elif option.field is not None:
-            separator = "\n" if option.field == "references" else " "
+            separator = "\n" if option.field == "references" else " "  # one reference image per line
             default[option.field] = separator.join(option.words)
         elif option.key == "prompt":
             default["prompt"] = " ".join(option.words)
@@ -484,7 +484,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """A result to generate: a recipe, and the values of the fields."""
+    """A request for a result: the model with its fixed options, the prompt, and the other fields' values."""
 
     recipe: ModelRecipe
     prompt: str
@@ -495,7 +495,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError if the request cannot be turned into a command."""
+        """Raise OptionError if a text, the model, a LoRA, a number or an image in it is not valid."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: write what is to be made."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
@@ -566,7 +566,7 @@ class RenderRequest:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
-        """Raise OptionError if the strength is no number or the file no longer exists."""
+        """Raise OptionError if a LoRA's strength is no number or too large, or its file no longer exists."""
         name = Path(lora.path).name
         try:
             is_number = abs(float(lora.strength)) <= MAX_STRENGTH
@@ -632,7 +632,7 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _values(self, seed: str) -> dict[str, str]:
-        """Return the texts of nonempty fields, by the key of their option."""
+        """Return the texts of the filled fields, by the key of the option that each sets."""
         recipe = self.recipe
         values = {}
         for name, key in recipe.keys.items():
@@ -667,7 +667,7 @@ class RenderRequest:
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
-        """Return the command line that generates the same result."""
+        """Return the generation command line of this request with `seed`, as a user could type it."""
         recipe = self.recipe
         defaults = recipe.defaults
         options: dict[str, Any] = {**recipe.fixed, **self._lora_options()}
@@ -683,7 +683,7 @@ class RenderRequest:
         return ["python", recipe.script, *_as_argv(options), save_flag, self.save_path]
 
     def as_render_job(self, seed: str) -> RenderJob:
-        """Return the render job of one result."""
+        """Return the job that generates one result of this request with `seed`."""
         return RenderJob(
             id=0,
             title=self.recipe.title,

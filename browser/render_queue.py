@@ -169,7 +169,7 @@ class RenderQueue:
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
-            self._forget(jobs)
+            self._forget(jobs)  # removes the oldest ended jobs
         return numbers
 
     def _forget(self, jobs: Sequence[RenderJob]) -> None:

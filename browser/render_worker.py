@@ -105,7 +105,7 @@ class RenderWorker:
     """Accepts the render jobs of a server's page Generate, and works on them in a thread."""
 
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
-        """Use the render jobs next to `queue`, which also decides who may use the card.
+        """Open the render jobs stored next to `queue`; its training jobs share the graphics card with them.
 
         `find_program` returns the program that a session's words start in a folder, as `find_session` does.
         """
@@ -191,7 +191,7 @@ class RenderWorker:
                 return
             self._cancels += 1
             session = self.session
-            if session is None:
+            if session is None:  # no process yet: `_open_session` sees the count and ends the job
                 return
             current.doing = CANCELLING
             # a process that is still loading, or runs on Windows, does not react to SIGINT
@@ -228,7 +228,7 @@ class RenderWorker:
         self._end_process(session)
 
     def free_card(self) -> str:
-        """Free the loaded model unless it is generating, and return why the card is not free, or ""."""
+        """Unload the model for a training job, and return why the card is still not free; "" if it is."""
         with self._lock:
             if self._current is not None:
                 return say(
@@ -284,7 +284,10 @@ class RenderWorker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """Work on all render jobs, until none waits and no model is loaded."""
+        """Generate waiting render jobs one after another, until none waits and no model is loaded.
+
+        Only one server of these folders generates at a time: it holds a lock file.
+        """
         with contextlib.ExitStack() as stack:
             has_lock = False
             while not self._is_ended:
@@ -329,7 +332,7 @@ class RenderWorker:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
     def _make_next(self) -> bool:
-        """Work on the next render job and return whether there was one. Free a model that is not needed."""
+        """Generate the next render job, and return whether there was one; free a model that is not needed."""
         self._save_ends()
         blocking = self._find_blocking_job()
         self._free_if_unneeded(blocking is not None)
@@ -379,7 +382,7 @@ class RenderWorker:
         self._end_process(session)
 
     def _claim_next(self) -> RenderJob | None:
-        """Return the next render job, marked as running; None if none waits."""
+        """Mark the oldest waiting render job as running, and return it; None if none waits."""
         with self._lock:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
@@ -399,9 +402,9 @@ class RenderWorker:
         return None
 
     def _make(self, render_job: RenderJob) -> None:
-        """Work on one render job, and record how it ends."""
+        """Generate one render job with a process that has its model loaded, and record how it ends."""
         session = self._open_session(render_job)
-        if session is None:
+        if session is None:  # it could not be started, or the job was cancelled: already recorded
             return
         self._send(session, render_job)
         last_write = time.monotonic()
@@ -421,11 +424,11 @@ class RenderWorker:
         session.used = time.monotonic()
         if render_job.state == RUNNING and render_job.file:
             self._end_render_job(render_job, FINISHED)
-        elif render_job.state == RUNNING:
+        elif render_job.state == RUNNING:  # the process is ready again, but named no file: it failed
             self._end_render_job(render_job, DIED, self.read_last_error())
 
     def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
-        """Record an answer that arrives while a render job runs."""
+        """Record a message of the generation process, such as a step or a written file, in its render job."""
         event = answer.get("event")
         is_canceled = self._cancels > 0
         if event == "begun":
@@ -496,7 +499,7 @@ class RenderWorker:
     def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
-        Returns None if loading fails; the render job then records the failure.
+        Returns None if loading fails or the job was cancelled; the render job then records that end.
         """
         with self._lock:
             session = self.session
@@ -504,7 +507,7 @@ class RenderWorker:
             if session is not None and session.is_alive and session.is_ready and is_same:
                 return session
             session = self._detach_session()
-        self._end_process(session)
+        self._end_process(session)  # another model: it frees the card before the next one is loaded
         with self._lock:
             if self._cancels or self._is_ended:
                 self._end_render_job(render_job, STOPPED)
@@ -515,13 +518,16 @@ class RenderWorker:
             self._note_lost(session, render_job)
             return None
         session.is_ready = True
-        if self._cancels:
+        if self._cancels:  # the job ends, but the loaded model stays for the next one
             self._end_render_job(render_job, STOPPED)
             return None
         return session
 
     def _start_session(self, render_job: RenderJob) -> LoadedModel:
-        """Start a process with the model of a render job."""
+        """Start a generation process that loads the model of a render job and then takes jobs on its stdin.
+
+        Raises OptionError if the command's folder no longer exists.
+        """
         folder = Path(render_job.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
@@ -571,7 +577,7 @@ class RenderWorker:
         that is being ended has ended, because two models may not fit on the card.
         """
         with self._ending:
-            if session is None:
+            if session is None:  # only another thread's process had to be waited for
                 return
             with contextlib.suppress(OSError):
                 assert session.process.stdin is not None

@@ -166,7 +166,7 @@ def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSum
 
 @dataclass(frozen=True)
 class ResultTile:
-    """A result as the page shows it."""
+    """A generated file as a tile of the page Results, with its settings and its enlarging job."""
 
     result: Result
     settings: ResultSettings | None
@@ -267,9 +267,9 @@ class Remaker:
         self.folders = folders
 
     def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
-        """Return the render job that repeats a result with a seed.
+        """Return the render job that generates a result again with a seed, from the first recipe that can.
 
-        Raises OptionError if no recipe can repeat it.
+        Raises OptionError if no recipe can.
         """
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
@@ -287,10 +287,10 @@ class Remaker:
                 reasons.append(str(error))
         if not reasons:
             raise OptionError(say("No run and no released model here makes %(title)s.", title=settings.title))
-        raise OptionError(reasons[0])
+        raise OptionError(reasons[0])  # of the best candidate
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
-        """Yield recipes of the family: of the result's own run, of other runs, of released models."""
+        """Yield recipes of the result's model family: its own run, other runs, then released models."""
         names = {*(lora.name for lora in settings.loras), *settings.embeddings}
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
@@ -316,7 +316,11 @@ class Remaker:
                     yield Candidate(recipe, None)
 
     def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
-        """Return the path of a LoRA or an embedding by its name. Raises OptionError if no run here has it."""
+        """Return the path of a LoRA or an embedding by its file name.
+
+        It is looked for in the recipe, in the render job of the result, and in the folders of runs, the
+        result's own run first. Raises OptionError if none has it.
+        """
         embeddings = recipe.fixed.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):
             if Path(path).name == name and (recipe.folder / path).is_file():
@@ -432,6 +436,7 @@ class ResultPages:
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
         ids = {result.id for result in results}
+        # `unread`: number of files whose settings the filter has not read yet
         answer = {
             "mark": mark,
             "part": PART,
@@ -455,7 +460,7 @@ class ResultPages:
         return [(title, title) for title in sorted(titles, key=str.lower)]
 
     def show_part(self, request: Request) -> Response:
-        """Respond with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
+        """Respond with the tiles of `count` filtered results, beginning at the index `from` of the query."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
@@ -533,7 +538,7 @@ class ResultPages:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
             commands["again"] = format_command(remade.command, Path(remade.folder))
-            remade = self.remaker.remake(result, settings, "SEED")
+            remade = self.remaker.remake(result, settings, "SEED")  # a placeholder for the user's seed
             commands["other"] = format_command(remade.command, Path(remade.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
@@ -543,7 +548,7 @@ class ResultPages:
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
-        """Return the dialog with the settings of a result, as a list and as a command."""
+        """Return the dialog with a result's settings: a list, and the command that generates it again."""
         rows: list[tuple[str, str]] = []
         command = ""
         problem = error
@@ -600,7 +605,10 @@ class ResultPages:
         return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
     def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Queue the render job of a result. Raises OptionError or OutputError if that fails."""
+        """Queue the render job that generates a result again with `seed`.
+
+        Raises OptionError or OutputError if that fails.
+        """
         remade = self.remaker.remake(result, settings, seed)
         suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
         files = [word for word in remade.session if Path(word).suffix in suffixes]
@@ -636,7 +644,7 @@ class ResultPages:
         return argv
 
     def show_larger(self, result: Result, error: str) -> Response:
-        """Return the dialog with the installed upscalers, and those that can be downloaded."""
+        """Return the dialog that enlarges a result, with the installed and downloadable upscalers."""
         installed = self.list_networks()
         to_load = [
             (model, gigabytes(total_bytes(model.components)), format_command(self.load_argv(model)))
@@ -724,7 +732,7 @@ class ResultPages:
             if frame is None:
                 raise MediaError(say("%(path)s has no frame", path=result.path))
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
-        self.folders.list_all()
+        self.folders.list_all()  # so that requests for the new image find it
         status = path.stat()
         return Result(path, status.st_mtime, status.st_size)
 
@@ -759,7 +767,7 @@ class ResultPages:
         return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
 
     def add_sample(self, result: Result, form: Form) -> Response:
-        """Add the line of a result to a prompt file, unless the file has changed or has the line."""
+        """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
         line = format_sample_line(self.require_settings(result))
         chosen = "".join(form.get("file", ()))
         name, _, checksum = chosen.rpartition(" ")  # the path may have blanks
@@ -854,7 +862,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
         return False
     newline = b"\r\n" if b"\r\n" in before else b"\n"
     start = newline if before and not before.endswith((b"\n", b"\r")) else b""
-    # writing replaces the file: the new one gets the old one's permissions
+    # `write_bytes` replaces the file: the new one gets the old one's permissions
     mode = None
     with contextlib.suppress(OSError):
         mode = path.stat().st_mode & 0o777

@@ -140,7 +140,7 @@ class ResultSettings:
                     ),
                 )
             )
-        rows += [("afterwards", text) for text in self.done]
+        rows += [("afterwards", text) for text in self.done]  # later processing, such as enlarging
         shown_first = {
             "prompt",
             "negative_prompt",
@@ -172,20 +172,23 @@ def read_settings(path: Path) -> ResultSettings | None:
 
 
 def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
-    """Return the settings in the metadata texts of a file; see `read_settings`."""
+    """Return the generation settings in the metadata texts of a file; None if this program wrote none."""
     settings = parse_tags(tags)
     is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
     return settings if is_ours else None
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return the settings that `blissful_tuner/metadata.py` wrote into a file's metadata texts."""
+    """Return the generation settings in the metadata texts that `blissful_tuner/metadata.py` writes.
+
+    `tags` maps the names of the texts to the texts.
+    """
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
-    for name, text in [*tags.items()][: 2 * MAX_TAGS]:
+    for name, text in [*tags.items()][: 2 * MAX_TAGS]:  # limited, because the file may come from elsewhere
         tool = TOOL_TAG.fullmatch(name)
-        if tool is not None:
+        if tool is not None:  # number and description of a later processing step
             done[int(tool[1])] = text
         if not name.startswith(PREFIX) or text == NOT_SET:
             continue
@@ -223,7 +226,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """Properties of a generation script's option that are needed to write it on a command line."""
+    """An option of a generation script: its flags, number of words and default, to write a command line."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`
@@ -233,7 +236,7 @@ class KnownOption(NamedTuple):
 
 @functools.cache
 def read_script_options(family: str) -> Mapping[str, KnownOption]:
-    """Return the options of a family's generation script by their names."""
+    """Return the options of a family's generation script by their names, without those it refuses."""
     entry = with_scripts()[family]
     defaults = import_own(entry.generation_script).DEFAULTS
     record = entry.options_record("Generation")
@@ -242,7 +245,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
     info = info_of(GenerationOptions) | info_of(record)
     refused = set(defaults.declared()["refused"])
     options = {}
-    for action in parser._actions:
+    for action in parser._actions:  # argparse has no public list of a parser's options
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
         if flags and action.dest not in refused:
             option_info = info.get(action.dest, {})
@@ -268,7 +271,7 @@ def remake(
     find_weights: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> RenderJob:
-    """Return the render job that repeats the result of some settings with the model of a recipe.
+    """Return the render job that generates a result again from its settings, with a recipe's model.
 
     Args:
         settings: Settings of the result.
@@ -307,12 +310,13 @@ def remake(
     # only this result is generated again, even if its command generated several
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed_options.pop(flag, None)
+    # the shown command has the line's options as its own; the request passes them as a prompt line
     as_typed = replace(render_request, recipe=replace(recipe, fixed=typed_options))
     return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return the options of the model, updated with the settings.
+    """Return a recipe's fixed options with the values that a result was generated with.
 
     Raises OptionError if a setting does not fit the model.
     """
@@ -330,7 +334,7 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
         flag = flags.get(name, option.flags[0])
         words = fixed.get(flag)
         present_words = [str(option.default)] if words is None else words
-        if not _is_equal(present_words, text):
+        if not _is_equal(present_words, text):  # equal values keep the recipe's spelling
             _set_option(fixed, flag, option, text)
     return fixed
 
@@ -437,7 +441,7 @@ def _has_folder(words: Sequence[str]) -> bool:
 def _read_line(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
-    """Return the options of the prompt line that repeats a result.
+    """Return the options of the prompt line that generates a result again with `seed`.
 
     Raises OptionError if a value is invalid.
     """

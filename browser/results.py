@@ -135,9 +135,9 @@ class _Entry(NamedTuple):
 
 
 def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
-    """List a folder. Raises OSError if that is not possible.
+    """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
 
-    `changed` is its modification time before the listing; `earlier` are the entries listed before.
+    `changed` is its modification time (ns) before the listing; `earlier` has the files of the last listing.
     """
     inner = []
     files: dict[str, _Entry] = {}
@@ -152,7 +152,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
                 file = _read_entry(entry, earlier.get(entry.name))
                 if file is not None:
                     files[entry.name] = file
-    # a change within the clock tick of the last one leaves the time as it is: list such a folder again
+    # two changes within one clock tick have the same time: -1 lets the next request list a fresh folder
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
     results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
     return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)

@@ -229,7 +229,7 @@ class RunButtons:
         return ""
 
     def list_actions(self, shown: ShownRun) -> RunActions:
-        """Return the buttons of a run."""
+        """Return the buttons that a run's page offers in its present state, with their commands."""
         prompts = self.find_prompts(shown)
         actions = RunActions(
             remove=say("moves its files into %(bin)s", bin=BIN),
@@ -249,7 +249,7 @@ class RunButtons:
         return self.add_plan_actions(actions, shown, shown.plan)
 
     def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
-        """Add the buttons of a run that can be started from its described folder."""
+        """Return `actions` with the buttons that start or continue a run from its described folder `plan`."""
         run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
@@ -273,14 +273,17 @@ class RunButtons:
         return actions
 
     def add_history_actions(self, actions: RunActions, shown: ShownRun) -> RunActions:
-        """Add the buttons of a run without a described folder if its history can continue it."""
+        """Return `actions` with the buttons that continue a run from the training command in its history.
+
+        Used for a run without a described folder.
+        """
         run = shown.summary
         command = self.find_resuming(run)
         if command is None:
             return actions
         index, page_command = command
         resume_command = f"{format_cd(run.working_folder)}{page_command.bash}"
-        if not run.is_of_here:
+        if not run.is_of_here:  # written by another machine or user: the command is shown before it may run
             return replace(actions, read_line=f"/queue?run={run.id}&command={index}#words")
         if shown.state.name != FINISHED:
             actions = replace(actions, start=resume_command)
@@ -307,7 +310,7 @@ class RunButtons:
         return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, shown: ShownRun) -> Job | None:
-        """Return the queue's job that a running run belongs to; None if it was started elsewhere."""
+        """Return the running job of the queue that trains a run; None if it was started elsewhere."""
         job = shown.state.job
         if job is not None and job.state == RUNNING:
             return job
@@ -339,7 +342,7 @@ class RunButtons:
         return None
 
     def make(self, shown: ShownRun, form: Form) -> str:
-        """Queue the command that generates with the run's file, with the typed prompt and control image."""
+        """Queue the generation command of the run's history, with the typed prompt and control image."""
         run = shown.summary
         making = self.find_making(run)
         if making is None or not making.is_of_here:
@@ -442,7 +445,7 @@ class RunButtons:
             panel: Name of the panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
             extra_values: Values for the template that replace the panel's own.
-            fields: Fields of the samples that are not written.
+            fields: Sample fields that the user has typed and that are not saved.
         """
         values: dict[str, Any] = {
             "id": shown.summary.id,
@@ -562,11 +565,11 @@ class RunButtons:
         return results
 
     def remove(self, shown: ShownRun, form: Form) -> Response:
-        """Move the files of a run into the bin, if they are still those that were listed."""
+        """Move the files of a run into the bin, if they are still those that the page listed."""
         try:
             self.describe_removal(shown)  # raises OptionError if the run cannot be removed now
             paths = self.list_removed(shown)
-            if "".join(form.get("have", ())) != mark_removed(paths):
+            if "".join(form.get("have", ())) != mark_removed(paths):  # checksum of the list on the page
                 return self.answer_panel(
                     shown, "remove", say("Its files have changed meanwhile: look again.")
                 )
@@ -588,7 +591,7 @@ class RunButtons:
     # ---- what the buttons do
 
     def act(self, request: Request, form: Form) -> Response:
-        """Handle a button of a run, and answer with its message."""
+        """Carry out a button of a run, and respond with its message."""
         action = request.path_params["what"]
         shown = self.find(request)
         if shown is None:
@@ -599,7 +602,7 @@ class RunButtons:
             return answer_not_found()
         try:
             message = self.actions[action](shown, form)
-        except CaptionConflictError:
+        except CaptionConflictError:  # show the new prompts together with the user's text
             mine = self.samples.read_text(shown, self.require_prompts(shown), form)
             error = say("The file has changed since this page read it. Nothing was written.")
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
@@ -616,7 +619,7 @@ class RunButtons:
         return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:
-        """Start or continue a run. The form has the mark of the run.toml that the user has read."""
+        """Start or continue a run. The form has the checksum of the run.toml that the user has read."""
         if shown.plan is None:
             self.add_command(shown.summary, steps=0)
         else:
@@ -628,7 +631,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
-        """Queue the command that continues a run up to `steps`; 0 leaves the number in the command."""
+        """Queue the command that continues a run up to `steps`; with 0, the command's own number stays."""
         command = self.find_resuming(run)
         if command is None:
             raise OptionError(say("Its history has no command that continues it: no state was saved."))
@@ -647,7 +650,7 @@ class RunButtons:
         self.tracked_runs.add_jobs(jobs)
 
     def train_on(self, shown: ShownRun, form: Form) -> str:
-        """Raise the number of steps in run.toml, and start the run again."""
+        """Raise a run's number of steps in its run.toml, or else in its command, and queue it again."""
         steps = read_steps("".join(form.get("steps", ())).strip())
         run = shown.summary
         if steps <= run.step:
@@ -703,6 +706,7 @@ class RunButtons:
         state, run = shown.state, shown.summary
         if not state.is_active:
             raise OptionError(say("It does not run: it is %(text)s.", text=state.text))
+        # before a training: its folder is being checked, or its command still waits
         if state.name == CHECKING and state.background_job is not None and shown.plan is not None:
             self.site.background_jobs.stop(name_background_job(CHECK, shown.plan.folder))
             return say("Its check was ended.")
@@ -715,6 +719,7 @@ class RunButtons:
             if job.stops:  # it had been asked before: this second request kills the process
                 return say("Ended at once.")
             return say("Asked: it saves and ends when its step is done.")
+        # the queue did not start this training, but it watches for request files
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
             return say("Asked: it saves and ends when its step is done.")

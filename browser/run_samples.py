@@ -29,7 +29,7 @@ class RunSamples:
     prompts: Captions = field(default_factory=Captions)
 
     def describe(self, shown: ShownRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the panel that edits the prompts.
+        """Return the template values for the panel of a run that edits the prompts of its samples.
 
         Args:
             shown: The run.
@@ -41,7 +41,7 @@ class RunSamples:
             UnicodeDecodeError: If the file is not UTF-8.
         """
         caption, checksum, _ = self.prompts.read(path)
-        is_typed = "row 1" in fields
+        is_typed = "row 1" in fields  # the form's rows were sent but not saved
         text = fields.get("base", "") if is_typed else caption.text
         rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
         requested_rows = fields.get("rows", "")

@@ -140,7 +140,7 @@ class FolderPlan:
 
     @property
     def summary(self) -> RunSummary:
-        """Summary of the run for a list, before it has a history."""
+        """Summary of a described folder's run for the list of runs, while it has no history."""
         return RunSummary(
             history=self.history,
             changed=self.changed,
@@ -173,7 +173,7 @@ def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
     try:
         tables = parse_toml(content.decode())
     except ValueError as error:
-        if not (folder / DATASET_FILE).is_file():
+        if not (folder / DATASET_FILE).is_file():  # a described folder has a dataset.toml too
             return None
         return FolderPlan(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
     if OTHERS_TABLE not in tables:
@@ -249,7 +249,7 @@ class WaitingJobs:
 
 
 class TrackedRuns:
-    """Finds drafts below the roots, and determines the state of all runs."""
+    """Finds described folders, and determines the state of their runs and of all other runs."""
 
     def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
@@ -289,7 +289,7 @@ class TrackedRuns:
         return next((plan for plan in plans if run.history in (plan.history, plan.preparation)), None)
 
     def list_all(self) -> list[ShownRun]:
-        """Return all runs and drafts with their states, the newest first."""
+        """Return all runs, and described folders that have not run yet, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
             plans = self.list_plans()
@@ -301,11 +301,12 @@ class TrackedRuns:
             run = runs_by_history.pop(plan.history, None)
             preparation = runs_by_history.pop(plan.preparation, None)
             shown_runs.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
+        # what is left are runs without a described folder
         shown_runs += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(shown_runs, key=lambda shown_run: -shown_run.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
-        """Return the run or draft of this id; None if there is none."""
+        """Return the run of this id, or the described folder that has not run yet; None if there is none."""
         with self.runs.lock:
             runs = self.runs.list_all()
             plan = next((plan for plan in self.list_plans() if plan.id == id), None)
@@ -377,6 +378,7 @@ class TrackedRuns:
                 text = say("%(place)s, which is paused", place=text)
             reason = "" if waiting.is_paused else self.queue.problem
             state = replace(state, words=text, reason=reason, is_paused=waiting.is_paused)
+        # time by which the list sorts the run
         changed = max(entry.changed for entry in (plan, run, preparation) if entry is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, job.born)
@@ -395,7 +397,11 @@ class TrackedRuns:
     def _find_state(
         self, plan: FolderPlan, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a described folder's run: its active process, or else its latest ending."""
+        """Return the state of a described folder's run: its active process, or else its latest ending.
+
+        `preparation` is the history of the downloads and caching before the training.
+        """
+        # a stop was requested
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
@@ -453,7 +459,7 @@ class TrackedRuns:
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         """Add commands, each with its working folder, to the queue.
 
-        Raises OptionError if one of them already waits or runs, OutputError as `start`.
+        Raises OptionError if one of them already waits or runs, OutputError if the queue cannot be written.
         """
         with self._only_one_starts():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
@@ -471,12 +477,15 @@ class TrackedRuns:
                 yield
 
     def _start(self, folder: Path, argv: Sequence[str], is_read: bool) -> None:
-        """Queue a run as `start` does; the caller holds the lock that lets one request start runs."""
+        """Add the run of a described folder to the queue, unless it is unread, waits or runs.
+
+        The caller holds the lock that keeps two requests from starting runs at the same time.
+        """
         jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
             raise OptionError(say("It is in the queue already."))
         with self.runs.lock:
-            self.runs.list_all()
+            self.runs.list_all()  # finds new folders, which `list_plans` then reads
             plans = [plan for plan in self.list_plans() if plan.folder == folder]
         for plan in plans:
             if not is_read and not self.is_known(plan):
@@ -491,7 +500,7 @@ class TrackedRuns:
             shown = self.find(plan.id)  # a job whose training has ended is about to end
             if shown is not None and shown.state.is_active and shown.state.background_job is None:
                 raise OptionError(say("It runs already: it is %(text)s.", text=shown.state.text))
-        if is_read and recall_folder(folder) is None:
+        if is_read and recall_folder(folder) is None:  # the user has read what it may do: ask no more
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
 
@@ -525,7 +534,10 @@ def find_start_argv(plan: FolderPlan, models: Path) -> list[str]:
 
 
 def find_run_folder(job: Job) -> Path | None:
-    """Return the real path of the folder that a job runs; None for other jobs, and for its check."""
+    """Return the folder that a job's `reelsmith run FOLDER` trains in, as a real path.
+
+    Returns None for other jobs, and for commands that only check or print.
+    """
     try:
         argv = job.argv
     except OptionError:
@@ -582,13 +594,14 @@ def read_run_state(run: RunSummary) -> RunState:
         )
         if run.ending is not None:
             reason = translate_line(run.ending[0])
+        # the check before the training has found errors: that is not a crash
         is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
         return RunState(FAULTS if is_at_check else DIED, reason=reason)
     return RunState(run.state)
 
 
 def _read_training_state(doing: str) -> RunState:
-    """Return the state of a running training. `doing` is its work between two steps, see `History`."""
+    """Return the state of a running training; `doing` names its work between two steps, such as sampling."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
         progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
@@ -599,7 +612,7 @@ def _read_training_state(doing: str) -> RunState:
 
 
 def read_preparation_state(preparation: RunSummary) -> RunState:
-    """Return the state of a `run` that has not begun its training."""
+    """Return the state of a run that still downloads or caches, as `reelsmith run` does before training."""
     step, _, progress = preparation.doing.partition(": ")
     if step not in STEPS:
         return RunState(STARTING, words=preparation.doing)
@@ -621,7 +634,10 @@ def _find_last_ending(
     job: Job | None,
     check: Job | None,
 ) -> RunState:
-    """Return the state of an inactive run: the latest of its job, histories and check."""
+    """Return the state of an inactive run: that of its job, histories or check, whichever ended last.
+
+    `preparation` is the history of the downloads and caching before the training.
+    """
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
     histories = [history for history in (run, preparation) if history is not None]
     for history in histories:
@@ -646,7 +662,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
-    """Return the state of a run with a history. `job` is the latest of its folder; None if there is none."""
+    """Return the state of an ended run with a history; `job` is its folder's latest, None without one."""
     state = read_run_state(run)
     if job is None or job.born > run.changed + SECOND:  # a job that started after the run's last change
         return state
@@ -703,7 +719,7 @@ def _read_job_state(job: Job) -> RunState:
 
 
 def _explain(job: Job, otherwise: str) -> str:
-    """Return the reason why a command has ended: its last error, or the signal that killed it."""
+    """Return why a command has ended: its last error, or how it was killed; else `otherwise`."""
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")

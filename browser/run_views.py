@@ -161,7 +161,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 
 @dataclass(frozen=True)
 class LiveStanding:
-    """Current progress of a run."""
+    """Current progress of a run as its page shows it, with the remaining time."""
 
     shown: Standing
     state: str
@@ -189,7 +189,7 @@ class LiveStanding:
         text = translate_line(text)
         if text == state:  # `finished`; the history describes other ends in its own words
             text = name_state(state)
-        words = ""
+        words = ""  # the time that is left
         if state == DIED and ended_at_once:
             state, text, kind = STOPPED, ended_at_once, ""
         if state == RUNNING:
@@ -236,7 +236,7 @@ def run_page(
         is_paused: No job of the queue begins.
         actions: HTML of the buttons above the samples.
         lower_buttons: HTML of the buttons below the samples.
-        ended_at_once: As in `LiveStanding.of`.
+        ended_at_once: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
         OSError: If the history cannot be read.
@@ -331,7 +331,7 @@ def collect_news(
         runs: Runs below the roots.
         run: The run.
         query: `have`, the key of an earlier answer; `from` and `to`, the range of shown steps.
-        ended_at_once: As in `LiveStanding.of`.
+        ended_at_once: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
         OSError: If the history cannot be read.
@@ -346,6 +346,7 @@ def collect_news(
     folder = run.history.parent
     scores = scores_path(folder, run.name)
     scored = scores.stat().st_mtime_ns if scores.is_file() else 0
+    # equal keys mean equal curves: then they are not sent again
     key = f"{file_number}-{scored}-{len(run_history.starts)}-{standing.shown.step}-{low}-{high}"
     news = {
         "key": key,
@@ -372,7 +373,7 @@ def _narrow(run_history: RunHistory, low: float, high: float) -> RunHistory:
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
 
-    if math.isinf(low) and math.isinf(high):
+    if math.isinf(low) and math.isinf(high):  # no range was asked for
         return run_history
     return replace(
         run_history,

@@ -169,7 +169,7 @@ class RunSummary:
         typed_in = Path(self.start.working_folder)
         written_in = Path(self.start.written_in)
         actual = real_path(self.history.parent)
-        if written_in == actual:
+        if written_in == actual:  # the run's folder was not moved
             return typed_in
         if not written_in.is_relative_to(typed_in):
             return None
@@ -367,11 +367,14 @@ class OpenHistory:
     _offset: int = 0
 
     def refresh(self) -> None:
-        """Read appended lines. Raises OSError if the file cannot be read."""
+        """Read the lines that were appended to the history since the last call.
+
+        Raises OSError if the file cannot be read.
+        """
         with self.path.open("rb") as file:
             status = os.fstat(file.fileno())
             is_same_file = self.status is not None and self.status.st_ino == status.st_ino
-            if not is_same_file or status.st_size < self._offset:
+            if not is_same_file or status.st_size < self._offset:  # replaced or cut: begin anew
                 self.run_history = RunHistory()
                 self._offset = 0
             self.status = status
@@ -381,7 +384,7 @@ class OpenHistory:
                     break  # the line is still being written
                 self._offset += len(line)
                 row = parse_row(line)
-                if row is not None and "session" in row:
+                if row is not None and "session" in row:  # a new training session wrote over the history
                     self.run_history = RunHistory()
                 elif row is not None:
                     self.run_history.add(row)

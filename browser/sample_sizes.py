@@ -52,7 +52,10 @@ def is_number(text: str) -> bool:
 
 
 def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a line for each size that the model cannot generate, with the size that samples get instead."""
+    """Yield a sentence for each size in a row of the form that the model cannot generate.
+
+    `values` are the row's sizes by the names of the fields.
+    """
     for name in SIDES:
         pixels = values.get(name)
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)
@@ -78,7 +81,10 @@ def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable
 
 
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
-    """Yield a sentence for each size in a prompt line that the model cannot generate."""
+    """Yield a sentence for each size in a line of prompts.txt that the model cannot generate.
+
+    `values` are the line's options by name; `number` is its line number.
+    """
     for name in SIDES:
         pixels = values.get(name)
         used_size = None if pixels is None else fit_side(pixels, recipe.side_step)

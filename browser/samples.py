@@ -127,12 +127,12 @@ def read_rows(text: str) -> list[PromptRow]:
 
 
 def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
-    """Return a line with another prompt and other options; an empty text removes an option.
+    """Return a prompt line such as `A cat --w 768` with another prompt and other options.
 
     Args:
         line: The present line.
         prompt: New prompt; None to keep it.
-        changes: New texts by the names of the fields.
+        changes: New texts by the names of the fields; an empty text removes the option.
     """
     split = _split(line)
     parts = split.options  # options with values, such as `w 768`
@@ -179,7 +179,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
     remaining = "\n".join(line for line in lines if line is not None)
     if not added:
         return remaining
-    gap = "" if not remaining or remaining.endswith("\n") else "\n"
+    gap = "" if not remaining or remaining.endswith("\n") else "\n"  # a last line without a line break
     return remaining + gap + "\n".join(added) + "\n"
 
 
@@ -461,7 +461,7 @@ def describe_rows(
 def select_number_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
-    """Return the number fields that the model uses, or that a line has."""
+    """Return the number fields to show: those that the model uses, and those that a row fills."""
     fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
@@ -491,8 +491,8 @@ def select_image_fields(
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
-    """Return the message for files that were changed meanwhile, with the lines that were typed."""
-    base = fields.get("base", "")
+    """Return the message that files changed while the form was open, with the typed changes."""
+    base = fields.get("base", "")  # text of the prompts that the form was made from
     try:
         edited = edit_prompts(base, fields, lambda text: None)
         typed = describe_difference(base, edited)
@@ -503,7 +503,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         "overwritten. The rows show what it has now. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
-        names="; ".join(typed) or "how often",
+        names="; ".join(typed) or "how often",  # no line changed: the form changed the interval
     )
 
 

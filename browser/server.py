@@ -222,6 +222,7 @@ class Gate:
             is_below: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
+        # pages of other sites may reach this server under a name of theirs (DNS rebinding)
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
@@ -247,9 +248,9 @@ class Gate:
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def _check_browser(self, request: Request, access: PageAccess, is_below: bool) -> Response | None:
-        """Return the response to a browser that was not admitted; None if it was.
+        """Return None if a request has the cookie or the token; otherwise the response that stops it.
 
-        The address with the token admits a browser.
+        Opening the address with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
         if request.url.path == "/" and typed_token is not None and self._opens(request, typed_token):
@@ -350,7 +351,7 @@ class RunPages:
         return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
-        """Respond with the page of a run; of a draft, the page with its buttons."""
+        """Respond with the page of a run, or, for a folder that has not trained yet, with its buttons."""
         shown = self.tracked_runs.find(request.path_params["id"])
         if shown is None:
             return answer_not_found_page(request)
@@ -358,7 +359,8 @@ class RunPages:
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))
         plan = self.tracked_runs.find_plan(run)
-        if plan is not None and plan.id != run.id:  # the preparation by `run`
+        # the history is of the downloads and caching before a training: show the training's page
+        if plan is not None and plan.id != run.id:
             return RedirectResponse(f"/run/{plan.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
@@ -516,5 +518,5 @@ def make_app(
         names.add(urllib.parse.urlsplit(public_origin).hostname or "")
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    app.router.redirect_slashes = False  # to an address that the request's host would be a part of
+    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
     return Gate(app, frozenset(names), token, read_only, ticket, public_origin)

@@ -48,7 +48,7 @@ def run_browser(options: BrowserOptions) -> None:
         logger.info("wrote %s", options.export)
         return
     token = select_token(options)
-    # starlette loads here
+    # imported here, so that --export and errors in options need no web server
     import uvicorn
 
     from browser.server import make_app
@@ -93,7 +93,7 @@ def run_browser(options: BrowserOptions) -> None:
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
-    finally:
+    finally:  # the next start goes on with an open queue
         queue.end_work()
 
 
@@ -185,7 +185,7 @@ def _is_taken(error: BaseException | None) -> bool:
 
 
 def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
-    """Return the address, with the token, by which the machines that can reach the page open it."""
+    """Return the page's URL, with the token, as other machines that can reach this server open it."""
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
         return f"{url}?token={token}" if token else url
@@ -197,7 +197,7 @@ def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
             # the interface that leads outside
             probe.connect(("192.0.2.1", 9))
             host = str(probe.getsockname()[0])
-    if ":" in host:
+    if ":" in host:  # an IPv6 address
         host = f"[{host}]"
     url = f"http://{host}:{port}/"
     return f"{url}?token={token}" if token else url

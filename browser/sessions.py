@@ -22,7 +22,8 @@ INTERACTIVE = "--interactive"
 def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
     """Return the command that starts a process for requests, and its program.
 
-    Arguments as in `launch.find_program`. Raises OptionError if it is not a command that the page writes.
+    `argv` is the command line, `folder` its working folder. Raises OptionError if it is not a command that
+    the page writes.
     """
     texts = [word for word in argv if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)
@@ -39,8 +40,8 @@ def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[s
 
     Args:
         result_folder: Folder of its results.
-        render_folder: Folder of the render jobs, for previews.
-        top: Root that is shown.
+        render_folder: Folder of the render jobs, which also holds previews.
+        top: The shown folder that the results must lie in.
 
     Raises:
         OptionError: If the results would lie outside `top`, or in the folder of the queue.

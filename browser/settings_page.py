@@ -79,14 +79,14 @@ class SettingsPages:
         return answer_template("settings_page.html", say("Settings"), values, is_rejected=error != "")
 
     def find_worker(self) -> str:
-        """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""
+        """Return who runs the queue: "here", "elsewhere" or "" (nobody), or why that is not known."""
         try:
             return self.site.queue.worker
         except UserError as error:
             return str(error)
 
     def list_settings(self) -> list[ShownSetting]:
-        """Return the rows of the table."""
+        """Return the rows of the settings table: name, present value, and the option that sets it."""
         site = self.site
         settings = site.settings
         roots = [ShownSetting(say("folder with runs"), str(root), "FOLDER") for root in site.runs.roots]
@@ -132,7 +132,10 @@ class SettingsPages:
     def _make_argv(
         self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()
     ) -> list[str]:
-        """Return the command that starts a server, without the options whose value is None."""
+        """Return the command that starts a server like this one, with the given address and token.
+
+        Options whose value is None are left out. With `worker` "here", the server runs the queue's jobs.
+        """
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,

@@ -52,12 +52,12 @@ class Blank(NamedTuple):
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a file without its metadata, or the range that the request asks for.
+    """Return a response with a file without its metadata, or with the byte range that the request asks for.
 
     Raises OSError if it cannot be read.
     """
     size = path.stat().st_size
-    blanks = find_blanks(path)
+    blanks = find_blanks(path)  # positions of metadata, which is overwritten: the size stays the same
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
     status = 200
     sent = _read_range(request.headers.get("range", ""), size)
@@ -108,7 +108,7 @@ def find_blanks(path: Path) -> list[Blank]:
 
 
 def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
-    """Rewrite the header of a safetensors file without the metadata that must not be sent."""
+    """Yield the change that rewrites a safetensors header without the metadata that must not be sent."""
     try:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
@@ -134,7 +134,10 @@ def _may_be_sent(name: str, text: str) -> bool:
 
 
 def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
-    """Turn chunks with texts into unknown chunks of zeros; a chunk is length, kind, content and checksum."""
+    """Yield the changes that turn text chunks of a PNG file into chunks of zeros that no program reads.
+
+    A chunk is length (4 bytes), kind (4 bytes), content and checksum (4 bytes).
+    """
     if file.read(8) != PNG_START:
         return
     start = len(PNG_START)
@@ -156,7 +159,10 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
 
 
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
-    """Turn boxes with texts into empty `free` boxes, as ISO 14496-12 describes boxes."""
+    """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros.
+
+    A box is length (4 bytes), kind (4 bytes) and content (ISO 14496-12); outer boxes contain boxes.
+    """
     unread = [(0, size)]  # begin and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
         if not unread:
@@ -185,7 +191,10 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
-    """Turn chunks with texts into `JUNK` chunks of zeros; a chunk is kind, length and content."""
+    """Yield the changes that turn text chunks of a WAV file into `JUNK` chunks of zeros.
+
+    A chunk is kind (4 bytes), length (4 bytes) and content.
+    """
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
     start = 12  # after RIFF, the length and WAVE

@@ -266,12 +266,13 @@ class SharePages:
         Args:
             run_id: Id of the run.
             origin: Origin by which others reach the page.
-            is_open: Show the part unfolded.
+            is_open: Show the section unfolded.
             error: Reason why no link was made.
         """
         settings = self.site.settings
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
+        # a link belongs to one training session: it ends when another begins
         links = [] if run is None else self.shares.of_run(run_id, read_session(run.history))
         values: Mapping[str, Any] = {
             "id": run_id,

@@ -47,7 +47,7 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption without surrounding blanks, including its kept sections."""
+    """Return the tags in a line of a caption without surrounding blanks, from all sections of the line."""
     return [tag for section in line.split(KEPT) for tag in split_section(section)]
 
 
@@ -182,7 +182,7 @@ class TagEditor:
 
 
 def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return sentences about captions that stayed unchanged."""
+    """Return sentences about captions that a change of tags left alone: how many, and for which reason."""
     lines: list[str] = []
     if num_emptied:
         lines.append(

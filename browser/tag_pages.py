@@ -76,7 +76,7 @@ class TagPages:
         self.editor = TagEditor(site.runs)
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the HTML of the tag section, or of its part named in the query; see `FolderPages`."""
+        """Return the HTML of the tag section, or of its part named in the query."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(
@@ -161,7 +161,7 @@ class TagPages:
         return answer_unknown() if message is None else self.answer(folder, fields, part, message)
 
     def carry_out(self, folder: Path, action: str, fields: Mapping[str, str]) -> str | None:
-        """Handle a button, and return a message about its effect; None for an unknown button.
+        """Carry out a button of the tag section, and return a message about it; None if it is unknown.
 
         Raises UserError, OSError or ValueError.
         """

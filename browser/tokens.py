@@ -151,7 +151,10 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_ends(connection: Connection) -> list[tuple[str, str]]:
-    """Return both ends of a connection as the kernel may list them: as IPv4, and as IPv4 inside IPv6."""
+    """Return the (client, server) texts `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
+
+    An IPv4 connection may be listed as IPv4, or as IPv4 inside IPv6.
+    """
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
     except ValueError:  # not an IP address, for example the path of a Unix socket

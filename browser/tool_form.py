@@ -107,7 +107,10 @@ def give_value(option: str, text: str) -> list[str]:
 
 
 def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_integer: bool) -> None:
-    """Raise OptionError if a text is not a number that an option with these limits accepts."""
+    """Raise OptionError if a text is not a number that an option with these limits accepts.
+
+    `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
+    """
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))
     try:

@@ -81,8 +81,8 @@ class PieceUploads:
     async def take(self, request: Request) -> Response:
         """Add the piece in the body, and answer with the bytes received so far.
 
-        After the last piece, answer as `FileUploads.take`. The query has the file's name, folder, size and
-        modification time, and the offset of the piece.
+        After the last piece, the answer has the folder's files instead. The query has the file's name,
+        folder, size and modification time, and the offset of the piece.
         """
         arriving = None
         try:

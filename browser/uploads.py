@@ -210,7 +210,7 @@ class FileUploads:
         self.limits = limits
 
     async def take(self, request: Request) -> Response:
-        """Receive one file: the body is its content, the query has its name and folder."""
+        """Receive one uploaded file: the body is its content, the query has `name` and the folder `into`."""
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
@@ -228,7 +228,7 @@ class FileUploads:
         return await run_in_threadpool(answer_received, folder)
 
     def find_target(self, into: str) -> Path:
-        """Return the folder to which a text refers. A folder directly in a root need not exist.
+        """Return the folder that files are uploaded to; a new one may be named directly in a root.
 
         Raises OptionError if files may not be added to it.
         """
@@ -310,7 +310,7 @@ class FileUploads:
     async def receive(self, request: Request, target: Path, size: int) -> None:
         """Write the body of a request to a path. `size` is the announced size in bytes.
 
-        Raises UserError if the file is not accepted; then nothing is left of it.
+        Raises UserError if the file is not accepted; then no part of it and no new folder stays.
         """
         folder = target.parent
         is_new = not folder.exists()

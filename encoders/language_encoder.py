@@ -245,6 +245,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.maximum = use.maximum
         self.keys = use.keys
         self.word_keys = (use.model.word_key,)
+        # whether states have as many tokens as the prompt, not always `maximum`
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.takes_weights = use.states_key
@@ -291,7 +292,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.strips:
             num_stripped = len(text) - len(text.lstrip())
             text = text.strip()
-        text = text or use.blank
+        text = text or use.blank  # what the family writes for an empty prompt
         spans = []
         for first, last, weight in prompt.spans:
             spans.append((first - num_stripped, last - num_stripped, weight))
@@ -301,6 +302,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             prompt=text,
             spans=tuple(spans),
             start=start,
+            # tokens from here on are kept if the prompt is too long
             end=start + len(text) if use.keeps_after else math.inf,
         )
 

@@ -101,7 +101,7 @@ def encode_images(
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
     entries = []
-    for part in media.split_for(device):
+    for part in media.split_for(device):  # a CPU encodes items one by one
         latents = {"latents": encode(part.frames)}
         for number, frames in enumerate(part.control):
             latents[f"{CONTROL}_{number}"] = encode(frames)

@@ -222,6 +222,7 @@ class HunyuanVideo(OneTransformer):
         """
         self._check_dit()
         self.files.check()
+        # 1. leave out media that the transformer does not take; an image-to-video one needs an image
         usable = {
             "image_path": self._starts_from_image,
             "end_image_path": False,
@@ -231,6 +232,7 @@ class HunyuanVideo(OneTransformer):
         request = requests.keep_usable_media(request, usable, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
+        # 2. fill in the defaults of the model
         default = self.defaults
         if default.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance

@@ -276,7 +276,7 @@ def make_network(
     """
     encoders = encoders or {}
     name = options.network_module or default_module
-    builder = None if name in OWN_MODULES else import_network_module(name)
+    builder = None if name in OWN_MODULES else import_network_module(name)  # another package's module
     with torch.random.fork_rng(devices=[]):  # torch's initializers draw from the global generator
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork

@@ -172,7 +172,7 @@ def exponent_of(sigma_rel: float) -> float:
         width = float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
         return width > sigma_rel
 
-    while is_too_wide(high):
+    while is_too_wide(high):  # find a range that contains the solution
         low = high
         high = 2 * high
     for _ in range(100):

@@ -194,7 +194,7 @@ def convert(options: ConvertOptions) -> None:
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
-    target = "other" if options.target == "comfyui" else options.target
+    target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(
             options.input,
@@ -476,7 +476,7 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion)
         return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
-    is_for_comfyui = conversion.target == "other" and not in_diffusers
+    is_for_comfyui = conversion.target == "other" and not in_diffusers  # "other" is ComfyUI's dialect
     for kind in KINDS:
         lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")

@@ -101,7 +101,7 @@ class Delta:
         }
         changes = [moved["diff"].clone()] if "diff" in moved else []
         scale = strength(self.factors)
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # each computes with the factors of one kind of network
             change = algebra.change(moved, scale)
             if change is not None:
                 changes.append(change)
@@ -125,7 +125,7 @@ class Delta:
         shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
         change_shapes = [shapes["diff"]] if "diff" in shapes else []
         try:
-            for algebra in self.algebras:
+            for algebra in self.algebras:  # each computes with the factors of one kind of network
                 shape = algebra.shape(shapes)
                 if shape is not None:
                     change_shapes.append(shape)
@@ -222,9 +222,9 @@ class Delta:
         if self.is_part:
             return None
         factors = dict(self.factors)
-        for part in _FULL & self.factors.keys():
+        for part in _FULL & self.factors.keys():  # as large as the weight or the bias: cut directly
             factors[part] = self.factors[part][rows]
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # each cuts the factors of one kind of network
             replaced = algebra.rows(self.factors, rows)
             if replaced is None:
                 return None
@@ -269,7 +269,7 @@ class Delta:
             return None
         num_rows, _ = size
         all_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
-        for algebra in self.algebras:
+        for algebra in self.algebras:  # the first kind of network that can be cut there
             factors = algebra.blocks(all_factors, num_rows, start, stop)
             if factors is not None:
                 return factors

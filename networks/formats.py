@@ -117,6 +117,7 @@ class LoraFormat:
                 in_dit[module] = factors
             else:
                 text_modules[module] = factors
+        # the DiT: modules are grouped by alpha / rank, which the metadata record for each rank
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
@@ -125,6 +126,7 @@ class LoraFormat:
             written |= converted.tensors
             left_out |= converted.left_out
             _note_strength(strengths, converted.tensors, strength)
+        # text encoders
         if self.name == COMFYUI:
             written |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
         if self.name == DIFFUSERS:

@@ -73,7 +73,7 @@ def default_rows(part: WeightPart, full_height: int) -> slice | None:
     This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
     """
-    if not is_cut(part):
+    if not is_cut(part):  # all rows, possibly with swapped halves
         return slice(0, full_height)
     siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
     # heights of parts are multiples of a unit
@@ -366,6 +366,7 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
             so files get the parts separately.
     """
     first = pieces[0]
+    # a part without an index has all rows: it is the same weight under another name
     is_full_weight = first.part.index is None and len(pieces) == 1
     if is_full_weight:
         return first.factors
@@ -538,7 +539,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
     if any(part.has_input_magnitudes for part in parts):
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
     magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
-    if magnitudes:
+    if magnitudes:  # then every row of the weight needs one
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
@@ -645,7 +646,7 @@ def stack_rows(
     Raises:
         CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
-    if not any(re.search(rule.mark, name) for name in stored):
+    if not any(re.search(rule.mark, name) for name in stored):  # no file of a program with rows by head
         return tensors
     ending = rule.ending.replace(".", "_")
     modules = deltas.group_by_module(tensors)

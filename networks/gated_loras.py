@@ -360,7 +360,7 @@ class AddedLayer(nn.Module):
         if any(part.sets_weight for part in active):
             return self._run_with_replacement(active, x)
         rotations = [part for part in active if part.rotates_input]
-        if rotations and self._is_innermost:
+        if rotations and self._is_innermost:  # other wrappers inside need the original input
             # one product for all: the changes of the input add up, as the changes of a weight do
             change = functools.reduce(torch.add, [part.compute_input_change(x) for part in rotations])
             out = self._inner_forward(x + change)
@@ -595,6 +595,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     Raises:
         CheckpointError: If the file does not fit the model.
     """
+    # split or join the changes of fused modules, so that they fit those of the model
     num_rows = {name: len(parameter.unpacked) for name, parameter in parameters.items()}
     stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
     absent = [name for name in stored if name not in parameters]

@@ -384,6 +384,7 @@ def _recognize(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
+    # "other" is ComfyUI's dialect, whose DoRA magnitudes may refer to the norms of the frozen weights
     has_frozen_norms = native.dialect == "other" and any(
         kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
     )

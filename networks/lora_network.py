@@ -207,6 +207,7 @@ class OwnNetwork(nn.Module):
         for index, prefix in enumerate(encoders):
             rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
+        # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.reg_rates:
             matches = self._find_matches_of_patterns()

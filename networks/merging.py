@@ -343,7 +343,7 @@ def merge_into_file(
             written,
             read,
             metadata=_metadata_of_merged(checkpoint, model, uses),
-            late_metadata=lambda: lora_rounding.metadata,
+            late_metadata=lambda: lora_rounding.metadata,  # complete only after all weights are rounded
         )
         lora_rounding.report()
     rows = [
@@ -549,7 +549,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
                 )
         scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # split between both factors, so that neither underflows in 16 bits
-        signed_root = root if scale >= 0 else -root
+        signed_root = root if scale >= 0 else -root  # the sign goes into one factor only
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
     return _LowRank(
         down=torch.cat([change.down for change in scaled]),

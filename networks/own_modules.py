@@ -74,6 +74,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
     if rules is not None:
         if settings.train_blocks is not None:
             prefix_groups = [rules.choices[settings.train_blocks]]
+        # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
         for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
             if rank:  # modules outside the blocks follow them, in this order
                 prefix_groups.append((path,))

@@ -121,7 +121,7 @@ def kind_of_module(
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
-    if model is not None and module_names.has_module(module, model):
+    if model is not None and module_names.has_module(module, model):  # of the same family
         if leaf == "bias":
             return UnusedKind(
                 ": they are biases, which these layers do not have here", "its biases are left out."
@@ -130,6 +130,7 @@ def kind_of_module(
             f": other models of {model.name} have them",
             f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
         )
+    # a model of another family
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
         names = " or ".join(families)

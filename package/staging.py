@@ -71,9 +71,10 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
-    """Yield each import of one of our modules in a source.
+    """Yield the position and name of each import of a module of this project in a source file.
 
     `tree` and `lines` are the parsed source and its lines; `ours` are the top-level names of our modules.
+    Relative imports are left out: they stay as they are in the package.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -192,7 +193,7 @@ def _rewrite_modules(root: Path, package: Path) -> None:
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{path.name}: {error}") from error
         path.write_text(text, encoding="utf-8")
-    # texts of modules are the keys of translations
+    # texts of modules are the keys of translations, so both are renamed in the same manner
     for path in (package / "modules" / TABLES.name, *(package / "browser" / "languages").glob("*.json")):
         path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 

@@ -152,6 +152,7 @@ def repair(root: Path) -> None:
 def note_version(root: Path) -> None:
     """Record digests of the installed files, so that an update can detect files that the user has changed."""
     digests_file = root / NOTES / DIGESTS
+    # an update has recorded them; in a clone, git detects changes
     if digests_file.exists() or (root / ".git").exists():
         return
     digests = {}
@@ -187,7 +188,7 @@ def _only_change(root: Path) -> Iterator[None]:
 
 
 def _repair(root: Path) -> None:
-    """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
+    """Undo an interrupted update from a zip file, or finish one in a git clone, and remove its leftovers."""
     backup, partial_backup, old_backup = (
         root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
     )
@@ -231,7 +232,9 @@ def _update_clone(root: Path) -> None:
 
 
 def _move_clone(root: Path, move: CloneMove) -> None:
-    """Let git change the files to those of another commit; the next start finishes it if it is killed.
+    """Let git change the files of a clone to those of another commit.
+
+    If the process is killed meanwhile, the next start reads the noted commits and finishes.
 
     Raises:
         UserError: If git fails.
@@ -248,7 +251,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
         else:
             _git(root, "merge", "--quiet", "--ff-only", move.after)
     except UserError:
-        if not _list_changes(root):  # else it stopped half way
+        if not _list_changes(root):  # git changed nothing, so there is nothing to finish
             shutil.rmtree(backup)
         raise
     _end_move(root, move)
@@ -278,6 +281,7 @@ def _finish_clone(root: Path, commits: Sequence[str]) -> None:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
     lock.unlink(missing_ok=True)
     _say("An update of this folder, or its back, was ended half way. It is finished now.")
+    # files that equal neither commit are the user's own: they are copied before git overwrites them
     before, after = (_list_differing(root, commit) for commit in (move.before, move.after))
     user_versions = {
         name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()
@@ -354,7 +358,7 @@ def _reject_changes(root: Path, command: str) -> None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Return the output of git.
+    """Run git in `root`, and return its output without trailing white space.
 
     Raises:
         UserError: If git is missing, or fails; the message then ends with its last line of output.
@@ -383,7 +387,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
-    """Replace the program's files by those of a zip file, so that the change can be undone."""
+    """Replace the program's files in `root` by those of a zip file, after a backup for `back`."""
     unfinished = root / NOTES / BACK / UNFINISHED
     new = root / NOTES / NEW
     try:
@@ -395,6 +399,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
             return
         is_known = (root / NOTES / DIGESTS).is_file()
         digests = {name: _digest(new / name) for name in files}
+        # copy everything that the way back needs; files that the user has changed get a copy beside them
         _keep_program(root)
         _keep_for_return(root, change)
         for name, user_copy in change.beside.items():
@@ -475,7 +480,7 @@ def _is_listed(root: Path, name: str) -> bool:
 
 
 def _unpack(file: Path, folder: Path) -> list[str]:
-    """Unpack a zip file with a version into a folder, and return its files.
+    """Unpack a zip file with a version of the program into a folder, and return its files' relative paths.
 
     Raises:
         UserError: If the file is not a version of Reelsmith, or is damaged.
@@ -486,7 +491,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
             members = {entry.filename: entry for entry in entries}
             if len(members) < len(entries):
                 raise ValueError("it has two files of one name")
-            top = _find_top(file, archive, members)
+            top = _find_top(file, archive, members)  # folder in the zip file that holds the program
             entries_of_version = {
                 name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)
             }
@@ -524,7 +529,10 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
 
 
 def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
-    """Raise UserError for a zip file that is too large, or has paths that no version has."""
+    """Raise UserError for a zip file that is too large, or has paths that no version of the program has.
+
+    `names` are the paths of `entries` below the program's folder, in the same order.
+    """
     entries = list(entries)
     if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
@@ -568,7 +576,9 @@ def _find_error(name: str) -> str:
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return the changes that a new version would make to the files of a folder.
+    """Return the changes that a new version in folder `new` would make to the files of `root`.
+
+    `files` are the paths of the new version's files, relative to its folder.
 
     Raises:
         UserError: If a folder has the path of a new file, or a file that of a new folder.
@@ -638,18 +648,22 @@ def _digest(path: Path) -> str:
 
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
-    """Copy the files that an update replaces. The update begins only after all are copied."""
+    """Copy the files that an update will replace into a backup, with the list of its changes.
+
+    The new backup is complete before it takes the place of the last one.
+    """
     last_backup, partial_backup, old_backup = (
         root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
     )
     partial_backup.mkdir()
+    # the files, then the notes about the version, then the list of changes
     for name in change.replaced:
         (partial_backup / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, partial_backup / name)
     for note in NOTES_OF_VERSION:
         if (root / NOTES / note).is_file():
             shutil.copy2(root / NOTES / note, partial_backup / note)
-    (partial_backup / UNFINISHED).touch()
+    (partial_backup / UNFINISHED).touch()  # removed after the update has replaced all files
     # older code cannot read a plan that has the key `beside`
     plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}
     (partial_backup / PLAN).write_text(json.dumps(plan), encoding="utf-8")
@@ -682,6 +696,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
             (root / name).unlink(missing_ok=True)
         for name in change.replaced:
             _put(root, backup / name, name)
+        # the update kept files that the user had changed under other names: they are back in place now
         for name, copy_name in change.beside.items():
             copy = root / copy_name
             if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
@@ -690,6 +705,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
             (root / NOTES / note).unlink(missing_ok=True)
             if (backup / note).is_file():
                 _put(root, backup / note, f"{NOTES}/{note}")
+        # renamed first: if the deletion is interrupted, no half backup looks like a whole one
         old = backup.with_name(f"{BACK}.old")
         replace_file(backup, old)
         shutil.rmtree(old)

@@ -49,6 +49,7 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
     if made_for:
         bases = [name_base(file) for file in family.dit_files]
         name, _, digest = made_for.rpartition(" ")
+        # a base is a file's name and a digest; a renamed file still has its digest
         is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
         if is_known or not bases:
             return ""

@@ -120,8 +120,8 @@ def prepare_sources(
         device: Device for encoding.
         texts: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
-        needs: What batches need, as in `RunFeatures`.
-        on_media: Change the tensors of images that are encoded at each step, as `Hooks.media` does.
+        needs: What the active features need in batches, as names such as NO_DATASET.
+        on_media: Functions that change the tensors of images that are encoded at each step.
 
     Raises:
         UserError: If items cannot be cached in this way, or a file cannot be used.
@@ -167,7 +167,7 @@ def _fill(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode items: some into npz files, others into memory."""
+    """Encode the latents and texts that the plans of the tables ask for, into npz files or into memory."""
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
@@ -211,7 +211,7 @@ def plan_tables(
         config: The dataset, as read from its file.
         options: Options of the run.
         live: Names of text tensors that are encoded at each step; the others come from caches.
-        needs: What batches need, as in `RunFeatures`.
+        needs: What the active features need in batches, as names such as NO_DATASET.
 
     Raises:
         DatasetError: If images that change each time are to be cached.
@@ -226,6 +226,7 @@ def plan_tables(
     for name, to_disk in to_disk_by_name.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+    # texts are live only if all of them are; otherwise the others are read from caches
     texts = TensorLocation.LIVE if live and family.text_keys.issubset(live) else TensorLocation.CACHE
     if texts is TensorLocation.CACHE and options is not None and options.caches_texts:
         texts = TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
@@ -237,7 +238,7 @@ def plan_tables(
 def _place_latents(
     family: Caches, table: DatasetTable, options: CachingInRunOptions | None
 ) -> TensorLocation:
-    """Return where the latents of a table come from."""
+    """Return where the latents of a table come from: encoded at each step, in memory, or from files."""
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
@@ -278,10 +279,10 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
 
 
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
-    """Return the tables whose sources are read during training, by index.
+    """Return the tables whose images or captions are read from their sources during training, by index.
 
     Args:
-        tag: The family's `cache_tag`.
+        tag: Name of the model family in the names of cache files.
         plans: Where latents and texts of each table come from.
         needs_captions: Whether to list all tables, with captions.
 
@@ -485,7 +486,7 @@ def _overrides_text_cache(
         OptionError: If only text encoders would be trained, whose outputs cannot be cached.
     """
     names = " and ".join(encoder.name for encoder in learning)
-    switches = _switches(family, options)
+    switches = _switches(family, options)  # choices for encoders that are off by default
     if any(switches.get(encoder.lora_prefix) for encoder in learning):
         logger.warning(
             "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "

@@ -53,7 +53,7 @@ def check_before_loading(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: What the run trains.
+        learner: Description of what the run trains: a kind of network, or the whole DiT.
         others: Models in addition to the trained one.
 
     Raises:
@@ -82,7 +82,7 @@ def check_before_loading(
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
-        select_lora_format(family, learner.lora)
+        select_lora_format(family, learner.lora)  # only for its errors
     learner.check()
     if learner.lora is not None:
         check_networks(family, options)
@@ -138,7 +138,7 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check previews, prompts, and the LoRAs of --sample_lora.
+    """Raise UserError if previews, prompts, or the LoRAs of --sample_lora cannot be used.
 
     Args:
         family: The model of samples.
@@ -160,6 +160,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
         from networks.gated_loras import reject_magnitudes  # only with LoRA files
         from networks.loading import read_use
 
+        # a family may have no files of its transformer yet: then the LoRAs are read and not compared
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
             for use in uses:
@@ -171,7 +172,8 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the parts of the networks, by the option that sets each.
 
-    Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out.
+    Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
+    an option, with its value where one option sets several rates.
     """
     base, parts = options.optimizer.learning_rate, options.parts
     rates = {"--learning_rate": base}
@@ -189,7 +191,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args sets, by argument.
+    """Return the learning rates that --network_args sets, keyed by the argument as it is typed.
 
     Args:
         network: The network.
@@ -197,6 +199,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
         trains_texts: Whether text encoders get a network too.
     """
     rates: dict[str, float] = {}
+    # other networks may give these arguments another meaning
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
     for key, text in network.arguments().items():
@@ -210,12 +213,12 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
 
 
 def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return the features of a training run that may conflict with a mode in `runtime/ways`.
+    """Return what a run uses that a division over GPUs (a mode in `runtime/ways`) may not support.
 
     Args:
         family: The model family.
         options: Options of the run.
-        others: See `check_before_loading`.
+        others: Models in addition to the trained one.
     """
     modules: list[str] = []
     for expert in family.experts:
@@ -248,6 +251,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the network module, its settings, and the LoRAs that the networks start from."""
     reject_foreign_module(family, options)
     counts = family.block_counts()
+    # number of blocks in each block list of the DiT; empty if the file's header does not show it
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
         network = network_for(options, expert)
@@ -257,6 +261,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         known_module = OWN_MODULES.get(module)
         with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.numbered)
+            # collect all LoRAs of this expert: merged ones, the continued one, the training adapter
             merge = options.features.merge
             uses = [] if merge is None else [*merge(expert).uses]
             if network.network_weights is not None and known_module is not None:
@@ -304,7 +309,7 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 def select_lora_format(
     family: Family, lora: NetworkOptions | None, texts: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
-    """Return the format of saved LoRAs, as `select_format` does; None if no LoRA is trained.
+    """Return the file format of saved LoRAs, which the options choose; None if no LoRA is trained.
 
     Args:
         family: The model family.
@@ -335,7 +340,7 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
 
 
 def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
-    """Return a lower bound for the bytes of a trained transformer, and of its state if that is saved too.
+    """Return a lower bound for the bytes on disk of a trained transformer, with its state if that is saved.
 
     Only weights of blocks are counted, whose names are the same in most files as in the network.
 
@@ -374,7 +379,7 @@ def list_unused_options(
     Args:
         options: Options of the run.
         takes_guidance: Whether the model has an input for embedded guidance.
-        shifts_table: See `NoiseSpec.table_is_shifted`.
+        shifts_table: Whether the model's table of noise levels is shifted by --discrete_flow_shift.
         tables: Tables of the dataset, whose keys may replace options.
         family_options: The model's own options.
         parts: Parts of a full checkpoint that are trained.

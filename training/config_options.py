@@ -62,6 +62,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
 
     flat = dict(_flatten(tables))
+    # a key is an option, a known key of another trainer's file, a misspelled option, or unknown
     for key, value in flat.items():
         if key in actions:
             action = actions[key]
@@ -126,7 +127,7 @@ def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.A
 
 
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value that names code to import, unless an installed package provides it.
+    """Raise OptionError for a value from a file that imports code which no installed package provides.
 
     Args:
         parser: The parser of the script.
@@ -136,7 +137,7 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
     from modules.installed import require_installed  # not for --help
 
     for action in parser._actions:
-        reach = getattr(action, "reach", "")
+        reach = getattr(action, "reach", "")  # what a value can do beyond the training, such as import code
         value = values.get(action.dest)
         if reach not in IMPORTS or not value:
             continue
@@ -242,7 +243,7 @@ def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
 
 def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:
     """Return the error for a value whose type or number of values does not fit the option."""
-    kind = bool if action.nargs == 0 else action.type
+    kind = bool if action.nargs == 0 else action.type  # an option without values is a switch
     names: dict[Any, str] = {
         bool: "true or false",
         int: "a whole number",

@@ -59,7 +59,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
             )
         except (UserError, OSError, MemoryError) as failure:
             error = str(failure)
-    # if one process fails, all processes keep the earlier prompts
+    # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
     if source.process != 0:

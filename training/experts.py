@@ -144,7 +144,7 @@ def log_experts(
     Args:
         family: The model family.
         options: Options of the run.
-        times: Timestep options of the tables, see `list_times`.
+        times: Timestep options of each dataset table.
         samples_with_others: Whether samples also use transformers that are not trained.
     """
     experts, all_experts = family.experts, family.defaults.experts
@@ -163,6 +163,7 @@ def log_experts(
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
+    # if only the expert from 0 on is trained, the boundary is the start of the other one
     boundary = max(expert.lowest for expert in experts) or all_experts[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
@@ -241,12 +242,12 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 def expert_metadata(
     family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], part: str
 ) -> dict[str, str]:
-    """Return the metadata about the transformers that a file was trained in; empty if there is only one.
+    """Return the metadata that says for which of a model's transformers a file was trained.
 
     Args:
         family: The model family.
         options: Options of the run.
-        times: See `log_experts`.
+        times: Timestep options of each dataset table.
         part: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
@@ -265,13 +266,13 @@ def expert_metadata(
 
 
 def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert that the only transformer of a run is; None if unknown or if there are several.
+    """Return the expert as which a run's only transformer works; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
 
     Args:
         family: The model family.
-        times: See `log_experts`.
+        times: Timestep options of each dataset table.
     """
     experts, default = family.experts, family.defaults.experts
     if len(experts) > 1 or len(default) == 1:
@@ -330,7 +331,7 @@ def set_up_network(
         blocks: Place that the blocks were loaded into, if they are split over processes.
     """
     on_host = loop.gradient_checkpointing_cpu_offload
-    checkpointing: network_setup.Checkpointing | None = None
+    checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
     if loop.gradient_checkpointing:
         checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
     network_setup.set_up_network(
@@ -358,7 +359,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     """
     stored = options.speed.fp8.quantization
     quantization = None if stored is None else prepare(stored, device)
-    autocast = AUTOCAST.get(options.accelerator.mixed_precision)
+    autocast = AUTOCAST.get(options.accelerator.mixed_precision)  # None without mixed precision
     placement = placement_of(options, device, quantization)
     check_backend(
         placement.attention,

@@ -25,7 +25,7 @@ Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions wi
 
 
 def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
-    """Return the additional `ss_*` entries of an image trainer's file."""
+    """Return the additional `ss_*` entries that trainers of image models write into a LoRA's metadata."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
     validation = options.validation
@@ -52,7 +52,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
     }
     if not plan.family.noise.keeps_variance:
         values["model_prediction_type"] = prediction.model_prediction_type
-    batch_size = values["batch_size_per_device"]
+    batch_size = values["batch_size_per_device"]  # None if the tables differ in it
     if batch_size is not None:
         batch_size *= plan.steps.processes * plan.steps.accumulation
     values["total_batch_size"] = batch_size
@@ -84,7 +84,7 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
         return {}
     text_rates = parts.text_encoder_lr
     text_encoder_lr: Any = None if text_rates is None else list(text_rates)
-    if text_encoder_lr and len(text_encoder_lr) == 1:
+    if text_encoder_lr and len(text_encoder_lr) == 1:  # one rate is recorded as a number, not as a list
         text_encoder_lr = text_encoder_lr[0]
     return {
         "unet_lr": rate if parts.unet_lr is None else parts.unet_lr,
@@ -145,7 +145,7 @@ class _ImageCounts:
 
 
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
-    """Count images by table and by bucket, as image trainers record them in `ss_bucket_info`."""
+    """Count images by table, and repeated images by bucket, as trainers record them in `ss_bucket_info`."""
     num_by_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # key: whether the images are regularization images
@@ -172,7 +172,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
-    """Return the numbers of images: in total, by folder, and by size."""
+    """Return the metadata entries with the numbers of images: in total, by folder, and by bucket."""
     counted = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
@@ -203,7 +203,7 @@ def _free_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _settings_of(table: DatasetTable) -> dict[str, Any]:
-    """Return the settings of a table under the option names of known trainers."""
+    """Return the settings of a dataset table, keyed by the option names that known trainers record."""
     changes, augmentation = table.changes, table.augmentation
     buckets = table.buckets if table.enable_bucket else None
     return {
@@ -252,10 +252,12 @@ def _describe_datasets(
 
 
 def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tags: Tags) -> dict[str, Any]:
-    """Return the entry of one dataset.
+    """Return the entry of one dataset in `ss_datasets`.
+
+    Settings that all subsets share are entries of the dataset.
 
     Args:
-        tables: Subsets of the dataset.
+        tables: Subsets of the dataset, which share size and batch size.
         counted: Numbers of images.
         tags: Frequency of each tag by folder.
     """

@@ -88,9 +88,10 @@ def read_image_training(
     argv: Sequence[str] | None,
     learner: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
-    """Read the options of a script that trains an image model; returns the same as `read_training`.
+    """Read the options of a script that trains an image model.
 
-    The program ends after --output_config.
+    Returns the options of the run, those of the family, and a list of all options for the run's page. The
+    program ends after --output_config.
 
     Args:
         doc: Docstring of the script.
@@ -98,7 +99,7 @@ def read_image_training(
             and fill fields of the record with these option names.
         defaults: Differences between image families.
         argv: Command line; None for that of the process.
-        learner: See `training_parser`.
+        learner: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
 
     def build_parser() -> Parser:
@@ -168,7 +169,7 @@ def image_training_parser(
     Args:
         doc: The script's docstring.
         defaults: Differences between image families.
-        learner: See `training_parser`.
+        learner: Record with the options of what is trained: a network, or a whole model.
     """
     default = {
         "timestep_sampling": defaults.timestep_sampling,
@@ -271,7 +272,7 @@ def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> No
 
 
 def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Write the options that differ from their defaults, and exit."""
+    """Write the options that differ from their defaults to the file of --config_file, and exit."""
     if args.config_file is None:
         raise OptionError("--output_config writes to the file that --config_file names: give both")
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
@@ -476,7 +477,10 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
 
 
 def _read_groups(args: argparse.Namespace) -> None:
-    """Treat --fused_optimizer_groups as --fused_backward_pass. Raises OptionError if both are given."""
+    """Treat --fused_optimizer_groups as --fused_backward_pass, which replaces it.
+
+    Messages name the option that was typed. Raises OptionError if both are given.
+    """
     groups = args.fused_optimizer_groups
     if groups:
         if args.fused_backward_pass:
@@ -583,6 +587,7 @@ def block_control_net_trainer(called: str, defaults: ImageTrainerDefaults) -> Im
         called: Name of the network, as error messages call it.
         defaults: Defaults of the script that trains LoRAs of the same family.
     """
+    # such a network runs with the tokens of the blocks, so options that change how blocks run are rejected
     of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
     refused = {
         **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),
@@ -668,7 +673,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_word(args: argparse.Namespace) -> None:
-    """Interpret the options of textual inversion: text encoders are trained, the word names the files."""
+    """Fill options from those of textual inversion: text encoders learn, and the word can name the files."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
         why = find_error(word)

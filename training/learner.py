@@ -87,7 +87,7 @@ def find_learner(
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: See `RunFeatures.in_place_of_lora`.
+        in_place_of_lora: Returns the network that a feature trains instead of a LoRA; None without one.
     """
     if network is None:
         return FULL_MODEL
@@ -107,6 +107,7 @@ def find_learner(
 
 def _describe_custom_network(custom: CustomNetwork) -> Learner:
     """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
+    # captions should contain the trained word, unless the run learns from sentences of its own
     reads_captions = custom.in_text_encoders and not custom.sentences
     return Learner(
         label=custom.label,
@@ -137,7 +138,10 @@ def _make_lora(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a LoRA, see `MakeNetwork`; `module` is the network module of the family's LoRAs."""
+    """Make a LoRA (or a network of its kind) and attach it to the model.
+
+    `module` is the network module of the family's LoRAs.
+    """
     return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
 
 
@@ -152,7 +156,10 @@ def _make_custom_network(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network of the family's own, see `MakeNetwork`; its settings are in the record `custom`."""
+    """Make a network that the model family defines; all arguments are those of other networks' makers.
+
+    `options` and `resumed` are not used: the settings of such a network are in the record `custom`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
         module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, with_values)
@@ -162,7 +169,8 @@ def _make_custom_network(
 def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
     """Check the tables for a family's own network: control images, or images of a new word.
 
-    Returns the dataset, see `Learner.check_data`. Images need no captions if sentences replace them.
+    Returns the dataset, in which images need no captions if sentences replace them. `kept` is the name of
+    the attribute with which a table asks for the base model's prediction.
     """
     if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone

@@ -94,7 +94,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging(optimizer)
     if averaging is not None:
-        averaging.train()
+        averaging.train()  # a schedule-free optimizer refuses steps before this call
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
@@ -232,7 +232,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 
 
 def _make_feed(model: TrainedModel) -> Feed:
-    """Return the feed that prepares the micro-batches of this process."""
+    """Return the feed, which reads and noises the micro-batches of this process."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     features = plan.features
@@ -254,6 +254,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         sources=plan.sources,
         randomness=randomness,
         plan=plan.steps,
+        # the processes that share one clip (`peers` of them) read the same micro-batches
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -299,7 +300,7 @@ class Loading:
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
-        A network to train gets the training dtype. Its trained part is added before `set_up_network`.
+        A network to train gets the training dtype. The caller adds the trained LoRA before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
@@ -309,7 +310,7 @@ class Loading:
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
         merge = plan.features.merge
-        is_of_plan = family is plan.family or family is plan.sampled
+        is_of_plan = family is plan.family or family is plan.sampled  # no further model, such as a teacher
         if merge is not None and network_options is not None and is_of_plan:
             loras = merge(expert)
             if loras.uses:
@@ -341,7 +342,10 @@ class Loading:
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead."""
+        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead.
+
+        A DoRA learns the norms of the merged weights, so that for it T-LoRAs are in the patch too.
+        """
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding
@@ -356,7 +360,7 @@ class Loading:
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
     def set_up_network(self, network: UnpreparedNetwork) -> None:
-        """Add the frozen LoRAs; compile, checkpoint and swap the blocks.
+        """Add the frozen LoRAs to a loaded network, and compile, checkpoint and swap its blocks.
 
         Raises:
             MemoryPlanError: If the device has too little memory for the next network.
@@ -396,7 +400,7 @@ class Loading:
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
         """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
 
-        All of them are disabled.
+        All of them are disabled, until a step or a sample enables its own.
         """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
@@ -457,6 +461,7 @@ class Learners:
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.parts and not options.by_expert.lora_per_expert:
+            # a further DiT: its network uses the parameters of the first one's
             self.parts = [share_network(self.parts[0], network, device)]
             return
         trainable = train_network(
@@ -471,7 +476,7 @@ class Learners:
         self.parts.append(trainable)
 
     def join(self) -> Trainable:
-        """Return all trained parts as one."""
+        """Return all trained parts as one: the networks of the experts, and what is trained beside them."""
         if len(self.parts) == 1:
             trainable = self.parts[0]
         else:
@@ -527,7 +532,7 @@ class Learners:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
+    """Return the object that steps the weights: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)

@@ -272,6 +272,7 @@ class PartsOptions(Options, title="what is trained"):
                 f"--text_encoder_lr has {len(rates)} values, but {count} text encoders can learn: give one "
                 "value, or one for each"
             )
+        # the last rate is repeated; [:count] matters if no encoder can learn
         return (*rates, *[rates[-1]] * (count - len(rates)))[:count]
 
 

@@ -73,6 +73,7 @@ def train(run: TrainingRun) -> bool:
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
                 run.model.trainable.start_epoch()
+                # a resumed run may start at the very end of an epoch, whose work at its end is then still due
                 first_step = progress.step
                 for group in plan.groups(epoch, progress.position):
                     if advance(run, group, micro_batches):
@@ -131,6 +132,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
+    # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
@@ -138,7 +140,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not is_single_process:
         row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
         row = sum_over_processes([each for each in reached if each not in trainable.split], row)
-    gate = None
+    gate = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
@@ -266,8 +268,8 @@ def _accumulate(
     """Accumulate the gradients of this process's share of the group.
 
     Returns:
-        This process's part of the step's row (see `reports/logs.py`), on the device, and the keys of its
-            items.
+        A row of sums of this process (loss, losses of parts, values of features), on the device; and the
+            keys of its items.
     """
     steps = run.steps
     row = torch.zeros(run.layout.size, device=run.device)
@@ -323,7 +325,7 @@ def _propagate(
         expert: Index of the expert.
         noisy_batch: Batch with noise and timesteps.
         divisor: Number by which the loss is divided.
-        is_void: Whether to add zeros, for processes that need the passes of this one.
+        is_void: Whether the pass only keeps this process in step with others, and its gradients are zeros.
 
     Returns:
         The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
@@ -376,6 +378,7 @@ def _add_parts(
         loss: Loss of the micro-batch.
         losses: Losses of the micro-batch's streams.
     """
+    # a micro-batch belongs to one expert; without experts, the parts are its streams (images, audio)
     by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
     for part, part_loss in by_part.items():
         row[run.layout.part_losses.start + part] += part_loss.detach()
@@ -437,6 +440,7 @@ def _after_step(run: TrainingRun, wishes: StepRequests) -> None:
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
     progress = run.progress
+    # work is due because a user asked for it, because the run ends, or by the options
     saves = wishes.saves or is_ending(run) or _is_due(run.plan.saving.save_every_n_steps, progress.step)
     validates = _is_due(run.options.validation.validate_every_n_steps, progress.step)
     samples = wishes.samples or _is_due(run.options.samples.sample_every_n_steps, progress.step)
@@ -483,7 +487,7 @@ def _after_epoch(run: TrainingRun) -> None:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
-    if samples and progress.sampled_step != progress.step:
+    if samples and progress.sampled_step != progress.step:  # else the step has its samples already
         progress.sample_pending = f"e{epoch:06d}"
     if is_complete:
         progress.epoch = epoch
@@ -523,7 +527,7 @@ class SamplingStopped(Exception):
 
 
 def _sample(run: TrainingRun) -> None:
-    """Generate the pending samples.
+    """Generate the samples that `progress.sample_pending` names, and record that they are made.
 
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
     generates them with the weights of the same step.
@@ -541,12 +545,12 @@ def _sample(run: TrainingRun) -> None:
             prompts=run.sampler.prompts,
             recorders=run.logs.recorders if run.is_main else (),
         )
-    progress.sample_pending = ""
+    progress.sample_pending = ""  # nothing is pending any more
     progress.sampled_step = progress.step
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Generate the pending samples from the prompts that are in their file now.
+    """Generate the pending samples from the prompts that are in the prompt file now.
 
     Returns:
         False if the run was asked to end before they were finished.
@@ -595,7 +599,10 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
-    """Measure and log the validation loss; `occasion` is STEP or EPOCH."""
+    """Measure and log the validation loss, after which a feature may end the run.
+
+    `occasion` is STEP or EPOCH, which is a part of the names of logged values.
+    """
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:

@@ -145,8 +145,16 @@ def sample_errors_outside(
 ) -> tuple[Tensor]:
     """Return the mean error of each sample's images outside of its mask, B.
 
-    Errors are multiplied by 1 - mask before the mean over all elements. The batch must have masks; arguments
-    are as in `sample_errors`.
+    Errors are multiplied by 1 - mask before the mean over all elements. The batch must have masks.
+
+    Args:
+        spec: Noise conventions of the family.
+        differences: Differences of prediction and target; with audio, B N, from which the images are split.
+        noisy_batch: The batch, with noise and timesteps.
+        rule: How predictions are compared.
+
+    Returns:
+        A tuple with one entry, because functions of this kind return one for each stream.
     """
     if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)
@@ -178,7 +186,7 @@ def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
 
     Args:
         errors: Error of each element, B C F H W, or B C T M of audio.
-        given: Shares as in `GivenTokens`, B 1 F H W or B 1 T 1.
+        given: How clean each position is, from 0 (noisy) to WHOLE (clean), B 1 F H W or B 1 T 1.
     """
     is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
@@ -206,7 +214,7 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    if not MASKS.isdisjoint(noisy_batch.batch.tensors):
+    if not MASKS.isdisjoint(noisy_batch.batch.tensors):  # the batch has a mask
         weights = mask_weights(noisy_batch.batch, errors)
         errors = errors if weights is None else errors * weights
     image_errors = _mean_of_noisy_frames(errors, noisy_batch)
@@ -221,10 +229,10 @@ def sample_errors(
 
 
 def mask_weights(batch: Batch, errors: Tensor) -> Tensor | None:
-    """Return the weight of each position, B 1 F H W or B 1 1 H W; None without masks.
+    """Return the weight of each position in the loss, B 1 F H W or B 1 1 H W; None without masks.
 
     Args:
-        batch: The batch.
+        batch: The batch, with masks of images (B H W, in pixels), or of clips (B F H W, in latents).
         errors: Error of each element, B C F H W.
     """
     image_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
@@ -246,7 +254,9 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Predict what the loss compares with the velocity, float32: B C F H W, or B N with audio.
+    """Run the DiT on the noised batch; return what the loss compares with the target velocity, float32.
+
+    The shape is B C F H W, or B N if the images and the audio of a sample are joined into one vector.
 
     Args:
         family: The model family.
@@ -302,7 +312,7 @@ def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
     Args:
         noisy: Noisy latents of a stream, B C ....
         clean: The same without noise.
-        given: Shares as in `GivenTokens`; None if nothing is given.
+        given: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
     """
     if given is None:
         return noisy
@@ -341,8 +351,8 @@ def element_errors(
         options: Options of the run.
         spec: Noise conventions of the family.
         differences: Differences from the target, B C F H W.
-        sigmas: Fraction of noise, B, as in `NoisyBatch`.
-        timesteps: Timesteps, B, as in `NoisyBatch`.
+        sigmas: Fraction of noise of each sample, B, 0..1.
+        timesteps: Timestep of each sample, B, as the network takes it.
 
     Raises:
         ValueError: If the loss type is unknown.
@@ -377,5 +387,6 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     if options.huber_schedule == "exponential":
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
-    shares = spec.data_shares(sigmas)
+    shares = spec.data_shares(sigmas)  # factors of the clean latents in the noisy ones
+    # 1 / (1 + r), written so that a share of 0 is no division by 0
     return (1 - options.huber_c) * (shares / (shares + sigmas.float())).square() + options.huber_c

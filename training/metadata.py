@@ -31,11 +31,11 @@ IMAGE_RESOLUTION = "1024x1024"
 
 
 def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
-    """Return rank and alpha of a network that continues from a file or state, if they are not the options'.
+    """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:
         model: The loaded networks.
-        part: Part that the file is for, see `Trainable.writes`.
+        part: Name of the expert that the file is for; "" for a file for all.
     """
     options = model.plan.options
     network = model.plan.learner.lora
@@ -66,7 +66,9 @@ def _hash_files(family: Family) -> dict[str, str]:
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
-    """Return the `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
+    """Return the metadata entries that stay the same over the run.
+
+    With --no_metadata these are only the ones that programs need to load the file.
 
     `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
     the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
@@ -154,7 +156,7 @@ def file_metadata(
     Args:
         run: Entries that are the same for all files of the run.
         options: Options of the run.
-        family_metadata: `Family.metadata`.
+        family_metadata: Metadata entries of the family, such as `architecture`.
         step: Number of the optimizer step.
         epoch: The current or just finished epoch, from 1.
         now: Time of saving.
@@ -209,7 +211,13 @@ def file_metadata(
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
-    """Return the entries about the training: its options, its steps and its progress."""
+    """Return the metadata entries (`ss_...`) on the training: its options, its steps and its progress.
+
+    Args:
+        plan: The plan of the run.
+        optimizer: Name of the optimizer.
+        lr_scheduler: Name of the learning-rate schedule.
+    """
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}

@@ -108,8 +108,8 @@ class NextSteps:
         """Return the commands that can follow: resume, generate, convert or extract, start again.
 
         Args:
-            saved: The newest usable file, see `RunHistory.usable_file`. With None, if nothing is saved yet,
-                the commands name the file that the end of the run will save.
+            saved: The file to use: the best one, or the newest. With None, if nothing is saved yet, the
+                commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
         file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
@@ -144,7 +144,12 @@ class NextSteps:
         return [*commands, _command("This run, as it was started", self._words())]
 
     def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
-        """Return the command that converts a file for other tools; a `plain_kind` becomes a plain LoRA."""
+        """Return the command that converts a trained file for other tools.
+
+        Args:
+            file: The trained file.
+            plain_kind: Kind of the network if it is to become a plain LoRA; None to change its format alone.
+        """
         network = self.plan.options.network
         arguments = ["--target", "other" if self.converted_for else "default"]
         if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
@@ -188,7 +193,11 @@ class NextSteps:
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
-        """Return the command that resumes or, without a state, a new run that starts from the result."""
+        """Return the command that continues the run or, if it has no state, starts a new one from its files.
+
+        Args:
+            is_finished: Whether the run has reached its last step.
+        """
         title = "Continue after a stop"
         ending = ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
@@ -352,7 +361,7 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
 
     Args:
         sample: Values of the sample, by the field names of `Request`.
-        spellings: See `FamilyEntry`.
+        spellings: Flags of the family's script that differ from --FIELD_NAME, by field; "" for none.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {

@@ -143,7 +143,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
                 f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "
                 f"{NUM_TIMESTEPS}"
             )
-        low, high = self.timestep_focus_range
+        low, high = self.timestep_focus_range  # checked even without --timestep_focus
         if not 0 <= low < high <= NUM_TIMESTEPS:
             raise OptionError(
                 f"--timestep_focus_range {low} {high}: need 0 <= LOW < HIGH <= {NUM_TIMESTEPS}, thousandths "

@@ -133,7 +133,9 @@ class TrainingOptions(Options, must_give=True):
             raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
-        if self.features.show is not None:  # `features` raises OptionError if features do not fit the options
+        # `features` raises OptionError if features do not fit the options; one that only shows something
+        # needs no data and no folder
+        if self.features.show is not None:
             return
         has_data = self.features.make_data is not None or (
             self.subset is not None and self.subset.replaces_toml
@@ -283,7 +285,7 @@ def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> l
 
 
 def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> ScriptOption:
-    """Return an option with its value.
+    """Return an option with its value, as words of a command, and whether it was changed or typed.
 
     Args:
         action: Declaration of the option in the parser.
@@ -312,7 +314,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
 
 @dataclass(frozen=True)
 class TrainerChanges:
-    """How a script changes shared options, by public name; see `add_options`."""
+    """How a script changes shared options, by public name: defaults, choices, rejections, translation."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -335,10 +337,10 @@ def read_training(
     """Read the shared options and the family's options of a training script.
 
     Args:
-        doc: See `training_parser`.
+        doc: The script's docstring.
         record: Class of the family's own options.
         argv: Command line; None for `sys.argv`.
-        learner: See `training_parser`.
+        learner: Record with the options of what is trained: a network, or a whole DiT.
         shared: More records of shared options.
         changes: Changes of shared options by the script.
 
@@ -389,8 +391,8 @@ def training_parser(
 
     Args:
         doc: The script's docstring.
-        learner: `TrainedNetworkOptions` or `FullDitOptions`.
-        settings: Defaults and settings of the script, see `add_options`.
+        learner: Record with the options of what is trained: `TrainedNetworkOptions` or `FullDitOptions`.
+        settings: Defaults of the script, settings such as choices, and rejected options, by option.
     """
     parser = Parser(description=doc)
     parser.changes_values = True  # --config_file, a launcher and alternative option names change values

@@ -86,7 +86,7 @@ class TrainingPlan:
     validation: Sequence[TrainingItem]
     order: BatchOrder
     steps: StepPlan
-    table_times: Mapping[int, TimestepOptions]  # see `times_by_group`
+    table_times: Mapping[int, TimestepOptions]  # by the group of tables with equal timestep options
     sources: BatchSources  # where batches are read from
     texts: LiveTexts | None  # encoded while training; None: all come from caches
     changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
@@ -144,10 +144,10 @@ def make_plan(
         family: The model family.
         options: Options of the run.
         commands: Caching commands, for messages.
-        learner: What the run trains.
+        learner: Description of what the run trains: a kind of network, or the whole DiT.
         config: The dataset, as read from its file.
         accelerator: The processes of the run.
-        others: See `train_network`.
+        others: Models in addition to the trained one, such as transformers that only samples use.
     """
     is_main = accelerator.is_main_process
     saving = options.saving
@@ -157,7 +157,7 @@ def make_plan(
     check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
     features = begin_run(options, family, config.datasets)
     if options.network is None:
-        _check_tables(config)
+        _check_tables(config)  # a whole model takes no table with keys for a network
     if family.can.one_sample:
         _check_batch_sizes(family.can.one_sample, config)
     texts: LiveTexts | None = None
@@ -259,7 +259,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 
 
 def _check_items(features: RunFeatures, learner: Learner, training: Sequence[TrainingItem]) -> None:
-    """Raise UserError for captions that a feature cannot learn from; warn of unused rejected items."""
+    """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
     for read in (*features.read_captions, *learner.read_captions):
         from training.token_captions import check_captions  # only to learn a word
 
@@ -324,6 +324,7 @@ def join_processes(
     other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
+    # an option that divides work over processes has no effect in one
     if accelerator.num_processes == 1 and options.speed.modes.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
@@ -380,7 +381,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
     Args:
         options: Options of the run.
         family: The model family.
-        learner: What the run trains.
+        learner: Description of the kind of network, or of the whole DiT, that the run trains.
 
     Raises:
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
@@ -395,6 +396,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
+    # the empty prompt is cached like a caption, unless the model comes with its encoded form
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
@@ -411,7 +413,7 @@ def _find_items(
     view: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
-    """Find the caches by name and check them.
+    """Find the cached training items by their file names, check their caches, and return them.
 
     Args:
         family: The model family.
@@ -419,7 +421,7 @@ def _find_items(
         sources: Where batches are read from.
         accelerator: The processes of the run.
         has_live_texts: Whether texts are encoded during training.
-        view: Additional conditions, as in `Batch.view`.
+        view: Name of the additional conditions that a batch must offer; "" for none.
         trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
     Raises:
@@ -466,7 +468,7 @@ def _find_items(
 def _split_items(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
-    """Return the items to train on and those to validate on."""
+    """Return the items to train on, and those to validate on; check that the options fit them."""
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)
@@ -565,6 +567,7 @@ def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPl
             f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
         )
     epoch = step // plan.steps_per_epoch
+    # position: number of micro-batches of the epoch that are passed over
     progress.step, progress.epoch = step, epoch
     progress.position = (step - plan.steps_until(epoch)) * plan.group_size
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)

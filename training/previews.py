@@ -62,7 +62,7 @@ def show_preview(
     Args:
         family: The model family.
         options: Options of the run.
-        learner: What the training would train.
+        learner: Description of what the training would train: a kind of network, or the whole DiT.
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
@@ -104,7 +104,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     for check_texts in features.on.texts:
         check_texts(texts)
     for check_model in features.on.check:
-        check_model(family, family.block_counts() if family.dit_files else ())
+        check_model(family, family.block_counts() if family.dit_files else ())  # (): the depth is unknown
     learner.check()
     plans = plan_tables(
         family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
@@ -194,7 +194,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
 
     Args:
         options: Options of the run.
-        learner: What the run trains.
+        learner: Description of what the run trains, with its usual learning rates.
         num_validation: Number of items for validation.
     """
     lines = []
@@ -217,7 +217,7 @@ def _plan(
     commands: CachingCommands,
     others: OtherFamilies,
 ) -> None:
-    """Print how much memory the run would need (--plan)."""
+    """Print how much memory the run would need (--plan), on one GPU or divided over several."""
     reject_foreign_module(family, options)
     family.check_given_files()  # first: caches are made with them
     if options.full_dit is not None:
@@ -233,7 +233,7 @@ def _plan(
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
     device = select_device(None)
-    sampled = len({*sample_files} - {*family.dit_files})
+    sampled = len({*sample_files} - {*family.dit_files})  # number of transformers that only samples use
     cards, size = options.speed.plan.cards
     room = room_on(device, size)
     if cards == 1:
@@ -272,7 +272,7 @@ def _read_for_plan(
     texts: LiveTexts | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    live = () if texts is None else texts.keys
+    live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
         raise OptionError(
@@ -302,6 +302,7 @@ def _read_for_plan(
     )
     items = require_items(listed, commands)
     check_channels(items, family.latent, commands, stores)
+    # if all tables are marked `validation`, nothing is left for training: then take the largest of all items
     training, _ = split_validation(items, options.validation.validation_split)
     sources = BatchSources(family.latent, SameEncoders(commands), stores=stores, tables=tables)
     return read_largest(family, options, training or items, sources)

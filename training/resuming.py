@@ -64,6 +64,7 @@ def find_state(
     """
     saving = options.saving
     storage = options.features.storage
+    # a feature may download the state that --resume names
     folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
     if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
@@ -79,7 +80,13 @@ def find_state(
 
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
-    """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
+    """Log that no state was found and a new run begins; raise OptionError for `--resume latest-or-fail`.
+
+    Args:
+        resume: Value of --resume.
+        folder: Folder of the run's files.
+        name: Name of the run.
+    """
     earlier_states = find_set_aside(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
@@ -151,14 +158,14 @@ def settings_of(
     plan: StepPlan,
     adapter: str | None,
 ) -> RunSettings:
-    """Return the settings for comparing a resumed run with its saved state.
+    """Return the settings that a state records, and that a resumed run compares with those of the state.
 
     Args:
         family: The model family.
         options: Options of the run.
         seed: Seed of the run.
-        order: Batch order.
-        plan: Step plan.
+        order: Order of the items in each epoch, of which a digest is recorded.
+        plan: Numbers of steps, epochs and micro-batches.
         adapter: The training adapter with a hash of its file (`describe_adapter`); None without
             --training_adapter.
     """
@@ -236,7 +243,7 @@ def check_resumable(
         saved: The saved state.
         settings: Settings of this run.
         options: Options of the run.
-        saving: See `TrainingPlan.saving`.
+        saving: Options of saving, as the plan of this run has them.
 
     Returns:
         With --resume_changed, a description of each changed setting by its name; otherwise empty.
@@ -249,7 +256,7 @@ def check_resumable(
         )
     if not isinstance(saved, states.SavedState):
         return {}
-    habits = settings.habits
+    habits = settings.habits  # settings that may change between the saved run and this one
     # settings that older versions, without several transformers or adapters, did not record
     default = {
         TRANSFORMERS: "one from 0",
@@ -301,7 +308,7 @@ def _reject_differences(
         may_change: Whether --resume_changed is given, which allows some of them.
     """
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
-    changeable |= {GROUP_SIZE, BATCHES}
+    changeable |= {GROUP_SIZE, BATCHES}  # these are no options, so the records do not flag them
     allowed = changeable if may_change else set()
     refused = {name: pair for name, pair in differences.items() if name not in allowed}
     if not refused:
@@ -347,7 +354,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     with states.one_error(saved.folder):
         # the text begins with the number of batches of an epoch
         num_batches = int(str(saved.identity[BATCHES]).partition(",")[0])
-    if progress.position >= num_batches:
+    if progress.position >= num_batches:  # the state was saved at the very end of an epoch
         progress.epoch += 1
         progress.position = 0
     if BATCHES in changes:
@@ -358,10 +365,10 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
 
 
 def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Normalize an identity, so that settings with equal meaning are equal, however they were typed.
+    """Normalize the settings that identify a run: equal meanings become equal values, however typed.
 
     Args:
-        identity: Settings that identify the run.
+        identity: Settings that must be the same when the run is resumed, by name.
         record: Record of the family's own options.
     """
     by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}

@@ -67,7 +67,7 @@ def train_network(
     Raises:
         UserError: If the options, the data or a file cannot be used.
     """
-    for change in options.features.on.family:
+    for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
     learner = find_learner(family, options.network, options.features.in_place_of_lora)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
@@ -103,7 +103,7 @@ def prepare_run(
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
-    """Load everything for a run; on exit, end logs and wait for uploads.
+    """Yield a run for which everything is loaded; on exit, end its logs and wait for uploads.
 
     Args:
         family: The model family.
@@ -217,7 +217,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
-    """Encode the texts and images of the samples.
+    """Return the sampler of the run, for which texts and images of the prompts are encoded now.
 
     Raises:
         OptionError: If an encoder is missing, before the DiT is loaded.

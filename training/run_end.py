@@ -85,7 +85,7 @@ def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> 
         error: Error that ended the run; None if it completed.
     """
     state = FAILED
-    if code == INTERRUPTED:
+    if code == INTERRUPTED:  # by Ctrl-C; exit code 0 before the last step means that a user ended the run
         state = STOPPED
     elif code == 0:
         state = FINISHED if facts.is_finished else STOPPED

@@ -210,10 +210,10 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Write a sample.
+        """Decode a sample and write it as image, clip, layers or sound; return the path of the file.
 
         Args:
-            latents: Latents in model space, B C F H W.
+            latents: Latents in model space, B C F H W, or B N together with audio.
             prepared: The request with all values resolved.
             stem: Name of the file without its suffix.
             model: File name of the weights, for the metadata.
@@ -269,8 +269,8 @@ def _show_steps(
     Args:
         title: Title of the progress bar.
         prepared: The request with all values resolved.
-        check: See `Sampler.make`.
-        note: See `Sampler.make`.
+        check: Called after each step; raises to stop generating.
+        note: Called with the text of the bar after each step.
         preview_section: Callback for sections of a preview.
     """
     bars: list[Bar] = []
@@ -323,7 +323,7 @@ def prepare_samples(
         process: Index of this process.
         processes: Number of processes.
         has_metadata: Whether files of samples get metadata.
-        weights: As in `Sampler`.
+        weights: Addition to the model's name in metadata, if samples use other weights or LoRAs.
         preview: Options of previews.
         together: Whether all processes generate every sample and the first one writes it; `blocks` then
             splits the text encoders over them.
@@ -382,7 +382,7 @@ def encode_samples(
     decodes: bool,
     loads_media: bool = False,
 ) -> list[Sample]:
-    """Encode the texts and images of samples.
+    """Encode the texts and images of samples; return the samples in the order of `requests`.
 
     A text encoder is loaded only if a text is not in the session's cache.
 
@@ -414,7 +414,10 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images of each sample; return the conditions of each. Arguments: see `encode_samples`."""
+    """Encode the images of each sample; return the conditions of each.
+
+    The VAE is loaded only for images, or if `loads` asks for it; `decodes` tells that it is needed later.
+    """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
@@ -500,7 +503,7 @@ def parse_requests(
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Turn one entry of a prompt file into a request.
+    """Convert an entry of a prompt file (values by name) into a request.
 
     Missing values are the defaults of generation. Sizes are rounded down to sizes that the model makes.
 
@@ -524,7 +527,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     takes_reference_size = default.sized_by_references and bool(controls)
     sides: list[int | None] = []
     for key, default_side in (("width", default.width), ("height", default.height)):
-        missing = None if takes_reference_size else default_side
+        missing = None if takes_reference_size else default_side  # None: the size of the first reference
         sides.append(int(values[key]) if key in values else missing)
     width, height = sides
     frames = int(values.get("frame_count", default.frames))
@@ -605,7 +608,7 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     by_alias = _solvers_by_alias(supported)
     solver = name if name in by_alias.values() else by_alias.get(name)  # a solver's name or an alias
     if solver is None:
-        known = ", ".join(dict.fromkeys((*by_alias.values(), *by_alias)))
+        known = ", ".join(dict.fromkeys((*by_alias.values(), *by_alias)))  # each name once
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
@@ -622,7 +625,7 @@ def _no_dit(expert: int) -> nn.Module:
 
 
 def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
-    """Return the values that make a sample, by the names of `Request`; see `following.Generation`."""
+    """Return the values that make a sample, by field name, for a command that generates it again."""
     request = prepared.request
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")

@@ -62,7 +62,9 @@ def make_saver(
     log_saved: Callable[[Sequence[Path], int], None],
     on_removed: Callable[[], None],
 ) -> Saver | None:
-    """Return the saver of the run and remove expired files; None in processes that do not save.
+    """Return the saver of the run; None in processes that do not save.
+
+    Files that an earlier, killed run should have removed are removed now.
 
     Args:
         model: The loaded networks.
@@ -153,7 +155,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
     Args:
         plan: The plan of the run.
         of_run: Entries that stay the same over the run.
-        ending: Suffix of the architecture's name for a network.
+        ending: Suffix of the architecture's name for a network, such as lora.
     """
     progress, family = plan.progress, plan.family
     is_within_epoch = progress.position > 0 or progress.step == 0
@@ -161,7 +163,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
         of_features = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
-        if plan.features.on.before_step:  # steps may be left out
+        if plan.features.on.before_step:  # such a function may have a step skipped
             of_features["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
         {**of_run, **of_features},
@@ -185,10 +187,11 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
 
 
 def collect_state(model: TrainedModel) -> states.SavedState:
-    """Return everything that resuming needs, not copied.
+    """Return the saved state for resuming; its tensors are those of the run, not copies.
 
-    Call between steps, while the training weights are loaded.
+    Call between steps, while the training weights (not their average) are in the networks.
     """
+    # swapped blocks return to their places
     resolve_all(model.dits.networks)
     plan = model.plan
     parts: dict[str, Mapping[str, Tensor]] = {
@@ -250,7 +253,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     module = next(iter(model.trainable.modules.values()))
     states.load_module(module, saved.network)
     if model.average is not None:
-        model.average.begin()
+        model.average.begin()  # the state has no average: start again from the restored weights
     family = model.plan.family
     from training.optimizers.foreign import renumber  # only for states of another program
 
@@ -275,7 +278,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
-    """Restore a state of this program: weights, optimizer, schedule, scaler and average."""
+    """Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average."""
     trainable, device = model.trainable, model.plan.accelerator.device
     full_dit = model.plan.options.full_dit
     offloads = full_dit is not None and full_dit.offloads_states
@@ -293,7 +296,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     if is_changed:
         groups = _with_rates_of_now(optimizer["groups"], model.optimizer.param_groups)
         optimizer = {**optimizer, "groups": groups}
-    states_device = torch.device("cpu") if offloads else device
+    states_device = torch.device("cpu") if offloads else device  # --offload_optimizer_device keeps it in RAM
     restore_optimizer(model.optimizer, trainable.names, optimizer, states_device)
     if is_changed:
         model.schedule.go_to(model.plan.progress.step)

@@ -52,7 +52,7 @@ def training_script(
         about: The script's docstring.
         full_dit: Whether the whole transformer is trained.
         script: File of the script, if it is not `..._train.py` with `full_dit`.
-        kind: Kind of the family's options, see `FamilyEntry.options_record`.
+        kind: Kind of the family's options: a family may have several records for different scripts.
         images: Differences between image families; None for video.
         extra_options: Records of options in addition to the family's.
         check: Raises OptionError if the family's options do not fit together.
@@ -67,7 +67,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
-        """Read the options and run the training, or print what the options ask for."""
+        """Read the options of `argv` (None: of the command line) and train; exit with an error's code."""
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
@@ -115,7 +115,7 @@ def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: 
 
     Args:
         entry: Entry of the trained family.
-        sample_apart: See `Abilities`.
+        sample_apart: The family's option for transformers that only samples use; "" if it has none.
         family_options: The record of the family's options.
     """
     from training.other_models import OtherFamilies  # it loads torch

@@ -145,7 +145,7 @@ class StepPlan:
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, micro-batch) in the order in which a process needs them.
+        """Yield pairs of an epoch and a micro-batch's index, in the order in which a process needs them.
 
         Args:
             process: Index of this process.

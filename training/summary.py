@@ -106,7 +106,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines on the model, its trained parts, the data and the optimizer.
+    """Return the rows of the start's box on the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.
@@ -143,12 +143,12 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Learner) -> str:
-    """Return the learning rate, and those of the parts if they differ.
+    """Return a text with the learning rate, and with those of the parts if they differ.
 
     Args:
         options: Options of the run.
         trainable: The trained parameters.
-        learner: See `judge_rate`.
+        learner: Description of what is trained, with its recommended learning rate.
     """
     default = options.optimizer.learning_rate
     names_by_rate: dict[float, list[str]] = {}
@@ -174,7 +174,13 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the lines on saves, samples, disk space and folders. See `show_start`."""
+    """Return the rows of the start's box on saves, samples, disk space and folders.
+
+    Args:
+        run: The run.
+        parameters: The trained parameters.
+        dtype: Dtype of saved files; None for that of the parameters.
+    """
     plan = run.plan
     options = run.options
     samples = options.samples
@@ -199,7 +205,7 @@ def _make_writing_rows(
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
-    """Name the trained network with its rank, or the trained parts of the model.
+    """Describe what is trained: the network with its rank, or the trained parts of the model.
 
     Args:
         plan: The plan of the run.
@@ -259,7 +265,13 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 
 
 def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextSteps) -> None:
-    """Show the result of a finished run, and the commands that can follow."""
+    """Print a box with the results of a finished run, and the commands that can follow.
+
+    Args:
+        run: The finished run.
+        run_history: Content of its history.
+        following: Makes the commands.
+    """
     names = run.plan.names
     losses = run.progress.losses
 
@@ -305,7 +317,7 @@ def _size_of(path: Path) -> int:
 
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:
-    """Return the step with the lowest validation loss and the best file that exists."""
+    """Return a text with the step of the lowest validation loss and the best file that exists."""
     assert run_history.lowest is not None
     lowest_step, lowest_loss = run_history.lowest
     best = name_best_file(folder, name, run_history)
@@ -346,11 +358,11 @@ def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
 
 
 def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
-    """Return the step after which samples are due next, None for none.
+    """Return the step after which samples are due next; None if none are due before the end.
 
     Args:
-        options: Options of the run.
-        plan: The plan of the run.
+        options: Options of samples.
+        plan: Numbers of steps and epochs of the run.
         step: Number of the optimizer step.
         epoch: Epoch of the step, from 0.
     """
@@ -367,7 +379,7 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 def count_pauses(
     options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
-    """Return the number of pauses of each kind after a step.
+    """Return how many pauses of each kind are still to come after a step.
 
     Args:
         options: Options of the run.
@@ -427,7 +439,7 @@ def judge_alpha(
 
 
 def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch | None) -> RunReporter:
-    """Return the reporter of the run. With --no_page it keeps the last box."""
+    """Return the reporter, which writes the history of the run for its page (not with --no_page)."""
     progress, names, device = plan.progress, plan.names, plan.accelerator.device
     is_main = plan.accelerator.is_main_process
     lines = history.History(

@@ -177,7 +177,7 @@ def train_network(
         rates: Learning rates of its parts.
         max_norm: Limit on the norm of weights; None for no limit.
         device: Device of the run.
-        learner: What the run trains, see `find_learner`.
+        learner: Description of the kind of network, with its function to write files if it has its own.
         lora_format: Format of the saved files; None keeps the network's own tensor names.
         list_beside: Returns additional tensors for a LoRA's file when it is saved.
 
@@ -193,6 +193,7 @@ def train_network(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
             "--network_args"
         )
+    # saved in a state: the network, and what a resumed run needs but a file of the network lacks
     modules = {"network": network.module, **network.state_beside_file}
     save_lora = save_network if lora_format is None else lora_format.save
 
@@ -254,7 +255,7 @@ def train_dit(
         dit: The transformer.
         learning_rate: Learning rate of the run.
         name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Other learning rates, see `RatesParts`.
+        part_rates: Other learning rates, by a part of the parameter's name; the first one that fits counts.
         form: Form of saved files. They hold all weights under the names of the released checkpoints and are
             written tensor by tensor.
 
@@ -334,7 +335,7 @@ def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dic
 
     Args:
         unused: Tensors that the training does not use, by name.
-        dtype: See `saved_dtypes`.
+        dtype: Dtype of --save_precision; None keeps the dtype of each tensor.
     """
     infos = {} if unused is None else unused.infos
     dtypes = saved_dtypes({name: info.dtype for name, info in infos.items()}, dtype)
@@ -350,7 +351,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a fully trained DiT, with tensors of its file that the network does not use."""
+    """Write a fully trained DiT, completed by the tensors of its original file that the network lacks."""
     tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}

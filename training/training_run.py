@@ -121,7 +121,13 @@ class Requests:
         return any(self.paths[path] == kind for path in self._found)
 
     def _take(self, path: Path, kind: str, status: os.stat_result) -> None:
-        """Record the request of a file, unless the same version of the file was ignored before."""
+        """Record the request that a file in the folder makes, unless this version of it was ignored before.
+
+        Args:
+            path: Path of the file.
+            kind: What it asks for: to save, to sample or to end.
+            status: Size and time of the file.
+        """
         changed = status.st_mtime_ns
         if self._passed.get(path) == changed:
             return
@@ -252,7 +258,7 @@ class TrainingRun:
             self.parts = tuple(expert.name for expert in experts)
         elif audio is not None and not plan.features.joins_streams:
             self.parts = (IMAGE_STREAM, AUDIO_STREAM)
-        # columns for the losses of parts, then for the values of features
+        # columns of the tensor with a step's numbers: losses of parts, then values of features
         self.layout = RowLayout(
             [*self.parts, *(name for tally in self.features.tallies for name in tally.names)]
         )

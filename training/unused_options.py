@@ -38,6 +38,7 @@ def list_without_effect(
         reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")
     reasons |= _without_samples(options, options)
     lines = [*_list_idle(options, reasons, options.typed_options)]
+    # a weighting scheme either weights the loss or shapes the draws of timesteps
     sampler, weighting = options.timesteps.timestep_sampling, options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
     if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:

@@ -47,11 +47,11 @@ class Validation:
         else:
             levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         lowest = min(expert.lowest for expert in plan.family.experts)
-        # an expert that starts above the last level is measured at pure noise
+        # levels below all trained experts are left out; an expert above all levels is measured at pure noise
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return the values for the trackers.
+        """Return the values of a validation that TensorBoard or wandb records.
 
         For image models these are the mean and its difference from the training loss, under the names of
         image trainers.
@@ -91,7 +91,12 @@ class Validation:
         return losses
 
     def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
-        """Return this process's sum of losses at each noise level, and last its number of items."""
+        """Return the sum of this process's losses at each noise level, and its number of items as last value.
+
+        Args:
+            dit_at: Returns the loaded DiT of an expert's index.
+            autocast: Opens the autocast context of a pass.
+        """
         steps = self.plan.steps
         measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = measured[self.process :: steps.processes]
@@ -122,7 +127,7 @@ class Validation:
         """Return the loss of one item at each of these noise levels."""
         batch = self._read(item, autocast)
         frames = batch.tensor("latents").shape[2]
-        # the draw depends on the item only: it is the same in all bands and in all runs
+        # the draw depends on the item only: it is the same at all noise levels and in all runs
         given_frames = draw_given_frames(
             self.plan.family.noise, frames, "validation", item.key, "given frames"
         )
@@ -160,6 +165,7 @@ class Validation:
         run's seed, so that runs can be compared.
         """
         options = self.plan.options
+        # the part of the seed that stands for the noise level
         level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)
         seed: list[int | str] = [key, level]
         if options.validation.validation_seed is not None:

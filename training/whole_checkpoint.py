@@ -87,9 +87,9 @@ def _train_checkpoint(
         dit: The transformer.
         texts: Text encoders that are loaded.
         learning_rate: Learning rate of parts without one of their own.
-        name_parts: See `train_dit`.
-        as_folder: See `TrainsCheckpoint.checkpoint_writer`; None writes nothing.
-        shard_bytes: See `TrainsCheckpoint.checkpoint_writer`.
+        name_parts: Parts of names; only weights of the transformer with one of them are trained.
+        as_folder: Whether a diffusers folder is written instead of one file; None writes nothing.
+        shard_bytes: Largest size of a file of the folder; 0 for one file per network.
     """
     parts = family.learning_parts
     groups = _Groups()

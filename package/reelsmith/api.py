@@ -79,6 +79,7 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
         )
     if run.is_running:
         raise UserError("the training still runs: call its stop() or wait() before it is continued")
+    # from the latest state; `resume_changed` permits options that differ from it
     options = {**run.options, "resume": LATEST_ONLY, "resume_changed": True, **changes}
     return _prepare(run.script, options).start()
 
@@ -124,7 +125,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
 
 
 def generate(model: str, *, callback: Callback | None = None, **options: Any) -> list[Path]:
-    """Generate images or videos, as `reelsmith generate MODEL` does, and return the files.
+    """Generate images or videos, as `reelsmith generate MODEL` does, and return the new and changed files.
 
     Args:
         model: Name of the model.

@@ -49,7 +49,7 @@ class CommandRun:
     def __init__(
         self, script: Path, argv: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
     ) -> None:
-        """Start a command whose options have been checked.
+        """Start a command whose options were checked; its output goes to a file, from which events are read.
 
         Args:
             script: Path of the script in the checkout or the package.
@@ -96,11 +96,11 @@ class CommandRun:
         """
         try:
             while True:
-                is_over = not self.is_running
+                is_over = not self.is_running  # first: events that it writes before its end are then read
                 self._unseen.extend(self._read_events(is_over))
                 while self._unseen:
                     event = self._unseen.popleft()
-                    if self._num_noted:  # `stop` has already noted it
+                    if self._num_noted:  # `stop` has already updated the attributes with it
                         self._num_noted -= 1
                     else:
                         self._note(event)

@@ -223,7 +223,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _list_first(commands: Sequence[ScriptCommand]) -> str:
-    """Return a line for each command in `FIRST` and how to list all; list all if none of them exists."""
+    """Return the help for beginners: the commands in `FIRST`; all commands if none of these exists."""
     by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in FIRST if script in by_script]
     if not first:

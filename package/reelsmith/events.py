@@ -86,7 +86,7 @@ class HistoryEvents:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Record the starts that the history of a run already has.
+        """Note which starts an earlier history of the run has, so that only new events are read.
 
         Args:
             folder: Value of --output_dir.
@@ -129,7 +129,7 @@ class HistoryEvents:
         return content[:end].splitlines(keepends=True)
 
     def _read_row(self, row: Mapping[str, Any]) -> Iterator[Event]:
-        """Yield the event in a row of the history, or one for each sample in it; other rows have none."""
+        """Yield the events in a row of the training's history: step, validation, samples or saved file."""
         step = row["step"]
         if "loss" in row:
             yield StepEvent(

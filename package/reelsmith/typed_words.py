@@ -25,7 +25,7 @@ class _RaisingParser(Parser):
     """A parser that raises its error messages instead of ending the process."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Raise the message of a wrong option as OptionError."""
+        """Raise the message of a wrong option as OptionError instead of ending the process."""
         raise OptionError(message_of(message or "the options ask for the help alone"))
 
 
@@ -38,7 +38,7 @@ class ScriptArguments:
     """
 
     def __init__(self, script: Path) -> None:
-        """Build the parser of a script from its table.
+        """Build the parser of a script from its stored table of options, without importing the script.
 
         Raises:
             UserError: If the script has no table.
@@ -60,9 +60,9 @@ class ScriptArguments:
         }
 
     def make_argv(self, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
-        """Return the words after the script for operands and keyword arguments.
+        """Return the command-line words that follow the script's name, made from Python arguments.
 
-        Values that are None or False are not given. A mapping becomes words KEY=VALUE.
+        Values that are None or False produce no words. A mapping becomes words KEY=VALUE.
 
         Args:
             operands: Values without an option, such as the folder of `new`.
@@ -80,12 +80,12 @@ class ScriptArguments:
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the options, checked as the command does before it loads anything.
 
-        Options that --config_file names have its values, unless they are typed too. Call it once.
+        Options set in the file of --config_file have its values, unless they are typed too. Call it once.
 
         Raises:
             UserError: For what the command itself would reject, with its message.
         """
-        if self._reads_others:  # this parser does not have the options of the other script
+        if self._reads_others:  # some words go to another script, whose options this parser does not have
             return {}
         parser = self._parser
         if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
@@ -104,7 +104,10 @@ class ScriptArguments:
 
 
 def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return the words of one keyword argument; the parser reports an unknown one."""
+    """Return the command-line words of one keyword argument; the parser reports an unknown one.
+
+    `action` is the parser's option of this name; None if it has none.
+    """
     flag = f"--{name}"
     if action is not None:
         spellings = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
@@ -124,6 +127,6 @@ def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[
     if not isinstance(value, list | tuple):
         return [f"{flag}={value}"]
     texts = [str(item) for item in value]
-    if isinstance(action, argparse._AppendAction):
+    if isinstance(action, argparse._AppendAction):  # an option that is typed once for each value
         return [f"{flag}={text}" for text in texts]
     return [flag, *texts]

@@ -52,10 +52,10 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 
 
 class EncodesImages(Protocol):
-    """Functions that read and encode the images of a batch, as `training.caching_inside.LiveMedia` does."""
+    """Interface of an object that reads and encodes the images of a batch that are not cached."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Return the encoded tensors of items that are not cached; see `caching_inside.LiveMedia.encode`."""
+        """Return the encoded tensors of items that are not cached, by position; `stream` is the seed."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class BatchSources:
             items: Items of the batch.
             checks: Checks of the cache files.
             stream: Seed of the random numbers.
-            captions: See `read_batch`.
-            flips: See `read_batch`.
-            undropped: See `read_batch`.
-            reads_empty: See `read_batch`.
-            reads_rejected: See `read_batch`.
+            captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first ones.
+            flips: Which items are mirrored; () for none.
+            undropped: Indices of the captions before dropout, for a teacher, which reads these too.
+            reads_empty: Whether to read the empty prompt too.
+            reads_rejected: Whether to read the latents of rejected clips too.
 
         Raises:
             CacheError: If a cache cannot be used.
@@ -206,7 +206,7 @@ class Randomness:
             # only audio is trained: images are given clean, so that their sigmas and weights are 0
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
-        if self.sentences:
+        if self.sentences:  # they replace the captions
             batch = self._draw_captions(batch, number)
         if self.noise.vary_inputs is not None:
             batch = self._vary_inputs(batch, number)
@@ -254,7 +254,7 @@ class Randomness:
         """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
         Args:
-            learning: What the run learns of sound.
+            learning: What the run learns of sound, with its weight in the loss.
             batch: The batch.
             times: Timesteps of the images.
             number: Index of the micro-batch in the run.
@@ -386,7 +386,7 @@ class Feed:
 
     def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
         """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
-        ending = multiprocessing.Event()
+        ending = multiprocessing.Event()  # tells the workers that no more batches are wanted
         loader: DataLoader[Packed | UserError] = DataLoader(
             self,  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
@@ -411,7 +411,7 @@ class Feed:
             return error
 
     def read(self, key: Key) -> NoisyBatch:
-        """Read a micro-batch.
+        """Read the micro-batch of an epoch and an index, and add its noise and timesteps.
 
         Raises:
             CacheError: If a cache cannot be used; the message contains the caching command.
@@ -439,7 +439,9 @@ class Feed:
         )
         if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
             batch = batch.without_references()
-        if self.sources.tables:  # captions may change with the progress of the run
+        # tables with live captions: these are shuffled and dropped here, in a way that depends on the step
+        if self.sources.tables:
+            # the first micro-batch of this one's group: both belong to the same optimizer step
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))

@@ -97,7 +97,7 @@ def _check_table(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
             f"{why}. Leave the key out, or use --timestep_sampling shift"
         )
-    times = times_of_table(options, table)
+    times = times_of_table(options, table)  # the run's options with the table's window and shift
     if any(is_reached(times, noise, expert) for expert in experts):
         return
     if tuple(experts) == ONE_EXPERT:

@@ -128,6 +128,7 @@ def _select_expert(
     fill a batch, the other expert gets the batch.
     """
     index = expert_at(level, experts)
+    # experts that the run's distribution reaches at all
     with_draws = [
         expert_index
         for expert_index, expert in enumerate(experts)
@@ -429,7 +430,7 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
     """Raise OptionError if an expert would never be trained.
 
     Args:
-        several: See `levels_reached`.
+        several: Timestep options of each table, which may differ.
         noise: Noise conventions of the family.
         experts: Networks of the model, with their noise levels.
     """
@@ -444,6 +445,7 @@ def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = Fal
     Timesteps are rounded to 1..1000. With `exactly`, the noise fraction is used unrounded but is at least a
     thousandth, because some weights divide by it.
     """
+    # noise in thousandths
     counted = NUM_TIMESTEPS * times.sigmas.double() if exactly else times.timesteps.double().round()
     sigmas = counted.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
     match options.weighting_scheme:
@@ -480,6 +482,7 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
                 drawn = _from_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
                 drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
+        # samplers that follow replace this one's values from their own start on
         t = torch.where(draws >= start, drawn, t)
         start += share
     return t
@@ -488,7 +491,10 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
 def _shifted_logit_normal(
     rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float
 ) -> Tensor:
-    """Return t of the sampler shifted_logit_normal, B, from `uniform_numbers`."""
+    """Return the noise fractions t of the sampler shifted_logit_normal, B, from `uniform_numbers`, B.
+
+    The lowest of these numbers select the uniform share of the draws, the others the shifted logit-normal.
+    """
     uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
     def logit(quantiles: Tensor) -> Tensor:
@@ -528,6 +534,7 @@ def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Te
     low, high = (
         (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
     )
+    # as sd-scripts does: index 0 is the noisiest entry, so that bounds count from the noisy end
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
     sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
     return shift_sigmas(sigmas, options.flow_shift) if noise.table_is_shifted else sigmas

@@ -50,6 +50,7 @@ def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch
 
 
 def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
+    """Let a run keep the base model's prediction for the empty prompt, in a second pass of each step."""
     if run.options.is_fused:
         raise OptionError(
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "

@@ -73,7 +73,7 @@ def bad_step_remedies() -> str:
 
 
 def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> RunFeatures:
-    """Have the active features join a run.
+    """Let each active feature register its functions, targets and needs; return all of them.
 
     Args:
         options: All options of the run.
@@ -86,6 +86,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
     attributes = {name for table in tables for name in table.attributes}
     for feature in FEATURES:
         feature_options = options.of(feature.options)
+        # a feature is turned on by its options, or by an attribute in a dataset table
         if feature.is_on(feature_options) or feature.options.attribute in attributes:
             feature.join(run, feature_options)
     if run.targets:
@@ -98,7 +99,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> RunFeatures:
-    """Join a run as `join_run` does, then call `on.start` of the features, which may need torch."""
+    """Let the active features register, then call their `on.start` functions, which may need torch."""
     run = join_run(options, tables)
     run.family = family
     for start in run.on.start:

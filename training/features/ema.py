@@ -38,6 +38,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
 
 
 def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel") -> None:
+    """Start the moving average of the trained weights, and update it after each step."""
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
     assert options.ema_decay is not None  # the feature is on

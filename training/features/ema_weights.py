@@ -31,7 +31,7 @@ class WeightAverage:
     def __init__(
         self, decay: float, every: int, *, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
-        """Start with the current weights.
+        """Start the average with a copy of the current weights.
 
         Args:
             decay: Decay of the average, from --ema_decay.

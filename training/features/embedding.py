@@ -201,7 +201,10 @@ def _list_given(record: Options | None) -> list[str]:
 
 
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Let a run learn the word in place of a LoRA."""
+    """Let a run learn the vectors of a word alone (--embedding_only), in place of a LoRA.
+
+    Options of a LoRA are rejected, except those in TRUE_ALONE, which hold for the word too.
+    """
     name = run.options.saving.output_name
     lora_options = [*_list_given(run.options.network), *_list_given(run.options.parts)]
     lora_options = [option for option in lora_options if option not in TRUE_ALONE]
@@ -239,6 +242,7 @@ def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     run.info.at_start["new word"] = _describe(options)
     run.needs.add(LIVE_TEXTS)
     run.info.in_files |= given_values(options)
+    # a LoRA that is continued may contain the word's vectors, from which it then starts
     word = options.word(None if run.options.network is None else run.options.network.network_weights)
     run.on.family.append(partial(_teach, word))
     if options.embedding_only:

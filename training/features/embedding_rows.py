@@ -108,7 +108,7 @@ def make_word_rows(
         has_file: Whether the vectors are also saved in an embedding file.
         encoders: The loaded networks of the text encoders that learn the word, in the family's order.
         seed: Seed of the run.
-        with_values: Whether the vectors start with the values of a file, see `MakeNetwork`.
+        with_values: Whether the vectors start with the values of a file; False where only sizes matter.
     """
     if with_values:
         _note_beginning(word)

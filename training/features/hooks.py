@@ -394,7 +394,7 @@ LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # arguments after the encoders: the seed of the run, and whether the vectors get initial values
 MakeAuxiliaryLearner = Callable[["Mapping[str, nn.Module]", int, bool], AuxiliaryLearner]
-# see `Hooks.media`
+# changes the tensors of an image that is encoded at each step
 OnMedia = Callable[
     ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
 ]

@@ -44,7 +44,7 @@ class Inpaints(Protocol):
         mask: "torch.Tensor",
         generator: "torch.Generator",
     ) -> "dict[str, torch.Tensor]":
-        """Return the additional inputs of the network for an image.
+        """Return the additional inputs of the network for an image: its mask, and the masked image's latents.
 
         Args:
             encoders: The loaded VAE.
@@ -128,7 +128,7 @@ def add_inputs(
 
 
 def _prepare(run: "RunFeatures", family: "Family") -> "Family":
-    """Return the model's inpainting variant. Raises OptionError if this run cannot train it."""
+    """Return the family's variant with inputs for inpainting; raise OptionError if it cannot be trained."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
     from protocols.family_networks import custom_network_of  # torch: only with this feature

@@ -32,7 +32,7 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the additional noise of a micro-batch.
+    """Draw the input perturbation of a micro-batch: noise that is added to its noise, but not to its target.
 
     Args:
         options: Options of the run.
@@ -47,7 +47,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
     assert options.ip_noise_gamma is not None  # the feature is on
     generator = seed_generator(seed, "input perturbation", number)
     perturbation = options.ip_noise_gamma * torch.randn(shape, generator=generator)
-    if options.ip_noise_gamma_random_strength:
+    if options.ip_noise_gamma_random_strength:  # one factor for each sample
         perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
     return perturbation
 

@@ -113,7 +113,7 @@ class ItemLossRecorder:
     _is_lost: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take the data that recording needs from the plan of a run, and return this recorder.
+        """Take the data that recording needs from the plan of a run, and return this recorder for its logs.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -176,7 +176,7 @@ class ItemLossRecorder:
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Copy item losses up to `step` from the device and write them; these steps have already finished."""
+        """Write the item losses up to `step`, whose copies from the device are complete by then."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
             self._attempt(self._write, self._write_images)

@@ -44,7 +44,10 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Return the model unchanged. Raises OptionError if LECO does not support it or the pairs' sizes."""
+    """Return the family unchanged; raise OptionError if LECO does not support it, or the pairs' sizes.
+
+    It returns the family because functions of this kind may replace it.
+    """
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 
     custom_network = custom_network_of(family)

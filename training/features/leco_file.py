@@ -56,7 +56,10 @@ class LecoPair:
 
 
 def read_pairs(path: Path) -> tuple[LecoPair, ...]:
-    """Read a prompts file, TOML or YAML. Raises OptionError that names the file, the place and the remedy."""
+    """Read the pairs of prompts in a TOML or YAML file; sliders in it become pairs too.
+
+    Raises OptionError that names the file, the place and the remedy.
+    """
     place = f"--prompts_file {path}"
     content = _parse(place, path)
     if isinstance(content, list):  # YAML files of the original LECO program are a list of entries
@@ -133,7 +136,10 @@ def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) 
 def _read_pair(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pair of an entry of [[prompts]]; `default` has the keys at the top level."""
+    """Yield the one pair of an entry of [[prompts]].
+
+    `default` has the keys at the file's top level, which hold for entries that do not set them.
+    """
     _reject_unknown(place, entry, PAIR)
     values = {**default, **entry}
     target = _read_text(place, values, "target")
@@ -162,7 +168,14 @@ def _read_pair(
 def _read_slider(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of a slider, for each combination of a neutral prompt and a size."""
+    """Yield the pairs of a slider, for each combination of a neutral prompt and a size.
+
+    Args:
+        place: Description of the entry, for messages.
+        path: The file; prompt files in it are relative to its folder.
+        entry: Keys of the slider.
+        default: Keys at the file's top level, for those that the slider does not set.
+    """
     _reject_unknown(place, entry, SLIDER)
     values = {**default, **entry}
     target = _read_text(place, values, "target_class")

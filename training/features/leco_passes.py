@@ -36,7 +36,7 @@ class LecoTarget:
     has_sizes: bool  # whether the model is given sizes and crops of images
 
     def make_conditions(self, prompt: str, sizes: Tensor, device: torch.device) -> Conditions:
-        """Return the conditions of a prompt for B samples, whose sizes are B 6."""
+        """Return the conditions of a prompt for B samples; `sizes`, B 6, are the size inputs of SDXL."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for name, value in self.captions.encoded[prompt].items():
             stacked = stack_texts([value] * len(sizes), name in self.captions.variable_length)
@@ -70,6 +70,7 @@ class Walk:
         time = self.timestep(index)
         previous = time - TRAINED_STEPS // self.num_steps
         data_fraction = 1 - self.noise.table[time] ** 2  # fraction of the variance that is data
+        # at the next timestep towards clean; "before" in the order in which noise is added
         data_fraction_before = 1 - self.noise.table[previous] ** 2 if previous >= 0 else 1.0
         noise_fraction = 1 - data_fraction / data_fraction_before
         if self.noise.predicts_v:

@@ -93,6 +93,7 @@ def _join(run: "RunFeatures", options: PreferenceOptions) -> None:
     target = StepTarget(
         option=f"--preference {options.beta:g}",
         words=f"the better one of each pair, beta {options.beta:g}",
+        # the usual pass runs on both items of a pair (size 2); one more pass is that of the base model
         passes=StepPasses(with_gradients=0, without=1, size=2),
         alone="the loss of a pair has no place for another target",
         joins_streams=True,

@@ -26,7 +26,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """Strength beta and weight of the ordinary loss, see `compare_pairs`."""
+    """Strength beta of the preference, and weight of the ordinary loss of the better items."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added
@@ -45,7 +45,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
             )
     # the first item of each table, and a sample of all items
     stride = len(items) // LOOKED_AT + 1
-    first_items = {item.table.index: item for item in reversed(items)}
+    first_items = {item.table.index: item for item in reversed(items)}  # the first item comes last and stays
     for item in [*first_items.values(), *items[::stride]]:
         if item.kind.sizes is not None:
             raise CacheError(

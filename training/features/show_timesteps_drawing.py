@@ -113,6 +113,7 @@ def timestep_statistics(
             shape=SHOWN_LATENTS,
             experts=lowest_expert,
         )
+        # for a model with a table of noise levels, a timestep is an index into the table
         fractions = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
         # in float32, 0.7 is 0.69999999
         index = (fractions.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)

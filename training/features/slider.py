@@ -42,7 +42,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for tables that ask for another target or strength."""
+    """Raise OptionError for dataset tables with a target or a LoRA strength, which a slider has itself."""
     for table in run.tables:
         if KEPT in table.attributes:
             raise OptionError(
@@ -82,6 +82,7 @@ def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
 
 
 def _join(run: "RunFeatures", options: SliderOptions) -> None:
+    """Let a run learn a slider: at strength 1 toward one caption, at -1 toward its opposite."""
     path = options.path
     if run.options.is_fused:
         raise OptionError(

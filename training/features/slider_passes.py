@@ -48,7 +48,9 @@ def slider_passes(
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
 ) -> Iterator[Streams]:
-    """Yield the errors of each pass with gradients: strengths 1 and -1, neutral caption, anchor.
+    """Yield the errors of each pass with gradients: for strengths 1 and -1, neutral caption, then anchor.
+
+    The anchor is a caption for which the slider must change nothing.
 
     With d = b(positive) - b(negative) of the base model, G the guidance and f the network at a strength:
     1/2 |f(neutral) - (b(neutral) + strength * G * d)|^2 + anchor_weight * |f(anchor) - b(anchor)|^2, times

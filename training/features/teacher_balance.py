@@ -52,7 +52,7 @@ def find_balance(
         low: Lower end of the band, in thousandths of noise of the sample as it is trained.
         high: Upper end of the band, in the same unit.
         noise: Noise conventions of the family.
-        flow_shift: Shift of the batch, see `find_shift`.
+        flow_shift: Shift for sampling timesteps, which may depend on the size of the batch.
         expert: Expert whose noise levels are trained, if not all are.
     """
     focus = options.timestep_focus

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Weights of size and color in the comparison of `split_errors`."""
+    """Weights of size (magnitude) and color in the comparison with a teacher."""
 
     size_weight: float
     color_weight: float

@@ -43,8 +43,9 @@ class TeacherModel:
         teacher_passes = replace(passes, family=self.family, dit=self.dit)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.loras.switched_to(has_loras))
-            if self.trained is None:
+            if self.trained is None:  # the teacher is a model of its own
                 return teacher_passes.frozen(noisy_batch)
+            # the teacher is the trained DiT itself, without what the run trains
             for adapter in self.trained.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
             return teacher_passes.base(noisy_batch)
@@ -79,7 +80,11 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
-        """Load the teacher, or use the trained model with the LoRAs, and set it in `teaching`."""
+        """Load the teacher, or use the trained model itself, and let `teaching` predict with it.
+
+        Without --teacher_dit, the teacher is the trained DiT with the LoRAs of --teacher_lora instead of its
+        own.
+        """
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
@@ -126,7 +131,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
         return
     name = f"--teacher_dit {options.teacher_dit}"
     teacher = others.with_dit(options.teacher_dit)
-    with _naming("--teacher_dit"):
+    with _naming("--teacher_dit"):  # errors name this option instead of --dit
         files = set(teacher.dit_files)
         teacher.check_given_files()
     if files & set(family.dit_files):

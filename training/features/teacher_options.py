@@ -139,11 +139,11 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
                 f"--teacher {OTHER_DIT}: give the transformer to learn from (--teacher_dit FILE), the LoRA "
                 "whose effect is to be learned (--teacher_lora FILE), or both"
             )
-        self.loras()
+        self.loras()  # raises for a wrong number of multipliers
 
     @property
     def view(self) -> str:
-        """Name of the conditions that only the teacher gets, see `Batch.view`; "" if there are none."""
+        """Name of the conditions that only the teacher gets, such as a fuller caption; "" for none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:

@@ -132,6 +132,7 @@ class Teaching:
             comparisons.append(TargetComparison(target, measure, batch_of_teacher, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
             target = self.teach(passes, noisy_batch)
+            # outside of the band, the teacher only holds the network where the base model is (the anchor)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
             weight = _make_weight_of_samples(
                 [anchor_weight * outside for outside in is_outside], target.device
@@ -142,7 +143,7 @@ class Teaching:
 
 
 def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Note the factor that compensates for --timestep_focus outside the band, see `FocusBalance`."""
+    """Note in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -167,7 +168,7 @@ def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
 
 
 def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors of `split_errors`, after the batch's masks have weighted each position."""
+    """Return the error of each sample as a sum of errors of magnitude and direction, weighted by masks."""
     outputs = _split_streams(output, noisy_batch)
     targets = _split_streams(target, noisy_batch)
     errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
@@ -180,7 +181,7 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
     """Split a prediction into images, B C F H W, and audio if the batch has any.
 
     Given frames are left out, given latents are 0, and images are multiplied by the square root of their
-    masks, so that the squared norm of a difference counts positions as `sample_errors` does.
+    masks, so that the squared norm of a difference weights positions as the ordinary loss does.
     """
     audios = []
     if noisy_batch.audio is not None:
@@ -203,7 +204,7 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
     Args:
         family: The model family.
         noisy_batch: Batch with noise and timesteps.
-        view: See `Batch.view`.
+        view: Name of the additional conditions that the teacher gets; "" for none.
     """
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))

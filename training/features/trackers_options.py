@@ -106,7 +106,7 @@ def check_trackers(options: TrackerOptions) -> None:
     from modules.console import quiet
     from modules.installation import describe_missing, rejects_code
 
-    if rejects_code() is not None:
+    if rejects_code() is not None:  # `run` or the queue: the folder may be somebody else's
         _reject_settings_of_folder(options.trackers, Path.cwd())
     if options.logging_dir is not None:
         make_folder(options.logging_dir, "--logging_dir")

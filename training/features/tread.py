@@ -89,7 +89,7 @@ def _describe(options: TreadOptions) -> str:
 def pass_by(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
-    """Return the context in which tokens skip the middle blocks.
+    """Return the context in which a part of the tokens skips the middle blocks of the DiT.
 
     Args:
         options: Options of the run.
@@ -106,7 +106,7 @@ def pass_by(
 
 
 def _register(run: "RunFeatures", options: TreadOptions) -> None:
-    """Check the options, and register what TREAD does in a run."""
+    """Check the options of TREAD, which lets tokens bypass middle blocks, and register its functions."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
             f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "

@@ -85,7 +85,10 @@ class _Parting:
             hidden.x = x.scatter(1, _wide(self._kept, x), hidden.x.to(x.dtype))
 
     def _part(self, hidden: Hidden) -> None:
-        """Select the tokens that the routed blocks process, and keep the others for later."""
+        """Keep only some of the clip's tokens for the routed blocks, and all tokens for after them.
+
+        `hidden` is changed in place. Nothing happens if the route leaves no token out.
+        """
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
         selected = self._route.choose(grid)
@@ -96,6 +99,7 @@ class _Parting:
             return
         # keep all tokens before and after those of the clip, such as text tokens
         all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
+        # B N; the indices of the selected tokens count from the clip's first token
         index_ranges = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
         self._kept = torch.cat(index_ranges, dim=1).to(x.device)
         self._waiting = x, tokens

@@ -122,7 +122,10 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 
 
 def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the command-line options that load the files of a card; see `write_card`."""
+    """Return the command-line options that load the files of a model card.
+
+    `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
+    """
     words = []
     for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
         flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
@@ -156,7 +159,15 @@ def _front_matter(
     spec: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
-    """Return the YAML header of a model card."""
+    """Return the YAML header of a model card, which the hub reads.
+
+    Args:
+        is_lora: Whether the files are LoRAs.
+        release: The released model.
+        prompts: Prompts of the samples, which the hub shows.
+        spec: Metadata of the trained file (`modelspec.*`), by name without prefix.
+        words: Words that the model was taught.
+    """
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
@@ -261,7 +272,7 @@ class Uploads:
             self._upload(path, card)
 
     def publish_state(self, folder: Path) -> None:
-        """Start uploading a state folder, if --save_state_to_huggingface asks for it."""
+        """Start uploading a state folder, but only with --save_state_to_huggingface."""
         if self.options.save_state_to_huggingface:
             self._start_upload(folder, None)
 
@@ -332,7 +343,7 @@ def download_state(
     Raises:
         OptionError: If the name is malformed or nothing is found.
     """
-    name, _, revision_and_type = address.partition(":")
+    name, _, revision_and_type = address.partition(":")  # revision and type may be left out
     revision, _, repo_type = revision_and_type.partition(":")
     parts = name.strip("/").split("/")
     if len(parts) < 3:

@@ -61,7 +61,7 @@ class HasComfyNodes(Protocol):
 
 
 def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
-    """Return how ComfyUI runs the model of a run.
+    """Return the description of the ComfyUI nodes that run the model of a run.
 
     Raises:
         OptionError: If the nodes are not known, or if samples use transformers that are not trained.
@@ -99,6 +99,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
             "package's files is not known here. Leave it out"
         )
     lora_names = lora_format.family
+    # the known tensor names can be read by ComfyUI, unless this family's LoRAs must be converted for it
     reads_known = lora_names is None or COMFYUI.lower() not in lora_names.converted_for.lower()
     prompts = options.samples.sample_prompts
     assert prompts is not None  # else the feature is not on
@@ -197,7 +198,7 @@ class Workflows:
             logger.info("Saved %s", path)
 
     def make_nodes(self, by_part: Mapping[str, Path]) -> dict[str, Any]:
-        """Return the nodes of a workflow.
+        """Return the ComfyUI nodes of a workflow by their keys: those of all samples that it can generate.
 
         Args:
             by_part: LoRA files by the name of their expert; "" for a file for all experts.
@@ -253,11 +254,11 @@ class ComfyGraph:
         return number
 
     def add_sample(self, prepared: Prepared, turns: Sequence[int], prefix: str) -> None:
-        """Add the nodes of a sample.
+        """Add the ComfyUI nodes of a sample: loaders, texts, latents, samplers, decoder and output.
 
         Args:
             prepared: Settings of the sample.
-            turns: Index of the transformer of each step.
+            turns: For each step, the index of the transformer that takes it.
             prefix: Prefix of the sample's file name.
         """
         models, text_encoders, vae = self._load(prepared)
@@ -282,7 +283,10 @@ class ComfyGraph:
         self.add("SaveVideo", video=video, filename_prefix=prefix, **codec)
 
     def _load(self, prepared: Prepared) -> tuple[list[Link], Link, Link]:
-        """Return the links to the models, the text encoders and the VAE."""
+        """Add the nodes that load the model and its LoRAs; return the links to models, text encoders and VAE.
+
+        A link is a pair: the key of a node and the index of its output.
+        """
         model = self.model
         if model.text_encoders:
             text_encoders: Link = [self._load_texts(), 0]
@@ -337,7 +341,7 @@ class ComfyGraph:
         return [self.add(self.model.guidance, conditioning=encoded, guidance=guidance), 0]
 
     def _sample(self, prepared: Prepared, part: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
-        """Add a sampler for the steps of `part`; return the link to its latents."""
+        """Add a ComfyUI sampler node for a range of steps of one expert; return the link to its latents."""
         sampler = self.model.samplers[prepared.solver]
         sampler_inputs = {
             "steps": prepared.steps,

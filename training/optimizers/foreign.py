@@ -32,7 +32,7 @@ def renumber(
         state: State dict of the other program's optimizer.
         groups: Parameter groups of this run's optimizer.
         names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
-        version: Version of the model, as in `ss_base_model_version`.
+        version: Version of the model, as LoRA files record it under `ss_base_model_version`.
         ordered: Names of tensors in the other program's order, if its files reveal it.
     """
     if not state:
@@ -64,7 +64,10 @@ def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
-    """Return the orders that the other program may have used, if they are known for the model."""
+    """Return the orders in which the other program may have numbered the parameters; [] if unknown.
+
+    An order is a function that maps a parameter to its place: first by module, then by factor in it.
+    """
     parameters = [parameter for group in groups for parameter in group]
     # part, module and factor of each name
     name_parts = {parameter: names[parameter].split(".", 2) for parameter in parameters}
@@ -90,7 +93,10 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
 
 
 def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[str, Any] | None:
-    """Return the state with our parameter numbers; None if its groups or shapes differ from ours."""
+    """Return another program's state with our parameter numbers; None if groups or shapes differ.
+
+    `position_of` returns the place of a parameter in the assumed order of that program.
+    """
     their_groups = state["param_groups"]
     # our groups in the order of theirs
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))

@@ -31,7 +31,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     Raises:
         OptionError: If the options conflict.
     """
-    if needs_no_schedule(optimizer):
+    if needs_no_schedule(optimizer):  # a schedule-free optimizer
         if (
             options.lr_scheduler != "constant"
             or options.lr_scheduler_type
@@ -96,7 +96,7 @@ def make_curve(
             "above, or set lr_end"
         )
     if options.lr_scheduler == "piecewise_constant":
-        _read_rules(numbers["step_rules"])
+        _read_rules(numbers["step_rules"])  # only for its errors: each step parses them again
     return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **numbers)
 
 
@@ -180,7 +180,7 @@ def factor_at(
             timescale = timescale or warmup or INVERSE_SQRT_TIMESCALE
             return 1 / math.sqrt((step + timescale - warmup) / timescale)
         case "warmup_stable_decay":
-            falling = step - (total - decay)
+            falling = step - (total - decay)  # steps since the decay began
             if falling < 0:
                 return 1.0
             if falling >= decay:
@@ -307,7 +307,7 @@ class Imported:
         if "scheduler" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
-        # the other entries are settings, which come from this run's options
+        # a scheduler of torch: restore its counters only; one of another package gets all that it saved
         if type(self.inner).__module__ == LRScheduler.__module__:
             saved = {name: value for name, value in saved.items() if name in COUNTS}
         self.inner.load_state_dict(saved)

@@ -42,7 +42,11 @@ class MuonWithAdam(Optimizer):
         ns_steps: int = NUM_STEPS,
         adjust_lr_fn: str | None = None,
     ) -> None:
-        """Create the optimizer; arguments as in `torch.optim.Muon`. Raises ValueError for invalid ones."""
+        """Create the optimizer, with the arguments and defaults of `torch.optim.Muon`.
+
+        Raises:
+            ValueError: If an argument is invalid.
+        """
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {LIKE_ADAM}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
@@ -132,7 +136,7 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     groups: list[dict[str, Any]] = []
     group_names: list[str] = []
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
-        weights_by_count: dict[int, list[Tensor]] = {}
+        weights_by_count: dict[int, list[Tensor]] = {}  # a fused qkv weight counts as 3 matrices
         for weight in group["params"]:
             name = names[weight].partition(".")[2]  # without the name of the network in front
             is_hidden = weight.ndim == 2 and name.startswith(lists)

@@ -121,6 +121,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
+    # name in the message what differs from most weights; if nothing differs, all parts but the first
     (_, default), *others = rates.items()
     different = [option for option, rate in others if rate != default] or [option for option, _ in others]
     error = _try_step(options, [*rates.values()])
@@ -170,7 +171,7 @@ def check_arguments(
     except (ValueError, TypeError):  # compiled code without a signature
         return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+        return  # with **kwargs, any name may be right
     names = [name for name in parameters if name not in excluded and name != "lr"]
     for key, value in arguments.items():
         if key in names:
@@ -347,7 +348,10 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return everything that `restore_optimizer` needs; its tensors are not copied.
+    """Return the state of an optimizer by parameter name instead of number; tensors are not copied.
+
+    The result has the settings of the groups, the tensors of each parameter, and, as `on_host`, the keys
+    whose tensors are on the CPU, so that `restore_optimizer` leaves them there.
 
     Args:
         optimizer: The optimizer.

@@ -127,7 +127,7 @@ class ParameterSteps:
         Args:
             parameter: The parameter.
             value: Its new value, float32.
-            weight: See `stochastic_bfloat16`.
+            weight: Split weight to which the values belong as rows; None for a weight that is not split.
         """
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU
@@ -227,7 +227,7 @@ class StepAfterBackward:
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip the gradients and step.
+        """Unscale and clip the gradients, and step the optimizer or, in `alone`, each parameter by itself.
 
         Args:
             allows: Decides from the norm whether the weights are stepped; None steps them always.

@@ -68,7 +68,7 @@ class StepPrediction:
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
-        """Return the largest moment of a step with this number of swapped blocks."""
+        """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
         (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
@@ -169,8 +169,8 @@ def predict(
         options: Options of the run.
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
-        sampled: See `StepPrediction`.
-        texts: See `StepPrediction`.
+        sampled: Number of transformers that only samples use.
+        texts: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
@@ -238,7 +238,7 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the largest possible batch by pixels; items with audio are preferred.
+    """Return the items of the batch with most pixels, references included; items with audio are preferred.
 
     Args:
         items: Items of the dataset.
@@ -263,7 +263,7 @@ def read_largest(
     items: Sequence[TrainingItem],
     sources: BatchSources,
 ) -> NoisyBatch:
-    """Read the largest batch as for training.
+    """Read the largest batch of a run and add noise as in training, for a rehearsal of its memory.
 
     Raises:
         CacheError: If its caches cannot be used.
@@ -302,7 +302,7 @@ def plan_one_card(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the plan for a single GPU.
+    """Print how much memory a step of the run needs on a single GPU, and what would save memory.
 
     Nothing large is loaded, and no GPU is needed.
 
@@ -406,7 +406,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 gib(needed),
                 gib(room.usable),
             )
-            watch = MemoryWatch(device, needed, prediction.size)
+            watch = MemoryWatch(device, needed, prediction.size)  # it compares the prediction with the peak
     # each process has resolved auto for its own device, but all share the weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(
@@ -420,7 +420,8 @@ def advice(
 ) -> list[str]:
     """Return changes that make the run fit, cheapest first.
 
-    Each line adds to the lines before it; the last one fits if any does.
+    Each line adds to the lines before it; the last one fits if any does. Options are changed first; if that
+    is not enough, smaller items are suggested.
     """
     rehearse_with = partial(
         predict,

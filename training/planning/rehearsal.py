@@ -88,9 +88,10 @@ class Rehearsal:
         return sum(inputs[:-1])
 
     def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.Moment]:
-        """Rehearse a step with `counts` blocks of each list; return the peak memory of each of its phases.
+        """Run forward and backward with `counts` blocks of each list; return the peak memory of each phase.
 
-        `measure_step` rehearses the optimizer's step. Afterwards the DiT has all its blocks again.
+        Tensors have sizes but no values, and the ledger counts their bytes. The optimizer's step is not
+        included. Afterwards the DiT has all the blocks that it had before the call.
         """
         dry.keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
@@ -141,6 +142,7 @@ class Rehearsal:
         full_dit = self.options.full_dit
         max_norm = self.options.optimizer.max_grad_norm
         moments: dict[str, dry.Moment] = {}
+        # by package: only some optimizers run on tensors without values; of others the states are estimated
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             self.fill_gradients()
             self.ledger.enter(STEP)
@@ -202,13 +204,13 @@ def rehearse(
         dit: The network as loaded, on the meta device; do not use it afterwards.
         noisy_batch: Batch on the CPU.
         texts: Text encoders that run in each step, on the meta device too.
-        watch: See `runtime.planning.division`.
+        watch: Given the network, returns the function that computes memory with all blocks from a few.
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
         rehearsal.tables = tables
-        moments = rehearsal.measure_step()
+        moments = rehearsal.measure_step()  # first: the states that it creates count in the other phases
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         measure = functools.partial(rehearsal.measure, on_device)
         rehearsal.learning_pass = [
@@ -256,7 +258,10 @@ def set_up_trainable(
     ledger: dry.Ledger,
     texts: LiveTexts | None = None,
 ) -> Rehearsal:
-    """Add the network, wrap the DiT's blocks and make the optimizer, in the same order as a real run."""
+    """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
+
+    The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
+    """
     dry.place(dit, ledger)
     for encoder in () if texts is None else texts.encoders:
         for module in dry.modules_in(encoder):
@@ -322,7 +327,10 @@ def _make_learning_groups(
     ledger: dry.Ledger,
     texts: LiveTexts | None,
 ) -> list[dict[str, Any]]:
-    """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups."""
+    """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups.
+
+    The arguments 0 are seeds, which do not matter where tensors have no values.
+    """
     learner = find_learner(family, options.network, options.features.in_place_of_lora)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
@@ -343,6 +351,7 @@ def _make_learning_groups(
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if texts is None else texts.networks_with_new_word
+    # features may train something next to the network, such as the vectors of a new word
     for make in begin_run(options, family).on.beside:
         beside = make(word_encoders, 0, False)
         dry.place(beside.module, ledger, dry.NETWORK)
@@ -359,7 +368,7 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
     """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
 
-    They are measured on small copies of two weights on the CPU.
+    They are known by the class's name, or measured in a real step on small weights on the CPU.
     """
     kind = type(optimizer)
     per_element = STATE_BYTES.get(kind.__name__)

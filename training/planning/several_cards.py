@@ -47,7 +47,10 @@ def plan_ways(
     """
 
     def estimate_on_one_gpu(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
-        """Predict a step on one card; the result divides the prediction over several cards."""
+        """Predict the memory of a step on one card; the result has a function to divide it over cards.
+
+        `words` are the flags that were added to the command for these options.
+        """
         counter = TokenCounter()
         prediction = predict(
             family,
@@ -62,6 +65,7 @@ def plan_ways(
         divide = partial(_divide_prediction, family, options, prediction, counter, cards)
         return Rehearsed(words, counter.heads, options.can_swap, divide)
 
+    # the run as it is, then with one more option that saves memory at a time
     def runs() -> Iterator[Rehearsed]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(alone, ())

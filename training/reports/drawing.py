@@ -30,7 +30,7 @@ class PageProcess:
     """A process that draws the page of one run on request and at the end."""
 
     def __init__(self, history: Path) -> None:
-        """Start the process.
+        """Start the process that draws the page of a run.
 
         Args:
             history: The history of the run, from which the page is drawn.

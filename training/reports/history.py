@@ -91,7 +91,7 @@ class Start:
     total_steps: int
     changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
     unchanged: Sequence[tuple[str, str]] = ()
-    listens: bool = False  # whether it watches for request files, see `Requests`
+    listens: bool = False  # whether it watches for files that request samples or saves
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "" if an older version wrote the line
     working_folder: str = ""  # folder of the command; "" if an older version wrote the line
@@ -101,7 +101,11 @@ class Start:
 
     @classmethod
     def of(cls, facts: Row) -> "Start":
-        """Parse the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
+        """Parse the line that a run writes at its start; malformed values raise one of several errors.
+
+        Raises:
+            ValueError, TypeError, LookupError: If this program did not write the line.
+        """
         changed = _pairs_of_texts(facts["changed"])
         unchanged = _pairs_of_texts(facts["unchanged"])
         total_steps = int(facts["total_steps"])
@@ -253,7 +257,7 @@ class RunHistory:
 
         Args:
             folder: Folder of the files.
-            best: The best file by scores; None for `best_file`.
+            best: The best file by scores; None for the best one by validation loss, if that was measured.
         """
         if best is None and self.validations:
             best = self.best_file(folder)
@@ -337,7 +341,7 @@ class History:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **values: Any) -> None:
-        """Add a line with one of the keys that `RunHistory.add` reads.
+        """Add a line, whose key (such as `loss` or `saved`) says what it records; write it when many wait.
 
         Raises:
             OutputError: If many lines are buffered and cannot be written. They are dropped.
@@ -375,6 +379,7 @@ class History:
             append_text(self.path, "".join(self._waiting))
         except Exception:
             # the last line in the file may be incomplete: the next attempt starts on a new line
+            # only the first waiting line (if any) gets one line break in front, however often it was tried
             self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
             raise
         self._waiting.clear()

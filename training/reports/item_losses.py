@@ -115,7 +115,7 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
     if session is None or _read_session(path) != session:
         return
     with path.open("rb") as file:
-        if size > MAX_BYTES:
+        if size > MAX_BYTES:  # read the newest draws only
             file.seek(size - MAX_BYTES)
             file.readline(MAX_LINE_CHARACTERS)  # skip the rest of a line
         for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
@@ -213,6 +213,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         name: Name of the run.
         run_history: Content of the run's history.
     """
+    # name, size and time of each file: while these stay equal, the comparison comes from a cache
     marks = []
     for path in _list_files(folder, name):
         status = path.stat()

@@ -49,7 +49,7 @@ class RowLayout:
     """Columns of the metrics row of a step; norms are appended after these columns."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
-        """Define the columns of the log; `parts` names separate losses, () for a single loss."""
+        """Define the columns of the row; `parts` names the losses and metrics besides the loss itself."""
         self.parts = parts
         counts = WISHES.stop + len(parts)
         self.size = counts + len(parts)  # number of values in a row before the norms
@@ -110,6 +110,7 @@ class Readings:
         if self._waiting is None:
             return None
         (step, row, ended), self._waiting = self._waiting, None
+        # the time of a step's end is a CUDA event, or seconds on the host
         if ended is not None and not isinstance(ended, float):
             ended.synchronize()
         values = tuple(row.tolist())
@@ -202,7 +203,8 @@ class Logs:
                 self.bar.set_postfix(self._fitting(self._format_metrics(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
         elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
-            if self._shown > -math.inf:  # without a terminal, a line from time to time
+            # without a terminal, a line from time to time; not for the first step, whose time is unusual
+            if self._shown > -math.inf:
                 metrics = ", ".join(f"{name} {text}" for name, text in self._format_metrics(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, metrics)
             self._shown = now

@@ -56,7 +56,7 @@ def write_training_page(
         history: File of the run's history.
         run_history: Content of the run's history.
         standing: State of the run: its start, its step, and how it ended.
-        load: See `page_values`.
+        load: Reads the clips of samples; None shows no samples.
 
     Raises:
         OutputError: If the page cannot be written.
@@ -75,7 +75,7 @@ def page_values(
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
-    """Return the values for the template.
+    """Return the values for the template of a run's page, by name.
 
     Args:
         folder: Value of --output_dir.
@@ -179,7 +179,14 @@ def _draw_metrics(run_history: RunHistory, chart: MetricChart, maximum: int) -> 
 def make_curves(
     named: Mapping[str, Points], maximum: int, smoothing: float = 0.0, has_dots: bool = False
 ) -> list[Curve]:
-    """Return the curves that have points. Short curves are not smoothed and may get a dot per point."""
+    """Return a curve for each entry of `named` that has points.
+
+    Args:
+        named: Values by step, by the name of the curve.
+        maximum: Approximate number of points of a curve; more are averaged in bins, with a low and a high.
+        smoothing: Smoothing of long curves; short ones are not smoothed.
+        has_dots: Whether short curves get a dot for each point.
+    """
     curves = []
     for name, points in named.items():
         bins = join_bins(points, maximum)
@@ -326,9 +333,15 @@ def _weights_mark(path: Path, changed: int, size: int) -> str:
 
 
 def _files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
-    """Return the rows of the table of saved files, with the validation loss nearest to each."""
+    """Return the rows of the table of saved files, with the validation loss nearest to each.
+
+    Args:
+        run_history: Content of the run's history.
+        folder: Folder of the files.
+        best: Name of the best file, which is marked; None for none.
+    """
     rows: list[Mapping[str, Any]] = []
-    for step, (name, *twins) in list_files(run_history, folder):
+    for step, (name, *twins) in list_files(run_history, folder):  # twins have the weights of the first
         path = folder / name
         workflow = find_workflow(folder, name)
         validated = run_history.nearest(step)
@@ -351,7 +364,12 @@ def _files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapp
 
 
 def describe_best(run_history: RunHistory, best: str | None) -> str:
-    """Return the advice on the best file, or how to find it."""
+    """Return the sentence on the best file, or on how to measure which one it is.
+
+    Args:
+        run_history: Content of the run's history.
+        best: Name of the best saved file by validation loss; None if no file was saved.
+    """
     lowest = run_history.lowest
     if lowest is None:
         return say(

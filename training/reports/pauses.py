@@ -76,7 +76,7 @@ class StepClock:
         self.steps += 1
         self._last.append(seconds)
         self.seconds_per_step = sum(self._last) / len(self._last)
-        if self.skips:
+        if self.skips:  # this step is known to be slow: it is neither compared nor remembered
             self.skips = False
             return None
         earlier_times = self._times.setdefault(sizes, deque(maxlen=KEPT))

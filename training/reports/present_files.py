@@ -20,8 +20,8 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
 
     Args:
         run_history: Content of the run's history.
-        folder: Folder of the run's files; if it is "", scores are not read.
-        name: Name of the run's files.
+        folder: Folder of the run's files.
+        name: Name of the run's files; if it is "", scores are not read.
     """
     best_file = find_best_file(folder, name, run_history) if name else None
     best = None if best_file is None else best_file.name
@@ -42,7 +42,7 @@ def _with_existing_files(
     except ValueError:  # an edited history
         return command
     notes = []
-    for index, word in enumerate(words):
+    for index, word in enumerate(words):  # a word is replaced if it is a saved file of this run
         path = Path(word)
         # a relative path counts from the folder in which the training was started, if that is known
         if path.name not in run_history.saved or not (path.is_absolute() or base):

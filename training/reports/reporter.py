@@ -77,7 +77,7 @@ class RunReporter:
                 self.page.close()
 
     def _log_end(self, error: Exception | None) -> None:
-        """Record how the run has ended, and its commands from then on.
+        """Record how the run has ended, and the commands that the page shows from then on.
 
         Args:
             error: Error that ended the run; None if it completed.
@@ -119,6 +119,7 @@ class RunReporter:
         """
         self.step = report.step
         if self.history.is_written:
+            # keys without a value are left out of the line
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
             metrics = {METRICS: dict(report.metrics)} if report.metrics else {}
@@ -259,7 +260,7 @@ class RunReporter:
 
 
 def name_best_file(folder: Path, name: str, run_history: RunHistory) -> str | None:
-    """Return the file name that `find_best_file` chooses; None without scores and validation losses."""
+    """Return the name of the best saved file by scores or validation losses; None without both."""
     if not scores_path(folder, name).is_file():
         return run_history.best_file(folder) if run_history.validations else None
     from training.reports.scores import find_best_file  # slow to import; few runs are scored
@@ -269,7 +270,7 @@ def name_best_file(folder: Path, name: str, run_history: RunHistory) -> str | No
 
 
 def find_usable_file(run_history: RunHistory, folder: Path, name: str) -> Path | None:
-    """Return a saved file to generate with; None if there is none. Arguments: see `name_best_file`."""
+    """Return a saved file to generate with: the best one, else the newest; None if there is none."""
     file = run_history.usable_file(folder, name_best_file(folder, name, run_history))
     return None if file is None else folder / file
 

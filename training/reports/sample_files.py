@@ -111,7 +111,7 @@ def join_strip(clip: DownscaledClip) -> Frame:
 
 
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
-    """Write a sheet of these samples as a PNG, with the strips from `join_strip` below their prompts.
+    """Write a PNG with a strip of frames of each sample below its prompt; nothing if there are no strips.
 
     Raises:
         OutputError: If the file cannot be written.

@@ -252,9 +252,9 @@ def list_unsampled(
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    If there are validation losses, `select_best` chooses the file. Otherwise it is chosen among the files
-    whose samples match their prompts best (within SAME): the one with samples most similar to the training
-    images. Files with copied samples are considered only if all files have copied samples.
+    If there are validation losses, the lowest one chooses the file. Otherwise, among the files whose samples
+    match their prompts best (within SAME), it is the one with samples most similar to the training images.
+    Files with samples that copy a training image are considered only if all files have such samples.
 
     Args:
         rows: Scores of each step.
@@ -285,7 +285,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 def _find_by_loss(
     rows: Sequence[StepScores], usable: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
 ) -> BestFile | None:
-    """Return the file to use by the validation losses; None if none was measured.
+    """Return the file with the lowest validation loss; None if none was measured.
 
     Args:
         rows: Scores of all steps, for trends after the best one.
@@ -335,7 +335,7 @@ def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
-    """Describe how the scores change after the best file, as sentences."""
+    """Describe how the scores change after the best file; each text is a reason for this choice."""
     later = [row for row in rows if row.step > best.step]
     if not later:
         return [say("it is the last one with samples")]
@@ -363,7 +363,7 @@ class ScoreTable:
 
 
 def make_table(scores: RunScores) -> ScoreTable:
-    """Return the table of the terminal and the page."""
+    """Return the table of scores with a row for each step with samples, for the terminal and the page."""
     headings = [
         say("step"),
         say("file"),

@@ -161,6 +161,7 @@ class Saver:
         With --save_every_n_steps 5 and --save_last_n_steps 5, step 25 removes the saves up to step 15.
         """
         options = self.options
+        # how far back saves are kept: a pair for models and for states
         last = options.save_last_n_steps, options.save_last_n_steps_state
         if step is not None and last != (None, None):
             # saves by the clock may be at any step
@@ -188,7 +189,7 @@ class Saver:
         if not self.is_main:
             return
         last_files, last_states = last
-        if last_states is None:
+        if last_states is None:  # without an option of their own, states expire with the models
             last_states = last_files
         name_pattern = re.escape(self.names.name) + number
         expired: list[Path] = []
@@ -214,7 +215,7 @@ class Saver:
         expired = []
         for entry in _entries(self.names.folder):
             match = re.fullmatch(pattern, entry.name)
-            if match is None or int(match[1]) % every:
+            if match is None or int(match[1]) % every:  # another name, or not a save of this interval
                 continue
             if int(match[1]) <= newest and newest >= every:
                 expired.append(entry)
@@ -229,7 +230,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, end: str, with_state: bool) -> None:
-        """Write model, average and state under the run's name with the suffix `end`."""
+        """Write model, average and state under the run's name with the suffix `end`; publish and log them."""
         written = list[Path]()
         stem = f"{self.names.name}{end}"
         state = self.names.folder / f"{stem}-state"
@@ -319,7 +320,7 @@ def set_aside(
     Raises:
         OutputError: If a file cannot be moved.
     """
-    recover_states(names.folder, names.name)
+    recover_states(names.folder, names.name)  # finish what a killed run was writing
     input_paths = [real_path(path) for path in inputs]
     results = find_results(names)
     in_use = {entry for entry in results if _is_input(entry, input_paths)}

@@ -52,14 +52,14 @@ def train_split_dit(
     part_rates: Mapping[str, float],
     form: SavedForm,
 ) -> Trainable:
-    """Train a DiT whose blocks are split as `train_dit` does; its parameters are the rows of this process.
+    """Train a DiT whose blocks are split over processes; the parameters are the rows of this process.
 
     Args:
         dit: The transformer.
         learning_rate: Learning rate of the run.
-        name_parts: See `train_dit`.
-        part_rates: See `train_dit`.
-        form: See `train_dit`.
+        name_parts: Parts of names that select the trained parameters; empty for all.
+        part_rates: Other learning rates, by a part of the parameter's name.
+        form: Form of saved files: one file or several.
     """
     trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
     rows = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
@@ -72,7 +72,7 @@ def train_split_dit(
         trainable,
         groups=groups,
         writes={"": WrittenFile(write)},
-        split={part: weight for weight, part in rows.items()},
+        split={part: weight for weight, part in rows.items()},  # full weight of each parameter with rows
     )
 
 
@@ -86,7 +86,10 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights as they are now in the model; all processes must call this."""
+    """Write the weights of a model that is split over processes; all of them must call this.
+
+    Process 0 writes the file, tensor by tensor; the others take part in gathering each tensor.
+    """
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
@@ -124,7 +127,7 @@ def write_split_state(folder: Path, state: SavedState) -> None:
     split: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
         for name in [name for name, value in tensors.items() if is_split(value)]:
-            split[f"{prefix}/{name}"] = tensors.pop(name)
+            split[f"{prefix}/{name}"] = tensors.pop(name)  # they go into files of their own
     if distributed.get_rank() == 0:
         check_space(folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in split.values()))
         write_state(folder, state, lambda temporary: _write_files(temporary, split))
@@ -166,7 +169,7 @@ def fill_state(
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        split: Weights that are split in this run, by name.
+        split: Trained weights that are split over processes in this run, by name.
         device: Device of the run.
 
     Raises:

@@ -137,7 +137,7 @@ def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dt
 
 
 def read_state(folder: Path) -> SavedState | ForeignState:
-    """Read a state folder of ours or of another tuner.
+    """Read a state folder that this program or another trainer saved.
 
     Raises:
         CheckpointError: If it is damaged or holds no state.
@@ -165,6 +165,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         check_types(state)
         check_types(state.progress)
         progress = state.progress
+        # the plan of steps may have been changed at an epoch and step that the run has passed
         has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MAX_COUNT
         has_steps = 0 <= progress.plan_step <= progress.step <= MAX_COUNT
         if not (has_epochs and has_steps):
@@ -205,7 +206,7 @@ def one_error(folder: Path) -> Iterator[None]:
 
 
 def to_builtin_types(value: Any, name: str) -> Any:
-    """Return a copy with plain containers and values only, which can be read without running code.
+    """Return a copy of a value in built-in types and tensors, which can be unpickled without running code.
 
     Args:
         value: The value.
@@ -323,6 +324,7 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
         raise CheckpointError(
             f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
         )
+    # tensors are stored as flat data with dtype and shape
     content["parts"] = {
         part: {name: data.view(dtype).view(shape) for name, (data, dtype, shape) in tensors.items()}
         for part, tensors in content["parts"].items()
@@ -386,7 +388,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
                 raise ValueError(f"the checksum of {path.name} is not the recorded one")
             parts[part] = load_file(path)
     content = {name: record[name] for name in ("progress", "identity", "habits")}
-    if not verify_checksum:
+    if not verify_checksum:  # the caller only compares the progress of several states
         return content
     described = record["described"]
     tensors = parts.pop("optimizer")

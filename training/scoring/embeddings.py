@@ -89,7 +89,7 @@ class Embedder:
 
         Args:
             media: Images and clips.
-            what: Description for the progress bar.
+            what: Kind of media, as text for the progress bar.
         """
         keys: list[str | None] = []
         with Bar(len(media), what, "file") as bar:
@@ -119,7 +119,7 @@ class Embedder:
         return key
 
     def _embed_waiting(self) -> None:
-        """Embed the frames of all waiting files in batches, and store the vectors of each file."""
+        """Embed the frames of all waiting files in common batches, and store the vectors of each file."""
         frames = [frame for _, frames_of_one in self._waiting for frame in frames_of_one]
         batches = [
             self.model.embed_images(frames[start : start + self.batch_size])

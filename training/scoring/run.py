@@ -239,7 +239,14 @@ def _add_recalls(
     tagger: RecognizesTags,
     probabilities: Mapping[Path, Tensor | None],
 ) -> list[StepScores]:
-    """Return the scores of each step with the tag recall of its samples."""
+    """Return the scores of each step, completed by the tag recall of its samples.
+
+    Args:
+        scored: The scores of each step.
+        rows: For each of these steps, its samples, and their files by the index of the prompt.
+        tagger: Model that recognizes tags.
+        probabilities: Probability of each tag by file; None for a file that cannot be read.
+    """
     indices = number_tags(tagger.names)
     steps = []
     for step, (row, files) in zip(scored, rows, strict=True):
@@ -395,7 +402,7 @@ def _score_step(
     looks: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
-    """Score the samples of a step.
+    """Score the samples of a step; samples that cannot be read are left out.
 
     Args:
         run: The run.

@@ -109,7 +109,7 @@ def loss_passes(
     for more_passes in rule.passes:
         for errors in more_passes(passes, noisy_batch):
             yield _weigh_losses(errors, noisy_batch)
-    if rule.has_own_pass:
+    if rule.has_own_pass:  # a feature's pass above replaces the usual one
         return
     yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
@@ -160,13 +160,14 @@ def measure_streams(
 
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
-    """Return the weighted errors of one forward pass compared with all targets."""
+    """Return the errors of one forward pass: the weighted sum of its errors to the clip and other targets."""
     target = velocity_of(passes, noisy_batch)
     if not passes.rule.targets:
         output = passes.learning(noisy_batch)
         return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
     with_clip = TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
     comparisons = [with_clip]
+    # each feature adds comparisons to the list, or replaces those before
     for compare in passes.rule.targets:
         comparisons = compare(passes, noisy_batch, comparisons)
     output = passes.learning(noisy_batch)
