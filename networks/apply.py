@@ -255,7 +255,7 @@ class Change:
             total.add_(rotation.of_weight(weight, rotations))
             return
         delta = self.delta
-        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_split_rows`
+        if block is not None:  # a LoKr, for which `rows` returns None, is never split into blocks
             delta = self.delta.rows(block) or self.delta
         if self.leaf == "bias":
             addition = delta.bias(total.device)
@@ -408,7 +408,7 @@ def _round_into(
         at_random: Source of stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
-    # for a small weight, the draw that alters the change least is selected: see `round_small`
+    # a small weight is rounded several times, and the draw that alters the change least is kept
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
     if at_random is not None and change is not None and start == 0:

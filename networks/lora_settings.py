@@ -318,6 +318,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         """Return the pattern if it matches as written, else one that matches in any spelling."""
         if matches_any or not modules:
             return pattern
+        # the pattern may be typed with dots for underscores or the reverse: note all names that it means
         any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
         for path, name in zip(paths, names, strict=True):
