@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Replace the clip's target by the base model's prediction for samples whose dataset table asks for it."""
+    """Replace the clip's target by the base model's prediction for samples whose table asks for it."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 
