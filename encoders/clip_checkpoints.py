@@ -146,7 +146,7 @@ def plan_clip_text(
             f"{use.option}.",
             network.path,
         )
-    for name in ("num_attention_heads", "layer_norm_eps"):
+    for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below
         if not isinstance(config_json.get(name, 1), int | float):
             raise CheckpointError(
                 f"{network.path}: {name} is {config_json[name]!r} in the config.json next to it, which must "

@@ -87,6 +87,7 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     with files.explain(file):
         model = models.BPE.from_file(str(file), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
     tokenizer = Tokenizer(model)
+    # vocab.json and merges.txt lack these settings, which a tokenizer.json contains
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -246,6 +246,7 @@ class Inversion:
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
+            # as many ids as vectors: repeated from the start, or cut
             repeated_ids = [ids[index % len(ids)] for index in range(count)]
             vectors = known_rows[tower.key][repeated_ids]
             initial |= {name: vectors.clone() for name in tower.keys}

@@ -239,7 +239,7 @@ def read_images(
         **{**tower_colors, **(colors or {})},
     )
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
-    sides = []
+    sides = []  # rows and columns of tokens, each of which stands for merge x merge patches
     for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
         sides.append((int(patch_rows) // merge, int(patch_columns) // merge))
     return ReadImages(inputs["pixel_values"], tuple(sides))

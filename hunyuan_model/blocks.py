@@ -87,7 +87,7 @@ class HunyuanTokens:
 
     @property
     def clean(self) -> int:
-        """Negative index where the video tokens with a second vector begin; 0 if there are none."""
+        """Negative index where the video tokens with a second modulation vector begin; 0: none."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class DoubleStreamBlock(nn.Module):
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
         # shift, scale and gate of attention, then of the feed-forward layers. `tokens.clean` and
-        # `tokens.split` are the indices where tokens with a second vector begin; 0: none
+        # `tokens.split` are the indices where tokens with a second modulation vector begin; 0: none
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 

@@ -173,6 +173,7 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     height, width = video.size
     if video.neg_prompt is not None and video.cfg_scale == 1:
         logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
+    # warn of a size that the model, or the release of this resolution, was not trained for
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:
         nearest_height, nearest_width = min(

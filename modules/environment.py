@@ -250,7 +250,7 @@ def find_uv(python: Path) -> str | None:
     """Return the program uv if it can install into an environment; None if pip is needed.
 
     The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. No uv can be used if the
-    environment inherits packages of another Python (see `create_environment`), because uv does not see them.
+    environment inherits packages of another Python, because uv does not see them.
     """
     settings = python.parent.parent / "pyvenv.cfg"
     text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""

@@ -317,7 +317,7 @@ def reject_standard_module(option: str, name: str, module: str) -> None:
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option.
 
-    The working folder is searched too, but only if the user has typed the name (see `rejects_code`).
+    The working folder is searched too, but only if the user has typed the name.
 
     Args:
         option: The option.

@@ -25,7 +25,7 @@ _CUDA = "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded ONNX file with one input, and what it says about itself."""
+    """A loaded ONNX file with one input, the shapes of its tensors and its metadata."""
 
     path: Path
     input_shape: Shape

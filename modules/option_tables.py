@@ -33,7 +33,7 @@ def list_option_names() -> tuple[str, ...]:
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
-    """Return the table of a script; None if it has none.
+    """Return the compiled description of a script's options; None if the script has none.
 
     Args:
         script: Its path in the checkout or the package.

@@ -448,7 +448,7 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
-    """Return why an option has no effect with the values of its record; see `acts_if` of `option`."""
+    """Return the reasons why an option has no effect with the values of its record, as its field declares."""
     acts_if = field.metadata.get("acts_if") or {}
     return [reason for reason, acts in acts_if.items() if not acts(record)]
 

@@ -111,7 +111,7 @@ def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
 
 
 def sort_by_numbers(paths: Iterable[Path]) -> list[Path]:
-    """Sort the files of a folder by their names, as `number_key` compares them."""
+    """Sort the files of a folder by their names, in which numbers compare as numbers."""
     return sorted(paths, key=lambda path: number_key(path.name))
 
 

@@ -45,7 +45,7 @@ def limit_variables(
 
 @contextlib.contextmanager
 def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
-    """Limit this process, and those that it starts, until the block ends; see `limit_variables`."""
+    """Let this process, and those that it starts, write only below `folders` until the block ends."""
     variables = limit_variables(folders, typed, command)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

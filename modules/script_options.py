@@ -12,11 +12,11 @@ from modules.table_answers import CommandLine, take_answered
 
 
 def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
-    """Return the arguments of the running script with its parser; the command line is parsed once.
+    """Return the parsed arguments of the running script, and its parser.
 
     Args:
         argv: Arguments of the command line. None: those of the process, which the script's table has read.
-        build_parser: Makes the parser of the script from its records, where no table has read the words.
+        build_parser: Makes the script's parser from its records, if no compiled table has parsed the words.
     """
     answered = take_answered() if argv is None else None
     if answered is not None:

@@ -86,7 +86,7 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
-        """Return the options for a printed command that encodes texts in the same way.
+        """Return the options that make a printed command encode texts with the same model.
 
         `stand_in` takes the place of a file that is not given.
         """
@@ -143,7 +143,7 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Settings that models pass to `modules.attention.attend.attend`."""
+    """The attention back end and how to use it: settings that models pass to `attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # compute one sample at a time

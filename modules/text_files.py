@@ -74,7 +74,7 @@ def _too_large(path: Path, limit_bytes: int) -> OSError:
 def read_safetensors_texts(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
 
-    Raises OSError as `require_regular_file`, ValueError as `read_tensor_header`.
+    Raises OSError if the file cannot be read, ValueError if its header is not valid.
     """
     size = require_regular_file(path)
     with path.open("rb") as file:
@@ -139,7 +139,7 @@ def read_tensor_header(
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
 
-    Raises OSError as `read_content`, UnicodeDecodeError if the file is not UTF-8.
+    Raises OSError if it cannot be read or is too large, UnicodeDecodeError if it is not UTF-8.
     """
     content = read_content(path, limit_bytes)
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -255,7 +255,7 @@ class Change:
             total.add_(rotation.of_weight(weight, rotations))
             return
         delta = self.delta
-        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_split_rows`
+        if block is not None:  # a LoKr, for which `rows` returns None, is never split into blocks
             delta = self.delta.rows(block) or self.delta
         if self.leaf == "bias":
             addition = delta.bias(total.device)
@@ -408,7 +408,7 @@ def _round_into(
         at_random: Source of stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
-    # for a small weight, the draw that alters the change least is selected: see `round_small`
+    # a small weight is rounded several times, and the draw that alters the change least is kept
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
     if at_random is not None and change is not None and start == 0:
@@ -635,8 +635,8 @@ class LoraPatch:
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
-            keys = self._list_keys(use)
-            used = self._used[id(use)]
+            keys = self._list_keys(use)  # names of the parameters that the LoRA's patterns select
+            used = self._used[id(use)]  # those of them that changed a weight
             if not keys and use.lora.text_tensors:
                 continue  # it changes only text encoders
             if id(use) in self._channel_errors:

@@ -203,7 +203,7 @@ def _extract_blocks(
                 )
         names = weights.list_in(pair.original)
         _check_same_shapes(pair, names, weights.list_in(pair.tuned))
-        plan: dict[str, list[ExtractedModule]] = {}
+        plan: dict[str, list[ExtractedModule]] = {}  # each matrix is the weight of one module
         for name in names:
             module = ExtractedModule(
                 name=OURS + module_of_tensor(name)[0],
@@ -253,7 +253,7 @@ def extract_full(options: ExtractOptions) -> None:
         pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
         unchanged = _find_unchanged_texts(pair, options.min_diff)
-        plan: dict[str, list[ExtractedModule]] = {}
+        plan: dict[str, list[ExtractedModule]] = {}  # a fused tensor has the weights of several modules
         for name in pair.original.tensors:
             plan[name] = []
             for piece in pieces_of(name):

@@ -539,7 +539,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
     if any(part.has_input_magnitudes for part in parts):
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
     magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
-    if magnitudes:
+    if magnitudes:  # then every row of the weight needs one
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"

@@ -595,6 +595,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     Raises:
         CheckpointError: If the file does not fit the model.
     """
+    # split or join the changes of fused modules, so that they fit those of the model
     num_rows = {name: len(parameter.unpacked) for name, parameter in parameters.items()}
     stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
     absent = [name for name in stored if name not in parameters]

@@ -255,6 +255,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         value = read(key, typed[key])
         if value is not None:  # None: the text "None"
             values[key] = value
+    # arguments of other programs, and mistyped ones
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
@@ -267,6 +268,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], (*readers, *KEYS))} It has {', '.join((*readers, *KEYS))}"
         )
+    # arguments that need or exclude each other
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
@@ -318,6 +320,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         """Return the pattern if it matches as written, else one that matches in any spelling."""
         if matches_any or not modules:
             return pattern
+        # the pattern may be typed with dots for underscores or the reverse: note all names that it means
         any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
         for path, name in zip(paths, names, strict=True):

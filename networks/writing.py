@@ -168,6 +168,7 @@ def write_modules(
         if isinstance(pieces, str):
             left_out[name] = pieces
             continue
+        # a module is written completely, or left out
         forms: dict[str, dict[str, Tensor]] = {}
         reasons: list[str] = []
         for path, piece in pieces.items():

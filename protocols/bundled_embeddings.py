@@ -82,5 +82,5 @@ class TakesWords(Family, Protocol):
 
 
 def with_words(family: Family, files: WordsByFile, option: str) -> Family:
-    """Return the family with the words of files in its text encoders, as `TakesWords.with_words`."""
+    """Return the family with the words of files in its text encoders."""
     return cast(TakesWords, family).with_words(files, option)

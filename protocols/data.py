@@ -170,7 +170,7 @@ class Batch:
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with tensors restored that dropout had removed.
+        """Return the batch with captions or references restored that dropout had removed.
 
         Args:
             names: Kinds of tensors to restore: CAPTION and REFERENCE.

@@ -110,7 +110,7 @@ class GivenTokens:
 
 
 def clean_fraction(given: Tensor, like: Tensor) -> Tensor:
-    """Return shares of `GivenTokens` as 0..1, float32, on the device of another tensor."""
+    """Return how clean each latent is, stored in thousandths, as 0..1 float32 on the device of a tensor."""
     return send_ahead(given, like.device).float() / WHOLE
 
 

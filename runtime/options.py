@@ -188,7 +188,7 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def modes(self) -> RunModes:
-        """Return what the active ways to run the transformer have contributed."""
+        """Return what the active modes of running the transformer contribute to the run."""
         return join_ways(self)
 
 
@@ -213,7 +213,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def modes(self) -> RunModes:
-        """Return what the active ways to run the transformer have contributed."""
+        """Return what the active modes of running the transformer contribute to the run."""
         return join_ways(self)
 
 

@@ -53,7 +53,7 @@ Runner = Callable[[nn.Module, Hidden, Overrides], None]  # runs the network's bl
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks of a DiT with its runner; `hidden` is changed in place."""
+    """Run the blocks of a DiT with its runner, a function that may be replaced; it changes `hidden.x`."""
     runner_of(dit)(dit, hidden, overrides)
 
 
@@ -131,12 +131,12 @@ class BlockNetwork(nn.Module):
 
 
 def runner_of(dit: nn.Module) -> Runner:
-    """Return the runner of a DiT; by default it runs all blocks in order."""
+    """Return the runner of a DiT, the function that runs its blocks; the default one runs all in order."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 
 def set_runner(dit: nn.Module, runner: Runner) -> None:
-    """Replace the runner of the network's blocks. The runner gets the network as an argument."""
+    """Replace the runner, the function that runs a network's blocks; it gets the network as an argument."""
     setattr(dit, _RUNNER, runner)
 
 

@@ -49,7 +49,7 @@ Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
 
 
 class Rule(Protocol):
-    """Rule that decides whether to skip one pass of each step. It keeps its own state between steps."""
+    """Rule that decides at each step whether a network pass is skipped; it keeps state between steps."""
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
         """Return whether to skip the pass. Called once at every step that has this pass.
@@ -175,9 +175,9 @@ class MagCacheRule:
 
         Args:
             ratios: One ratio for each step of the video.
-            retention: See `protocols.rules.MagCache`.
-            threshold: See `protocols.rules.MagCache`.
-            max_skips: See `protocols.rules.MagCache`.
+            retention: Fraction of the steps, at the start, in which no pass is skipped.
+            threshold: Maximum sum of errors over consecutive skipped passes.
+            max_skips: Maximum number of consecutive skipped passes.
         """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._max_skips = threshold, max_skips

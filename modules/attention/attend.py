@@ -61,7 +61,7 @@ def pack(tokens: Tensor, lengths: Lengths) -> Tensor:
 
 
 def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
-    """Undo `pack`: T N D to B `length` N D, with zeros in the padding."""
+    """Turn packed tokens, T N D, back into a padded batch, B `length` N D, with zeros in the padding."""
     return _fill_up(packed.split(lengths.counts), length)
 
 

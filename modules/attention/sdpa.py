@@ -132,7 +132,7 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
 def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
 
-    cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN (see `kernels`), and
+    cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN, and
     it is planned again for every length of a text.
     """
     if not is_on_cuda(q):

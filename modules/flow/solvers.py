@@ -270,7 +270,7 @@ def _move(
 
 
 def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Step twice as far in lambda as `_move` would, and compensate by adding fresh noise.
+    """Step twice as far in lambda as without noise, and compensate by adding fresh noise.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """

@@ -49,8 +49,7 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
     `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd keeps
-    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added: see
-    `_AddGated`.
+    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added.
     """
     if gate is None:
         return x + branch.to(x.dtype)

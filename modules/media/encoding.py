@@ -115,7 +115,7 @@ def select_encoder(codec: str, width: int, height: int) -> str:
 
 
 def resolve_codec(codec: str, width: int, height: int) -> str:
-    """Return the result of `select_encoder`; warns if it differs from --codec."""
+    """Return the codec, or h264 with a warning for images that are too small for an encoder of h265."""
     settled = select_encoder(codec, width, height)
     if settled != codec:
         logger.warning(

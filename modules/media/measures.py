@@ -176,7 +176,7 @@ WHITE = 245  # of 255; at least this counts as white
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """Reduced image for comparisons."""
+    """A reduced image for comparisons: gray values, white cells and a histogram of colors."""
 
     gray: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: some color is at its maximum

@@ -127,7 +127,7 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
-    """Undo `split_alpha`: return H W 4, with alpha resized to the colors; without alpha, only the colors."""
+    """Join colors and alpha to H W 4, with alpha resized to the colors; without alpha, return the colors."""
     if alpha is None:
         return colors
     height, width = colors.shape[:2]

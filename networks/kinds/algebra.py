@@ -50,13 +50,13 @@ class InputRotation(Protocol):
         """Name with its article for messages, such as "an OFT"."""
 
     def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I in the form that `of_input` and `of_weight` take as `made`."""
+        """Return R - I at a strength of the LoRA, as the argument `made` of `of_input` and `of_weight`."""
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
-        """Return x (R - I) for inputs `x`, ... in."""
+        """Return x (R - I) for inputs `x`, ... in; `made` is the result of `make`."""
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I), float32."""
+        """Return W (R^T - I), float32; `made` is the result of `make`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight of this name; "" if they do.

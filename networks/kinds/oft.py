@@ -178,7 +178,7 @@ class OftKind(NetworkKind):
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
-        changed: Counter[str] = Counter()
+        changed: Counter[str] = Counter()  # description of a changed block size -> number of layers
         for name, target in targets.items():
             module = target.module
             if not isinstance(module, nn.Linear):

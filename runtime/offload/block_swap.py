@@ -117,7 +117,7 @@ class Kept:
 
 
 class BlockSwap:
-    """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
+    """Copies a network's weights from host memory to the device before each block runs, forward and back."""
 
     def __init__(
         self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
@@ -215,7 +215,7 @@ class BlockSwap:
         self._at = None
 
     def park(self) -> None:
-        """Call `settle`, and free the slots' device memory until the next pass."""
+        """Copy trained weights back to host memory, and free the slots' device memory until the next pass."""
         self.settle()
         self._owners.clear()
         for ring in self.rings:

@@ -125,7 +125,7 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine | None) -> None:
-    """Wait until every process has arrived here; None means that there is only one process."""
+    """Wait until every process has arrived here; with None, there is only one, which goes on at once."""
     if machine is not None:
         torch.distributed.barrier()
 

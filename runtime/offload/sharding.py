@@ -42,7 +42,7 @@ TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share
 
 
 class ShardedBlocks:
-    """The parts of a network's blocks that this process keeps; a `BlockPlace`."""
+    """The parts of a network's blocks that this process keeps while other processes keep the others."""
 
     def __init__(self, device: torch.device, asked_by: str) -> None:
         """Prepare to split blocks over all processes that have joined.

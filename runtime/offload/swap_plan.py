@@ -62,8 +62,8 @@ def max_blocks(
 
     Args:
         num_blocks: Number of blocks in each list.
-        counts: `DitSpec.swap_counts`.
-        unswapped: `DitSpec.unswapped`.
+        counts: Returns the swapped blocks of each list for a value of the option; None: none can be swapped.
+        unswapped: Number of blocks of each list that have to stay on the device.
     """
     if counts is None:
         return 0
@@ -104,7 +104,10 @@ class SwapPlan:
         return [plan_list(*row, self.slots) for row in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
+        """Return the names of all weights in host memory, in order of use.
+
+        Raises OptionError if the network has too few blocks.
+        """
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for blocks in self.lists(dit):
             names += [
@@ -160,7 +163,7 @@ def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 
 
 class HostWeights:
-    """The weights of one network that are in host memory: a `HostPlace`."""
+    """The weights of one network that are in host memory while it computes on a device."""
 
     def __init__(
         self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False

@@ -450,12 +450,12 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
-    """Return the function that extrapolates per block, for runs on one device."""
+    """Return `extrapolate`, which extends the measured memory to all blocks, for runs on one device."""
     return extrapolate
 
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
-    """Copy the entry of the second block to the last but one: of three blocks both are the middle one."""
+    """Add entries of the last block but one, equal to the second's: both are the middle one of three."""
     ends = {
         name.removesuffix(SECOND) + BEFORE_LAST: moment
         for name, moment in moments.items()

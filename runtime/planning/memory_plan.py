@@ -110,7 +110,7 @@ class Swapped:
 
         Args:
             blocks: Number of swapped blocks.
-            ring: Text that describes the slots.
+            ring: Text that describes the slots, the device memory through which blocks are streamed.
         """
         if self.processes > 1:
             return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
@@ -186,7 +186,7 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
 
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
-    """Return the effect of splitting blocks over processes."""
+    """Return the bytes of weights that leave each device if blocks are split over processes."""
     block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
     total = sum(block_bytes)
     return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)

@@ -38,7 +38,7 @@ class Divided(Swappable, Protocol):
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A rehearsed run on one GPU, and a function that divides it over several."""
+    """A run on one GPU that was tried on tensors without values, and a function that divides it over GPUs."""
 
     words: tuple[str, ...]  # options to add to the command
     heads: int  # number of attention heads, divided among cards that share tokens

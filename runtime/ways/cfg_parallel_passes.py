@@ -12,7 +12,7 @@ from runtime.offload.sharding import gather_parts
 
 
 class SharedPasses:
-    """Divide the passes of each step over processes; a `RunPasses`.
+    """Divide the network passes of each step over processes, and return all results in each process.
 
     Each pass runs separately. If the transformer is split too, all processes run passes that skip the same
     blocks at the same time; if there are fewer such passes than processes, some passes run twice.

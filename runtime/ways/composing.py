@@ -84,7 +84,10 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
 
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
-    """Return the number of processes that divide the passes of a step. Raises as `count_groups` does."""
+    """Return the number of processes that divide the passes of a step.
+
+    Raises OptionError if the processes cannot be divided into groups of that size.
+    """
     if not speed.modes.divides_passes:
         return 1
     passes = max(processes // speed.modes.num_peers, 1)
@@ -93,7 +96,10 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
 
 
 def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
-    """Arrange all processes, which have joined, in a grid. Raises OptionError as `count_groups` does."""
+    """Arrange all processes, which have joined, in a grid by the kind of work that they share.
+
+    Raises OptionError if the processes cannot be divided into equal groups.
+    """
     from torch import distributed  # only with several processes
 
     from runtime.offload.context import ProcessGrid

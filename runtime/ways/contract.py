@@ -42,7 +42,7 @@ class SpeedOptions(Protocol):
 
     @property
     def modes(self) -> "RunModes":
-        """The contributions of the active modes."""
+        """What the active modes of running the transformer contribute to a run."""
 
 
 class FurtherModel(NamedTuple):
@@ -153,7 +153,7 @@ class RunModes:
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class WayToRun:
-    """A mode of running a transformer."""
+    """A mode of running a transformer, such as splitting it over processes, with its option."""
 
     name: str  # name of its option
     options: type[WayOptions]
