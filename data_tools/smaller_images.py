@@ -176,6 +176,7 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
     small = (
         image if fit.resized == (width, height) else resize_frame(image, fit.resized, options.interpolation)
     )
+    # cut off what exceeds a multiple of the step
     left, top = fit.crop
     return small[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
 

@@ -94,7 +94,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
     _add_then(parser)
-    # print the help of a later tool even if required options of the first one are missing
+    # print the help of a later tool, which ends the program, even if the first one lacks required options
     for later in later_tools:
         if HELP & set(later):
             read_tool(later, before)
@@ -188,6 +188,7 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.record)
+    # options of the whole run are known here only to reject them
     run_parser = Parser(add_help=False)
     add_options(run_parser, ToolRunOptions)
     tool_flags = _list_flags(parser)

@@ -32,7 +32,7 @@ class FileJob:
 
 
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs sorted by name; empty if results exist and must not be overwritten.
+    """Return the jobs sorted by name; empty if results exist and the user does not want to replace them.
 
     Args:
         chain: The run with its tools.

@@ -185,7 +185,7 @@ def run_video(
         job: File to read and file to write.
         descriptions: Descriptions of the tools, for the metadata.
         form: Format of the output.
-        hides: See `Chain.hides`.
+        hides: Whether a tool hides image content, so that the cover image of the input is not kept.
 
     Raises:
         UserError: If the video cannot be read, processed or written.

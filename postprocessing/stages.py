@@ -62,7 +62,7 @@ def make_stages(
 
     Args:
         tools: Tools with their options.
-        labels: See `NamedStage`.
+        labels: Name of each tool in messages; "" omits it.
         device: Device of the run.
 
     Raises:
@@ -97,7 +97,7 @@ def run_stages(
     Args:
         stages: The stages in order.
         pictures: Images of the input.
-        clips: Result of `results`.
+        clips: Properties of the clip before the first stage and after each stage, as `results` returns them.
     """
     earlier_errors: list[BaseException] = []  # errors of earlier stages, which name their own tool
     pictures = _note_errors(pictures, clips[0], "", earlier_errors)
@@ -196,12 +196,14 @@ class PostTools:
         alpha = None
         if is_single:  # frames of videos have no alpha channel
             first, alpha = split_alpha(first)
-        self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
+        # raises if a tool needs a video and gets an image; 2 stands for any larger number of frames
+        self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         # NTSC rates such as 30000/1001 have the denominator 1001
         rate = Fraction(fps).limit_denominator(1001)
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
+        # `first` was taken from the iterator to learn the size
         numbered = enumerate(chain([first], frames))
         images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = run_stages(self._stages, images, clips)

@@ -86,10 +86,10 @@ class Pipe(Generic[T]):
 
 @contextmanager
 def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]:
-    """Yield an iterator over `source`, which a thread reads ahead; errors of `source` are raised there.
+    """Yield an iterator over `source`, which a thread reads ahead; it also raises the errors of `source`.
 
-    At most `depth` items wait, and one more is being processed by the thread. When the block ends, the thread
-    has ended, and a generator is closed.
+    At most `depth` items wait, and one more is being processed by the thread. When the `with` block has
+    ended, so has the thread, and `source` is closed if it is a generator.
     """
     pipe: Pipe[T] = Pipe(depth)
 

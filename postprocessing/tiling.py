@@ -59,8 +59,8 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
     """Split a length into the smallest number of equal tiles; return their (start, end).
 
     Tiles cover 0..length and overlap by at least `overlap`. They are as small as their number allows,
-    because overlaps are computed twice. All numbers are
-    multiples of `step` if `length` is; `overlap` is rounded up to a multiple.
+    because overlaps are computed twice. All numbers are multiples of `step` if `length` is; `overlap` is
+    rounded up to a multiple.
 
     Args:
         length: Length to cover.
@@ -88,9 +88,9 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     Args:
         run: Function to apply.
         images: Images, B C H W, with H and W multiples of `step`.
-        tile: Largest tile in pixels of `images`; see `cut`.
-        overlap: Overlap in pixels of `images`; see `cut`.
-        step: See `cut`.
+        tile: Largest side of a tile in pixels of `images`; FULL for no tiles.
+        overlap: Smallest overlap of neighboring tiles in pixels of `images`.
+        step: Number that the positions and sides of tiles are multiples of.
         factor: Scale of the results.
     """
     if tile == FULL:
@@ -100,6 +100,7 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     columns = cut(width, tile, overlap, step)
     if len(rows) == len(columns) == 1:
         return run(images)
+    # join the tiles of a row to a strip, and the strips to the result; the first tile creates the room
     result = None
     for top, bottom in rows:
         strip = None
@@ -120,7 +121,10 @@ class _Joined(NamedTuple):
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`."""
+    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`.
+
+    `joined` is the result so far, None for the first tile; `length` is the size of the whole result.
+    """
     end = start + tile.shape[axis]
     if joined is None:
         # a single tile covers the whole axis
@@ -200,7 +204,7 @@ class Fitting:
                 if not is_out_of_memory(error):
                     raise
                 reason = short_reason(error)
-            # not inside `except`: the error keeps the failed run's tensors alive
+            # outside of `except`, where the error would keep the failed run's tensors alive; then try again
             self._shrink_batch(images, reason)
             free_memory(self.device)
 
@@ -211,7 +215,7 @@ class Fitting:
         """
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
-        side = min(self.tile or longest, longest)
+        side = min(self.tile or longest, longest)  # a tile of 0 stands for whole images
         minimum = min_tile(self.step, self.overlap)
         if batch > 1:
             self.batch = batch // 2

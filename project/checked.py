@@ -30,7 +30,7 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
         commands: Commands of the folder's run, with the options that were typed.
         model_files: Paths of the model's files.
     """
-    mark = _mark(folder, commands, model_files)
+    mark = _mark(folder, commands, model_files)  # hash of what was checked; None if it cannot be made
     if mark is None:
         return
     try:

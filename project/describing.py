@@ -265,6 +265,7 @@ def describe_dataset(choice: Choice) -> str:
         # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
+        # clips are no material for a run that learns single frames
         if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
             continue
         keys = _make_folder_keys(choice, folder, kind)
@@ -349,6 +350,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     # links are not followed: `run` writes nothing outside the described folder
     name_here = folder.relative_to(choice.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
+    # references of an editing model, and control images of a control network, share a key
     source = content.references.get(folder) if kind == "image" else None
     if source is not None:
         keys["control_directory"] = choice.inside(source)
@@ -366,6 +368,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     # the repeats that balance real and generated files have precedence
     if folder in content.repeats:
         keys["num_repeats"] = content.repeats[folder]
+    # `name` is parsed from a folder name such as 10_cat: repeats and class
     class_tokens = choice.trigger if name is None else name.words
     if class_tokens and _lacks_captions(choice, folder, kind):
         keys["class_tokens"] = class_tokens
@@ -513,6 +516,7 @@ def _released_values(model: ModelSet) -> str:
     All other values default to the family's, for samples as for generation.
     """
     characters = {"--negative_prompt": "n"}
+    # sample values of prompt lines: each with its option and its one-letter name
     shared = {**COUNTS, **VALUES}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
         option, character, _ = shared[name]
@@ -617,6 +621,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
     values = choice.kind.change(_model_values(choice), choice.memory)
     # the switch selects the kind of run on the command line, so it is not in run.toml
+    # [1:]: without the name of the script
     own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
     values |= _read_options(own_options, {"word": choice.trigger or ""})
     values |= _run_values(choice)
@@ -652,6 +657,7 @@ def _describe_targets(choice: Choice) -> list[str]:
 def _model_values(choice: Choice) -> dict[str, Any]:
     """Return the training options that depend on the model and the graphics card, with the model files."""
     values = _read_options(_training_words(choice), choice.files)
+    # the length of a run is set in steps
     values = {name: value for name, value in values.items() if "epoch" not in name}
     if not choice.memory:  # a CPU uses no GPU-only weight formats and optimizers
         for word in shlex.split(choice.model.data["fp8"]):
@@ -663,6 +669,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
         values |= dict.fromkeys(choice.model_info.dtypes["Training"], FLOAT32)
     elif choice.needs_float16:
         values["mixed_precision"] = "fp16"
+    # files of the command are {name} in it and already among the values; the others are added
     named_in_command = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
     return values | {name: path for name, path in choice.files.items() if name not in named_in_command}
 
@@ -724,7 +731,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
-    # such as CON or NUL, which cannot be file names on Windows
+    # names such as CON or NUL, which cannot be file names on Windows
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
@@ -735,8 +742,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["output_name"] = choice.options.output_name or choice.trigger
         # prompts use an embedding by its file name
+        values["output_name"] = choice.options.output_name or choice.trigger
     return values
 
 

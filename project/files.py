@@ -87,6 +87,7 @@ def write_project(options: NewOptions) -> None:
     Raises:
         OutputError: If one of the three files exists.
     """
+    # options: those typed, completed by another trainer's project or by a recipe
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
@@ -118,6 +119,7 @@ def write_project(options: NewOptions) -> None:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
 
+    # the texts of the three files; captions and first frames are written before them
     described = _describe(choice, describing.list_commands(choice))
     if not options.dry_run:
         _write_content(choice.content)
@@ -238,6 +240,7 @@ def _gather_choice(
         model = next(
             entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
         )
+    # the model's files, and what its family says about it
     typed_paths = typed_files(options)
     # components inside a typed checkpoint need no file of their own
     inside = find_inside(model, typed_paths)
@@ -246,11 +249,13 @@ def _gather_choice(
     files = name_files(options, model)
     info = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
+    # the media and captions of the folder
     content = _collect_content(options, model, info, kind)
-    if kind.makes_adapter:
+    if kind.makes_adapter:  # it learns from images that the model itself has generated
         use_prompts_as_captions(content)
         balance_origins(content)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
+    # the project of another trainer that --from names
     if foreign is not None:
         script = ask_script(kind.find_words(model)[0])
         forms = Forms(
@@ -283,8 +288,9 @@ def _gather_choice(
     )
     if foreign is None:
         return choice
-    if choice.has_subsets:
+    if choice.has_subsets:  # subsets accept fewer keys of their own
         leave_sizes(foreign)
+    # the project may give its length in epochs, whose steps depend on the media
     steps_of_epoch = count_steps_of_epoch(choice)
     options = select_length(foreign, choice.options, steps_of_epoch, len(content.media))
     return dataclasses.replace(choice, options=options)
@@ -453,12 +459,14 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
 
     `remarks` are lines about how the model was chosen.
     """
+    # the folder, the size, and the model
     lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
     if reason and "resolution" not in choice.data:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
     lines += choice.kind.describe(choice.model, choice.memory)
+    # what a control network learns from
     for folder, control_folder in choice.content.controls.items():
         instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
@@ -467,6 +475,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         lines.append(f"{folder}: {choice.kind.title} learns from {data}{instead}")
     for name, checkpoint in choice.embedded_files.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
+    # precision that this machine needs
     if choice.needs_float32:
         lines.append(
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
@@ -479,6 +488,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         )
     if choice.model_info.contradiction:
         lines.append(warning(choice.model_info.contradiction))
+    # a distilled model unlearns its few steps when it is trained
     few_steps = choice.model_info.few_steps
     if few_steps is not None and not choice.kind.makes_adapter:
         subject = "It" if choice.model_info.contradiction else choice.model_name
@@ -668,6 +678,7 @@ def _describe_again(choice: describing.Choice, **more: str) -> str:
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
+    # only options that differ from their defaults are written
     default = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed
     for name, value in values.items():

@@ -184,8 +184,9 @@ def _read_rows(
 def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
     """Yield (file name, caption) for each entry in a JSON file.
 
-    `subject` is explained in `_read_rows`.
+    `subject` is the media file with the name of the JSON file, None if there is none.
     """
+    # a file about one image or clip, a table of captions by file name, or a list of rows
     if isinstance(content, dict) and subject is not None:
         yield subject.name, _first_text(content)
     elif isinstance(content, dict):

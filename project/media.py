@@ -204,7 +204,7 @@ def _collect_media(
         if training_folder != folder:
             content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
     _add_audios(content, audios, model_info)
-    # made last, because only now is it known which captions were used
+    # only now is it known which captions were used; inserted before the lines about files
     content.lines[start:start] = _describe_lists(content)
     return audios
 
@@ -258,10 +258,14 @@ def _describe_unused_sources(
 ) -> list[str]:
     """Return lines about folders of reference images, which a model that does not edit cannot use.
 
+    `name` is the model's name, and `edits` continues the sentence with a model of the family that does.
     Folders in `described` already have a line.
     """
     inner_sources = [
-        source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
+        # [1:]: without the media folder itself, whose folders are in `sources`
+        source
+        for subfolder in folders_by_use.training_folders[1:]
+        for source in _sources_in(subfolder)
     ]
     return [
         warning(
@@ -304,6 +308,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             candidates.append(subfolder)
             # sd-scripts' layout: folders such as img/10_cat class
             candidates += [inner for inner in _folders(subfolder) if _name_of(inner) is not None]
+        # a folder named like one that runs write; `new` itself fills FIRST_FRAMES
         elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
             text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
             content.lines.append(warning(text))
@@ -345,7 +350,8 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularization images, and record the folder if it is used.
 
-    `reason` explains why its images are for regularization. `kind` is the kind of run.
+    Folders are left out if the run, the model or missing captions allow no regularization. `reason` explains
+    why its images are for regularization. `kind` is the kind of run.
     """
     images = _files_in(subfolder, image_suffixes())
     if not images:
@@ -369,6 +375,7 @@ def _describe_regularising(
         )
         return [warning(text)]
     content.regularization.append(subfolder)
+    # the line that says how the folder is used
     count = count_of(len(images), "regularization picture")
     caption = ""
     if uncaptioned and class_name is not None:
@@ -393,7 +400,10 @@ def _name_of(folder: Path) -> FolderName | None:
 
 
 def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return why a folder's images count as regularization images; None if they do not."""
+    """Return why a folder's images count as regularization images; None if they do not.
+
+    `names` are the class or subject words in the names of folders, such as `ohwx man` of 10_ohwx man.
+    """
     if subfolder == folder:
         return None
     for path in (subfolder, subfolder.parent):
@@ -404,7 +414,7 @@ def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, Fold
         return None
     class_words = name.words.strip().lower()
     for subject in names.values():
-        # `man` is the class of `ohwx man`
+        # this folder shows a class if another one shows a subject of it: `man` is the class of `ohwx man`
         if subject.words.strip().lower().endswith(f" {class_words}"):
             return (
                 f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
@@ -694,7 +704,7 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "ModelInfo") -> None:
     """Use audio files as media if there are no others and the model allows it; else report them."""
-    if model_info.pairs_audios:
+    if model_info.pairs_audios:  # such an audio file is used with its clip
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
         return
@@ -737,7 +747,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
     caption_file = caption_path(path, content.captions)
     try:
         file = read_caption_file(caption_file)
-    except DatasetError:  # the check of the written files reports it
+    except DatasetError:  # not a text; the check of the written files reports it
         content.bad_captions.add(path)
         return None
     listed_text = content.listed.by_path.get(path)
@@ -908,6 +918,7 @@ def _find_references_of(image_folder: Path, sources: Sequence[Path], content: Fo
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
         return
+    # references have the file names of their images
     for source in sources:
         without = _without_reference(source, images)
         if len(without) == len(images):

@@ -88,9 +88,9 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     references = 0 if rules is None or rules.clips else rules.maximum
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
-    # until a checkpoint shows otherwise
+    # assumed if the checkpoint, which decides for families with audio, is not there yet: `audio_of` raises
     hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):  # only families with audio need a file to decide this
+    with contextlib.suppress(UserError):
         audio = audio_of(family)
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_inside
@@ -162,6 +162,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     """
     if not files:
         return
+    # build the parser of the model's training script, but without importing the script
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
@@ -176,7 +177,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
         if name in names:
             argv += [f"--{name}", path]
     args = parser.parse_args(argv)
-    if "ae" in names:
+    if "ae" in names:  # puts --ae into --vae
         take_ae(args)
     with _without_log():
         entry.make_family("training", read_options(record, args)).check_given_files()
@@ -255,6 +256,7 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
     """Return a message if a model file's name contradicts the typed task; None if it does not."""
     if not knows_few_steps(family):
         return None
+    # typed files next to the names of the files that are released for the task
     for dit, released in zip(dits, _released_names(model), strict=False):
         kind = _find_kind(family, dit)
         # the task wants a few-step model exactly if its released file is one
@@ -316,6 +318,7 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
         named_model = read_family(options.family, models)
         if not options.model_files:
             reject_made_from(named_model, options.family, models)
+    # tasks of the family that the typed one may mean; all of them if none is typed
     tasks = _list_tasks_left(named_model, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
@@ -446,6 +449,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
         OptionError: If no task has this name, or if it is ambiguous.
     """
     normalized = plain_name(text)
+    # our names first, then names in the training script, then a unique part of a name
     matches = [model for model in tasks if is_task_spelling(text, model.task)]
     if not matches and normalized:
         matches = [model for model in tasks if is_task_spelling(text, _training_task(model))]
@@ -459,6 +463,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
             partial_matches.append(model)
     if len(partial_matches) == 1:
         return partial_matches
+    # no match: name the closest tasks in the error
     names = [model.task for model in tasks]
     script = _training_script(tasks[0])
     # families that share a training script are easily confused

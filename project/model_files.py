@@ -95,7 +95,8 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
     """Return a model without some of its files, whose options its commands then omit.
 
-    `names` are the names of these options.
+    `names` are the options of these files, without dashes; commands have a placeholder such as {vae} for
+    each.
     """
     placeholders = {f"{{{name}}}" for name in names}
     commands = {}

@@ -54,6 +54,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
     run_history = _read_run_history(output, name, began)
     page = wait_for_page(history_path(output, name))
     error = ""
+    # without a history, the trained file shows that the run has finished
     is_finished = _is_new(output / f"{name}.safetensors", began)
     if run_history.ending is not None:
         text, kind = run_history.ending

@@ -20,7 +20,7 @@ def use_prompts_as_captions(content: FolderContent) -> None:
         prompt = "" if item.caption is not None else _read_prompt(content, item)
         if prompt:
             content.new_captions[caption_path(item.path, content.captions)] = prompt
-            item = replace(item, caption=" ".join(prompt.split()))
+            item = replace(item, caption=" ".join(prompt.split()))  # a caption has one line
             count += 1
         media.append(item)
     content.media = media
@@ -40,7 +40,7 @@ def balance_origins(content: FolderContent) -> None:
         by_folder.setdefault(item.path.parent, []).append(bool(_read_prompt(content, item)))
     generated = {folder: len(files) for folder, files in by_folder.items() if all(files)}
     real = {folder: len(files) for folder, files in by_folder.items() if not any(files)}
-    # a folder with both kinds is in neither dictionary
+    # a folder with both kinds is in neither dictionary, so fewer folders are counted than exist
     if not generated or not real or len(generated) + len(real) < len(by_folder):
         return
     fewer, more = sorted((generated, real), key=lambda counts: sum(counts.values()))

@@ -51,6 +51,7 @@ def find_error_of_name(name: str, on_windows: bool) -> str:
     forbids are rejected, too.
     """
     parts = PurePosixPath(name).parts
+    # a name that pathlib would shorten, such as a//b or ./a, is not written by `pack`
     if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:
         return "it leads out of the folder"
     if "\\" in name or escape_control_codes(name) != name or any(sign in name for sign in "\n\t\0"):

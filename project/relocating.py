@@ -37,7 +37,7 @@ class MachinePaths:
         if text in self.models:
             return self.models[text]
         is_rooted = _ROOTED.match(text) is not None
-        # not a path that could leave the folder
+        # a relative path that cannot leave the folder, or no path at all
         if not is_rooted and ".." not in text:
             return text
         if is_rooted and not text.startswith("~") and not Path(text).is_absolute():
@@ -46,6 +46,7 @@ class MachinePaths:
             path = Path(os.path.normpath(expand_path(text, self.folder)))
         except ValueError:
             return None if is_rooted else text
+        # the folder may be named by a link or by its real path
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
@@ -77,7 +78,8 @@ class RelocatedText(NamedTuple):
 def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
     """Make the paths in a TOML text relative; comments are preserved.
 
-    `without` are keys to remove from all tables.
+    `machine_paths` replaces the paths; those that it cannot replace stay, and are returned as outside of the
+    packed folder. `without` are keys to remove from all tables.
 
     Raises:
         ValueError: If the text is not TOML.

@@ -135,6 +135,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     # the LoRA is finished already
     if _report_trained(project, options):
         return
+    # an interrupted run has saved its state: continue from the latest one
     if _has_state(project):
         project = _extend_training(project, ["--resume", "latest"])
     if project.missing and not (options.download or options.dry_run):
@@ -145,6 +146,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
         for argv in commands:
             _print_command(argv, project.folder)
         return
+    # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
@@ -193,7 +195,7 @@ def _print_command(argv: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run the commands in order, except checks that have passed before; return lines about skipped files.
+    """Run the commands in order, except checks that have passed before; return lines about skipped media.
 
     Exits with the code of the first command that fails.
 
@@ -214,6 +216,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         else:
             with trace.follow(argv) as progress:
                 _run_or_exit(argv, project.folder, may_leave_out=bool(left_out), progress=progress)
+        # the download command is run only if files are missing, and has to bring them all
         if argv == project.download and project.missing:
             raise OptionError(
                 f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
@@ -278,7 +281,7 @@ def _run_or_exit(
     """Run a command of the project; exit with its code if it fails.
 
     With `may_leave_out`, a command that leaves files out has not failed, because the check has already
-    reported these files. `progress` is explained in `run_command`.
+    reported these files. `progress` is the file into which the command writes its progress.
     """
     code = run_command(argv, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
@@ -317,13 +320,14 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
     option = f"{path}: output_name"
-    # before history_path, which makes a path of the name
+    # before history_path, which makes a path of the name; checked again below if the run is new
     check_output_name(option, project.name, is_new=False)
     reject_outside("output_dir", project.output)
     has_begun = history_path(project.output, project.name).exists()
     check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         reject_outside("logging_dir", project.logs)
+    # called only to raise an error for commands that are none of our scripts
     for argv_of_command in (project.download, *project.commands):
         _require_script(argv_of_command)
     typed_argv = option_words({f"--{name}": value for name, value in typed.items()})
@@ -354,7 +358,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
-    project_table = tables[OTHERS_TABLE]
+    project_table = tables[OTHERS_TABLE]  # what `run` needs besides training options: commands and files
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output = expand_path(str(values["output_dir"]), folder)
@@ -366,7 +370,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = (float(values.get("validation_split", 0)), seed)
-    steps = None
+    steps = None  # unknown if the length is set in epochs
     if "max_train_epochs" not in values:
         steps = int(values["max_train_steps"])
     if not commands:
@@ -490,7 +494,7 @@ def _check_training(project: Project) -> None:
 
     Raises OptionError if the script rejects them.
     """
-    argv = project.commands[-1]
+    argv = project.commands[-1]  # the last command trains
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
         cwd=project.folder,
@@ -532,8 +536,10 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
         for table in findings.tables:
             errors.extend(table.faults)
 
+    # the caching script loads the family and the dataset, and then calls `check` in place of caching
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check)
+    # only unreadable files are left out; any other error ends the run
     ending = [error.kind for error in errors if error.kind != UNREADABLE and error.ends_run]
     if ending:
         return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])

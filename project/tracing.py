@@ -83,6 +83,7 @@ class RunTrace:
             working_folder=str(Path.cwd()),
         )
         self._training = history_path(output, name)
+        # a history of its own, which ends where that of the training begins
         self._history = History(history_path(output, f"{name}{BEFORE_TRAINING}"), session=1)
         with self._guarded():
             output.mkdir(parents=True, exist_ok=True)
@@ -108,6 +109,7 @@ class RunTrace:
         if self._history is None or step == TRAINING:
             yield None
             return
+        # a thread reads this file until the command has ended
         path = self._history.path.with_name(f".{self._history.path.stem}-progress.json")
         is_over = threading.Event()
         watcher = threading.Thread(target=self._show_progress, args=(path, step, is_over), daemon=True)
@@ -135,8 +137,9 @@ class RunTrace:
     def end(self, reason: str, kind: str) -> None:
         """Record in the run's history how the run ended, unless its training records that itself.
 
-        `kind` is the kind of the history's end.
+        `reason` is "" if it ended well. `kind` is "good", "bad", or "" for a run that was stopped.
         """
+        # nothing was begun
         if self._history is None or not self._step:
             return
         with self._guarded():

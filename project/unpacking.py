@@ -75,6 +75,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
     Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
     """
+    # checked first, against the size of the archive: nothing is read from it before
     entries = archive.infolist()
     _check_entries(entries, os.fstat(archive.fp.fileno()).st_size)  # type: ignore[union-attr]
     if archive.getinfo(MANIFEST).file_size > MAX_METADATA_BYTES:
@@ -83,9 +84,10 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
         manifest = parse_json(_read_member(file).decode("utf-8"))
     if manifest["version"] != VERSION:
         raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
-    # raises KeyError if there is no run.toml
+    # called only to raise KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
     name, modified = manifest["name"], manifest["modified"]
+    # the name becomes that of the new folder
     reason = find_error_of_name(name, os.name == "nt")
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
@@ -108,7 +110,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
         raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is not a table with a list of files")
     for path in files:
-        expand_path(path)
+        expand_path(path)  # called only to raise ValueError for an invalid path
     return files
 
 
@@ -133,6 +135,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         if reason:
             raise ValueError(f"{name!r}: {reason}")
         names.add(fold_name(name))
+    # no file may have the name of a folder that another file is in
     folders = {parent.as_posix() for name in names for parent in Path(name).parents}
     conflict = next(iter(names & folders), None)
     if conflict is not None:
@@ -156,7 +159,10 @@ def _write(
     folder: Path,
     options: UnpackOptions,
 ) -> None:
-    """Write all members into a folder that appears only when it is complete."""
+    """Write all members into a folder that appears only when it is complete.
+
+    `modified` holds their modification times in nanoseconds, by name.
+    """
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
@@ -171,6 +177,7 @@ def _write(
                     target.write(piece)
                     bar.update(len(piece))
         run_file = temporary / RUN_FILE
+        # its model paths become those of this machine's model folder
         text = _place_models(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:

@@ -64,6 +64,7 @@ class ObjectAsker:
             NoCaptionError: If the answer has no JSON object, or an object in a form that the model was not
                 trained with.
         """
+        # models may write text around the object
         start, end = answer.find("{"), answer.rfind("}")
         if start < 0 or end < start:
             hint = "" if start < 0 else ", as it does not end: raise --max_new_tokens"
@@ -143,7 +144,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     reworded = caption
     if wording.replace or wording.replace_regex:
         reworded = reword_value(caption)
-    # trigger word, prefix and suffix
+    # what is added around the main text: trigger word, prefix and suffix
     additions = dataclasses.replace(wording, replace=(), replace_regex=())
     if not additions.changes_something:
         return reworded

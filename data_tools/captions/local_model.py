@@ -162,7 +162,7 @@ class LocalModel:
         return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def message(self, prompt: str, num_images: int) -> str:
-        """Return the model's input text: its chat template, or otherwise image tokens and the prompt.
+        """Return the model's input text: the prompt in its chat template, or otherwise after image tokens.
 
         Raises:
             OptionError: If the template does not take the system prompt.

@@ -144,7 +144,7 @@ class WordingOptions(Options, title="the text that is written"):
                     raise OptionError(f'--{name} "" {new!r}: say what to replace')
         for pattern, new in self.replace_regex:
             try:
-                re.compile(pattern).sub(new, "")
+                re.compile(pattern).sub(new, "")  # called only to raise errors of the pattern or of `new`
             except (re.error, IndexError, OverflowError, RecursionError) as error:
                 raise OptionError(
                     f"--replace_regex {pattern!r} {new!r}: {error}. Write it as Python's re.sub takes it"

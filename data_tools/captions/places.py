@@ -50,7 +50,7 @@ class CaptionList:
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._numbers: dict[str, int] = {}  # index of the line, by the path in it
-        self._stamp: _Stamp | None = None
+        self._stamp: _Stamp | None = None  # time and size of the file when it was read
         self._has_backup = False  # whether the state before this run is backed up
         # fills _lines and _numbers
         self._read()
@@ -68,7 +68,7 @@ class CaptionList:
         Raises:
             OutputError: If the list cannot be written.
         """
-        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
+        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line; the latest line counts
         # the last line may be unfinished, even within a character
         content = pending.read_bytes().decode("utf-8", "replace")
         for text in content.split("\n"):
@@ -227,7 +227,8 @@ class CaptionLocation:
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
-        `is_foreign` says that a person wrote the replaced caption. `record` is the record of the folder.
+        `is_foreign` says that a person wrote the replaced caption, which is then kept as a backup. `record`
+        lists the captions of the folder that this program has written.
 
         Raises:
             OutputError: If the caption cannot be written.
@@ -445,6 +446,7 @@ def plan_captions(
     for location in locations:
         record = records[location.file.parent]
         reason = _reason_to_make(location, record, rewritten)
+        # a replaced caption would be replaced again after an interruption; missing ones exist by then
         if reason in (OURS, FOREIGN) and location.name in record.done_before(pass_id):
             num_done += 1
         elif reason is not None:

@@ -104,7 +104,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     ask = replace(options.ask, max_new_tokens=options.ask.max_new_tokens or default_tokens)
     maker = CaptionMaker(
         name=str(options.model.model),
-        pass_id=_pass_of(options),
+        pass_id=_pass_of(options),  # equal for the same options, so that an interrupted run is continued
         rewritten=WhichCaptions(
             options.overwrite, options.overwrite_all, options.fill_empty, options.convert_plain
         ),
@@ -161,7 +161,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     start = time.monotonic()
     replaces = maker.rewritten.ours or maker.rewritten.all
     if not dry_run:
-        _add_pending(config)
+        _add_pending(config)  # captions that a killed run has not put into its list yet
     locations = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
     records = read_made(locations)
     jobs, num_done = plan_captions(locations, records, maker.rewritten, maker.pass_id)
@@ -327,6 +327,7 @@ def _make_captions(
                 logger.warning("%s", failures[-1])
             elif error is not None:  # ends the run; may be SystemExit
                 raise error
+            # raises if nearly all sources fail for lack of a caption
             if isinstance(error, NoCaptionError):
                 rejections.add(error)
             bar.update()
@@ -449,7 +450,10 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
 def _list_edits(
     locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_Edit]:
-    """Yield the old and the new text of each caption that the wording options change."""
+    """Yield the old and the new text of each caption that the wording options change.
+
+    `format` is the format of captions that are JSON objects; None if none is chosen.
+    """
 
     def reword_text(location: CaptionLocation, caption: str) -> str:
         """Apply the wording options to a plain caption, or to each text in a JSON caption."""
@@ -510,7 +514,7 @@ def _edit_line(
     new: dict[str, Any] = {}
     keys = ("caption", "captions") if is_several else ("caption",)
     for key in keys:
-        value = line.get(key)
+        value = line.get(key)  # a text or a list of texts
         if value is None:
             continue
         if isinstance(value, str):

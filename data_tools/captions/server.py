@@ -101,7 +101,7 @@ class ApiServer:
         self._key = key
         self._stop = threading.Event()
         self._has_answered = False
-        self._logged_reasons: set[str] = set()  # why it was asked again
+        self._logged_reasons: set[str] = set()  # why the server was asked again
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
@@ -224,6 +224,7 @@ class ApiServer:
                 f"{self._address} answers {status}, {REJECTED[status]}: {message}. "
                 f"Give what it wants: {remedy}."
             )
+        # `_adapt` notes the parameter that the server refuses, so that the next request leaves it out
         if status == 400 and self._adapt(text, parameters):
             return self._request(body)
         if 300 <= status < 400:
@@ -246,7 +247,7 @@ class ApiServer:
             )
         if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
             why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
-        return _TryAgain(f"the connection broke: {why}", math.nan)
+        return _TryAgain(f"the connection broke: {why}", math.nan)  # NaN: the server demands no waiting time
 
     def _post(self, parameters: Any) -> tuple[int, float, str]:
         """Send a request; return the status, the seconds to wait (NaN: not named by the server) and the text.

@@ -159,7 +159,8 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
     """Return the contents of prompts.txt, videos.txt and data.jsonl, by file name.
 
     Args:
-        items: Finished items with their `read_info`. Missing files are null in data.jsonl.
+        items: Finished items with their number of frames, height and width. Missing files are null in
+            data.jsonl.
     """
     lines = []
     for item, info in items:
@@ -223,8 +224,9 @@ def write_texts(
 ) -> None:
     """Write the embeddings of a caption and a note on their origin; the caption itself is written last.
 
-    `tensors` have the keys that they have in caches. A single tensor is stored without a dictionary, as other
-    trainers expect. Raises OutputError, or CacheError if a value is NaN.
+    `tensors` are named by the keys of text caches, and `identities` describe each text encoder. A single
+    tensor is stored without a dictionary, as other trainers expect. Raises OutputError, or CacheError if a
+    value is NaN.
     """
     path = item.file(EMBEDS)
     item.file(PROMPTS).unlink(missing_ok=True)

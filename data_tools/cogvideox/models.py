@@ -86,6 +86,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
         names = ", ".join((*KNOWN, COGVIDEOX))
         text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
         raise CheckpointError(text, folder)
+    # its family, the options of its text encoders, and how these treat the number of tokens
     family, texts, tokens = KNOWN[vae_class]
     # only CogVideoX can encode a chosen number of tokens
     if options.max_sequence_length != MAX_TOKENS:

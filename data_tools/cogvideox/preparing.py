@@ -65,7 +65,8 @@ def prepare(options: PrepareOptions) -> None:
             _record_settings(options, maker)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
-        share.gather(None)  # the others wait until the folder is known to fit
+        # called only to make the others wait until the main process has checked the folder
+        share.gather(None)
         # each process takes every n-th item
         work = _find_work(items[share.rank :: share.count], options, maker)
         if is_main:
@@ -201,6 +202,7 @@ def _prepare_share(
         bar = Bar(len(work.without_texts), "Writing captions", "caption", is_main)
         with write_behind(options.workers.num_artifact_workers) as write, bar:
             for item in work.without_texts:
+                # no model, encoders or embeddings: only the caption itself is written
                 write(partial(clips.write_texts, item, "", {}, {}))
                 bar.update()
     elif work.without_texts:
@@ -221,7 +223,7 @@ def _encode_captions(
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
 
-    Captions are written last, when all encoders have added their results.
+    The text of a caption is written last, when all encoders have added their embeddings to its file.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.

@@ -99,6 +99,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
     _reject_equal_stems(images)
+    # the method is stored in each image, so that the next run knows images of other options
     method = _describe_method(options)
     plan = _plan(images, output, method, options.overwrite)
     _warn_of_kept(plan)

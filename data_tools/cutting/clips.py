@@ -68,7 +68,7 @@ def look_at(
         look.starts.append(start)
         look.end = float(frame.start + frame.seconds)
         detector.see(frame.pixels)
-        if start >= due:
+        if start >= due:  # measured every SAMPLE_SECONDS only
             look.samples.append(_measure(number, frame.pixels, black_threshold))
             due = start + SAMPLE_SECONDS
     look.changes = detector.changes()
@@ -141,7 +141,10 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
 
 
 def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Yield first and end frame of each clip in a scene: equal clips, or long ones and a shorter last."""
+    """Yield the first frame of each clip in a scene, and the frame after its last one.
+
+    The clips are equally long, or, if these would be too short, as long as allowed with a shorter last one.
+    """
     pieces = _split_equally(look, first, end, lengths)
     are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
     if len(pieces) == 1 or (pieces and are_long_enough):

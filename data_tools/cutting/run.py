@@ -309,7 +309,7 @@ class Cutter:
                 "--output."
             )
         if old is not None:
-            # first, the record says that the clips are incomplete: after a kill, the next run continues
+            # first, the old record loses its options: if this run is killed, the next one cuts again
             write_record(self.output, replace(old, options={}, is_done=False, lists=()))
             self.clip_list.write(removed=[self.output / name for name in own_names])
             for name in own_names:

@@ -57,7 +57,7 @@ class SceneDetector:
         current = thumbnail(pixels)
         number = self._num_seen
         self._num_seen += 1
-        is_break = self._see_plain(current, number)
+        is_break = self._see_plain(current, number)  # a frame of one color
         previous = self._before
         jump = self._jump
         if previous is not None and self._differ(previous, current):
@@ -73,6 +73,7 @@ class SceneDetector:
             else:
                 self._confirm()
                 self._jump = _Jump(number, previous)
+        # too late for the end of a flash: the jump was a cut
         elif jump is not None and number - jump.number > self._flash_frames:
             self._confirm()
         self._before = current

@@ -71,7 +71,7 @@ def make_masks(options: MaskOptions) -> None:
         UserError: If an option or the folder cannot be used.
         DatasetError: At the end, if files could not be read.
     """
-    options.finder.require_one()
+    options.finder.require_one()  # called only to raise if no option says what to find
     folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
     by_folder = {folder: _find_mask_folder(folder, options) for folder in folders}
     places = [place for folder, masks in by_folder.items() for place in find_mask_places(folder, masks)]
@@ -206,7 +206,11 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 
 
 def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -> MaskPlan:
-    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason."""
+    """Decide for each image or clip whether its mask is made, and list masks that stay for a reason.
+
+    `method` describes how this run finds masks, and is stored in each mask. Mode "fill" makes only masks that
+    do not exist.
+    """
     plan = MaskPlan()
     for place in places:
         texts = place.texts()

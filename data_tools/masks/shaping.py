@@ -32,7 +32,8 @@ class MaskShape:
     def find(self, values: Values, size: tuple[int, int]) -> Values:
         """Return a mask of the found regions, H W: 1 inside, fading to 0 over `feather_pixels`, 0 elsewhere.
 
-        `size` is width and height of the image. The result is not inverted: `finish` does that.
+        `values` are a finder's scores, h w, of any size; `size` is width and height of the image. The result
+        is not inverted: `finish` does that.
         """
         if self.smooth_pixels:
             side = 2 * self.smooth_pixels + 1

@@ -55,6 +55,7 @@ def listen(source: MediaSource) -> Heard:
             track = track_info(path)
             if track is None:
                 raise NoAudio(f"{path}: it has no track of sound")
+            # only a video file has its own duration to compare with
             is_video = local.tensors is None and not local.path.is_dir() and not local.table.is_of_audio
             if is_video:
                 info = video_info(local.path)

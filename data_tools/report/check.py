@@ -219,7 +219,10 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return the settings with which caching would encode latents; `identity` is that of the encoders."""
+    """Return the settings with which caching would encode latents, to compare existing caches with them.
+
+    `identity` names the encoders and their files.
+    """
 
     def sections(table: MediaTable, frames: int) -> int | None:
         """Return the number of sections into which a family divides an item; None if it is unknown."""
@@ -251,7 +254,7 @@ def _describe_training(tables: Sequence[TableFindings]) -> str:
 
 
 def _identify(family: Caches, scope: _Scope) -> _Identified:
-    """Return the identities of the family's encoders, with which caches are compared."""
+    """Return what identifies the family's encoders, such as their files, to compare caches with them."""
     media: Mapping[str, str] = {}
     texts: Encoders = []
     lines: list[str] = []
@@ -314,7 +317,7 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        # otherwise the caches of latents contain the audio too
+        # some families cache audio in files of its own; otherwise the caches of latents contain it
         has_audio_caches = trains_audio(family) and not recipe.keeps_audio
         if recipe.encoder and has_audio_caches and is_heard(findings.table):
             _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
@@ -370,7 +373,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
         counts = f"{num_masked} of {len(findings.sources)}"
         findings.caches.append(f"{counts} have a mask; the others are learned whole")
         check_masks(findings, plans, recipe.latent, workers)
-    if recipe.encoder:
+    if recipe.encoder:  # empty: latents are not checked
         findings.caches.append(_count_caches(plans))
     return plans
 
@@ -400,6 +403,7 @@ def _plan_sources(
         changes = () if media.clip is None else media.clip.size_changes
         return replace(compared, size_changes=changes)
 
+    # `missing` is None if the items of a source are not known without decoding it
     plans = [plan for plan in planned if plan.missing is not None]
     unknown = [plan for plan in planned if plan.missing is None]
     decoded = read_ahead(
@@ -419,13 +423,14 @@ def _plan_sources(
 
 
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Add the items of all plans to the findings; if references cannot be read, add a fault instead."""
+    """Count the items that each source will give; if its references cannot be read, add a fault instead."""
     table = findings.table
+    # sizes of the references of each source; without references an endless row of ()
     sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
     if table.references is not None:
         bar = Bar(len(plans), "Reading headers", "source", shown=False)
         sizes_of = map_ahead(plans, _measure_references, workers, bar)
-    for sizes, plan in zip(sizes_of, plans, strict=False):
+    for sizes, plan in zip(sizes_of, plans, strict=False):  # not strict: `sizes_of` may be endless
         if isinstance(sizes, Failure):
             findings.faults.append(Fault(UNREADABLE, str(sizes), sizes.stem))
             continue
@@ -482,7 +487,8 @@ def check_training(
 
     The product of `accumulation` and `processes` is the number of batches per optimizer step. `files` are
     report lines about the checkpoints. `text_keys` are the keys of a complete text cache. `audio` is the
-    audio specification of a family that is trained with sound.
+    audio specification of a family that is trained with sound. `validation` holds the fraction of items for
+    validation and its seed, for tables that do not state their own.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
     encoders = SameEncoders(commands)
@@ -598,7 +604,8 @@ def _compare_sources(
 ) -> None:
     """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing media files cause no warning, because training only reads their caches.
+    Missing media files cause no warning, because training only reads their caches. `hears` says whether the
+    model is trained with audio.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
         name = form_of(findings.table).name

@@ -179,7 +179,7 @@ def _compare_media(
         return {}
     record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
     sections = _count_sections(caches)
-    # other programs' caches have no record
+    # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,
@@ -218,6 +218,7 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 def _media_state(plan: SourcePlan, has_files: bool) -> State:
     """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
 
+    `plan` lists the items of the source whose caches are missing, and those whose caches are kept as valid.
     `has_files` says that cache files with the source's stem exist, valid or not.
     """
     if plan.outdated is not None:
@@ -257,6 +258,7 @@ def _compare_texts(
     """Return the state of a model's text caches, by the stem of their source."""
     files = list_caption_files(sources, tag)
     records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED]])
+    # embeddings depend on reference images if the encoder sees them
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
@@ -299,7 +301,8 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
     """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
-    `records` are the records of some caption of the dataset, by encoder; they show which encoders are used.
+    `plan` names the caption's cache file, and the encoders whose embeddings in it cannot be used. `records`
+    are those of some other caption of the dataset, by encoder; they show which encoders are used.
     """
     if plan.file_name not in store:
         return MISSING, ""
@@ -315,4 +318,5 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return STALE, str(error)
     if record is None:
         return STALE, f"it has no record of {encoder}"
+    # its record fits, so the tensors themselves must be unusable
     return STALE, why_outdated(record, records[encoder].encoder, plan) or "damaged"

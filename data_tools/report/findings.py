@@ -257,7 +257,7 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
             key = (table.batch_group, *bucket)
             counts[key] = counts.get(key, 0) + count * table.num_repeats * findings.times
             sizes[key] = table.batch_size
-    # rounded first, since `times` is a quotient and may end in ...0001
+    # rounded first: `times`, the factor on regularization images, is a quotient and may end in ...0001
     return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
 
 
@@ -279,7 +279,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         findings.unusable(error)
         return findings
     findings.remarks += find_encodings(findings.sources)
-    with contextlib.suppress(DatasetError):  # already reported by the listing
+    with contextlib.suppress(DatasetError):  # already reported by `find_sources`
         findings.remarks += find_unused(table)
     if table.references is not None:
         _add_references(findings)
@@ -287,6 +287,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         from dataset.sources.companions import companion_lines  # only with companions
 
         findings.caches += companion_lines(findings.sources, findings.remarks)
+    # preference pairs: a source with a rejected counterpart
     num_pairs = sum(source.rejected is not None for source in findings.sources)
     if num_pairs:
         findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
@@ -332,8 +333,8 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
     except (OptionError, CheckpointError) as error:
         return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     counters = []
-    missing = []
-    unreachable = {}
+    missing = []  # lines about tokenizers that are not on this machine
+    unreachable = {}  # encoder -> error, if offline mode forbids to download its tokenizer
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))

@@ -140,7 +140,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         look = _check_companions(look, source, fps, latent)
     measures: Measures | None = None
     if look.problem is None and sample.frames:
-        # EvenFrames collects up to twice as many
+        # EvenFrames collects up to twice MAX_FRAMES
         frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
@@ -150,7 +150,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the look of a source with the error that its control media or its mask would cause in caching.
 
-    The source is decoded again, because only caching's own function reads it together with them.
+    Control media and masks are read only by the function with which caching decodes a source.
     """
     if not source.control and source.mask_from is None:
         return look
@@ -263,7 +263,10 @@ def _listen(source: MediaSource) -> Heard | None:
 def _collect_facts(
     source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
 ) -> Look:
-    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals."""
+    """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
+
+    An error does not raise: the result has a `problem`, and what was known before.
+    """
     facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
@@ -309,7 +312,10 @@ def _read_frames(
     use_frame: Callable[[Frame], None],
     facts: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`."""
+    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`.
+
+    If an error is raised, `facts` holds what was learned before.
+    """
     table = source.table
     facts["bytes"] = _read_file_size(source)
     if table.holds == "video":

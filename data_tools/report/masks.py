@@ -51,7 +51,7 @@ def check_masks(
     At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
-    local = [plan for plan in masked if not plan.source.origins]
+    local = [plan for plan in masked if not plan.source.origins]  # origins: addresses of remote files
     step = math.ceil(len(local) / LOOKED_AT) or 1
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
@@ -72,7 +72,7 @@ def check_masks(
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
-    """Measure which fraction of the latents a mask includes; None if the mask cannot be read."""
+    """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]
@@ -89,6 +89,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
             mask = read_moving(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
+    # the mask is reduced to the size of the latents, as for training
     _, height_stride, width_stride = latent.stride
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
     learned_fraction = float((weights > LEARNED).float().mean())
@@ -109,7 +110,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         folder = findings.table.mask_directory
         if folder is None or folder_id(folder) not in stems:
             continue
-        of_folder = stems.pop(folder_id(folder))  # tables that share a folder warn once
+        of_folder = stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
         lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
         # without any match, the table already has an error

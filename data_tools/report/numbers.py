@@ -55,7 +55,7 @@ def collect_numbers(
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]
-    if len(table_numbers) == 1:
+    if len(table_numbers) == 1:  # counted already
         captions = table_numbers[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
@@ -159,7 +159,7 @@ def _items_per_epoch(findings: TableFindings) -> int:
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
     """Return the statistics of a dataset table as JSON values.
 
-    `epoch` is the number of items in an epoch, in all tables together.
+    `epoch` is the number of items in an epoch, in all tables together, of which the table's share is given.
     """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)

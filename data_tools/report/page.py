@@ -365,6 +365,7 @@ def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers],
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
+    # buckets of clips of several lengths share a size
     by_size: dict[Size, list[Numbers]] = {}
     for bucket in table["buckets"]:
         by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
@@ -388,7 +389,7 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     top = min(y for _, y, *_ in outlines)
     width = max(x + outline_width for x, _, outline_width, _, _ in outlines) - left
     height = max(y + outline_height for _, y, _, outline_height, _ in outlines) - top
-    # MARGIN is in percent
+    # space around the drawing; MARGIN is in percent
     pad = MARGIN * max(width, height) / 100
     text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
     return {

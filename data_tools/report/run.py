@@ -207,7 +207,7 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
 
 
 def _list_warnings(look: Look) -> dict[str, str | None]:
-    """Return warnings about a media file, keyed by the end of the sentence "N files ..."; None: absent."""
+    """Return warnings about a media file, keyed by the end of the sentence "N files ..."; None means none."""
     warnings = {
         "give no item": look.none,
         "give no item of some lengths": look.short,

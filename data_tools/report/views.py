@@ -75,7 +75,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     def show_table(table: DatasetTable) -> str:
         """Display the items of a table until the user or the limit of the console ends it.
 
-        Returns the last answer.
+        Returns the user's last answer; NEXT also at the end of the table.
         """
         # the console shows a limited number of items, windows and files all
         num_left = debug.console_num_images if display == "console" else None
@@ -145,7 +145,7 @@ def _select_display(debug: DebugOptions, folder: Path) -> str:
 def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
     """Show frames, F H W 3, of an item in the chosen way; return what the user wants to see next.
 
-    `file` is the path to write, without suffix. Only a window waits for a key.
+    `file` is the path to write, without suffix. Only a window waits for a key: otherwise the result is NEXT.
     """
     if display == "console":
         image = sheet(frames, CONSOLE_FRAMES)

@@ -194,7 +194,7 @@ def load_tagger(
         labels=labels,
         side=sides[0],
         is_channels_first=is_channels_first,
-        is_of_logits=has_mapping(folder),
+        is_of_logits=has_mapping(folder),  # taggers with a JSON mapping of labels return logits
         fixed_batch=fixed_batch,
         batch_size=batch_size,
         joins_by_mean=joins_by_mean,

@@ -118,7 +118,7 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
     Raises:
         DatasetError: If there is nothing to tag.
     """
-    if options.folder.is_file():
+    if options.folder.is_file():  # a dataset file
         for name in ("recursive", "caption_extension"):
             if getattr(options, name):
                 raise OptionError(f"--{name} is for a folder: the dataset's file says it")

@@ -37,6 +37,7 @@ class TagChoice:
         tags = self._choose_above_thresholds(labels, probabilities)
         for category, end in self.ends.items():
             of_category = [index for index, label in enumerate(labels) if label.category == category]
+            # `end` is where the category's tag is put, "first" or "last"; None: it is not wanted
             if end is None or not of_category:
                 continue
             best = max(of_category, key=lambda index: probabilities[index])
@@ -44,7 +45,7 @@ class TagChoice:
             tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
 
         tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
-        # in the order of the option
+        # `always_first` tags move to the front, in the order of their option
         front = [tag for tag in self.always_first if tag in tags]
         return [*front, *(tag for tag in tags if tag not in front)]
 
@@ -89,7 +90,8 @@ def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
     Raises:
         OptionError: For a bad --tag_replacement.
     """
-    limits, words = options.thresholds, options.words
+    limits = options.thresholds
+    words = options.words
     separator = words.caption_separator.strip()
     thresholds = {}
     for category in CATEGORIES - {RATING, QUALITY}:

@@ -215,7 +215,8 @@ class BlurStage:
             if len(waiting) > max(options.hold, options.lookback):
                 yield self._cover(waiting.popleft(), tracks, count)
         if count.pictures and not count.with_findings:
-            self._report_nothing(clip)
+            self._report_nothing(clip)  # raises NothingFoundError, unless options allow it
+        # no later images come: the waiting ones have all their boxes
         while waiting:
             yield self._cover(waiting.popleft(), tracks, count)
         if count.with_findings and count.pictures == 1:

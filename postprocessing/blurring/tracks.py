@@ -60,7 +60,7 @@ class Track:
         # the box grows with each image away from a sighting, because the position is less certain
         if index < first.number:
             num_images = first.number - index
-            # a track that continues another one needs no box before its start
+            # a track that continues another one needs no box before its start: the other one covers it
             if not self.is_new or num_images > lookback:
                 return None
             motion = _measure_motion(list(self.sightings)[:MOTION])
@@ -94,7 +94,11 @@ class Tracks:
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Assign the boxes found in an image to tracks; boxes that fit no track start new ones."""
+        """Assign the boxes found in an image to tracks of objects; boxes that fit no track start new ones.
+
+        `_measure_closeness` scores boxes that surely show a track's object, `_measure_nearness` those that
+        may show it.
+        """
         # an object may be missing in at most `hold` images between two sightings of a track
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1

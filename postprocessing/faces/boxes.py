@@ -159,8 +159,8 @@ def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
     landmark. None if no matrix fits.
 
     Args:
-        landmarks: Landmarks, 5 2, as `FoundFace.landmarks`.
-        size: Side of the face in pixels.
+        landmarks: Eyes, nose and corners of the mouth, 5 2: x and y in pixels.
+        size: Side of the square image of the aligned face, in pixels.
     """
     matrix, _ = cv2.estimateAffinePartial2D(
         np.asarray(landmarks, dtype=np.float32), TEMPLATE * np.float32(size / TEMPLATE_SIZE), method=cv2.LMEDS

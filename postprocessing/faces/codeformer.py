@@ -322,6 +322,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     generator = _read_blocks("generator", checkpoint)
     num_positions, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
+    # sizes at which the decoder takes features of the encoder
     matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
     config = CodeFormerConfig(
         encoder=encoder,

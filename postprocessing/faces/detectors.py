@@ -40,6 +40,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
+    # on the meta device, no weights are read
     load_detector(path, torch.device("meta"), option=option)
 
 
@@ -52,8 +53,7 @@ def load_detector(
 ) -> Detector:
     """Load a face or object detector; the content of its file shows which kind it is.
 
-    Many YOLO files accept only one size; those that accept any size get squares
-    of `side`.
+    Many YOLO files accept only one size; those that accept any size get squares of `side`.
 
     Args:
         path: Path of the file.

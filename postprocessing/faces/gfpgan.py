@@ -167,7 +167,7 @@ class StyleDecoder(nn.Module):
             styles: Style vectors, B layers D.
             steering: Scales and shifts for the features of each size from 8 on, B C h w each.
         """
-        style = styles.unbind(1)
+        style = styles.unbind(1)  # one vector for each convolution and color layer
         noise = [self.noises.get_buffer(f"noise{number}") for number in range(len(self.style_convs) + 1)]
         x = self.constant_input["weight"].expand(len(styles), -1, -1, -1)
         x = self.style_conv1(x, style[0], noise[0])
@@ -262,6 +262,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
 
     levels = range(count(names, r"conv_body_down\.\d+"))
     decoder_prefix = "stylegan_decoder."
+    # channels of each size: of the U-Net's encoder, then of the decoder
     body = [out_channels(f"conv_body_down.{level}.conv2") for level in levels]
     decoder = [
         shape(f"{decoder_prefix}style_convs.{2 * level}.modulated_conv.weight", 5)[1] for level in levels

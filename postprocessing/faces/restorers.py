@@ -132,6 +132,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     Raises:
         CheckpointError: If the file is not a ParseNet file.
     """
+    # the error to raise below
     wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
         raise wrong_kind
@@ -141,6 +142,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     def out_channels(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]
 
+    # encoder.0 is a plain convolution; the others are residual blocks
     num_down = count(sources, r"encoder\.\d+") - 1
     num_up = count(sources, r"decoder\.\d+")
     down = (out_channels("encoder.0"), *(out_channels(f"encoder.{n + 1}.conv1") for n in range(num_down)))
@@ -257,7 +259,11 @@ def _load(
     what: str,
     in_float32: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network; weights with a prefix in `in_float32` stay in float32."""
+    """Load one network from a checkpoint, as planned by `read`, into the network that `build` creates.
+
+    Weights are converted to `dtype`, except that those with a prefix in `in_float32` are loaded in float32.
+    `what` names the network in messages.
+    """
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if in_float32 and name.startswith(in_float32) else dtype

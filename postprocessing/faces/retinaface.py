@@ -157,6 +157,7 @@ def anchors(height: int, width: int) -> Tensor:
         # positions 1 2, repeated for the sizes of anchors at each position
         centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
+        # width and height of each anchor, equal at all positions
         extents = extents.expand(len(centers), -1, -1)
         scales.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
     return torch.cat(scales).float()
@@ -192,7 +193,9 @@ class RetinaFaceDetector:
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         selected = (scores >= least_score).nonzero()[:, 0]
         selected_anchors = anchors(*image.shape[2:])[selected]
-        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
+        size = torch.tensor(
+            [width, height], dtype=torch.float32
+        )  # decoded positions are fractions of the image
         # `repeat` gives width, height, width, height
         corners = (decode_boxes(boxes[selected], selected_anchors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[selected], selected_anchors) * size).numpy()

@@ -73,7 +73,7 @@ class SteadyLandmarks:
                 old_weight = np.float32(self._strength * (1 - distance / MOVED))
                 damped[new] = landmarks[new] + old_weight * (self._last[old] - landmarks[new])
         self._last = damped
-        return list(damped)
+        return list(damped)  # a copy, since the next image is compared with `_last`
 
 
 def _measure_distance(new: Landmarks, old: Landmarks) -> float:

@@ -97,7 +97,10 @@ class YoloDetector:
         raise _other_layout(self.path, shapes)
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
-        """Decode the YOLO's output to detections with at least `least_score`."""
+        """Decode the YOLO's output to detections with at least `least_score`.
+
+        Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
+        """
         # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
         counts = []
         for steps in (STEPS, *OTHER_STEPS):
@@ -151,6 +154,7 @@ def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | 
             "pose.",
             path,
         )
+    # exporters note the task; of files without notes, the shape of the output has to tell
     gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
     if task is None and not gives_rows:
         return None
@@ -186,7 +190,7 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
         CheckpointError: If it cannot be run.
     """
     detector = YoloDetector(model.path, model, layout)
-    # a black image, neither square nor of the network's size
+    # test run with a black image, neither square nor of the network's size
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     names = _parse_literal(model.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
@@ -338,7 +342,8 @@ class YuNetDetector:
 def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
     """Return a YuNet detector after a test run.
 
-    Some files accept a single image size, to which images are fitted; others accept any size.
+    Some files accept a single image size, to which images are fitted; others accept any size. Larger images
+    are reduced to `side` pixels; None searches them in full size.
 
     Raises:
         CheckpointError: If the network cannot be run.
@@ -350,7 +355,7 @@ def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
             *(model.path.name, *canvas),
         )
     detector = YuNetDetector(model.path, model, side, canvas)
-    # a black image, neither square nor of the canvas size
+    # test run with a black image, neither square nor of the canvas size, to raise errors before real work
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     return detector
 

@@ -60,6 +60,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
     motion = _read_motion(sources, shape, weight_shape)
     synthesis = _read_synthesis(sources, weight_shape)
+    # sizes that the layers of such a network cannot have
     if (
         synthesis.last.outputs % PER_BLEND
         or synthesis.feature <= 0
@@ -186,6 +187,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
     folder = path if path.is_dir() else path.parent
+    # a typed file is used whatever its name is
     main = _find(folder, names_of_kind, kind) if path.is_dir() else path
     if main is None:
         raise CheckpointError(
@@ -215,9 +217,9 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return a model file with a released name, else the only one whose name begins with `start`, or None.
+    """Return a model file with one of the released `names`, else the only one that begins with `start`.
 
-    Returns None if there is neither.
+    Returns None if there is neither. Raises CheckpointError if several begin with `start`.
     """
     for name in names:
         if (folder / name).is_file():
@@ -234,7 +236,7 @@ def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
 
 
 def read_settings(path: Path | None) -> ModeSettings:
-    """Read the settings of a released YAML file; None stands for the released settings.
+    """Read GIMM-VFI's settings from a YAML file of its authors; None gives the defaults of these files.
 
     Raises:
         CheckpointError: If the file cannot be read or asks for an unsupported computation.
@@ -328,6 +330,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, maps = _load_flowformer(checkpoint, device)
+    # (channels in, channels out) of the layers that project the flow network's feature maps
     config = plan.config.synthesis
     expected_maps = tuple(inputs for inputs, _ in config.projections)
     if not expected_maps:

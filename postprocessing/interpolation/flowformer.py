@@ -135,7 +135,7 @@ class MemoryDecoder(nn.Module):
             memory: Cost memory, N K D.
             context: Context features of the first image, 1 C H W.
             iterations: Number of refinements.
-            keeps_table: See `SelfAffinity`.
+            keeps_table: Whether the attention table of all pairs of positions is kept in memory.
         """
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)

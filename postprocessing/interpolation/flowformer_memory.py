@@ -55,6 +55,7 @@ class TokenAttention(nn.Module):
         """
         normalized = self.norm1(x)
         k, v = self.project_tokens(normalized) if keys_and_values is None else keys_and_values
+        # B heads tokens D each
         q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(normalized + code), k, v))
         # plain products: fused attention is slow for so few tokens, and limits the number of positions
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
@@ -95,7 +96,10 @@ class CostEmbed(nn.Module):
     """Embed patches of cost maps as tokens, together with their positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
-        """Create the layers that embed 8 x 8 patches of cost maps, with FlowFormer's module names."""
+        """Create the layers that embed 8 x 8 patches of cost maps, with FlowFormer's module names.
+
+        Three convolutions of stride 2 make a patch one token; `ffn_with_coord` mixes in its position code.
+        """
         super().__init__()
         first, second, third = config.costs
         self.proj = nn.Sequential(
@@ -154,6 +158,7 @@ class WindowContextAttention(nn.Module):
             context: Context features, 1 H W C.
         """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
+        # positions within a window, equal for all windows; `joined` is the width of tokens and context
         code = position_code(positions_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
 
@@ -240,7 +245,7 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """Encode the matching costs of two images into the cost memory's tokens, N K D.
+        """Encode the matching costs of two images into the cost memory: K tokens for each position, N K D.
 
         Args:
             costs: Costs of a pair of images.

@@ -65,8 +65,8 @@ def in_parts(
     Args:
         run: Function to apply.
         x: Rows.
-        bytes_each: See `rows_of_part`.
-        part_bytes: See `rows_of_part`.
+        bytes_each: Memory to compute one row.
+        part_bytes: Memory limit of a part; None for the best size for the device.
     """
     rows = rows_of_part(bytes_each, x.device, part_bytes)
     return in_ranges(lambda start, end: run(x[start:end]), len(x), rows)
@@ -234,12 +234,14 @@ class Correlation:
         Args:
             first: Features of the first image, 1 C h w, float32.
             second: Features of the second image, 1 C h w, float32.
-            keeps_volume: Whether to store all products; None decides by the size.
+            keeps_volume: Whether to store the products of all pairs of positions, instead of computing them
+                when they are looked up; None decides by the size.
             levels: Number of scales to compare at.
             scale: Factor of all products; None for 1 / sqrt(C).
         """
         self._size = first.shape[-2:]
         scale = first.shape[1] ** -0.5 if scale is None else scale
+        # rows of the first image and columns of the second, so that a matrix product compares all positions
         self._first = rearrange(first.float(), "1 c h w -> (h w) c") * scale
         self._second = second[0].float().flatten(1)
         pyramid = [second.float()]
@@ -308,9 +310,10 @@ class Correlation:
         return products * (is_row[:, :, None] & is_column[:, None])
 
     def _compute_products(self, level: int, start: Tensor) -> Tensor:
-        """Compute products P 10 10 (y, x) from the features around each position.
+        """Compute the products of each position with a window of the second image, P 10 10 (y, x).
 
-        Used if the full cost volume would take too much memory: only the products of the window are made.
+        Used if the full cost volume would take too much memory. `start` holds x and y of the window's first
+        corner for each of the P positions.
         """
         height, width = self._sizes[level]
         features = self._levels[level]  # with REACH zeros around the image

@@ -162,7 +162,10 @@ class SeparableGru(nn.Module):
         return hidden
 
     def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
-        """Combine the weights of one GRU direction, with the part of the context computed in advance."""
+        """Join the weights of a GRU direction's three gates, and apply those of the context in advance.
+
+        The context is equal in all iterations. `number` is the direction's in the names of layers: 1 or 2.
+        """
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
@@ -170,6 +173,7 @@ class SeparableGru(nn.Module):
         width = len(bias) // 3
         inputs = context.shape[1]
         motion = weight.shape[1] - width - inputs
+        # input channels of a gate: hidden state, context, and motion, which changes with each iteration
         of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
         return RecurrentTurn(
             constant=_convolve_same_size(context, of_context, bias),

@@ -67,7 +67,7 @@ class Interpolator:
             return clip
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
-        part = self._options.part
+        part = self._options.part  # fraction of the size at which motion is computed (--ds_factor)
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * part < MIN_SIDE:
             step = self._options.alignment
@@ -78,6 +78,7 @@ class Interpolator:
                 f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "
                 f"width and height{at_part}."
             )
+        # none are added after the last frame
         frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
@@ -100,7 +101,7 @@ class Interpolator:
             count += 1
             previous = current
         if previous is None:
-            return  # whoever reads the file raises the error
+            return  # no images: whoever reads the file raises the error
         if count == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
         last = previous.picture
@@ -117,7 +118,8 @@ class Interpolator:
     ) -> Iterator[Picture]:
         """Yield the first of two frames, then the frames interpolated between them.
 
-        Nothing is interpolated across a cut, or between equal images: the first image is repeated.
+        Nothing is interpolated across a cut, or between equal images: the first image is repeated. The time
+        of a cut is added to `cuts`. `is_deep` says whether images have more than 8 bits.
         """
         factor = self._options.factor
         start = first.picture.start

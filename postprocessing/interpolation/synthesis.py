@@ -212,6 +212,7 @@ class Synthesis(nn.Module):
         feature = config.feature
         blends = config.blends
         self.is_projected = bool(config.projections)
+        # only for RAFT, whose feature maps have other channels than the decoder takes
         if config.projections:
             quarter, eighth, matching = config.projections
             self.amt_second_last_cproj = conv(*quarter, 1)
@@ -255,7 +256,7 @@ class Synthesis(nn.Module):
         correlations: "PairCorrelations",
         time: float,
     ) -> Blend:
-        """Return the blend of two images that produces the image at a time between them.
+        """Return the blend of two images (flows, masks and color changes) that gives the image between them.
 
         Args:
             images: The first and the second image, 2 3 H W, -1..1.
@@ -315,6 +316,7 @@ class Synthesis(nn.Module):
             parts.append(warp(decoder.upsample(features_of_image), flow[index, None]).to(self.dtype))
         parts += [both_flows, mask, _join_channels(images), _join_channels(warp(images, flow))]
         predicted = _apply_layers(decoder.convblock, parts, self.dtype).float()
+        # number of blends: each has two flows, a mask and three colors
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
         # the network predicts several flows for each image, as changes of the same one

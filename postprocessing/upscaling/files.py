@@ -111,7 +111,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
         network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
-    if device != META:
+    if device != META:  # on the meta device there are no values to arrange
         lay_out(network, device)
     return Upscaler(kind, plan.config, network)
 
@@ -149,7 +149,10 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return regular expressions that convert the tensor names of an ESRGAN file to ours."""
+    """Return pairs (regular expression, replacement) that convert the tensor names of an ESRGAN file to ours.
+
+    Files of three generations have different names: the oldest ones are numbered by nn.Sequential.
+    """
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between

@@ -36,6 +36,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
     sides = [round_up(side, config.step) for side in SIZES]
     peaks = []
     for side in sides:
+        # no memory is taken: tensors without values run through the network, and a ledger adds up their sizes
         with META:
             network = kind.build(config.short).to(dtype)
         with dry_run() as ledger, torch.no_grad():
@@ -169,9 +170,9 @@ class UpscalerStage:
         The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
         drivers would fall back to host memory, which is slower than tiles.
         """
-        available = self.room(self.device)
+        available = self.room(self.device)  # bytes
         config = self.upscaler.config
-        if available is None:
+        if available is None:  # unknown for this device
             return tiling.FULL
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)

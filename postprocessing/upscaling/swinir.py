@@ -158,7 +158,14 @@ class ResidualGroup(nn.Module):
         return x
 
     def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
-        """Apply a block to the windows of a feature map, B H W C, a few windows at a time."""
+        """Apply a block to the windows of a feature map, B H W C, a few windows at a time.
+
+        Args:
+            x: Feature map, already shifted by `shift`.
+            block: Transformer block with window attention.
+            index: Index of the attention bias for each pair of pixels of a window.
+            shift: Pixels by which the map was rolled; 0 for unshifted windows.
+        """
         out = torch.empty_like(x)
         windows = self._view_windows(x)
         results = self._view_windows(out)
@@ -210,7 +217,10 @@ def _split_windows(count: int, shift: int) -> list[_WindowRange]:
 
 
 def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Divide a batch of grids of windows into blocks of at most `maximum` windows; yield their slices."""
+    """Divide a batch of grids of windows into blocks of at most `maximum` windows; yield their slices.
+
+    `rows` and `columns` are the parts of each grid to divide. Slices are those of batch, rows and columns.
+    """
     if not rows or not columns:
         return
     # as many whole rows as possible, then as many whole grids
@@ -336,7 +346,7 @@ class SwinIR(nn.Module):
         tokens = self.norm(tokens).to(x.dtype)
         features = self.conv_after_body(as_map(tokens)) + first
         del first, tokens  # enlarging takes most memory
-        if self.config.upsampler == "none":
+        if self.config.upsampler == "none":  # results of equal size: the network predicts the change
             enlarged = x + self.conv_last(features)
         else:
             enlarged = self._enlarge(features)

@@ -35,6 +35,7 @@ def check_run(
     # a script reports one bad option at a time
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
+        # accepted, or it lacks a file that `run --download` or `new` will still create
         if message is None or NOT_THERE.search(message):
             return
         blamed = _find_blamed(project, message)

@@ -48,6 +48,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
 
     Sizes of files and lengths of clips decide which files share a batch, as in training.
     """
+    # the dataset file is not written yet: a temporary copy is loaded, in whose folder its paths are relative
     files: list[CountedFile] = []
     media_by_path = {real_path(item.path): item for item in choice.media}
     with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():

@@ -58,6 +58,7 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
+    # from the most specific keys to the least: LECO, LLLite, LoRA, embedding; else the whole model
     kind = values.get("LoRA_type")
     slider = next((key for key in _OF_SLIDER if key in values), None)
     if slider is not None:
@@ -114,6 +115,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off."""
+    # the program saves all fields of its page, also those of features that are off
     kind = str(values.get("LoRA_type", "")).lower()
     without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
     without_effect |= {

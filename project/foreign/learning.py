@@ -28,6 +28,7 @@ def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
             project.drop(name, reason)
     if project.parts.dit_rate is not None or any(project.parts.text_rates):
         project.omitted.append(f"the rates of {_keys_of_parts(project)}: {reason}")
+    # 0 still says that an encoder is not trained; None: it is trained at the general rate
     text_rates = tuple(0 if rate == 0 else None for rate in project.parts.text_rates)
     project.parts = dataclasses.replace(project.parts, dit_rate=None, text_rates=text_rates)
     if project.has_other_optimizer:
@@ -41,7 +42,7 @@ def _keys_of_parts(project: ForeignProject) -> str:
 
 
 def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
-    """Write which networks are trained, and at which learning rates."""
+    """Write which networks a foreign project trains, and at which learning rates; report what cannot be."""
     parts = project.parts
     if kind.learns_word or kind.sees_controls:
         if parts.keys:

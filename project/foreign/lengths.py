@@ -29,6 +29,7 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     """
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
     file_steps = _take_file_steps(project)
+    # settings of 0 epochs decide nothing
     epochs = [setting for setting in project.epochs if setting.number]
     project.without_effect += [setting.key for setting in project.epochs if not setting.number]
     if _is_typed(options):
@@ -77,7 +78,11 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the training length that a project sets: its number of steps, or the steps of its epochs."""
+    """Return the training length that a project sets: its number of steps, or the steps of its epochs.
+
+    `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
+    steps, None if it has none. Keys that do not decide are reported.
+    """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{deciding_key} counts, as in {project.title}"
@@ -132,11 +137,12 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
             training[name] = min(interval.number * epoch.steps, contract.MAX_STEPS)
             project.note_change(interval.key, interval.number, f"{name} = {training[name]}")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
-        if training.get(name) == 0:
+        if training.get(name) == 0:  # never: the option is omitted
             project.drop(name, "")
     saved = training.get("save_every_n_steps")
     if saved is not None:  # as `new` does, keep each state until the next one is saved
         training["save_last_n_steps_state"] = saved
+    # of large files, only the latest save is kept, too
     if saved is not None and project.keeps_few:
         training["save_last_n_steps"] = saved
 
@@ -147,6 +153,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     `steps` is the number of steps of the run.
     """
     training = project.training
+    # a warm-up given as a fraction of the run; a number of steps has precedence
     if project.warmup_share is not None:
         key, share = project.warmup_share
         if training.get("lr_warmup_steps"):

@@ -48,6 +48,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
     for key in list(project.unknown):
         if _find_ours(key, known_names) is not None:
             project.unknown.remove(key)
+            # the value is not needed any more; True stands for one that is not off
             _note_unknown(project, key, True, known_names)
 
 
@@ -88,6 +89,7 @@ def _adopt_option(
         return
     converted = option.read(value)
     project.adopted.append(show(key))
+    # written even if it is the default, where `new` would choose another value
     if converted != option.default or is_chosen:
         project.training[key] = converted
         project.source_keys[key] = show(key)

@@ -24,9 +24,10 @@ class FileModel(NamedTuple):
 
 
 def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
-    """Select the model that a project names, and note what became of its keys.
+    """Select the model that a project of another trainer names, and note what became of its keys.
 
-    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model.
+    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model. A variant is
+    a key that names a model only together with another key.
     """
     models: list[FileModel] = []
     has_unknown_variant = False
@@ -95,6 +96,7 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
         for part in model.components:
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
                 by_name[plain_name(part.path.stem)] = family_and_task
+    # names that the other trainer gives to models replace ours
     by_name |= {plain_name(theirs): model for theirs, model in program.models.items()}
     file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
     stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)

@@ -41,7 +41,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         )
     arguments = {**project.program.arguments.get(optimizer, {}), **_join_arguments(project, optimizer)}
     _write_arguments(project, optimizer, arguments)
-    # Adafactor sets its learning rate itself unless relative_step is off
+    # unless relative_step is off, Adafactor sets its learning rate itself: rates and schedules are dropped
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
         _leave_rates(project)
     elif training.get("lr_scheduler") == "adafactor":

@@ -19,6 +19,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     for dataset in project.datasets.values():
+        # None: all files are drawn, each `num_repeats` times
         if dataset.num_drawn is not None:
             # for this program, the number of repeats is the number of files that it draws in an epoch
             dataset.num_drawn = dataset.data.pop("num_repeats", None)
@@ -40,7 +41,10 @@ def join_datasets(project: ForeignProject) -> None:
 
 
 def _resolve_sizes(project: ForeignProject) -> None:
-    """Reduce each folder to its largest size, and use the largest of all as size in [general]."""
+    """Reduce each folder to its largest size, and use the largest of all as size in [general].
+
+    A foreign project may list a folder as several datasets of different sizes.
+    """
     largest: dict[Path | None, Size] = {}
     with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.data]
     for dataset in with_size:
@@ -53,6 +57,7 @@ def _resolve_sizes(project: ForeignProject) -> None:
         dataset.data["resolution"] = largest[dataset.path]
     if not with_size:
         return
+    # if all datasets have a size, the project's general one has no effect
     if "resolution" in project.data and len(with_size) == len(project.datasets):
         _omit_general_key(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
@@ -71,7 +76,7 @@ def _count_pixels(size: Size) -> int:
 
 def _move_to_general(project: ForeignProject) -> None:
     """Move the keys of the only dataset folder to [general], where they have precedence."""
-    moved: set[str] = set()
+    moved: set[str] = set()  # keys that an earlier dataset of the folder has set
     for dataset in project.datasets.values():
         for name, value in dataset.data.items():
             if name in moved and project.data[name] != value:  # the folder is listed twice

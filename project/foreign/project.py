@@ -149,7 +149,7 @@ class ForeignProject:
         misspelt: list[str] = []
         unknown: list[str] = []
         for key in self.unknown:
-            meant = self._find_near(key)
+            meant = self._find_near(key)  # a similar key that the program has, or ""
             if meant:
                 misspelt.append(f"{key} (for {meant}?)")
             else:

@@ -148,6 +148,7 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.marks):
             return program
+    # a file of a training script needs no conversion
     if path.suffix.lower() == ".toml" and any(map(_OF_SCRIPTS.search, values)):
         raise OptionError(
             f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Give it to the "
@@ -160,7 +161,9 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
 
 
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
-    """Return the values of a YAML, TOML or JSON file by dotted key, with a prefix.
+    """Return the values of a YAML, TOML or JSON file by dotted key, each with `prefix` in front.
+
+    `option` is the option that names the file, for messages.
 
     Raises:
         OptionError: If the file cannot be read or has too many keys.

@@ -39,7 +39,7 @@ class Forms(NamedTuple):
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
-    default = NewOptions(folder=options.folder)
+    default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
     file_values = dict(project.new)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         file_values["train"] = project.run.kind
@@ -68,7 +68,7 @@ def resolve_project(
     """Reduce a foreign project's values to those that the run accepts, and report why others are omitted.
 
     `memory` is the graphics card's memory in GiB; 0 means a CPU. `forms` says which keys dataset.toml can
-    have.
+    have. "Foreign" is a project file of another trainer.
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)
@@ -77,7 +77,7 @@ def resolve_project(
     _resolve_network(project, kind)
     if kind.saves_models:
         _leave_recipe(project, script)
-    project.keeps_few = kind.saves_models
+    project.keeps_few = kind.saves_models  # whole models are large, so only the latest are kept
     if "min_snr_gamma" in script.known and "min_snr_gamma" not in project.training:
         project.training["min_snr_gamma"] = None  # `new` sets it for models that predict noise
         project.changed.append(f"min_snr_gamma is left out, which {project.title} has only if it is said")
@@ -185,6 +185,7 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
 def _resolve_data(project: ForeignProject, forms: Forms) -> None:
     """Remove keys that the new dataset.toml cannot have, and keys without effect."""
     data = project.data
+    # bucket sides have to be multiples of the model's step
     steps = data.get("bucket_reso_steps", forms.step)
     if steps % forms.step:
         data.pop("bucket_reso_steps")

@@ -161,7 +161,7 @@ def _set(
 ) -> None:
     """Set an option or dataset key, unless another key of the foreign file has set another value.
 
-    `keys` maps each target that is set to the key of the file that set it.
+    `target` holds our options or dataset keys, and `keys` maps each of them to the file's key that set it.
     """
     name = setting.rule.name
     first = keys.setdefault(name, setting.key)

@@ -106,6 +106,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     elif weights / 2**30 + FREE <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
+        # FREE GiB of the card are left for everything else
         left = weights / 2**30 - max(memory - FREE, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
     # KEPT saves and the result; each of the KEPT states holds the weights, too

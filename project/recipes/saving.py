@@ -98,6 +98,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     write_text(path, write_recipe(recipe))
     read_recipe(path)  # verify that the written file can be read
     operand = name if options.to == OWN else path.as_posix()
+    # without the first line, the title of the recipe
     lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
     lines.append(f"{own_command('new', 'FOLDER', '--recipe', operand)} trains another folder with it")
     print_lines(lines)
@@ -129,9 +130,10 @@ def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[
     """
     commands = _read_commands(history)
     for words in commands:
-        values = dict(zip(words, words[1:], strict=False))
+        values = dict(zip(words, words[1:], strict=False))  # each word and the next: options and values
         if "--family" in values and "--task" in values:
             return values["--family"], values["--task"], find_kind_of(commands).name
+    # training scripts have one of these options to name the task
     task = typed.get("task") or typed.get("model_version") or typed.get("model_type") or ""
     models = [model for model in find_models() if model.family == start.model]
     candidates = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
@@ -169,6 +171,7 @@ def _select_values(
     script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
+    # histories have all values as texts: the options of the script say how to parse them
     actions = {action.dest: action for action in build_parser(table, script)._actions}
     values: dict[str, Any] = {}
     for name, text in typed.items():
