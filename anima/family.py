@@ -208,7 +208,10 @@ class Anima(ModelOfImages):
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the pixels of the control image, and its mask, for a ControlNet-LLLite."""
+        """Return the pixels of the control image, and its mask, for a ControlNet-LLLite.
+
+        Training samples take them from their request, a generation from its options.
+        """
         size = prepared.width, prepared.height
         if self.custom_network is not None:
             controls = control_pictures.sample_controls(prepared)

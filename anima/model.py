@@ -226,7 +226,7 @@ class AnimaModel(BlockNetwork):
     dtype_of = "blocks.0.self_attn.q_norm.weight"
 
     def __init__(self, config: AnimaConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network, with its adapter to the language model, without weights."""
         super().__init__()
         self.config = config
         self.attention = attention

@@ -60,7 +60,7 @@ class PassPlan:
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
-        """Apply the guidance stages to the passes' velocities, and return the guided velocity.
+        """Return the guided velocity: the passes' velocities changed by the guidance stages in turn.
 
         Images and audio are guided separately. If one of them is given instead of denoised, its velocity is
         0.

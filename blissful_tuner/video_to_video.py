@@ -289,13 +289,13 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
 def _load_saved_latents(
     source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
 ) -> Tensor:
-    """Read saved latents, 1 C F h w.
+    """Return saved latents, 1 C F h w, after checks that they fit the model.
 
     Args:
         source: The source of the request.
         rules: The family's rules for sources.
         latent: Latent space of the family.
-        only_shape: See `load_latents`.
+        only_shape: Read only the header, and return a tensor without values.
 
     Raises:
         CheckpointError: If the latents are of another model.

@@ -85,7 +85,10 @@ def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, for generating a sample with a training run's models.
+
+    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    """
     turbo: dict[str, Any] = {}
     # the distilled transformer needs Turbo's steps, and its file name need not show that; a sample's own
     # number of steps comes first

@@ -275,7 +275,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
-    """Return the settings in config.json, or else those that follow from the tensors."""
+    """Return a ControlNet's settings from config.json, or else those that follow from its tensors."""
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
     if settings is not None:

@@ -145,7 +145,7 @@ class FluxModel(BlockNetwork):
     ) -> Hidden:
         """Return image and text tokens, B L+T C, and the other inputs of the blocks.
 
-        References come after the image, a second text after the first one.
+        References come after the image; a second text, for negative attention, after the first one.
 
         Args:
             noisy: B Z 1 H W, H and W even.

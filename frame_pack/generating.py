@@ -46,13 +46,14 @@ def video_sections(
 
     Args:
         prompts: Encoded prompts by section.
-        inputs: Conditions by section, as `frame_pack.inputs.video_inputs` makes them.
+        inputs: Conditions by section: image embeddings and latents of its start image.
         noise: Source of the noise.
         guidance: The network's guidance input, shape 1.
         order: Order of generation.
         window: Latent frames of a section.
         paddings: --latent_paddings.
     """
+    # sections in the order of generation, with their frame indices
     plan = order.plan(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
@@ -117,7 +118,7 @@ def one_frame_section(
     window: int,
     shape: Sequence[int],
 ) -> Sections:
-    """Yield the only section, which generates an image; return its latent, 1 C 1 h w.
+    """Yield the only denoising section, which generates an image; return its latent, 1 C 1 h w.
 
     Args:
         settings: Settings of the image.

@@ -183,6 +183,7 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
                 "--video_sections."
             )
         return sections
+    # --video_length, rounded down to whole sections
     frames = request.frames or usual.frames
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     full_frames = video_frames(max(sections, 1), window)

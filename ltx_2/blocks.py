@@ -379,6 +379,7 @@ class LtxBlock(nn.Module):
         first = other_stream.num_hidden  # hidden reference tokens come first
         if stream.part is None or other_stream.part is None:
             return layer.project(x, _attend(query, key[:, first:], value[:, first:], tokens))
+        # with several processes, each computes some heads for all tokens
         (query,) = stream.part.gather_tokens(query)
         key, value = other_stream.part.gather_tokens(key, value)
         attended = _attend(query, key[:, first:], value[:, first:], tokens)

@@ -163,7 +163,7 @@ def _read_connector(
     settings: Mapping[str, Any],
     damaged: CheckpointError,
 ) -> ConnectorConfig:
-    """Read a connector's dimensions; `shape` returns a tensor's shape, given its name and number of axes."""
+    """Return a connector's dimensions; `shape` returns a tensor's shape from its name and number of axes."""
     connector = f"{stream}_embeddings_connector"
     block = f"{connector}.transformer_1d_blocks.0."
     gates = f"{block}attn1.to_gate_logits.weight"
@@ -223,7 +223,7 @@ class TextConnectors(nn.Module):
             self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Turn a prompt's states, L n C (n layers), into text rows for each stream, T S.
+        """Return the text rows for each stream, T S, from a prompt's states, L n C (n layers).
 
         `rows` is T, the number of rows to fill.
         """

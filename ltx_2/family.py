@@ -193,7 +193,10 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return a generation's defaults; as released, the flow shift is that of 4096 tokens at any size."""
+        """Return a generation's defaults; as released, the flow shift is that of 4096 tokens at any size.
+
+        In training, `size` is that of samples.
+        """
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,
@@ -364,7 +367,7 @@ class Ltx2(Ltx2Media):
         strengths: Any,
         device: torch.device,
     ) -> LtxReferences:
-        """Return the references with their noise, strengths and time factor, as arguments of the network.
+        """Return the video's references with noise, strengths and time factor, as the network takes them.
 
         Args:
             references: Clean latents.
@@ -822,7 +825,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
-    """Describe the family for LTX-2's training scripts, with its noise, loss and reference options."""
+    """Return the family for LTX-2's training scripts, with its noise, loss and reference options."""
     options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)

@@ -203,15 +203,16 @@ class GivenImages:
 def encode_images(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
-    """Encode all media that fix parts of the images; return the latents and their clean shares, {} if none.
+    """Encode all media that fix parts of the images; return latents and given shares, {} if none.
 
     Args:
-        media: Options of what is kept.
+        media: Options that give images or clips.
         prepared: The request, or the request of a stage.
         encode: Encodes pixels.
         latent: Latent space of the video.
         crf: H.264 quality to which single images are compressed first.
     """
+    # keyframes are appended to the video, and encoded elsewhere
     if not media.image_files.keys() - {"keyframe"}:
         return {}
     shape = latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -416,11 +417,11 @@ def take_given(conditions: dict[str, Any]) -> Conditions:
 
 
 def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -> Section:
-    """Return the section with its given latents held at their clean values.
+    """Return the section with its given latents fixed, entirely or partly, at their clean values.
 
     Args:
         section: A section that starts from noise.
-        given: From `take_given`.
+        given: Clean latents and given shares of images and audio, by condition name.
         joint: Shapes of its images and audio; None for images alone.
     """
     start = section.noise

@@ -239,7 +239,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
 
 def read_placed_image(name: str, text: str) -> PlacedImage:
-    """Parse INDEX:FILE or INDEX:FILE:STRENGTH, the value of an option that places an image.
+    """Parse INDEX:FILE or INDEX:FILE:STRENGTH, the value of an option that puts an image at a frame.
 
     Raises:
         OptionError: If the text does not have this form.

@@ -114,13 +114,13 @@ def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
 
     Args:
         inputs: Inputs of the stream.
-        given: How much of each latent is given, from 0 to WHOLE, B 1 ... on the host; see `GivenTokens`.
+        given: How much of each latent is given, from 0 to WHOLE (all), B 1 ... int16, on the host.
     """
     latents = inputs.latents
     references = inputs.references
     num_reference_tokens = sum(references.counts)
     num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
-    with disable_modes():  # `unique` needs values, also in a rehearsal of memory
+    with disable_modes():  # `unique` needs values, also in a dry run that measures memory
         shares = given.flatten(1).expand(len(latents), -1).clone()
         shares[:, :num_given_tokens] = WHOLE
         reference_share = WHOLE - round(WHOLE * references.share)

@@ -79,6 +79,7 @@ def check_references(
         needed = count_taken(count, rules, latent.frame_step)
         if mask is None or is_still(mask):
             continue
+        # a mask has the frames of the result, of which a reference may have fewer
         mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
         check_mask_length(mask, count_taken(mask_frames, rules, latent.frame_step), needed)
 
@@ -136,7 +137,7 @@ class DenoisedReferences:
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the video, followed by the references' velocity as in `pack`.
+        """Return the velocity of the video, followed by that of the references, as one flat tensor.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.

@@ -90,7 +90,7 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
 
 
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
-    """Expand the rotations of each axis to all tokens of the grid, and divide them by heads: L N D/2 2.
+    """Expand the rotations of each axis, n K 2, to all tokens of the grid, divided by heads: L N D/2 2.
 
     For each frequency, the pairs of all axes are neighbors. The width may exceed the pairs: the remaining
     channels come first and are not rotated.

@@ -193,7 +193,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
 
 
 def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
-    """Move IC-LoRAs from --lora_weight to the first stage alone; return both records.
+    """Move IC-LoRAs (trained with references) from --lora_weight to the first stage; return both records.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
     """

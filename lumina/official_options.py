@@ -92,7 +92,7 @@ TYPED = {
 
 
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
-    """Translate the image guides' command line to that of lumina_generate_image.py."""
+    """Return the command line of lumina_generate_image.py that equals one of the image guides' script."""
     model, image = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,

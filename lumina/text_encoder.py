@@ -180,7 +180,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
             ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], self.length, PAD)
             embeds = network.get_submodule("embed_tokens")(ids.to(device))
-            # STATES: the states before the last layer, B L C; those of padding become 0
+            # the states before the last layer, B L C; those of padding become 0
             states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
             for state, real, row in zip(states, mask, ids, strict=True):
                 outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}

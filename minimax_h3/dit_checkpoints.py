@@ -162,7 +162,7 @@ def _check_positions(config: H3Config, path: Path) -> None:
 
 
 def _read_config(shapes: DitShapes) -> H3Config:
-    """Read the sizes of the model from shapes; a pruned file has a table in place of the time embedder."""
+    """Return the sizes of the model from shapes; a pruned file has a table in place of the time embedder."""
     (head_width,) = shapes.of("blocks.0.attn.q_norm.weight", axes=1)
     dim, inner = shapes.of("blocks.0.attn.out_proj.weight")
     rows, _ = shapes.of("blocks.0.attn.qkv_proj.weight")

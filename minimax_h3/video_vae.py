@@ -204,8 +204,8 @@ class H3VideoVae(nn.Module):
     ) -> Tensor:
         """Apply `compute` to x, B C F H W, in tiles of height and width that are cross-faded.
 
-        `pixels_in` and `pixels_out` are the edge lengths, in pixels, of one element of x and of the result:
-        one is 1.
+        `pixels_in` and `pixels_out` are how many pixels one element of x and of the result has on an edge: 1
+        for pixels, more for latents.
         """
         if self.tile is None:
             return compute(x)

@@ -174,6 +174,7 @@ def resized_sides(
     number of frames is rounded to a multiple of it. Raises MediaError if the sides differ too much.
     """
     height, width = sides
+    # enlarge clips that are smaller than one token
     if min(sides) < step:
         scale = max(step / height, step / width)
         height, width = int(height * scale), int(width * scale)

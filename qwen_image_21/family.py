@@ -174,6 +174,7 @@ class QwenImage21(pictures.ModelOfImages):
         prepared = add_images(prepared, self.edit)
         tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
         shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
+        # Turbo, recognized by its file, has noise levels of its own
         turbo = find_turbo(self.files.dit)
         if turbo is not None and prepared.steps == len(turbo.levels):
             levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)

@@ -188,7 +188,10 @@ class QwenImage21Attention(nn.Module):
         tokens: QwenImage21Tokens,
         segments: Sequence[Sequence[Segment]],
     ) -> Tensor:
-        """Return the attention of an image and its prefix, B L+P N D, from heads before rotation."""
+        """Return the attention of an image and its prefix, B L+P N D, from heads before rotation.
+
+        `segments` lists the texts and references in each sample's prefix; one list if all are equal.
+        """
         query, key, value = heads
         query = rotate(query, rotary)
         key = rotate(key, rotary)
