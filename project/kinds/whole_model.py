@@ -76,7 +76,7 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:
-    """Return whether a run with these options saves whole models; see `RunKind.saves_models`."""
+    """Return whether a run with these options saves whole models, instead of small files such as LoRAs."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
