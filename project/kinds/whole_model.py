@@ -83,7 +83,7 @@ def saves_models(values: Mapping[str, Any]) -> bool:
 def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the intervals of saves, states and samples that suit a number of steps.
 
-    `saves_models`: see `RunKind`.
+    `saves_models` says that the run saves whole models, which are large.
     """
     times = times_of_steps(steps)
     if saves_models:
