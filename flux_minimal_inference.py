@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     minimal = read_minimal(__doc__, argv)
 
     def make(family: "Flux", options: "GenerationOptions") -> None:
+        """Generate with the prompt lines, file names and guidance of the image guides' command."""
         import torch
 
         from generation.run import generate
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         characters = {}
         for character, (key, read, is_text) in LINE_CHARACTERS.items():
             characters[character] = LineOption(key, read, NO_TEXT if is_text else ())
+        # with --interactive, options of a prompt line hold for the next lines too
         options = replace(
             options,
             output=replace(options.output, naming="time"),

@@ -114,7 +114,7 @@ def read_texts(
     rows: int,
     attention: AttentionChoice,
 ) -> list[Tensor]:
-    """Run the LLM adapter on each prompt, and return its weighted rows, n C with n <= `rows`.
+    """Run the LLM adapter on each prompt; return its rows times token weights, n C with n <= `rows`.
 
     Args:
         adapter: The adapter.
@@ -124,7 +124,7 @@ def read_texts(
         weights: B T: 0 for padding, else the weight of the token, which is 1 for the last one; on the host if
             possible.
         rows: Maximum number of rows.
-        attention: Passed to `modules.attention.attend`.
+        attention: How attention is computed.
     """
     positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
     # number of tokens up to the last one with a weight: weights in between may be 0

@@ -146,6 +146,7 @@ class Anima(ModelOfImages):
         placement = with_dtype(placement, self.files.dit_dtype)
         network: nn.Module = self.files.format.load(path, placement, second_file=self.files.adapter_path)
         if isinstance(self.options, AnimaGenerationOptions) and self.options.lllite_weights is not None:
+            # generation attaches a trained ControlNet-LLLite; training builds its own
             from anima.lllite import load_lllite  # only with its file
 
             load_lllite(
@@ -186,7 +187,7 @@ class Anima(ModelOfImages):
 
         The conditions are prompt_embeds B S D, attn_mask B S, t5_input_ids B T and t5_attn_mask B T.
         """
-        # a ControlNet-LLLite is attached next to the transformer and reads its images before the call
+        # a ControlNet-LLLite, attached to the transformer as `beside`, reads its images before the call
         beside = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
@@ -269,7 +270,7 @@ def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
 
 
 def family_for_training(options: AnimaLearningOptions) -> Anima:
-    """Describe the family for Anima's training runs; warn if full training changes the adapter."""
+    """Return the family for Anima's training runs; warn if full training changes the adapter."""
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "

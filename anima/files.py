@@ -60,7 +60,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
-    """Read the header of an Anima file; raise CheckpointError for another model."""
+    """Return dimensions, tensor names and dtype of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -78,9 +78,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
-    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
+    """Return the dimensions of an Anima transformer; raise CheckpointError for another model."""
     dim, columns = shapes.of("x_embedder.proj.1.weight")
     patch_width, _ = shapes.of("final_layer.linear.weight")
+    # other models with the same tensor names
     if columns == patch_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
@@ -118,7 +119,10 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
 
 
 def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
-    """Return the dimensions of the adapter; None without one. Raises CheckpointError if they do not fit."""
+    """Return the dimensions of the adapter between language model and transformer; None without one.
+
+    Raises CheckpointError if they do not fit the transformer.
+    """
     if f"{ADAPTER_START}{ADAPTER_MARK}" not in shapes.shapes:
         return None
     start = f"{ADAPTER_START}blocks.0."
@@ -165,7 +169,7 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 
 
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
-    """Read a transformer file's header, including its adapter, or the adapter in another file.
+    """Return a transformer's dimensions, tensor naming and dtype, with its adapter or that of another file.
 
     Raises CheckpointError for another model's file, and if there is no adapter.
     """

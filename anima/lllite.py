@@ -95,7 +95,7 @@ class AttachedLllite(AnimaLllite):
         self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
-        """Let each module change its layer's input in every call of the transformer.
+        """Let each LLLite module change the input of its layer in every call of the transformer.
 
         Raises CheckpointError if they do not fit the transformer.
         """
@@ -255,7 +255,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
-    """Describe a ControlNet-LLLite for the training loop: how it is made and checked, and its metadata."""
+    """Return a ControlNet-LLLite for the training loop: functions to make and check it, and metadata."""
     config = _start_config(options)
     return CustomNetwork(
         label=CALLED,

@@ -255,7 +255,7 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs.
+        """Embed a noisy image as tokens, B L C; return them with the blocks' other inputs, such as texts.
 
         Args:
             noisy: B Z 1 H W.
@@ -264,7 +264,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            overrides: Changes to this call; their second text has the same four arguments.
+            overrides: Changes to this call; their second text (negative attention) has the last four too.
 
         Raises:
             ValueError: If sizes do not match.
@@ -307,7 +307,7 @@ class AnimaModel(BlockNetwork):
     def _read_text(
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions as in `pad_texts`."""
+        """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
         rows = read_texts(
             self.llm_adapter,
             states,

@@ -308,7 +308,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 
 
 def translate_training(args: argparse.Namespace) -> None:
-    """Set the shared options for which the Anima script has other names.
+    """Set the shared options from --attn_mode and --unsloth_offload_checkpointing, Anima's other names.
 
     Raises OptionError if two options to keep activations in host memory are given.
     """

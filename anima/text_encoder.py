@@ -98,7 +98,9 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
     ) -> list[Conditions]:
-        """Return each prompt's states, `maximum` C, and their mask, int64; both 0 after its tokens.
+        """Return each prompt's states, `maximum` x C, and their int64 mask; both are 0 after its tokens.
+
+        `rows` are token ids of prompts; `dropped` is the number of first states to leave out.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
@@ -116,8 +118,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with Qwen3, and add T5's token ids and mask; all four tensors are on the CPU.
 
-        Gradients flow to trained parts. If parts of a prompt have weights, T5's mask holds them in float32.
-        Raises CheckpointError if a tokenizer has more tokens than the network.
+        Gradients flow to the trained parts of Qwen3. If parts of a prompt have weights, T5's mask holds them
+        in float32. Raises CheckpointError if a tokenizer has more tokens than the network.
         """
         tokenizer = self._read_t5
         assert tokenizer is not None  # call `load` first

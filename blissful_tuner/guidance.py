@@ -57,7 +57,7 @@ def make_guidance(
     Args:
         prepared: The request with all values resolved.
         options: Options of guidance other than its scale.
-        experts: `Family.experts`; each has its own guidance scale.
+        experts: Transformers for parts of the noise range; each has its own guidance scale.
         run: Runs the passes of a step.
 
     Raises:
@@ -139,6 +139,7 @@ class _StepPlanner:
     """Chooses each step's passes and stages; all steps and experts share the same pass objects."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
+        """Make the passes that steps may need: weakened, perturbed, isolated, and without audio reference."""
         self._prepared = prepared
         self._options = options
         self._rules = prepared.rules
@@ -178,7 +179,7 @@ class _StepPlanner:
         if self._prepared.joint is None:
             of_audio = ()
         passes: list[Pass] = []
-        if factor:  # with 0 the velocity is 0, and no pass is needed
+        if factor:  # with 0, as in CFG-Zero*'s first steps, the velocity is 0, and no pass is needed
             passes.append(POSITIVE)
             for stage in (*of_image, *of_audio):
                 passes += stage.passes
@@ -203,7 +204,10 @@ class _StepPlanner:
     def _make_plain_stages(
         self, index: int, scale: float, momentum: Momentum | None
     ) -> tuple[GuidanceStage, ...]:
-        """Return the guidance stages of one step, in order, from the options and the model's rules."""
+        """Return the guidance stages of one step, each a change of the velocity, in the order of application.
+
+        `index` is the step, `momentum` the running sum of earlier differences for projected guidance.
+        """
         options = self._options
         rules = self._rules
         projection = rules.projection
@@ -211,6 +215,7 @@ class _StepPlanner:
         may_skip = weakens or bool(rules.negative_skips.blocks)
         negative = self._select_negative(index, weakens) if may_skip else NEGATIVE
         stages: list[GuidanceStage]
+        # the formula that combines the positive and the negative pass
         if options.perp_neg is not None:
             stages = [perp_neg(scale, options.perp_neg, negative)]
         elif scale == 1:  # the formula would give the positive velocity back
@@ -219,6 +224,7 @@ class _StepPlanner:
             stages = [cfg_zero(scale, negative)]
         else:
             stages = [plain_cfg(scale, negative)]
+        # projected guidance replaces the formula after its first steps
         rescale_fraction = options.guidance_rescale
         if stages and projection is not None and momentum is not None:
             if self._prepared.first_step + index > projection.after_step:
@@ -226,6 +232,7 @@ class _StepPlanner:
                 rescale_fraction = projection.rescale
             else:  # earlier steps use the standard formula, but already add to the momentum
                 stages = [feed_momentum(stages[0], momentum, negative)]
+        # skip-layer guidance away from the pass with skipped blocks
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_difference(self._weakened, options.slg_scale))
         if not stages:  # without guidance there is nothing to rescale
@@ -258,6 +265,7 @@ def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> Non
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
     }
+    # a model with its own formula has either this, or rules for each stream
     formula = "projected guidance"
     if rules.streams:
         formula = "for the picture and for the sound"
@@ -286,9 +294,10 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """Return each expert's guidance scale in each step; None runs only the positive conditions.
+    """Return each transformer's guidance scale in each step; with None the positive pass runs alone.
 
-    The scales are those of the standard formula, in which 1 turns guidance off.
+    A model may have two transformers, for high and low noise. The scales are those of the standard formula,
+    in which 1 turns guidance off.
 
     Raises:
         OptionError: If the request's schedule conflicts with the options.
@@ -432,11 +441,11 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance is impossible; warn about options without an effect."""
+    """Raise OptionError if guidance options cannot be followed; warn about those without an effect."""
     scales = list(itertools.chain(*guidance_scales(prepared, options)))
     is_guided = any(scale is not None for scale in scales)
     plans = list(itertools.chain(*plan_steps(prepared, options)))
-    # CFG-Zero* skips the network in the first steps
+    # CFG-Zero* skips the network in the first steps, perhaps in all
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
     zero_star_options = {
@@ -501,7 +510,7 @@ def _warn_of_unused_options(
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)
-    # some step is guided, but no pass skips a layer
+    # some step is guided, but no pass skips a layer, so none of the options for such passes acts
     elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
@@ -518,13 +527,14 @@ def _warn_of_unused_options(
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Warn about guidance scales below `off_at`, the scale that turns guidance off.
 
-    It is 1 in most models. A few released models count from 0, and users type their scales in that form.
+    It is 1 in most models; a few count guidance from 0.
     """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     if not scheduled and all(scale is None or scale >= off for scale in used):
         return
+    # scale -> the option that sets it, for messages
     option_by_scale = _name_scales(prepared)
     for scales_of_step in scheduled:
         for standard_scale in scales_of_step:  # in the standard formula, where 1 turns guidance off

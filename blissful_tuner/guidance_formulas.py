@@ -136,8 +136,9 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
     """Return the stage of Perp-Neg: guidance from the empty prompt, away from the negative prompt.
 
-    It subtracts `weight` times the part of the negative direction that is perpendicular to the positive
-    direction, per sample. A weight of 0 needs no negative pass.
+    Directions are differences from the empty prompt's velocity. It subtracts `weight` times the part of the
+    negative direction that is perpendicular to the positive one, per sample. A weight of 0 needs no negative
+    pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -181,12 +182,12 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """Return the stage of `--guidance_rescale`: match each sample's contrast to the positive velocity's.
+    """Return the stage of `--guidance_rescale`: match each sample's deviation to the positive velocity's.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
     Args:
-        share: Fraction of the rescaled result, 0 to 1.
+        share: Weight of the rescaled velocity in a mean with the one before, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -200,11 +201,12 @@ def rescale(share: float) -> GuidanceStage:
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
     """Return the stage that guides one stream by its differences from several passes, and rescales it.
 
-    See `StreamGuidance` for the formula and its source.
+    With the clean latents c of the positive pass and x of each other pass, the guided ones are
+    c + sum of weight * (c - x).
 
     Args:
-        rule: Rescaling of the result.
-        weights: Weight of c - x for the prediction x of each pass.
+        rule: How far the result is rescaled to the standard deviation of c.
+        weights: Weight of c - x for each pass.
     """
     rescaling = rescale(rule.rescale)
 
@@ -239,7 +241,7 @@ def keep_norms(side: int) -> GuidanceStage:
     Source: the released code of Qwen-Image.
 
     Args:
-        side: Edge length of a token, in latent pixels.
+        side: Edge length in latent pixels of the square that becomes a token.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -284,15 +286,19 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return the stage of projected guidance: by a momentum of limited norm, reduced along the positive one.
+    """Return the stage of projected guidance, which adds up the differences of positive and negative pass.
+
+    The sum is limited in norm, and its part along the positive velocity is weakened.
 
     Each sample is treated separately.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
+        """Guide by the projected sum of differences; `negative`, `momentum` and `rule` are the caller's."""
         positive = velocities[POSITIVE]
         base = velocities[negative]
         total = momentum.add(positive - base)
+        # limit the norm of the step
         shrinking = (rule.norm_limit / _measure_norms(total)).clamp(max=1.0)
         step = total * shrinking
         # Split the step into its parts parallel and orthogonal to the positive velocity. In float64, as in

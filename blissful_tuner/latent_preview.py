@@ -136,6 +136,7 @@ class LatentPreviews:
         is_image = num_frames == 1
         self._check_room(height, width)
         if self.vae is not None:
+            # preview with the small decoder, if there is one
             try:
                 chunks = [copy_to_host(chunk) for chunk in self.vae.frames(latents[0], self.device)]
             except torch.OutOfMemoryError:
@@ -208,7 +209,7 @@ class LatentPreviews:
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield a clip's step watchers and its section callback, and end the previews with the clip.
+    """Yield functions to call with each step and each section of a clip; end its previews with the clip.
 
     Args:
         previews: The previews; None for no watchers.

@@ -63,7 +63,11 @@ class FileInfo:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the metadata of all files. Raises UserError at the end if one could not be read."""
+    """Print the metadata of all files as lines or JSON.
+
+    Files without metadata are named on the error stream. Raises MediaError at the end if some could not be
+    read.
+    """
     (options,) = parse_options(__doc__, argv, MetaviewOptions)
     files = [read_file_info(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()

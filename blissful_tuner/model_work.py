@@ -189,7 +189,7 @@ def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) ->
 
     Args:
         model: The model's summary.
-        listed: Tensors to list; None lists none.
+        listed: Tensors to list by name; None lists none.
     """
     yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
     files = f", {len(model.files)} files" if len(model.files) > 1 else ""
@@ -319,11 +319,11 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_to_overwrite,
 ) -> None:
-    """Describe a model file, and rewrite it if the options ask for it.
+    """Print a description of a model file, and write a converted copy if --convert names one.
 
     Args:
         options: Options of the command.
-        knowledge: Functions that know the families.
+        knowledge: Functions that recognize the models of each family.
         ask: Returns whether to replace existing files.
 
     Raises:
@@ -342,6 +342,7 @@ def work(
             inputs += options.input.glob(f"*{INDEX}")
         for path in may_be_replaced:
             reject_replacing(OPTION, path, inputs)
+        # plan and ask before anything is printed or written
         plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
         ask_to_replace(may_be_replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
@@ -357,7 +358,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
     Args:
         path: Path that the user gave.
-        in_shards: Whether the path may be a folder, for a model in shards.
+        in_shards: Whether the model is written in shards; the path may then be a folder.
 
     Raises:
         OptionError: If the path cannot name a safetensors file.
@@ -368,6 +369,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
     if path.suffix.lower() in SUFFIXES and path.suffix.lower() not in SAFETENSORS:
         logger.info("%s: a safetensors file is written, so its name ends in .safetensors", path.name)
         path = path.with_suffix(".safetensors")
+    # an existing folder is reported by the last check
     if path.suffix.lower() not in SAFETENSORS and not path.is_dir():
         raise OptionError(f"{OPTION} {path}: give a name that ends in .safetensors")
     check_output_file(OPTION, path)
@@ -462,7 +464,7 @@ def _format_hashes(
 
 
 def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file or its shards, print their names, and return their paths."""
+    """Write the file or its shards, log their names, and return their paths; `shard_bytes` 0 is one file."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

@@ -158,7 +158,7 @@ class GuidanceOptions(Options, title="guidance"):
 
 
 def parse_layers(text: str | None) -> frozenset[int]:
-    """Read --slg_layers, such as "9,10".
+    """Return the block numbers in --slg_layers, such as "9,10"; no blocks for None or an empty text.
 
     Raises:
         OptionError: If the text is not a list of numbers.

@@ -66,7 +66,7 @@ class PromptRewriter:
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[Any, Any]:
-        """Load the chat model and its tokenizer from the folder."""
+        """Load the chat model and its tokenizer from the folder, without running code from elsewhere."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -110,7 +110,10 @@ class PromptRewriter:
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:
-        """Return the rewritten prompt, or the prompt itself if the model's answer is empty."""
+        """Return the prompt as the chat model rewrites it, or unchanged if the model's answer is empty.
+
+        A prompt that was rewritten before gets the same text again.
+        """
         if not prompt.strip():
             return prompt
         if prompt not in self._known:

@@ -192,7 +192,7 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
 
 
 def find_file(folder: Path, key: str, where: str) -> Path:
-    """Return the file of a wildcard.
+    """Return the text file of a wildcard, named by `key`, such as animals/birds; `where` names the prompt.
 
     Files outside of the folder are rejected, even if a link in the folder leads to them.
 
@@ -221,7 +221,9 @@ def find_file(folder: Path, key: str, where: str) -> Path:
 
 
 def read_lines_of(path: Path, where: str) -> Lines:
-    """Read the lines of a wildcard's file.
+    """Return the lines of a wildcard's file with their weights and line numbers.
+
+    `where` names the prompt that has the wildcard, for messages.
 
     Raises:
         OptionError: If the file has no lines or cannot be read.
@@ -306,12 +308,12 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative chosen in each group.
+    """Return a text with one alternative chosen in each group {a|b}, by `choose` from their weights.
 
     Escaped characters remain escaped until `unescape`.
 
     Raises:
-        OptionError: If groups are nested more than MAX_NESTED deep, or as `choose` does.
+        OptionError: If groups are nested more than MAX_NESTED deep, or raised by `choose`.
     """
     groups = _find_groups(text)
     _check_nesting(groups)
@@ -319,6 +321,7 @@ def select_alternatives(text: str, choose: Choose) -> str:
 
     def expand(start: int, end: int) -> str:
         """Return the text from `start` to `end` with one alternative chosen in each group."""
+        # groups inside the chosen alternative are expanded in turn
         pieces = []
         position = start
         while True:
@@ -350,8 +353,8 @@ def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
 
 
 def _find_groups(text: str) -> list[_Group]:
-    """Return the groups that have alternatives, sorted by their start."""
-    opened: list[_Group] = []
+    """Return the groups {a|b} that have alternatives, nested ones too, sorted by their start."""
+    opened: list[_Group] = []  # innermost last
     groups: list[_Group] = []
     for mark in _MARKS.finditer(text):
         if mark[0] == "{":
@@ -368,7 +371,7 @@ def _find_groups(text: str) -> list[_Group]:
 
 
 def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups are nested too deeply.
+    """Raise OptionError if groups {a|b} are nested too deeply.
 
     Args:
         groups: Groups sorted by their start.
@@ -403,10 +406,10 @@ class _Opened(NamedTuple):
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
-    """Return a text without weight marks, and its weighted parts as (start, end, weight), in characters.
+    """Return a text without weight marks "(words:1.2)", and its weighted parts as (start, end, weight).
 
-    Parts neither begin nor end with white space; parts of weight 1 are left out. The time is linear in the
-    length of the text.
+    Positions are characters of the returned text. Parts neither begin nor end with white space; parts of
+    weight 1 are left out. The time is linear in the length of the text.
 
     Raises:
         OptionError: If a weight is beyond MAX_WEIGHT.

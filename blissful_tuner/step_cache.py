@@ -39,7 +39,7 @@ def select_step_cache(
         line: Options of the prompt line, by name.
 
     Returns:
-        The cache (None if nothing is skipped or measured), and the line's values by option.
+        The step cache, None if nothing is skipped or measured; and the used values of the line by option.
 
     Raises:
         OptionError: If a value is out of range.
@@ -54,7 +54,7 @@ def select_step_cache(
             raise OptionError(
                 f"--{characters} {show_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
             )
-        # the option that turns this cache on
+        # the option that turns the cache on to which the value belongs
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
             logger.warning("--%s %g is ignored because --%s is not given", characters, value, switch)
@@ -73,6 +73,7 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
     if options.teacache_threshold:
         return TeaCache(options.teacache_threshold, options.teacache_coefficients)
     skips_passes = options.magcache_threshold and options.magcache_k  # nothing is skipped if one is 0
+    # without measured ratios there is nothing to go by
     if options.magcache_mag_ratios is not None and skips_passes:
         return MagCache(
             options.magcache_mag_ratios,
@@ -122,6 +123,7 @@ class StepCaches:
         self._make_rule: Callable[[], step_cache.Rule] | None = None
         self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0
+        # calibrations only measure; without a choice, nothing is skipped or measured
         match self._choice:
             case MagCache(ratios, retention, threshold, max_skips):
                 # ratios are for all steps, but a video that starts from a source runs only the last ones
@@ -139,7 +141,9 @@ class StepCaches:
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
-        """Wrap the networks' blocks in the cache or the measurement while one section is denoised.
+        """Yield a function that returns networks whose blocks run in the cache or are measured.
+
+        `dit_at` returns the network for a timestep. The effect ends with the section that is denoised.
 
         At the end the cached tensors are freed, and the networks run as before.
         """

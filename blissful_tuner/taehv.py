@@ -227,12 +227,12 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a decoder.
+    """Return the dimensions of a tiny decoder, from the shapes of its convolutions.
 
     Args:
         sides: Returns output and input channels of a convolution by name.
     """
-    # layer numbers of the file, see `TinyDecoder.decode`: 5 after a stage begins comes the next width
+    # layers are named by number; the fifth after a stage's first one has the next stage's width
     later_widths = [sides(str(first + 5))[0] for first in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
@@ -249,7 +249,7 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return the plan adapted to a family's latents; for image models a latent frame becomes a single frame.
+    """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
 
     Raises:
         CheckpointError: If the file is for other latents.

@@ -38,7 +38,7 @@ MAX_UNSEEN_STRETCHING = 1.05
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check a request's source, and fill in the number of frames from saved latents or an image.
+    """Check a request's source (video, image or latents to start from), and fill in the number of frames.
 
     Only headers are read, and one frame of a video.
 
@@ -118,7 +118,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if the aspect ratio of an image or video changes."""
+    """Warn if the source image or video is stretched visibly, and suggest a size that keeps its ratio."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:
@@ -203,8 +203,9 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _make_length_error(source, len(frames), prepared.frames)
-    num_frames = family.latent.lengths.fit(len(frames))
+    num_frames = family.latent.lengths.fit(len(frames))  # the longest length that the VAE encodes
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
+    # a longer clip is cut, a shorter one repeats latents
     return fit_frames(latents, shape[2], source.pad_mode or "end")
 
 
@@ -218,7 +219,7 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
-    """Read the frames of a source, F H W 3, at the request's size; no more frames than the request has.
+    """Read the frames of a source, F H W 3 uint8, at the request's size; at most as many as the request has.
 
     Args:
         source: The source of the request.
@@ -255,7 +256,7 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     Args:
         latents: Latents, B C F h w.
         frames: Number of latent frames.
-        pad_mode: "front" repeats the first frame before it, "end" repeats the last frame after it.
+        pad_mode: "front" repeats the first latent frame at the start, "end" the last one at the end.
     """
     missing = frames - latents.shape[2]
     if missing <= 0:
@@ -274,7 +275,7 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
 
     Args:
         saved: The latents with their metadata.
-        rules: The family's rules for sources.
+        rules: The family's rules for videos and latents to start from.
         path: Path of the file.
         start: Start of the message.
         remedy: End of the message.

@@ -254,7 +254,7 @@ class DatasetPages:
         }
 
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
-        """Return the address of a small image of one part of a file.
+        """Return the address of a small image of one file of an item, such as its clip or control image.
 
         Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
@@ -371,7 +371,7 @@ class DatasetPages:
         return Response(image, media_type="image/jpeg")
 
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
-        """Respond with a small image of a part of a file.
+        """Respond with a small image of one file of an item, such as its clip or control image.
 
         The status is 404 if the address differs from the one on the current page.
         """

@@ -344,7 +344,7 @@ class FolderPages(Protocol):
         """Return the HTML of the section for a folder. `query` is the query of the address."""
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button of the section: `action` is its name, `fields` are the fields of its form."""
+        """Carry out a button of the section: `action` is its name, `fields` are the fields of its form."""
 
 
 def folder_routes(

@@ -420,7 +420,7 @@ class FolderSettingsPages:
         return self.answer(folder, change, is_rejected=action == "save" and change.fault != "")
 
     def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
-        """Return the text of a file with the edits of a form."""
+        """Return the new text of a file: as typed in full, or with the edits of the table (`part` TABLE)."""
         if part != TABLE:
             return fields.get("text", "")
         require_full(fields)

@@ -372,7 +372,7 @@ class GeneratePages:
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
-        """Return the form for another source, with its prompts and seed but the new source's defaults."""
+        """Return the form after another run or model was selected: its defaults, the old prompts and seed."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(default.texts)
@@ -610,9 +610,10 @@ class GeneratePages:
         return join(" ", sentences)
 
     def _select_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-        """Return the source with the model of a file; "" if there is none.
+        """Return the run or released model that fits a dropped file's settings best; "" if none fits.
 
-        Of several sources, one with the file's LoRAs is preferred, then a run, then a model on disk.
+        `sources` are lists of (field value, title). One with the file's LoRAs is preferred, then a run, then
+        a model on disk.
         """
         best = ("", -1)
         for group in sources.values():
@@ -663,7 +664,7 @@ def list_default_negatives() -> frozenset[str]:
 
 
 def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
-    """Return the form of a source with the recipe's defaults."""
+    """Return the form for a run or model (`source`), filled with its recipe's defaults and LoRAs."""
     chosen = select_default_loras(recipe, rows)
     return GenerateForm(
         source=source,

@@ -158,6 +158,7 @@ class MachineLine:
             return self._info
 
     def _gather(self) -> MachineInfo:
+        """Collect what the status line shows: processes, cards, free disk space and ended runs."""
         try:
             free = gigabytes(free_bytes(self.site.runs.tops[0]))
         except OSError:

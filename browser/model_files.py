@@ -135,7 +135,7 @@ def name_task(model: ModelSet) -> str:
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
-    """Return the models that use each part, by the part's files.
+    """Return the models that use each network or tokenizer, by its files.
 
     Variants with 8-bit text encoders count, too.
     """
@@ -204,7 +204,7 @@ def read_part(component: Component, models: Path) -> ModelPart:
 
 
 def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
-    """Return whether the only file of a part is smaller than the tensors that it should contain."""
+    """Return whether a component's only file is smaller than its tensors; `sizes` are in bytes on disk."""
     if len(sizes) != 1 or sizes[0] is None or component.tensor_bytes is None:
         return False
     return sizes[0] < component.tensor_bytes
@@ -219,7 +219,7 @@ def _read_size(path: Path) -> int | None:
 
 
 def _list_partial_paths(component: Component, models: Path) -> list[Path]:
-    """Return the unfinished downloads of a part."""
+    """Return the paths of a component's unfinished downloads in the models folder."""
     paths = []
     for file in component.files:
         target = models / file.name

@@ -815,7 +815,7 @@ class NewPages:
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> DescribePlan:
-        """Return the plan of Describe; for an incomplete form, the command with the fields filled so far."""
+        """Return what Prepare would do; for an incomplete form, the command with the fields filled so far."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)

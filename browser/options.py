@@ -76,6 +76,7 @@ class BrowserOptions(Options, title="browser"):
     )
 
     def __post_init__(self) -> None:
+        """Raise OptionError if options contradict each other, or let others in without a token."""
         for folder in self.folders:
             self._check_folder(folder)
         if self.no_token and not self.is_local:

@@ -369,6 +369,7 @@ class ResultPages:
     """Handles the requests for generated results."""
 
     def __init__(self, site: Site) -> None:
+        """Serve the results below the roots of `site`; buttons and dialogs are found by their names."""
         self.site = site
         self.folders = ResultFolders(site.runs)
         self.cache = SettingsCache()

@@ -533,7 +533,7 @@ class RunButtons:
         return BinFolder(*(top / BIN for top in self.site.runs.tops))
 
     def list_removed(self, shown: ShownRun) -> list[Path]:
-        """Return the files and folders of a run; of a draft, the files that `new` wrote.
+        """Return the files and folders of a run, or, if it has not begun, the files that `new` wrote.
 
         Media, captions and caches are not listed: they belong to the dataset.
         """

@@ -275,7 +275,7 @@ class TrackedRuns:
             return list(plans.values())
 
     def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], FolderPlan | None]:
-        """Return a plan with the state of its file; the file is read only if it has changed."""
+        """Return a run.toml's (time, size, inode) and plan; the file is read only if these have changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
         before = self._plans.get(path)
@@ -526,7 +526,7 @@ def make_check_argv(folder: Path) -> list[str]:
 
 
 def find_start_argv(plan: FolderPlan, models: Path) -> list[str]:
-    """Return the command that starts a plan, even if `new` did not write its run.toml."""
+    """Return the command that trains on a described folder, even if `new` did not write its run.toml."""
     try:
         return make_run_argv(read_described(plan.folder), models)
     except (OSError, ValueError):

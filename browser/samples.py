@@ -202,7 +202,7 @@ class _RowEdit:
 
 
 def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
-    """Return the edits of each row in a form. `text` is the content of prompts.txt."""
+    """Return what the user has changed in each row of the form. `text` is the content of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
     for number in range(1, MAX_ROWS + 1):

@@ -152,7 +152,7 @@ class TagPages:
         return argv if try_on is None else [*argv, "--try_on", str(try_on)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button about tags, and return the HTML of the part that it belongs to."""
+        """Carry out a button about tags, and return the HTML of the part that it belongs to."""
         part = "editor" if action in ("rename", "remove", "undo") else "progress"
         try:
             message = self.carry_out(folder, action, fields)

@@ -94,6 +94,7 @@ class HeaderFile:
     faults: tuple[type[Exception], ...] = (ValueError,)  # errors raised by reading a damaged header
 
     def __init__(self, path: Path) -> None:
+        """Open a file and read its header; raise CheckpointError if the header is damaged."""
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}

@@ -162,6 +162,7 @@ class DitFormat(Generic[Config, Dit]):
         """
         with contextlib.ExitStack() as opened:
             checkpoint = opened.enter_context(self._open(path, second_file))
+            # build the network without values
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = select_dtype(header.block_dtype, placement)
@@ -200,6 +201,7 @@ class DitFormat(Generic[Config, Dit]):
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
             )
+            # record what a full fine-tuning needs to save the file like its source
             saved = _select_saved_dtypes(checkpoint, sources, target, header.block_dtype)
             dit.saved_dtypes = saved  # type: ignore[assignment]
             names = dit.state_dict().keys()

@@ -168,6 +168,7 @@ def load_module(
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)
+    # compare names and shapes before any tensor is read
     targets = module.state_dict()
     _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
     dtypes, sizes = {}, {}
@@ -206,6 +207,7 @@ def load_module(
         if device.type == "cpu" and untrimmed > trim_after:
             release_heap()
             untrimmed = 0
+    # read the checks that were collected on the device
     if filling.are_finite and not all(torch.stack([*filling.are_finite.values()]).tolist()):
         bad_names = [name for name, is_good in filling.are_finite.items() if not is_good]
         raise make_non_finite_error(checkpoint.path, bad_names)
@@ -465,6 +467,7 @@ def _check_fit(
     what: str,
 ) -> None:
     """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
+    # compare the names
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()
@@ -475,6 +478,7 @@ def _check_fit(
     for error, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             lines += [f"  {error}: {line}" for line in compress_names(names)]
+    # compare the shapes of tensors that are there
     for name, tensor in targets.items():
         if name in missing:
             continue

@@ -507,6 +507,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
+        # a layer may keep fp8 weights as they are; other scaled weights are always multiplied
         as_stored = fp8.stored_fp8 if in_fp8 else None
         if scale is not None:
             sources[name] = TensorSource((name, scale), fp8.dequantize, as_stored)

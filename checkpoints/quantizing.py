@@ -410,6 +410,7 @@ def _write_gguf(
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
             writer.add_string(key, text)
+        # the list of all tensors comes first in the file, then their data in the same order
         stored: dict[str, Any] = {}  # GGUF type of each tensor, by name
         for name in infos:
             stored[name] = _plan_in_gguf(writer, checkpoint, name, name in layers)

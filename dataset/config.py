@@ -76,6 +76,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     """
     errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
+    # keys above all tables: some are for [general], others are errors
     if not content.keys() <= {*TOP_LEVEL}:
         content = _with_keys_in_general(path, content, errors)
     for name, value in content.items():
@@ -96,6 +97,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
                     "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
                 )
         tables = _read_tables(path, content, errors)
+    # what concerns several tables
     _check_cache_folders(tables, errors)
     if len(tables) > 1:
         tables = _share_folders(tables)

@@ -384,7 +384,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
         raise DatasetError(f"{option} {folder}: {error.strerror}. Correct the path.") from error
     subsets = []
     for name in sorted(names):
-        parsed = read_folder_name(name)
+        parsed = read_folder_name(name)  # such as `10_cat`: repeats and class_tokens
         if parsed is None:
             if known is None or real_path(folder / name) != real_path(known):
                 _warn_left_out(folder / name, option)
@@ -397,6 +397,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
                 "is_reg": is_reg,
             }
         )
+    # no subset: explain which folder to give
     if not subsets and read_folder_name(real_path(folder).name) is not None:
         raise DatasetError(
             f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with "

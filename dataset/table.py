@@ -396,7 +396,7 @@ class DatasetTable:
     def sight_settings(
         self, sees_clip: bool, shown: "Iterable[ShownMedium] | None", further_text: str | None = None
     ) -> dict[str, Any]:
-        """Return the settings on which the text encoder's view of a clip and its references depends, by name.
+        """Return the settings that change which frames and reference media text encoders see, by name.
 
         The values can be written as JSON.
 

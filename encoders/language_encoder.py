@@ -253,7 +253,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def state(self) -> str | None:
-        """Description of the hidden states that are used, for `identity`."""
+        """Description of the hidden states that are used, for cache records."""
         numbers = ", ".join(map(str, self.use.numbers)) or "all"
         if self.use.pre_norm:
             return f"{numbers}, {PRE_NORM}"

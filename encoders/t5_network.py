@@ -105,6 +105,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         plain_sources(checkpoint),
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
+    # reject other models, T5 for umT5 and the reverse, and the first version of T5
     layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise other_kind(checkpoint, kind.what, kind.option, kind.release)
@@ -124,6 +125,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
             f"{kind.release} to {kind.option}.",
             checkpoint.path,
         )
+    # the shapes show all dimensions
     shape = shapes_of(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")

@@ -93,7 +93,8 @@ def _clean(value: Any) -> Any:
 def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
     """Remove empty values and scores from a caption, as in the training data; keep the order of keys.
 
-    A caption of exactly a short description and texts keeps both, also an empty list, which says "no text".
+    A caption that has only a short description and texts keeps both, even if empty: an empty list of texts
+    says that the image shows none.
     """
     cleaned: dict[str, Any] = {}
     for key, value in _clean(caption).items():
@@ -139,10 +140,11 @@ def write_caption(text: str) -> WrittenCaption:
 def write_edit(text: str) -> WrittenCaption:
     """Return an edit's JSON without its opening brace, which comes before the images in the prompt.
 
-    Raises CaptionError as `read_caption`, and if an object has no instruction.
+    Raises CaptionError for invalid JSON, and if an object has no instruction.
     """
     content = read_caption(text)
     if content is None:
+        # a plain text becomes the instruction
         wrapped_text = _wrap_plain(INSTRUCTION, text)
         return wrapped_text._replace(text=wrapped_text.text[1:], before=wrapped_text.before[1:])
     error = find_edit_error(content)

@@ -116,7 +116,7 @@ class Fibo2(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and the references.
+        """Return the captions' states, T n W each, and the latents of references by condition name.
 
         Raises CacheError for states of another encoder, other layers or another template.
         """
@@ -149,13 +149,14 @@ class Fibo2(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are fibo_states, T n W for each sample, and for edits latents_control_0, ..., B C 1 h w
-        each.
+        The conditions are fibo_states, states of n layers, T n W for each sample, and for edits
+        latents_control_0, ..., B C 1 h w each.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
+            # the negative attention text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
         )

@@ -84,6 +84,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     text_dim = shapes.of("perceiver.layers.0.cross_attention.to_k.weight")[1]
     blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
     injections = tuple(sorted(int(match[1]) for match in blocks))
+    # sizes that heads, rotary pairs and text layers require
     fits = (
         dim % width == 0
         and width % 16 == 0

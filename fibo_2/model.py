@@ -136,7 +136,7 @@ class PerceiverLayer(nn.Module):
 
         Args:
             x: Gist tokens.
-            bundle: States of the text.
+            bundle: States of the text from several layers, side by side, and numbers of real tokens.
             lengths: Number of gist tokens of each sample; None if no sample is padded.
             choice: Attention to use.
         """
@@ -305,6 +305,8 @@ class Fibo2Model(BlockNetwork):
         references: Sequence[Tensor] = (),
     ) -> Hidden:
         """Embed image, references and gist as tokens, B L+R+G C; return them with the blocks' other inputs.
+
+        The gist is a short sequence of tokens into which the network condenses the text.
 
         Args:
             noisy: Packed latents, B Z 1 H W.

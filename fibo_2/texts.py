@@ -75,13 +75,14 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self._told_errors: set[str] = set()  # in keys of captions
 
     def write(self, prompt: Prompt) -> Written:
-        """Write a caption or prompt as JSON; a negative prompt stays unchanged.
+        """Insert a caption or prompt as JSON into the template; a negative prompt is not turned into JSON.
 
         Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
         """
         if prompt.is_negative:
             return super().write(prompt)
         caption = write_edit(prompt.text) if prompt.pictures else write_caption(prompt.text)
+        # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))

@@ -56,7 +56,17 @@ class FluxControl(nn.Module):
         control: Tensor,
         strength: float = 1.0,
     ) -> list[Tensor | None]:
-        """Return what the frozen ControlNet adds after each block of the transformer."""
+        """Return what the frozen ControlNet adds after each block of the transformer, B L C or None.
+
+        Args:
+            noisy: Noisy latents, B Z 1 H W.
+            timesteps: B, 0..1000.
+            t5: States of T5, B T D.
+            pooled: State of CLIP-L, B E.
+            guidance: B, not scaled.
+            control: Latents of the control image in model space, B Z 1 H W.
+            strength: Factor of all additions.
+        """
         return compute_additions(
             self.network,
             self._blocks,
@@ -184,6 +194,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     """
     names = checkpoint.tensors
     hint = next((name for name in names if name.startswith("input_hint_block.")), None)
+    # reject ControlNets of other kinds
     if hint is not None:
         raise CheckpointError(
             f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
@@ -246,7 +257,7 @@ def _open(path: Path) -> Checkpoint:
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return the arguments of FluxControlNetModel from a ControlNet's config.json.
 
-    The result is None if the file is missing or describes another model.
+    None if the file is missing or describes another model.
     """
     opened = checkpoint.path
     config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")

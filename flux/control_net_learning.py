@@ -84,7 +84,7 @@ class TrainedFluxControl(nn.Module):
 
 
 def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
-    """Describe a ControlNet for the training loop: its label and checks, and how it is made and written."""
+    """Return a ControlNet for the training loop: texts, and functions to make, check and write it."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
@@ -128,7 +128,7 @@ def make_control_net(
 
 
 def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Tensor]:
-    """Return a new ControlNet's weights: copies of the transformer's, and zeros for its own layers.
+    """Return a new ControlNet's weights: copies of the transformer's, and zeros for layers that only it has.
 
     `network` is on the meta device; the result is float32 on the CPU.
     """
@@ -141,6 +141,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
         if name.startswith(OWN_PARTS):
             weights[name] = torch.zeros(shape)
         else:
+            # "block.qkv#1" is the second block of rows of our weight block.qkv
             our_name, _, index = translate_name(name, table).partition("#")
             parts_of.setdefault(our_name, {})[int(index or 0)] = name
     state = dit.state_dict()

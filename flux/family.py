@@ -147,7 +147,7 @@ class Flux(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata: FLUX.1 with its task, or Chroma."""
+        """Return the metadata that name the model in saved files: FLUX.1 with its task, or Chroma."""
         kind = self.files.kind
         names = {
             "architecture": configs.ARCHITECTURES[kind],
@@ -179,7 +179,8 @@ class Flux(ModelOfImages):
                 f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
-        if sees_controls:  # the rule for every family rejects control images, which are allowed here
+        # the check for every family rejects control images, which are allowed here
+        if sees_controls:
             table = replace(table, has_control=False)
         super().check_table(table)
 
@@ -199,7 +200,7 @@ class Flux(ModelOfImages):
         # encode the control images as if they were the targets, without their alpha
         control = replace(media, frames=media.control[0][..., :3], control=())
         control_entries = super().encode_media(encoders, control)
-        joined = []
+        joined = []  # entries with their control's latents
         for (entry,), (control_entry,) in zip(entries, control_entries, strict=True):
             tensors = {**entry.tensors, CONTROL: control_entry.tensors["latents"]}
             joined.append([replace(entry, tensors=tensors)])
@@ -236,7 +237,7 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return a batch's text states, guidance (B) and control latents.
+        """Return what the transformer is given in training: text states, guidance (B) and control latents.
 
         Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
         captions with other settings than this training has.
@@ -256,6 +257,7 @@ class Flux(ModelOfImages):
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return a batch's control latents, {} without a ControlNet; raise CacheError if sizes differ."""
+        # which network reads the control, for messages
         if self.custom_network is not None:
             consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
@@ -347,7 +349,10 @@ class Flux(ModelOfImages):
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
-        """Encode the control image to its posterior mean `latents_control`, 1 Z 1 h w."""
+        """Return the control image's latents and strength by condition name: `latents_control`, 1 Z 1 h w.
+
+        They are the posterior mean. Without a ControlNet, the inputs are those of a plain FLUX.1.
+        """
         # samples during the training of a ControlNet; otherwise a loaded ControlNet
         if self.custom_network is not None:
             control = control_pictures.sample_controls(prepared)
@@ -369,7 +374,10 @@ class Flux(ModelOfImages):
         return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
-        """Fill in a request's size, guidance and flow shift; warn about settings that have no effect."""
+        """Fill in a request's size, guidance and flow shift; warn about settings that have no effect.
+
+        Only FLUX.1 dev has an input for guidance.
+        """
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))

@@ -63,7 +63,10 @@ HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows a
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
-    """Read config and dialect of a FLUX.1 or Chroma file; raise CheckpointError for another model."""
+    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.1 or Chroma file.
+
+    Raises CheckpointError for another model.
+    """
     names = checkpoint.tensors
     dialect = "official"  # if no mark is found, the check below refuses the file
     for name, (mark, _) in DIALECTS.items():
@@ -234,7 +237,10 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that CLIP-L and T5, if given or needed, fit their options and the transformer."""
+        """Raise CheckpointError unless CLIP-L and T5, if given or needed, fit options and transformer.
+
+        `config` has the transformer's dimensions; without it only the files themselves are checked.
+        """
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
         clip, t5 = self.clip_use, self.t5_use

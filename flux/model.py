@@ -44,7 +44,7 @@ class Approximator(nn.Module):
             return self._make_rows(timesteps, guidance)
 
     def _make_rows(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Compute all modulation rows, B M D, from timestep, guidance and each row's number."""
+        """Return the modulation rows of all blocks, B M D, from timestep, guidance and each row's number."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
@@ -98,7 +98,7 @@ class FluxModel(BlockNetwork):
     dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network of FLUX.1 or Chroma without weights."""
         super().__init__()
         self.config = config
         self.attention = attention

@@ -124,7 +124,7 @@ TYPED = {
 
 
 def generation_words(options: FluxMinimalOptions) -> list[str]:
-    """Translate the image guides' command line to the options of flux_generate_image.py."""
+    """Return the command line of flux_generate_image.py that equals one of the image guides' script."""
     model, image = options.model, options.picture
     values = {
         "--dit": model.ckpt_path,

@@ -258,7 +258,7 @@ class FluxGenerationOptions(Options, title=NAME):
 
 
 def join_swapped(args: argparse.Namespace) -> None:
-    """Move older names of --blocks_to_swap and --ae to the current ones.
+    """Move the values of older options to --blocks_to_swap and --vae.
 
     Raises OptionError if both are given.
     """

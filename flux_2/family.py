@@ -161,7 +161,10 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, size and number of steps set the noise levels."""
+        """Fill in a request's open fields; by default, size and number of steps set the noise levels.
+
+        Warn about guidance that the release does not take.
+        """
         version = self.files.version
         default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):
@@ -182,6 +185,7 @@ class Flux2(pictures.ModelOfImages):
         prepared = self.resolve_image(request, 1.0, "")
         if request.flow_shift is not None:
             return prepared
+        # the released schedule in place of a flow shift
         tokens = count_latents(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
 

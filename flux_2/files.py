@@ -39,7 +39,10 @@ HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
-    """Read config and dialect of a FLUX.2 file; raise CheckpointError for another model."""
+    """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file.
+
+    Raises CheckpointError for another model.
+    """
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:

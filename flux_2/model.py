@@ -197,7 +197,7 @@ class Flux2Model(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; double blocks share a modulation, as do single blocks."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -227,7 +227,7 @@ class Flux2Model(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References come after the image, a second text after the first one.
+        References come after the image; a second text, for negative attention, after the first one.
 
         Args:
             noisy: B Z 1 H W.
@@ -279,7 +279,9 @@ class Flux2Model(BlockNetwork):
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return all blocks' modulation (6 + 6 + 3 rows) and the time embedding, B 1 16 C float32.
+        """Return the modulation that all blocks share and the time embedding, B 1 16 C float32.
+
+        The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
 
         `guidance` is B; None leaves it out.
         """

@@ -90,7 +90,7 @@ class Flux2Vae(Autoencoder):
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
-    """Plan how to load the autoencoder, from released tensor names or the diffusers layout.
+    """Plan how to load FLUX.2's autoencoder, from released tensor names or the diffusers layout.
 
     Raises CheckpointError for any other file, or if it has no statistics.
     """

@@ -133,7 +133,7 @@ class Flux3(pictures.ModelOfImages):
         """Predict the velocity, B C 1 H W float32.
 
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity of the step in `overrides.turn`.
+        distilled transformer predicts the mean velocity up to the step's end, which `overrides.turn` has.
         """
         # a flow map also takes the time at which the step ends
         next_timesteps = None
@@ -155,7 +155,7 @@ class Flux3(pictures.ModelOfImages):
     def prepare(self, request: Request) -> Prepared:
         """Fill in a request's open fields; without a size, the first reference image determines it.
 
-        A single reference is put on a canvas of whole tokens, and the result is cropped to the reference.
+        A single reference is put on a canvas of whole tokens, and the result is cropped to its region.
         Raises OptionError for another solver than Euler's with the distilled model.
         """
         if self.is_distilled:
@@ -172,7 +172,10 @@ class Flux3(pictures.ModelOfImages):
         return replace(prepared, shown=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
-        """Return the request without a guidance scale, which a distilled model does not use."""
+        """Return the request without a guidance scale, which a distilled model does not use.
+
+        Raises OptionError for a solver other than Euler's method.
+        """
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "

@@ -86,6 +86,7 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
             f"of {WHAT}. Copy the file again.",
             shapes.path,
         )
+    # the list of blocks of each modality must have one length
     counts = {name: shapes.blocks(name) for name in MODE_LISTS}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())

@@ -182,7 +182,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
 
     `heads` are query, key and value. `mode_index` is the modality's index in `tokens.modes`.
     """
-    # with several processes: the tokens on this one
+    # with several processes, each has a part of the tokens: gather them for whole heads
     token_part = tokens.parts[mode_index] if tokens.parts else None
     if token_part is not None:
         heads = token_part.gather_tokens(*heads)
@@ -208,7 +208,10 @@ def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | Non
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value."""
+    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value.
+
+    With several processes (`parts`), each computes some heads for all tokens.
+    """
     second, parts = tokens.second, tokens.parts
     if parts:
         heads = _gather_streams(heads, tokens)
@@ -298,7 +301,7 @@ class Flux3Model(BlockNetwork):
     dtype_of = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; images, references and text have embeddings and blocks each."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -307,6 +310,7 @@ class Flux3Model(BlockNetwork):
             self.ref_time_in = number_embedding(config.freq_dim, config.dim)
         self.early_stream_modulations = _make_modulations(config)
         self.single_stream_modulations = _make_modulations(config)
+        # first blocks of each modality alone, then blocks for all tokens
         self.emb_in = nn.ModuleDict(
             {mode: nn.Linear(config.channels, config.dim, bias=False) for mode in CONTENT}
         )
@@ -328,6 +332,8 @@ class Flux3Model(BlockNetwork):
         references: Sequence[Tensor] = (),
     ) -> Hidden:
         """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
+
+        A second text, for negative attention, is embedded too, and its tokens come last.
 
         Args:
             noisy: B Z 1 H W.
@@ -403,7 +409,8 @@ class Flux3Model(BlockNetwork):
         return Flux3Text(in_own_dtype(self.txt_in, states).to(dtype), counts, is_even)
 
     def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
-        """Return each modality's modulation and time embedding, B S 7 C; references and texts have time 0."""
+        """Return modulation (6 rows) and time embedding of each of S modalities, B S 7 C."""
+        # references and texts are clean: time 0
         time = self.time_in(self._embed_waves(timesteps))
         zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
         if next_timesteps is not None:
@@ -436,7 +443,7 @@ class Flux3Model(BlockNetwork):
         """
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
-        for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
+        for number, (rows, columns) in enumerate((layout.grid, *layout.references)):  # 0: the image
             axes = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
             tables.append(self._make_grid_table((zero, *axes, zero - number), device))
         for length in layout.texts:

@@ -58,7 +58,7 @@ def canvas_of(path: Path, step: int) -> Canvas:
 
 
 def read_on_canvas(path: Path, step: int) -> Tensor:
-    """Read a reference on its canvas, 1 1 H W 3 uint8. Reflections of the image fill the margins.
+    """Return a reference on a canvas of whole tokens, 1 1 H W 3 uint8; reflections fill the margins.
 
     Raises MediaError if it cannot be read.
     """

@@ -30,7 +30,8 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Check a batch's cached text, image, indices and history, and return them by cache key.
 
-    A kind of history may have indices without latents, or be missing altogether.
+    History are the earlier frames, in three resolutions; each kind may have indices without latents (black
+    frames), or be missing.
 
     Args:
         batch: Batch from the caches.
@@ -63,7 +64,7 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
 
 
 def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
-    """Raise CacheError if the indices of a kind of latents are missing, or do not fit them or the target.
+    """Raise CacheError if the indices of a kind of latents are missing or misfit these latents or the target.
 
     `latents` and `indices` are the names of the two tensors in caches.
     """
@@ -84,7 +85,7 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once if caches and samples use different orders of sections.
+    """Warn once if caches and samples generate the sections of a video in different orders.
 
     The caches of both orders have the same names. With F1, the neighbor in time comes before the target,
     otherwise after it. Images have no coarse history, and so no order.
@@ -97,6 +98,7 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _note_clips()
         return
+    # without coarse history, the batch is of images
     if not {"latents_clean_2x", "clean_latent_indices"} <= batch.tensors.keys():
         return
     # the last clean index is that of the neighboring frame
@@ -107,6 +109,7 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
 
 @lru_cache  # warn once for each, not with every batch
 def _note_other_order(is_f1: bool) -> None:
+    """Warn that caches have another order of sections than samples; `is_f1` is that of the samples."""
     if is_f1:
         logger.warning(
             "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "

@@ -141,7 +141,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
-    """Return the cache entries of one clip's sections, in the order of generation.
+    """Return the cache entries of one clip's sections, each with the earlier sections as its history.
 
     Args:
         latents: 1 C F h w, the start frame and full sections.
@@ -151,7 +151,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
     """
     start = latents[:, :, :1]
     targets = latents[:, :, 1:].split(window, dim=2)
-    history = order.begin(start, None)
+    history = order.begin(start, None)  # what precedes a section in the order of generation
     entries = []
     for plan in order.plan(len(targets), window, ()):
         target = targets[plan.index]
@@ -172,9 +172,10 @@ def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame
     """Return one entry for every image: its latents as the target, with those of its control images.
 
     Each image is encoded alone. Latents are 0 where their image is transparent. `switches` sets which black
-    frames are added; frame indices come from the dataset's table.
+    frames are added to the clean ones; the frame indices of all images come from the dataset's table.
     """
     table = media.table
+    # the run sets which black frames are added, the dataset's table everything else
     settings = replace(
         switches,
         target_index=table.target_index,
@@ -186,13 +187,14 @@ def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame
     target = apply_masks(target, media.alpha)
     frames_before = []
     for latents, frames in zip(controls, media.control, strict=True):
+        # frames are B F H W C; a fourth channel is the alpha of the control image
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
         frames_before.append(apply_masks(latents, alpha))
     # the remaining indices are those of black frames, whose latents are 0
     num_black = len(indices.clean) - len(frames_before)
     frames_before += [torch.zeros_like(target)] * num_black
     clean = torch.cat(frames_before, dim=2)
-    features = _encode_features(encoders, media.control[0])
+    features = _encode_features(encoders, media.control[0])  # of the first control image only
     entries = []
     for item in range(len(media.keys)):
         tensors = {"latents": target[item], "latents_clean": clean[item]}

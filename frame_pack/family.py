@@ -209,8 +209,8 @@ class FramePack(OneTransformer):
         """Predict the velocity, B C F H W float32.
 
         Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
-        dtype, as the released code does; training rounds neither. A kind of history with indices but without
-        latents is black.
+        dtype, as the released code does; training rounds neither. Earlier frames (history) with indices but
+        without latents are black.
 
         Args:
             dit: The transformer.
@@ -233,6 +233,7 @@ class FramePack(OneTransformer):
             history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
         # `turn` has the timestep on the host, so that the host need not wait for the device
+        # it sets how far rotary positions are scaled
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
         # round to the dtype of the guidance
         timesteps = timesteps.to(guidance.dtype).float()
@@ -256,7 +257,7 @@ class FramePack(OneTransformer):
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Plan a request as sections of a video or, for LoRAs trained on single images, as an image."""
+        """Fill in a request as sections of a video or, in one-frame inference, as a single image."""
         if self.one_frame is not None:  # samples of a training run of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
@@ -370,7 +371,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """Describe the family for fpack_generate_video.py; warn if --f1 makes --latent_paddings useless."""
+    """Return the family for fpack_generate_video.py; warn if --f1 makes --latent_paddings useless."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",

@@ -89,7 +89,10 @@ MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # tensor
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
-    """Read the config of a FramePack checkpoint; raise CheckpointError for another model."""
+    """Return dimensions, tensor naming and dtype of a FramePack file.
+
+    Raises CheckpointError for another model.
+    """
     path, names = checkpoint.path, checkpoint.tensors
     if not any(mark in names for mark in MARKS):
         files = (

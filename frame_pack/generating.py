@@ -87,7 +87,7 @@ def video_sections(
 
 
 def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbor, so that the preview has the final video's transition.
+    """Return the newest section with its neighbor's latents, so that a preview has the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if
     `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.
@@ -146,8 +146,9 @@ def one_frame_section(
 def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
     """Decode latents, 1 C F h w in model space, to pixels 1 3 F H W in -1..1, in playing order.
 
-    Sections are decoded in overlapping pairs and blended, on the CPU. With `at_once`, or if the latents are
-    not a whole number of sections, all are decoded together, which has no seams and takes more memory.
+    Sections of `window` latent frames are decoded in overlapping pairs and blended, on the CPU. With
+    `at_once`, or if the latents are not a whole number of sections, all are decoded together, which has no
+    seams and takes more memory.
     """
     sections = count_window_sections(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:

@@ -27,7 +27,7 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     """Encode the image of each section as `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w).
 
     Section 0 may also have `end_latents`. All tensors are on the CPU, latents in model space; sections with
-    the same image share them.
+    the same image share its tensors.
     """
     settings: FramePackRequest = prepared.family_record
     images, end_image = settings.images, prepared.request.end_image_path

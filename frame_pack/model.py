@@ -71,7 +71,7 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
 def rotary_table(
     layout: WindowLayout, widths: Sequence[int], theta: float, device: torch.device = CPU
 ) -> Tensor:
-    """Return the rotary table of a window, (cosine, sine) pairs in float32 on `device`.
+    """Return the rotary table of a section with its history, (cosine, sine) pairs in float32 on `device`.
 
     The table is L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2.
 
@@ -97,7 +97,10 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window."""
+    """Return one sample's rotary table, L 1 D/2 2, for all latents of its window.
+
+    `indices` are the frame indices of each stretch, a run of latents of one resolution.
+    """
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []
@@ -250,7 +253,7 @@ class FramePackModel(BlockNetwork):
     dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released files."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -370,7 +373,10 @@ class FramePackModel(BlockNetwork):
         )
 
     def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
-        """Raise ValueError for shapes that do not fit the model or each other; the last kind is noisy."""
+        """Raise ValueError for shapes that do not fit the model or each other.
+
+        `kinds` are the latents with their frame indices: history, and last the noisy ones.
+        """
         noisy = kinds[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         for kind in kinds:

@@ -25,7 +25,7 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
-    """Parse a text with a part for each section; return the parts by section number, always with a 0.
+    """Parse a text with a part for each section; return the parts by section number, 0 included.
 
     Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
     negative, or else of the lowest number. Of two texts for one section, the later one counts. `option` is
@@ -218,7 +218,10 @@ def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script, with values, for a sample with a training run's models.
+
+    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    """
     window = options.latent_window_size
     extra = sample.get("extra") or {}
     frames = sample.get("frames")

@@ -54,7 +54,7 @@ def prepare_request(
 ) -> requests.Prepared:
     """Resolve a request's size and sections, and check its images.
 
-    Unusable settings are dropped with a warning.
+    Settings without an effect are dropped with a warning.
 
     Args:
         request: The request.
@@ -87,6 +87,7 @@ def prepare_request(
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
+    # --one_frame_auto_resize
     if takes_shape and is_image:
         images = (*settings.controls, *settings.images)
         width, height = _select_bucket(images, width, height, latent.pixel_step)
@@ -198,7 +199,7 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
 
 
 def _with_controls(request: requests.Request) -> requests.Request:
-    """Return the request with control images and masks removed if they have no effect.
+    """Return the request without control images and masks if it is not for one-frame inference.
 
     Raises OptionError if a used file is missing.
     """
@@ -230,7 +231,7 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
     typed_paths = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
-    # without an image, the first frame of the video in the request is the start image
+    # with a source video and no image, its first frame is the start image
     if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
     entries = _read_entries(

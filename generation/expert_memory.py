@@ -61,7 +61,7 @@ class ExpertTurns:
             weights: Bytes of a full expert.
             swapped: Bytes of the part that is in host memory even while the expert works.
         """
-        if self.lazy:
+        if self.lazy:  # each expert is freed after its turn, and none is read ahead
             return swapped
         host_bytes: dict[int, int] = {}  # by expert
         peak = 0
@@ -72,7 +72,7 @@ class ExpertTurns:
             if later:
                 host_bytes.setdefault(later[0], weights)  # read ahead while this one works
             peak = max(peak, sum(host_bytes.values()))
-            if self.keep or expert in later:
+            if self.keep or expert in later:  # `keep`: for the next prompt
                 host_bytes[expert] = weights  # it waits for its next turn
             else:
                 del host_bytes[expert]

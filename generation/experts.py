@@ -196,7 +196,7 @@ class DitTurns:
 
         Experts on the device are moved away first, unless all of them fit.
         """
-        # continue with the expert's next turn; skipped turns belong to requests that failed or ended early
+        # this expert's next turn in the plan; skipped turns are of requests that failed or ended early
         remaining_turns = range(self._turn, len(self._plan))
         self._turn = next((turn for turn in remaining_turns if self._plan[turn] == expert), self._turn)
         if expert not in self._working:

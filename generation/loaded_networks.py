@@ -181,7 +181,9 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
-    needed: set[str] = set()
+    needed: set[str] = (
+        set()
+    )  # "positive", "negative" and "blank", as the guidance passes of any step use them
     for expert_plans in plan_steps(prepared, options):
         for plan in expert_plans:
             needed |= {guidance_pass.text for guidance_pass in plan.passes}
@@ -190,7 +192,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
             texts,
             negative=texts.negative if "negative" in needed else None,
             blank=(texts.blank or Prompt("")) if "blank" in needed else None,
-            # without a text of its own, attention is steered away from the negative prompt
+            # NAG steers attention away from a text: by default from the negative prompt
             nag=(texts.nag or texts.negative or Prompt("")) if options.nag.is_on else None,
         )
         for section, texts in prepared.prompts.items()

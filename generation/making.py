@@ -242,7 +242,8 @@ def denoise_all(
         run: The run.
         ready: Jobs whose texts and inputs are encoded.
         failures: Collects the errors of single files or lines.
-        networks: Yields the jobs of `ready` in groups, in the same order, each with its networks.
+        networks: Yields the jobs of `ready` in groups, in the same order, each with the function that returns
+            the network for a timestep.
     """
     output = run.options.output
     requests = [job.prepared for job, _, _ in ready]

@@ -200,6 +200,7 @@ def save_pixels(
     frames = frames_of(chunks)
     if latent is not None and latent.has_layers:
         return _save_layers(options, stem, frames, has_full=latent.has_full, metadata=metadata)
+    # find out whether it is a video, an image, or audio alone
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
     first_frames = list(islice(frames, 2))  # two frames show whether there is only one
@@ -222,6 +223,7 @@ def save_pixels(
         playing = remember(playing, last)
     if is_image:
         return _save_image(options, stem, playing, metadata)
+    # write the frames, and the files next to them under the same name
     saves_audio = options.save_audio is not None and track is not None
     side_suffixes = []
     if saves_last:

@@ -380,6 +380,7 @@ def parse_words(
             split.prompt.removeprefix("--").partition(" ")[0],
             PROMPT,
         )
+    # errors of all options are collected and raised together
     values: dict[str, Any] = {"prompt": split.prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     spellings_by_key = _list_spellings(words, find)

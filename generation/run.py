@@ -596,7 +596,7 @@ def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
     from generation.asking import line_reader, ring_after  # only with --interactive
 
-    remembers = run.options.remembers_lines
+    remembers = run.options.remembers_lines  # options of a line hold for the lines after it
     ask = line_reader(
         ((character, option.key) for character, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",

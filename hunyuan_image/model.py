@@ -73,7 +73,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released file."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -100,6 +100,8 @@ class HunyuanImageModel(BlockNetwork):
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return image tokens (L) and text tokens (J), B L+J C, and the other inputs of the blocks.
+
+        Glyphs are texts in quotation marks, which byT5 encodes.
 
         Args:
             noisy: B in_dim H W.
@@ -145,7 +147,8 @@ class HunyuanImageModel(BlockNetwork):
     ) -> tuple[Tensor, list[int]]:
         """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
 
-        `prompt` has text, text_mask, glyphs and glyph_mask, as in `embed`.
+        `prompt` has text (states of the language model), glyphs (states of byT5, which reads quoted text),
+        and text_mask and glyph_mask, true for real tokens.
         """
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])

@@ -192,12 +192,13 @@ _LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
-    """Plan how to load the VAE, from the released file or a diffusers folder.
+    """Plan how to load HunyuanImage's VAE, from the released file or a diffusers folder.
 
     Raises CheckpointError for another file.
     """
     checkpoint = checkpoint.without_prefix("module.", "_orig_mod.", "first_stage_model.", "vae.")
     sources = plain_sources(checkpoint)
+    # diffusers' names
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
     wrong_kind = other_kind(checkpoint, WHAT, "--vae", RELEASE)

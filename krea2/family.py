@@ -158,7 +158,7 @@ class Krea2(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and the references.
+        """Return the captions' states, a list of T n D, and the latents of references by condition name.
 
         Raises CacheError for states of another encoder or number of layers, or encoded with images if this
         training has none, or the reverse.
@@ -168,7 +168,7 @@ class Krea2(pictures.ModelOfImages):
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         for states in batch.tensors[KEY]:
-            # states: T, number of states, text_dim
+            # T, number of layers, text_dim
             if states.shape[1:-1] != (config.states,):
                 raise CacheError(
                     f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
@@ -197,13 +197,14 @@ class Krea2(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are krea2_vl_embed, T n D for each sample, and for edits latents_control_0, ..., B C 1
-        h w each.
+        The conditions are krea2_vl_embed, for each sample the states of n layers, T n D, and for edits
+        latents_control_0, ..., B C 1 h w each.
         """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
+            # the negative attention text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
@@ -220,6 +221,7 @@ class Krea2(pictures.ModelOfImages):
         Raises OptionError if a size or a number cannot be used.
         """
         prepared = self.resolve_image(request, 1.0)
+        # edits: the text encoder sees the references too
         if prepared.request.control_images:
             if self.files.text_encoder is not None:
                 self.files.check_tower()
@@ -227,6 +229,7 @@ class Krea2(pictures.ModelOfImages):
         levels = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
         for name, level in levels.items():
             check_mu(level, f"--{name}")
+        # a guidance scale of 1 is no guidance
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
                 "%s is raw, whose pictures are blurred without guidance. Give Turbo, a LoRA that makes it "

@@ -95,7 +95,10 @@ def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, in
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
-    """Read config and dialect of a Krea 2 file; raise CheckpointError for another model."""
+    """Return dimensions, dialect (its tensor names) and dtype of a Krea 2 file.
+
+    Raises CheckpointError for another model.
+    """
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:

@@ -304,7 +304,7 @@ class Krea2Model(BlockNetwork):
     dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; its modules are named as in the released file."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -332,15 +332,16 @@ class Krea2Model(BlockNetwork):
         isolated: bool = False,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` describes.
+        """Predict the velocity from the arguments of `embed`, with or without cached references.
 
-        With `overrides.section_cache`, isolated references are computed once.
+        With `overrides.section_cache`, isolated references are computed once for all steps.
         """
         # only isolated references do not depend on the image, so only they can be cached
         memory = overrides.section_cache if isolated and references else None
         if memory is not None and not memory:
             # the first pass fills the cache; references are equal for all samples
             memory.update(self.remember([latents[:1] for latents in references]))
+        # a pass that leaves references out takes none from the cache
         if memory is None or overrides.leaves_out:
             memory = {}
         else:
@@ -356,7 +357,10 @@ class Krea2Model(BlockNetwork):
             )
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Compute each block's keys and values of isolated references, 1 Z 1 h w each, once for all steps."""
+        """Return each block's keys and values of isolated references, 1 Z 1 h w each, for use in all steps.
+
+        References are clean: time 0.
+        """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)

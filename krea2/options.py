@@ -184,7 +184,7 @@ def resolve_generation(
 ) -> tuple[Any, Krea2GenerationOptions]:
     """Resolve the image size from --width and --height, and warn about LoRAs trained with another --kv_cache.
 
-    Raises OptionError if --image_size gives another size.
+    Raises OptionError if --image_size gives another size, or two options set the noise levels.
     """
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)
@@ -235,7 +235,7 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training run.
+    """Return the options, with values, for generating a sample with a training run's models.
 
     Args:
         options: Options of the training.
@@ -247,7 +247,7 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
     turbo: dict[str, Any] = {}
     if options.turbo_dit is not None:
         levels = levels or {"--mu": MU_OF_TURBO}
-        # given here because the file's name need not say Turbo; a sample's own steps win
+        # stated because the file's name may not say Turbo; a sample's own number of steps takes precedence
         if not sample.get("steps"):
             turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {

@@ -170,7 +170,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "base_channels": base_width,
         "ch_mult": tuple(multipliers),
         "num_res_blocks": count(sources, r"encoder\.down\.0\.block\.\d+"),
-        "in_channels": sides,
+        "in_channels": sides,  # audio channels
         "output_channels": shape("decoder.conv_out.conv.weight")[0],
         "latent_channels": latent_channels,
         "mel_bins": JOINED * numbers // latent_channels,
@@ -194,6 +194,7 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     if "upsamplers.0.weight" in sources:  # LTX-2: no bandwidth extension
         settings = _read_generator(shape, sources, "", rejection)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
+    # LTX-2.3: a second generator adds the high frequencies
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:
         raise rejection
     window = shape("mel_stft.stft_fn.forward_basis", 3)[2]

@@ -92,6 +92,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
 
     Clips without audio need no reference for it. `option` names the strategy with its option.
     """
+    # with the tensors that dropout removed from this batch
     names = {**batch.tensors, **batch.undropped}
     lacking = []
     if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):
@@ -130,7 +131,7 @@ def find_audio_reference(request: Request) -> Path | None:
 
 
 def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -> Ltx2GivenAudioReference:
-    """Return the options of a generation with the positions of references that its LoRAs record.
+    """Return the options with the positions of audio references (before or in the clip) that LoRAs record.
 
     Raises:
         OptionError: If LoRAs record different positions, or anything but true and false.
@@ -140,6 +141,7 @@ def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -
         if NEGATIVE in metadata:
             recorded[metadata[NEGATIVE]] = path
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:
+        # at most one value is recorded; a typed option takes precedence over it
         listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
         raise OptionError(
             f"--lora_weight: {NEGATIVE} is {listed}: they do not work together, or it is not true or false. "

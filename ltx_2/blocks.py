@@ -174,7 +174,8 @@ class LtxAttention(nn.Module):
     ) -> None:
         """Build the layers.
 
-        `dim` is the width of all heads, `is_gated` and `splits_heads` as in `LtxConfig`.
+        `dim` is the width of all heads together; `is_gated` gives each head's output a gate. With
+        `splits_heads`, rotary pairs are channels of a head's two halves, else neighbors.
         """
         super().__init__()
         self.num_heads = heads
@@ -225,6 +226,7 @@ class LtxBlock(nn.Module):
     """
 
     def __init__(self, config: LtxConfig) -> None:
+        """Build self-attention, text attention and feed-forward of each stream, and attention between two."""
         super().__init__()
         attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
         # shift, scale and gate: of self-attention, of the feed-forward, and of the attention to the text
@@ -425,8 +427,8 @@ def _attend_dimmed(
 ) -> Tensor:
     """Compute attention whose logits get the bias of extra channels, which weaken attention to references.
 
-    The channels `more_queries` and `more_keys`, L E each, come from `dim_references`. Always in torch,
-    because 8-bit kernels are too coarse.
+    The channels `more_queries` and `more_keys`, L E each, are such that their product is the bias. Always in
+    torch, because 8-bit kernels are too coarse.
     """
     width = query.shape[-1]
     num_more = more_queries.shape[-1]

@@ -50,7 +50,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
 
 
 def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
-    """Return the dimensions. Raises CheckpointError if they cannot be read or do not match each other."""
+    """Return a transformer's dimensions; raise CheckpointError if they are unreadable or do not match."""
     path = shapes.path
     try:
         config = _config(shapes, settings)
@@ -75,13 +75,14 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     """Read a transformer's dimensions from its tensors and settings.
 
-    Raises CheckpointError for missing tensors, and as `_read_fields`.
+    Raises CheckpointError for missing tensors, ValueError for unusable settings.
     """
     names = shapes.shapes
     gates = f"{BLOCK}.attn1.to_gate_logits.weight"
     is_gated = gates in names
     projects_text = "caption_projection.linear_1.weight" in names
     declared_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
+    # a gate per head shows the number of heads; other files declare it
     num_heads = shapes.of(gates)[0] if is_gated else int(declared_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),

@@ -215,7 +215,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return the model's metadata: version, trained streams, and the references that a LoRA learned."""
+        """Return metadata for saved files: version, trained streams, and references that a LoRA learned."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -382,7 +382,10 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Check a request; fill in its size, guidance, references, audio and stages."""
+        """Check a request; fill in its size, guidance, references, audio and stages.
+
+        Raises OptionError or MediaError for what LTX-2 cannot generate.
+        """
         self.files.check(("dit",))
         if not self.files.has_images:
             self._reject_images(request)
@@ -413,6 +416,7 @@ class Ltx2(Ltx2Media):
             flow_shift=flow_shift,
             default_negative=NEGATIVE_PROMPT,
         )
+        # shapes of video and audio latents; None without audio
         joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
@@ -484,7 +488,7 @@ class Ltx2(Ltx2Media):
             check_opens("drive_video", self.drive_video, is_image=False)
 
     def _check_generated_keyframes(self) -> None:
-        """Raise OptionError if keyframes are generated, but the network or another option rules them out."""
+        """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
         count = self.given.num_generated_keyframes
         if not count:
             return
@@ -526,7 +530,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return output metadata about given media, references and stages."""
+        """Return the metadata for saved files that describe input media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -581,7 +585,7 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.given.inpaint_source is None:
-            return ()  # the reference is already used as the clip to inpaint
+            return ()  # no inpainting clip was typed: the reference itself was taken as that clip
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -594,6 +598,7 @@ class Ltx2(Ltx2Media):
             )
         for path in paths:
             check_opens("reference_video", path, is_image=is_still(path))
+        # the mask limits where references are attended to
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
@@ -645,7 +650,10 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the given latents of images and audio, and how much of each latent stays clean."""
+        """Return latents of given images, keyframes and audio, and how much of each stays clean.
+
+        The audio VAE is loaded only if audio is given.
+        """
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -674,7 +682,10 @@ class Ltx2(Ltx2Media):
         return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of reference images or clips, and how strongly the video attends to them."""
+        """Return the latents of reference images or clips, and how strongly the video attends to each token.
+
+        The strengths are left out if all are 1.
+        """
         reference_rules = self.references
         images = prepared.family_record.images
         if not images or reference_rules is None:
@@ -733,9 +744,9 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections of all stages, which have no noisy references; return the latents."""
+        """Yield a denoising section for each stage, and return the latents; references, if any, are clean."""
 
-        def draw(stage: Prepared) -> Tensor:
+        def draw(stage: Prepared) -> Tensor:  # the noise that a stage starts from
             joint = stage.joint
             if joint is None:
                 return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
@@ -743,8 +754,8 @@ class Ltx2(Ltx2Media):
             audio = noise.draw((1, *joint.audio))
             return joint.join(image, audio)
 
-        def begin(stage: Prepared, number: int, start: Tensor) -> Section:
-            # the rate is stored as an integer, in thousandths
+        def begin(stage: Prepared, number: int, start: Tensor) -> Section:  # `start`: noise, or noisy latents
+            # the frame rate is stored as an integer, in thousandths
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
@@ -763,7 +774,7 @@ class Ltx2(Ltx2Media):
             level = stage.levels[0] if stage.levels else 1.0
             return append_keyframes(section, keyframes, stage.joint, noise, level)
 
-        # a rehearsal of memory use runs only one of the two stages
+        # without stages; a dry run that measures memory also has a single one
         if self.stages is None or not prepared.stages:
             return (yield begin(prepared, 0, draw(prepared)))
         enlarge_clip = partial(

@@ -223,7 +223,10 @@ class Ltx2Files(TransformerFiles):
     # texts
 
     def text_encoder(self) -> Ltx2TextEncoder:
-        """Return the text encoder: Gemma with the connectors; weights are read later."""
+        """Return the text encoder: Gemma with the connectors to the transformer; weights are read later.
+
+        Raises OptionError if options name the Gemma of another LTX version.
+        """
         # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
         # the projections
         connectors_path, gemma_path = self.connectors, None
@@ -265,7 +268,10 @@ class Ltx2Files(TransformerFiles):
         return [self.text_encoder()]
 
     def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
-        """Check Gemma and the connectors, only if needed: their default paths often do not exist."""
+        """Raise an error if Gemma, the connectors and the transformer do not fit each other.
+
+        If they are not needed, nothing is checked, because their default paths often do not exist.
+        """
         if not needed:
             return
         encoder = self.text_encoder()
@@ -279,6 +285,7 @@ class Ltx2Files(TransformerFiles):
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
+        # streams as the transformer and as the connectors name them
         widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
         for names, stream in widths.items():
             if config is not None and stream in self.streams:

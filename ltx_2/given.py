@@ -75,7 +75,7 @@ class Extension:
     is_one_draw: bool
 
     def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
-        """Draw which first and last latents of each sample are given, B count bool.
+        """Draw which first and last latents of each sample are given as clean inputs, B count bool.
 
         Args:
             count: Number of latents in a row.
@@ -219,6 +219,7 @@ class GivenRules:
         Raises:
             DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
         """
+        # frames that the dataset's table gives, in the clip or as keyframes
         guides = read_guides(batch)
         if self == GivenRules() and not guides:
             return None
@@ -243,6 +244,7 @@ class GivenRules:
         given = GivenTokens(image_shares, audio_shares)
         if not keyframes:
             return given
+        # keyframes are extra frames after the clip; noise is needed if one is not entirely given
         latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
         shares = torch.stack([keyframe.shares for keyframe in keyframes], dim=1)
         noise = None
@@ -271,7 +273,10 @@ class GivenRules:
         ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
-        """Return each video latent's given share, 0 to WHOLE, B 1 F H W int16; None without video rules."""
+        """Return how much of each video latent is given clean, 0 to WHOLE, as B 1 F H W int16.
+
+        `draws` are random numbers, a row for each rule. None without rules for the video.
+        """
         if not (self.ends or self.region or self.mask or self.anchors):
             return None
         samples, _, frames, rows, columns = batch.tensor("latents").shape
@@ -284,7 +289,7 @@ class GivenRules:
         if self.mask is not None:
             is_drawn = draws[3] < self.mask.probability
             is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
-        # anchors may keep only a fraction; where rules overlap, the larger share counts
+        # anchors are frames given by a fraction; where rules overlap, the larger share counts
         shares = is_given * WHOLE
         if self.anchors is not None and frames > 1:
             marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
@@ -293,7 +298,7 @@ class GivenRules:
 
     def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
         """Return which latents the regions in the samples' tables mark as given, B H W bool."""
-        marked = []
+        marked = []  # for each sample, the latents inside its region
         for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
             if region is None:
                 raise DatasetError(
@@ -341,7 +346,9 @@ class BatchGuide:
 
 
 def read_guides(batch: Batch) -> list[BatchGuide]:
-    """Return the guide images of a batch from its tensors; [] without any, or if clips are single frames.
+    """Return the guide images of a batch, which are given clean; [] without any, or for single frames.
+
+    A guide is a keyframe next to the clip, or replaces one of its latent frames.
 
     Raises:
         DatasetError: If the index of a replaced latent frame is out of range.

@@ -45,7 +45,7 @@ Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on 
 
 
 def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the given-media options, with values from the prompt line in place of their defaults.
+    """Return the options of given clips, keyframes and masks, with a prompt line's values in their place.
 
     A mask without --inpaint_source applies to the request's only reference.
 
@@ -85,7 +85,7 @@ def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
 
 
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
-    """Raise OptionError or MediaError if files cannot be opened, or do not fit the result."""
+    """Raise OptionError or MediaError if given media cannot be opened, or do not fit the result's frames."""
     for name, path in media.image_files.items():
         check_opens(name, path, is_image=is_still(path))
     frames = prepared.frames
@@ -121,7 +121,9 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
 
 
 def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames of an extension's clip to encode, a multiple of frame_step plus 1; 0 without it.
+    """Return how many frames of a clip to extend are encoded, a multiple of frame_step plus 1; 0 without it.
+
+    `name` is extend_prefix or extend_suffix.
 
     Raises:
         OptionError: If the clip has too few frames; a clip at the end needs at least frame_step + 1.
@@ -270,7 +272,9 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
 
 
 def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Return which latents of the edited source stay unchanged, F H W bool, or F 1 1 for whole frames.
+    """Return which latents of the clip to change stay as they are, F H W bool, or F 1 1 for whole frames.
+
+    Either a time span is generated anew, or a mask says what stays: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
@@ -315,15 +319,14 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the given parts of the audio, and which latents are given.
+    """Return the latents of the audio parts that a request gives, and which latents are given.
 
-    The shares are 0 or WHOLE in int16, as in `GivenTokens`. Returns {} if no part is kept.
+    The shares are 0 or WHOLE (entirely given) in int16. Returns {} if no part is given.
 
     Args:
-        media: Options of what is kept.
+        media: Options that give audio.
         prepared: The request.
-        encode: Takes samples, a number of frames and a frame rate, and returns latents, as
-            `HearsAudio.encode_audio`.
+        encode: Takes samples, a number of frames and a frame rate, and returns latents.
         spec: Format of the audio latents.
     """
     joint = prepared.joint
@@ -349,10 +352,10 @@ class _KeptAudio(NamedTuple):
 def _read_kept_audio(
     media: Ltx2GivenMedia, count: int, seconds: float, spec: AudioSpec
 ) -> Iterator[_KeptAudio]:
-    """Yield the audio that options keep; where two keep the same step, the later one counts.
+    """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
 
     Args:
-        media: Options of what is kept.
+        media: Options that give audio.
         count: Number of steps of the audio latents.
         seconds: Length of the clip.
         spec: Format of the audio latents.

@@ -153,6 +153,7 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         return bool(ends or self.ltx2_audio_inpaint_mask)
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options of given frames that have no effect or lack another option."""
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
             raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
@@ -213,6 +214,8 @@ _DIRECTIONS = {(True, True): "joint", (True, False): "a2v", (False, True): "v2a"
 def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     """Return the option values that a --ltx2_conditioning_config file sets, by option name.
 
+    The file has a table for each stream: whether it is generated, and which parts of it are given.
+
     `streams` are the streams of --ltx2_mode.
 
     Raises:
@@ -228,6 +231,7 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     is_made = {}
     for stream in ("video", "audio"):
         table = content.get(stream)
+        # a stream without a table, or a table without a stream
         if (table is None) == (stream in streams):
             raise OptionError(
                 f"{who}: [{stream}] and --ltx2_mode do not match: the mode has "
@@ -239,6 +243,7 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
         is_made[stream] = table.get("is_generated", True)
         for condition in table.get("conditions", ()):
             values |= _read_condition(condition, stream, f"{who}: [[{stream}.conditions]]")
+    # with one stream there is no direction to set
     if len(is_made) == 2:
         direction = _DIRECTIONS.get((is_made["video"], is_made["audio"]))
         if direction is None:
@@ -248,7 +253,7 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
-    """Return the option values of one condition in a recipe file.
+    """Return the option values of one condition in a --ltx2_conditioning_config file.
 
     `RECIPES` maps the keys of each condition type to options; its key "" names the option that switches the
     type on.
@@ -264,6 +269,7 @@ def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
     if "p" in given:
         given["probability"] = given.pop("p")
     _check_keys(given, set(names) - {""}, who)
+    # a condition of the file always applies unless it has a probability
     given.setdefault("probability", 1.0)
     values = {names[key]: value for key, value in given.items()}
     if "" in names:
@@ -280,7 +286,9 @@ def _check_keys(table: Any, known: set[str], who: str) -> None:
 
 
 def check_value(name: str, value: Any, who: str) -> Any:
-    """Check a value of a recipe against its option's type, and return it.
+    """Check a value of the conditioning file against its option's type, and return it.
+
+    `name` is the option, `who` the start of the message.
 
     Raises:
         OptionError: If the type or range is wrong.

@@ -18,15 +18,15 @@ def guidance_rules(
     is_alone: bool = False,
     identity: float = 0.0,
 ) -> GuidanceRules:
-    """Return the guidance weights of both streams, from the options or else as released.
+    """Return the guidance weights of the video and audio streams, by default those of the release.
 
     Args:
         options: The options.
         scale: Guidance scale for both streams; None if not given.
         num_blocks: Number of blocks of the network.
-        perturbed: Block whose self-attention the release skips.
+        perturbed: Block whose self-attention the release skips in the weakened pass.
         is_alone: Whether audio is generated without video.
-        identity: Weight of identity guidance, which acts on the audio only.
+        identity: Weight of the guidance away from a pass without the reference voice; it acts on audio only.
 
     Raises:
         OptionError: If --stg_blocks names a block that does not exist.

@@ -42,7 +42,7 @@ def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
 def encode_keyframes(
     images: Sequence[PlacedImage], prepared: Prepared, encode: Callable[[Tensor], Tensor], crf: int
 ) -> dict[str, Tensor]:
-    """Return the conditions of keyframes; {} without any.
+    """Return the conditions of keyframes: their latents, frame indices and given shares; {} without any.
 
     Args:
         images: The keyframes.
@@ -67,7 +67,7 @@ def place_generated(count: int, frames: int) -> list[int]:
 
 
 def add_generated(keyframes: Conditions, count: int, frames: int, shape: Sequence[int]) -> Conditions:
-    """Return the conditions of keyframes, followed by `count` generated ones, which start as noise.
+    """Append `count` keyframes to generate, which start as noise, to the conditions of the keyframes given.
 
     Args:
         keyframes: From `take_keyframes`.
@@ -84,6 +84,7 @@ def add_generated(keyframes: Conditions, count: int, frames: int, shape: Sequenc
         SHARES: torch.zeros(batch, count, dtype=torch.int16),  # nothing of them is given
     }
     joined: dict[str, Tensor] = {}
+    # keyframes of the request come first
     for name, tensor in added.items():
         given = keyframes.get(name)
         axis = 2 if name == KEYFRAMES else 1
@@ -165,16 +166,16 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
 def append_learned(
     image: Tensor, given: GivenTokens, keyframes: Tensor, sigmas: Tensor
 ) -> tuple[Tensor, GivenTokens]:
-    """Append the keyframes of a training batch to its noisy latents.
+    """Append keyframes to a training batch's noisy latents, noised unless they are given clean.
 
     Args:
         image: Noisy latents of the clips, B C F H W.
-        given: Clean shares of the clips, and shares and noise of their keyframes.
+        given: How much of each latent is given clean in the clips, the same of their keyframes, and noise.
         keyframes: Clean latents in model space, B C K H W.
         sigmas: Noise level of each sample, B.
 
     Returns:
-        The latents with the keyframes, and the clean share of each of them.
+        The latents with the keyframes, and how much of each latent is given clean.
     """
     _, _, _, rows, columns = keyframes.shape
     assert given.keyframe_shares is not None
@@ -191,7 +192,10 @@ def append_learned(
 
 
 def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that their results lose the appended latents, such as references and keyframes."""
+    """Yield the same sections, but cut appended latents (references, keyframes) off the results sent back.
+
+    Returns what `sections` returns.
+    """
     section = next(sections)
     try:
         while True:

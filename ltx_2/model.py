@@ -154,7 +154,7 @@ class LtxModel(nn.Module):
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` selects how attention is computed."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -178,7 +178,7 @@ class LtxModel(nn.Module):
         dim = stream.dim
         prefix = names.prefix
         modulation = partial(TimeModulation, config, dim)
-        parts: dict[str, nn.Module | nn.Parameter] = {}
+        parts: dict[str, nn.Module | nn.Parameter] = {}  # layers by attribute, named as in released files
         parts[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
@@ -275,8 +275,8 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Embed all streams as tokens, B L+M W; return them with the blocks' other inputs.
 
-        The arguments are those of `forward`, by stream. References come before the tokens of their stream;
-        attention depends on positions only, not on the order of tokens.
+        Latents, timesteps (B, 0..1000) and texts (B T text_dim) are given by stream. References come before
+        the tokens of their stream; attention depends on positions only, not on the order of tokens.
         """
         self._check(latents, texts)
         first_latents = next(iter(latents.values()))
@@ -325,13 +325,13 @@ class LtxModel(nn.Module):
         return Hidden(tokens.join(parts), tokens)
 
     def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return the inputs of the blocks for a single stream, without the attention to the other stream.
+        """Return what the blocks need for a single stream, without the attention to the other stream.
 
         `texts` are embedded, B T C each.
         """
         rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
         references = inputs.references
-        num_hidden, num_without_text = 0, 0
+        num_hidden, num_without_text = 0, 0  # first tokens that the video, or the text, does not reach
         if isinstance(references, LtxAudioReferences):
             # the mask hides either all tokens of the audio references or none
             num_hidden = sum(references.counts) * references.is_hidden_from_video
@@ -371,12 +371,14 @@ class LtxModel(nn.Module):
     def _embed_cross(
         self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
     ) -> CrossInputs:
-        """Return the inputs for a stream's attention to the other stream.
+        """Return the inputs for a stream's attention to the other stream (video to audio, or back).
 
         Shifts and scales depend on the stream's own times, the gate on the other stream's. `influence`, B
         bool, states whether the other stream has an effect in each sample; None means in all samples.
         """
+        # shifts and scales
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
+        # times for the gate are scaled differently
         other_waves = inputs.make_waves(other_times * self.config.gate_time)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_waves)
         if influence is not None:
@@ -453,6 +455,7 @@ class LtxModel(nn.Module):
         """
         latents = inputs.latents
         width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
+        # places of references come first, as their tokens do
         tables = self._rotary[inputs.names, by_time]
         if inputs.names is SOUND:
             references = inputs.references
@@ -475,6 +478,7 @@ class LtxModel(nn.Module):
         return tables.get_table(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
+        """Raise ValueError if latents or texts of a stream are missing or do not fit the network."""
         if not latents:
             raise ValueError("neither latents of a video nor of sound are given")
         for names, stream_latents in latents.items():
@@ -502,6 +506,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
     Given tokens get velocity 0, and partly given tokens a fraction of it. Reference tokens are removed,
     unless `keeps_references` is set; then the result stays flat, B Z L.
     """
+    # references that are denoised too need their velocities
     if names is VIDEO and tokens.keeps_references:
         return out.mT
     stream = tokens.streams[names]

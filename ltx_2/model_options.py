@@ -101,7 +101,7 @@ class Ltx2TextOptions(Options):
             folder = None
         elif self.gemma_safetensors is not None:
             folder = self.tokenizer
-        elif folder == GEMMA and not GEMMA.is_dir():  # the default folder, which does not exist
+        elif folder == GEMMA and not GEMMA.is_dir():  # the default folder, which does not exist here
             folder = FillIn("GEMMA_FOLDER") if encoder_file is None else None
         return {
             "--gemma_root": folder,

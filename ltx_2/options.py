@@ -315,6 +315,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     no_convert_to_comfy = not_needed(_ONE_FILE, action="store_false", dest="convert_to_comfy")
 
     def __post_init__(self) -> None:
+        """Raise OptionError for options that contradict each other or leave nothing to learn."""
         if not self.video_loss_weight + self.audio_loss_weight:
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
@@ -336,6 +337,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 raise OptionError(
                     f"{words}: without {what} nothing would be learned or heard. Give --ltx2_mode av"
                 )
+        # v2a trains audio from given images, a2v images from given audio
         for gives, given in ((self.given.gives_images, "v2a"), (self.given.gives_audio, "a2v")):
             if gives and direction == given:
                 what = "the images" if given == "v2a" else "the audio"
@@ -373,6 +375,7 @@ def with_recipe(options: R) -> R:
         return options
     source = f"--ltx2_conditioning_config {path}"
     values = read_recipe(path, options.model.streams)
+    # options of both records can be set by the file
     for record in (options, options.given):
         for field in fields(record):
             name = option_name(field)
@@ -474,7 +477,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Copy options under the official script's names into the shared record; return both records.
+    """Copy options under the official script's names into the shared options; return shared and own options.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -489,10 +492,12 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
         value = _select_value(name, shared_value, other_value, other_name)
         if value is not None:
             changes[name] = value
+        # typed_names: option -> the name to show in messages
         if other_value is not None:
             typed_names[f"--{name}"] = f"--{other_name}"
     if own_options.sample_audio_only:
         typed_names["--ltx2_mode audio"] = "--sample_audio_only"
+    # flags that choose an attention kernel become --attn_mode
     kernels = _list_chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
     changes["attn_mode"] = kernel
@@ -504,6 +509,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
         changes["video_size"] = (own_options.height, own_options.width)
     if own_options.output_name is not None:
         changes["name_start"] = own_options.output_name
+    # --mixed_precision is another name of --dit_dtype
     mixed = DTYPES.get(own_options.mixed_precision or "")
     dtype = _select_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})

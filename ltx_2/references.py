@@ -330,7 +330,10 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
 
 
 def resolve_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
-    """Fill in unset reference factors from the metadata of LoRAs."""
+    """Fill in unset reference factors (how much smaller references are) from LoRAs' metadata.
+
+    A typed factor stays, with a warning if a LoRA records another one.
+    """
     factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(

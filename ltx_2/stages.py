@@ -72,7 +72,8 @@ class TwoStages:
     def growth(self, latent: LatentSpec) -> UpscalerGrowth:
         """Return the total factors by which the upscalers multiply frames, and height and width.
 
-        Raises as `factors`, and OptionError if a LoRA is an upscaler.
+        Raises OptionError if a LoRA is an upscaler, or an upscaler is given to the other upscaler's option,
+        and CheckpointError for other files.
         """
         for lora in self.loras:
             if read_once(require_file(lora.path, lora.option, "it is a LoRA"), is_upscaler):
@@ -80,7 +81,7 @@ class TwoStages:
                     f"{lora.option} {lora.path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
                 )
         frames = 1
-        side = Fraction(1)
+        side = Fraction(1)  # an upscaler may multiply height and width by 3/2
         for option, path in self.upscalers.items():
             growth = factors(path, option, latent.channels)
             frames *= growth.frames
@@ -97,7 +98,9 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Return the request with one request per stage: a small clip, then its refinement.
+        """Return the request with one request per stage: a small clip, then its upscaled refinement.
+
+        Without a refinement, it is the first stage's request. Raises OptionError for a video to start from.
 
         `dtype` is the dtype of the upscalers.
         """
@@ -123,7 +126,7 @@ class TwoStages:
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
             family_record=RequestReferences(),  # references are only for the first stage
-            added=tuple(lora.second for lora in self.loras),
+            added=tuple(lora.second for lora in self.loras),  # strengths of the LoRAs in this stage
             begun_by=self._plan_upscaling(shape, dtype),
         )
         return replace(prepared, stages=(first, second))
@@ -137,6 +140,7 @@ class TwoStages:
         frames = (prepared.frames - 1) // growth.frames + 1
         joint = prepared.joint
         if joint is not None:  # later stages do not lengthen the audio
+            # the clip's smaller latents, with audio of the full duration
             _, channels, length, rows, columns = latent.shape(frames, height, width)
             joint = Joint((channels, length, rows, columns), joint.audio)
         return replace(
@@ -144,9 +148,9 @@ class TwoStages:
             width=width,
             height=height,
             frames=frames,
-            fps=prepared.fps / growth.frames,
+            fps=prepared.fps / growth.frames,  # fewer frames in the same duration
             joint=joint,
-            added=tuple(lora.first for lora in self.loras),
+            added=tuple(lora.first for lora in self.loras),  # strengths of the LoRAs in this stage
         )
 
     def _plan_upscaling(
@@ -161,6 +165,7 @@ class TwoStages:
             batch, channels, length, rows, columns = shape
             loaders.append((partial(load_upscaler, path, option, dtype), shape))
             growth = factors(path, option, channels)
+            # the first latent frame stays single
             length = (length - 1) * growth.frames + 1
             shape = (batch, channels, length, int(rows * growth.side), int(columns * growth.side))
         return tuple(loaders)

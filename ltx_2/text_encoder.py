@@ -176,10 +176,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         Args:
             path: File or folder of Gemma.
             connectors: File of the connectors, or a release's folder.
-            dtype: Compute dtype, like `tokenizer`, `form` and `on_cpu` as in `LanguageModelEncoder`; the
-                connectors stay in `dtype`.
+            dtype: Compute dtype of Gemma, and dtype of the connectors' weights.
             tokenizer: Folder or file of the tokenizer.
-            form: Form of the weights in memory.
+            form: Form of Gemma's weights in memory, such as a quantized one; None keeps that of the file.
             on_cpu: Run on the CPU.
             streams: Streams to make texts for.
             use: Version of Gemma.
@@ -198,9 +197,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> int:
-        """Check that the files fit, and return the bytes that the connectors take.
+        """Check that Gemma's file fits the connectors, and return the bytes that the connectors take.
 
-        Raises CheckpointError if a file is of another kind, or the connectors take other states.
+        Raises CheckpointError if a file is of another kind, or the connectors take states of another width.
         """
         model = self.use.model
         with open_checkpoint(self.path) as checkpoint:
@@ -209,6 +208,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             plan = read_connectors(checkpoint, self.streams)
         width = gemma.dim * len(all_states(gemma.num_layers))
         check_state_width(model.option, self.path, width, self.connectors, plan.config.text_dim, model.files)
+        # learned registers, repeated, fill a text up to ROWS states
         if any(ROWS % connector.registers for connector in plan.config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
@@ -256,7 +256,10 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return each stream's connector output, 1024 S, and a mask of ones, as other trainers cache it."""
+        """Return each stream's connector output, 1024 states, for each row of token ids, and a mask of ones.
+
+        Other trainers cache such a mask too, although all 1024 states are used.
+        """
         connectors: Any = network.connectors
         device = next(connectors.parameters()).device
         width = network.get_parameter(self.embedding).shape[1]

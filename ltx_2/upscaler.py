@@ -39,7 +39,9 @@ def is_upscaler(checkpoint: Checkpoint) -> bool:
 
 
 def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load a latent upscaler. `option` is the option that named the file.
+    """Plan how to load a latent upscaler, whose factors follow from its tensors.
+
+    `option` is the option that named the file.
 
     Raises CheckpointError for any other file.
     """
@@ -65,6 +67,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         raise rejection
     # a factor of 3 is the numerator of a fraction whose denominator no tensor shows
     scale = _scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
+    # these names are the arguments of the network's class
     settings = {
         "in_channels": channels,
         "mid_channels": width,

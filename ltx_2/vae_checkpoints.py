@@ -58,6 +58,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     encoder = _read_half(shape, sources, "encoder", rejection)
     decoder = _read_half(shape, sources, "decoder", rejection)
     config = _with_info(checkpoint, encoder, decoder)
+    # the tensors must agree with the settings
     patch_width = shape("encoder.conv_in.conv.weight", 5)[1]
     if patch_width != 3 * config.patch**2:  # 3 colors for each pixel of a patch
         raise rejection
@@ -145,7 +146,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
-    """Read the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
+    """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
@@ -210,6 +211,7 @@ def _apply_settings(
     Raises ValueError for invalid settings, and TypeError or the like for values of other types.
     """
     is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
+    # the oldest release has three equal upsamplings
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
     encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
     # the decoder's padding has two names in files; the second one takes precedence

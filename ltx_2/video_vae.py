@@ -81,7 +81,7 @@ class LtxVideoVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
-        """Yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
+        """Decode latents; yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
 
         The chunks are on the VAE's device. With tiles they are in host memory, and the first one is yielded
         after the last tile is done.
@@ -132,7 +132,9 @@ def load_video_vae(
 ) -> LtxVideoVae:
     """Load the video VAE of LTX-2 or LTX-2.3 from its own file, the official file or a diffusers folder.
 
-    `tile` is as in `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
+    `tile` is the side of tiles, None for none.
+
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

@@ -153,7 +153,7 @@ class ClipConv(nn.Module):
         return conv3d(self.conv, joined)
 
     def _join(self, frames_before: Tensor | None, x: Tensor) -> Tensor:
-        """Prepend the frames before x (None: copies of its first frame), and mirror borders if needed.
+        """Prepend earlier frames to x, B C F H W (None: copies of its first), and mirror borders if needed.
 
         The result is written into one tensor, so that no concatenation copies x again.
         """
@@ -165,6 +165,7 @@ class ClipConv(nn.Module):
         size = (batch, channels, num_before + frames, height + 2 * edge, width + 2 * edge)
         joined = empty_clip(x, *size)
         behind = joined[:, :, num_before:]
+        # x is normalized while it is copied, if the layer has a norm
         self._write(x, behind[..., edge : edge + height, edge : edge + width])
         if self.reflects:
             _mirror_borders(behind)

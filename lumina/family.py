@@ -97,8 +97,9 @@ class Lumina(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
-        The network predicts the direction from noise to data. The conditions are hidden_state B T D and
-        attention_mask B T.
+        The network predicts data minus noise, and its time runs from 0 (noise) to 1.
+
+        The conditions are hidden_state B T D and attention_mask B T.
         """
         direction = dit(
             noisy.squeeze(2),

@@ -102,8 +102,8 @@ class LuminaModel(BlockNetwork):
             times: B, 0 (noise) to 1 (image).
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
-            overrides: Changes to this call; their second text has arguments named caption and caption_mask,
-                and its tokens follow those of the first text.
+            overrides: Changes to this call; their second text, for negative attention, has arguments named
+                caption and caption_mask, and its tokens follow those of the first text.
 
         Raises:
             ValueError: If sizes do not match.
@@ -203,11 +203,13 @@ class LuminaModel(BlockNetwork):
         layout = TokenLayout(grid, counts[:1] if has_equal_lengths else counts, longest)
         rotary = self._rotary.get_table(layout, caption.device)
 
+        # lengths of captions that follow `before` tokens
         def lengths_behind(before: int) -> Lengths | None:
             if has_equal_lengths:  # then no token is padding, and attention needs no lengths
                 return None
             return make_lengths([before + count for count in counts], caption.device)
 
+        # the table is of image, then caption: the refiner takes only the caption's end
         num_image_tokens = self.count_tokens(grid[0] * grid[1])
         joint_inputs = tokens_of(rotary=rotary, lengths=lengths_behind(num_image_tokens))
         caption_inputs = tokens_of(rotary=rotary[..., num_image_tokens:, :, :, :], lengths=lengths_behind(0))
@@ -224,7 +226,9 @@ class LuminaModel(BlockNetwork):
         """
         position_width, row_width, column_width = self.config.rotary_widths
 
-        def axis(positions: Sequence[int], width: int) -> Tensor:  # the channels for one axis
+        def axis(
+            positions: Sequence[int], width: int
+        ) -> Tensor:  # (cosine, sine) pairs of one axis's channels
             exact = torch.tensor(positions, dtype=torch.float64)
             pairs = turns(angles_at(exact, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
@@ -245,6 +249,7 @@ class LuminaModel(BlockNetwork):
         for count in layout.captions:
             image = on_grid([axis([begin + count], position_width), rows, columns])
             tables.append(torch.cat([image, after_image]))
+        # the added axis is for heads
         if len(tables) == 1:  # all captions have one length, so the batch shares a table
             return tables[0].unsqueeze(-3)
         return torch.stack(tables).unsqueeze(-3)

@@ -121,7 +121,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         in_negative: bool = False,
         max_tokens: int = DEFAULT_TOKENS,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up Lumina's text encoder; `load` reads its files later.
 
         Args:
             path: File or folder of the model, or a release's folder that holds it as `text_encoder`.

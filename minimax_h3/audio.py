@@ -108,7 +108,7 @@ class H3AudioVae:
 
 
 def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the audio VAE. `option` is the option that named the file.
+    """Plan how to load the audio VAE of MiniMax-H3. `option` is the option that named the file.
 
     Raises CheckpointError for any other file.
     """

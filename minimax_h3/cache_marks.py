@@ -59,8 +59,9 @@ def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str
 def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
     """Raise CacheError if a text cache was made for another task, or in another format.
 
-    A cache without such records is accepted.
+    A cache that records neither its task nor its format is accepted.
     """
+    # the task of this run as the default: a missing record counts as a match
     cached_task = metadata.get(TASK, task)
     if cached_task != task:
         raise CacheError(
@@ -109,7 +110,7 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
 
     Args:
         batch: The batch.
-        conditions: A key of `TEACHER_ROWS`.
+        conditions: What the teacher sees besides the caption, a key of `TEACHER_ROWS` such as "first,last".
 
     Returns:
         The states, n C, and the tags, n, of each sample; n is the number of its tokens.

@@ -45,7 +45,7 @@ def reference_of(medium: ShownMedium) -> H3Reference:
 
 
 def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
-    """Raise DatasetError if the references of a row cannot be used.
+    """Raise DatasetError if a dataset row has no references, or some that the model cannot use.
 
     Args:
         media: The references.
@@ -58,6 +58,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_l
             f"{name}: a row has no references, which --task ref2va makes clips from. Name them in "
             "`references`, or move the row to a list of its own, for --task t2va"
         )
+    # errors of these checks become errors that name the table
     with _of_dataset(name):
         check_references([reference_of(medium) for medium in media])
         for medium in media:
@@ -110,7 +111,8 @@ def encode_references(
 ) -> dict[str, Tensor]:
     """Encode the references of a dataset item to latents by name, each without a batch axis.
 
-    `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
+    `frames` is the length of the item's clip, `sizes` decides how references are resized. Raises MediaError
+    if a reference cannot be read or used.
     """
     tensors = {}
     for index, medium in enumerate(shown):
@@ -125,7 +127,7 @@ def encode_references(
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_audio(audio, seconds)
             tensors[reference_key(index, AUDIO)] = audio_vae.encode(samples)[0]
-        if source is None:
+        if source is None:  # audio alone
             continue
         pixels = source.read()
         clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)

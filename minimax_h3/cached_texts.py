@@ -54,7 +54,7 @@ def describe_copy(caption: str) -> str:
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Rewrite a caption for a teacher that takes only the subjects' looks from images.
+    """Rewrite a caption for a teacher model that takes only the subjects' looks from images.
 
     `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
     """
@@ -144,7 +144,7 @@ class H3CachingEncoder(H3TextEncoder):
         Raises MediaError if the task is ref2va and the row has no references.
         """
         if prompt.clip is None:
-            return ()
+            return ()  # not a caption of a dataset
         if self.task == KEYFRAMES:
             return present_keyframes(_list_keyframes(prompt))
         if self.task != REFERENCES:
@@ -201,7 +201,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
             "it is a single picture, which has no first and last frame, and there are no control pictures to "
             "show. Give the table control_directory, or cache it with --task t2va."
         )
-    # a still image has control images in place of keyframes
+    # `frames` are the control images, which a still image has in place of keyframes
     return [frame[..., :3] for frame in prompt.frames]
 
 

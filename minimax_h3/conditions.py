@@ -129,14 +129,14 @@ class H3Placement:
 def place_conditions(conditions: Conditions, sample: int, num_text: int, target: ImageGrid) -> H3Placement:
     """Return a sample's conditions with their time positions, which start after the text.
 
-    Keyframes are at the times of the first and the last frame; references follow one another, and the learned
-    frames follow them.
+    Keyframes are at the times of the first and the last frame; references follow one another, and the frames
+    to generate follow them.
 
     Args:
         conditions: Conditions of the batch; images and clips are noised already. Other names are ignored.
         sample: Index of the sample.
         num_text: Number of tokens of the text.
-        target: Grid of the learned frames.
+        target: Grid of the frames to generate.
     """
     clock = float(num_text)
     placed: list[H3Condition] = []

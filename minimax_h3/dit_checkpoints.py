@@ -89,7 +89,7 @@ def find_task(path: Path) -> str | None:
 
 
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
-    """Return dimensions, dialect and dtype of a transformer file.
+    """Return dimensions, dialect (tensor naming and row order) and dtype of a transformer file.
 
     `layout` is the row order of the fused query, key and value matrix, STACKED or INTERLEAVED; None decides
     by the file's name. A file trained here records STACKED. Raises CheckpointError for another model's file.
@@ -112,6 +112,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
         tensor_shapes = joined_shapes(tensor_shapes, TABLE)
     shapes = DitShapes(checkpoint.path, tensor_shapes, NAME)
     config = _read_config(shapes)
+    # a file may record its number of rotary frequencies
     frequencies = _read_frequencies(checkpoint)
     if frequencies is not None:
         config = replace(config, frequencies=frequencies)

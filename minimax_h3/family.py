@@ -186,12 +186,12 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Size, length, steps and solver of a generation."""
+        """Return the values that a generation uses for open fields of its request."""
         height, width = SIZE
         return SamplingDefaults(
             steps=STEPS,
             fps=FPS,
-            guidance_scale=1.0,
+            guidance_scale=1.0,  # none: the model has guidance built in
             embedded_guidance=None,
             flow_shift=self.noise.base_shift,
             solver=SOLVER,
@@ -266,7 +266,10 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return text states, tags and media conditions; raise CacheError if they do not fit the files."""
+        """Return text states, token tags and media conditions; raise CacheError if they do not fit the files.
+
+        With `batch.view`, the conditions are those of a teacher's pass.
+        """
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
@@ -302,7 +305,7 @@ class MiniMaxH3(OneTransformer):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict noise - latents of frames and audio, flattened and joined to B N float32.
+        """Predict noise minus latents, of frames and audio, flattened and joined to B N float32.
 
         Samples run one by one, because their texts and conditions differ in length. `timesteps` are B 2, of
         frames and of audio. The conditions are states of texts, n C each, and their token tags, n each.
@@ -350,6 +353,7 @@ class MiniMaxH3(OneTransformer):
         Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
         schedule.
         """
+        # guidance is built in: refuse a scale, drop a negative prompt
         check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
         if request.negative_prompt:
             logger.warning(
@@ -359,6 +363,7 @@ class MiniMaxH3(OneTransformer):
             )
             request = replace(request, negative_prompt=None)
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
+        # sizes, from the media where the request leaves them open
         media = read_media(request)
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
@@ -369,6 +374,7 @@ class MiniMaxH3(OneTransformer):
                 "prompt line). Give 1"
             )
         check_size((width, height, frames), self.latent)
+        # schedules of images and audio
         if request.solver not in (None, SOLVER):
             raise OptionError(
                 "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
@@ -440,6 +446,7 @@ class MiniMaxH3(OneTransformer):
                 f"--task {task} takes {needed[task]}, and this request is one of {media.task}. Give --task "
                 f"{media.task}, or leave it out"
             )
+        # each task has its own transformer
         replace(self.files, task=task).check(("dit",))
         for reference in media.references:
             if reference.kind == VIDEO:
@@ -479,6 +486,7 @@ class MiniMaxH3(OneTransformer):
         """
         media = prepared.family_record.media
         conditions = self._encode_references(encoders, prepared)
+        # names of the keyframes' conditions
         keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
         keys += [control_key(number) for number in range(len(media.controls))]
         # the same order as the keyframe sources: first, last, then control images
@@ -531,7 +539,7 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section.
+        """Yield the only denoising section: video and audio noise, joined to 1 N.
 
         Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
         right.
@@ -602,7 +610,7 @@ def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
 
 
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
-    """Describe the family for minimax_h3_train_network.py, with the noise and loss options."""
+    """Return the family for minimax_h3_train_network.py, with its noise and loss options applied."""
     loss = options.loss
     clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(

@@ -170,7 +170,7 @@ class H3TextEncoder(LanguageModelEncoder):
         tags: list[int] = []
         for piece in pieces:
             if piece.tokens:
-                block = [begin, *[pad] * piece.tokens, end]
+                block = [begin, *[pad] * piece.tokens, end]  # placeholders for image tokens
                 tag = IMAGE_TAG
             else:
                 block = tokenizer.read(piece.text).ids

@@ -271,7 +271,7 @@ class H3Model(nn.Module):
     spec = DIT
 
     def __init__(self, config: H3Config, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; video, audio and text have projections, and share blocks."""
         super().__init__()
         self.config = config
         self.spec = spec_of(config)
@@ -309,7 +309,18 @@ class H3Model(nn.Module):
         conditions: Sequence[H3Condition] = (),
         overrides: Overrides = NO_OVERRIDES,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A. Arguments as in `embed`."""
+        """Return the predicted velocities of frames, B Z F H W, and of audio, B Z' 2 A.
+
+        Args:
+            noisy: B Z F H W.
+            audio: B Z' 2 A, two channels.
+            times: Times of frames and of audio, 0 for noise, 1 for clean.
+            text: States of the language model, B T text_dim, without a mask.
+            shown: Whether each text token is the placeholder of an image part; () without images.
+            start: Time position of the first latent; None places it after the text.
+            conditions: Clean images, clips and audio, in the order of their time positions.
+            overrides: Changes to this call.
+        """
         hidden = self.embed(
             noisy,
             audio,
@@ -340,7 +351,7 @@ class H3Model(nn.Module):
             times: Times of frames and of audio, 0 for noise, 1 for clean.
             text: States of the language model, B T text_dim, without a mask.
             shown: Whether each text token is the placeholder of an image part; () without images.
-            start: Time position of the first noisy latent; None places it after the text.
+            start: Time position of the first latent of `noisy` and `audio`; None places it after the text.
             conditions: Clean images, clips and audio, in the order of their time positions.
 
         Raises:
@@ -353,6 +364,7 @@ class H3Model(nn.Module):
         grid = ImageGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
         learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], first_time, grid))
         media = [H3Condition(noisy, ImagePlace(grid, first_time)), learned_audio, *conditions]
+        # tokens of each medium
         parts = [self._embed_medium(medium) for medium in media]
         # Tokens share a level if the same rule sets it, even if the values of two rules are equal: compiled
         # blocks depend on which tokens share one, and both schedules begin at the same level.
@@ -364,6 +376,7 @@ class H3Model(nn.Module):
         segments = []
         for medium, part, rule in zip(media, parts, rules, strict=True):
             segments.append(TokenSegment(part.shape[1], ordered_rules.index(rule), medium.kind))
+        # text with image placeholders is split into runs of text and of image tokens
         segments += _split_text(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(

@@ -373,7 +373,7 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
 
 
 def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the media options for a clip of a task, with the sample's files or placeholders."""
+    """Return the generation options for the media of a task, with a sample's files or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
         return {

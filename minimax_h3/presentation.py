@@ -92,7 +92,7 @@ def present(
 ) -> Presentation:
     """Return the text labels and image patches that present media to the text encoder, in order.
 
-    `tower` is the loaded vision tower.
+    `tower` is the text encoder's loaded vision model, which defines the patches.
 
     Raises MediaError if an image cannot be shown, or a clip has too few frames.
     """
@@ -114,6 +114,7 @@ def present(
             cuts.append(cut)
         elif medium.kind == VIDEO:
             frames = medium.pixels()
+            # the encoder sees fewer frames, in groups that each follow the time in seconds
             indices, seconds = sample_clip(len(frames), int(tower.config.temporal_patch_size))  # type: ignore[union-attr,arg-type]
             cut = cut_clip(tower, frames[list(indices)], preprocessing.clips)
             pieces.append(label(VIDEO))

@@ -99,7 +99,10 @@ def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
 
 
 def split_ref(text: str) -> tuple[str, Mapping[str, str]]:
-    """Split a value of --ref into its path and its fields. Raises OptionError for a wrong format."""
+    """Split a value of --ref, PATH;type=...;audio=..., into its path and its fields.
+
+    Raises OptionError for a wrong format.
+    """
     path, *parts = text.split(";")
     fields: dict[str, str] = {}
     for part in parts:

@@ -45,7 +45,7 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     step = rate // divisor
     count = new_rate // divisor  # new samples for each `step` old ones
     filters = _make_low_pass_filters(step, count)
-    reach = (filters.shape[1] - step) // 2
+    reach = (filters.shape[1] - step) // 2  # how far a filter extends beyond its `step` samples
     # `step` more at the end, so that the last new samples are computed too
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)

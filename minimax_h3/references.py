@@ -99,11 +99,12 @@ class H3Media:
 
 
 def read_media(request: Request) -> H3Media:
-    """Return the media of a request; raise OptionError if they contradict each other or cannot be used."""
+    """Return a request's keyframes, control images and references; raise OptionError if they are unusable."""
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)
     one_frame = request.extra.get(ONE_FRAME)
+    # frame indices of a single picture; None for a clip
     places = None if one_frame is None else _read_places(one_frame)
     if places is None and controls:
         raise OptionError(
@@ -170,7 +171,7 @@ def _check_places(places: OneFrame, controls: int) -> None:
 
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
-    """Yield the request's references in order; raise OptionError if two ways of naming them are mixed."""
+    """Yield the request's references in order; raise OptionError if two kinds of options name them."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
     ways = [
         *(name for name in (REF, JSONL) if request.extra.get(name)),
@@ -192,7 +193,7 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
-    """Yield the references in one line of a JSONL dataset; raise OptionError if it has none."""
+    """Yield the references in the JSONL line that a request selects; raise OptionError without any."""
     path = to_path(f"--{JSONL}", request.extra[JSONL])
     number = int(request.extra.get(INDEX, 0))
     try:
@@ -221,7 +222,10 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
-    """Read one reference in a JSON line of a dataset; a null audio_path mutes the reference video."""
+    """Return one reference from a JSON line of a dataset; a null audio_path mutes the reference video.
+
+    `where` names the line in messages.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     audio = entry.get("audio_path", "")
@@ -242,7 +246,10 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
 
 
 def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
-    """Build a reference from a path and the fields of --ref; check that its files can be read."""
+    """Return a reference from a path and the fields of --ref; raise OptionError for unusable files.
+
+    `where` names the option or line in messages.
+    """
     path = to_path(where, text)
     # fields: the kind, by default from the suffix, and a video's audio file
     kind = fields.get(FIELDS[0]) or _find_kind(path)
@@ -263,6 +270,7 @@ def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Refer
         audio_path = to_path(where, audio)
         _require_audio(where, audio_path)
         return H3Reference(VIDEO, path, audio_path)
+    # by default the video's own audio track; a folder of frames has none
     has_sound = not path.is_dir() and track_info(path) is not None
     return H3Reference(VIDEO, path, path if has_sound else None)
 

@@ -333,11 +333,12 @@ def translate(args: argparse.Namespace) -> None:
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
-    """Return MiniMax-H3's changes to the training scripts' shared options, for `TrainerChanges`.
+    """Return MiniMax-H3's changes to the training scripts' shared options, as arguments of `TrainerChanges`.
 
     `samplers` and `weightings` are all values of the shared options --timestep_sampling and
     --weighting_scheme.
     """
+    # the released schedule allows one way to draw noise levels; other values are refused with a reason
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
     return {
@@ -383,7 +384,10 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the trainer's options of the guidance loss to those of --guided_target in `shared`."""
+    """Translate the trainer's options of the guidance loss to the shared options of --guided_target.
+
+    `shared` takes, by the shared option's name, the name that the user typed and the value.
+    """
     scale = args.h3_guidance_loss_scale
     if scale:
         shared["guided_target"] = "--h3_guidance_loss_scale", scale
@@ -404,7 +408,10 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the options of the model's own trainer for teacher matching to those in `shared`."""
+    """Translate the own trainer's options of teacher matching to the shared options.
+
+    `shared` takes, by the shared option's name, the name that the user typed and the value.
+    """
     defaults = H3TargetOptions.usual()
     weight_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",

@@ -140,7 +140,10 @@ def _is_number(value: Any, kind: type) -> bool:
 def _read_config(
     checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _DeclaredInfo
 ) -> H3VideoVaeConfig:
-    """Return the VAE's dimensions; raise CheckpointError if they do not match each other."""
+    """Return the VAE's dimensions; raise CheckpointError if they do not match each other.
+
+    `facts` are the settings that no tensor shows, from config.json.
+    """
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
@@ -176,6 +179,7 @@ def _read_levels(shapes: DitShapes, facts: _DeclaredInfo) -> tuple[H3VaeLevel, .
     resamples = [f"{start}.downsample.conv.weight" in shapes.shapes for start in starts]
     space_strides = facts.space_strides or tuple(2 if has else 1 for has in resamples)
     time_strides = facts.time_strides
+    # without config.json
     if not time_strides:
         side = math.prod(space_strides)
         # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
@@ -208,7 +212,7 @@ def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...
 def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
     """Raise CheckpointError if the VAE's encoder, decoder and latent statistics do not fit each other.
 
-    `patch` is the number of rows of the decoder's last layer.
+    `channels` is the number of inputs of the decoder, `patch` the number of outputs of its last layer.
     """
     patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:

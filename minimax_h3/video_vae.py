@@ -103,6 +103,7 @@ class H3VideoVae(nn.Module):
                 f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip}n + "
                 f"{config.tail}, with sides that are multiples of {step}"
             )
+        # an image is a clip by itself; a video is encoded in clips of equal length, the last one filled up
         if frames == 1:
             return self._encode_clip(pixels)
         moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
@@ -158,7 +159,10 @@ class H3VideoVae(nn.Module):
             yield from self._decode_neighbors(latents)
 
     def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames."""
+        """Decode latents clip by clip; yield frames, cross-faded where two clips decode the same frames.
+
+        A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
+        """
         config = self.config
         size = config.clip_latents
         # repeat the last latent until the clips are full
@@ -180,6 +184,7 @@ class H3VideoVae(nn.Module):
             clip = clip[:, :, :frames_left]
             frames_left -= clip.shape[2]
             yield clip
+        # the end of the last overlap has no next clip
         if previous is not None and frames_left > 0:
             yield previous[:, :, :frames_left]
 
@@ -224,9 +229,9 @@ class H3VideoVae(nn.Module):
 
 
 def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Join tiles, cross-fading each with the unblended tiles above it and to its left.
+    """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
 
-    `rows` and `columns` are the overlaps of neighboring tiles.
+    `parts` are rows of tiles; `rows` and `columns` are how far neighbors overlap.
     """
     joined_rows = []
     for row_index, tiles in enumerate(parts):
@@ -262,7 +267,8 @@ def load_video_vae(
 ) -> H3VideoVae:
     """Load the video VAE of MiniMax-H3 from the official file, ComfyUI's file or diffusers' folder.
 
-    `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile` is as in `H3VideoVae`.
+    `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile`
+    is the side of the tiles in which it works, None for none.
     Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:

@@ -278,7 +278,8 @@ class H3VideoDecoder(nn.Module):
         x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
         num_latents = x.shape[1]
         registers = self.register_tokens.float().expand(len(x), -1, -1)
-        empty = x.new_zeros(len(x), 1, x.shape[2])  # a token of zeros, as trained
+        # learned registers and a token of zeros follow the latents, as trained; the output leaves them out
+        empty = x.new_zeros(len(x), 1, x.shape[2])
         x = torch.cat([x, registers, empty], dim=1)
         rotary = self._make_rotation(tuple(grid), x.shape[1] - num_latents, x.device)
         for block in self.transformer_blocks:

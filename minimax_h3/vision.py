@@ -84,7 +84,10 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Read size limits and colors from a preprocessor's settings; missing ones are the released values."""
+    """Return the size limits and colors in a preprocessor's settings; missing ones are as released.
+
+    `source` is the settings file with its content. Raises an error for unusable values.
+    """
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
@@ -95,6 +98,7 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     if not are_integers or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
     # 768: the released processor's default
+    # 0: no limit for the tokens of a frame
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')

@@ -113,13 +113,14 @@ class MossImage(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and the references.
+        """Return the captions' states, T D each, and the latents of references by condition name.
 
         Raises CacheError for states of another encoder or another template.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
+        # a cache that records no template is accepted
         for cache in batch.made_by:
             fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
             if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
@@ -146,6 +147,7 @@ class MossImage(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
+            # the negative attention text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
@@ -184,7 +186,7 @@ class MossImage(pictures.ModelOfImages):
         return replace(prepared, steps=made, levels=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return the blocks that the negative pass skips; raise OptionError for an unknown block."""
+        """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
         missing = sorted(block for block in blocks if count is not None and block >= count)
@@ -196,6 +198,7 @@ class MossImage(pictures.ModelOfImages):
                 f"0 to {(count or 1) - 1}"
             )
         start, end = self.skips.start, self.skips.end
+        # the option is named in warnings only if the user changed it
         is_asked = blocks and not (is_default and (start, end) == (0, 1))
         option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}" if is_asked else ""
         return NegativeSkips(blocks - frozenset(missing), start, end, option)
@@ -253,6 +256,7 @@ def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
 def _describe(
     options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
 ) -> MossImage:
+    """Return the family for training or generation; `training` are its settings, None for generation."""
     files = MossImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae.file)
     return MossImage(
         files.add_text(options.text),

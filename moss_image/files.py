@@ -66,7 +66,10 @@ TEXT_USE = LanguageUse(
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
-    """Read the header of a MOSS-Image file; raise CheckpointError for another model."""
+    """Return the dimensions, tensor naming and dtype of a MOSS-Image file.
+
+    Raises CheckpointError for another model, and for weights that were rescaled for float16.
+    """
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -77,6 +80,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
             checkpoint.path,
         )
     dialect = "comfy" if STACKED in names else "released"
+    # ComfyUI's files stack query, key and value: split their shapes by layer
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
     config = _read_config(shapes)

@@ -17,7 +17,7 @@ BOX_SIDES = 4
 
 
 def find_layout_errors(text: str, size: Size) -> list[str]:
-    """Return the errors in a layout for an image of this size (width, height); [] if it is valid."""
+    """Return the errors in a JSON layout of an image of this size (width, height); [] if it is valid."""
     try:
         layout = read_object(text)
     except ValueError as error:
@@ -63,7 +63,7 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
-    """Return the errors in a box: reversed edges, or edges outside the image.
+    """Return the errors in a box [top, left, bottom, right]: reversed edges, or edges outside the image.
 
     The origin is the image's center.
     """
@@ -73,6 +73,7 @@ def _find_box_errors(box: Any, size: Size) -> list[str]:
     if top >= bottom or left >= right:
         return [f"bbox {box}: it ends before it begins; it is [top, left, bottom, right]"]
     width, height = size
+    # one pixel of tolerance
     is_inside = max(-left, right) <= width / 2 + 1 and max(-top, bottom) <= height / 2 + 1
     if is_inside:
         return []

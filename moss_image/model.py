@@ -220,7 +220,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """Build the network without weights."""
+        """Build the network without weights; all blocks share one modulation of the time."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -228,7 +228,10 @@ class MossImageModel(BlockNetwork):
         self.video_embedder = nn.Linear(config.channels, dim)
         self.text_embedder = MossImageText(config)
         self.time_embedding = nn.Sequential(
-            nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim)
+            # the activation between the two layers has no weights; Identity keeps the released numbering
+            nn.Linear(config.freq_dim, dim),
+            nn.Identity(),
+            nn.Linear(dim, dim),
         )
         self.shared_block_modulation = nn.Linear(dim, ROWS * dim)
         self.layers = nn.ModuleList(MossImageBlock(config) for _ in range(config.num_layers))
@@ -246,7 +249,7 @@ class MossImageModel(BlockNetwork):
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
-        """Predict the velocity; arguments as in `embed`.
+        """Predict the velocity from the arguments of `embed`, with or without cached references.
 
         With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
@@ -259,6 +262,7 @@ class MossImageModel(BlockNetwork):
             )
         pass_name = overrides.turn.which
         if pass_name not in cache:
+            # this call computes the references alone, the next one uses their keys and values
             skips = Overrides(skip_blocks=overrides.skip_blocks)
             cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
         with remembering(cache[pass_name], self.attentions()):
@@ -269,7 +273,7 @@ class MossImageModel(BlockNetwork):
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
         """Return each block's keys and values of clean references, computed without image and text.
 
-        Arguments as in `embed`; `overrides` has skipped blocks.
+        `references` are latents B Z 1 h w, `text_mask` is B T; `overrides` has skipped blocks.
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)

@@ -162,7 +162,7 @@ def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with which the generation script uses the models of a training run.
+    """Return the options, with values, for generating a sample with a training run's models.
 
     Args:
         options: Options of the training.
@@ -177,6 +177,7 @@ def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, A
         **options.vae.file.words(),
         **options.text.words("QWEN3_5_FILE"),
         "--dit_dtype": options.dit_dtype,
+        # None leaves an option out, which then has its default
         "--moss_schedule": None if schedule == OFFICIAL else schedule,
         "--negative_skip_blocks": None if skips == SKIPPED else skips,
         "--negative_skip_start": options.negative_skip_start or None,

@@ -50,7 +50,7 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Return the report of the three numbers that `scale_norms` returns as one tensor."""
+        """Return the report of its three fields as numbers, which `scale_norms` returns as one tensor."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 

@@ -88,7 +88,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Result of `find_alphas`: alphas for modules that have no alpha tensor next to their factors."""
+    """Alphas for modules that have no alpha tensor next to their factors, and where they were found."""
 
     tensors: Mapping[str, Tensor]  # by name: "lora_unet_x.alpha"
     words: str  # description for the log; "" if every module has an alpha tensor
@@ -455,8 +455,9 @@ def read_alphas(
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
+    # join what was found, log each warning once, and describe each finding once
     tensors: dict[str, Tensor] = {}
-    warnings: dict[str, None] = {}  # each once, in order
+    warnings: dict[str, None] = {}  # an ordered set
     for alphas in (in_dit, *in_texts):
         tensors.update(alphas.tensors)
         warnings.update(dict.fromkeys(alphas.warnings))

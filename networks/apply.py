@@ -635,8 +635,8 @@ class LoraPatch:
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
-            keys = self._list_keys(use)
-            used = self._used[id(use)]
+            keys = self._list_keys(use)  # names of the parameters that the LoRA's patterns select
+            used = self._used[id(use)]  # those of them that changed a weight
             if not keys and use.lora.text_tensors:
                 continue  # it changes only text encoders
             if id(use) in self._channel_errors:

@@ -124,6 +124,7 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
             lora.path,
         )
     blocks = grown.map_blocks(lora_depth, depth)  # block of the LoRA -> the block and its copies
+    # each tensor of a block is used in all copies of the block; other tensors are unchanged
     tensors = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)

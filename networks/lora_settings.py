@@ -255,6 +255,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         value = read(key, typed[key])
         if value is not None:  # None: the text "None"
             values[key] = value
+    # arguments of other programs, and mistyped ones
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
@@ -267,6 +268,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], (*readers, *KEYS))} It has {', '.join((*readers, *KEYS))}"
         )
+    # arguments that need or exclude each other
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "

@@ -448,6 +448,7 @@ def build_from_tensors(
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
     by_name = _modules_by_name(dit, encoders)
+    # a layer for each module of the file, with the sizes of its factors
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for module_name, factors in _factors_for(by_name, tensors).items():

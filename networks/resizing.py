@@ -153,6 +153,7 @@ def resize_file(options: ResizeOptions) -> None:
     source = options.model
     with open_checkpoint(source) as checkpoint:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        # reject files that are no plain LoRA, from the header
         _reject_other_kinds(source, shapes, checkpoint.metadata)
         modules = find_factors(shapes)
         if not modules:
@@ -170,6 +171,7 @@ def resize_file(options: ResizeOptions) -> None:
     for name, tensor in tensors.items():
         check_finite(source, name, tensor)
     resized = [_resize_module(names, tensors, options, source) for names in modules]
+    # replace the factors under their own names; other tensors stay
     dtype = DTYPES[options.save_precision]
     for module in resized:
         tensors[module.names.down] = module.down.to(dtype).contiguous()

@@ -46,7 +46,7 @@ FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """Result of `rewrite`: tensors of a LoRA file with one LoRA per module."""
+    """The tensors of a LoRA file after fused and numbered factors became one LoRA per module."""
 
     tensors: dict[str, Tensor]
     stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it

@@ -168,6 +168,7 @@ class QwenImage(ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
+            # the negative attention text gets the network's argument names too
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
             clean_references=self.version.clean_references,
@@ -177,7 +178,10 @@ class QwenImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, the image size determines the noise levels."""
+        """Fill in a request's open fields; by default, the image size determines the noise levels.
+
+        Raises OptionError for control images if the release does not edit.
+        """
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
@@ -190,6 +194,7 @@ class QwenImage(ModelOfImages):
         prepared = add_images(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
         if request.flow_shift is not None:
             return prepared
+        # the release's own noise levels, between those for few and for many tokens
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
@@ -258,7 +263,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
-    """Build the Qwen-Image family for qwen_image_generate_image.py from the generation options."""
+    """Return the family for qwen_image_generate_image.py: Qwen-Image, or Layered for its release."""
     version = VERSIONS[options.version.name]
     references = options.references
     use = version.use

@@ -206,7 +206,7 @@ class QwenImageReleaseFiles(QwenImageFiles):
     """Files of a Qwen-Image release, as opposed to another model that uses its VAE."""
 
     def dit_header(self) -> DitHeader[QwenImageConfig]:
-        """Return the transformer's header; raise CheckpointError if it belongs to another release."""
+        """Return the transformer's header; raise CheckpointError unless it fits --model_version."""
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(

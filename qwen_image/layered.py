@@ -178,6 +178,7 @@ class QwenImageLayered(ModelOfImages):
         # the first frame is the image itself, unless only the layers are generated
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
+        # how the image is resized before it is encoded
         seen_image = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
         source_width, source_height = taken_size(source_size, seen_image.area, seen_image.target)
         tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))

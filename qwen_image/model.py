@@ -204,7 +204,7 @@ class QwenImageModel(BlockNetwork):
     ) -> Hidden:
         """Embed images and text as tokens, B L+T C; return them with the blocks' other inputs.
 
-        References come after the image, a second text after the first one.
+        References come after the image; a second text, for negative attention, after the first one.
 
         Args:
             noisy: B Z F H W; F > 1 if the model generates layers.
@@ -231,6 +231,7 @@ class QwenImageModel(BlockNetwork):
         has_clean = clean_references and len(images) > 1
         vector = self.time_text_embed(timesteps)
         if has_clean:
+            # two modulations side by side: one for the image's time, one for time 0
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
         vector = blocks.activate(vector, dtype)
         texts = []

@@ -235,7 +235,10 @@ def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, for generating a sample with a training run's models.
+
+    `sample` has the settings of a sample by name. A value of None leaves its option out.
+    """
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),

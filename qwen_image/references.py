@@ -98,7 +98,7 @@ def fill_size(request: Request) -> Request:
 
 
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
-    """Add the request's images to all prompts and, if asked, the first image's name to the file names.
+    """Add the request's control images to all prompts and, if asked, the first one's name to file names.
 
     Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
     another size than the result, or if the mask cannot be read.
@@ -114,6 +114,7 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
         check_mask(to_path(f"--{MASK}", mask), bool(paths))
     if not paths:
         return prepared
+    # None: references keep their own sizes
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
     if mask is not None or uses_threshold:
         option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
@@ -151,7 +152,9 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return an anchor that keeps the result like the first image; None without mask and threshold.
+    """Return what holds the result close to the first control image: a mask, or rules by a threshold.
+
+    None without either.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

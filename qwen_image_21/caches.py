@@ -74,6 +74,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
     """
     sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
     for index, key in enumerate(batch.keys):
+        # a slot is where the caption's tokens make room for a reference
         num_slots = len(batch.tensors[SLOTS][index])
         if num_slots != len(sizes):
             raise CacheError(
@@ -105,6 +106,7 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
                 f"{key}: {name} in its cache is not {count} hashes of {HASH_BYTES} bytes. Cache again with "
                 f"{made_by}."
             )
+    # hashes of the images behind the latents, and of those the text encoder saw
     encoded = batch.tensors[HASHES][index]
     seen = batch.tensors[SEEN_HASHES][index]
     differing = [number for number in range(count) if not torch.equal(encoded[number], seen[number])]

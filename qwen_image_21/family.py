@@ -142,8 +142,8 @@ class QwenImage21(pictures.ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
-        The conditions are vl_embed, T D, and image_slots, n, of each sample, and the latents of n references:
-        latents_control_0, ..., B C 1 h w each.
+        The conditions are vl_embed, T D, and image_slots, n (text tokens before each reference), of
+        each sample, and the latents of n references: latents_control_0, ..., B C 1 h w each.
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
@@ -220,7 +220,9 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, with a cache for the prefix's keys and values unless --no_kv_cache is set.
+        """Yield the only denoising section, with a cache for keys and values of texts and references.
+
+        --no_kv_cache leaves the cache out.
 
         With a mask, the result keeps the first image outside of it.
         """

@@ -94,7 +94,12 @@ MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a transformer file's header, with settings from --dit_config or the config.json next to it."""
+    """Return dimensions, tensor naming and dtype of a transformer file.
+
+    Settings are read from --dit_config or the config.json next to it.
+
+    Raises CheckpointError for another model.
+    """
     names = checkpoint.tensors
     # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
@@ -137,7 +142,7 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
 def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
     """Return the dimensions of a transformer.
 
-    `settings` are the contents of `source`, a config.json; {} without one. Raises CheckpointError if
+    `settings` is the content of `source`, a config.json; {} without one. Raises CheckpointError if
     dimensions do not match each other, or the network is another model's.
     """
     dim, channels = shapes.of("img_in.weight")

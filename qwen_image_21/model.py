@@ -75,9 +75,9 @@ class Prefix:
         """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
         start = 0  # of the next segment, in the prefix
-        num_placed = 0  # text tokens before the previous reference
+        num_placed = 0  # text tokens that are in a segment already
         for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
-            num_text = slot - num_placed  # between the reference before and this one
+            num_text = slot - num_placed  # `slot` counts the text tokens before this reference
             if num_text > 0:
                 segments.append(Segment(start, start + num_text, is_text=True))
                 start += num_text
@@ -159,8 +159,12 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
+        second, part = (
+            tokens.second,
+            tokens.part,
+        )  # a second text, for negative attention; this process's part of the tokens
         if part is not None:
+            # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(*heads)
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
@@ -213,7 +217,7 @@ def attend_segments(
     start = tokens.num_image  # the prefix follows the image
     end = start + segments[-1].end
     outputs = []
-    if start:  # tokens of the image attend to all tokens
+    if start:  # no image tokens while the prefix alone is computed
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
     if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
         for segment in segments:
@@ -389,9 +393,9 @@ class QwenImage21Model(BlockNetwork):
     def remember(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
     ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
-        """Return each block's keys and values of the prefix, computed once for all steps.
+        """Return each block's keys and values of the prefix (text, references), computed once for all steps.
 
-        Arguments as in `embed`.
+        `prompt` has the text, its mask and the references, by the names of `embed`.
         """
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
@@ -428,7 +432,9 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
-        """Embed an image and its prefix as tokens, B L+P C; return them with the blocks' other inputs.
+        """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
+
+        Returned with the blocks' other inputs. A second text is that of negative attention.
 
         Args:
             noisy: B Z 1 H W.
@@ -493,7 +499,8 @@ class QwenImage21Model(BlockNetwork):
     ) -> PrefixTokens:
         """Return each sample's prefix: text tokens, with tokens of reference images at their slots.
 
-        Inputs as in `embed`; `dtype` is the dtype of the tokens.
+        `text` is B T text_dim, `text_mask` B T; `slots` are the numbers of text tokens before each reference,
+        and `references` latents B Z 1 h w. `dtype` is the dtype of the tokens.
         """
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
@@ -581,7 +588,9 @@ class QwenImage21Model(BlockNetwork):
         tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
         # the generated image comes after the prefix in time, but first in the sequence
         target = picture(layout.grid, position + num_left)
-        return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
+        if not layout.has_prefix:  # its keys and values are stored
+            tables = []
+        return torch.cat([target, *tables]).unsqueeze(1)
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:

@@ -361,7 +361,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Return the dimensions of the encoder's or the decoder's levels.
+    """Return widths, blocks and resampling factors of the encoder's or the decoder's levels.
 
     `start` names the list of levels, `resampler` the resampling layer at the end of a level.
     """
@@ -379,7 +379,10 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels do not fit each other, or change the scale wrongly."""
+    """Raise CheckpointError if levels do not fit each other, or scale height and width by another factor.
+
+    `half` is encoder or decoder, and `is_down` true for the encoder.
+    """
     scale = math.prod(level.factors[1] for level in levels)
     error = None
     if scale != STRIDE:

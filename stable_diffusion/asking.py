@@ -307,7 +307,7 @@ def _warn_of_unused(
 ) -> None:
     """Warn about options that have no effect without `name`, on the command line or in a prompt line.
 
-    These options begin with the same two letters as `name`.
+    These options begin with the same two letters as `name`, such as dst1 for dsd1 (Deep Shrink).
 
     Args:
         values: Options of the line.

@@ -609,7 +609,7 @@ class StableDiffusion(ModelOfImages):
             CheckpointError: If the checkpoint cannot be used.
             DownloadError: If a text needs several chunks, and the tokenizer that splits it is missing.
         """
-        prepared = self.resolve_image(request, flow_shift=1.0)
+        prepared = self.resolve_image(request, flow_shift=1.0)  # 1: these models have no shift
         if request.source is None:
             named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(named, prepared.solver, prepared.steps)
@@ -707,6 +707,7 @@ class StableDiffusion(ModelOfImages):
         """Return the solver for an image, with its start noise from the image's seed."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
+        # repainting at full strength starts from pure noise
         from_noise = self.inpaints and source is not None and find_kept_source(prepared.request) is None
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1

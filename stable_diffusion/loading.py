@@ -57,6 +57,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
+    # find the tokenizers and check all files
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
     tokenizers = find_tokenizers(
@@ -83,6 +84,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
             "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
             "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
         )
+    # read the weights
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)  # in the order of `_make_networks`
     tower_parts = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)

@@ -192,6 +192,7 @@ def begin(
 
     if find_strength(pictures[0], start) is None:  # there is no input image
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
+    # encode the images and blend them with noise
     has_mask = is_masked(pictures[0])
     # inpainting at full strength starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
@@ -214,6 +215,7 @@ def begin(
     latents = latents.unsqueeze(2)  # the loop's latents have an axis of frames
     if not has_mask:
         return Beginning(latents, sampler)
+    # add the mask: as input of an inpainting model, or by restoring the latents outside it after each step
     masks = _read_masks(pictures)
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(
         model.device

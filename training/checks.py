@@ -59,6 +59,7 @@ def check_before_loading(
     Raises:
         UserError: If the run is not possible.
     """
+    # the files
     sampling = others.sampling
     family.check_given_files()
     if options.full_dit is not None:
@@ -69,6 +70,7 @@ def check_before_loading(
         sampling.check_given_files()
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
+    # the options: experts, division over GPUs, block swap, features, schedule
     check_experts(family, options)
     if options.speed.modes.on.check:
         uses = uses_of(family, options, others)
@@ -81,6 +83,7 @@ def check_before_loading(
     for check in options.features.on.check:
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
+    # the network and its learning rates
     with quiet():
         select_lora_format(family, learner.lora)  # only for its errors
     learner.check()
@@ -90,6 +93,7 @@ def check_before_loading(
         rates = _list_rates(options)
         if len(rates) > 1:
             check_rates(options.optimizer, rates)
+    # samples, and the space for saved files
     samples = options.samples
     has_prompts = samples.sample_prompts is not None
     if has_prompts or samples.sample_lora or samples.preview.preview_latent_every is not None:

@@ -28,8 +28,9 @@ FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 class MakeNetwork(Protocol):
     """Function that adds the trained network to a loaded model.
 
-    `with_values` is whether the network starts with the values of its file; the other arguments are those of
-    `networks.adapter.make_network`.
+    The arguments are the network's options, the transformer, a seed of the initial values, the trained text
+    encoders by the prefix of their names, whether the transformer gets a network too, tensors of the state
+    that will be loaded, and whether the network starts with the values of its file.
     """
 
     def __call__(

@@ -303,9 +303,11 @@ class Loading:
         A network to train gets the training dtype. The caller adds the trained LoRA before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
+        # places of the weights: in host memory if they are swapped, or split over processes
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         blocks = make_block_place(options.speed, device) if options.speed.modes.on.place else None
+        # LoRAs that are merged into the weights while these are read
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
@@ -323,6 +325,7 @@ class Loading:
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        # LoRAs that could not be merged wrap their layers instead
         if patch is not None:
             patch.check()
             if patch.unmerged:

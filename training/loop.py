@@ -125,7 +125,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
-    # read before the step, because the schedule advances with it
+    # forward and backward passes; the rates are read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
@@ -135,6 +135,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
+    # add up gradients, numbers and requests of all processes
     wishes = _read_wishes(run)
     is_single_process = run.steps.num_processes == 1
     if not is_single_process:

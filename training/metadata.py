@@ -93,6 +93,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         }
         if not lora.kind.has_alpha:
             values["ss_network_alpha"] = None
+    # entries that loading needs: of the kind of network, of features, of the family
     values |= plan.learner.values
     values |= plan.features.info.for_loading
     values |= {
@@ -100,6 +101,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         for key, value in info.items()
         if key.startswith(("reference_", "audio_ref_", "modelspec."))
     }
+    # entries that describe the training
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}

@@ -149,12 +149,14 @@ def make_plan(
         accelerator: The processes of the run.
         others: Models in addition to the trained one, such as transformers that only samples use.
     """
+    # where the run begins, and whether its options are possible
     is_main = accelerator.is_main_process
     saving = options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
     check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
+    # what features and live text encoders need of the data
     features = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)  # a whole model takes no table with keys for a network
@@ -169,6 +171,7 @@ def make_plan(
     for check_texts in features.on.texts:
         check_texts(texts)
     lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
+    # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
         family,
         options,
@@ -236,6 +239,7 @@ def make_plan(
         changes={},
         adapter=adapter,
     )
+    # a state or --initial_step moves the progress of this plan
     if saved is not None:
         plan = _compare_with_state(plan, saved)
     if options.start is not None and options.start.is_given:

@@ -97,6 +97,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
 
     reject_foreign_module(family, options)
     workers = max(1, os.cpu_count() or 1)
+    # check the options and features with this dataset
     config = read_config(options, family, learner)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
@@ -106,6 +107,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     for check_model in features.on.check:
         check_model(family, family.block_counts() if family.dit_files else ())  # (): the depth is unknown
     learner.check()
+    # find the faults of the dataset
     plans = plan_tables(
         family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
     )
@@ -143,6 +145,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         _add_words(read, result.tables)
     if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)
+    # add lines about the run
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
     few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
     if few_steps:

@@ -197,7 +197,7 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return by flag the values of options of one kind: `identity` or `habit`."""
+    """Return by flag the values of options of a kind: `identity` (fixed when resuming) or `habit` (warns)."""
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 

@@ -416,7 +416,7 @@ def _encode_media(
 ) -> list[Mapping[int, Conditions]]:
     """Encode the images of each sample; return the conditions of each.
 
-    The VAE is loaded only for images, or if `loads` asks for it; `decodes` tells that it is needed later.
+    The VAE is loaded if a sample has images, or if `loads` asks for it; with `decodes` it is needed again.
     """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:

@@ -108,7 +108,7 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze parts of the model that are trained only for a number of steps, once it is reached.
+        """Freeze the parts of the model that are trained only until a step, once that step is reached.
 
         Args:
             step: Number of steps taken.

@@ -238,6 +238,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]  # of a Conv3d: dim in_dim frames rows columns
     layers = _count_blocks(shapes, "blocks")
+    # VACE has a second, shorter stack of blocks, each of which adds to every n-th block of the first
     vace_layers = _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):

@@ -366,8 +366,8 @@ def find_boundary(
             f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
             "or use --task t2v-A14B or i2v-A14B"
         )
+    # training of one expert may have the other one only for samples
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    # training of --dit alone may have the other expert for samples (--sample_dit_other)
     boundary = options.experts.timestep_boundary  # a timestep, or up to 1 a fraction of MAX_TIMESTEP
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")

@@ -271,8 +271,8 @@ class WanModel(BlockNetwork):
             image_embeds: Features of the image encoder, B I image_dim, for models with image attention. None
                 uses the first 257 rows of the text instead, as older tools ran Fun-Control models; zeros
                 stand for no image.
-            overrides: Changes to this call; their second text is named "text". Their given frames have
-                the time 0, and their velocity is 0.
+            overrides: Changes to this call: a second text for guidance in the attention (NAG), named "text",
+                and clean frames at the beginning, whose time and velocity are 0.
             places: Positions in time of frames that are not consecutive.
 
         Raises:

@@ -144,7 +144,7 @@ class WanTokens:
 def pad_texts(
     text: Sequence[Tensor] | Tensor, length: int, attention: AttentionChoice | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Pad texts with zeros to `length` rows and stack them: B T text_dim. The model attends to the padding.
+    """Pad texts with zeros and stack them to B T text_dim; the padding is not masked, as in training.
 
     On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
     T numbers say how many rows each row stands for. The layers before attention treat each row separately, so

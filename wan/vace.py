@@ -86,7 +86,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
                 "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
                 "elsewhere; to show what something looks like, give the image to --src_ref_images"
             )
-    references = divide(request.control_images)
+    references = divide(request.control_images)  # one option may name several, with commas
     mask = None
     if request.extra.get(MASK):
         mask = to_path("--src_mask", request.extra[MASK])
@@ -103,6 +103,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             "the clip: leave one of them out, or give the video to --src_video"
         )
     _check_images(mask, references)
+    # nothing to follow is allowed, because VACE also generates from text alone
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
         unused_scale = "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: "

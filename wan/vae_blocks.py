@@ -251,6 +251,7 @@ class WanVaeHalf(nn.Module):
     """
 
     def __init__(self, config: WanVaeConfig, is_encoder: bool) -> None:
+        """Build the layers of the encoder or the decoder, named as in the released checkpoint."""
         super().__init__()
         self.is_encoder = is_encoder
         layers = config.encoder if is_encoder else config.decoder

@@ -184,8 +184,8 @@ class ZImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
-        The network predicts the direction from noise to data. The condition is llm_embed, T D for each
-        sample.
+        The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
+        llm_embed, T D for each sample.
         """
         direction = dit(
             noisy.squeeze(2),
@@ -200,7 +200,10 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off."""
+        """Fill in a request's open fields; a guidance scale of 0 or below turns guidance off.
+
+        The options cfg_trunc_ratio and renorm_cfg end guidance early and limit its norm.
+        """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         lowest = min(prepared.guidance_scale)
         if lowest < 0:

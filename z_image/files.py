@@ -44,7 +44,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 
 def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
-    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
+    """Return the dimensions of a Z-Image transformer; raise CheckpointError for another model."""
     dim, patch_width = shapes.of(f"all_x_embedder.{PART}.weight")
     (head_width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")

@@ -448,6 +448,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     for path in listing.missing_empty:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if errors:
+        # only the commands that make what is missing
         text_command = commands.text
         if listing.missing_empty:
             text_command += " --empty_prompt"

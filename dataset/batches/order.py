@@ -39,6 +39,7 @@ class BatchOrder:
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
+        """Sort and group the items; batches of an epoch are drawn when they are asked for."""
         self._seed = seed
         # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)

@@ -253,6 +253,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Create a shard with a new name in a folder, and lock it."""
         self.size = 0  # bytes written so far
         self.began = time.monotonic()
         with explain_sqlite(folder):

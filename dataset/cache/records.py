@@ -374,7 +374,7 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Mark an item as checked because its sources have not changed.
+        """Mark the cache `key` of the table with index `table` as checked: its sources have not changed.
 
         After `max_checked` items, all earlier ones are forgotten and will be checked again.
         """

@@ -126,6 +126,7 @@ class ShardStore:
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             old = catalog.rows.get(name)
+            # of several rows of an entry, the one of the highest generation counts
             generation = 0 if old is None else old.generation + 1
             catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
 

@@ -177,7 +177,7 @@ class AudioWork:
                     valid.append(file)
                 continue
             try:
-                if not self._check(file, source, name, verifies):
+                if not self._check(file, source, name, verifies):  # valid, without a record
                     foreign += 1
                 valid.append(file)
             except CacheError:

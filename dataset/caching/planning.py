@@ -233,6 +233,7 @@ class Planning:
     def __init__(
         self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
     ) -> None:
+        """Compare `source` with `existing`, its cache files; `reads_values` also compares checksums."""
         self.source, self.table = source, source.table
         self.existing, self.recipe = existing, recipe
         self.store = recipe.stores.of(source.table)

@@ -132,6 +132,7 @@ def _files_of_table(
                 first.append(file)
             else:
                 additional.append(file)
+        # an empty prompt for this source, which the encoder sees with its reference images
         if table.caches_empty_prompt and table.texts_see_references:
             file = CaptionFile(
                 table=table,

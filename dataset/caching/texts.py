@@ -261,7 +261,7 @@ class TextWork:
                     if incomplete.isdisjoint(batch):
                         continue
                     for file, conditions in self._encode_batch(encoder, batch):
-                        if file in incomplete:
+                        if file in incomplete:  # the outputs of all others are cached already
                             submit(file, conditions)
                     bar.update(len(incomplete.intersection(batch)))
 

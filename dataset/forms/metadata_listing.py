@@ -49,6 +49,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
             f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
             '"a cat"}}'
         )
+    # find the image of each entry; a bad entry is a fault and does not stop the others
     listed: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
     images: list[Path] = []
     texts: list[str | None] = []
@@ -65,6 +66,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         logger.info(
             "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
+    # images of several folders may have equal names, so that stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
     for image, text, stem in zip(images, texts, stems, strict=True):

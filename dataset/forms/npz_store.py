@@ -375,9 +375,9 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        """Read the cached outputs of text encoders.
+        """Read the cached outputs of text encoders from an npz file, or from an unfinished one (`.part`).
 
-        They are described by our record if the file has one, otherwise by the keys of the format.
+        They are described by our record, which unfinished files always have, otherwise by the format's keys.
         """
         path = self._path(name)
         npz_format = self.format

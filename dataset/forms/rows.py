@@ -70,7 +70,7 @@ class RowReader:
     def read(
         self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
     ) -> media_source.MediaSource:
-        """Return the source of a row.
+        """Return the source that a row describes: an image or clip with its caption and companion files.
 
         Args:
             values: Cells of the row by column, or the object of a line.
@@ -86,6 +86,7 @@ class RowReader:
         else:
             name, part = contained
             media = _Media(part, stem=name, identity=name)
+        # all parts of the row
         texts = self._read_captions(values, where)
         captions = complete_captions(texts, self.table) if texts else None
         controls, references = self._read_parts(values, where)
@@ -113,7 +114,7 @@ class RowReader:
             source = replace(source, shown=read_shown(values["references"], self.file, where))
         if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
             source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], where))
-        self._identities.append(media.identity)
+        self._identities.append(media.identity)  # `finish` makes the stems unique by it
         return source
 
     def _add_audio(

@@ -34,6 +34,7 @@ class TableFolders:
     """The folders of all tables of a configuration; the real path of each is resolved once."""
 
     def __init__(self, config: DatasetConfig) -> None:
+        """Find which tables share a folder, and which other folders tables read or write."""
         self._ids: dict[int, str] = {}  # `folder_id` by index of the table
         self._sharing: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
         for table in config.datasets:
@@ -112,6 +113,7 @@ class TableFolders:
                     entry.path for entry in entries if entry.name[0] != "." and not is_file(entry)
                 )
             for folder in folders:
+                # caches and output of a run whose run.toml is in the folder
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
                 suffixes = _all_suffixes([table.holds])

@@ -60,7 +60,7 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     Logs a warning about sources with more, and about sources without any if other sources have some.
     """
     assert table.references is not None
-    if not any(source.control for source in sources):
+    if not any(source.control for source in sources):  # none has references: nothing to limit or to miss
         return sources
     maximum = table.references.maximum
     num_sources = len(sources)

@@ -176,7 +176,7 @@ class Kontext(Flux):
         return {0: conditions}
 
     def _read_reference(self, path: Path) -> Tensor:
-        """Read a reference, 1 1 H W 3 uint8: stretched to a trained size, or at its own size.
+        """Return a reference image as 1 1 H W 3 uint8: stretched to a trained size, or at its own size.
 
         At its own size it is cropped at the right and bottom only, so that no pixel is shifted. Source: the
         released code of Kontext (stretching), musubi-tuner (cropping).
@@ -190,6 +190,7 @@ class Kontext(Flux):
             frame = resize_frame(frame, size, "none" if size == (width, height) else "lanczos")
         else:
             step = self.references.step
+            # round both sides down to a multiple of the VAE's step
             frame = frame[: height // step * step, : width // step * step]
         return torch.from_numpy(frame[None, None].copy())
 

@@ -48,7 +48,10 @@ def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOpt
 
 
 def times_by_group(options: TimestepOptions, tables: Sequence[DatasetTable]) -> Mapping[int, TimestepOptions]:
-    """Return the timestep options by `DatasetTable.batch_group`; empty if no table has its own."""
+    """Return the timestep options of each group of tables that share batches; empty if no table has its own.
+
+    The keys are the numbers of the groups (`DatasetTable.batch_group`).
+    """
     trained = list_trained(tables)
     if not any(table.has_own_timesteps for table in trained):
         return {}

@@ -23,7 +23,7 @@ class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
-    """Replace the velocity of preserved samples by the base model's prediction.
+    """Replace the velocity by the base model's prediction for samples whose dataset table asks for it.
 
     In lockstep, the base model runs for every batch, because all processes have to run the same passes.
     """
@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Replace the first comparison's target by the base model's prediction for preserved samples."""
+    """Replace the clip's target by the base model's prediction for samples whose table asks for it."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 

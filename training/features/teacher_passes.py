@@ -218,6 +218,6 @@ def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the passes of `teach_change` with one model on storage-free tensors to measure peak memory."""
+    """Run the three passes of --teacher_delta with one model, on tensors without storage, for peak memory."""
     with torch.no_grad():
         return passes.base(noisy_batch) + (passes.frozen(noisy_batch) - passes.frozen(noisy_batch))

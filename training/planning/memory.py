@@ -174,11 +174,13 @@ def predict(
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
+    # build the DiT on the meta device, where tensors have no values
     choice = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
     quantization = rehearsed(options.speed.fp8.quantization)
     placement = replace(placement_of(options, META, quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
+    # weigh it for each number of swapped blocks
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weights = memory_plan.dtypes_of(dit)

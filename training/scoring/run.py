@@ -145,6 +145,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
             f"{run.history}: the run has no samples that could be scored. Train with --sample_prompts "
             "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
         )
+    # embed samples, prompts and training images
     notes: list[ScoreNote] = []
     config = _find_dataset(options, run, notes)
     model = load_image_text_model(options.model, options.device)
@@ -162,6 +163,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
     )
+    # score each step, and add what a tagger recognizes
     scored = [
         _score_step(
             run,

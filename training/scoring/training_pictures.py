@@ -71,7 +71,10 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine above which a sample is very near, see NEAR_SHARE; None for too few images."""
+        """Return the cosine that 99 % of training images stay below to all others; None for too few images.
+
+        A sample above it counts as very near to its training image.
+        """
         if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
