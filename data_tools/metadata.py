@@ -56,12 +56,12 @@ class TagsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
 
 
 def merge_captions(options: CaptionsToMetadataOptions) -> None:
-    """Add the captions of a folder to a metadata file. Raises UserError as `_merge_texts` does."""
+    """Add the captions of a folder to a metadata file. Raises DatasetError if a file is unreadable."""
     _merge_texts(options, options.caption_extension, CAPTION)
 
 
 def merge_tags(options: TagsToMetadataOptions) -> None:
-    """Add the tags of a folder to a metadata file. Raises UserError as `_merge_texts` does."""
+    """Add the tags of a folder to a metadata file. Raises DatasetError if a file is unreadable."""
     _merge_texts(options, options.caption_extension, TAGS)
 
 

@@ -45,7 +45,7 @@ class NamedStage:
 
 
 def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
-    """Read the headers of all model files; for `labels` see `NamedStage`.
+    """Read the headers of all model files; `labels` name the tools in messages.
 
     Raises UserError if a file does not fit, or if --compile is not possible on the device.
     """

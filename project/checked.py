@@ -43,7 +43,7 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
     """Return whether earlier checks found no errors, and nothing that they read has changed since.
 
-    The arguments are those of `remember_checked`.
+    `folder` is the described folder, `commands` are those of its run, `model_files` the model's paths.
     """
     try:
         content = parse_json(read_text(folder / REMEMBERED, MAX_BYTES))

@@ -70,7 +70,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
     """Find the networks without a file of their own that are part of another typed model file.
 
-    `typed` is the result of `typed_files`. Returns the containing file by the network's option.
+    `typed` holds the typed paths by option. Returns the containing file by the network's option.
     """
     holders = {}
     for part in model.components:

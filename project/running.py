@@ -91,7 +91,7 @@ class MediaCheck(NamedTuple):
 
 
 def run_project(options: RunOptions) -> None:
-    """Run a described folder and record its progress for the browser. Raises and exits as `run_commands`."""
+    """Run a described folder and record its progress for the browser. Exits if a command fails."""
     with EndCommand(options.end_words) as end, trace_run() as trace:
         run_commands(options, trace, end)
 

@@ -213,7 +213,7 @@ class UpdateBlock(nn.Module):
     def forward(
         self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the flow correction; for `turns` see `SeparableGru.turns`."""
+        """Return the new hidden state and the flow correction; `turns`: GRU weights of rows and columns."""
         motion = self.encoder(correlation, flow)
         hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)

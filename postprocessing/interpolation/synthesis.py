@@ -188,7 +188,7 @@ Refined = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Blend:
-    """K ways to blend two images; float32."""
+    """Flows, masks and colors of K blends of two images, whose results are averaged; float32."""
 
     flow: Tensor  # 1 4K H W: K flows to the first image, then K to the second
     mask: Tensor  # 1 K H W, 0..1: the share of the first image

@@ -147,7 +147,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return features after the blocks, B H W C; for `index` see `Attention.bias`."""
+        """Return features after the blocks, B H W C; `index`, N N: bias table row of each token pair."""
         for number, block in enumerate(self.blocks):
             shift = self.window // 2 if number % 2 else 0
             if shift:

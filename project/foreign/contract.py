@@ -368,7 +368,7 @@ def read_text(value: Any) -> str:
 
 
 def read_folder(value: Any) -> Path:
-    """Convert a text to a path; raises the errors of `read_text`."""
+    """Convert a text to a path. Raises ValueError for other values, and UnsetValue for an empty text."""
     text = read_text(value)
     if "\0" in text:
         raise ValueError("no folder has a name with NUL")

@@ -16,7 +16,7 @@ OF_LORA = ("network_", "lora_format")
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return training options without those that only a LoRA has.
 
-    `memory` has the meaning that it has in `RunKind.change`.
+    `memory`, the card's memory in GiB, has no effect.
     """
     return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
 

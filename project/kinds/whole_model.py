@@ -76,14 +76,14 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:
-    """Return whether a run with these options saves whole models; see `RunKind.saves_models`."""
+    """Return whether a run with these options saves whole models, instead of small files such as LoRAs."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
 def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the intervals of saves, states and samples that suit a number of steps.
 
-    `saves_models`: see `RunKind`.
+    `saves_models` says that the run saves whole models, which are large.
     """
     times = times_of_steps(steps)
     if saves_models:
