@@ -317,7 +317,7 @@ class DitTurns:
         If the thread only ran out of memory, return without the expert: it is loaded once the other one is
         done.
         """
-        if ahead.expert != expert:  # an earlier request ended before its turn
+        if ahead.expert != expert:  # its request ended before this expert was needed: drop it
             self._end_ahead(ahead)
             return
         if not ahead.reading.done():
