@@ -364,6 +364,8 @@ def _set_w4a8(layer: _Layer) -> None:
     layer.check_companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     suffixes = ["weight_s_rel", "weight_s_channel"]
     if f"{layer.stem}.weight_codebook" in layer.tensors:
+        if bits == 6:  # its codes are whole numbers from -32
+            raise ValueError("has a codebook for 6 bits, which only weights in 4 bits may have")
         layer.check_companion("weight_codebook", _FLOATS, (16,))
         suffixes.append("weight_codebook")
     keep = partial(_keep_w4a8, bits, columns, layer.get_rotation(columns))

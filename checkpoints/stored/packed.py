@@ -162,7 +162,7 @@ def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1, codebook 1 64."""
+    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1; `codebook` is None."""
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)

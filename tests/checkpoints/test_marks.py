@@ -89,6 +89,16 @@ BAD = {
         marked({"format": "asym_w4a8_int8"}, weight_s_rel=torch.ones(4, 0)),
         "64 bytes for 0 columns",
     ),
+    "codebook of 6 bits": (
+        marked(
+            {"format": "asym_w4a8_int8"},
+            weight=torch.ones(4, 48, dtype=torch.int8),
+            weight_s_rel=torch.ones(4, 4),
+            weight_s_channel=torch.ones(4),
+            weight_codebook=torch.ones(16),
+        ),
+        "codebook for 6 bits",
+    ),
     **{
         f"bitsandbytes {name}": (of_four_bits(**changed), message)
         for name, changed, message in (
