@@ -169,9 +169,11 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 
 
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
-    """Return a transformer's dimensions, tensor naming and dtype, with its adapter or that of another file.
+    """Return the dimensions, tensor naming and dtype of a transformer and its text adapter.
 
-    Raises CheckpointError for another model's file, and if there is no adapter.
+    The text adapter, part of Anima, turns the text encoder's states into those the blocks take. `adapter` is
+    its file if the transformer's file does not hold it. Raises CheckpointError for another model's file, and
+    if there is no text adapter.
     """
     if adapter is None:
         header = FORMAT.read_header(checkpoint)

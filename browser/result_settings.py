@@ -164,7 +164,7 @@ class ResultSettings:
 
 
 def read_settings(path: Path) -> ResultSettings | None:
-    """Return the settings in a file; None if it is not of this program, or was written without metadata.
+    """Return the settings in a generated file; None if another program wrote it, or it has no metadata.
 
     Raises MediaError or OSError if it cannot be read.
     """

@@ -249,7 +249,11 @@ class RunButtons:
         return self.add_plan_actions(actions, shown, shown.plan)
 
     def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
-        """Return `actions` with the buttons that start or continue a run from its described folder `plan`."""
+        """Return `actions` with the buttons that start or continue a run from its described folder `plan`.
+
+        `train_on` extends a run by steps, `have` is the checksum by which a changed run.toml is noticed, and
+        `again` is the name of a repeated run.
+        """
         run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT

@@ -79,7 +79,7 @@ def find_sources(
     if faults is not None:
         faults += errors
     elif errors:
-        raise_errors(errors)
+        raise_errors(errors)  # returns if all of them concern files that may be skipped
         warn_skipped(errors)
     return sources
 

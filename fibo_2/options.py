@@ -90,8 +90,8 @@ def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any])
     `sample` has the settings of a sample by name. A value of None leaves its option out.
     """
     turbo: dict[str, Any] = {}
-    # the distilled transformer needs Turbo's steps, and its file name need not show that; a sample's own
-    # number of steps comes first
+    # the generation script recognizes Turbo by the file's name, which --distilled_dit does not require: so
+    # steps and guidance are given, unless the sample sets its number of steps
     if options.distilled_dit is not None and not sample.get("steps"):
         turbo = {"--infer_steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {

@@ -152,6 +152,8 @@ class DitTurns:
     def moved_to_host(self) -> Iterator[None]:
         """Move the working networks to host memory during the block.
 
+        A network with a copy in host memory is only dropped from the device.
+
         Raises:
             MemoryPlanError: If the host has too little memory for them; the system might kill the process.
         """
@@ -321,7 +323,7 @@ class DitTurns:
         If the thread only ran out of memory, return without the expert: it is loaded once the other one is
         done.
         """
-        if ahead.expert != expert:  # an earlier request ended before its turn
+        if ahead.expert != expert:  # its request ended before this expert was needed: drop it
             self._end_ahead(ahead)
             return
         if not ahead.reading.done():

@@ -372,7 +372,7 @@ class _SectionPreview:
     def add_previous(self, section: Section) -> None:
         """Append the section before `section` to the preview, if there is one."""
         run = self.run
-        hides = run.post is not None and run.post.hides
+        hides = run.post is not None and run.post.hides  # a tool of --post removes what must not be seen
         if not run.options.output.shows_progress:
             return
         if section.previous is None:  # `section` is the first one

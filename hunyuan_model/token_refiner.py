@@ -127,7 +127,10 @@ def refine_tokens(
 
 
 def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
-    """Return the mean of the real rows of B T D: B D float32; zeros for an empty text."""
+    """Return the mean of each text's states, B T D to B D float32, without padding; zeros for an empty text.
+
+    `counts` holds the number of real states of each text; None means that all are real.
+    """
     if counts is None:
         return text.float().mean(dim=1)
     lengths = numbers_on(text.device, counts)

@@ -141,16 +141,15 @@ def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -
         if NEGATIVE in metadata:
             recorded[metadata[NEGATIVE]] = path
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:
-        # at most one value is recorded; a typed option takes precedence over it
         listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
         raise OptionError(
             f"--lora_weight: {NEGATIVE} is {listed}: they do not work together, or it is not true or false. "
             "Give one LoRA that says true or false"
         )
-    for text, path in recorded.items():
+    for text, path in recorded.items():  # one value, or none
         learned = text == TRUE
         prefix = "" if learned else "no-"
-        if options.is_before is None:
+        if options.is_before is None:  # --NEGATIVE is not typed: use the LoRA's position
             logger.info("--%s%s, as %s says", prefix, NEGATIVE, path.name)
             return override_options(options, {NEGATIVE: learned})
         if options.is_before != learned:

@@ -366,6 +366,7 @@ def _read_kept_audio(
     if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:
+            # everything but the latents that overlap the part to generate again
             yield _KeptAudio(samples, ~touch(starts, ends, retaken))
     if media.audio_inpaint_audio is not None and media.made_audio is not None:
         samples = _require_samples("audio_inpaint_audio", media.audio_inpaint_audio, 0, seconds, spec)

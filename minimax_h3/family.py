@@ -186,7 +186,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the values that a generation uses for open fields of its request."""
+        """Return the values for sampling settings that a request leaves out."""
         height, width = SIZE
         return SamplingDefaults(
             steps=STEPS,

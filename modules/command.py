@@ -141,7 +141,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     def respell(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            # the message does not fit its arguments, which the handler itself reports
+            # suppressed: a message that does not fit its arguments, which logging itself reports
             with contextlib.suppress(TypeError, ValueError, LookupError):
                 record.msg = respell_options(record.getMessage(), names)
                 record.args = ()
@@ -149,7 +149,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     handlers = list(logging.getLogger().handlers)
     for handler in handlers:
-        handler.filters.insert(0, respell)  # the inner one of nested blocks applies first, as for errors
+        handler.filters.insert(0, respell)  # first, so that of nested blocks the inner one respells first
     try:
         yield
     except UserError as error:

@@ -610,9 +610,9 @@ def warn_of_unused_parts(
 class LoraUse:
     """One LoRA file with its multiplier and patterns.
 
-    Patterns are regular expressions, searched in our tensor names. If the model has another name for a
-    module (FramePack and HunyuanVideo name theirs differently), that name is searched too. A pattern may
-    therefore use either name, and may select a part of a fused module.
+    A pattern is a regular expression that selects tensors by name. It may use the name in the LoRA file or
+    the name in the model (they differ for FramePack and HunyuanVideo), and may select a part of a fused
+    module.
     """
 
     lora: LoraFile

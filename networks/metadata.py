@@ -72,8 +72,8 @@ STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
-    The first is SHA-256 over the data part of a safetensors file. The second is the first 8 digits of SHA-256
-    over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata. Other metadata change neither.
+    Both are SHA-256 of a safetensors file whose only metadata are those with `ss_*` keys. The first covers
+    the tensors' bytes. The second covers 64 KiB from offset 1 MiB, and keeps 8 hexadecimal digits.
     """
     training_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -415,7 +415,10 @@ class _Table(Generic[Entry]):
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
-        """Index the templates; `pairs` are templates with their entries, in order of precedence."""
+        """Index `pairs` of a template and its entry, in order of precedence, by underscored template.
+
+        A template is a module name with `{n}` in place of the block's number.
+        """
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
         for place, (template, entry) in enumerate(pairs):
             self._entries.setdefault(template.replace(".", "_"), []).append((place, entry))

@@ -72,7 +72,7 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Read the settings of one of our network modules, and the settings that only its kind has.
+    """Read the settings that all our network modules share, and those of this module's kind (such as LoKr).
 
     Raises:
         OptionError: For a setting that is unknown or out of range, or that only LoRAs have.

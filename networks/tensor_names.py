@@ -253,7 +253,7 @@ def dialect_in_words(dialect: str) -> str:
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert of a key that begins with the second network of a pipeline; None for other keys."""
+    """Return the expert if a key starts with a pipeline's name for its second transformer, else None."""
     for bare in without_starts(key):
         for start, expert in _find_starts().further.items():
             if bare.path.startswith(start):

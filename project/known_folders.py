@@ -28,10 +28,10 @@ class KnownFolder:
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:
-    """Remember that the user has described this folder, or has confirmed what its run does.
+    """Remember that the user trusts the run.toml of a folder, so that its run starts without asking.
 
-    `models` is the download folder in the description. If nothing can be stored on this machine, the user is
-    asked about the folder again.
+    Called once the user has written that file with `new`, or has confirmed what its run does. `models` is the
+    download folder that it names. If nothing can be stored on this machine, the user is asked again.
     """
     info = {"models": None if models is None else str(real_path(models))}
     remember_info(KIND, folder, info)

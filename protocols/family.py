@@ -620,7 +620,7 @@ class FitsCaptions(Protocol):
 
 
 def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
-    """Return whether captions of the family may contain coordinates in their image."""
+    """Return whether captions of the family may hold pixel coordinates, which change when it is cropped."""
     return family.can.fit_captions
 
 

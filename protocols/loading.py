@@ -91,7 +91,7 @@ class TensorSource:
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
-        """Make the weight in the form in which the file stores it; None if only its values can be made."""
+        """Make the weight in the quantized form of the file; None if it has to be dequantized."""
         return None if self.as_stored is None else self.as_stored(*tensors)
 
 

@@ -210,7 +210,7 @@ class QwenImageLayered(ModelOfImages):
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the input image as its posterior mean, 1 C 1 h w."""
+        """Encode the input image as its posterior mean, 1 C 1 h w, for section 0, the only one."""
         (path,) = prepared.request.control_images
         taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)

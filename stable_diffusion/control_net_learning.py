@@ -152,7 +152,7 @@ def describe_control_net(
     new_layers_lr: float | None,
     checkpoints: bool,
 ) -> CustomNetwork:
-    """Describe a ControlNet as a network that a training makes.
+    """Describe how a training run builds, checks and saves a ControlNet.
 
     Args:
         options: Options of the run.

@@ -185,7 +185,7 @@ class Guides:
             velocity = guidance(step, predict, section)
             index = sampler.first + step.index
             alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
-            if alpha < MIN_SHARE:
+            if alpha < MIN_SHARE:  # almost pure noise: the predicted image would be meaningless
                 return velocity
             # samples of some samplers are x / alpha
             scale = float(sampler.model_input(index, torch.ones(1)))
@@ -242,7 +242,10 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
 
 
 def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
-    """Return a function of pixels: half the squared angle between their CLIP embedding and `vector`, 1 P."""
+    """Return a loss of pixels: half the squared angle of their CLIP embedding to `vector`, times `scale`.
+
+    `vector` is a CLIP image embedding, 1 x its width.
+    """
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
 

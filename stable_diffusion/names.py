@@ -84,6 +84,9 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
     """Yield the paths of the samplers between the levels of a U-Net, in LDM's and in diffusers' naming.
 
+    In LDM's lists an upsampler is layer 2 of its block, or layer 1 if the block has no attention
+    (`released_up_alone`).
+
     Args:
         layers: Number of residual blocks of each level of the down path.
     """

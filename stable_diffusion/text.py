@@ -369,7 +369,7 @@ class ImageVectors:
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return the path of the OpenCLIP bigG image encoder that guides a checkpoint.
+    """Return the path of the OpenCLIP bigG image encoder, whose image embedding replaces SDXL's pooled text.
 
     Raises:
         OptionError: If the checkpoint is not SDXL.

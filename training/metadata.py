@@ -151,7 +151,7 @@ def file_metadata(
     tables: Sequence[DatasetTable] = (),
     architecture_suffix: str = "lora",
 ) -> dict[str, str]:
-    """Return the metadata of a file that is saved now: entries of the run, its progress, and `modelspec.*`.
+    """Return the metadata for a file at the time of saving: the run's entries, progress, and `modelspec.*`.
 
     Hashes of a LoRA are added when its tensors are written. Source of `modelspec.*`:
     https://github.com/Stability-AI/ModelSpec.

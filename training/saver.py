@@ -44,6 +44,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
+    # "" is the part of a model without experts; all other parts are embeddings
     of_transformers = {"", *(expert.name for expert in plan.family.experts)}
     for part in model.trainable.writes:
         if part in of_transformers:

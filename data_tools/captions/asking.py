@@ -99,8 +99,8 @@ def answer_in_batches(
 ) -> Answers:
     """Caption images and clips in batches with a local model, while threads read files ahead.
 
-    `item_bytes` is the memory that the frames of a location take. `answer_batch` answers for at most
-    `batch_size` images or clips.
+    `look` reads the frames of a location, which take `item_bytes` of memory. `answer_batch` yields a caption,
+    or the error, for each of at most `batch_size` locations with their frames.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []

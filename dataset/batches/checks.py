@@ -358,7 +358,7 @@ def _source_errors(
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
-        # records of early versions have no files, so that folders may be left over
+        # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"

@@ -390,7 +390,10 @@ class _TextCaches:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Return the number of captions by stem, counted up to the first missing number; only if above 1."""
+    """Return the number of captions of each stem that has numbered ones, up to the first missing number.
+
+    Numbers begin at 1, after the first caption, which has none.
+    """
     further: dict[str, set[int]] = {}
     for name in names:
         if ".caption" not in name:  # faster than parsing a million names
@@ -401,7 +404,7 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
             further.setdefault(stem, set()).add(number)
     counts = {}
     for stem, numbers in further.items():
-        counts[stem] = 1  # the first caption, which has no number in its name
+        counts[stem] = 1  # the first caption
         while counts[stem] in numbers:
             counts[stem] += 1
     return counts

@@ -254,7 +254,7 @@ class _Reader:
             if data.LOSS_MASK in unmirrored:  # caches have no mirrored masks
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
-        # removed for all models, because only models with size conditions use it
+        # sizes that the cache states are removed for all models, because few models are conditioned on sizes
         cached_sizes = part.tensors.pop(data.STATED_SIZES, None)
         if self.latent.has_size_conditions:
             part.tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)

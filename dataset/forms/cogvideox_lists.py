@@ -72,7 +72,8 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
     """Yield clips and captions in the order of the lists; add unusable lines to `faults`.
 
-    Whether the clips exist is not checked. `name` is the dataset's name, for messages.
+    A CogVideoX dataset is a text file with one path per line and one with captions, or a single table with
+    a column of each. Whether the clips exist is not checked. `name` is the dataset's name, for messages.
 
     Raises:
         DatasetError: If a list is missing, the two lists differ in length, or a column is missing.

@@ -443,7 +443,7 @@ def download_folder(table: DatasetTable) -> Path:
 
 
 def locate(text: str, base: Path | None, where: str) -> Path:
-    """Return the path that a text of a row names.
+    """Return the path written in a field of a row.
 
     `base` is the base folder of relative paths; None means the working folder.
 

@@ -209,7 +209,10 @@ def _make_example(table: DatasetTable, what: str) -> str:
 
 
 def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file."""
+    """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file.
+
+    Spare files (GIF, WebP, TIFF) count if no other file has their stem; video tables use only animations.
+    """
     assert table.directory is not None
     suffixes, spare_suffixes = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"

@@ -359,7 +359,11 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder, or a subfolder that is not in `used`, has files with these suffixes."""
+    """Return whether a folder or its subfolders have files with these suffixes.
+
+    Subfolders in `used`, the ids of folders of other tables, do not count. The search ends after
+    `LOOKED_INTO` names.
+    """
     num_names = 0
     for path, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, LOOKED_INTO))

@@ -42,7 +42,7 @@ class PackedFile(Protocol):
 
     @property
     def container(self) -> Path:
-        """The file that contains this one."""
+        """Path of the archive or table that contains this file."""
 
     @property
     def size_bytes(self) -> int:

@@ -213,7 +213,10 @@ class UpdateBlock(nn.Module):
     def forward(
         self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the flow correction; `turns`: GRU weights of rows and columns."""
+        """Return the new hidden state and the flow correction.
+
+        `turns` are the GRU's weights for its passes along rows and along columns, and what the context adds.
+        """
         motion = self.encoder(correlation, flow)
         hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)

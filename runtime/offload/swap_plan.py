@@ -38,7 +38,7 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     Args:
         name: Name of the list.
         num_blocks: Number of blocks in the list.
-        swapped: Number of blocks as --blocks_to_swap counts, at most num_blocks - 1.
+        swapped: Number of blocks to swap, as --blocks_to_swap gives it; at most num_blocks - 1.
         slots: Number of slots for streamed blocks.
     """
     if swapped == 0:

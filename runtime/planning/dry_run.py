@@ -427,7 +427,8 @@ def keep_blocks(
 def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
     """Extrapolate the memory that `measure` reports for few blocks to `counts` blocks in each list.
 
-    The bytes at the time of a block depend linearly on its index, so the maximum is at an end of a list.
+    The bytes in use while a block runs grow linearly with the block's index in its list, so the maximum is
+    at the first or the last block.
     """
     few_counts = tuple(min(count, MIN) for count in counts)
     # of three blocks, the second is also the last but one: its entry is copied under that name

@@ -44,9 +44,9 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Return the family unchanged; raise OptionError if LECO does not support it, or the pairs' sizes.
+    """Return the family unchanged. Raises OptionError if LECO supports neither it nor sizes of the pairs.
 
-    It returns the family because functions of this kind may replace it.
+    It is registered as a hook that may return another family.
     """
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 

@@ -31,7 +31,7 @@ class SliderTarget:
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
-        """Return the batch with all captions replaced by `caption` and its encoder outputs."""
+        """Return the batch with `caption`, and its text encoder outputs, in place of each caption."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
             stacked = stack_texts([value] * len(batch), name in self.variable_length)

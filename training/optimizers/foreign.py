@@ -49,7 +49,8 @@ def renumber(
         return (
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    # several orders may fit, because layers have equal shapes: accept them if all give the same assignment
+    # several orders may fit, because layers have equal shapes: accept them if all give each parameter the
+    # same state, which is compared by identity
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
