@@ -252,6 +252,7 @@ def _place_latents(
         return TensorLocation.NPZ if options.cache_latents_to_disk else TensorLocation.MEMORY
     # without any option, existing caches are used; if there are none, latents are encoded into memory
     names = open_store(table, npz_names(family)).names()
+    # caches of this program, and not only npz files of others
     has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in names)
     return TensorLocation.CACHE if has_own else TensorLocation.MEMORY
 

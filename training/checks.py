@@ -108,6 +108,7 @@ def reject_quantized_bases(family: Family) -> None:
     for path in family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
+        # dtypes of one byte, such as fp8
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
             state = "quantized"
@@ -229,6 +230,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
         network = network_for(options, expert)
         if network is not None:
             modules.append(network.network_module or family.lora_module)
+    # two transformers, of which only the one in use is on the device
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),

@@ -162,7 +162,7 @@ def sample_errors_outside(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
     weights = mask_weights(noisy_batch.batch, errors)
-    assert weights is not None
+    assert weights is not None  # the batch has masks
     errors = errors * (1 - weights)
     return (_mean_of_noisy_frames(errors, noisy_batch),)
 

@@ -432,6 +432,7 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
+    # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
     own_encoders: Mapping[str, Mapping[str, str]] = {}
     if family.can.bring_texts and not trusts_caches:
         own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}

@@ -314,6 +314,7 @@ def _reject_differences(
     if not refused:
         return
     lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items())
+    # only if this would allow every difference
     also = ", add --resume_changed to continue with the current ones" if refused.keys() <= changeable else ""
     which = "this run is not the one that was saved"
     if may_change:

@@ -186,7 +186,7 @@ class Sampler:
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.renew is not None:
+        if self.renew is not None:  # text encoders are trained: encode the prompts anew
             with autocast():
                 prompts = self.renew(sample.texts, prompts)
         with (
@@ -638,6 +638,7 @@ def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[s
             values[f"guidance_scale_{HIGH_NOISE}"] = scale
     values["seed"] = prepared.seed if is_seeded else None
     values["flow_shift"] = prepared.flow_shift if family.defaults.flow_shift is not None else None
+    # the name that prompt lines use
     solvers = _solvers_by_alias(family.defaults.solvers)
     values["solver"] = next((name for name, solver in solvers.items() if solver == request.solver), None)
     return values

@@ -241,6 +241,7 @@ class ItemLossRecorder:
 
 def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
     """Return thumbnails of the items of a table, by their keys, for those that can be read."""
+    # an item's key is the name of its cache; items of one source, such as clips of a video, share its stem
     by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)

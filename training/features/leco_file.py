@@ -116,6 +116,7 @@ def _read_sliders(
     targets = _list_tables(place, content, "targets")
     for number, entry in enumerate(targets, 1):
         yield from _read_slider(f"{place}, targets {number}", path, entry, default)
+    # a file whose top level is a slider
     if not targets and slider is None and "prompts" not in content and "target_class" in default:
         yield from _read_slider(place, path, {}, default)
 
@@ -184,6 +185,7 @@ def _read_slider(
     positive, negative = (_read_text(place, values, key) or "" for key in ("positive", "negative"))
     if not positive and not negative:
         raise OptionError(f"{place}: write positive, negative or both")
+    # neutral prompts of the slider replace all of the top level's, whose keys may be others
     has_neutrals = any(key in entry for key in NEUTRALS)
     neutrals = _list_neutrals(place, path, entry if has_neutrals else values)
     resolutions = values.get("resolutions")

@@ -44,7 +44,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 def _check_tables(run: "RunFeatures", path: Path) -> None:
     """Raise OptionError for dataset tables with a target or a LoRA strength, which a slider has itself."""
     for table in run.tables:
-        if KEPT in table.attributes:
+        if KEPT in table.attributes:  # the key of samples whose target is the base model's prediction
             raise OptionError(
                 f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
@@ -100,7 +100,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
         alone="a slider learns from its captions alone",
     )
     run.targets.append(target)
-    run.keeps_steps = True
+    run.keeps_steps = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
     run.on.plan.append(partial(_encode, run, file))

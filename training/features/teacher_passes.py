@@ -185,9 +185,9 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
     """
     audios = []
     if noisy_batch.audio is not None:
-        prediction, audio = noisy_batch.joint.split(prediction)
+        prediction, audio = noisy_batch.joint.split(prediction)  # the network gets both as one tensor
         audios.append(audio)
-    given = noisy_batch.given
+    given = noisy_batch.given  # latents that stay clean as conditions; 0 in `clean_fraction` is not given
     if given is not None and given.image is not None:
         prediction = prediction * (clean_fraction(given.image, prediction) == 0)
     if given is not None and given.audio is not None:

@@ -152,7 +152,7 @@ class Workflows:
             return
         self._text, self.samples, self.left_out = text, {}, {}
         for index, prepared in enumerate(requests):
-            reason = find_obstacle(self.model, prepared)
+            reason = find_obstacle(self.model, prepared)  # why ComfyUI cannot make it, "" if it can
             if reason:
                 self.left_out[index] = reason
             else:
@@ -213,6 +213,7 @@ class Workflows:
         graph = ComfyGraph(self.model, files, loras)
         for index, prepared in self.samples.items():
             with quiet():
+                # index of the expert that denoises each step
                 turns = experts_by_step(family, prepared) if len(files) > 1 else [0] * prepared.steps
             graph.add_sample(prepared, turns, f"{self.plan.names.name}_{index:02d}")
         return graph.nodes

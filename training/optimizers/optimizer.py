@@ -78,6 +78,7 @@ def make_optimizer(
     arguments = options.arguments()
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
+    # transformers' Adafactor can find its own rate, and then rejects a given one
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
         arguments, rate = _select_adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:

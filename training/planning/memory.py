@@ -69,6 +69,7 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
+        # the moment of the step with the most memory: its bytes by kind, such as weights and gradients
         (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
@@ -87,6 +88,7 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
+        # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
@@ -425,6 +427,7 @@ def advice(
     Each line adds to the lines before it; the last one fits if any does. Options are changed first; if that
     is not enough, smaller items are suggested.
     """
+    # predicts a step with changed options, by running it on tensors without values
     rehearse_with = partial(
         predict,
         family,
@@ -510,6 +513,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
         for length in dict.fromkeys(shorter):
             shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
+    # sides are scaled, and rounded to whole tokens
     for factor in (0.75, 0.5, 0.375, 0.25):
         rows = token * max(1, round(height * factor / token))
         columns = token * max(1, round(width * factor / token))

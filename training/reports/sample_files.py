@@ -48,6 +48,7 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
 
     For an image with layers, it is the file of the composed image.
     """
+    # the seed, if the prompt has one; then `_000` for a single image of a video model
     end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
     pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
     newest: dict[int, tuple[str, Path]] = {}

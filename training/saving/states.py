@@ -159,7 +159,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with one_error(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:
+        if "files" in content:  # tensors in files of their own, of a split transformer
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
