@@ -217,7 +217,7 @@ def plan_tables(
         DatasetError: If images that change each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
-    if NO_DATASET in needs:
+    if NO_DATASET in needs:  # the table is a placeholder that is not trained on
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,

@@ -275,9 +275,9 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
         times: Timestep options of each dataset table.
     """
     experts, default = family.experts, family.defaults.experts
-    if len(experts) > 1 or len(default) == 1:
+    if len(experts) > 1 or len(default) == 1:  # several, or a family of a single transformer
         return None
-    if experts != ONE_EXPERT:
+    if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
     lowest, highest = levels_reached(times, family.noise)
     fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]

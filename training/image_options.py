@@ -182,6 +182,7 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
+    # options that image trainers have only for LoRAs, or only for whole models
     learner_options: tuple[type[Options], ...] = OF_LORAS
     if learner is not TrainedNetworkOptions:
         learner_options = OF_FULL_MODELS if defaults.whole is None else defaults.whole

@@ -370,7 +370,7 @@ class Loading:
         """
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
-        if family is self.plan.family:
+        if family is self.plan.family:  # not for a network of another family, which only samples use
             for add in self.plan.features.on.before_setup:
                 add(network)
         has_samples = options.samples.sample_prompts is not None

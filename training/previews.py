@@ -115,7 +115,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     if seed is None:
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
-    if all(plan.is_own for plan in plans):
+    if all(plan.is_own for plan in plans):  # the caches were made before the training
         result = check.check_training(
             config,
             family.cache_tag,

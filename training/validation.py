@@ -84,7 +84,7 @@ class Validation:
             shared = sums.to(self.plan.accelerator.device)
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
-        means = (sums[:-1] / sums[-1]).tolist()
+        means = (sums[:-1] / sums[-1]).tolist()  # the last entry is the number of items
         losses = {LOSS: sum(means) / len(means)}
         for sigma, mean in zip(self.sigmas, means, strict=True):
             losses[f"validation/loss_{round(1000 * sigma):03d}"] = mean

@@ -530,7 +530,7 @@ def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Te
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * draws)
-        case "mode":
+        case "mode":  # of Esser et al. 2024, as `logit_normal`
             u = 1 - draws - options.mode_scale * (torch.cos(math.pi * draws / 2) ** 2 - 1 + draws)
         case _:
             u = draws

@@ -71,6 +71,7 @@ def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     pairs: list[LecoPair] = []
     for number, entry in enumerate(_list_tables(place, content, "prompts"), 1):
         entry_name = f"{place}, [[prompts]] {number}"
+        # a target_class marks a slider, which is several pairs
         read_entry = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
         pairs += read_entry(entry_name, path, entry, default)
     pairs += _read_sliders(place, path, content, default)

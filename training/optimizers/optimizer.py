@@ -148,7 +148,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
         with quiet():
             optimizer, _ = make_optimizer(options, groups)
         averaging = find_averaging(optimizer)
-        if averaging is not None:
+        if averaging is not None:  # schedule-free optimizers step in training mode only
             averaging.train()
         optimizer.step()
     except Exception as error:  # classes raise anything

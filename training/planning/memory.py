@@ -292,7 +292,7 @@ def read_largest(
         audio=AudioLearning(),
         view=options.features.view,
     )
-    return drawn.add(batch, 0, 0)
+    return drawn.add(batch, 0, 0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
@@ -488,6 +488,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
     blocks = before.maximum if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, size, shape in shrunk(latent, before.shape):
+        # memory is taken to grow with the number of latents
         if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:
             return [f"{name} {size} in --dataset_config{swap} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]

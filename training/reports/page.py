@@ -316,6 +316,7 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
             status = (folder / name).stat()
             if stat.S_ISREG(status.st_mode):
                 mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
+                # without a hash of the weights in its metadata, a file stands alone
                 by_weights.setdefault((step, mark or name), []).append(name)
     return [(step, names) for (step, _), names in by_weights.items()]
 
