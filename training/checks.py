@@ -171,6 +171,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             for use in uses:
                 reject_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
+                # some transformers have a second file, such as one with further blocks
                 check_loras_fit(file, uses, family.file_beside(file))
 
 

@@ -277,7 +277,7 @@ class NextSteps:
             *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = self.plan.learner.generate
+        generate = self.plan.learner.generate  # None: the model's own script generates with the file
         if generate is not None:
             words = [*generate(file, self.sample, [*words, *sample_arguments])]
             return _command("Generate with it", [*launcher, *words], note)

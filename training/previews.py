@@ -66,7 +66,7 @@ def show_preview(
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
-    show = options.features.show
+    show = options.features.show  # set by a feature that shows something instead of training
     if show is not None:
         show(options, family, partial(_tables_of, family, options, learner))
         return 0

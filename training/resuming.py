@@ -170,6 +170,7 @@ def settings_of(
             --training_adapter.
     """
     config = public_config(options) | {"network_module": module_of(family, options)}
+    # settings that make a run this one and no other
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
     identity |= _flagged(config, "identity")
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
@@ -361,6 +362,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     if BATCHES in changes:
         progress.position = 0
         logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+    # steps are counted anew from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step
 

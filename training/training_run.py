@@ -131,7 +131,7 @@ class Requests:
         changed = status.st_mtime_ns
         if self._passed.get(path) == changed:
             return
-        if status.st_size > LARGEST:
+        if status.st_size > LARGEST:  # a request is an empty or small file
             self._passed[path] = changed
             logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
             return

@@ -82,7 +82,7 @@ def compare_outside_masks(
         if passes.rule.in_lockstep:  # processes that share the model have to run the same passes
             passes.base(noisy_batch)
         return comparisons
-    target = passes.base(noisy_batch)
+    target = passes.base(noisy_batch)  # the prediction of the model without the network
     outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
     return [*comparisons, outside]
 

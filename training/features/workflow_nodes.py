@@ -103,6 +103,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     reads_known = lora_names is None or COMFYUI.lower() not in lora_names.converted_for.lower()
     prompts = options.samples.sample_prompts
     assert prompts is not None  # else the feature is not on
+    # kinds whose files can be converted for ComfyUI only with the model's weights
     needs_weights = any(kind.needs_weight for kind in options.network.kinds)
     workflows = Workflows(
         plan,

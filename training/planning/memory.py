@@ -208,6 +208,7 @@ def predict(
     if options.full_dit is not None and options.features.average is not None:
         average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
+        # states are on the device for one weight at a time, at most for the largest one
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
         options=options,
