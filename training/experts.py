@@ -257,6 +257,7 @@ def expert_metadata(
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
+    # the value that files record, by the name of the expert
     value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
     metadata = {TRAINED_EXPERT: value_by_name[name]}
     file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}

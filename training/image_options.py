@@ -214,6 +214,7 @@ def _translate(args: argparse.Namespace) -> None:
             setattr(args, name, True)
             names[f"--{name}"] = f"--{other_name}"
     args.typed_names = names
+    # --fp8_scaled alone asks for 8-bit weights too
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
         default = SubsetOptions.usual().caption_extension

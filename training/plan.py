@@ -391,7 +391,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if options.features.make_data is not None:
+    if options.features.make_data is not None:  # a feature that trains without a dataset, such as LECO
         config = options.features.make_data()
     elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)

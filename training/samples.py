@@ -238,7 +238,7 @@ class Sampler:
                     device=self.session.device.type,
                     experts=family.experts,
                 )
-            if not latents.shape[2] and track is not None:
+            if not latents.shape[2] and track is not None:  # no frames: sound alone
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
             elif family.latent.has_layers:
@@ -344,6 +344,7 @@ def prepare_samples(
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
+    # `_no_dit`: the session loads no transformer, as samples use the one that is trained
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
     indices = source.prompt_indices(len(entries))
     requests = {index: all_prepared[index] for index in indices}

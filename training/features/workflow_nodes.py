@@ -354,6 +354,7 @@ class ComfyGraph:
         }
         if part.is_whole:
             return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **sampler_inputs), 0]
+        # only the first range of steps adds noise, and only the last one removes all that is left
         node = self.add(
             "KSamplerAdvanced",
             add_noise="enable" if part.first == 0 else "disable",

@@ -149,7 +149,7 @@ class Rehearsal:
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
             stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)
-            with self.ledger.guessing():
+            with self.ledger.guessing():  # the norm of tensors without values reads as 1
                 stepping.finish()
             self.know_states()
             self.clear_gradients()

@@ -443,7 +443,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     Raises:
         OSError: If the file cannot be read.
     """
-    if step == 0 or not path.exists():
+    if step == 0 or not path.exists():  # at step 0 a run begins, and has no lines to keep
         return
     require_regular_file(path)
     is_ours, broken = False, 0

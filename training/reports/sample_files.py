@@ -81,7 +81,7 @@ def read_downscaled(path: Path) -> DownscaledClip:
         if len(frames) > MAX_FRAMES:
             frames = frames[::2]
             stride = 2 * stride
-    return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)
+    return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)  # 16: if the file has no rate
 
 
 def _plot_waveform(path: Path) -> Frame:
