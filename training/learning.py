@@ -540,6 +540,7 @@ def _make_stepping(
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
+    # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
     gathers = bool(split) and not stepping.is_elementwise(kind)
     alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states

@@ -287,6 +287,7 @@ def set_up_trainable(
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
+    # the average of a LoRA is on the device; that of a whole model in host memory
     average: list[Tensor] = []
     if options.features.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):

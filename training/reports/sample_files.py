@@ -254,7 +254,7 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     return {
         "columns": titles,
         "rows": grid_rows,
-        "few": len(first_shown),
+        "few": len(first_shown),  # columns that are shown before the reader asks for all
         "times": len(rows),
         "prompts": len(prompts),
     }
