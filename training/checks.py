@@ -190,6 +190,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         # without --text_encoder_lr, text encoders use --learning_rate
+        # if text encoders learn alone, their rates replace that of the transformer
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
     if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, base, trains_texts)

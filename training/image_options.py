@@ -613,7 +613,7 @@ def control_net_trainer(
 
     def translate(args: argparse.Namespace) -> None:
         defaults.translate(args)
-        args.network_train_unet_only = True
+        args.network_train_unet_only = True  # text encoders get no network
 
     reasons = {**defaults.refused, **_list_lora_rejections(called), **refused}
     return replace(defaults, refused=reasons, translate=translate)

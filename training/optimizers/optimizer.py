@@ -208,7 +208,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 
         return MuonWithAdam  # torch.optim.Muon takes only matrices, and networks have other weights too
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
-    if not module:
+    if not module:  # neither a known name nor an import path
         names = sorted(filter(None, PATHS))
         ours = OTHER_NAMES.get(name.lower())
         remedy = "" if ours is None else f"\n  {OLD_NAME} Give --optimizer_type {ours}."
