@@ -385,7 +385,7 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
-    if resolved.get("--network_dim") == str(None):  # the option was left out
+    if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
     if resolved.get("--network_alpha") == 0:  # 0 stands for the rank

@@ -164,7 +164,7 @@ class ItemLossRecorder:
         errors = measure(output, target, noisy_batch)
         if self._process is None or self._is_lost:
             return errors
-        losses = errors[0].detach()
+        losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
         if losses.is_cuda:
             losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
         keys, levels = noisy_batch.batch.keys, levels_of(noisy_batch)

@@ -108,7 +108,7 @@ class Rehearsal:
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
-            as_base=contextlib.nullcontext,  # passes of the base model are rehearsed with the network in place
+            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
             kept_attributes=frozenset(features.kept_attributes),
             targets=features.on.target,
             passes=features.on.passes,

@@ -354,6 +354,7 @@ def _read_foreign(folder: Path) -> ForeignState:
             "...-state folder.",
             path=folder,
         )
+    # a fork of LTX names the same layers with another prefix
     # names without a dot are settings of the network, such as `lokr_factor`, and not tensors of layers
     network = {
         name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
