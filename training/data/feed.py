@@ -397,7 +397,7 @@ class Feed:
         )
         try:
             for packed in loader:
-                if isinstance(packed, UserError):
+                if isinstance(packed, UserError):  # returned, as torch re-raises errors only as text
                     raise packed
                 yield packed.unpacked()
         finally:

@@ -233,7 +233,7 @@ class AuxiliaryLearner(Protocol):
         """Module with the trained parameters; states of the run contain its state dict."""
 
     def group(self, learning_rate: float) -> dict[str, Any]:
-        """Return the parameter group for the optimizer."""
+        """Return the parameter group of these parameters for the optimizer, with their learning rate."""
 
     def tensors(self) -> "dict[str, Tensor]":
         """Return the tensors to write into the file of a LoRA."""

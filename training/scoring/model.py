@@ -56,7 +56,7 @@ class EmbedsImages(Protocol):
 
     @property
     def identity(self) -> str:
-        """Text that is equal for folders with the same model."""
+        """Text by which stored vectors are found again: equal for folders with the same model."""
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU."""
