@@ -315,7 +315,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
 
 @dataclass(frozen=True)
 class TrainerChanges:
-    """How a script changes shared options: their defaults, choices and rejections, and other names for them."""
+    """How a script changes shared options: defaults, choices, rejections, and other names for them."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

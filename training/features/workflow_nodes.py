@@ -331,7 +331,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add the ComfyUI nodes that encode a text, with embedded guidance if the model has it; link to them."""
+        """Add the nodes that encode a text, with embedded guidance if the model has it; return their link."""
         if (
             self.model.weighs_words and not self.model.is_weighted
         ):  # escape parentheses, which ComfyUI would read as weights
