@@ -502,7 +502,7 @@ class RunFeatures:
         return any(target.joins_streams for target in self.targets)
 
     def count_passes(self) -> StepPasses:
-        """Return the number of passes of a micro-batch."""
+        """Return the numbers of passes that a micro-batch needs with all targets of the run."""
         passes = StepPasses()
         for target in self.targets:
             passes = passes.plus(target.passes)

@@ -180,7 +180,7 @@ class PairStep:
         return neutral + self.pair.sign * self.pair.guidance_scale * (positive - opposite)
 
     def measure(self, x: Tensor, time: int, goal: Tensor) -> Streams:
-        """Return the weighted error of each sample, B."""
+        """Return the weighted error between the prediction for `x` and `goal`, B: one per sample."""
         output = self.predict(self.pair.target, x, time)
         numbers = torch.ones(len(x), device=x.device)
         seen = replace(

@@ -38,7 +38,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
     @property
     def weight(self) -> float:
-        """Weight of the term in the loss; 0 if the option is not given."""
+        """Weight in the loss of the error outside of masks; 0 if the option is not given."""
         return self.mask_prior_weight or 0.0
 
 
