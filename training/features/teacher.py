@@ -100,10 +100,10 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
         replaces_clip=True,
     )
     run.targets.append(target)
-    # no warning that training on clips spoils a model distilled for few steps: here a teacher is followed
+    # a model distilled for few steps keeps this while it follows a teacher: no warning of its loss
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
         run.keeps_steps = True
-    run.needs.add(DROPPED_CAPTIONS)  # the teacher reads captions that the trained model does not get
+    run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout
     run.view = options.view  # conditions that only the teacher gets
     # metadata of the saved files
     run.info.in_files |= {**given_values(options), "teacher_weight": options.teacher_weight}
