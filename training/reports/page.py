@@ -292,7 +292,7 @@ def _make_loss_tile(run_history: RunHistory) -> Tile | None:
     if run_history.average is not None:  # same value as in the bar, the box at the end and the list of runs
         mean, note = run_history.average, say("average of the last steps, at most an epoch")
     else:
-        bins = [*join_bins(run_history.loss).values()]  # finite losses of neighbouring steps
+        bins = [*join_bins(run_history.loss).values()]  # losses of neighboring steps
         last_bins = bins[-max(1, len(bins) // 10) :]  # the last tenth
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
