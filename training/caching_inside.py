@@ -217,7 +217,7 @@ def plan_tables(
         DatasetError: If images that change each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
-    if NO_DATASET in needs:
+    if NO_DATASET in needs:  # the table is a placeholder that is not trained on
         return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
@@ -252,6 +252,7 @@ def _place_latents(
         return TensorLocation.NPZ if options.cache_latents_to_disk else TensorLocation.MEMORY
     # without any option, existing caches are used; if there are none, latents are encoded into memory
     names = open_store(table, npz_names(family)).names()
+    # caches of this program, and not only npz files of others
     has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in names)
     return TensorLocation.CACHE if has_own else TensorLocation.MEMORY
 

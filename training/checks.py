@@ -108,6 +108,7 @@ def reject_quantized_bases(family: Family) -> None:
     for path in family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
+        # dtypes of one byte, such as fp8
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
             state = "quantized"
@@ -170,6 +171,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             for use in uses:
                 reject_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
+                # some transformers have a second file, such as one with further blocks
                 check_loras_fit(file, uses, family.file_beside(file))
 
 
@@ -188,6 +190,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         # without --text_encoder_lr, text encoders use --learning_rate
+        # if text encoders learn alone, their rates replace that of the transformer
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
     if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, base, trains_texts)
@@ -229,6 +232,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
         network = network_for(options, expert)
         if network is not None:
             modules.append(network.network_module or family.lora_module)
+    # two transformers, of which only the one in use is on the device
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),

@@ -68,7 +68,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             action = actions[key]
             if _is_empty(value):
                 continue
-            _reject_starting(path, key, action)
+            _reject_starting(path, key, action)  # raises if the option must be typed
             values[action.dest] = _convert(path, action, value)
             _check_log(path, action, values[action.dest])
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:

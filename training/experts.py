@@ -257,6 +257,7 @@ def expert_metadata(
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
+    # the value that files record, by the name of the expert
     value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
     metadata = {TRAINED_EXPERT: value_by_name[name]}
     file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
@@ -275,9 +276,9 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
         times: Timestep options of each dataset table.
     """
     experts, default = family.experts, family.defaults.experts
-    if len(experts) > 1 or len(default) == 1:
+    if len(experts) > 1 or len(default) == 1:  # several, or a family of a single transformer
         return None
-    if experts != ONE_EXPERT:
+    if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
     lowest, highest = levels_reached(times, family.noise)
     fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]

@@ -52,7 +52,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
     }
     if not plan.family.noise.keeps_variance:
         values["model_prediction_type"] = prediction.model_prediction_type
-    batch_size = values["batch_size_per_device"]  # None if the tables differ in it
+    batch_size = values["batch_size_per_device"]  # from `_common_settings`; None if the tables differ in it
     if batch_size is not None:
         batch_size *= plan.steps.processes * plan.steps.accumulation
     values["total_batch_size"] = batch_size

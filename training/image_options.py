@@ -182,6 +182,7 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
+    # options that image trainers have only for LoRAs, or only for whole models
     learner_options: tuple[type[Options], ...] = OF_LORAS
     if learner is not TrainedNetworkOptions:
         learner_options = OF_FULL_MODELS if defaults.whole is None else defaults.whole
@@ -213,6 +214,7 @@ def _translate(args: argparse.Namespace) -> None:
             setattr(args, name, True)
             names[f"--{name}"] = f"--{other_name}"
     args.typed_names = names
+    # --fp8_scaled alone asks for 8-bit weights too
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
         default = SubsetOptions.usual().caption_extension
@@ -611,7 +613,7 @@ def control_net_trainer(
 
     def translate(args: argparse.Namespace) -> None:
         defaults.translate(args)
-        args.network_train_unet_only = True
+        args.network_train_unet_only = True  # text encoders get no network
 
     reasons = {**defaults.refused, **_list_lora_rejections(called), **refused}
     return replace(defaults, refused=reasons, translate=translate)

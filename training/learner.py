@@ -141,7 +141,7 @@ def _make_lora(
 ) -> TrainableNetwork:
     """Make a LoRA (or a network of its kind) and attach it to the model.
 
-    `module` is the network module of the family's LoRAs.
+    `module` is the network module of the family's LoRAs. `with_values` is for other makers and not used.
     """
     return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
 
@@ -191,5 +191,6 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
             )
     if not custom.sentences:
         return config
+    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
     tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
     return replace(config, datasets=tables)

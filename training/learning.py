@@ -370,7 +370,7 @@ class Loading:
         """
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
-        if family is self.plan.family:
+        if family is self.plan.family:  # not for a network of another family, which only samples use
             for add in self.plan.features.on.before_setup:
                 add(network)
         has_samples = options.samples.sample_prompts is not None
@@ -540,6 +540,7 @@ def _make_stepping(
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
+    # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
     gathers = bool(split) and not stepping.is_elementwise(kind)
     alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states

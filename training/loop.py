@@ -151,6 +151,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if gate is not None:
         report = replace(report, skipped=gate.reason)
+    # returns the report and the numbers of the step before, None in the first step
     previous = run.readings.push(report, torch.cat([row, *norms]))
     _note(run, previous)
     if is_single_process:

@@ -162,7 +162,7 @@ def sample_errors_outside(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
     weights = mask_weights(noisy_batch.batch, errors)
-    assert weights is not None
+    assert weights is not None  # the batch has masks
     errors = errors * (1 - weights)
     return (_mean_of_noisy_frames(errors, noisy_batch),)
 
@@ -285,7 +285,7 @@ def predict(
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
         overrides = replace(overrides, joint=noisy_batch.joint)
-    set_levels(dit, noisy_batch.sigmas)
+    set_levels(dit, noisy_batch.sigmas)  # for networks whose active ranks depend on the noise level
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)
     if rule.prediction == RAW:  # the loss compares the velocity itself

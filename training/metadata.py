@@ -46,6 +46,7 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
+    # a state whose sizes are those of the options changes nothing
     if not initial_file and (
         not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
     ):

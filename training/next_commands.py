@@ -69,7 +69,7 @@ class TrainingCommand:
         They contain the options that follow from the checkpoint, but not the files of existing caches, which
         may be of another model.
         """
-        if self.entry is None:
+        if self.entry is None:  # no script makes caches for this model
             return NO_COMMANDS
         return CachingCommands(
             partial(
@@ -198,7 +198,7 @@ class NextSteps:
         Args:
             is_finished: Whether the run has reached its last step.
         """
-        title = "Continue after a stop"
+        title = "Continue after a stop"  # the case of a run that is not finished
         ending = ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
         left_out = RESUMING
@@ -277,7 +277,7 @@ class NextSteps:
             *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        generate = self.plan.learner.generate
+        generate = self.plan.learner.generate  # None: the model's own script generates with the file
         if generate is not None:
             words = [*generate(file, self.sample, [*words, *sample_arguments])]
             return _command("Generate with it", [*launcher, *words], note)

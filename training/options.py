@@ -220,6 +220,7 @@ class TrainingOptions(Options, must_give=True):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
+        # some ways to divide a run over GPUs take no whole transformer
         for reject_full in self.speed.modes.on.whole:
             reject_full(precision)
         stored = self.speed.fp8.quantization
@@ -314,7 +315,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
 
 @dataclass(frozen=True)
 class TrainerChanges:
-    """How a script changes shared options, by public name: defaults, choices, rejections, translation."""
+    """How a script changes shared options: defaults, choices, rejections, and other names for them."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

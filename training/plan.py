@@ -396,7 +396,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if options.features.make_data is not None:
+    if options.features.make_data is not None:  # a feature that trains without a dataset, such as LECO
         config = options.features.make_data()
     elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
@@ -437,6 +437,7 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
+    # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
     own_encoders: Mapping[str, Mapping[str, str]] = {}
     if family.can.bring_texts and not trusts_caches:
         own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}

@@ -66,7 +66,7 @@ def show_preview(
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
-    show = options.features.show
+    show = options.features.show  # set by a feature that shows something instead of training
     if show is not None:
         show(options, family, partial(_tables_of, family, options, learner))
         return 0
@@ -115,7 +115,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     if seed is None:
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
-    if all(plan.is_own for plan in plans):
+    if all(plan.is_own for plan in plans):  # the caches were made before the training
         result = check.check_training(
             config,
             family.cache_tag,

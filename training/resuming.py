@@ -170,6 +170,7 @@ def settings_of(
             --training_adapter.
     """
     config = public_config(options) | {"network_module": module_of(family, options)}
+    # settings that make a run this one and no other
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
     identity |= _flagged(config, "identity")
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
@@ -318,6 +319,7 @@ def _reject_differences(
     if not refused:
         return
     lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items())
+    # only if this would allow every difference
     also = ", add --resume_changed to continue with the current ones" if refused.keys() <= changeable else ""
     which = "this run is not the one that was saved"
     if may_change:
@@ -364,6 +366,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     if BATCHES in changes:
         progress.position = 0
         logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+    # steps are counted anew from here
     progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
     progress.plan_step = progress.step
 
@@ -386,7 +389,7 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
-    if resolved.get("--network_dim") == str(None):  # the option was left out
+    if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
     if resolved.get("--network_alpha") == 0:  # 0 stands for the rank

@@ -119,6 +119,7 @@ def prepare_run(
     learner = find_learner(family, options.network, options.features.in_place_of_lora)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
+        # `processes` watches the other processes of the run; None if there are none
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
         end.is_due = accelerator.is_main_process
         if processes is not None:
@@ -243,6 +244,6 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         together=plan.steps.works_together,
         blocks=make_block_place(options.speed, accelerator.device),
     )
-    if plan.texts and plan.texts.changing:
+    if plan.texts and plan.texts.changing:  # encoders that learn: prompts are encoded anew for each sample
         return replace(sampler, renew=plan.texts.renew)
     return sampler

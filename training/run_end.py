@@ -108,6 +108,7 @@ def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> 
 
 def _start_program(option: str, words: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
     """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
+    # without the variables by which a launcher's process is recognized
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -186,7 +186,7 @@ class Sampler:
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.renew is not None:
+        if self.renew is not None:  # text encoders are trained: encode the prompts anew
             with autocast():
                 prompts = self.renew(sample.texts, prompts)
         with (
@@ -238,7 +238,7 @@ class Sampler:
                     device=self.session.device.type,
                     experts=family.experts,
                 )
-            if not latents.shape[2] and track is not None:
+            if not latents.shape[2] and track is not None:  # no frames: sound alone
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
             elif family.latent.has_layers:
@@ -344,6 +344,7 @@ def prepare_samples(
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
+    # `_no_dit`: the session loads no transformer, as samples use the one that is trained
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
     indices = source.prompt_indices(len(entries))
     requests = {index: all_prepared[index] for index in indices}
@@ -638,6 +639,7 @@ def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[s
             values[f"guidance_scale_{HIGH_NOISE}"] = scale
     values["seed"] = prepared.seed if is_seeded else None
     values["flow_shift"] = prepared.flow_shift if family.defaults.flow_shift is not None else None
+    # the name that prompt lines use
     solvers = _solvers_by_alias(family.defaults.solvers)
     values["solver"] = next((name for name, solver in solvers.items() if solver == request.solver), None)
     return values

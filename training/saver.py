@@ -122,7 +122,7 @@ class _ModelWriter:
     metadata: Mapping[str, Mapping[str, str]]  # metadata of each part's file, without progress and time
 
     def write_file(self, part: str, path: Path) -> None:
-        """Write the current weights of a part."""
+        """Write the current weights of a part of the model, such as an expert, to a file."""
         model = self.model
         resolve_all(model.dits.networks)
         written = model.trainable.writes[part]

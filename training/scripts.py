@@ -120,7 +120,7 @@ def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: 
     """
     from training.other_models import OtherFamilies  # it loads torch
 
-    sampling: Any = None
+    sampling: Any = None  # the family whose transformers make the samples
     if option_values(family_options).get(sample_apart.removeprefix("--")) is not None:
         sampling = import_own(f"{entry.room}.family").family_for_samples(family_options)
 

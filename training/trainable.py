@@ -269,6 +269,7 @@ def train_dit(
     by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
         rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
+        # a part with the rate 0 is frozen
         learns = rate > 0 and learns_by_name(name, name_parts)
         parameter.requires_grad_(learns)
         if learns:

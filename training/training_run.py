@@ -131,7 +131,7 @@ class Requests:
         changed = status.st_mtime_ns
         if self._passed.get(path) == changed:
             return
-        if status.st_size > LARGEST:
+        if status.st_size > LARGEST:  # a request is an empty or small file
             self._passed[path] = changed
             logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
             return
@@ -249,7 +249,7 @@ class TrainingRun:
         self.autocast = plan.accelerator.autocast
         self.parameters = self.model.trainable.parameters
         experts, audio = plan.family.experts, audio_of(plan.family)
-        self.of_audio = frozenset()
+        self.of_audio = frozenset()  # parameters of modules that only sound goes through
         if audio is not None and not audio.is_inside:
             names = self.model.trainable.names
             self.of_audio = frozenset(parameter for parameter, name in names.items() if audio.modules in name)

@@ -47,6 +47,7 @@ def list_without_effect(
         lines.insert(0, f"{beginning} shapes the draws of --timestep_sampling sigma only.")
     if is_dataclass(family_options):
         lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
+    # of several attention flags, only the first one counts
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]

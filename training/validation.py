@@ -36,7 +36,7 @@ class Validation:
         self.plan = plan
         self.loss = loss
         self.checks = CacheChecks()
-        self.process = plan.accelerator.process_index // plan.steps.peers
+        self.process = plan.accelerator.process_index // plan.steps.peers  # peers share one batch
         self.is_of_images = plan.options.is_for_images
         times = plan.options.timesteps
         low = times.lowest
@@ -84,7 +84,7 @@ class Validation:
             shared = sums.to(self.plan.accelerator.device)
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
-        means = (sums[:-1] / sums[-1]).tolist()
+        means = (sums[:-1] / sums[-1]).tolist()  # the last entry is the number of items
         losses = {LOSS: sum(means) / len(means)}
         for sigma, mean in zip(self.sigmas, means, strict=True):
             losses[f"validation/loss_{round(1000 * sigma):03d}"] = mean
@@ -145,10 +145,10 @@ class Validation:
         batch = plan.sources.read(
             (item,),
             checks=self.checks,
-            stream=("validation", item.key),
+            stream=("validation", item.key),  # seeds random choices: equal each time that the item is read
         )
         if self.process == 0:
-            plan.sources.encoders.warn(batch.made_by)
+            plan.sources.encoders.warn(batch.made_by)  # if the caches are of several text encoders
         if plan.sources.tables:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
             place = RunPlace(seed=0, number=0, step=1, total_steps=1)

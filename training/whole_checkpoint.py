@@ -102,10 +102,11 @@ def _train_checkpoint(
     elif name_parts:
         reject_no_match(dit, name_parts)
     for encoder in () if texts is None else texts.learning:
-        new_layers_lr = parts.texts[encoder.name]
-        text_rate = learning_rate if new_layers_lr is None else new_layers_lr
+        own_rate = parts.texts[encoder.name]
+        text_rate = learning_rate if own_rate is None else own_rate
         networks[encoder.name] = encoder.network
         for name, parameter in encoder.network.named_parameters():
+            # weights that the model does not use, such as layers after the last one it reads, stay frozen
             is_read = family.reads_weight(encoder.name, name)
             groups.add(encoder.name, text_rate if is_read else 0.0, parameter)
     if not groups.params:

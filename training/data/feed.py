@@ -190,7 +190,7 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        if self.noise.vary is not None:
+        if self.noise.vary is not None:  # the family changes the noise in its own way
             noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         given_frames = 0
@@ -208,7 +208,7 @@ class Randomness:
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         if self.sentences:  # they replace the captions
             batch = self._draw_captions(batch, number)
-        if self.noise.vary_inputs is not None:
+        if self.noise.vary_inputs is not None:  # the family changes conditions anew at each step
             batch = self._vary_inputs(batch, number)
         drawn = NoisyBatch(
             batch=batch,
@@ -223,7 +223,7 @@ class Randomness:
             number=number,
             levels=tuple(times.levels.tolist()),
         )
-        if self.noise.gives is not None:
+        if self.noise.gives is not None:  # some latents stay clean, as conditions
             generator = seed_generator(self.seed, "given tokens", number)
             drawn = replace(drawn, given=self.noise.gives.draw(batch, generator))
         for change in self.on_batch:
@@ -397,7 +397,7 @@ class Feed:
         )
         try:
             for packed in loader:
-                if isinstance(packed, UserError):
+                if isinstance(packed, UserError):  # returned, as torch re-raises errors only as text
                     raise packed
                 yield packed.unpacked()
         finally:

@@ -247,7 +247,7 @@ def noise_fractions(options: TimestepOptions, draws: Tensor, noise: NoiseSpec, f
         flow_shift: Shift from `find_shift`.
     """
     match options.timestep_sampling:
-        case "sigma":
+        case "sigma":  # applies the bounds of the timesteps itself
             return _from_table(options, draws, noise)
         case "uniform":
             t = draws
@@ -270,6 +270,7 @@ def noise_fractions(options: TimestepOptions, draws: Tensor, noise: NoiseSpec, f
             t = _truncated_logit_normal(noise.cut_logit, draws)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
+    # squeeze all draws into the bounds; otherwise the caller rejects those outside
     if not options.preserve_distribution_shape:
         t = t * (options.highest - options.lowest) / NUM_TIMESTEPS + options.lowest / NUM_TIMESTEPS
     return t
@@ -402,7 +403,7 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
     for options in several:
         # 1 stands for shifts that follow the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
-        drawn.append(scan(options, noise, flow_shift)[1])
+        drawn.append(scan(options, noise, flow_shift)[1])  # fractions of evenly spaced, accepted draws
     fractions = torch.cat(drawn)
     if not len(fractions):
         return 0.0, 0.0
@@ -497,9 +498,11 @@ def _shifted_logit_normal(
     """
     uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
+    # ndtri maps quantiles to standard normal numbers
     def logit(quantiles: Tensor) -> Tensor:
         return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
+    # the clamp keeps the quantiles off 0 and 1, whose normal numbers are infinite
     t = logit(((uniform_numbers - uniform_fraction) / (1 - uniform_fraction)).clamp(1e-9, 1 - 1e-9))
     if rule.is_stretched:
         # stretch t so that these two quantiles become 0 and 1; values below the minimum are mirrored
@@ -527,7 +530,7 @@ def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Te
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * draws)
-        case "mode":
+        case "mode":  # of Esser et al. 2024, as `logit_normal`
             u = 1 - draws - options.mode_scale * (torch.cos(math.pi * draws / 2) ** 2 - 1 + draws)
         case _:
             u = draws

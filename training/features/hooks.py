@@ -233,7 +233,7 @@ class AuxiliaryLearner(Protocol):
         """Module with the trained parameters; states of the run contain its state dict."""
 
     def group(self, learning_rate: float) -> dict[str, Any]:
-        """Return the parameter group for the optimizer."""
+        """Return the parameter group of these parameters for the optimizer, with their learning rate."""
 
     def tensors(self) -> "dict[str, Tensor]":
         """Return the tensors to write into the file of a LoRA."""
@@ -502,7 +502,7 @@ class RunFeatures:
         return any(target.joins_streams for target in self.targets)
 
     def count_passes(self) -> StepPasses:
-        """Return the number of passes of a micro-batch."""
+        """Return the numbers of passes that a micro-batch needs with all targets of the run."""
         passes = StepPasses()
         for target in self.targets:
             passes = passes.plus(target.passes)

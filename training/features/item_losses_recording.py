@@ -164,7 +164,7 @@ class ItemLossRecorder:
         errors = measure(output, target, noisy_batch)
         if self._process is None or self._is_lost:
             return errors
-        losses = errors[0].detach()
+        losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
         if losses.is_cuda:
             losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
         keys, levels = noisy_batch.batch.keys, levels_of(noisy_batch)
@@ -241,6 +241,7 @@ class ItemLossRecorder:
 
 def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
     """Return thumbnails of the items of a table, by their keys, for those that can be read."""
+    # an item's key is the name of its cache; items of one source, such as clips of a video, share its stem
     by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)

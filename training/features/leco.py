@@ -73,7 +73,7 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
 @functools.cache
 def make_blank_dataset() -> "DatasetConfig":
     """Return a placeholder dataset: a gray image, which is encoded once and not used for training."""
-    import numpy as np  # only with this feature, as what follows
+    import numpy as np  # these imports are slow, and only this feature needs them
 
     from dataset.config import load_dataset_config
     from modules.media.writing import write_png

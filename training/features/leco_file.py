@@ -71,6 +71,7 @@ def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     pairs: list[LecoPair] = []
     for number, entry in enumerate(_list_tables(place, content, "prompts"), 1):
         entry_name = f"{place}, [[prompts]] {number}"
+        # a target_class marks a slider, which is several pairs
         read_entry = _read_slider if "target_class" in entry or "target_class" in default else _read_pair
         pairs += read_entry(entry_name, path, entry, default)
     pairs += _read_sliders(place, path, content, default)
@@ -116,6 +117,7 @@ def _read_sliders(
     targets = _list_tables(place, content, "targets")
     for number, entry in enumerate(targets, 1):
         yield from _read_slider(f"{place}, targets {number}", path, entry, default)
+    # a file whose top level is a slider
     if not targets and slider is None and "prompts" not in content and "target_class" in default:
         yield from _read_slider(place, path, {}, default)
 
@@ -184,6 +186,7 @@ def _read_slider(
     positive, negative = (_read_text(place, values, key) or "" for key in ("positive", "negative"))
     if not positive and not negative:
         raise OptionError(f"{place}: write positive, negative or both")
+    # neutral prompts of the slider replace all of the top level's, whose keys may be others
     has_neutrals = any(key in entry for key in NEUTRALS)
     neutrals = _list_neutrals(place, path, entry if has_neutrals else values)
     resolutions = values.get("resolutions")

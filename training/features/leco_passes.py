@@ -125,6 +125,7 @@ def leco_passes(
         passes.restart(noisy_batch)
         with torch.set_grad_enabled(target.options.leco_walk_gradients):
             x = step.make_latents(num_done, height, width)
+    # the timestep at which so many of the steps have been done
     time = TRAINED_STEPS - 1 - num_done * TRAINED_STEPS // num_steps
     goal = step.make_goal(x, time)
     with at_strength(pair.multiplier):

@@ -38,7 +38,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
     @property
     def weight(self) -> float:
-        """Weight of the term in the loss; 0 if the option is not given."""
+        """Weight in the loss of the error outside of masks; 0 if the option is not given."""
         return self.mask_prior_weight or 0.0
 
 
@@ -82,7 +82,7 @@ def compare_outside_masks(
         if passes.rule.in_lockstep:  # processes that share the model have to run the same passes
             passes.base(noisy_batch)
         return comparisons
-    target = passes.base(noisy_batch)
+    target = passes.base(noisy_batch)  # the prediction of the model without the network
     outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
     return [*comparisons, outside]
 

@@ -34,7 +34,7 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
 
 def run_end_command(end: "RunEnd") -> None:
     """Start the user's command (--on_end), with facts about the ended run in environment variables."""
-    from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
+    from training.reports.drawing import wait_for_page  # only with --on_end
     from training.reports.history import history_path
     from training.run_end import EndedRun, start_command
 

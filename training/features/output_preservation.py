@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
-    """Feature without options, which an attribute of a dataset table turns on."""
+    """Output preservation, a feature without options: an attribute of a dataset table turns it on."""
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":

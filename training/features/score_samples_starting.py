@@ -44,9 +44,9 @@ class SampleScorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Score the remaining samples and wait for the results, so that the last page shows them.
+        """Score the remaining samples and wait for the results, so that the run's final page shows them.
 
-        If the user stops the run at once, the results are not waited for.
+        If the user interrupts the run without waiting for its regular end, nothing is scored.
         """
         if kind is not None and not issubclass(kind, Exception):
             return

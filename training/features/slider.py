@@ -102,7 +102,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
         alone="a slider learns from its captions alone",
     )
     run.targets.append(target)
-    run.keeps_steps = True
+    run.keeps_steps = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
     run.on.plan.append(partial(_encode, run, file))

@@ -17,7 +17,7 @@ MAX_FACTOR = 100.0
 
 @dataclass(frozen=True)
 class Slider:
-    """Captions that define the direction of one slider."""
+    """Captions between which one slider LoRA moves, with its weights in the loss."""
 
     positive: str
     negative: str

@@ -9,7 +9,7 @@ SHARES = 1 / 3, 1 / 2
 
 @dataclass(frozen=True)
 class StepPasses:
-    """Upper bounds for the passes of a micro-batch."""
+    """Upper bounds for the numbers of passes through the network that a micro-batch needs."""
 
     with_gradients: int = 1
     without: int = 0

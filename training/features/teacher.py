@@ -92,6 +92,7 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
             f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
             "differences. Use --loss_type l2, or leave out --teacher_split"
         )
+    # `replaces_clip`: the teacher's prediction is learned in place of the clip, or mixed with it by weight
     target = StepTarget(
         option=f"--teacher {options.teacher}",
         words=_describe(options),
@@ -99,10 +100,12 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
         replaces_clip=True,
     )
     run.targets.append(target)
+    # a model distilled for few steps keeps this while it follows a teacher: no warning of its loss
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
         run.keeps_steps = True
-    run.needs.add(DROPPED_CAPTIONS)
-    run.view = options.view
+    run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout
+    run.view = options.view  # conditions that only the teacher gets
+    # metadata of the saved files
     run.info.in_files |= {**given_values(options), "teacher_weight": options.teacher_weight}
     if options.teacher_dit is not None:
         model = FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")

@@ -78,7 +78,7 @@ def find_balance(
 
 @dataclass(frozen=True)
 class _BandFractions:
-    """Fractions of all draws of noise levels."""
+    """Shares of all draws of noise levels: in the band of the teacher, and in the range that is trained."""
 
     inside: float  # trained draws in the band
     trained: float  # draws at the noise levels of the expert

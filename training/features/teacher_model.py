@@ -45,7 +45,7 @@ class TeacherModel:
             stack.enter_context(self.loras.switched_to(has_loras))
             if self.trained is None:  # the teacher is a model of its own
                 return teacher_passes.frozen(noisy_batch)
-            # the teacher is the trained DiT itself, without what the run trains
+            # the teacher is the trained DiT itself: `base` runs it without what the run trains
             for adapter in self.trained.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
             return teacher_passes.base(noisy_batch)

@@ -131,7 +131,7 @@ class Teaching:
             measure = _measure_for(passes, teacher.split)
             comparisons.append(TargetComparison(target, measure, batch_of_teacher, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
-            target = self.teach(passes, noisy_batch)
+            target = self.teach(passes, noisy_batch)  # with the conditions that the trained model gets
             # outside of the band, the teacher only holds the network where the base model is (the anchor)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
             weight = _make_weight_of_samples(
@@ -185,7 +185,7 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
     """
     audios = []
     if noisy_batch.audio is not None:
-        prediction, audio = noisy_batch.joint.split(prediction)
+        prediction, audio = noisy_batch.joint.split(prediction)  # the network gets both as one tensor
         audios.append(audio)
     given = noisy_batch.given  # how clean each latent of the input is; None: all are noisy
     if given is not None and given.image is not None:

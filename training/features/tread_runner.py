@@ -102,7 +102,7 @@ class _Parting:
         # B N; the indices of the selected tokens count from the clip's first token
         index_ranges = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
         self._kept = torch.cat(index_ranges, dim=1).to(x.device)
-        self._waiting = x, tokens
+        self._waiting = x, tokens  # all tokens, into which the kept ones return after the routed blocks
         hidden.tokens = tokens.select(self._kept, num_left_out)
         hidden.x = x.gather(1, _wide(self._kept, x))
 

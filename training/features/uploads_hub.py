@@ -301,7 +301,7 @@ class Uploads:
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards or self._rejections:
+        if card in self._sent_cards or self._rejections:  # sent before, or one was kept or failed
             return
         self._sent_cards.add(card)
         where = {"repo_id": repo, "repo_type": "model"}

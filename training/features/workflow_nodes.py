@@ -103,6 +103,7 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
     reads_known = lora_names is None or COMFYUI.lower() not in lora_names.converted_for.lower()
     prompts = options.samples.sample_prompts
     assert prompts is not None  # else the feature is not on
+    # kinds whose files can be converted for ComfyUI only with the model's weights
     needs_weights = any(kind.needs_weight for kind in options.network.kinds)
     workflows = Workflows(
         plan,
@@ -152,7 +153,7 @@ class Workflows:
             return
         self._text, self.samples, self.left_out = text, {}, {}
         for index, prepared in enumerate(requests):
-            reason = find_obstacle(self.model, prepared)
+            reason = find_obstacle(self.model, prepared)  # why ComfyUI cannot make it, "" if it can
             if reason:
                 self.left_out[index] = reason
             else:
@@ -213,6 +214,7 @@ class Workflows:
         graph = ComfyGraph(self.model, files, loras)
         for index, prepared in self.samples.items():
             with quiet():
+                # index of the expert that denoises each step
                 turns = experts_by_step(family, prepared) if len(files) > 1 else [0] * prepared.steps
             graph.add_sample(prepared, turns, f"{self.plan.names.name}_{index:02d}")
         return graph.nodes
@@ -329,7 +331,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Return the link to an encoded text, with the embedded guidance if the model has one."""
+        """Add the nodes that encode a text, with embedded guidance if the model has it; return their link."""
         if (
             self.model.weighs_words and not self.model.is_weighted
         ):  # escape parentheses, which ComfyUI would read as weights
@@ -352,6 +354,7 @@ class ComfyGraph:
         }
         if part.is_whole:
             return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **sampler_inputs), 0]
+        # only the first range of steps adds noise, and only the last one removes all that is left
         node = self.add(
             "KSamplerAdvanced",
             add_noise="enable" if part.first == 0 else "disable",

@@ -343,7 +343,7 @@ class OptimizerRates:
         """Do nothing: the rates are part of the optimizer's state."""
 
     def go_to(self, step: int) -> None:
-        """Do nothing."""
+        """Do nothing: the optimizer computes its own rates."""
 
 
 LrSchedule = CurveSchedule | Imported | OptimizerRates

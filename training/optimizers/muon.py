@@ -60,7 +60,7 @@ class MuonWithAdam(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            PARTS: 1,
+            PARTS: 1,  # number of matrices in a weight; groups of fused weights set their own
         }
         super().__init__(params, settings)
 

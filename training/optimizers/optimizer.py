@@ -78,6 +78,7 @@ def make_optimizer(
     arguments = options.arguments()
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
+    # transformers' Adafactor can find its own rate, and then rejects a given one
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
         arguments, rate = _select_adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
@@ -147,7 +148,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
         with quiet():
             optimizer, _ = make_optimizer(options, groups)
         averaging = find_averaging(optimizer)
-        if averaging is not None:
+        if averaging is not None:  # schedule-free optimizers step in training mode only
             averaging.train()
         optimizer.step()
     except Exception as error:  # classes raise anything
@@ -207,7 +208,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 
         return MuonWithAdam  # torch.optim.Muon takes only matrices, and networks have other weights too
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
-    if not module:
+    if not module:  # neither a known name nor an import path
         names = sorted(filter(None, PATHS))
         ours = OTHER_NAMES.get(name.lower())
         remedy = "" if ours is None else f"\n  {OLD_NAME} Give --optimizer_type {ours}."

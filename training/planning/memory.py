@@ -69,6 +69,7 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
+        # the moment of the step with the most memory: its bytes by kind, such as weights and gradients
         (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
@@ -87,6 +88,7 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
+        # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
@@ -206,6 +208,7 @@ def predict(
     if options.full_dit is not None and options.features.average is not None:
         average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
+        # states are on the device for one weight at a time, at most for the largest one
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
         options=options,
@@ -290,7 +293,7 @@ def read_largest(
         audio=AudioLearning(),
         view=options.features.view,
     )
-    return drawn.add(batch, 0, 0)
+    return drawn.add(batch, 0, 0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
@@ -425,6 +428,7 @@ def advice(
     Each line adds to the lines before it; the last one fits if any does. Options are changed first; if that
     is not enough, smaller items are suggested.
     """
+    # predicts a step with changed options, by running it on tensors without values
     rehearse_with = partial(
         predict,
         family,
@@ -485,6 +489,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
     blocks = before.maximum if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, size, shape in shrunk(latent, before.shape):
+        # memory is taken to grow with the number of latents
         if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:
             return [f"{name} {size} in --dataset_config{swap} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
@@ -510,6 +515,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
         for length in dict.fromkeys(shorter):
             shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
+    # sides are scaled, and rounded to whole tokens
     for factor in (0.75, 0.5, 0.375, 0.25):
         rows = token * max(1, round(height * factor / token))
         columns = token * max(1, round(width * factor / token))

@@ -108,7 +108,7 @@ class Rehearsal:
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
-            as_base=contextlib.nullcontext,
+            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
             kept_attributes=frozenset(features.kept_attributes),
             targets=features.on.target,
             passes=features.on.passes,
@@ -149,7 +149,7 @@ class Rehearsal:
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
             stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)
-            with self.ledger.guessing():
+            with self.ledger.guessing():  # the norm of tensors without values reads as 1
                 stepping.finish()
             self.know_states()
             self.clear_gradients()
@@ -287,6 +287,7 @@ def set_up_trainable(
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
+    # the average of a LoRA is on the device; that of a whole model in host memory
     average: list[Tensor] = []
     if options.features.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):

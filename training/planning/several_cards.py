@@ -105,8 +105,8 @@ def _divide_prediction(
         uses = uses_of(family, options)
         for check in with_division(options.speed, division).modes.on.check:
             check(uses)
-    if division.context > 1:
+    if division.context > 1:  # so many cards share the tokens of a clip
         moments = divide_tokens(moments, division.context, counter)
-    if division.shards:
+    if division.shards:  # the weights of blocks are spread over the cards
         swaps = [share_blocks(prediction.block_weights, cards)]
     return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)

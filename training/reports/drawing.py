@@ -150,7 +150,7 @@ def main(words: Sequence[str]) -> None:
         words: Path of the history, working folder of the training, and its script as it was typed.
     """
     history, folder, script = Path(words[0]), words[1], words[2]
-    sys.argv[0] = script
+    sys.argv[0] = script  # the page's commands name the script of the training, not this one
     with contextlib.suppress(
         OSError
     ):  # if the folder was removed, only the commands on the page are affected
@@ -173,7 +173,7 @@ def main(words: Sequence[str]) -> None:
         is_over = False
         while not is_over:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
-            is_over = not requests or END in requests
+            is_over = not requests or END in requests  # nothing to read: the training process is gone
             draw_page(history, draw, is_over=is_over)
     except Exception as error:  # whatever it is, the training process shows its message
         with contextlib.suppress(OSError):

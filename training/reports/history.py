@@ -443,7 +443,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     Raises:
         OSError: If the file cannot be read.
     """
-    if step == 0 or not path.exists():
+    if step == 0 or not path.exists():  # at step 0 a run begins, and has no lines to keep
         return
     require_regular_file(path)
     is_ours, broken = False, 0
@@ -467,6 +467,7 @@ def parse_row(line: bytes) -> Row | None:
         row = json.loads(line.decode("utf-8"))
         if not (line.endswith(b"\n") and isinstance(row, dict)):
             return None
+        # the line that begins a file has its session, all others have a step
         number = row.get("session", row.get("step"))
         if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MAX_STEPS):
             return None

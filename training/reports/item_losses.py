@@ -249,6 +249,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
             "%(n)s picture or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
             "%(n)s pictures and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
             hard=min(MAX_HARD, len(items)),
+            # `select_shown` takes the hardest ones first
             easy=len(rows) - min(MAX_HARD, len(items)),
         ),
     ]

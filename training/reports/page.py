@@ -106,7 +106,7 @@ def page_values(
         max_columns, max_prompts = maximum
         grid = make_grid(run_history, load, max_columns, max_prompts)
     return {
-        "live": None,
+        "live": None,  # a file, and not a page that the browser interface serves and renews
         "is_shared": False,  # not a page behind a share link, so samples link to their files
         "standing": standing,
         "model": model_title(standing.start.model),
@@ -292,7 +292,7 @@ def _make_loss_tile(run_history: RunHistory) -> Tile | None:
     if run_history.average is not None:  # same value as in the bar, the box at the end and the list of runs
         mean, note = run_history.average, say("average of the last steps, at most an epoch")
     else:
-        bins = [*join_bins(run_history.loss).values()]
+        bins = [*join_bins(run_history.loss).values()]  # losses of neighboring steps
         last_bins = bins[-max(1, len(bins) // 10) :]  # the last tenth
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
@@ -316,6 +316,7 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
             status = (folder / name).stat()
             if stat.S_ISREG(status.st_mode):
                 mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
+                # without a hash of the weights in its metadata, a file stands alone
                 by_weights.setdefault((step, mark or name), []).append(name)
     return [(step, names) for (step, _), names in by_weights.items()]
 

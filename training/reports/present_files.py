@@ -79,6 +79,7 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
     """
     best = best or run_history.best_file(folder)
     best_step = None if best is None else run_history.saved[best]
+    # `saved` has the step of each file
     candidates = [
         (step != best_step, -step, len(candidate), candidate)
         for candidate, step in run_history.saved.items()

@@ -172,7 +172,7 @@ class RunReporter:
         with self._guarded():
             files = sample_files.find_samples(self.folder / SAMPLES, self.name, mark)
         by_file = {index: all_prompts.get(index, "") for index in files}
-        strips: dict[int, Frame] = {}
+        strips: dict[int, Frame] = {}  # a small picture of each sample: frames of a clip side by side
         for index, path in files.items():
             with self._guarded():
                 strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))

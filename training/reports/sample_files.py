@@ -48,6 +48,7 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
 
     For an image with layers, it is the file of the composed image.
     """
+    # the seed, if the prompt has one; then `_000` for a single image of a video model
     end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
     pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
     newest: dict[int, tuple[str, Path]] = {}
@@ -80,7 +81,7 @@ def read_downscaled(path: Path) -> DownscaledClip:
         if len(frames) > MAX_FRAMES:
             frames = frames[::2]
             stride = 2 * stride
-    return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)
+    return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)  # 16: if the file has no rate
 
 
 def _plot_waveform(path: Path) -> Frame:
@@ -253,7 +254,7 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     return {
         "columns": titles,
         "rows": grid_rows,
-        "few": len(first_shown),
+        "few": len(first_shown),  # columns that are shown before the reader asks for all
         "times": len(rows),
         "prompts": len(prompts),
     }

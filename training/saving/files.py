@@ -217,6 +217,7 @@ class Saver:
             match = re.fullmatch(pattern, entry.name)
             if match is None or int(match[1]) % every:  # another name, or not a save of this interval
                 continue
+            # the second condition keeps a save at 0 until the first interval has expired
             if int(match[1]) <= newest and newest >= every:
                 expired.append(entry)
         return expired

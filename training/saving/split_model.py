@@ -93,6 +93,7 @@ def _write_model(
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
+    # tensors of the loaded file that the transformer does not use; they are copied to the saved one
     unused_tensors = unused_infos(unused, dtype)
 
     def read(name: str) -> Tensor:
@@ -216,7 +217,7 @@ def _allocate_tensors_to_load(
         if part == OPTIMIZER:
             weight_name, _, moment_name = name.rpartition("/")
             _require_weight(parts, weight_name, record.size)
-            weight = split.get(weight_name)
+            weight = split.get(weight_name)  # None: each process has all rows of this weight
             shape = record.size if weight is None else local_rows(weight).shape
             moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
             targets[key] = moment if weight is None else as_split(weight, moment)

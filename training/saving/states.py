@@ -159,7 +159,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with one_error(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:
+        if "files" in content:  # tensors in files of their own, of a split transformer
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
@@ -354,6 +354,7 @@ def _read_foreign(folder: Path) -> ForeignState:
             "...-state folder.",
             path=folder,
         )
+    # a fork of LTX names the same layers with another prefix
     # names without a dot are settings of the network, such as `lokr_factor`, and not tensors of layers
     network = {
         name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor

@@ -96,7 +96,7 @@ class Embedder:
             for medium in media:
                 try:
                     with medium.open() as path:
-                        keys.append(self._add(path))
+                        keys.append(self._add(path))  # queues the file if no vectors of it are stored
                 except (MediaError, OSError) as error:
                     logger.warning("%s is left out: %s", medium.name, error)
                     self.unreadable.append(medium.name)

@@ -56,7 +56,7 @@ class EmbedsImages(Protocol):
 
     @property
     def identity(self) -> str:
-        """Text that is equal for folders with the same model."""
+        """Text by which stored vectors are found again: equal for folders with the same model."""
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU."""
@@ -190,6 +190,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     try:
         network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
+        # a network without values has the shapes that those in the files must match
         network = build_on_meta(network_class, config)
         require_matching_shapes(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
