@@ -474,11 +474,11 @@ def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> l
     """
     clips = _find_made_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
-    if clips:
+    if clips:  # hashing takes long, and without clips there is nothing to find by the digests
         digests = {file.key: frozenset(map(notes.hash, file.paths)) for file in comparison.columns}
     cells = []
     for row in comparison.rows:
-        without_lora = ClipKey(row.prompt, row.seed, frozenset())
+        without_lora = ClipKey(row.prompt, row.seed, frozenset())  # no LoRA: no file digests
         cells_of_row = [ShownClip(clips.get(without_lora, ""))]
         for file in comparison.columns:
             address = ""

@@ -204,7 +204,7 @@ class DatasetPages:
         """
         page_slice = read_part(query)
         try:
-            outside = self.datasets.list_outside(dataset)
+            outside = self.datasets.list_outside(dataset)  # its folders that this browser may not show
             if outside:
                 return self._describe_outside(outside)
             measured = self.datasets.measure(dataset)
@@ -221,8 +221,8 @@ class DatasetPages:
         listed = [self.show(dataset, id, files[id]) for id in chosen[page_slice]]
         return {
             **status,
-            "counts": _count_filtered(files.values()),
-            "items": _count_items(files.values()),
+            "counts": _count_filtered(files.values()),  # files that each value of `only` selects
+            "items": _count_items(files.values()),  # training items: a long clip yields several
             "chosen": len(chosen),
             "files": listed,
         }
@@ -435,11 +435,11 @@ def _describe_status(measured: Measured) -> dict[str, Any]:
         "state": state,
         "error": measured.error,
         "version": measured.version,
-        "outside": measured.outside,
+        "outside": measured.outside,  # number of files that may not be shown
         "remarks": measured.remarks[:TOLD],
         "totals": measured.totals,
         "model": measured.model,
-        "decodes": measured.decodes,
+        "decodes": measured.decodes,  # whether whole files were read, not only headers
         "seconds": round(time.monotonic() - measured.began),
         "media": measured.num_media,
     }

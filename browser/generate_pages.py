@@ -268,6 +268,7 @@ class GeneratePages:
         address = ""
         if preview is not None:
             try:
+                # with its time in the address, so that browsers load each new preview
                 address = f"/generate/preview/{preview.stat().st_mtime_ns}{preview.suffix}"
             except OSError:
                 address = ""

@@ -108,12 +108,14 @@ class NewForm:
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
         """Read the form from the fields of a request."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
+        # FAMILY, or FAMILY TASK from a list of all models; a field `task` takes precedence
         family, _, task_of_family = texts.get("family", "").partition(" ")
         task = select_single_task(family, texts.get("task", task_of_family))
         return cls(
             folder=without_quotes(texts.get("folder", "")),
             family=family,
             task=task,
+            # "" if the model does not support this kind of run, or has no such recipe (below)
             train=_fit_kind(texts.get("train", ""), find_model(family, task)),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),

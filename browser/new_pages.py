@@ -616,7 +616,8 @@ class NewPages:
     ) -> Checklist:
         """Return the checklist of a folder: what is ready, needs attention or would end a training.
 
-        `jobs` are the jobs of the queue. `lines` were printed by `new`, and are left out if it failed.
+        `jobs` are the jobs of the queue. `lines` are the output of `new`; the checklist has its warnings only
+        if `new` has succeeded.
         """
         if folder is None:
             return Checklist([])
@@ -852,7 +853,7 @@ class NewPages:
         texts = {name: "".join(values) for name, values in form.items()}
         message = ""
         try:
-            if action == "describe":
+            if action == "describe":  # the button Prepare
                 message = self.describe(
                     folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
                 )
@@ -868,8 +869,9 @@ class NewPages:
             problem = str(error)
         if action not in FULL_PAGE:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
-        if problem:
+        if problem:  # after Prepare with what was typed, after the others as the folder's files have it
             return self.answer(sent if action == "describe" else self.read_form(str(folder)), problem)
+        # success: the browser opens the page anew, and shows the message from the header
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response

@@ -75,6 +75,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
         return Draft()
     with contextlib.suppress(OSError):
         run_history = runs.open(run).run_history
+        # a slice, because the index may lie past the end: then it is empty
         commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
@@ -238,7 +239,7 @@ class QueuePages:
         elif action == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
-            limits = find_folder(self.runs, within)
+            limits = find_folder(self.runs, within)  # the job may write only below this folder
             if within and limits is None:
                 raise OptionError(
                     say("%(within)s: there is no such folder below those that are shown.", within=within)

@@ -175,10 +175,10 @@ class ModelRecipe:
         return list(self.keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if a field is empty; "" if it is not known here.
+        """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
 
-        Defaults of the model's files take precedence over those of its task, and these over those of its
-        script.
+        If several are known, `file_defaults` (of the model's files) wins, then the default of the task, then
+        that of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {

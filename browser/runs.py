@@ -263,6 +263,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the summary of a run from the content of its history."""
+    # a history may be long, so the newest values are looked for only in its last bytes
     tail = content[-TAIL:]
     end = tail[-LAST:]
     run_history = _read_run_history(content, tail)

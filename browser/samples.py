@@ -494,7 +494,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files changed while the form was open, with the typed changes."""
     base = fields.get("base", "")  # text of the prompts that the form was made from
     try:
-        edited = edit_prompts(base, fields, lambda text: None)
+        edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
         typed = describe_difference(base, edited)
     except OptionError as error:
         typed = [str(error)]
@@ -503,7 +503,8 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         "overwritten. The rows show what it has now. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
-        names="; ".join(typed) or "how often",  # no line changed: the form changed the interval
+        # no prompt line differs: what was changed is the other field, how often samples are made
+        names="; ".join(typed) or "how often",
     )
 
 

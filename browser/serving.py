@@ -88,6 +88,7 @@ def run_browser(options: BrowserOptions) -> None:
     )
     if may_open_page(options):
         # in a thread, because some browsers block the calling process; the socket is already listening
+        # all users can read that browser's command line: it gets a word that works once, not the token
         opened = find_address(options, port, token.word and ticket.word)
         threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:

@@ -66,7 +66,7 @@ def rename_tag(text: str, old: str, new: str) -> str:
         if old in split_line(line):
             used_tags = {""}  # "" (the removed tag), and tags of earlier sections, which are not repeated
             sections = []
-            for section in line.split(KEPT):
+            for section in line.split(KEPT):  # the sign before which a training does not shuffle tags
                 # the keys of a dictionary keep their order and have no duplicates
                 renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
                 sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in used_tags))
