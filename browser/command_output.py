@@ -99,12 +99,12 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
         kind, text = read_kind(printed)
         if not text.strip():
             continue
-        if names and _is_mended(text, names):
+        if names and _is_mended(text, names):  # none of the files that it reports exists any more
             continue
         line = _read_line(text, names)
         depth = len(text) - len(text.lstrip())
         line = replace(line, depth=depth, kind=kind, is_fault=line.is_fault or kind == FAULT)
-        if line.remedy == OUT and line.left_out in offered:
+        if line.remedy == OUT and line.left_out in offered:  # OUT: the button that leaves the files out
             line = replace(line, remedy="")
         elif line.remedy == OUT:
             offered.add(line.left_out)

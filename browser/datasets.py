@@ -281,6 +281,7 @@ class Datasets:
             if typed_config:
                 folder, path = _locate(typed_config, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
+                # the key of MODELS for which the dataset is measured
                 default_model = IMAGES if run.model in image_families() else next(iter(MODELS))
                 models.setdefault(path, OF_RUNS.get(run.model, default_model))
                 if run.model in caption_formats():

@@ -186,6 +186,7 @@ class GeneratePages:
             return self.answer_refilled(GenerateForm.of_fields(fields), draft)
         if fields:
             form = GenerateForm.of_fields(fields)
+            # a new form gets the default values of its source
             is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
         stored = self.drafts.read(draft) or self.drafts.newest()

@@ -184,6 +184,7 @@ def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str],
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
+        # a number of blocks or a word; an emptied field removes the option
         changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     menus = {
         "weights": (WEIGHTS, switches.weights),

@@ -346,6 +346,7 @@ class NewPages:
             "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "is_chosen": folder is not None,
+            # where dropped files go: into the selected folder, or else into a new one
             "unnamed": str(folder or name_upload_folder(tops[0], date.today())),
             **self.list_tiles(content),
             "upload": UPLOAD,
@@ -886,7 +887,7 @@ class NewPages:
         if action == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif action == "keep":
-            background_jobs.forget(name_background_job(COMPARE, folder))
+            background_jobs.forget(name_background_job(COMPARE, folder))  # the files stay as they are
         elif action == "check":
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
             background_jobs.start(name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd())
@@ -899,7 +900,7 @@ class NewPages:
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif action == "try":
-            argv = make_caption_argv(CaptionForm.read(texts), TRIED)
+            argv = make_caption_argv(CaptionForm.read(texts), TRIED)  # prints captions of a few files
             require_inside(self.site.runs, folder)  # the command writes into the folder
             background_jobs.start(
                 name_background_job(TRY, folder), argv, folder, within=folder, typed=TYPED_OPTIONS
@@ -911,7 +912,7 @@ class NewPages:
         elif action == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif action == REPAIR:
-            self.repair(folder, texts.get("encoding", ""))
+            self.repair(folder, texts.get("encoding", ""))  # converts captions to UTF-8
         else:
             return False
         return True
@@ -946,6 +947,7 @@ class NewPages:
             shown: Query string with the form's values when the page was made.
         """
         check_form(form)
+        # changed files are no conflict while they still have the values that the page showed
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)

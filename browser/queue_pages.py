@@ -115,6 +115,7 @@ def read_jobs(
         argv = split_arguments(command_part(line))
         base = Path.cwd()
         if run is not None:
+            # where the run's command was typed
             base = compare.working_folder(run, compare.group_options(argv))
         _, folder = split_folder(line, base)
         jobs.append((argv, folder))

@@ -262,6 +262,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
 
     `extras` are the options that only this family's generation requests have.
     """
+    # options that the script lacks or rejects
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
     for name, candidates in FIELDS.items():
@@ -270,6 +271,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
         if defaults.builds_in_guidance and name in ("negative", "guidance"):
             continue
         for key in candidates:
+            # SIZES: width and height are no options of their own, but the words of --video_size
             is_there = key in extras or key in SIZES or key not in absent
             if is_there and find_option(key, defaults.line_options) is not None:
                 keys[name] = key

@@ -546,6 +546,7 @@ def find_run_folder(job: Job) -> Path | None:
         argv = job.argv
     except OptionError:
         return None
+    # `reelsmith run FOLDER` or `python reelsmith.py run FOLDER`
     if "run" not in argv[:3] or "--check" in argv or "--dry_run" in argv:
         return None
     index = argv.index("run") + 1
@@ -733,6 +734,7 @@ def _explain(job: Job, otherwise: str) -> str:
         return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
+    # UNWRITTEN: exit codes that a full disk causes, among other errors
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):  # None: not even the code was written
         return say(
             "The disk of %(parent)s is full: it could not write why it ended. Free some "

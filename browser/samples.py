@@ -169,7 +169,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
     added = []
     for edit in _read_edits(text, fields):
         _check_edit(edit, check_image)
-        if edit.row.line is None:
+        if edit.row.line is None:  # a row that is not in the file yet
             if edit.prompt:
                 added.append(edit_line(edit.prompt, None, edit.changes))
         elif edit.is_emptied:
@@ -468,7 +468,7 @@ def select_number_fields(
     if has_layers(recipe):
         fields.add("frames")  # for this model, the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
-        fields.discard("frames")
+        fields.discard("frames")  # an image model, whose rows have no other length
     elif model.data["frames"] > 1:
         fields.add("frames")
     has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"

@@ -129,7 +129,7 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     home = Path.home()
     is_home = real_path(working_folder) == real_path(home)
     is_checkout = real_path(working_folder) == real_path(checkout)
-    is_unnamed = options.folders == (Path(),) and options.export is None
+    is_unnamed = options.folders == (Path(),) and options.export is None  # the default: no folder was typed
     if not is_unnamed or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
     default = home / DEFAULT_FOLDER

@@ -278,6 +278,7 @@ class SharePages:
             "id": run_id,
             "links": [(origin + share.path, share.last_day) for share in links],
             "days": DEFAULT_DAYS,
+            # whether no other machine can reach this page
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
             "refused": error,

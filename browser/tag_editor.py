@@ -156,7 +156,7 @@ class TagEditor:
                 raise OptionError(say("There is nothing to undo."))
             change = changes[-1]
             num_conflicts = self.captions.undo_all(change.checksums)
-            changes.remove(change)
+            changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_conflicts)])

@@ -111,6 +111,7 @@ def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_int
 
     `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
     """
+    # `above` and `below` exclude their value: the command itself rejects that one
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))
     try:
