@@ -141,7 +141,7 @@ def _read_line(line: str, names: Collection[str]) -> OutputLine:
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return the first files that a line names, in its order."""
+    """Return those of `names` (files of a folder) that a printed line has, in its order, up to MAX_LINKS."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_full(name, text) >= 0]

@@ -417,7 +417,7 @@ def _is_of_described(dataset: FoundDataset) -> bool:
 
 
 def _count_filtered(files: Collection[File]) -> dict[str, int]:
-    """Return the number of files that pass each filter, by key of ONLY."""
+    """Return the number of files that pass each filter of the page, by the key of the filter in ONLY."""
     return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
 
 

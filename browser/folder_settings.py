@@ -358,7 +358,7 @@ class FolderSettingsPages:
     def read_rows(
         self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
-        """Return a row for each option of the training script that run.toml names.
+        """Return the rows of the settings table for `text`, a run.toml, and the training script it names.
 
         Raises OptionError if its script is unknown.
         """

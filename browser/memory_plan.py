@@ -56,7 +56,7 @@ SWAP = "blocks_to_swap"
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A row of a plan's table."""
+    """A row of a memory plan: a phase of the training, or a part of the memory that a phase takes."""
 
     name: str
     device: float  # GiB

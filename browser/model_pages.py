@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class Chosen:
-    """The task that a page shows."""
+    """The task of a model that the page Models shows, with 8-bit text encoders or without."""
 
     family: str = ""
     task: str = ""

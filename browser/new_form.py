@@ -389,7 +389,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of differing fields in two forms, among the fields that affect all three files."""
+    """Return the labels of fields that differ in two forms, among those that affect all files of a folder."""
     return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
 
 

@@ -166,7 +166,7 @@ MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """The command or the changes that the button Describe will apply, and the text next to the button."""
+    """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
@@ -263,7 +263,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether saving would still make exactly the changes that the page shows."""
+        """Return whether saving would still make the changes that `comparing`, a `new --dry_run`, found."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:

@@ -390,7 +390,7 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _TypedOption:
-    """An option of a generating command."""
+    """An option of a generating command, and the field of the page Generate that shows it."""
 
     flag: str
     key: str
@@ -404,7 +404,7 @@ class _TypedOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the option stays unchanged in all commands of the page."""
+        """Whether all commands of the page have the option unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in REPLACED
 

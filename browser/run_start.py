@@ -228,7 +228,7 @@ def _read_family(commands: Sequence[Sequence[Any]]) -> str:
 
 @dataclass(frozen=True)
 class ShownRun:
-    """A run and its state."""
+    """A run, its state, and the described folder that defines it, if there is one."""
 
     summary: RunSummary
     state: RunState
@@ -560,7 +560,7 @@ def find_run_folder(job: Job) -> Path | None:
 
 
 def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """Return the jobs that run each folder."""
+    """Return the jobs that run a described folder (`reelsmith run`), by the real path of the folder."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         folder = find_run_folder(job)
@@ -570,7 +570,7 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 
 
 def is_run_of_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job runs a folder, and does not only check it."""
+    """Return whether a job runs a described folder (`reelsmith run`), and does not only check it."""
     return find_run_folder(job) == folder
 
 

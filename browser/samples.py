@@ -425,7 +425,7 @@ def has_layers(recipe: ModelRecipe | None) -> bool:
 
 
 def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) -> list[str]:
-    """Return the text fields that the model uses, or that a line has."""
+    """Return the text fields that the model uses, or that a line of the prompt file fills."""
     used = set() if recipe is None else {*recipe.fields}
     return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
 
@@ -479,7 +479,7 @@ def select_number_fields(
 def select_image_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
-    """Return the image fields that the model uses, or that a line has."""
+    """Return the image fields that the model uses, or that a line of the prompt file fills."""
     fields = {name for row in rows for name in IMAGES if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}

@@ -31,7 +31,7 @@ DEFAULT_FOLDER = "Reelsmith"  # folder in the home folder
 
 
 class ServedFolders(NamedTuple):
-    """The folders of a server."""
+    """The folders with runs that a server shows, and its models folder."""
 
     folders: tuple[Path, ...]
     models: Path

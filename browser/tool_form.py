@@ -102,7 +102,7 @@ def find_default(record: type, name: str) -> Any:
 
 
 def give_value(option: str, text: str) -> list[str]:
-    """Return an option with its value: as one word if the value looks like an option."""
+    """Return an option with its value; as one word `--option=value` if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
