@@ -147,7 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
-    """Yield all strings in nested JSON; `with_companions` includes those of keys for masks, caches and so on."""
+    """Yield all strings in nested JSON; `with_companions` includes those for masks, caches and so on."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):

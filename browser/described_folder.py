@@ -296,7 +296,7 @@ def tidy_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A file of a described folder in its current state."""
+    """A file of a described folder as it was read, to be edited and saved."""
 
     path: Path
     content: bytes | None  # None: there is no such file

@@ -273,7 +273,7 @@ def read_chosen(lines: str) -> str | None:
 
 @dataclass(frozen=True)
 class SettingsView:
-    """Values of the settings for the template."""
+    """Values of the settings of a described folder, for the template: its files and the table of options."""
 
     folder: Path
     files: Mapping[str, DraftFile]

@@ -244,6 +244,7 @@ class GeneratePages:
             "experts": EXPERTS,
             "sources": sources,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
+            # LoRAs that do not fit the recipe are listed apart, unless they are selected
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
             "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),

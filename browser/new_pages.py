@@ -285,9 +285,10 @@ class NewPages:
             content = replace(content, unreadable=self.files.count_unreadable(content.path))
         written = None if described is None else self.make_form(described)  # as the files have it
         progress = self.progress_values(folder, described)
+        # whether the form has only values that the files have already
         is_written = written is not None and not list_unwritten(form, written, written)
         duration = self.describe_duration(form, described)
-        writer = CaptionForm(format=find_format_of_folder(folder))
+        writer = CaptionForm(format=find_format_of_folder(folder))  # initial values of its caption fields
         # reason why there is nothing to describe in the folder
         empty = "" if folder is None or described is not None else explain_empty(folder)
         values = {
@@ -297,6 +298,7 @@ class NewPages:
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
             "duration": duration,
+            # the next step; a folder that does not exist counts as not chosen
             "step": select_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
@@ -321,6 +323,7 @@ class NewPages:
         response = answer_template(
             "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
         )
+        # also as a header: in a meta element, frame-ancestors is ignored
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
 

@@ -430,6 +430,7 @@ def _make_recipe(
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
+    # the field that shows each option
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
     typed_options = []
     for flag, words in options.items():
@@ -441,6 +442,7 @@ def _make_recipe(
             _TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words))
         )
     fixed = [option for option in typed_options if option.is_fixed]
+    # fields for which the command has only a placeholder: the user has to fill them
     examples = [option.field for option in typed_options if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed_options}
     default = _list_default_texts(typed_options, defaults)

@@ -290,6 +290,7 @@ def remake(
     line = _read_line(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
+        # it comes from metadata, and must not be read as another option
         _reject_options(STRENGTHS, [lora.strength])
         path = find_weights(lora.name, recipe)
         if not lora.expert:
