@@ -221,8 +221,8 @@ class DatasetPages:
         listed = [self.show(dataset, id, files[id]) for id in chosen[page_slice]]
         return {
             **status,
-            "counts": _count_filtered(files.values()),  # files that each value of `only` selects
-            "items": _count_items(files.values()),  # training items: a long clip yields several
+            "counts": _count_filtered(files.values()),  # number of files by value of `only`
+            "items": _count_items(files.values()),  # training items that the files yield
             "chosen": len(chosen),
             "files": listed,
         }
