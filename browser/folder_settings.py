@@ -395,6 +395,7 @@ class FolderSettingsPages:
         """Preview or save the edited settings, or compute the values that `new` would choose."""
         if action == CHOSEN:
             return self.ask_chosen(folder)
+        # the page edits the options in run.toml in a table, and the text of each file in full
         edited_part = fields.get("part", TABLE)
         if action not in ("look", "save") or edited_part not in (TABLE, *FILES):
             return answer_unknown()
@@ -404,11 +405,11 @@ class FolderSettingsPages:
             if current_draft.mark != fields.get("have", ""):  # not the file that the page was made from
                 return self.answer_conflict(folder, edited_part, current_draft, fields)
             edited_text = self.read_edited(edited_part, current_draft, fields)
-            texts: Mapping[DraftFile, str] = {current_draft: edited_text}
-            typed_text: str | None = edited_text
+            texts: Mapping[DraftFile, str] = {current_draft: edited_text}  # file as it is -> its new text
+            typed_text: str | None = edited_text  # shown in the answer as the user typed it
             if edited_part == TABLE:  # the table also has the batch size, which is in dataset.toml
                 texts = self.with_batch(folder, texts, fields)
-                typed_text = None  # the fields are shown again, not a text
+                typed_text = None  # the answer shows the fields of the table instead
             run_file = read_draft_file(self.site, folder, RUN_FILE)
             change = plan_change(self.site, edited_part, texts, run_file, typed_text)
             if action == "save":

@@ -514,11 +514,12 @@ class JobQueue:
             before: These numbers before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
-        if self._keeps_open:  # the pages of this server show all waiting jobs
+        if self._keeps_open:  # the user has started the queue, so that all waiting jobs are known
             jobs = waiting
         else:
-            added = waiting - before  # by the change, which a button has made
-            jobs = (known.jobs & waiting) + added  # known lines that still wait, and the new ones
+            added = waiting - before  # jobs that a button has just added
+            still_waiting = known.jobs & waiting  # of each line, the smaller number of the two
+            jobs = still_waiting + added
         updated = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
         if updated != known:
             remember_queue(self.folder, updated.is_open, updated.jobs.elements())

@@ -87,7 +87,7 @@ class LoraRow:
 
 
 class RunLoras:
-    """Caches which runs have a command that generates, and their LoRA files, until the runs change."""
+    """The LoRA files of runs whose model can generate; a run is read again only if it has changed."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs

@@ -1084,18 +1084,21 @@ def explain_empty(folder: Path) -> str:
 
 
 def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that succeeded after `new` last described the folder: command lines, or REPAIR.
+    """Return the remedies that succeeded after `new` last described the folder.
+
+    These are command lines that `new` has printed, and REPAIR if the captions were repaired.
 
     Args:
         lines: Lines that `new` has printed.
-        describing: Background job of `new`; None if there is none.
+        describing: Background job that runs `new`, which describes the folder; None if there is none.
         jobs: Jobs that may have applied a remedy.
     """
     if describing is None or not describing.log.exists():
         return set()
-    since = describing.log.stat().st_mtime
-    ended = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
-    done = [_split_line(job.line) for job in ended if job.log.stat().st_mtime > since]
+    # times of logs are those of the last output
+    described_at = describing.log.stat().st_mtime
+    succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
+    done = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
     mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}
     if any("--repair_captions" in argv for argv in done):
         mended.add(REPAIR)

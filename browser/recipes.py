@@ -636,7 +636,10 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _values(self, seed: str) -> dict[str, str]:
-        """Return the texts of the filled fields, by the key of the option that each sets."""
+        """Return the texts of the form's filled fields, by the request's key for the option that each sets.
+
+        `seed` is used instead of the form's field of this name.
+        """
         recipe = self.recipe
         values = {}
         for name, key in recipe.keys.items():

@@ -64,7 +64,7 @@ STATUS = re.compile(
 
 
 def is_living(process: Mapping[str, Any]) -> bool | None:
-    """Return whether a recorded process is alive; None if it ran on another machine."""
+    """Return whether a recorded process is alive; None if it ran on another machine or before a reboot."""
     if process.get("machine") != identify_machine():
         return None
     try:
@@ -143,7 +143,11 @@ class RunSummary:
 
         Commands of other machines may be somebody else's, or name files that do not exist here.
         """
-        if self.start is None or is_living(self.start.process) is None or not is_own_file(self.history):
+        if self.start is None:
+            return False
+        if is_living(self.start.process) is None:  # started on another machine, or before its last boot
+            return False
+        if not is_own_file(self.history):
             return False
         recorded = self.start.written_in or dict(self.start.changed).get("output_dir")
         if not recorded:
@@ -156,6 +160,7 @@ class RunSummary:
         # of `../output`, only `output` can be compared: the working folder is not known
         inner_parts = tuple(part for part in recorded_parts if part != os.pardir)
         actual_parts = Path(actual).parts
+        # whether the present path ends with the recorded one
         return actual_parts[len(actual_parts) - len(inner_parts) :] == inner_parts
 
     @property

@@ -509,14 +509,16 @@ def _find_unexpected(
     ignore: Sequence[str],
 ) -> list[str]:
     """Return names in the file that no target uses and no pattern ignores."""
+    # names in the file from which a tensor of the network is read, and those from which a tensor would be
+    # read that this network does not have
     used: set[str] = set()
-    unneeded: set[str] = set()  # tensors of the file that have a source, but that this network does not have
+    unneeded: set[str] = set()
     for name, source in sources.items():
         parts = used if name in targets else unneeded
         parts.update(source.names)
     unexpected = []
     for name in checkpoint.tensors:
-        # scales and marks of quantized weights are always ignored; they have no source of their own
+        # scales and marks of quantized weights are ignored, unless the name is that of a weight
         patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
         if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)

@@ -297,7 +297,15 @@ class Autoencoder(ImageVae):
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to x, B C 1 H W, one image of the batch at a time, in tiles if x is large."""
+        """Apply `compute` to the images of a batch one by one, in tiles if they are larger than a tile.
+
+        Args:
+            compute: Function of an image, 1 C H W.
+            x: B C 1 H W.
+            unit_in: Side of a latent pixel in pixels of `x`.
+            unit_out: Side of a latent pixel in pixels of the result.
+            device: Device of results that are computed in tiles.
+        """
         results = []
         for image in x.split(1):
             result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)

@@ -245,10 +245,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.maximum = use.maximum
         self.keys = use.keys
         self.word_keys = (use.model.word_key,)
-        # whether states have as many tokens as the prompt, not always `maximum`
+        # without a padding token, or with padding to a multiple, prompts differ in length; otherwise all
+        # are padded to `maximum` tokens
         has_lengths = use.pad is None or use.pads_to > 0
+        # conditions whose length differs between prompts; a prompt has as many hashes as images
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
-        self.takes_weights = use.states_key
+        self.takes_weights = use.states_key  # key of the states that prompt weights multiply
         self.pads_left = use.pads_left
 
     @property

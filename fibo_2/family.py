@@ -165,7 +165,7 @@ class Fibo2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; images to edit are shown with the positive prompt only.
+        """Fill in a request's open fields; only the positive prompt is encoded together with images to edit.
 
         The size determines the noise levels. Without a size, the result has the trained size that fits the
         first image's shape. Without a negative prompt, the null caption is used. Raises OptionError for a
@@ -173,9 +173,11 @@ class Fibo2(pictures.ModelOfImages):
         """
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
-        (write_edit if edited else write_caption)(request.prompt)  # raises for invalid JSON
+        # called only to reject invalid JSON before anything is computed; the result is not used
+        (write_edit if edited else write_caption)(request.prompt)
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
+        # the shift of noise levels grows with the size of the image, from that of FEW tokens to that of MANY
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:

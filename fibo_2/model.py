@@ -239,7 +239,10 @@ class Fibo2Block(JointTransformerBlock):
 
 
 def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
-    """Return a block's inputs, x and tokens, with the bundle of text states that this block reads."""
+    """Add the text states that a block reads, one bundle of layers of each text, to its inputs.
+
+    It is a forward pre-hook: what it returns replaces the block's inputs.
+    """
     assert isinstance(block, Fibo2Block)
     assert block.bundle is not None
     x, tokens = inputs

@@ -50,11 +50,13 @@ def denoise(
     Returns:
         The latents in the shape of the section's noise, float32, on its device.
     """
-    # insert what is fixed: first frames and audio (given), other latents (held), unchanged regions (anchor)
+    # What is fixed is inserted into the noisy latents before the first step and after each one:
+    # `given` are clean first frames or audio, `held` are other clean latents, and `anchor` is the original
+    # of an edited image, to which its unchanged regions are reset
     schedule = solver.schedule
     is_anchored = section.anchor is not None
     assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
-    is_joint = section.overrides.joint is not None
+    is_joint = section.overrides.joint is not None  # latents are video and audio in one tensor, B N
     has_given = is_joint or section.given is not None or section.held is not None
     latents = latents.float()
     if has_given:
@@ -63,6 +65,7 @@ def denoise(
         from generation.latent_masks import hold_consistent, hold_masked  # few sections have an anchor
 
         latents = hold_masked(section, latents, schedule, first_step)
+    # whether all images are fixed, and whether all audio is
     clean_streams = section.clean_streams if is_joint else (False, False)
     num_steps = schedule.num_steps - first_step
     audio_sigmas = schedule.audio_sigmas

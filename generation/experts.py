@@ -86,7 +86,11 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return the indices of the experts in the order in which all requests use them, one entry per change."""
+    """Return which experts are used one after another, as indices, when the requests are generated in turn.
+
+    Consecutive steps with the same expert are one entry: two requests that use expert 0 and then expert 1
+    make [0, 1, 0, 1].
+    """
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, request) for request in requests)

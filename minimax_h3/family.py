@@ -419,7 +419,7 @@ class MiniMaxH3(OneTransformer):
         if not lengths.includes(frames):
             lower = max(lengths.fit(frames), lengths.first)
             nearest = {lower, lower + lengths.step}
-            if not self.any_length:  # otherwise only lengths that the VAE cannot encode are rejected, below
+            if not self.any_length:  # suggest only lengths within the trained range
                 nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(

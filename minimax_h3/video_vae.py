@@ -204,11 +204,15 @@ class H3VideoVae(nn.Module):
     ) -> Tensor:
         """Apply `compute` to x, B C F H W, in tiles of height and width that are cross-faded.
 
-        `pixels_in` and `pixels_out` are how many pixels one element of x and of the result has on an edge: 1
-        for pixels, more for latents.
+        Args:
+            compute: Encodes pixels into latents, or decodes latents into pixels.
+            x: Pixels or latents.
+            pixels_in: Side of an element of x in pixels of the video: 1 if x are pixels.
+            pixels_out: Side of an element of the result in pixels of the video.
         """
         if self.tile is None:
             return compute(x)
+        # tiles are cut in pixels of the video, and these numbers divided by `pixels_in` or `pixels_out`
         step = self.config.space_stride
         height, width = x.shape[-2] * pixels_in, x.shape[-1] * pixels_in
         rows = cut_axis(height, self.tile, OVERLAP, step)

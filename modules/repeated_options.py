@@ -149,7 +149,8 @@ def find_names(
 def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """Return a record in which values of earlier commands replace defaults.
 
-    Values that the record rejects in combination with its own are left out.
+    A value is left out if its option is given in `options`, or excludes one that is. If the record still
+    rejects the values, only paths are taken, and none if it rejects these too.
     """
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

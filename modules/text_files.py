@@ -246,7 +246,9 @@ def parse_toml(text: str) -> dict[str, Any]:
     Raises ValueError if the text is not TOML (with a second line about usual mistakes), is nested too deeply,
     or has a number too large for a float.
     """
-    if _LONG_KEY.search(text):  # the parser takes quadratic time for a key of very many parts
+    # each part of a dotted key (a.b.c) is a level of nesting; checked before parsing, because the parser
+    # takes quadratic time for a key of very many parts
+    if _LONG_KEY.search(text):
         raise _too_deep()
     import tomllib
 
@@ -257,7 +259,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{error}{_explain_toml(text, str(error))}") from None
     check_depth(content)
-    if _LONG_NUMBER.search(text):
+    if _LONG_NUMBER.search(text):  # only a number of very many digits is too large for a float
         check_numbers(content)
     return content
 

@@ -256,7 +256,10 @@ def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
 def _describe(
     options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
 ) -> MossImage:
-    """Return the family for training or generation; `training` are its settings, None for generation."""
+    """Return the family for training or generation; `training` are its settings, None for generation.
+
+    Options that are not given get their defaults here.
+    """
     files = MossImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae.file)
     return MossImage(
         files.add_text(options.text),
@@ -267,7 +270,7 @@ def _describe(
             options.negative_skip_start or 0.0,
             1.0 if options.negative_skip_end is None else options.negative_skip_end,
         ),
-        isolated=not options.joint_references,
+        isolated=not options.joint_references,  # references attend only to each other
     )
 
 

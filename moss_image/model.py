@@ -249,22 +249,33 @@ class MossImageModel(BlockNetwork):
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
-        """Predict the velocity from the arguments of `embed`, with or without cached references.
+        """Predict the velocity, B Z 1 H W; isolated references are computed only once in a generation.
 
-        With `overrides.section_cache`, isolated references are computed once for each pass: their positions
-        depend on its text's length, and their keys on its skipped blocks.
+        If `overrides.section_cache` is set, the keys and values of isolated references are stored in it at
+        the first step. Each pass (such as the positive one) has its own, because the positions of references
+        depend on the length of its text, and their keys on the blocks that it skips.
+
+        Args:
+            inputs: Noisy latents B Z 1 H W, timesteps B, text states B T C and the mask of the text B T, as
+                far as they are not in `named_inputs`.
+            overrides: Changes to this call, with the cache, and the step and pass of the call (`turn`).
+            references: Clean latents of reference images, each B Z 1 h w of its own size.
+            isolated: Whether references attend only to each other.
+            named_inputs: Further inputs by name; with references, the mask of the text is one of them.
         """
         cache = overrides.section_cache if isolated and references else None
-        # NAG's second text would need other positions
+        # without a cache, references are computed in this call; so they are with NAG, whose second text would
+        # need other positions
         if cache is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
         pass_name = overrides.turn.which
         if pass_name not in cache:
-            # this call computes the references alone, the next one uses their keys and values
+            # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
             cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
+        # the attentions use the stored keys and values, so that the call gets no references
         with remembering(cache[pass_name], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 

@@ -94,11 +94,12 @@ class Change:
             CheckpointError: If the shapes differ.
         """
         path = self.use.lora.path
-        if self.delta.rotation is not None:
+        if self.delta.rotation is not None:  # its shape is not that of the weight
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         # the computation of the shape also checks that the factors match
         try:
             if self.delta.is_part and self.delta.has_input_magnitudes:
+                # a part of a LoRA layer, with DoRA magnitudes that need the norms of the whole layer
                 change = self._join_factors(relative, weight)
             else:
                 change = self if relative is None else self._place_factors(relative, weight)
@@ -111,6 +112,7 @@ class Change:
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
         if shape == expected and change.delta.normalization is None:
             return change
+        # other shapes may have the same elements; with a normalization, the number of magnitudes must fit too
         reason = change._describe_error(shape, expected)
         if reason:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {reason}", path)

@@ -201,16 +201,18 @@ def _compute_change(
         dense = delta.dense(device)
         assert dense is not None
         return dense
-    num_rows: int | None = None  # unknown for a rotation of inputs, which fits any number of outputs
+    # a rotation of inputs does not show how many rows (outputs) its weight has
+    num_rows: int | None = None
     if delta.rotation is None:
         shape = delta.shape()
         assert shape is not None
         num_rows = shape[0]
     weight, path = weight_of(name, num_rows, lora, weights)
-    # `fit` gets None because the LoRA's module is this weight, not a part of it
+    # check that the shapes fit; None: the LoRA's module is this weight, not a part of it
     change = Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
-    change.add_to(total, None, weight.to(device))  # None: all rows
+    all_rows = None
+    change.add_to(total, all_rows, weight.to(device))
     return total
 
 

@@ -43,7 +43,8 @@ class Geometry:
 
         Args:
             x: Input, B in H W.
-            weight: Weight, out in * kernel, or out in kernel.
+            weight: Weight with the axes out, in and those of the kernel, which may be flattened to out and
+                (in * kernel).
         """
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         return functional.conv2d(x, shaped, None, self.stride, self.padding, self.dilation)

@@ -87,8 +87,8 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
 def _translate_xlabs(match: re.Match[str]) -> list[str]:
     """Return FLUX's names for an XLabs tensor; [] for an impossible name.
 
-    In single blocks, q, k and v are only some rows of our weight linear1, so they are named as in diffusers,
-    which has them as three layers.
+    In single blocks, XLabs' qkv are only some rows of our weight linear1, which no name says. So the tensor
+    is named as the three layers q, k and v of diffusers, whose rows are known.
     """
     start = match["start"]
     number = match["n"]
@@ -96,6 +96,8 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
+    # a double block has two streams, image and text, and its tensors the number of one; a single block has no
+    # streams
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":

@@ -530,7 +530,7 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
 
 
 def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
-    """Raise UserError for a zip file that is too large, or has paths that no version of the program has.
+    """Raise UserError for a zip file that is too large, or has paths that cannot belong to the program.
 
     `names` are the paths of `entries` below the program's folder, in the same order.
     """
@@ -545,7 +545,7 @@ def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequenc
         if stat.S_ISLNK(entry.external_attr >> 16):
             reason = "a link"
         if not reason and folded in seen_names:
-            reason = "in two spellings that Windows and macOS take for one"
+            reason = "in two spellings that are the same file on Windows and macOS"
         if reason:
             printable_name = escape_control_codes(name).replace("\n", "\\n")[:200]
             raise UserError(

@@ -33,13 +33,17 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
         layers: Number of residual blocks of each level of the down path.
         names: Names of the U-Net's weights.
     """
-    paths = {ours: released for released, ours in (*ENDS, *ADDED)}
+    paths: dict[str, str] = {}  # our path of a module -> its released path
+    # modules before and after the blocks, and those of SDXL's additional conditions; the tables have the
+    # released path first
+    for released, ours in (*ENDS, *ADDED):
+        paths[ours] = released
     for released, ours, is_attention in unet_blocks(layers):
         if is_attention:
             paths[ours] = released
         else:
             paths |= {f"{ours}.{our_part}": f"{released}.{part}" for part, our_part in RESIDUAL}
-    for sampler in unet_samplers(layers):
+    for sampler in unet_samplers(layers):  # a downsampler and an upsampler between two levels
         # LDM numbers the modules of a block: with an attention, the upsampler is the third, else the second
         attentions = sampler.up.replace("upsamplers.0.conv", "attentions.")
         has_attention = any(name.startswith(attentions) for name in names)

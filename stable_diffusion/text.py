@@ -346,9 +346,10 @@ class ImageVectors:
         ]
 
     def _load_tower(self) -> ClipVision:
-        """Load the image encoder, whose vectors replace pooled text states.
+        """Load the image encoder, whose vectors replace the pooled states of the last text encoder.
 
-        Raises CheckpointError if the vectors have another width than these states.
+        A pooled state is one vector for a whole prompt. Raises CheckpointError if the image encoder's vectors
+        have another width.
         """
         model = self._model
         tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)

@@ -244,9 +244,15 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the source folder's scheduler settings if the trained model predicts what the source predicts.
+    """Return the scheduler settings of the trained model.
 
-    Otherwise return the defaults of the trained model's kind and prediction type.
+    They are those of the source folder if the trained model has the same kind and prediction type as the
+    source; otherwise the defaults of its kind and prediction type.
+
+    Args:
+        source: File or folder of the source checkpoint.
+        of_source: Kind and prediction type of the source.
+        marks: Kind and prediction type of the trained model.
     """
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
@@ -260,7 +266,9 @@ def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str
 
 
 def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> dict[str, Any]:
-    """Return the content of model_index.json, with the other settings of the source if that is a folder.
+    """Return the content of model_index.json: the pipeline's class and the classes of its components.
+
+    If the source is a folder, settings in its model_index.json that are not components are kept.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -271,6 +279,7 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
         declared = read_settings(source / _INDEX)
+        # components are lists [library, class]; they are written anew
         index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
     index |= {
         "scheduler": ["diffusers", scheduler],

@@ -93,7 +93,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         }
         if not lora.kind.has_alpha:
             values["ss_network_alpha"] = None
-    # entries that loading needs: of the kind of network, of features, of the family
+    # entries that programs need to load the file: of the network, of features, of the family
     values |= plan.learner.values
     values |= plan.features.info.for_loading
     values |= {
@@ -103,6 +103,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     }
     # entries that describe the training
     if not plan.options.metadata.no_metadata:
+        # options whose change is rejected (identity) or warned of (habit) when the run is resumed
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)

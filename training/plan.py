@@ -297,7 +297,10 @@ def _find_sources(
     features: RunFeatures,
     may_encode: bool,
 ) -> BatchSources:
-    """Return where batches are read from, except for the text tensors that `texts` encodes."""
+    """Return where batches are read from, except for the text tensors that `texts` encodes.
+
+    With `may_encode`, the run may also write caches, or encode images and texts while it trains.
+    """
     if may_encode:
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
@@ -312,7 +315,9 @@ def _find_sources(
             on_media=features.on.media,
         )
     else:
+        # `SameEncoders` warns if caches were made with different encoders
         sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
+    # a feature trains with the empty prompt, whose text tensors some families have in a file
     if EMPTY_PROMPT in features.needs and brings_empty_text(family):
         return replace(sources, empty_text=family.empty_text())
     return sources

@@ -197,7 +197,11 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return by flag the values of options of a kind: `identity` (fixed when resuming) or `habit` (warns)."""
+    """Return the values of options of a kind, by the option as it is typed (`--name`).
+
+    `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
+    warning.
+    """
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 

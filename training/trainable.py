@@ -48,7 +48,11 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Trainable:
-    """The trained parameters, and what the training loop does with their modules."""
+    """The trained parameters and their modules, which the training loop optimizes, saves and limits.
+
+    Its methods switch networks to training mode, freeze parts that are trained only for some steps, and limit
+    norms.
+    """
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}

@@ -120,7 +120,8 @@ class Wan(OneTransformer):
     def latent(self) -> LatentSpec:
         """Latent space of the task.
 
-        Single images have one latent frame for each control image and the target.
+        With one-frame inference, a sample has several latent frames though it makes a single image: one for
+        each control image, and one for the image itself.
         """
         latent = LATENT_SPECS[self.files.task.kind]
         return replace(latent, in_sections=True) if self.image_kind == ONE_FRAME else latent

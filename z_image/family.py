@@ -90,7 +90,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
-        """Return how this model uses its language model."""
+        """Return the prompt template of the language model, and which hidden states are the conditions."""
         return Z_IMAGE_USE
 
 

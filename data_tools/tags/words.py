@@ -115,7 +115,10 @@ def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
 
 
 def _choose_end(is_first: bool, is_last: bool) -> str | None:
-    """Return whether a category's tag is written first or last; None if it is not written."""
+    """Return where a category's tag is written: "first" or "last" among the tags; None: not at all.
+
+    `is_first` and `is_last` are the options that ask for it at that end; if both are set, it is first.
+    """
     if is_first:
         return "first"
     return "last" if is_last else None

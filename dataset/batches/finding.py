@@ -340,6 +340,8 @@ class _TextCaches:
         """Find the text caches; unfinished and missing ones are added to `listing`."""
         self._table, self._tag, self._listing = table, tag, listing
         self._ending = cache_files.text_file_name("", tag)
+        # A source may have several captions. Caches of first captions are named by the source alone; caches
+        # of further captions and of the empty prompt have an additional part in their names
         self._first = {name for name in names if name.endswith(self._ending)}
         if not self._first:
             # texts of other models show that the captions were cached, but for another model
@@ -349,7 +351,8 @@ class _TextCaches:
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
         self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
-        for name in unfinished:  # unfinished first captions are reported by `has`
+        # report unfinished caches of further captions and of the empty prompt; `has` reports first captions
+        for name in unfinished:
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, if there are several

@@ -518,14 +518,19 @@ class Planning:
             raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
-        """Raise OtherKind if a cache file without a record lacks a tensor that this run needs."""
-        recipe, is_shared = self.recipe, self.store.is_shared
+        """Raise OtherKind if a cache file without a record lacks a tensor that this run needs.
+
+        Such a file was written by another program or an older version.
+        """
+        recipe, is_shared = self.recipe, self.store.is_shared  # shared: other programs write such caches too
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
+        # with preferences, each image is compared with a worse one, which is rejected
         if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
             raise OtherKind(f"{path}: it has no latents of its worse one")
         if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
             raise OtherKind(f"{path}: it does not say how many frames make a second")
+        # control images are reference images of an edit if the table has such; otherwise they guide the image
         references = self.source.control if self.table.references is not None else ()
         if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
             raise OtherKind(f"{path}: it has no latents of its {len(references)} reference images")

@@ -65,7 +65,7 @@ class SectionAudio:
         self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the audio before a time of the new file in seconds; None for all remaining audio."""
+        """Write the audio up to a time in seconds, counted in the new file; None: all remaining audio."""
         while True:
             if self._waiting is None:
                 self._waiting = next(self._packets, None)

@@ -143,7 +143,11 @@ class LokrKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target; `own` computes the shapes of the factors."""
+        """Return a trained layer for each target.
+
+        `own` is what `read_arguments` returned: it computes the shapes of a layer's factors from the shape of
+        its weight and the rank.
+        """
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
 

@@ -161,7 +161,12 @@ def _set(
 ) -> None:
     """Set an option or dataset key, unless another key of the foreign file has set another value.
 
-    `target` holds our options or dataset keys, and `keys` maps each of them to the file's key that set it.
+    Args:
+        project: The foreign file; it notes which of its keys were taken, changed or left out.
+        target: Our options or dataset keys with their values; the new one is added.
+        keys: Name of our option or dataset key -> the key of the foreign file that set it.
+        setting: A key of the foreign file with its value, and the rule that says which name it has here.
+        value: The value in our form.
     """
     name = setting.rule.name
     first = keys.setdefault(name, setting.key)

@@ -187,7 +187,8 @@ class BlockSwap:
         self.enter(position, backward=False)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        # the blocks of a list that are streamed through shared slots; None: this block stays on the device
+        # a ring is a list of blocks whose weights are streamed through device memory (slots) that they share;
+        # None: this block is not streamed, as its weights stay on the device
         ring = self._ring_of.get(position)
         if ring is None:
             output = forward(*inputs, **named)

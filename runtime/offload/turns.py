@@ -102,13 +102,15 @@ class HostCopy:
         if self._transfer is None or self._is_here:
             return
         try:
+            # not in inference mode, in which samples are made: training cannot use tensors made in that mode
             with torch.inference_mode(False), torch.no_grad():
                 copies: list[tuple[Tensor, Tensor]] = []  # memory on the device, and its source on the host
                 for _, host in self._pairs:
                     memory = self._transfer.memory(host.nbytes)
                     copies.append((memory.view(host.dtype).view(host.shape), host))
                 if copies:
-                    # marked after all allocations: deterministic runs fill new memory, which must come first
+                    # the copies start only after `allocated`: in a deterministic run PyTorch fills new
+                    # memory, and would otherwise overwrite copied weights
                     allocated = self._transfer.mark()
                     self._transfer.wait(self._transfer.copy(copies, allocated))
             for (tensor, _), (on_device, _) in zip(self._pairs, copies, strict=True):

@@ -132,11 +132,11 @@ def _plan_way(way: Way, prediction: Divided, blocks: int, *, room: Room, is_trai
 
 
 def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
-    """Print the ways to use the GPUs, and the memory of the cheapest way that fits.
+    """Print the ways to use the GPUs (as options of the command), and the memory of the first one that fits.
 
     Args:
-        runs: Rehearsals (runs on tensors without values): the first one with the command's options, each
-            further one with more options that save memory. A rehearsal is used only if nothing fits in the
+        runs: Results of planning the run on tensors without values: first with the command's options, then
+            each time with more options that save memory. A result is computed only if nothing fits with the
             previous ones.
         cards: Number of GPUs.
         room: Memory of each GPU.

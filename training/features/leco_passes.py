@@ -179,7 +179,18 @@ class PairStep:
         return neutral + self.pair.sign * self.pair.guidance_scale * (positive - opposite)
 
     def measure(self, x: Tensor, time: int, goal: Tensor) -> Streams:
-        """Return the weighted error of each sample, B."""
+        """Return how far the network's prediction for prompt `target` is from `goal`.
+
+        Errors are multiplied by the pair's weight and the factor of the noise level.
+
+        Args:
+            x: Noisy latents.
+            time: Timestep of x.
+            goal: The learned prediction.
+
+        Returns:
+            The error of each sample, B, in a tuple with one entry for images, and one for any audio.
+        """
         output = self.predict(self.pair.target, x, time)
         numbers = torch.ones(len(x), device=x.device)
         seen = replace(

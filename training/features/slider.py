@@ -42,15 +42,17 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for dataset tables with a target or a LoRA strength, which a slider has itself."""
+    """Raise OptionError for dataset tables that set what the network learns or its strength.
+
+    A slider learns from the captions of its own file, at its own strengths.
+    """
     for table in run.tables:
-        if KEPT in table.attributes:
+        if KEPT in table.attributes:  # samples of the table would learn the base model's prediction
             raise OptionError(
                 f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
-    for table in run.tables:
         if table.network_multiplier != 1:
             raise OptionError(
                 f"{table.name}: network_multiplier cannot be had with --slider {path}, which learns at the "

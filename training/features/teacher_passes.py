@@ -178,23 +178,24 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
 
 
 def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
-    """Split a prediction into images, B C F H W, and audio if the batch has any.
+    """Split a prediction into images, B C F H W, and audio if the batch has any, weighted for a comparison.
 
-    Given frames are left out, given latents are 0, and images are multiplied by the square root of their
-    masks, so that the squared norm of a difference weights positions as the ordinary loss does.
+    The squared norm of the difference of two results then weights positions as the ordinary loss does: frames
+    and latents that are clean in the input have no weight, and others the weight of the loss mask.
     """
     audios = []
     if noisy_batch.audio is not None:
         prediction, audio = noisy_batch.joint.split(prediction)
         audios.append(audio)
-    given = noisy_batch.given
+    given = noisy_batch.given  # how clean each latent of the input is; None: all are noisy
     if given is not None and given.image is not None:
         prediction = prediction * (clean_fraction(given.image, prediction) == 0)
     if given is not None and given.audio is not None:
         audios = [audio * (clean_fraction(given.audio, audio) == 0) for audio in audios]
     weights = mask_weights(noisy_batch.batch, prediction)
     if weights is not None:
-        prediction = prediction * weights.sqrt()
+        prediction = prediction * weights.sqrt()  # the root, because the norm squares it
+    # the first `given_frames` latent frames are clean
     return (prediction[:, :, noisy_batch.given_frames :], *audios)
 
 

@@ -38,7 +38,7 @@ class PageProcess:
         Raises:
             OutputError: If no process can be started.
         """
-        # commands on the page are spelled for the working folder and the script name of the training
+        # the page has commands, which begin with this script's name and have paths relative to this folder
         words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
         try:
             self._process = subprocess.Popen(

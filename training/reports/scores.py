@@ -292,6 +292,7 @@ def _find_by_loss(
         usable: Scores of the steps whose files may be chosen.
         unsampled: Files without samples, which may be chosen too.
     """
+    # the measured file of each step -> the step's scores
     measured = {
         MeasuredFile(row.saved, row.step, row.loss, row.loss_step): row
         for row in usable
@@ -300,6 +301,7 @@ def _find_by_loss(
     lowest = select_lowest_loss([*measured, *unsampled])
     if lowest is None:
         return None
+    # a file of `unsampled` has no scores: its step gets an entry without samples
     best = measured.get(lowest) or StepScores(
         lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
     )

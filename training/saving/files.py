@@ -279,7 +279,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def hold_name(folder: Path, name: str) -> Iterator[None]:
-    """Reserve a name in a folder against other trainings during the block.
+    """Reserve a name in a folder during the block, so that no other training run saves files under it.
 
     The folder is created; if it is empty at the end, it is removed again.
 
