@@ -471,7 +471,7 @@ class FolderSettingsPages:
         file_changes = describe_difference(base, present.text)
         try:
             edited = typed_text or ""
-            if part == TABLE:
+            if part == TABLE:  # the fields of the table, applied to the text that the page showed
                 edited = apply_edits(base, self.read_rows(base, None), fields)
             user_changes = describe_difference(base, edited)
         except (ValueError, UserError) as error:

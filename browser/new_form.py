@@ -370,7 +370,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
         overwrite: Replace the files of a folder that is already described.
         dry_run: Only print how these files would change.
     """
-    options: dict[str, Any] = {
+    options: dict[str, Any] = {  # None leaves an option out
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _name_default(form),

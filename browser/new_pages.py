@@ -587,9 +587,9 @@ class NewPages:
         if folder is not None:
             with contextlib.suppress(OSError):
                 names = list_names(folder)
-        comparing = background_jobs[COMPARE]
+        comparing = background_jobs[COMPARE]  # `new --dry_run`
         if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
-            comparing = None
+            comparing = None  # the files have changed since: its changes are no longer those to confirm
         looking = comparing or background_jobs[DESCRIBE]
         checking = background_jobs[CHECK]
         repairing = background_jobs[REPAIRING]

@@ -595,7 +595,7 @@ class RenderRequest:
             value = option.read(text)
         except ValueError as error:
             raise OptionError(say("%(label)s: %(error)s", label=self._label(name), error=error)) from None
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)):  # only numbers have limits
             return
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
@@ -610,7 +610,7 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        nearest = self.recipe.nearest(name, value)
+        nearest = self.recipe.nearest(name, value)  # sizes and lengths go in steps
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
