@@ -363,6 +363,7 @@ class Datasets:
                 measured.newer_since = time.monotonic()
             settled_seconds = time.monotonic() - measured.newer_since
             # files that are still being copied keep changing the mark: wait until it is stable
+            # no mark: it was never measured, so it is measured at once
             is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
             if mark != measured.mark and is_settled:
                 self.start(dataset)

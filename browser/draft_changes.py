@@ -84,7 +84,7 @@ def read_keys(text: str) -> dict[str, Any]:
         for key, value in tables.pop(0).items():
             if not isinstance(value, dict):
                 keys[key] = value
-            elif key != OTHERS_TABLE:
+            elif key != OTHERS_TABLE:  # the table of `run`: commands and files, no options
                 tables.append(value)
     return keys
 

@@ -506,7 +506,7 @@ class GeneratePages:
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError if an image is outside the roots and not in the model's own command."""
-        named = {*render_request.recipe.paths}
+        named = {*render_request.recipe.paths}  # files of the model's own command may lie anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
@@ -698,7 +698,7 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
     """Return a note about files to download before a recipe can be used; "" if there are none."""
     if recipe is None or not recipe.missing:
         return ""
-    if recipe.missing[0].startswith("--"):
+    if recipe.missing[0].startswith("--"):  # an option with only a placeholder, not a file
         return say(
             "This run was trained without %(names)s, which making needs.", names=join(", ", recipe.missing)
         )
