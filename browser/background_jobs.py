@@ -105,6 +105,7 @@ class BackgroundJobs:
                 for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
                 variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
+                # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
                 child = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
                 self._children[name] = child
                 record = {

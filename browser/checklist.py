@@ -129,7 +129,7 @@ def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[s
     `unreadable` are names of files that another row lists; `mended` are remedies that were applied.
     """
     head = group.head
-    if head.kind in NO_ROWS:
+    if head.kind in NO_ROWS:  # missing captions and next steps, which the page shows elsewhere
         return None
     if head.remedy == OUT and {*head.left_out} <= {*unreadable}:
         return None  # another row shows it

@@ -99,12 +99,12 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
         kind, text = read_kind(printed)
         if not text.strip():
             continue
-        if names and _is_mended(text, names):
+        if names and _is_mended(text, names):  # none of the files that it reports exists any more
             continue
         line = _read_line(text, names)
         depth = len(text) - len(text.lstrip())
         line = replace(line, depth=depth, kind=kind, is_fault=line.is_fault or kind == FAULT)
-        if line.remedy == OUT and line.left_out in offered:
+        if line.remedy == OUT and line.left_out in offered:  # OUT: the button that leaves the files out
             line = replace(line, remedy="")
         elif line.remedy == OUT:
             offered.add(line.left_out)
@@ -141,7 +141,7 @@ def _read_line(line: str, names: Collection[str]) -> OutputLine:
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return the first files that a line names, in its order."""
+    """Return those of `names` (files of a folder) that a printed line has, in its order, up to MAX_LINKS."""
     if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
         found_names = [name for name in contained if _find_full(name, text) >= 0]

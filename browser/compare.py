@@ -474,11 +474,11 @@ def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> l
     """
     clips = _find_made_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
-    if clips:
+    if clips:  # hashing takes long, and without clips there is nothing to find by the digests
         digests = {file.key: frozenset(map(notes.hash, file.paths)) for file in comparison.columns}
     cells = []
     for row in comparison.rows:
-        without_lora = ClipKey(row.prompt, row.seed, frozenset())
+        without_lora = ClipKey(row.prompt, row.seed, frozenset())  # no LoRA: no file digests
         cells_of_row = [ShownClip(clips.get(without_lora, ""))]
         for file in comparison.columns:
             address = ""
@@ -595,7 +595,7 @@ def _plan_job(
     if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
-        if name not in REPLACED:
+        if name not in REPLACED:  # options that this job sets itself
             argv += [name, *values]
     argv += ["--seed", SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
     return PlannedJob(argv, prompt_file, prompts)

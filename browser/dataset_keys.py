@@ -70,7 +70,7 @@ class DatasetKeys:
         return ""
 
     def _is_said_everywhere(self, key: str) -> bool:
-        """Return whether the file sets a key for all its data."""
+        """Return whether dataset.toml sets a key for all its data: in [general], in tables or in subsets."""
         if key in self._read_general():
             return True
         missing = [table for table in self.tables if key not in table]

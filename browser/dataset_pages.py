@@ -204,7 +204,7 @@ class DatasetPages:
         """
         page_slice = read_part(query)
         try:
-            outside = self.datasets.list_outside(dataset)
+            outside = self.datasets.list_outside(dataset)  # its folders that this browser may not show
             if outside:
                 return self._describe_outside(outside)
             measured = self.datasets.measure(dataset)
@@ -221,8 +221,8 @@ class DatasetPages:
         listed = [self.show(dataset, id, files[id]) for id in chosen[page_slice]]
         return {
             **status,
-            "counts": _count_filtered(files.values()),
-            "items": _count_items(files.values()),
+            "counts": _count_filtered(files.values()),  # number of files by value of `only`
+            "items": _count_items(files.values()),  # training items that the files yield
             "chosen": len(chosen),
             "files": listed,
         }
@@ -417,7 +417,7 @@ def _is_of_described(dataset: FoundDataset) -> bool:
 
 
 def _count_filtered(files: Collection[File]) -> dict[str, int]:
-    """Return the number of files that pass each filter, by key of ONLY."""
+    """Return the number of files that pass each filter of the page, by the key of the filter in ONLY."""
     return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
 
 
@@ -435,11 +435,11 @@ def _describe_status(measured: Measured) -> dict[str, Any]:
         "state": state,
         "error": measured.error,
         "version": measured.version,
-        "outside": measured.outside,
+        "outside": measured.outside,  # number of files that may not be shown
         "remarks": measured.remarks[:TOLD],
         "totals": measured.totals,
         "model": measured.model,
-        "decodes": measured.decodes,
+        "decodes": measured.decodes,  # whether whole files were read, not only headers
         "seconds": round(time.monotonic() - measured.began),
         "media": measured.num_media,
     }

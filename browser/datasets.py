@@ -147,7 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
-    """Yield all strings in nested JSON; `with_companions` includes those of keys that match BESIDE."""
+    """Yield all strings in nested JSON; `with_companions` includes those for masks, caches and so on."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
@@ -281,6 +281,7 @@ class Datasets:
             if typed_config:
                 folder, path = _locate(typed_config, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
+                # the key of MODELS for which the dataset is measured
                 default_model = IMAGES if run.model in image_families() else next(iter(MODELS))
                 models.setdefault(path, OF_RUNS.get(run.model, default_model))
                 if run.model in caption_formats():
@@ -362,6 +363,7 @@ class Datasets:
                 measured.newer_since = time.monotonic()
             settled_seconds = time.monotonic() - measured.newer_since
             # files that are still being copied keep changing the mark: wait until it is stable
+            # no mark: it was never measured, so it is measured at once
             is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
             if mark != measured.mark and is_settled:
                 self.start(dataset)

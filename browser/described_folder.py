@@ -71,7 +71,7 @@ class DescribedFolder:
 
 @dataclass(frozen=True)
 class KeyChanges:
-    """Keys of a run.toml to set (None removes a key), and keys whose values differ from the derived ones."""
+    """Keys of a run.toml to set (None removes a key), and keys that keep a value that the user has set."""
 
     changes: Mapping[str, Any]
     unchanged: Mapping[str, Any] = field(default_factory=dict)  # values that the user has changed
@@ -138,12 +138,12 @@ def read_own_file(path: Path) -> bytes:
 
 
 def mark_files(folder: Path) -> str:
-    """Return a checksum of the three files of a folder; "" if it has none of them."""
+    """Return a checksum of a folder's run.toml, dataset.toml and prompts.txt; "" if it has none of them."""
     return _mark_contents(_read_own_files(folder))
 
 
 def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
-    """Return the bytes of the three files of a folder by name, or the error why one cannot be read."""
+    """Return the bytes of run.toml, dataset.toml and prompts.txt by name, or the error of reading one."""
     contents: dict[str, bytes | OSError] = {}
     for name in FILES:
         try:
@@ -262,7 +262,7 @@ def _parse_commands(content: bytes) -> tuple[tuple[str, ...], ...]:
 
 
 def keep_copies(folder: Path, target: Path) -> None:
-    """Copy the three files of a folder into another folder. Raises OutputError if that fails."""
+    """Copy run.toml, dataset.toml and prompts.txt of a folder to `target`. Raises OutputError on failure."""
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):
             content = read_content(folder / name)
@@ -296,7 +296,7 @@ def tidy_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A file of a described folder in its current state."""
+    """A file of a described folder as it was read, to be edited and saved."""
 
     path: Path
     content: bytes | None  # None: there is no such file

@@ -84,7 +84,7 @@ def read_keys(text: str) -> dict[str, Any]:
         for key, value in tables.pop(0).items():
             if not isinstance(value, dict):
                 keys[key] = value
-            elif key != OTHERS_TABLE:
+            elif key != OTHERS_TABLE:  # the table of `run`: commands and files, no options
                 tables.append(value)
     return keys
 
@@ -158,6 +158,7 @@ def describe_following(before: str, after: str) -> str:
     unchanged = {
         name: value
         for name, value in derived.items()
+        # the change left the value as it was
         if value is not None and name != STEPS and changed.get(name) == keys.get(name)
     }
     if not unchanged:
@@ -221,7 +222,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("%(name)s cannot hold %(reason)s", name=name, reason=reason))
-    if name == PROMPTS_FILE:
+    if name == PROMPTS_FILE:  # not TOML: read line by line
         lines = numbered_lines(text)
         read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
         return describe_changed_sizes(text, folder)
@@ -238,6 +239,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
                     training_table=TRAINING_TABLE,
                 )
             )
+        # the script that trains reads run.toml; the one that caches reads dataset.toml, below
         script = find_training_script(text)
         return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
     if name == DATASET_FILE:

@@ -303,7 +303,7 @@ class FolderFiles:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of a file; the body has what, have, and the text to save."""
+        """Save or undo the caption of a file, as the JSON body of the request says (`Captions.change`)."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())

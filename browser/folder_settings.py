@@ -273,7 +273,7 @@ def read_chosen(lines: str) -> str | None:
 
 @dataclass(frozen=True)
 class SettingsView:
-    """Values of the settings for the template."""
+    """Values of the settings of a described folder, for the template: its files and the table of options."""
 
     folder: Path
     files: Mapping[str, DraftFile]
@@ -358,7 +358,7 @@ class FolderSettingsPages:
     def read_rows(
         self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
-        """Return a row for each option of the training script that run.toml names.
+        """Return the rows of the settings table for `text`, a run.toml, and the training script it names.
 
         Raises OptionError if its script is unknown.
         """
@@ -471,7 +471,7 @@ class FolderSettingsPages:
         file_changes = describe_difference(base, present.text)
         try:
             edited = typed_text or ""
-            if part == TABLE:
+            if part == TABLE:  # the fields of the table, applied to the text that the page showed
                 edited = apply_edits(base, self.read_rows(base, None), fields)
             user_changes = describe_difference(base, edited)
         except (ValueError, UserError) as error:

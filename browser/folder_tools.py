@@ -73,7 +73,7 @@ class FolderTool:
         self.site.queue.add_and_begin(argv, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the dry run and the job of a folder; a waiting job is removed from the queue.
+        """Stop the tool's dry run and its job in a folder; a waiting job is removed from the queue.
 
         Raises UserError if the queue cannot be changed.
         """

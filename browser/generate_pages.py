@@ -186,6 +186,7 @@ class GeneratePages:
             return self.answer_refilled(GenerateForm.of_fields(fields), draft)
         if fields:
             form = GenerateForm.of_fields(fields)
+            # a new form gets the default values of its source
             is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
         stored = self.drafts.read(draft) or self.drafts.newest()
@@ -243,6 +244,7 @@ class GeneratePages:
             "experts": EXPERTS,
             "sources": sources,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
+            # LoRAs that do not fit the recipe are listed apart, unless they are selected
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
             "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
@@ -268,6 +270,7 @@ class GeneratePages:
         address = ""
         if preview is not None:
             try:
+                # with its time in the address, so that browsers load each new preview
                 address = f"/generate/preview/{preview.stat().st_mtime_ns}{preview.suffix}"
             except OSError:
                 address = ""
@@ -503,7 +506,7 @@ class GeneratePages:
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError if an image is outside the roots and not in the model's own command."""
-        named = {*render_request.recipe.paths}
+        named = {*render_request.recipe.paths}  # files of the model's own command may lie anywhere
         paths = [
             *render_request.references,
             *(render_request.texts.get(name, "").strip() for name in IMAGES),
@@ -695,7 +698,7 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
     """Return a note about files to download before a recipe can be used; "" if there are none."""
     if recipe is None or not recipe.missing:
         return ""
-    if recipe.missing[0].startswith("--"):
+    if recipe.missing[0].startswith("--"):  # an option with only a placeholder, not a file
         return say(
             "This run was trained without %(names)s, which making needs.", names=join(", ", recipe.missing)
         )

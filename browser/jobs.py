@@ -399,7 +399,7 @@ class JobQueue:
         """
         if self._worker is not None:
             return
-        was_open = self.is_open
+        was_open = self.is_open  # the user has started the queue, and not paused it since
         stack = contextlib.ExitStack()  # holds the lock of the one server that runs the jobs
         with self._change() as book:
             if only_known:
@@ -452,7 +452,7 @@ class JobQueue:
             self._child = None
         if self._read_book().next() is None:
             return
-        reason = self.before_start()
+        reason = self.before_start()  # frees the card of a model loaded for generation; "" if it is free
         if reason:
             raise OutputError(reason)
         with self._change() as book:
@@ -468,8 +468,9 @@ class JobQueue:
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}  # not None: it counts as started and ended
                 return
+            # environment variables: a job of a described folder may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
-            self._child = launch.prepare_process(job.log, **limits)
+            self._child = launch.prepare_process(job.log, **limits)  # waits until it is sent the command
             job.process = describe_process(self._child.pid)
         # only now that the process id is stored: if the server is killed earlier, the job does not start
         launch.send_job(self._child, program, job.folder, job.code_path)

@@ -168,6 +168,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
             raise OptionError(
                 f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
             )
+    # the line without its Python, which is replaced by the one that runs this program
     script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
     launcher: list[str] = []
     if script_argv[:2] == ["accelerate", "launch"]:

@@ -204,7 +204,7 @@ class MaskMakingPages:
             return self.make_argv(folder, fields, tries)
 
         try:
-            if action == "learn":
+            if action == "learn":  # write whether the training uses the masks
                 self.learn(folder, fields)
             elif not self.tool.press(folder, action, make_argv):
                 return answer_unknown()

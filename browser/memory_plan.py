@@ -56,7 +56,7 @@ SWAP = "blocks_to_swap"
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A row of a plan's table."""
+    """A row of a memory plan: a phase of the training, or a part of the memory that a phase takes."""
 
     name: str
     device: float  # GiB
@@ -184,6 +184,7 @@ def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str],
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
+        # a number of blocks or a word; an emptied field removes the option
         changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     menus = {
         "weights": (WEIGHTS, switches.weights),

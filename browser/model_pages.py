@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class Chosen:
-    """The task that a page shows."""
+    """The task of a model that the page Models shows, with 8-bit text encoders or without."""
 
     family: str = ""
     task: str = ""
@@ -180,6 +180,7 @@ class ModelPages:
             if download.state != RUNNING:
                 continue
             loading = find_task(self.site.models, download.family, download.task, files.in_fp8)
+            # parts that a running download still writes
             shared = [] if loading is None else [part.path for part in loading.parts if part.path in parts]
             if shared:
                 raise OptionError(

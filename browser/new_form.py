@@ -108,12 +108,14 @@ class NewForm:
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
         """Read the form from the fields of a request."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
+        # FAMILY, or FAMILY TASK from a list of all models; a field `task` takes precedence
         family, _, task_of_family = texts.get("family", "").partition(" ")
         task = select_single_task(family, texts.get("task", task_of_family))
         return cls(
             folder=without_quotes(texts.get("folder", "")),
             family=family,
             task=task,
+            # "" if the model does not support this kind of run, or has no such recipe (below)
             train=_fit_kind(texts.get("train", ""), find_model(family, task)),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
@@ -368,7 +370,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
         overwrite: Replace the files of a folder that is already described.
         dry_run: Only print how these files would change.
     """
-    options: dict[str, Any] = {
+    options: dict[str, Any] = {  # None leaves an option out
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _name_default(form),
@@ -387,7 +389,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
 
 
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of differing fields in two forms, among the fields that affect all three files."""
+    """Return the labels of fields that differ in two forms, among those that affect all files of a folder."""
     return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
 
 

@@ -166,7 +166,7 @@ MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """The command or the changes that the button Describe will apply, and the text next to the button."""
+    """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
@@ -263,7 +263,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether saving would still make exactly the changes that the page shows."""
+        """Return whether saving would still make the changes that `comparing`, a `new --dry_run`, found."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
@@ -285,9 +285,10 @@ class NewPages:
             content = replace(content, unreadable=self.files.count_unreadable(content.path))
         written = None if described is None else self.make_form(described)  # as the files have it
         progress = self.progress_values(folder, described)
+        # whether the form has only values that the files have already
         is_written = written is not None and not list_unwritten(form, written, written)
         duration = self.describe_duration(form, described)
-        writer = CaptionForm(format=find_format_of_folder(folder))
+        writer = CaptionForm(format=find_format_of_folder(folder))  # initial values of its caption fields
         # reason why there is nothing to describe in the folder
         empty = "" if folder is None or described is not None else explain_empty(folder)
         values = {
@@ -297,6 +298,7 @@ class NewPages:
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
             "duration": duration,
+            # the next step; a folder that does not exist counts as not chosen
             "step": select_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
@@ -321,6 +323,7 @@ class NewPages:
         response = answer_template(
             "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
         )
+        # also as a header: in a meta element, frame-ancestors is ignored
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
 
@@ -346,6 +349,7 @@ class NewPages:
             "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "is_chosen": folder is not None,
+            # where dropped files go: into the selected folder, or else into a new one
             "unnamed": str(folder or name_upload_folder(tops[0], date.today())),
             **self.list_tiles(content),
             "upload": UPLOAD,
@@ -583,9 +587,9 @@ class NewPages:
         if folder is not None:
             with contextlib.suppress(OSError):
                 names = list_names(folder)
-        comparing = background_jobs[COMPARE]
+        comparing = background_jobs[COMPARE]  # `new --dry_run`
         if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
-            comparing = None
+            comparing = None  # the files have changed since: its changes are no longer those to confirm
         looking = comparing or background_jobs[DESCRIBE]
         checking = background_jobs[CHECK]
         repairing = background_jobs[REPAIRING]
@@ -616,7 +620,8 @@ class NewPages:
     ) -> Checklist:
         """Return the checklist of a folder: what is ready, needs attention or would end a training.
 
-        `jobs` are the jobs of the queue. `lines` were printed by `new`, and are left out if it failed.
+        `jobs` are the jobs of the queue. `lines` are the output of `new`; the checklist has its warnings only
+        if `new` has succeeded.
         """
         if folder is None:
             return Checklist([])
@@ -852,7 +857,7 @@ class NewPages:
         texts = {name: "".join(values) for name, values in form.items()}
         message = ""
         try:
-            if action == "describe":
+            if action == "describe":  # the button Prepare
                 message = self.describe(
                     folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
                 )
@@ -868,8 +873,9 @@ class NewPages:
             problem = str(error)
         if action not in FULL_PAGE:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
-        if problem:
+        if problem:  # after Prepare with what was typed, after the others as the folder's files have it
             return self.answer(sent if action == "describe" else self.read_form(str(folder)), problem)
+        # success: the browser opens the page anew, and shows the message from the header
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response
@@ -884,7 +890,7 @@ class NewPages:
         if action == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif action == "keep":
-            background_jobs.forget(name_background_job(COMPARE, folder))
+            background_jobs.forget(name_background_job(COMPARE, folder))  # the files stay as they are
         elif action == "check":
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
             background_jobs.start(name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd())
@@ -897,7 +903,7 @@ class NewPages:
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif action == "try":
-            argv = make_caption_argv(CaptionForm.read(texts), TRIED)
+            argv = make_caption_argv(CaptionForm.read(texts), TRIED)  # prints captions of a few files
             require_inside(self.site.runs, folder)  # the command writes into the folder
             background_jobs.start(
                 name_background_job(TRY, folder), argv, folder, within=folder, typed=TYPED_OPTIONS
@@ -909,7 +915,7 @@ class NewPages:
         elif action == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif action == REPAIR:
-            self.repair(folder, texts.get("encoding", ""))
+            self.repair(folder, texts.get("encoding", ""))  # converts captions to UTF-8
         else:
             return False
         return True
@@ -944,6 +950,7 @@ class NewPages:
             shown: Query string with the form's values when the page was made.
         """
         check_form(form)
+        # changed files are no conflict while they still have the values that the page showed
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)

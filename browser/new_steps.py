@@ -157,6 +157,7 @@ def _select_after_describing(standing: FolderStanding) -> NextStep:
         return NextStep(LOAD, word, done=standing.done)
     if checking is not None and checking.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=standing.done)
+    # loads_at_start: `run` downloads the missing model files itself
     if standing.is_checked or standing.loads_at_start:
         return NextStep(START, say("Start"), done=standing.done)
     has_errors = checking is not None and checking.code not in (0, None) and not standing.is_check_old

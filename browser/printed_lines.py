@@ -447,6 +447,7 @@ def _read_values(key: str, text: str) -> dict[str, str] | None:
     text = text[len(begin) :]
     for name, words in zip(rest[::2], rest[1::2], strict=True):
         is_last = name == rest[-2]
+        # the last words have to end the text, so they are not searched
         end = len(text) - len(words) if is_last else text.find(words)
         if end < 1 or not text.startswith(words, end):  # a placeholder stands for at least one character
             return None

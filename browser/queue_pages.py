@@ -75,6 +75,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
         return Draft()
     with contextlib.suppress(OSError):
         run_history = runs.open(run).run_history
+        # a slice, because the index may lie past the end: then it is empty
         commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
@@ -114,6 +115,7 @@ def read_jobs(
         argv = split_arguments(command_part(line))
         base = Path.cwd()
         if run is not None:
+            # where the run's command was typed
             base = compare.working_folder(run, compare.group_options(argv))
         _, folder = split_folder(line, base)
         jobs.append((argv, folder))
@@ -238,7 +240,7 @@ class QueuePages:
         elif action == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
-            limits = find_folder(self.runs, within)
+            limits = find_folder(self.runs, within)  # the job may write only below this folder
             if within and limits is None:
                 raise OptionError(
                     say("%(within)s: there is no such folder below those that are shown.", within=within)

@@ -175,10 +175,10 @@ class ModelRecipe:
         return list(self.keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if a field is empty; "" if it is not known here.
+        """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
 
-        Defaults of the model's files take precedence over those of its task, and these over those of its
-        script.
+        If several are known, `file_defaults` (of the model's files) wins, then the default of the task, then
+        that of the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -262,6 +262,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
 
     `extras` are the options that only this family's generation requests have.
     """
+    # options that the script lacks or rejects
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
     for name, candidates in FIELDS.items():
@@ -270,6 +271,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
         if defaults.builds_in_guidance and name in ("negative", "guidance"):
             continue
         for key in candidates:
+            # SIZES: width and height are no options of their own, but the words of --video_size
             is_there = key in extras or key in SIZES or key not in absent
             if is_there and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
@@ -388,7 +390,7 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _TypedOption:
-    """An option of a generating command."""
+    """An option of a generating command, and the field of the page Generate that shows it."""
 
     flag: str
     key: str
@@ -402,7 +404,7 @@ class _TypedOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the option stays unchanged in all commands of the page."""
+        """Whether all commands of the page have the option unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in REPLACED
 
@@ -428,6 +430,7 @@ def _make_recipe(
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
+    # the field that shows each option
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
     typed_options = []
     for flag, words in options.items():
@@ -439,6 +442,7 @@ def _make_recipe(
             _TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words))
         )
     fixed = [option for option in typed_options if option.is_fixed]
+    # fields for which the command has only a placeholder: the user has to fill them
     examples = [option.field for option in typed_options if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed_options}
     default = _list_default_texts(typed_options, defaults)
@@ -591,7 +595,7 @@ class RenderRequest:
             value = option.read(text)
         except ValueError as error:
             raise OptionError(say("%(label)s: %(error)s", label=self._label(name), error=error)) from None
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)):  # only numbers have limits
             return
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
@@ -606,7 +610,7 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        nearest = self.recipe.nearest(name, value)
+        nearest = self.recipe.nearest(name, value)  # sizes and lengths go in steps
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:

@@ -244,6 +244,7 @@ class RenderQueue:
                 stored = self._read[number][1]
                 # a new object, so that changes by the caller stay out of the cache
                 return RenderJob(**{name: getattr(stored, name) for name in KINDS})
+            # LATER: values of fields that files of earlier versions lack
             row = {**LATER, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
             for name, kind in KINDS.items():
                 if not isinstance(row[name], kind):

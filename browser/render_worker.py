@@ -296,7 +296,7 @@ class RenderWorker:
                     if not has_lock:
                         stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
-                        self._end_orphan()
+                        self._end_orphan()  # a generating process of a killed server
                     has_worked = self._make_next()
                     self.problem = ""
                     if has_worked:
@@ -536,6 +536,7 @@ class RenderWorker:
         limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
         reject_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
+        # a queue has started it; it exchanges JSON with this server, and writes previews to that folder
         variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(

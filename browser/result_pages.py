@@ -345,6 +345,7 @@ class Remaker:
         Raises OptionError if it is not among the results.
         """
         render_job = self.find_render_job(result)
+        # the render job names the file's path; without one, any result of this name is taken
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
                 for text in value if isinstance(value, list) else [value]:
@@ -553,8 +554,8 @@ class ResultPages:
         rows: list[tuple[str, str]] = []
         command = ""
         problem = error
-        is_ours = False
-        done: Sequence[str] = ()
+        is_ours = False  # whether the file has settings that this program wrote
+        done: Sequence[str] = ()  # later processing of the file, such as enlarging
         try:
             settings = read_settings(result.path)
             if settings is not None:
@@ -612,6 +613,7 @@ class ResultPages:
         """
         remade = self.remaker.remake(result, settings, seed)
         suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
+        # session: the command line that loads the model
         files = [word for word in remade.session if Path(word).suffix in suffixes]
         missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:

@@ -290,6 +290,7 @@ def remake(
     line = _read_line(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
+        # it comes from metadata, and must not be read as another option
         _reject_options(STRENGTHS, [lora.strength])
         path = find_weights(lora.name, recipe)
         if not lora.expert:
@@ -370,6 +371,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     if option.num_words == 0:
         fixed[flag] = True
         return
+    # num_words: None for an option that takes one word
     new_words = [text] if option.num_words is None else _split_words(flag, text)
     _reject_options(flag, new_words)
     fixed[flag] = new_words
@@ -502,6 +504,7 @@ def format_sample_line(settings: ResultSettings) -> str:
     if values["f"] == "1":  # an image: its prompt lines need no length
         values["f"] = ""
     parts = [prompt]
+    # fs: flow shift, n: negative prompt, d: seed
     for character in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
         if values[character]:
             parts.append(f"--{character} {values[character]}")

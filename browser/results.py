@@ -141,7 +141,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
     """
     inner = []
     files: dict[str, _Entry] = {}
-    is_of_results = folder.name == RESULTS
+    is_of_results = folder.name == RESULTS  # files in other folders are not results
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name in CLOSED:

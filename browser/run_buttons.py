@@ -663,7 +663,7 @@ class RunButtons:
             )
         if shown.state.is_active:
             raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
-        if shown.plan is None:
+        if shown.plan is None:  # no described folder: the command in the run's history is queued
             self.add_command(run, steps)
             return say(
                 "It is in the queue, to %(steps)s steps. All other options of its command stay.",
@@ -677,7 +677,7 @@ class RunButtons:
                     folder=plan.folder / RUN_FILE,
                 )
             )
-        if not plan.steps:
+        if not plan.steps:  # 0: run.toml sets max_train_epochs instead
             raise OptionError(
                 say(
                     "%(folder)s counts in epochs. Change max_train_epochs there.",

@@ -52,6 +52,7 @@ class RunSamples:
             "text": text,
             "have": fields.get("have", "") if is_typed else checksum,
             "is_running": shown.state.name in BUSY,
+            # page on which the interval of the samples is edited
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
             **describe_rows(rows, find_trained_model(shown), find_folder(shown, path), num_rows),
         }

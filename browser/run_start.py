@@ -228,7 +228,7 @@ def _read_family(commands: Sequence[Sequence[Any]]) -> str:
 
 @dataclass(frozen=True)
 class ShownRun:
-    """A run and its state."""
+    """A run, its state, and the described folder that defines it, if there is one."""
 
     summary: RunSummary
     state: RunState
@@ -309,9 +309,10 @@ class TrackedRuns:
         """Return the run of this id, or the described folder that has not run yet; None if there is none."""
         with self.runs.lock:
             runs = self.runs.list_all()
+            # a described folder (plan) has the id of the training that it defines, begun or not
             plan = next((plan for plan in self.list_plans() if plan.id == id), None)
             run = None
-            preparation = None
+            preparation = None  # the run that downloads and caches before the training, if it is listed
             for listed in runs:
                 if listed.id == id:
                     run = listed
@@ -368,7 +369,8 @@ class TrackedRuns:
         job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
             later = [entry for entry in of_folder if entry.state == WAITING]
-            if later and run.changed > job.born + SECOND:  # the running job is about to end
+            # the training ended after the job began, so the job is about to end: show the one that waits
+            if later and run.changed > job.born + SECOND:
                 job = later[0]
         state = self._find_state(plan, run, preparation, job)
         if state.name == WAITING and job is not None:
@@ -412,6 +414,7 @@ class TrackedRuns:
             return _find_running_job_state(job, run, preparation)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
+        # no active job: the folder may be checked just now (`run --check` in the background)
         check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)
@@ -498,6 +501,7 @@ class TrackedRuns:
                     )
                 )
             shown = self.find(plan.id)  # a job whose training has ended is about to end
+            # a background job is a check, during which the run may start
             if shown is not None and shown.state.is_active and shown.state.background_job is None:
                 raise OptionError(say("It runs already: it is %(text)s.", text=shown.state.text))
         if is_read and recall_folder(folder) is None:  # the user has read what it may do: ask no more
@@ -542,6 +546,7 @@ def find_run_folder(job: Job) -> Path | None:
         argv = job.argv
     except OptionError:
         return None
+    # `reelsmith run FOLDER` or `python reelsmith.py run FOLDER`
     if "run" not in argv[:3] or "--check" in argv or "--dry_run" in argv:
         return None
     index = argv.index("run") + 1
@@ -555,7 +560,7 @@ def find_run_folder(job: Job) -> Path | None:
 
 
 def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """Return the jobs that run each folder."""
+    """Return the jobs that run a described folder (`reelsmith run`), by the real path of the folder."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         folder = find_run_folder(job)
@@ -565,7 +570,7 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 
 
 def is_run_of_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job runs a folder, and does not only check it."""
+    """Return whether a job runs a described folder (`reelsmith run`), and does not only check it."""
     return find_run_folder(job) == folder
 
 
@@ -638,12 +643,14 @@ def _find_last_ending(
 
     `preparation` is the history of the downloads and caching before the training.
     """
+    # time 0: it counts only if nothing has ended
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
     histories = [history for history in (run, preparation) if history is not None]
     for history in histories:
         candidates.append((history.changed, _read_ended_run_state(history, job)))
     if job is not None and _has_no_history(job, plan, histories):
         candidates.append((job.born + job.seconds, _read_job_state(job)))
+    # a check of an earlier run.toml says nothing about this one
     if check is not None and check.born + SECOND >= plan.changed:
         candidates.append((check.born + check.seconds, _read_check_state(check)))
     _, latest = max(candidates, key=lambda candidate: candidate[0])
@@ -727,6 +734,7 @@ def _explain(job: Job, otherwise: str) -> str:
         return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
+    # UNWRITTEN: exit codes that a full disk causes, among other errors
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):  # None: not even the code was written
         return say(
             "The disk of %(parent)s is full: it could not write why it ended. Free some "

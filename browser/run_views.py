@@ -125,6 +125,7 @@ def list_page(
     listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
+    # many runs are listed in a table, unless cards were asked for
     is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
         "runs": label_runs(listed_runs),
@@ -261,6 +262,7 @@ def run_page(
         "mark": mark_page(run_history, standing),
         "left": standing.left,
         "name": run.name,
+        # whether the training watches for request files, such as NAME.stop
         "can_ask": can_write and start.listens and standing.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,

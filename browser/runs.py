@@ -239,7 +239,7 @@ def describe_left(steps: int, seconds: float | None) -> str:
 
 
 class PageStatus(NamedTuple):
-    """Values that a run's own page contains."""
+    """Values in the page that an older version wrote next to a run's history."""
 
     model: str
     ending: tuple[str, str] | None
@@ -268,6 +268,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the summary of a run from the content of its history."""
+    # a history may be long, so the newest values are looked for only in its last bytes
     tail = content[-TAIL:]
     end = tail[-LAST:]
     run_history = _read_run_history(content, tail)
@@ -297,7 +298,7 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 
 def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
-    """Return a history made of the last lines about a run's start, its samples and its end."""
+    """Return a history of the last start, samples, memory and end only. `tail` is the end of `content`."""
     near_end = len(content) - NEAR_END
     ending = _read_last_row(tail, "ended", 0)
     # a resumed run has several processes; the newest one counts, wherever its line is in the file
@@ -330,7 +331,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
-    """Return the first name among the newest samples; "" if there are none."""
+    """Return the file of the first prompt among the samples made last; "" if there are none."""
     samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""

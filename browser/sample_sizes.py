@@ -94,7 +94,7 @@ def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) 
                 "sample is made with %(made)s.",
                 file=PROMPTS_FILE,
                 number=number,
-                letter=name[0],
+                letter=name[0],  # the options are --w and --h
                 pixels=pixels,
                 side_step=recipe.side_step,
                 made=used_size,

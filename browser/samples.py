@@ -169,7 +169,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
     added = []
     for edit in _read_edits(text, fields):
         _check_edit(edit, check_image)
-        if edit.row.line is None:
+        if edit.row.line is None:  # a row that is not in the file yet
             if edit.prompt:
                 added.append(edit_line(edit.prompt, None, edit.changes))
         elif edit.is_emptied:
@@ -425,7 +425,7 @@ def has_layers(recipe: ModelRecipe | None) -> bool:
 
 
 def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) -> list[str]:
-    """Return the text fields that the model uses, or that a line has."""
+    """Return the text fields that the model uses, or that a line of the prompt file fills."""
     used = set() if recipe is None else {*recipe.fields}
     return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
 
@@ -468,7 +468,7 @@ def select_number_fields(
     if has_layers(recipe):
         fields.add("frames")  # for this model, the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
-        fields.discard("frames")
+        fields.discard("frames")  # an image model, whose rows have no other length
     elif model.data["frames"] > 1:
         fields.add("frames")
     has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
@@ -479,7 +479,7 @@ def select_number_fields(
 def select_image_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
-    """Return the image fields that the model uses, or that a line has."""
+    """Return the image fields that the model uses, or that a line of the prompt file fills."""
     fields = {name for row in rows for name in IMAGES if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}
@@ -494,7 +494,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files changed while the form was open, with the typed changes."""
     base = fields.get("base", "")  # text of the prompts that the form was made from
     try:
-        edited = edit_prompts(base, fields, lambda text: None)
+        edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
         typed = describe_difference(base, edited)
     except OptionError as error:
         typed = [str(error)]
@@ -503,7 +503,8 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         "overwritten. The rows show what it has now. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
-        names="; ".join(typed) or "how often",  # no line changed: the form changed the interval
+        # no prompt line differs: what was changed is the other field, how often samples are made
+        names="; ".join(typed) or "how often",
     )
 
 

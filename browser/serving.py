@@ -31,7 +31,7 @@ DEFAULT_FOLDER = "Reelsmith"  # folder in the home folder
 
 
 class ServedFolders(NamedTuple):
-    """The folders of a server."""
+    """The folders with runs that a server shows, and its models folder."""
 
     folders: tuple[Path, ...]
     models: Path
@@ -88,6 +88,7 @@ def run_browser(options: BrowserOptions) -> None:
     )
     if may_open_page(options):
         # in a thread, because some browsers block the calling process; the socket is already listening
+        # all users can read that browser's command line: it gets a word that works once, not the token
         opened = find_address(options, port, token.word and ticket.word)
         threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:
@@ -128,7 +129,7 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     home = Path.home()
     is_home = real_path(working_folder) == real_path(home)
     is_checkout = real_path(working_folder) == real_path(checkout)
-    is_unnamed = options.folders == (Path(),) and options.export is None
+    is_unnamed = options.folders == (Path(),) and options.export is None  # the default: no folder was typed
     if not is_unnamed or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
     default = home / DEFAULT_FOLDER

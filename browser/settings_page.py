@@ -55,6 +55,7 @@ class SettingsPages:
         size = gigabytes(sum(entry.size_bytes for entry in entries))
         worker = self.find_worker()
         settings = site.settings
+        # a phone can open only an address that other machines reach
         has_code = bool(settings.address) and (not settings.is_local or settings.public_origin is not None)
         values: dict[str, Any] = {
             "rows": self.list_settings(),
@@ -142,6 +143,7 @@ class SettingsPages:
             "--port": port,
             "--public_url": self.site.settings.public_origin,
             "--token": token,
+            # a server that asks for no token starts another such one
             "--no_token": (token is None and self.site.settings.token.word is None) or None,
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,

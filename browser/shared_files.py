@@ -71,7 +71,7 @@ def answer_shared_file(path: Path, request: Request) -> Response:
 
 
 def _read_range(header: str, size: int) -> range | None:
-    """Return the bytes that a Range header requests; None if the file has none of them."""
+    """Return the bytes that a Range header requests; None, for the whole file, if it requests none."""
     match = RANGE.fullmatch(header)
     if match is None:
         return None

@@ -67,7 +67,7 @@ SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:")
 
 @dataclass(frozen=True)
 class ShareLink:
-    """A link to a run."""
+    """A link by which others see the page of one run until a certain time."""
 
     word: str
     run: str  # id of the run, which depends only on its path
@@ -147,7 +147,7 @@ class Shares:
 
 
 def _read_number(value: Any) -> int | None:
-    """Return the session in a file. Raises ValueError if it is not a number or null."""
+    """Return the session id stored with a link. Raises ValueError if it is not a number or null."""
     if value is not None and type(value) is not int:
         raise ValueError("a session is a whole number")
     return value
@@ -278,6 +278,7 @@ class SharePages:
             "id": run_id,
             "links": [(origin + share.path, share.last_day) for share in links],
             "days": DEFAULT_DAYS,
+            # whether no other machine can reach this page
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
             "refused": error,

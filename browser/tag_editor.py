@@ -52,7 +52,7 @@ def split_line(line: str) -> list[str]:
 
 
 def split_section(section: str) -> list[str]:
-    """Return the tags in a section of a line, without surrounding blanks."""
+    """Return the tags in a section, a part of a caption line between KEPT signs, without outer blanks."""
     return [tag for part in section.split(SEPARATOR) if (tag := part.strip())]
 
 
@@ -66,7 +66,7 @@ def rename_tag(text: str, old: str, new: str) -> str:
         if old in split_line(line):
             used_tags = {""}  # "" (the removed tag), and tags of earlier sections, which are not repeated
             sections = []
-            for section in line.split(KEPT):
+            for section in line.split(KEPT):  # the sign before which a training does not shuffle tags
                 # the keys of a dictionary keep their order and have no duplicates
                 renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
                 sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in used_tags))
@@ -156,7 +156,7 @@ class TagEditor:
                 raise OptionError(say("There is nothing to undo."))
             change = changes[-1]
             num_conflicts = self.captions.undo_all(change.checksums)
-            changes.remove(change)
+            changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_conflicts)])

@@ -64,7 +64,7 @@ class ToolForm:
         """
         argv = ["python", self.script, target]
         for field in self.fields:
-            text = " ".join(texts.get(field.name, "").split())
+            text = " ".join(texts.get(field.name, "").split())  # one line, single blanks
             if not text or text == self.name_default(field):
                 continue
             if field.kind == NUMBER:
@@ -102,7 +102,7 @@ def find_default(record: type, name: str) -> Any:
 
 
 def give_value(option: str, text: str) -> list[str]:
-    """Return an option with its value: as one word if the value looks like an option."""
+    """Return an option with its value; as one word `--option=value` if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
@@ -111,6 +111,7 @@ def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_int
 
     `limits` is the option's metadata: "minimum" or "above", and "maximum" or "below".
     """
+    # `above` and `below` exclude their value: the command itself rejects that one
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))
     try:

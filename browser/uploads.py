@@ -242,7 +242,7 @@ class FileUploads:
         name = into.strip()
         typed_path = Path(complete_home(name))
         top = next((top for top in self.runs.tops if typed_path.parent == top), self.runs.tops[0])
-        if typed_path.parent == top:
+        if typed_path.parent == top:  # a whole path directly in a root: its last part is the name
             name = typed_path.name
         check_file_name(name)
         path = real_path(top) / name

@@ -151,7 +151,7 @@ def find_own_names(root: Path) -> set[str]:
 
 
 def lay_out_sources(root: Path, folder: Path) -> None:
-    """Copy the sources of a wheel into `folder`, unchanged from the checkout, and the documents."""
+    """Copy the files from which a wheel is built into `folder`: sources and documents, all unchanged."""
     _copy_texts(root, folder)
     for name in [*find_rooms(root), "package", "docs"]:
         shutil.copytree(root / name, folder / name, ignore=CACHES)

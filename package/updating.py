@@ -501,6 +501,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
+                # the upper 16 bits are the Unix mode of the file
                 if entry.external_attr >> 16 & stat.S_IXUSR:
                     target.chmod(0o755)
     # what `zipfile` and its decompressors raise for damaged files

@@ -93,7 +93,7 @@ def _is_script(path: Path) -> bool:
 def main() -> None:
     """Run the command on the command line; without one, list the commands."""
     argv = sys.argv[1:]
-    namesake = find_namesake() if PREFIX else None
+    namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:
         print(f"Warning: {namesake}.", file=sys.stderr)
     if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:

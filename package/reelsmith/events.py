@@ -96,6 +96,7 @@ class HistoryEvents:
         self.path = history_path(folder, name)
         self._file = 0  # identifies the file that was read last: the training replaces it once
         self._position = 0  # up to which it was read
+        # lines of the history that note a start; `_read_lines` moves the position
         self._earlier = {line for line in self._read_lines() if _started(line) is not None}
         # `read` starts at the beginning: the training replaces the file
         self._file = self._position = 0
