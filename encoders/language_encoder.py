@@ -394,7 +394,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return the states and the mask of each prompt.
+        """Return the conditions of each prompt: its states, and the mask of its tokens.
 
         Args:
             network: The language model.
@@ -404,8 +404,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             pictures: Images of each prompt.
 
         Returns:
-            States T nC if prompts are padded to `maximum`. Otherwise a list of one tensor, L nC, where L
-            counts the tokens of the prompt and of the template after it. Stacked states have n C, not nC.
+            The states of n layers are side by side in each token: T nC if prompts are padded to `maximum`.
+            Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt and of the template
+            after it. Stacked states have n C, not nC.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -429,11 +430,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
             if use.stacked:
                 states = states.unflatten(-1, (len(use.stacked), -1))
+            # the first `dropped` tokens belong to the template, not to the prompt
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for index, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
+                # rows of this group are padded alike: cut each to the length that it has by
+                # itself
                 length = self._select_length([row], dropped) if use.pads_to else len(row)
                 conditions = self._make_conditions(row_states, row_mask, length - dropped)
+                # the family takes the states of image tokens apart from those of the text
                 if use.slots_key:
                     sides = group_images[index].sides if group_images else ()
                     conditions |= self._split_images(tokenizer, row_states, row[dropped:], sides)
@@ -573,6 +578,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         written: list[Written] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             text = self.write(prompt)
+            # a typed placeholder would be taken for an image
             if prompt_images.sides and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
                     f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"

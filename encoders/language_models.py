@@ -418,6 +418,7 @@ def _read_config_constants(
         CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
     """
     try:
+        # transformers 5 renamed rope_scaling to rope_parameters
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
@@ -581,6 +582,7 @@ def load_language_model(
                 plan.config.num_layers,
                 num_streamed * layer_bytes / 1e9,
             )
+        # suffixes of the names of weights that stay in float32
         float32_names = model.keep_float32
         network = load_planned(
             plan,

@@ -127,11 +127,13 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     for word in words:
+        # a new word, which is learned: each encoder gets rows for it
         if word.content is None:
             for encoder in word_encoders:
                 encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True
             continue
+        # a word from a file: its vectors for each of the encoders
         vectors = select_vectors(word, word_encoders)
         for encoder in word_encoders:
             rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
@@ -246,8 +248,10 @@ def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     for word in words:
         for name, token_ids in word.list_ids(first_id).items():
             is_word = name == word.text
+            # `cat1` is the first vector of `cat`, unless there is a word `cat1`
             if is_word or name.lower() not in word_names:
                 ids[name] = token_ids
+        # each copy of a word has rows of its own
         first_id += word.count * word.copies
     for word in words:
         if word.alias is not None and word.alias.lower() not in word_names:

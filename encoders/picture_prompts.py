@@ -130,6 +130,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
     sources = plain_sources(network)
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
+    # raised below, or by `_read_sizes`
     wrong = CheckpointError(f"{path}: {what}", path)
     sizes = _read_sizes(tower, network, sources, wrong)
     config_json = read_network_config(
@@ -221,6 +222,7 @@ def read_images(
     patch = config.patch_size
     frames = config.temporal_patch_size
     processor_class = _import_processor()
+    # no patches; each is a row of 3 colors x frames x pixels
     if not pictures:
         return ReadImages(torch.zeros(0, 3 * frames * patch**2))
     for image in pictures:
@@ -277,6 +279,7 @@ def embed_images(
         pictures: Images of each prompt.
         token: Id of the placeholder token.
     """
+    # deep features: those of inner layers of the tower (DeepStack), for layers of the language model
     features, deep_features = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
     # in a prompt without images, a placeholder token is text that the user typed

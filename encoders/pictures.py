@@ -127,6 +127,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
     sides = " with even sides" if patch > 1 else ""
     for name, tensor in references.items():
         height, width = tensor.shape[-2:]
+        # a picture is one frame, and whole tokens cover it
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
             raise CacheError(
                 f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "

@@ -163,6 +163,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         ids, masks = fill_rows(rows, self.maximum, PAD)
         results: list[Conditions] = []
         start = 0  # index of the group's first prompt
+        # a few prompts at a time, to limit memory
         for group in in_groups(ids.tolist()):
             group_masks = masks[start : start + len(group)]
             start += len(group)

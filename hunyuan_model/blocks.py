@@ -158,6 +158,7 @@ def join_tokens(
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # two texts may share one vector
+    # the lengths of the second text are in `second` below
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
         return Hidden(x, tokens)

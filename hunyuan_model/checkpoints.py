@@ -192,6 +192,7 @@ def _name_relative(checkpoint: Checkpoint) -> str | None:
     """Return the name of a related model with the same block names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
+    # tensors that only this model has
     for mark, name in (
         ("clean_x_embedder.proj.weight", "a FramePack transformer"),
         ("image_projection.up.weight", "a FramePack transformer"),
@@ -226,9 +227,11 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     sources = plain_sources(checkpoint)
     plain_fp8 = []
     for name, source in sources.items():
+        # fp8 without a `build`, which would multiply by a scale in the same file
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
             plain_fp8.append(name)
     path = checkpoint.path
+    # only the released .pt file has its scales in a second file
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
     scales_path = path.with_name(f"{path.stem}_map.pt")

@@ -244,6 +244,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--reproduce": model.reproduce,
     }
     words = option_words(values)
+    # at scale 1, a negative prompt has no effect
     if video.cfg_scale != 1:
         negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
         words.append(f"--negative_prompt={negative}")

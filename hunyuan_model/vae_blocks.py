@@ -166,6 +166,7 @@ class HunyuanCausalConv(nn.Module):
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the padded input for result frames `start` to `stop`, B C T H+2 W+2; T is 1 for an image."""
+        # a convolution of single pixels needs no padding
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]

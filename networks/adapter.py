@@ -72,6 +72,7 @@ class ForeignNetwork:
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs."""
+        # a network of another package that leaves the groups to the caller
         if not hasattr(self.module, "prepare_optimizer_params"):
             trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": trainable, "lr": learning_rate}], ["unet"]
@@ -88,6 +89,7 @@ class ForeignNetwork:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         if names:
             return groups, list(names)
+        # logs call the learning rate of a single group "unet"
         if len(groups) == 1:
             return groups, ["unet"]
         return groups, [f"group {index}" for index in range(len(groups))]
@@ -368,6 +370,7 @@ def _read_network_weights(
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
+    # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
     use = LoraUse(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
         (use,) = fit_depths([use], dict(dit.named_parameters()))

@@ -359,7 +359,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
     all_names = {key.name for key, _ in entries}
     sources: list[_Source] = []
-    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})
+    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})  # names by `_split_key`: no underscores
     if not has_alphas:  # each value may be the settings of one adapter or network
         for full_key, value in settings.items():
             if not isinstance(value, Mapping):
@@ -377,10 +377,12 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    # one source for each spelling of alpha that is there
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
         alpha_keys = [""]  # only patterns with alphas for some modules
     for alpha_key in alpha_keys:
+        # the rank beside this alpha
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
         sources.append(_Source(place, peft_settings))
@@ -436,6 +438,7 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
+    # the prefix of this expert's network in diffusers' pipelines
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     text_modules = group_by_module(native.texts)
     try:
@@ -580,6 +583,7 @@ def _expression(key: str) -> Callable[[str], bool]:
     import regex  # rarely needed
 
     try:
+        # the key may name a module or the end of its path
         pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
         raise ValueError(f"the key {key!r} is no regular expression: {error}") from None

@@ -181,12 +181,14 @@ class Change:
         """
         size = self.delta.size()
         first_row, end_row = deltas.rows_in(self.delta.factors)  # rows of the layer that this change has
+        # only a weight that contains the part's layer has all its rows
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         rows = part_rows(relative.part, end_row - first_row, len(weight))
         if not isinstance(rows, slice):
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
+        # without `ROWS`, the factors are those of the whole layer
         factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
         whole = replace(self.delta, factors=factors)
         return replace(self, delta=whole, rows=slice(layer_start, layer_start + size[0]))
@@ -214,8 +216,10 @@ class Change:
                 f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
             )
         rows = part_rows(relative.part, rows_of_part, rows_of_whole)
+        # only these rows of the weight are changed
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
+        # None: the numbers of rows do not match
         if rows is None or rows == slice(0, num_rows):
             return self
         # the weight is a part of the LoRA's module: take only its rows of the change
@@ -308,7 +312,7 @@ class _Overlap(NamedTuple):
     """The rows that a block of a parameter and a change have in common."""
 
     in_block: slice  # indices into the block
-    in_change: slice  # indices into the change, with the step of the block
+    in_change: slice  # indices into the change's own rows; has the step of the block
 
 
 def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap | None:
@@ -321,11 +325,12 @@ def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap
     """
     start = 0 if block is None else block.start
     step = 1 if block is None else block.step or 1
-    # row i of the block is row start + i * step of the parameter
+    # row i of the block is row start + i * step of the parameter; find the i whose row is in the change
     first = max(0, ceil_div(change.start - start, step))
     end = min(num_rows, ceil_div(change.stop - start, step))
     if first >= end:
         return None
+    # rows of the change count from its start: row i of the block is row offset + i * step of the change
     offset = start - change.start
     return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
 
@@ -597,6 +602,8 @@ class LoraPatch:
             if name.endswith(FIRST_LAYERS):
                 channel_error = change.delta.find_other_channels(weight)
                 if channel_error is not None:
+                    # left out: `find_other_channels` found that only the input channels
+                    # differ
                     self._channel_errors[id(change.use)] = channel_error
                     continue
             self._used[id(change.use)].add(key)
@@ -828,6 +835,7 @@ def check_loras_fit(
             uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
+            # `hollow`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))
             else:  # padded rows: the stored shape may exceed that of the weight, so only compare names

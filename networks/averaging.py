@@ -110,6 +110,7 @@ def average_files(options: AveragingOptions) -> None:
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
         metadata[NOTE] = _make_note(files, weights, options)
+        # `read` averages one tensor by name, so that they need not all be in memory
         read = _make_averaging(files, weights)
         size_bytes = sum(info.size_bytes for info in last.tensors.values())
         if size_bytes > LARGEST_HASHED:
@@ -300,6 +301,7 @@ def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> Non
         files: All files.
     """
     for file in files[:-1]:
+        # in float64, so that files of different dtypes can be compared
         if not torch.equal(file.read(name).double(), last.double()):
             raise CheckpointError(
                 f"{name} differs between {file.path} and {files[-1].path}.\n"

@@ -218,7 +218,7 @@ def convert(options: ConvertOptions) -> None:
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     """Return the LoRA of each expert. Raises OptionError if the only file holds a single LoRA."""
     low = read_lora(options.input, by_expert=True, family=options.family)
-    high = low
+    high = low  # one file has both, unless a second one is given
     if options.input_high_noise is not None:
         high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
     elif not low.parts:
@@ -271,6 +271,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
+    # `to_alias`: our module name to ComfyUI's, `alias`: the reverse
     rename = module_names.alias if options.reverse else module_names.to_alias
     if not options.reverse:
         _reject_for_comfyui(source, stored)
@@ -389,6 +390,7 @@ def convert_file(
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
     if not lora.parts:
         _convert_one(lora, output, conversion)
+    # two experts, but the weights of one model
     elif baking is not None and baking.models:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
@@ -472,11 +474,13 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion)
         family: Family of the LoRA; None if unknown.
         conversion: How to convert.
     """
+    # `baking` names the model whose weights are needed; with a rank, the change becomes a plain LoRA
     if conversion.baking is not None and conversion.baking.rank is not None:
         return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers  # "other" is ComfyUI's dialect
+    # only DoRA changes the file
     for kind in KINDS:
         lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
@@ -622,6 +626,7 @@ def _save(
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
     ]
+    # a LoRA whose ranks are masked by noise level: say what other programs do with it
     rule = rule_of(result.metadata)
     if rule is not None:
         rows.append((rule.kind.name, rule.kind.elsewhere))

@@ -108,6 +108,7 @@ class Delta:
         if not changes:
             return None
         total = functools.reduce(Tensor.add_, changes)
+        # a part's factors are those of the whole layer: return the part's rows only
         if not self.is_part:
             return total
         start, stop = rows_in(self.factors)

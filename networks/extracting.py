@@ -291,6 +291,7 @@ def _find_module_of_piece(
         module = OURS + alias(module_of_tensor(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
+        # convolutions get a LoRA only with --conv_dim
         elif _RESIDUAL.search(module):
             rank = options.conv_dim or 0
     if rank == 0:
@@ -466,6 +467,7 @@ def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tenso
         rank: Number of accurate singular values.
         name: Name that seeds the random numbers.
     """
+    # some columns more than the rank make the first singular values accurate
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
     # columns that span the range of the matrix; each power iteration weakens small singular values
@@ -531,6 +533,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     if any(name.startswith("cond_stage_model.model.") for name in names):  # OpenCLIP
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
+    # SD 1 and SDXL differ in the modules of the U-Net
     unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
     return SDXL if select_family(unet_modules) is SDXL else SD1
 

@@ -158,6 +158,7 @@ class LoraFormat:
         from networks.writing import in_own_form, in_target  # not for the default format
 
         native = in_own_form(tensors, self.family)
+        # keeps the product: alpha / rank goes into the factors, which then need no alpha
         if is_folded:
             folded = {
                 name: deltas.fold_strength(factors)

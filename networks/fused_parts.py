@@ -116,6 +116,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
         row_counts = {}
         if height(name) is None:  # the model does not have the module, perhaps only its parts
             row_counts = _count_rows_of_parts(name, modules, height)
+        # not fused, or the model has none of its parts
         if not any(row_counts.values()):
             result[name] = factors
             continue
@@ -265,6 +266,7 @@ def fuse(
     pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
         module = _find_fused(name, height, family)
+        # no part, or the file has the fused module too
         if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
@@ -303,6 +305,7 @@ def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     for piece in itertools.chain.from_iterable(fused):
         part_paths.add(piece.part.theirs)
         heights = heights_by_path.setdefault(piece.part.ours, {})
+        # None for an input rotation, whose tensors do not show it
         height = read_delta(piece.factors).height()
         if height is not None:
             heights[piece.part.index] = height
@@ -489,7 +492,13 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
-    """Stack the tensor `name` of the parts along rows; rows of parts without this tensor are 0."""
+    """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
+
+    Args:
+        placed: Factors of each part, with the rows of the fused weight that the part stands for.
+        name: Name of the tensor in the factors, such as that of the up factor.
+        height: Number of rows of the fused weight.
+    """
     parts_with_tensor = [part for part in placed if name in part.factors]
     first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(height, *first.shape[1:])
@@ -506,16 +515,19 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
         rows = part_rows(piece.part, part_height, height) if part_height else None
         if isinstance(rows, slice):
             slices.append(rows)
+    # a part that is no slice of rows was skipped above
     if len(slices) < len(pieces):
         return "its parts are no matrices, or do not fit the rows of the weight"
     placed = _in_order(pieces, slices)
     ranges = [(part.rows.start, part.rows.stop) for part in placed]
     if _are_gapless(ranges, height):
+        # parts that were cut from one layer get that layer's factors again
         layer = _one_layer([part.factors for part in placed])
         if layer is not None:
             return layer
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
+    # `is_for_model`: a model may get the full matrix, a file may not
     return _full_difference(placed, height)
 
 
@@ -616,6 +628,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "  Convert the file with the program that made it."
         )
     start, stop = deltas.rows_in(factors)
+    # factors that can be cut stay small; the full change of the rows otherwise
     cut_factors = delta.blocks(start, stop)
     if cut_factors is not None:
         return cut_factors
@@ -653,6 +666,7 @@ def stack_rows(
     for name, factors in modules.items():
         delta = read_delta(factors)
         num_rows = delta.height() if name.endswith(ending) else None
+        # another layer, or factors that do not show a number of rows
         if num_rows is None:
             continue
         stacked = None

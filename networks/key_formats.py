@@ -318,6 +318,7 @@ def _rename(
     for key in FOR_ALL:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
+    # `names` has a name for each key; of several keys with one name, the first is used
     for name in names.values():  # an alpha of a module replaces the alpha for all
         key = first_keys[name]
         tensor = tensors[key]
@@ -356,6 +357,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     for name, expert in experts.items():
         if name not in FOR_ALL:
             expert = expert or find_networks()[IN_DIFFUSERS]  # the first network has no number
+            # each group begins with the alphas for all modules
             by_expert.setdefault(expert, [*alpha_names]).append(name)
     return by_expert
 

@@ -711,6 +711,7 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
     typed, mark, added = pattern.partition(UNTYPED)
     separator = "|" if typed.endswith("|") and mark else ""
     typed = typed.removesuffix(separator)
+    # nothing typed, or the pattern matches as it is
     if not typed or any(re.search(typed, name) for name in names):
         return f"{typed}{separator}{added}"
     any_spelling = in_any_spelling(typed)

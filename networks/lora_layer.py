@@ -154,12 +154,15 @@ class LoraLayer(nn.Module):
         # compiled code cannot branch on a random value: it always computes the LoRA, and then drops its
         # output
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
+        # the LoRA has no effect
         if self.multiplier == 0:
             return self._original_forward(x)
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
+        # layers with this input compute their outputs together; each takes its own
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
             return shared.compute(self, x)
+        # the product is added to the frozen output, without another tensor of that size
         if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts, shared)
             total = out
@@ -300,6 +303,7 @@ class LoraLayer(nn.Module):
             x: Input of the layer.
             dtype: Dtype of the products.
         """
+        # in a tuple, so that it is not registered as a submodule
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False

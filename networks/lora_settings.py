@@ -156,6 +156,7 @@ class LoraSettings:
             path: Dotted path of the module.
             module: The module.
         """
+        # `splits` (split_qkv): parts of a fused layer get up factors of their own
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")

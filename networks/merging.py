@@ -207,8 +207,10 @@ def _metadata_of_sum(
         family: Family of the LoRAs; None if unknown.
         no_metadata: Whether to keep only what loaders need.
     """
+    # down factors have one row for each rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    # also for an unknown family
     module = "networks.lora_flux"
     version = "flux1"
     if family is not None and family.name != "flux":
@@ -367,6 +369,7 @@ def _make_patch(
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())  # warns of changes of text encoders, which the file lacks
+    # LoRAs of a deeper or shallower model: their blocks are mapped to those here
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 

@@ -109,6 +109,7 @@ def _choose(
         name = prefix + path.replace(".", "_")
         matching: tuple[int, ...] = ()
         if settings.reg_ranks:
+            # indices of the patterns that match; the last one gives the rank
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
         size = _select_size(path, module, settings, matching=matching, optional=optional)
@@ -278,6 +279,7 @@ def build_network(
             modules += [(prefix, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
+    # this kind of network has no layers for text encoders
     if not kind.is_for_texts:
         trained_encoders = {}
         text_candidates = {}
@@ -294,6 +296,7 @@ def build_network(
         by_name = _modules_by_name(dit, trained_encoders)
         added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
         layers = _merge_in_order(layers, added, by_name)
+    # a target's `rate_factor` multiplies the learning rate of its layer
     for layer_name, target in targets.items():
         if layer_name in layers:
             layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
@@ -337,6 +340,7 @@ def _make_layers_from_tensors(
     kind = OWN_MODULES[name].kind
     added: dict[str, nn.Module] = {}
     for module_name, factors in _factors_for(by_name, tensors).items():
+        # marks: tensors that only modules of this kind of network have
         is_of_kind = any(part in factors for part in kind.marks)
         if module_name not in by_name or module_name in layers or not is_of_kind:
             continue
@@ -378,6 +382,7 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
         settings = replace(settings, rules=None)  # the rules are about blocks of the transformer
     rules = settings.rules
     blocks = settings.train_blocks
+    # `train_blocks` trains only one kind of block: the beginnings of their paths
     if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
         return True
     if _is_excluded(placed.path, settings):
@@ -385,6 +390,7 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
     matching = find_by_pattern(settings.reg_ranks, name)
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
+        # a rank of 0 excludes the module
         return not rank
     # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
     # rank above 0 makes `_find_size` accept them

@@ -16,7 +16,11 @@ MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Substitute for a compiled pattern, which matches a fixed set of names in another spelling."""
+    """Substitute for a compiled pattern that matches a fixed set of names.
+
+    Module names are spelled with dots or with underscores (`blocks.0.attn`, `blocks_0_attn`); the names here
+    are those that the typed pattern matches in either spelling.
+    """
 
     pattern: str  # as it was typed
     names: frozenset[str]  # with dots and with underscores

@@ -52,6 +52,7 @@ class RankMask:
         """
         rows = self.rows
         assert rows is not None, "the levels of a pass are set before it"
+        # a mask for each sample; a single mask is for all
         if len(rows) > 1 and len(rows) != len(hidden):
             rows_per_sample, remainder = divmod(len(hidden), len(rows))
             assert not remainder, f"{len(hidden)} rows are not those of {len(rows)} samples"

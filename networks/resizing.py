@@ -335,6 +335,7 @@ def _resize_module(
     """
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
+    # singular values, the largest first
     singular_values = decomposed.sizes.numpy()
     old_rank = len(tensors[names.down])
     max_rank = options.new_rank
@@ -413,6 +414,7 @@ def _change_metadata(
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
     # ss_network_dim describes the linear layers; convolutions have conv_dim
+    # convolutions alone: the rank is theirs
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:

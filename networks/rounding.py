@@ -209,11 +209,14 @@ class LoraRounding:
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Return whether to round a weight stochastically, and count the weight for the report.
+        """Return whether to round a weight stochastically instead of to the nearest value.
+
+        The weight is also counted, for the summary that is logged after merging.
 
         Args:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Sampled rows of the weight if `needs_samples`, else None.
+            sample: Some rows of the weight and of its change, which show how much of the change rounding to
+                the nearest loses; None without them (`needs_samples` says whether they are needed).
         """
         self._num_changed += 1
         if dtype is None:
@@ -224,6 +227,7 @@ class LoraRounding:
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
+                # the loss by each LoRA file
                 total = self._losses.setdefault(path, RoundingLoss())
                 # scaled up from the sampled rows to the whole weight
                 total.error_dot_change += loss.error_dot_change / sample.sampled_fraction

@@ -109,6 +109,7 @@ class SharedInput:
             layer: One of the layers.
             x: Input, ... in, in the dtype of the factors.
         """
+        # the first layer with this input computes for all
         if self._source is not x or layer not in self._products:
             self._source = x
             modules = [layer.original for layer in self.layers]
@@ -122,6 +123,7 @@ class SharedInput:
                 joined_weight = joined(weights)
                 joined_bias = joined(biases) if joined_weight is not None and biases else None
             outputs: Sequence[Tensor]
+            # joined unless there are biases that could not be joined
             if joined_weight is not None and (joined_bias is not None or not biases):
                 outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, joined_weight, joined_bias)
             else:
@@ -152,6 +154,7 @@ class _Outputs(torch.autograd.Function):
         ups = rest[:num_layers]
         weights = rest[num_layers : 2 * num_layers]
         biases = rest[2 * num_layers :]
+        # `down` stacks the down factors of all layers: one product, split by rank below
         product = functional.linear(x, down)
         ctx.set_materialize_grads(False)
         ctx.ranks = ranks

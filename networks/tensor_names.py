@@ -147,12 +147,13 @@ def _find_starts() -> _Starts:
         if start != IN_DIFFUSERS:
             experts_by_start[start] = expert
             experts_by_start[start.replace(".", "_")] = expert
+    # some programs write names with underscores only
     underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
     return _Starts(
         everywhere={**starts, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
         dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
-        of_tools=tuple(start for start in starts if start.endswith("_")),
+        of_tools=tuple(start for start in starts if start.endswith("_")),  # as `lora_transformer_`
         further=experts_by_start,
     )
 

@@ -128,6 +128,7 @@ class TextLoras:
             network: The network.
             label: Name of the text encoder, for messages.
         """
+        # merged before: a network stays merged
         if not uses or network in self._merged:
             return
         patch = LoraPatch(uses, rounding=self._rounding)

@@ -92,6 +92,7 @@ def _translate_to_diffusers(
         return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
     if not is_cut:
         return alone(module_names.module_path(name, family), factors)
+    # one counterpart in diffusers, or a name of its layout already; None: it has several parts
     path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
     return alone(path, factors, "diffusers has it in parts, as the file has other layers")
 

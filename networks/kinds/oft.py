@@ -153,6 +153,7 @@ class OftKind(NetworkKind):
                 "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of "
                 "blocks that do not rotate in a step, or module_dropout"
             )
+        # for an OFT, --network_dim is the size of a block of inputs that are rotated together
         sizes = [settings.rank, *settings.ranks_by_pattern]
         if 1 in sizes:
             raise OptionError(
