@@ -434,8 +434,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for index, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
-                # rows of this group are padded alike: cut each to the length that it has by
-                # itself
+                # rows of this group are padded alike: cut each to the length that it has by itself
                 length = self._select_length([row], dropped) if use.pads_to else len(row)
                 conditions = self._make_conditions(row_states, row_mask, length - dropped)
                 # the family takes the states of image tokens apart from those of the text

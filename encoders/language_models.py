@@ -376,9 +376,11 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     Raises:
         CheckpointError: If the file has fewer layers.
     """
+    # -1 is the state after all layers
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
+    # the state was typed, as a number of layers to skip
     if model.skip_option:
         raise CheckpointError(
             f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",

@@ -313,6 +313,7 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
         return features, deep_features or ()
     if isinstance(output, Tensor):  # transformers 4, other towers
         return output, ()
+    # transformers 5
     return output.pooler_output, getattr(output, "deepstack_features", None) or ()
 
 
@@ -339,6 +340,7 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
             positions.append(grid.T + start)
             start += max(rows, columns)
             num_tokens -= rows * columns
+        # text; empty after the placeholders of images
         positions.append(torch.arange(start, start + num_tokens).expand(3, -1))
         start += num_tokens
     return torch.cat(positions, dim=1)

@@ -166,6 +166,7 @@ class HunyuanVideo(OneTransformer):
         batch.check_widths({"llm": config.text_dim, "clipL": config.pooled_dim}, self.files.dit_path, remedy)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
+            # the model takes the strength of guidance as an input, which is constant in training
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
         }
         if self._starts_from_image:

@@ -83,6 +83,7 @@ class ClipNorm(nn.GroupNorm):
         The variance is the mean of the variances plus the variance of the means, over pieces and channels.
         """
         piece_means, piece_variances, shares = [], [], []
+        # pieces of frames, because a copy of the whole clip in float32 would be large
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
             piece_mean = piece.mean(dim=(2, 3, 4), keepdim=True)

@@ -510,6 +510,7 @@ def _create_from_file(
             f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
             "support it"
         )
+    # packages differ in their arguments: `_call` passes those that the function takes
     created = _call(
         create,
         multiplier=1.0,

@@ -121,6 +121,7 @@ def find_alphas(
         ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
     """
     ranks = _ranks_without_alpha(modules, stacked)
+    # every module has an alpha of its own
     if not ranks:
         return FoundAlphas({}, "")
     sources: list[_Source] = []

@@ -602,8 +602,7 @@ class LoraPatch:
             if name.endswith(FIRST_LAYERS):
                 channel_error = change.delta.find_other_channels(weight)
                 if channel_error is not None:
-                    # left out: `find_other_channels` found that only the input channels
-                    # differ
+                    # left out: `find_other_channels` found that only the input channels differ
                     self._channel_errors[id(change.use)] = channel_error
                     continue
             self._used[id(change.use)].add(key)
@@ -702,6 +701,7 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
+        # name them as in the file: with the prefix of the text encoder
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()

@@ -176,6 +176,7 @@ def exponent_of(sigma_rel: float) -> float:
     while is_too_wide(high):  # find a range that contains the solution
         low = high
         high = 2 * high
+    # far more halvings than a double has bits
     for _ in range(100):
         middle = (low + high) / 2
         if is_too_wide(middle):

@@ -298,6 +298,7 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
     """
     errors: dict[str, float] = {}  # relative
     for name, loss in losses.items():
+        # a change of 0 loses nothing
         errors[name] = loss.lost / loss.change if loss.change else 0.0
     worst = max(errors, key=lambda name: errors[name])
     # the norm of all modules together is the root of the sum of squares

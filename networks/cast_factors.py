@@ -69,8 +69,7 @@ def group_layers(
         if layer.dropouts is None and layer.combine is None:
             for ending, index in index_by_ending.items():
                 if path.endswith(f".{ending}"):
-                    # one group for each block (the path without the ending), tensor and
-                    # rank
+                    # one group for each block (the path without the ending), tensor and rank
                     key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
@@ -140,6 +139,7 @@ class _Cast(torch.autograd.Function):
             matrix = members[0].new_empty((sum(split_sizes), *members[0].shape[1:]), dtype=dtype)
             ctx.split_sizes.append(split_sizes)
             matrices.append(matrix)
+            # views of the matrix, one for each factor: copying into them fills the matrix
             rows += matrix.split(split_sizes)
             start += count
         copy_each(rows, factors)

@@ -143,6 +143,7 @@ def _count_rows_of_parts(
     row_counts: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
         part_name = OURS + relative.name
+        # also not a part with a LoRA of its own in the file
         if not relative.is_part or part_name in modules:
             continue
         num_rows = height(part_name)
@@ -556,6 +557,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     changes = [part.dense(deltas.CPU) for part in parts]
+    # None: a part without a change of the weight, such as an input rotation
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
     if input_shapes or input_shape is None:
@@ -696,6 +698,7 @@ def mend_split_alphas(
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
     num_mended = 0
     for name, factors in deltas.group_by_module(tensors).items():
+        # not a plain LoRA
         if set(factors) != {"alpha", *LORA}:
             continue
         down = factors[DOWN]
@@ -704,6 +707,7 @@ def mend_split_alphas(
         if f"{float(alpha):g}" != trained_alpha:
             continue  # the alpha has already been adapted to the joined rank
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        # a module of these names can be fused of so many parts
         num_parts = len({part.index for part in parts if is_cut(part)})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:

@@ -659,6 +659,7 @@ def _make_misfit_error(
     text_parts = text_side_of(absent)
     if text_parts:
         advice = f" It changes {text_parts} alone: merge it into the model's file with merge_lora.py."
+    # name them as in the file: with the prefix of the text encoder
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(
@@ -689,7 +690,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
-    # a first layer takes latents: variants of a model (inpainting) have more channels
+    # a first layer takes latents: image-to-video models have more input channels
     channel_error = delta.find_other_channels(weight) if parameter.path.endswith(FIRST_LAYERS) else None
     if channel_error is not None:
         logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")

@@ -371,8 +371,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
             for theirs, ours in each_family.aliases:
                 if theirs.replace(".", "_") in foreign_names:
                     parts.append(WeightPart(theirs, ours))
-        # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of
-        # the other
+        # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of the other
         for part in parts:
             pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))

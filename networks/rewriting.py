@@ -97,7 +97,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
-    # only double blocks have streams (picture and text), and each of their layers is of one
+    # only double blocks have streams (picture and text), and each of their layers belongs to one
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":
@@ -199,7 +199,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         pieces = _order_pieces(keys_by_number, tensors, alpha)
-        # left as they are
+        # numbered factors that cannot be joined are left as they are
         if not _can_be_joined(module, list(keys_by_number), pieces):
             continue
         # the joined LoRA replaces the numbered factors and the module's alpha

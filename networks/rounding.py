@@ -170,6 +170,7 @@ class RandomRounding:
         best = values
         for draw in range(_DRAWS):
             rounded = values.clone()
+            # each draw has a seed of its own
             replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
             loss = abs(float(((rounded - values) * change).sum()))
             if loss < min_loss:
@@ -263,6 +264,7 @@ class LoraRounding:
             return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
             return f"{self._num_16_bit} weights are rounded at random, as {typed} says"
+        # no rows were sampled, so the loss is not known
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as {typed} says"
         percentages = []

@@ -89,6 +89,7 @@ def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"
+    # the weight of a norm
     elif "norm" in name:
         kind = "norms"
     return UnusedKind(
@@ -156,6 +157,7 @@ def kind_of_text_module(name: str) -> UnusedKind:
         name: Name of the part, such as `lora_te2_text_projection.weight`.
     """
     module = name.partition(".")[0]
+    # such as `lora_te2`
     prefix = "_".join(module.split("_")[:2])
     path = module.removeprefix(f"{prefix}_")
     encoder = _ENCODERS.get(prefix, "a text encoder")
