@@ -276,6 +276,7 @@ class Inversion:
         vectors = self.read_vectors(path, option)
         if vectors is None:
             return None
+        # a tower: one text encoder; its keys name its vectors in files
         missing = [name for tower in self.towers for name in tower.keys if name not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)

@@ -461,6 +461,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         is_image = [number == token for number in ids]
         # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
         text_indices = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
+        # a slot: the number of text tokens in front of an image
         slots = []
         position = 0  # index of a token
         num_text_tokens = 0  # text tokens before that position

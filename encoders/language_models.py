@@ -360,6 +360,7 @@ def _check_heads(
     if not is_uneven:
         heads = query_rows // width
         kv_heads = key_rows // width
+        # grouped queries: each head of keys serves equally many heads of queries
         is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
     # in Qwen2.5-VL, all heads together have the width of the model
     if is_uneven or (Q_BIAS in model.marks and query_rows != dim):

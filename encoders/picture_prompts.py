@@ -170,6 +170,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
     """Build the vision tower, a class of transformers; call this inside `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
+    # names of the classes in transformers
     config_class, tower_class = kind.classes
     transformers_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
     tower: Any = getattr(module, tower_class)(transformers_config)

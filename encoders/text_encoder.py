@@ -255,7 +255,9 @@ class TokenizerSource:
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # the pieces cover the text without gaps; only white space at its start may be dropped
             lengths = [len(surface) for surface in surfaces]
+            # edges: where each piece of the text begins, and where the last one ends
             edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
+            # places: the characters that each token stands for; None for begin and end tokens
             places: list[Place] = [None] * len(added_begin)
             places += itertools.pairwise(edges)
             places += [None] * len(added_end)
@@ -441,6 +443,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
             characters = kept_characters(ends, max_read, length)
             counted = max(len(tokens.ids) - dropped, 0)
+            # caches hold the states of these tokens; encoders of fixed length pad to `maximum`
             stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
                 written.prompt,
@@ -521,6 +524,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
+            # template and uncounted tokens (of images) are not limited
             max_tokens = dropped + prompt.uncounted + self.maximum
             cut_tokens.append(tokens.cut(max_tokens, prompt.end))
         if self.logs_cuts:
@@ -533,6 +537,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
+            # spans: parts of the prompt with a weight, such as (cat:1.2)
             if prompt.spans:
                 weights = weights_of(prompt, tokens.places[dropped:])
                 conditions = self.weigh(conditions, weights)

@@ -147,8 +147,10 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
         return (Tile(0, size, before=0, after=0),)
     min_overlap = max(largest // OVERLAP, min(largest - 1, 1))
     # `count` tiles cover count * length - (count - 1) * overlap
+    # the fewest tiles that cover the size, and then their smallest equal length
     count = ceil((size - min_overlap) / (largest - min_overlap))
     length = ceil((size + (count - 1) * min_overlap) / count)
+    # spread evenly from 0 to size - length
     starts = [(size - length) * index // (count - 1) for index in range(count)]
     # overlap before each tile, and 0 after the last one
     overlaps = [0, *(first + length - second for first, second in pairwise(starts)), 0]

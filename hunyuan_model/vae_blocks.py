@@ -148,6 +148,7 @@ class HunyuanCausalConv(nn.Module):
                 size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)
             part = out[:, :, start:stop]
+            # the result is a tensor of its own: each piece is written, otherwise added
             if onto is None:
                 part.copy_(piece)
             else:

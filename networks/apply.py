@@ -109,6 +109,7 @@ class Change:
             ) from error
         # a change with `rows` is only for these rows of the weight
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
+        # with DoRA magnitudes, these are checked below too
         if shape == expected and change.delta.normalization is None:
             return change
         reason = change._describe_error(shape, expected)
@@ -416,6 +417,7 @@ def _round_into(
     # a small weight is rounded several times, and the draw that alters the change least is kept
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
+    # start 0: the whole weight, not a later block of it
     if at_random is not None and change is not None and start == 0:
         at_random.round_small(total, change)
     elif at_random is not None:
@@ -784,6 +786,7 @@ class OriginalWeights:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
+        # the name of the weight in published files, which LoRAs go by
         published = self._published(name)
         # on the meta device, `add_to` only compares shapes and notes which changes apply
         self._all.add_to(published, deltas.hollow(weight))

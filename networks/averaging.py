@@ -222,6 +222,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         model_hash = file.metadata.get("sshs_model_hash", "")
         if has_plain_files and "ss_ema_decay" in file.metadata:
             logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+        # files without a hash are never taken for copies
         elif model_hash and model_hash in paths:
             logger.warning("%s is left out: it holds the same as %s.", file.path, paths[model_hash])
         else:

@@ -197,6 +197,7 @@ def _compute_change(
         device: Device that computes.
     """
     delta = read_delta(factors)
+    # the factors alone show the change
     if not delta.depends_on_weight:
         dense = delta.dense(device)
         assert dense is not None
@@ -232,6 +233,7 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
+            # None: any number of rows fits
             if rows in (None, len(weight)):  # separate files of text encoders may have equal module names
                 return weight, stored.checkpoint.path
     raise CheckpointError(

@@ -311,6 +311,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
+    # `take_apart` has already split ComfyUI's modules into ours
     if options.reverse:
         converted_lora = ConvertedLora(tensors, metadata)
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
@@ -428,6 +429,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
             raise OptionError(kind.no_two_experts)
     families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
+    # the networks of diffusers' pipeline, such as transformer_2
     prefixes = {expert: prefix for prefix, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}

@@ -411,6 +411,7 @@ def _extract_module(
         dtype: Dtype of the factors.
         kept_change: Accumulates how much of the change the LoRA keeps.
     """
+    # the rows of the tensor that are this module's weight
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     kept_change.add(change.flatten(1), up @ down)

@@ -376,8 +376,10 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
         return first.factors
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
+    # other kinds, or plain LoRAs together with others
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, num_rows, is_for_model)
+    # the rows of the weight that each part stands for
     all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
     if isinstance(all_rows[0], Tensor):  # a weight with swapped halves is its only part
         swapped = read_delta(first.factors).rows(all_rows[0])

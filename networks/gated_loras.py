@@ -416,6 +416,7 @@ class AddedLayer(nn.Module):
                     assert parameter is not None
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
+                    # the whole weight if the part sets it, else an addition
                     changed = delta.reshape(weight.shape)
                     # a part that sets the weight replaces it; a bias is always a difference
                     if name != self._target.leaf or not part.sets_weight:
@@ -590,6 +591,7 @@ def find_parameters(dit: nn.Module, published: Callable[[str], str] = str) -> di
             if leaf == "bias":  # it belongs to the weight
                 continue
             name = published(path)
+            # a parameter of its own (a table, a token) is named as if it were a module
             if leaf != "weight":  # the path of the root module is empty
                 name = f"{name}.{leaf}".lstrip(".")
             parameters[OURS + name.replace(".", "_")] = ChangedParameter(f"{path}.{leaf}", module, leaf)

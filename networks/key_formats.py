@@ -107,6 +107,7 @@ def to_native(
     # files must not contain our internal marker
     internal = tuple(key for key in tensors if ROWS in key)
     rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    # some programs' fused or numbered factors become one LoRA for each module
     if any(MARKS.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
 
@@ -134,6 +135,7 @@ def to_native(
     repeated: dict[str, str] = {}
     for key, name in (names | text_names).items():
         if first_keys.setdefault(name, key) != key:
+            # two keys of the file mean the same tensor
             repeated[key] = first_keys[name]
     unknown_names = ""
     if not families:
@@ -283,6 +285,7 @@ def _find_family_for_texts(
         hint: Family that the user or the metadata name, for a file of text encoders alone.
     """
     max_number = max((parsed.number for parsed in keys.values()), default=1)  # text encoders count from 1
+    # a family with fewer encoders than the file names is not meant, if there are others
     likely = [family for family in families if len(family.encoders) >= max_number] or families[:1]
     if likely:
         has_same_encoders = len({family.encoders for family in likely}) == 1

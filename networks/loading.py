@@ -439,6 +439,7 @@ def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) ->
     """
     # an ordered set
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
+    # names that begin as ours, but that no module of the family has
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if strangers:
         raise CheckpointError(

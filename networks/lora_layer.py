@@ -205,6 +205,7 @@ class LoraLayer(nn.Module):
             _, hidden = shared.multiply(self, x, joins=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
+        # parts of a fused layer with their own up factors
         if isinstance(self.lora_up, BlockUp):
             return self.lora_up.multiply(hidden, up)
         return _multiply(self.lora_up, hidden, up)

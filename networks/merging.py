@@ -314,6 +314,7 @@ def merge_into_file(
         checkpoint = with_stacked_rows(in_values(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
+        # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
         # `in_values` replaces the records of quantized weights, so these are not the same objects any more

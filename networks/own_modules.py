@@ -70,6 +70,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
     """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
     spec = spec_of(unet)
     rules = settings.rules
+    # beginnings of the paths of the blocks; the order of the groups is that of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
@@ -495,6 +496,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     rules = OWN_MODULES[name].rules
     allowed = {*WITH_FILE}
     if rules is not None:
+        # arguments about the text encoders
         allowed.update(rules.encoders)
     ignored = {
         key: value for key, value in typed.arguments.items() if value is not None and key not in allowed

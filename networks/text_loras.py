@@ -98,6 +98,7 @@ class TextLoras:
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
                     f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
+        # the text side: modules between text encoder and transformer, such as connectors
         if any(has_text_side(encoder) for encoder in encoders):
             return
         for use in self._text_side_uses:

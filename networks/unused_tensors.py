@@ -191,6 +191,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
         weights: Names of the model's tensors.
         model: Family of the model; None if unknown.
     """
+    # underscored names of modules
     existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not existing:
         return []

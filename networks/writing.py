@@ -282,8 +282,10 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     parts = parts_of(name, family)
     if not parts:
         return {path: factors}  # diffusers has this module unsplit
+    # a fused weight, which diffusers has in parts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
+    # one part: all rows, possibly with swapped halves
     (placed,) = parts
     delta = read_delta(factors)
     # a rotation is the same for all rows, so their order does not matter

@@ -182,6 +182,7 @@ class OftKind(NetworkKind):
         changed: Counter[str] = Counter()  # description of a changed block size -> number of layers
         for name, target in targets.items():
             module = target.module
+            # an OFT leaves convolutions alone
             if not isinstance(module, nn.Linear):
                 continue
             size = fit_block_size(module.in_features, target.rank)
