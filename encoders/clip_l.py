@@ -183,6 +183,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         end = tokenizer.number(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
+        # the pooled state is that of the first end token
         ends = torch.tensor([row.index(end) for row in rows])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []

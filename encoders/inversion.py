@@ -231,6 +231,7 @@ class Inversion:
             for tower in self.towers:
                 table = known_rows[tower.key]
                 for name in tower.keys:
+                    # as spread as the embeddings of known tokens
                     initial[name] = torch.randn(count, table.shape[1]) * table.std()
             return initial
         for encoder_index, tower in enumerate(self.towers, 1):
@@ -320,6 +321,7 @@ class Inversion:
         Raises:
             DatasetError: If no caption has the word.
         """
+        # also matches the names of single vectors of the word
         pattern = compile_words([*self.word.list_ids(0)])
         without = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text

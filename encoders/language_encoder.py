@@ -248,6 +248,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         # whether states have as many tokens as the prompt, not always `maximum`
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
+        # key of the states that weights of words, such as (cat:1.2), multiply
         self.takes_weights = use.states_key
         self.pads_left = use.pads_left
 
@@ -508,6 +509,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         tokens = embeddings(ids.to(device))
         if any(prompt.sides for prompt in pictures):
             assert use.pictures is not None
+            # id of the placeholder token, which stands for one token of an image
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)

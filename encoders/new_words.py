@@ -153,6 +153,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
     tensors = list_tensors(table if isinstance(table, Mapping) else word.content)
     vectors_by_key: dict[str, Tensor] = {}
     for encoder in encoders:
+        # a file may name the vectors of an encoder by any of its keys
         key = next((key for key in encoder.word_keys if key in tensors), None)
         if key is not None:
             vectors_by_key[encoder.word_keys[0]] = tensors[key]

@@ -209,6 +209,7 @@ class TokenizerSource:
         """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
+            # the ids of an empty text are those that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
@@ -222,6 +223,7 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
+            # places: the characters that each token stands for; None for special tokens
             places: list[Place] = [None] * len(added_begin)
             for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
                 places.append(None if is_special else span)
@@ -300,6 +302,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
+    # 0 for no texts or empty ones
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
         raise CheckpointError(

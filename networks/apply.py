@@ -578,6 +578,7 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
+        # fitted to the shape, which raises for a LoRA of another model
         changes = self._fit_changes(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
         if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
             return False

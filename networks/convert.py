@@ -195,6 +195,7 @@ def convert(options: ConvertOptions) -> None:
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
+    # one file in, one file out
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(
             options.input,
@@ -509,6 +510,7 @@ def converted(
     Raises:
         CheckpointError: If no module can be written.
     """
+    # the modules of our layout; unknown families have only their own
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
     text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)

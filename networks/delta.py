@@ -300,6 +300,7 @@ class Delta:
     def _find_incomplete(self) -> str | None:
         """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
+        # factors that are only useful together, such as up and down
         for first, second in composing.PAIRS:
             if first in factors and second not in factors:
                 return f"it has {first} but no {second}"

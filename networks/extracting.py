@@ -507,6 +507,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
     original = {name: pair.original.tensors[name].shape for name in original_names}
     tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
     names = sorted(original.keys() | tuned.keys())
+    # None for a missing tensor
     wrong = [name for name in names if original.get(name) != tuned.get(name)]
     if wrong:
         first = wrong[0]
@@ -549,6 +550,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
+        # all pieces of a tensor are of one network
         network = pieces[0].network if pieces else ""
         # an encoder that is known to have changed is not read further
         if network and not is_changed.get(network):

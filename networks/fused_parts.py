@@ -452,6 +452,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
     downs = [part.factors[DOWN] for part in placed]
+    # parts that were cut from one LoRA have the same down factor
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
     joined: dict[str, Tensor] = {

@@ -255,6 +255,7 @@ class AddedPart:
         channels = self.target.parameter.shape[1]
         if core:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
+            # the down factor is 1x1 then
             kernel = core[0]
         else:
             kernel = down.reshape(rank, channels, *self.target.parameter.shape[2:])

@@ -63,6 +63,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     end = first.storage_offset()
     num_rows = 0
     for tensor in tensors:
+        # begins where the tensor before it ends
         is_next = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
         if not (is_next and tensor.dtype == first.dtype and tensor.is_contiguous()):
             return None

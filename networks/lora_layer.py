@@ -221,6 +221,7 @@ class LoraLayer(nn.Module):
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
+            # the same tensor as x; in the backward pass, the LoRA's gradient is added to the frozen module's
             frozen_input, hidden = branch(x, down)
         else:
             frozen_input, hidden = shared.multiply(self, x, joins=True)

@@ -43,8 +43,10 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
         readers[argument] = partial(_read_number, int)
     if rules.choices:
         readers["train_blocks"] = partial(_read_choice, rules.choices)
+    # arguments that choose blocks by number
     for argument in rules.indices:
         readers[argument] = read_block_numbers
+    # one rank for each module outside the blocks
     if rules.outside:
         readers[rules.outside] = partial(read_ranks, rules.outside_paths)
     if rules.fused:
@@ -319,6 +321,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
     def fit(argument: str, pattern: Pattern, matches_any: bool) -> Pattern:
         """Return the pattern if it matches as written, else one that matches in any spelling."""
+        # no modules: nothing to compare with
         if matches_any or not modules:
             return pattern
         # the pattern may be typed with dots for underscores or the reverse: note all names that it means

@@ -108,6 +108,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
     """
     device = torch.device(options.working_device)
     uses = _read_uses(options)
+    # targets: the given models, by option
     if not options.targets:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, device)
@@ -188,6 +189,7 @@ def save_sum(
     loras = [use.lora for use in uses]
     family = _find_family_of_sum(loras, tensors, options)
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
+    # the names that other programs know, which depend on the family
     renamed = in_known_names(tensors, read_family(metadata))
     save_tensors(output, renamed, add_hashes(renamed, metadata))
     return metadata
@@ -253,6 +255,7 @@ def _find_family_of_sum(
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # of several families, the one that this tool is for
+    # only text encoders change
     if not families and by_metadata is None:
         families = _find_families_of_texts(tensors)
     if not families:

@@ -150,6 +150,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     level = _CONTRADICTS
     if not family.released:  # no known widths or depths to contradict
         level = _rate_agreement_of_numbers(numbers, {})
+    # released models of the family: their width, and the length of each list of blocks
     for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
             level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))

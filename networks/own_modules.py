@@ -194,6 +194,7 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
         return
     for argument, numbers in settings.block_numbers.items():
         depth = depths.get(rules.indices[argument])
+        # unknown depth, all blocks (None) or no blocks
         if depth is None or not numbers:
             continue
         beyond = sorted(number for number in numbers if number >= depth)
@@ -209,6 +210,7 @@ def _find_size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSiz
 
     A rank for the block takes precedence over conv_dim, and these over the rules of the family.
     """
+    # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.blocks is not None:
         block_size = settings.blocks.size_of(path, is_convolution)

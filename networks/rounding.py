@@ -231,6 +231,7 @@ class LoraRounding:
                 # the loss by each LoRA file
                 total = self._losses.setdefault(path, RoundingLoss())
                 # scaled up from the sampled rows to the whole weight
+                # from these two sums, the share of the change that is kept is computed
                 total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 total.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random

@@ -225,6 +225,7 @@ def without_starts(path: str) -> list[Bare]:
     stages = [Bare(path, special)]
     known = _find_starts()
     # a name with the prefix of a tool has underscores, even if it also contains a dot
+    # `dotted`, `everywhere`: known prefixes for names with dots, and for all names
     starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
@@ -329,6 +330,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     prefixes_of_kind = [prefix for prefix, layers in encoders if layers == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not file_prefix.startswith("lora_te"):  # another program's, which is translated by its number
+        # each encoder: our prefix and the kind of its layers
         first_prefix, _ = encoders[0]
         file_prefix = first_prefix if key.number == 1 else f"lora_te{key.number}"
     elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
@@ -336,6 +338,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     if prefixes_of_kind:
         # a number above the family's count of such encoders means the last one
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
+    # the family has this prefix, but for an encoder of another kind
     if kind and file_prefix in dict(encoders):
         return None
     return file_prefix

@@ -232,6 +232,7 @@ class FullPatch:
             rounding: Rounding of changed 16-bit weights, whose report covers all networks together.
         """
         names = list(names)
+        # prefixes of the text encoders in the file
         prefixes = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
         renamed_uses = for_encoders(uses, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
@@ -284,6 +285,7 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
         text_tensors = rename_texts(use.lora.text_tensors, prefixes)
         path = use.lora.path
         foreign = [name for name in text_tensors if prefix_of(name) not in prefixes]
+        # nothing of the file could be used
         if foreign and not use.lora.tensors and len(foreign) == len(text_tensors):
             raise CheckpointError(
                 f"{path} changes text encoders alone, which {model} does not hold: {list_some(foreign, 2)}.\n"

@@ -111,6 +111,7 @@ def kind_of_module(
         name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
+    # a part before the transformer, which belongs to the text
     text_modules = "" if has_text_modules else module_names.on_text_side(module)
     if text_modules:
         return UnusedKind(

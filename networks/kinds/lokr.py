@@ -132,7 +132,7 @@ class LokrKind(NetworkKind):
         try:
             size = int(factor)
         except ValueError:
-            size = 0
+            size = 0  # invalid, for the error below
         if size < 1 and size != -1:
             raise OptionError(
                 f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
