@@ -246,6 +246,7 @@ class T5Block(nn.Module):
                 "fc2": nn.Linear(config.ffn_dim, config.dim, bias=False),
             }
         )
+        # T5's position bias: a number for each head and bucket of distances
         table = nn.Embedding(config.num_buckets, config.num_heads) if has_table else None
         self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
 

@@ -99,6 +99,7 @@ class _WordReader:
 
     def __call__(self, text: str) -> Tokens:
         """Return the tokens of a text; known words (`pattern`) get their own ids, other text is tokenized."""
+        # no additional word in the text
         if not self.pattern.search(text):
             return self.read_plain(text)
         ids = list(self.ids_before)

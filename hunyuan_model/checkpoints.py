@@ -160,6 +160,7 @@ def read_block_dimensions(
     Raises:
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
+    # the tensor is the norm of one head's queries or keys
     (head_width,) = shapes.of(names["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(

@@ -174,6 +174,7 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
         shapes: Shapes of the file's tensors.
     """
     common = [name for name in state if name in shapes]
+    # elements are compared, not shapes: an alpha may be a list of one element
     wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
     if wrong:
         lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]]
@@ -482,6 +483,7 @@ def _create(
         text_encoders: Trained text encoders; None if there are none.
     """
     rank = options.network_dim or DEFAULT_RANK
+    # packages have one of two functions; only this one takes dropouts
     create = getattr(builder, "create_arch_network", None)
     dropouts = {"neuron_dropout": options.network_dropout}
     if create is None:

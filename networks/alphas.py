@@ -546,6 +546,7 @@ def peft_alphas(
     alphas: dict[str, Tensor] = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
+        # a kind without a rank, or an alpha of its own, which takes precedence
         if rank is None or "alpha" in factors:
             continue
         alpha = rules.alpha_of(paths[module])

@@ -247,6 +247,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     """Raise CheckpointError if a file has other names or shapes than the first one."""
+    # symmetric difference
     names_in_one = sorted(first.tensors.keys() ^ file.tensors.keys())
     shapes: list[str] = []
     for name, info in file.tensors.items():

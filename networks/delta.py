@@ -188,6 +188,7 @@ class Delta:
         matrices = [part for part in self.factors if part in PARTS and part not in _NOT_FACTORS]
         if any(self.factors[part].ndim != 2 for part in matrices):
             return None
+        # a full difference or a new weight has the size itself
         full = self.factors.get("diff", self.factors.get(SET))
         if full is not None:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
@@ -361,6 +362,7 @@ class Delta:
         shape = self.shape()
         if shape is None or len(shape) != weight.ndim or len(shape) < 2 or shape[1] == weight.shape[1]:
             return None
+        # other outputs or another kernel: a different model
         if shape[0] != weight.shape[0] or shape[2:] != tuple(weight.shape[2:]):
             return None
         return f"its first layer takes {shape[1]} channels, the model's {weight.shape[1]}"

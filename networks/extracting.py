@@ -255,6 +255,7 @@ def extract_full(options: ExtractOptions) -> None:
         unchanged = _find_unchanged_texts(pair, options.min_diff)
         plan: dict[str, list[ExtractedModule]] = {}  # a fused tensor has the weights of several modules
         for name in pair.original.tensors:
+            # an empty list: the tensor gets no LoRA
             plan[name] = []
             for piece in pieces_of(name):
                 if piece.network in unchanged:

@@ -55,6 +55,7 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
         A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
         rows do not fit.
     """
+    # None: another name of the whole weight
     if part.index is None or part.index == SWAPPED:
         if height != full_height:
             return None
@@ -408,6 +409,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
         return f"{title} rotates only some of its parts"
+    # parts without a rotation, or with different values
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
         return "its parts are rotated differently"
     return first.factors

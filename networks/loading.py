@@ -165,6 +165,7 @@ class LoraFile:
         if hint is None and trained_family is not None:
             hint = trained_family.name
         families = key_formats.families_of(part.modules(), hint)
+        # names of no known family: believe the metadata
         if not families and trained_family is not None:
             return [trained_family]
         return families
@@ -399,6 +400,7 @@ def _recognize(
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
+    # some programs order the rows of fused weights by head
     if native.family is not None and native.family.rows_by_head is not None:
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
@@ -749,6 +751,7 @@ def warn_of_absent(
         for kind, names in sort_by_kind(names_in_file, kind_of_text_module).items():
             warn_of_unused_parts(path, names, total=total, what=what + kind.words)
         return
+    # text side: modules of the model that load with the text encoder
     has_text_side = any(on_text_side(module) for module in modules)
     without_block_numbers = {without_numbers(module) for module in modules}
     kinds = sort_by_kind(absent, partial(kind_of_module, model, has_text_side, without_block_numbers))

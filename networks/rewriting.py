@@ -239,6 +239,7 @@ def _order_pieces(
     pieces: list[Factors] = []
     for number in sorted(keys):
         factors = {part: tensors[key] for part, key in keys[number].items()}
+        # a piece's own alpha replaces the default
         pieces.append({**default, **factors})
     return pieces
 

@@ -295,6 +295,7 @@ class LoraRounding:
                 to them.
         """
         sentence = self.words()
+        # nothing was merged, so `words` is silent
         if num_unmerged and not self._num_changed and self._rule != AUTO:
             sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "

@@ -89,6 +89,7 @@ class SharedInput:
         Returns:
             The input, ... in, and the product, ... R.
         """
+        # the first layer of the group in this pass computes the products of all
         if self._source is not x or layer not in self._products:
             self._source = x
             self._frozen_input = x

@@ -205,6 +205,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
             # OpenCLIP's projection is a parameter, the transpose of a Linear's weight
             return [TensorPiece(prefix, f"{TEXT_PROJECTION}.weight", is_transposed=path == TEXT_PROJECTION)]
         if is_open_clip:
+            # third: OpenCLIP stacks q, k and v in one tensor
             return [TensorPiece(prefix, _CLIP_LEVEL + ours, third) for ours, third in open_clip_names(path)]
         # old and merged files leave this level out
         if not path.startswith(_CLIP_LEVEL):

@@ -217,6 +217,7 @@ class OftKind(NetworkKind):
         size = self.size_of(factors)
         if size is not None and isinstance(module, nn.Linear):
             num_blocks = len(factors[PART])
+            # a single block that is shared by all inputs cannot be trained
             if num_blocks * size == module.in_features:
                 return OftLayer(module, size)
         raise CheckpointError(
