@@ -67,6 +67,7 @@ class LearntRows(nn.Module):
         """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
+            # of the embeddings of known tokens
             mean_norm = self.mean_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
             if max(norms) > LOUD * mean_norm:

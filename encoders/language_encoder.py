@@ -296,6 +296,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         text = text or use.blank  # what the family writes for an empty prompt
         spans = []
         for first, last, weight in prompt.spans:
+            # spans: the first and last character of each weighted part, and its weight
             spans.append((first - num_stripped, last - num_stripped, weight))
         start = len(use.before)
         return Written(

@@ -219,6 +219,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
     table = module.get_submodule(name)
     assert isinstance(table, nn.Embedding)
     for word in words:
+        # a word to train has no vectors yet, so that nothing can be wrong
         width = table.embedding_dim if word.vectors is None else word.vectors.shape[1]
         if width != table.embedding_dim:
             raise CheckpointError(

@@ -149,6 +149,7 @@ def _read_sizes(
     """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
     shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, patch_width = shape(PATCHES, 5)
+    # first and last layer of the merger, which makes tokens of patches
     merged_layer, out_layer = tower.merger
     merged_dim = shape(merged_layer, 2)[1]  # channels of the patches that are merged into a token
     out_dim = shape(out_layer, 2)[0]

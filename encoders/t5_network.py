@@ -212,6 +212,7 @@ class T5Attention(nn.Module):
         ]
         outputs = []
         prompts = zip(*(tensor.split(list(tokens.lengths), dim=1) for tensor in heads), strict=True)
+        # visible: the number of tokens, from the first on, that may be attended to
         for (q, k, v), visible in zip(prompts, tokens.visible, strict=True):
             mask = bias[None, :, : q.shape[1], :visible]
             # T5 does not divide by the square root of the head width

@@ -210,6 +210,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     for factors in modules.values():
         rank = rank_of(factors)
         is_pair = DOWN in factors and UP in factors
+        # folding is recorded by rank: this module was not folded
         if rank not in strengths or "alpha" in factors or not is_pair:
             continue
         strength = strengths[rank]
@@ -317,6 +318,7 @@ def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
         if key == "config" and not _has_alpha(key, metadata.get(key, "")):
             continue  # "config" may describe anything, such as the model
         try:
+            # a missing key counts as empty settings
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)
         except (ValueError, AttributeError, RecursionError) as error:

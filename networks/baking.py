@@ -171,6 +171,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
     # both factors get about equal norms, so that neither loses precision in 16 bits
+    # `decompose_change` puts the singular values into the up factor, rows of down have the norm 1
     norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
     root_of_norms = norms.sqrt()
     down = (down * root_of_norms[:, None]).to(dtype)
@@ -261,6 +262,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                     continue
                 if family is not None:
                     module = alias(module, family)
+                # several files may have a module of this name
                 weights.setdefault(module, []).append(stored)
         yield weights
 

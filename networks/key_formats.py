@@ -251,6 +251,7 @@ def _families_by_form(families: Sequence[FamilyNames], keys: _ParsedKeys) -> lis
     by_aliases: list[FamilyNames] = []
     for family in by_texts:
         has_aliases = any(alias(path, family) != path for path in underscored)
+        # names that are no aliases of the family fit it anyway
         if not has_aliases or family.always_underscored == "aliases":
             by_aliases.append(family)
     return by_aliases or by_texts

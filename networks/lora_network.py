@@ -300,6 +300,7 @@ def _factors_for_network(
         if delta.rotation is not None:
             num_rows[name] = 1
     text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
+    # split or joined as the network's modules are; it asks for their rows by name
     tensors = for_model({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 

@@ -202,6 +202,7 @@ def read_settings(
     if "ggpo_sigma" in values:
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
     family_rules = rules or LoraRules(())  # empty: no arguments of a family
+    # names of the arguments with a rank for a type of module
     types = [argument for argument, _ in family_rules.types]
     dropouts: Dropouts | None = None
     rank_dropout = values.get("rank_dropout") or 0.0

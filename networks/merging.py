@@ -464,6 +464,7 @@ def _sum_loras(
             total = _truncate(total, len(summands[0].factors[DOWN]))
         merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
         merged[f"{name}.{UP}"] = total.up.to("cpu", dtype).contiguous()
+        # equal to the rank: alpha / rank is in the factors
         merged[f"{name}.alpha"] = torch.tensor(float(len(total.down)))
     return merged
 

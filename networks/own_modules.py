@@ -461,6 +461,7 @@ def build_from_tensors(
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for module_name, factors in _factors_for(by_name, tensors).items():
+        # marks: tensors that only modules of this kind have
         if not any(part in factors for part in kind.marks):
             raise CheckpointError(
                 f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "

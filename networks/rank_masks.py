@@ -106,6 +106,7 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
     """
     arguments = metadata.get("ss_network_args", "")
     for kind in VARIANTS:
+        # arguments are JSON text: a quick test before it is parsed
         if kind.switch in arguments:
             rule = kind.read_rule_of_file(metadata, path)
             if rule is not None:

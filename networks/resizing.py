@@ -463,6 +463,7 @@ def _describe_module(module: ResizedModule) -> str:
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
     """Print a summary: sizes, ranks, and how much of the norm was kept."""
+    # modules that learned nothing would only distort the averages
     learned = [module for module in modules if module.has_learned] or modules
     kept_percentages = [100 * module.kept_norm for module in learned]
     mean = float(np.mean(kept_percentages))

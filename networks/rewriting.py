@@ -129,6 +129,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if separate_loras:
                 piece = separate_loras[index]
             else:
+                # the full down factor, and the rows of the up factor
                 piece = delta.part(first_row, last_row).factors
             for part, tensor in piece.items():
                 ending = endings.get(part, part)

@@ -357,6 +357,7 @@ def describe_unknown(paths: Iterable[str]) -> str:
     if not paths:
         return ""
     for path in paths:
+        # pieces end with their separator, so that joining them gives the path again
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
             if is_name("".join(pieces[count:]).replace(".", "_")):
@@ -364,6 +365,7 @@ def describe_unknown(paths: Iterable[str]) -> str:
         begin, dot, end = path.rpartition(".")
         if dot and is_name(strip_starts(begin).path.replace(".", "_")):
             return f"have .{end} behind the module's"
+    # no known module is inside: cut what all names share behind a separator
     common = os.path.commonprefix(paths)
     last_separator = max(common.rfind("."), common.rfind("_"))
     return f"begin with {common[: last_separator + 1] or paths[0].partition('.')[0]}"

@@ -68,6 +68,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
     patch = LoraPatch(uses, is_masked=True)
     for parameter in find_parameters(dit).values():
         name = parameter.path
+        # no LoRA changes this parameter
         if not patch.touches(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
