@@ -255,6 +255,7 @@ class ImageVae(nn.Module):
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, unit_in)
         image = x.squeeze(2)
+        # no tiles: the whole picture at once
         if self.tile is None:
             return compute(image).unsqueeze(2)
         tile_size = self.tile // self.stride  # in latent pixels

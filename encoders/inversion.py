@@ -210,6 +210,7 @@ class Inversion:
             table = tables[tower.key]
             table.rows = partial(rows.join, tower.keys)  # the encoder reads the trained values in each pass
             if with_values:
+                # to compare the length of trained vectors with, in the log
                 norm = float(table.weight.detach().float().norm(dim=1).mean())
                 rows.mean_norms |= dict.fromkeys(tower.keys, norm)
         return rows

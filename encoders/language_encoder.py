@@ -90,6 +90,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         CheckpointError: If a file cannot be read.
     """
     merges = find_merges(file)
+    # a tokenizer.json, which contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):

@@ -186,6 +186,7 @@ def _read_delta_layers(
         raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
     kinds = []
     for index in range(num_layers):
+        # other layers have attention to all tokens
         kinds.append(RECURRENT if f"layers.{index}.{LINEAR}" in shapes else FAR)
     return {
         "linear_num_value_heads": value_heads,
@@ -279,6 +280,7 @@ def read_language_model(
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."  # prefix of a layer with attention
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    # marks: tensors (biases, norms) that tell the models apart
     if network is None or model.marks != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)

@@ -260,6 +260,7 @@ class T5Block(nn.Module):
             table = self.pos_embedding["embedding"]
             length = max(tokens.lengths)
             weight = table.get_parameter("weight")
+            # T5 learns a bias for each bucket of similar distances
             buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
             by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
             # the n keys of query i are at the distances from -i on, which is window n-1-i: hence the flip

@@ -212,6 +212,7 @@ class DoubleStreamBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         video, text = tokens.split_video(x)
+        # conditioning vectors of video and text, from which modulations are computed
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)

@@ -113,7 +113,9 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
     has_guidance = "guidance_in.mlp.0.weight" in file_shapes
     config = HunyuanVideoConfig(**dimensions, has_guidance=has_guidance)
+    # text-to-video, or the latents of an image behind the noisy ones
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
+        # HunyuanVideo-I2V has an image and a mask of one channel
         is_i2v = config.in_dim == 2 * config.out_dim + 1
         name = "HunyuanVideo-I2V" if is_i2v else "an unknown variant of HunyuanVideo"
         raise CheckpointError(

@@ -243,6 +243,7 @@ class HunyuanVideo(OneTransformer):
                 self.files.dit_path,
             )
         width, height, frames = requests.size_of(request, default)
+        # the VAE decodes 4n + 1 frames
         size = width, height, requests.full_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift

@@ -150,8 +150,10 @@ class ForeignNetwork:
         state = self.module.state_dict()
         shapes = _read_shapes(path)
         _reject_other_sizes(path, state, shapes)
+        # without alphas, the network's own alphas must be those of the file's training
         if not any(name.endswith(".alpha") for name in shapes):
             _reject_other_alphas(path, state)
+        # the package reads files itself
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
@@ -207,6 +209,7 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}
     if not alphas:
         return
+    # `read_lora` adds the alphas of header and settings as tensors
     for name, tensor in read_lora(path).tensors.items():
         if name not in alphas:
             continue

@@ -163,6 +163,7 @@ class Change:
         magnitudes = self.delta.magnitudes
         if magnitudes is None or self.leaf != "weight":
             return ""
+        # one magnitude for each input or output
         axis = 1 if self.delta.has_input_magnitudes else 0
         if len(expected) > 1 and magnitudes.numel() == expected[axis]:
             return ""
@@ -245,6 +246,7 @@ class Change:
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
+        # the change is only for some rows: find those that are in the block
         if self.rows is not None:
             overlap = _find_overlap(self.rows, block, len(total))
             if overlap is None:
@@ -376,6 +378,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
         return [None]
     num_rows = len(weight)
     rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
+    # rows that cannot be cut: a test with one row
     if rows_per_block >= num_rows or any(change.delta.rows(slice(0, 1)) is None for change in changes):
         return [None]
     starts = range(0, num_rows, rows_per_block)
@@ -515,6 +518,7 @@ class LoraPatch:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         changes = self._fit_changes(name, weight)
+        # on the meta device, `_fit_changes` has already compared the shapes
         blocks = [] if weight.is_meta else _split_rows(weight, changes)
         if not blocks:
             return weight
@@ -542,7 +546,7 @@ class LoraPatch:
             part = weight[rows]
             total = _sum_changes(changes, rows, part)
             _round_into(part, part, total, at_random, start=start)
-            start += part.numel()
+            start += part.numel()  # elements of the weight so far, which place its random numbers
         return weight
 
     def _select_rounding(
@@ -657,6 +661,7 @@ class LoraPatch:
             if not lacks_all:
                 logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
             rule = rule_of(use.lora.metadata)
+            # a T-LoRA that is merged acts with all ranks at all levels
             if not self._is_masked and rule is not None:
                 logger.warning(f"{path} {rule.kind.merged}")
             warn_of_other_family(use.lora, family, self._modules)

@@ -154,9 +154,11 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
     else:
         last_beta = options.beta if options.beta2 is None else options.beta2
         difference = last_beta - options.beta
+        # linear in k; `max` because of the division for two files
         decays = [options.beta + difference * (k - 2) / max(count - 2, 1) for k in later_files]
     weights = [1.0]
     for decay in decays:
+        # all weights so far shrink, so that the sum stays 1
         weights = [*(weight * decay for weight in weights), 1 - decay]
     return weights
 
@@ -200,6 +202,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         )
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
+    # all others are compared with it
     first = selected[0]
     if not any("." in name for name in first.tensors):  # names in a cache of latents have no dots
         raise CheckpointError(

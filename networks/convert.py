@@ -590,6 +590,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
         )
     trained_family = module_names.read_family(lora.metadata)
     families = lora.families(name)
+    # the file cannot be for the named family
     if [family.name for family in families] != [name]:
         evidence = "names"
     elif trained_family is not None and trained_family.name != name:

@@ -193,6 +193,7 @@ def _extract_blocks(
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
+            # example: a weight that every such model has
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
                 hint = f" It is {kind}." if kind else ""

@@ -248,6 +248,7 @@ def find_error(
             return error
     if name == COMFYUI:
         return None
+    # text encoders whose LoRAs diffusers does not read
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
     if unread:
         return (

@@ -597,6 +597,7 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
         size = delta.size()
         if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
             return None
+    # tensors that belong to the whole layer must be equal in all parts
     shared = names - by_rows - {ROWS}
     for name in shared:
         if not all(torch.equal(part[name], first[name]) for part in parts):

@@ -822,9 +822,11 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     if model is None:
         return
     origin = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _ORIGIN_KEYS)
+    # features of some LoRAs that are not supported
     for pattern, reason in model.refused:
         if re.search(pattern, origin, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
+    # name of the newest release, and a parameter that only it has
     newest, parameter_of_newest = model.newest
     if model.release_pattern and parameter_of_newest in modules:
         match = re.search(model.release_pattern, origin, re.IGNORECASE)
@@ -834,6 +836,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
                 "most of what it has learned carries over, what it adds may be weaker or stronger"
             )
     trained_family = read_family(lora.metadata)
+    # takes: other families whose LoRAs are meant for this model too
     if trained_family is None or trained_family is model or trained_family.name in model.takes:
         return
     logger.warning(

@@ -368,6 +368,7 @@ def _make_factors(
     original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialized modules for the down and the up factor, float32 on the CPU."""
+    # meta: `_make_empty` allocates them, without torch's own initial values
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))

@@ -373,6 +373,7 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
         matches: For each module, the result of `find_by_pattern`.
     """
     # (overridden pattern, last matching pattern) -> number of modules
+    # the last matching pattern counts, all before it are overridden
     counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
     for (index, last), count in sorted(counts.items()):
         overridden, _ = pairs[index]

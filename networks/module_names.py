@@ -108,6 +108,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     # modules of all blocks have the same sizes, so one name per template is enough; reversed: keep the first
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
+    # from sizes that contradict the family to those of a released model
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
     best = max(levels.values())
     chosen = [family for family in families if levels[family] == best]

@@ -50,12 +50,14 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     rules = settings.rules
     if rules is not None and settings.block_numbers:
         children = dict(unet.named_children())
+        # block lists that this model has
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
     optional: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
     if not spec.lora_choice:  # such a model lists the modules that get a layer instead
         optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
     if settings.blocks is not None:
+        # `numbered`: the blocks that --network_args address by number
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
     targets = _choose(_list_candidates(unet, settings), settings, OURS, optional)
     if not targets:
@@ -153,6 +155,7 @@ def _select_size(
         is_optional = _find_rank_of_type(path, settings.rules, settings) is None
     if _is_excluded(path, settings, is_optional):
         return None
+    # the learning rate of its block is below the threshold
     if settings.blocks is not None and settings.blocks.is_left_out(path):
         return None
     if matching:

@@ -380,6 +380,7 @@ def select_rank(
     """
     if singular_values[0] <= MIN_LEARNED:
         return 1
+    # without a method, only `maximum` limits the rank
     rank = len(singular_values)
     if method == RATIO:
         assert param is not None

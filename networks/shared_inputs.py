@@ -188,8 +188,10 @@ class _Outputs(torch.autograd.Function):
                 grad_ups.append(None)
                 continue
             gradient = rows_of(gradient)
+            # gradient of x @ down^T for this layer, into its columns of grad_product
             torch.mm(gradient, ups[index], out=grad_parts[index])
             grad_ups.append(gradient.t() @ parts[index])
+            # the gradient of x is the sum over all layers
             if needs_x and grad_x is None:
                 grad_x = gradient @ weights[index]
             elif grad_x is not None:
