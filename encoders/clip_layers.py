@@ -123,7 +123,7 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
-        """Return the tokens after the layer, B L C as the input."""
+        """Return the tokens after the layer, B L C as the input; `tokens` is not used."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 

@@ -83,7 +83,7 @@ class ImageUse:
         Args:
             number: Number of the image in the prompt, from 1.
             tokens: Number of its tokens.
-            count: Number of images in the prompt.
+            count: Number of images in the prompt; a single one may have a text of its own.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text

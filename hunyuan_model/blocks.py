@@ -201,7 +201,7 @@ class DoubleStreamBlock(nn.Module):
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return the modulation of text or video, output projection of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
@@ -240,7 +240,10 @@ class DoubleStreamBlock(nn.Module):
     def _modulate_heads(
         self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
     ) -> Heads:
-        """Return query, key and value of a stream's tokens B L C; `rows` starts with its shift and scale."""
+        """Return query, key and value of tokens of video or text, B L C.
+
+        `rows` begins with the shift and the scale that modulate them.
+        """
         shift, scale, *_ = rows
         split = tokens.split if is_text else tokens.clean
         return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)

@@ -212,7 +212,7 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files of a generation, and the transformer's input channels."""
+        """Check transformer (its input channels too) and text encoders, and the VAE if `media` is True."""
         self._check_dit()
         super().check_files(media)
 

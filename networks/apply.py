@@ -109,7 +109,7 @@ class Change:
             ) from error
         # a change with `rows` is only for these rows of the weight
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
-        # with DoRA magnitudes, these are checked below too
+        # the magnitudes of a DoRA are checked below, even if the shape fits
         if shape == expected and change.delta.normalization is None:
             return change
         reason = change._describe_error(shape, expected)
@@ -218,10 +218,10 @@ class Change:
                 f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
             )
         rows = part_rows(relative.part, rows_of_part, rows_of_whole)
-        # only these rows of the weight are changed
+        # the LoRA's module is a part of the weight: only these rows are changed
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        # None: the numbers of rows do not match
+        # None: the numbers of rows do not match; all rows: there is nothing to cut
         if rows is None or rows == slice(0, num_rows):
             return self
         # the weight is a part of the LoRA's module: take only its rows of the change
@@ -378,7 +378,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
         return [None]
     num_rows = len(weight)
     rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
-    # rows that cannot be cut: a test with one row
+    # `rows` returns None for a change that cannot be cut, whichever rows are asked for
     if rows_per_block >= num_rows or any(change.delta.rows(slice(0, 1)) is None for change in changes):
         return [None]
     starts = range(0, num_rows, rows_per_block)

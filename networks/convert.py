@@ -463,7 +463,7 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without the entries that a converted file changes: expert and hashes."""
+    """Return metadata without the entries that are wrong in a converted file: expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }

@@ -319,7 +319,7 @@ def _read_part(
         is_own: Whether the file was written by us.
     """
     tensors, texts = dict(native.tensors), dict(native.texts)
-    # FOLDED: metadata key with alpha / rank by rank
+    # FOLDED: metadata entry with alpha / rank for each rank
     if is_own and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
@@ -796,7 +796,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
         is_used = keeps_text if is_text else keeps_dit or keeps_nothing
         if is_used:
             tensors = use.lora.tensors
-            # otherwise, all tensors of the file are on this side
+            # modules on both sides: keep those of this one
             if text_modules and dit_modules:
                 tensors = ungroup(text_modules if is_text else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))

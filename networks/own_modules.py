@@ -346,7 +346,7 @@ def _make_layers_from_tensors(
     kind = OWN_MODULES[name].kind
     added: dict[str, nn.Module] = {}
     for module_name, factors in _factors_for(by_name, tensors).items():
-        # marks: tensors that only modules of this kind of network have
+        # marks: tensors of which each module of this kind of network has at least one
         is_of_kind = any(part in factors for part in kind.marks)
         if module_name not in by_name or module_name in layers or not is_of_kind:
             continue
@@ -464,7 +464,7 @@ def build_from_tensors(
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for module_name, factors in _factors_for(by_name, tensors).items():
-        # marks: tensors that only modules of this kind have
+        # marks: tensors of which each module of this kind of network has at least one
         if not any(part in factors for part in kind.marks):
             raise CheckpointError(
                 f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "

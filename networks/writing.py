@@ -185,7 +185,7 @@ def write_modules(
             left_out[name] = reasons[0]
             continue
         for path, converted in forms.items():
-            # some modules have no prefix in any dialect
+            # some modules have no prefix in any layout
             prefix = "" if module_names.is_unprefixed(path) else start
             for part, tensor in converted.items():
                 written[f"{prefix}{path}.{part}"] = tensor

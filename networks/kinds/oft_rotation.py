@@ -93,7 +93,7 @@ class OftAlgebra(Algebra):
         return rotate(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I), the change of a weight."""
+        """Return W (R^T - I), the change of a weight; `made` is R - I of each block."""
         return rotate_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
