@@ -210,6 +210,7 @@ class ImageVae(nn.Module):
         moments = self.moments(pixels)
         if generators is not None:
             return sample_posterior(moments, generators, self.limits)
+        # moments: means, then logarithms of variances, along the channels
         return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()
@@ -254,6 +255,7 @@ class ImageVae(nn.Module):
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, unit_in)
         image = x.squeeze(2)
+        # no tiles: the whole picture at once
         if self.tile is None:
             return compute(image).unsqueeze(2)
         tile_size = self.tile // self.stride  # in latent pixels

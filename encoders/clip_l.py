@@ -80,6 +80,7 @@ def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path)
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or build the same tokenizer from vocab.json and merges.txt."""
     merges = find_merges(file)
+    # a tokenizer.json, which contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -182,6 +183,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         end = tokenizer.number(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
+        # the pooled state is that of the first end token
         ends = torch.tensor([row.index(end) for row in rows])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []

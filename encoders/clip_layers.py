@@ -123,7 +123,7 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
-        """Return the tokens after the layer, B L C as the input."""
+        """Return the tokens after the layer, B L C as the input; `tokens` is not used."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -212,12 +212,14 @@ class ClipText(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
+        # layers to run for the states
         last = self.num_layers - layer + 1
         hidden = Hidden(self.embeddings(ids), None)
         self._run(hidden, range(last))
         states = self.final_layer_norm(hidden.x) if final_norm else hidden.x
         if ends is None:
             return states, None
+        # the pooled state is always that of the last layer
         self._run(hidden, range(last, self.num_layers))
         return states, self._pool(hidden.x, ends)
 
@@ -301,6 +303,7 @@ class ClipVision(nn.Module):
         size = self.image_size
         squares = []
         for image in images:
+            # the shorter side becomes `size`, the longer one is rounded down
             width, height = (size * length // min(image.size) for length in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             left = (width - size) // 2

@@ -147,7 +147,7 @@ def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:
 
 
 def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """Return the control images in the conditions, B 3 H W in 0..1, and their strength; else None and 0."""
+    """Return the control images in the conditions, B 3 H W in 0..1, and their strength; or None and 0."""
     if CONTROL_PIXELS not in cond:
         return None, 0.0
     pixels = send_tensor(cond, CONTROL_PIXELS, device)

@@ -220,6 +220,7 @@ class OneTransformer:
             files: Words with their vectors, by file.
             option: Option that names the files, for messages.
         """
+        # words are found regardless of case
         words_by_text = {word.text.lower(): word for word in self.files.words}
         for path, contents in files.items():
             for text, content in contents.items():

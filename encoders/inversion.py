@@ -67,6 +67,7 @@ class LearntRows(nn.Module):
         """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
+            # of the embeddings of known tokens
             mean_norm = self.mean_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
             if max(norms) > LOUD * mean_norm:
@@ -209,6 +210,7 @@ class Inversion:
             table = tables[tower.key]
             table.rows = partial(rows.join, tower.keys)  # the encoder reads the trained values in each pass
             if with_values:
+                # to compare the length of trained vectors with, in the log
                 norm = float(table.weight.detach().float().norm(dim=1).mean())
                 rows.mean_norms |= dict.fromkeys(tower.keys, norm)
         return rows
@@ -231,6 +233,7 @@ class Inversion:
             for tower in self.towers:
                 table = known_rows[tower.key]
                 for name in tower.keys:
+                    # as spread as the embeddings of known tokens
                     initial[name] = torch.randn(count, table.shape[1]) * table.std()
             return initial
         for encoder_index, tower in enumerate(self.towers, 1):
@@ -276,6 +279,7 @@ class Inversion:
         vectors = self.read_vectors(path, option)
         if vectors is None:
             return None
+        # a tower: one text encoder; its keys name its vectors in files
         missing = [name for tower in self.towers for name in tower.keys if name not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
@@ -319,6 +323,7 @@ class Inversion:
         Raises:
             DatasetError: If no caption has the word.
         """
+        # also matches the names of single vectors of the word
         pattern = compile_words([*self.word.list_ids(0)])
         without = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text

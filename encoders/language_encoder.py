@@ -90,6 +90,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
         CheckpointError: If a file cannot be read.
     """
     merges = find_merges(file)
+    # a tokenizer.json, which contains everything
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -250,7 +251,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         has_lengths = use.pad is None or use.pads_to > 0
         # conditions whose length differs between prompts; a prompt has as many hashes as images
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
-        self.takes_weights = use.states_key  # key of the states that prompt weights multiply
+        # key of the states that weights of words, such as (cat:1.2), multiply
+        self.takes_weights = use.states_key
         self.pads_left = use.pads_left
 
     @property
@@ -297,6 +299,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         text = text or use.blank  # what the family writes for an empty prompt
         spans = []
         for first, last, weight in prompt.spans:
+            # spans: the first and last character of each weighted part, and its weight
             spans.append((first - num_stripped, last - num_stripped, weight))
         start = len(use.before)
         return Written(
@@ -396,7 +399,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return the states and the mask of each prompt.
+        """Return the conditions of each prompt: its states, and the mask of its tokens.
 
         Args:
             network: The language model.
@@ -406,8 +409,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             pictures: Images of each prompt.
 
         Returns:
-            States T nC if prompts are padded to `maximum`. Otherwise a list of one tensor, L nC, where L
-            counts the tokens of the prompt and of the template after it. Stacked states have n C, not nC.
+            The states of n layers are side by side in each token: T nC if prompts are padded to `maximum`.
+            Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt and of the template
+            after it. Stacked states have n C, not nC.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -431,11 +435,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
             if use.stacked:
                 states = states.unflatten(-1, (len(use.stacked), -1))
+            # the first `dropped` tokens belong to the template, not to the prompt
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for index, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
+                # rows of this group are padded alike: cut each to the length that it has by itself
                 length = self._select_length([row], dropped) if use.pads_to else len(row)
                 conditions = self._make_conditions(row_states, row_mask, length - dropped)
+                # the family takes the states of image tokens apart from those of the text
                 if use.slots_key:
                     sides = group_images[index].sides if group_images else ()
                     conditions |= self._split_images(tokenizer, row_states, row[dropped:], sides)
@@ -459,6 +466,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         is_image = [number == token for number in ids]
         # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
         text_indices = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
+        # a slot: the number of text tokens in front of an image
         slots = []
         position = 0  # index of a token
         num_text_tokens = 0  # text tokens before that position
@@ -505,6 +513,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         tokens = embeddings(ids.to(device))
         if any(prompt.sides for prompt in pictures):
             assert use.pictures is not None
+            # id of the placeholder token, which stands for one token of an image
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
@@ -575,6 +584,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         written: list[Written] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             text = self.write(prompt)
+            # a typed placeholder would be taken for an image
             if prompt_images.sides and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
                     f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"

@@ -186,6 +186,7 @@ def _read_delta_layers(
         raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
     kinds = []
     for index in range(num_layers):
+        # other layers have attention to all tokens
         kinds.append(RECURRENT if f"layers.{index}.{LINEAR}" in shapes else FAR)
     return {
         "linear_num_value_heads": value_heads,
@@ -279,6 +280,7 @@ def read_language_model(
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."  # prefix of a layer with attention
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    # marks: tensors (biases, norms) that tell the models apart
     if network is None or model.marks != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
@@ -360,6 +362,7 @@ def _check_heads(
     if not is_uneven:
         heads = query_rows // width
         kv_heads = key_rows // width
+        # grouped queries: each head of keys serves equally many heads of queries
         is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
     # in Qwen2.5-VL, all heads together have the width of the model
     if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
@@ -376,9 +379,11 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     Raises:
         CheckpointError: If the file has fewer layers.
     """
+    # -1 is the state after all layers
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
+    # the state was typed, as a number of layers to skip
     if model.skip_option:
         raise CheckpointError(
             f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",
@@ -418,6 +423,7 @@ def _read_config_constants(
         CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
     """
     try:
+        # transformers 5 renamed rope_scaling to rope_parameters
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
@@ -581,6 +587,7 @@ def load_language_model(
                 plan.config.num_layers,
                 num_streamed * layer_bytes / 1e9,
             )
+        # suffixes of the names of weights that stay in float32
         float32_names = model.keep_float32
         network = load_planned(
             plan,

@@ -127,11 +127,13 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     for word in words:
+        # a new word, which is learned: each encoder gets rows for it
         if word.content is None:
             for encoder in word_encoders:
                 encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True
             continue
+        # a word from a file: its vectors for each of the encoders
         vectors = select_vectors(word, word_encoders)
         for encoder in word_encoders:
             rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
@@ -151,6 +153,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
     tensors = list_tensors(table if isinstance(table, Mapping) else word.content)
     vectors_by_key: dict[str, Tensor] = {}
     for encoder in encoders:
+        # a file may name the vectors of an encoder by any of its keys
         key = next((key for key in encoder.word_keys if key in tensors), None)
         if key is not None:
             vectors_by_key[encoder.word_keys[0]] = tensors[key]
@@ -216,6 +219,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
     table = module.get_submodule(name)
     assert isinstance(table, nn.Embedding)
     for word in words:
+        # a word to train has no vectors yet, so that nothing can be wrong
         width = table.embedding_dim if word.vectors is None else word.vectors.shape[1]
         if width != table.embedding_dim:
             raise CheckpointError(
@@ -246,8 +250,10 @@ def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     for word in words:
         for name, token_ids in word.list_ids(first_id).items():
             is_word = name == word.text
+            # `cat1` is the first vector of `cat`, unless there is a word `cat1`
             if is_word or name.lower() not in word_names:
                 ids[name] = token_ids
+        # each copy of a word has rows of its own
         first_id += word.count * word.copies
     for word in words:
         if word.alias is not None and word.alias.lower() not in word_names:

@@ -83,7 +83,7 @@ class ImageUse:
         Args:
             number: Number of the image in the prompt, from 1.
             tokens: Number of its tokens.
-            count: Number of images in the prompt.
+            count: Number of images in the prompt; a single one may have a text of its own.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -130,6 +130,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
     sources = plain_sources(network)
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
+    # raised below, or by `_read_sizes`
     wrong = CheckpointError(f"{path}: {what}", path)
     sizes = _read_sizes(tower, network, sources, wrong)
     config_json = read_network_config(
@@ -148,6 +149,7 @@ def _read_sizes(
     """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
     shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, patch_width = shape(PATCHES, 5)
+    # first and last layer of the merger, which makes tokens of patches
     merged_layer, out_layer = tower.merger
     merged_dim = shape(merged_layer, 2)[1]  # channels of the patches that are merged into a token
     out_dim = shape(out_layer, 2)[0]
@@ -169,6 +171,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
     """Build the vision tower, a class of transformers; call this inside `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
+    # names of the classes in transformers
     config_class, tower_class = kind.classes
     transformers_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
     tower: Any = getattr(module, tower_class)(transformers_config)
@@ -221,6 +224,7 @@ def read_images(
     patch = config.patch_size
     frames = config.temporal_patch_size
     processor_class = _import_processor()
+    # no patches; each is a row of 3 colors x frames x pixels
     if not pictures:
         return ReadImages(torch.zeros(0, 3 * frames * patch**2))
     for image in pictures:
@@ -277,6 +281,7 @@ def embed_images(
         pictures: Images of each prompt.
         token: Id of the placeholder token.
     """
+    # deep features: those of inner layers of the tower (DeepStack), for layers of the language model
     features, deep_features = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
     # in a prompt without images, a placeholder token is text that the user typed
@@ -310,6 +315,7 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
         return features, deep_features or ()
     if isinstance(output, Tensor):  # transformers 4, other towers
         return output, ()
+    # transformers 5
     return output.pooler_output, getattr(output, "deepstack_features", None) or ()
 
 
@@ -336,6 +342,7 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
             positions.append(grid.T + start)
             start += max(rows, columns)
             num_tokens -= rows * columns
+        # text; empty after the placeholders of images
         positions.append(torch.arange(start, start + num_tokens).expand(3, -1))
         start += num_tokens
     return torch.cat(positions, dim=1)

@@ -103,6 +103,7 @@ def encode_images(
     entries = []
     for part in media.split_for(device):  # a CPU encodes items one by one
         latents = {"latents": encode(part.frames)}
+        # reference images are the control images of the batch
         for number, frames in enumerate(part.control):
             latents[f"{CONTROL}_{number}"] = encode(frames)
         for index in range(len(part.frames)):
@@ -127,6 +128,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
     sides = " with even sides" if patch > 1 else ""
     for name, tensor in references.items():
         height, width = tensor.shape[-2:]
+        # a picture is one frame, and whole tokens cover it
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
             raise CacheError(
                 f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "
@@ -357,6 +359,7 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
         )
     for path in paths:
         width, height = image_size(path)
+        # sides are multiples of this step: less would leave nothing
         if min(width, height) < rules.step:
             raise OptionError(
                 f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "

@@ -127,6 +127,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
             use: How the family uses and names the encoder.
         """
+        # subfolders of a release that may hold the encoder
         folders = [folder for folder in use.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
         self.name = use.name
@@ -163,6 +164,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         ids, masks = fill_rows(rows, self.maximum, PAD)
         results: list[Conditions] = []
         start = 0  # index of the group's first prompt
+        # a few prompts at a time, to limit memory
         for group in in_groups(ids.tolist()):
             group_masks = masks[start : start + len(group)]
             start += len(group)

@@ -212,6 +212,7 @@ class T5Attention(nn.Module):
         ]
         outputs = []
         prompts = zip(*(tensor.split(list(tokens.lengths), dim=1) for tensor in heads), strict=True)
+        # visible: the number of tokens, from the first on, that may be attended to
         for (q, k, v), visible in zip(prompts, tokens.visible, strict=True):
             mask = bias[None, :, : q.shape[1], :visible]
             # T5 does not divide by the square root of the head width
@@ -246,6 +247,7 @@ class T5Block(nn.Module):
                 "fc2": nn.Linear(config.ffn_dim, config.dim, bias=False),
             }
         )
+        # T5's position bias: a number for each head and bucket of distances
         table = nn.Embedding(config.num_buckets, config.num_heads) if has_table else None
         self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
 
@@ -258,6 +260,7 @@ class T5Block(nn.Module):
             table = self.pos_embedding["embedding"]
             length = max(tokens.lengths)
             weight = table.get_parameter("weight")
+            # T5 learns a bias for each bucket of similar distances
             buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
             by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
             # the n keys of query i are at the distances from -i on, which is window n-1-i: hence the flip

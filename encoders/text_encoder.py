@@ -99,6 +99,7 @@ class _WordReader:
 
     def __call__(self, text: str) -> Tokens:
         """Return the tokens of a text; known words (`pattern`) get their own ids, other text is tokenized."""
+        # no additional word in the text
         if not self.pattern.search(text):
             return self.read_plain(text)
         ids = list(self.ids_before)
@@ -209,6 +210,7 @@ class TokenizerSource:
         """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
+            # the ids of an empty text are those that the tokenizer itself adds
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
         added_begin = []  # the begin token, unless the tokenizer adds it
@@ -222,6 +224,7 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
+            # places: the characters that each token stands for; None for special tokens
             places: list[Place] = [None] * len(added_begin)
             for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
                 places.append(None if is_special else span)
@@ -255,7 +258,9 @@ class TokenizerSource:
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # the pieces cover the text without gaps; only white space at its start may be dropped
             lengths = [len(surface) for surface in surfaces]
+            # edges: where each piece of the text begins, and where the last one ends
             edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
+            # places: the characters that each token stands for; None for begin and end tokens
             places: list[Place] = [None] * len(added_begin)
             places += itertools.pairwise(edges)
             places += [None] * len(added_end)
@@ -298,6 +303,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
+    # 0 for no texts or empty ones
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
         raise CheckpointError(
@@ -441,6 +447,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
             characters = kept_characters(ends, max_read, length)
             counted = max(len(tokens.ids) - dropped, 0)
+            # caches hold the states of these tokens; encoders of fixed length pad to `maximum`
             stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
                 written.prompt,
@@ -521,6 +528,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
+            # template and uncounted tokens (of images) are not limited
             max_tokens = dropped + prompt.uncounted + self.maximum
             cut_tokens.append(tokens.cut(max_tokens, prompt.end))
         if self.logs_cuts:
@@ -533,6 +541,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
+            # spans: parts of the prompt with a weight, such as (cat:1.2)
             if prompt.spans:
                 weights = weights_of(prompt, tokens.places[dropped:])
                 conditions = self.weigh(conditions, weights)

@@ -79,9 +79,11 @@ def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
     num_units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
     overlap = torch.empty(0)  # the end of the previous span, which this span computes again
     for start in range(0, num_units, cut.stride):
+        # `+ 1`: with the frame before the span, or the clip's first frame
         span = compute(x[:, :, start * cut.unit_in : (start + cut.size) * cut.unit_in + 1])
         if start:
             span = span[:, :, 1:]
+            # axis 2: the frames
             _fade_in(span, overlap, 2)
         num_first = 0 if start else 1  # only the first span still has the single first frame
         end = cut.stride * cut.unit_out + num_first
@@ -145,8 +147,10 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
         return (Tile(0, size, before=0, after=0),)
     min_overlap = max(largest // OVERLAP, min(largest - 1, 1))
     # `count` tiles cover count * length - (count - 1) * overlap
+    # the fewest tiles that cover the size, and then their smallest equal length
     count = ceil((size - min_overlap) / (largest - min_overlap))
     length = ceil((size + (count - 1) * min_overlap) / count)
+    # spread evenly from 0 to size - length
     starts = [(size - length) * index // (count - 1) for index in range(count)]
     # overlap before each tile, and 0 after the last one
     overlaps = [0, *(first + length - second for first, second in pairwise(starts)), 0]
@@ -178,6 +182,7 @@ def add_in_tiles(
         for column in columns:
             tile = x[..., row.pick(unit_in), column.pick(unit_in)]
             region = out[..., row.pick(unit_out), column.pick(unit_out)]
+            # tiles overlap: their weights fade out towards the edges and add up to 1
             weights = (row.weights(unit_out)[:, None] * column.weights(unit_out)).to(out.device)
             start = 0
             for piece in compute(tile):
@@ -238,6 +243,7 @@ def sample_posterior(
     if limits is not None:
         log_variance.clamp_(*limits)
     # computed in place, because the latents of a long clip are large
+    # exp(log(variance) / 2)
     deviation = log_variance.mul_(0.5).exp_()
     for index, generator in enumerate(generators):
         noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)

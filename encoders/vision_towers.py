@@ -77,6 +77,7 @@ def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Ma
     num_positions = _count_positions(shapes)
     num_mergers = count(shapes, r"deepstack_merger_list\.\d+")
     heads = config_json.get("num_heads", HEADS)
+    # the inner layers whose features are used
     deep_layers = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(num_layers))
     if not isinstance(deep_layers, list) or not _are_sizes(heads, *deep_layers):
         return None

@@ -158,6 +158,7 @@ def join_tokens(
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # two texts may share one vector
+    # the lengths of the second text are in `second` below
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
         return Hidden(x, tokens)
@@ -200,7 +201,7 @@ class DoubleStreamBlock(nn.Module):
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
+        """Return the modulation of text or video, output projection of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
@@ -211,6 +212,7 @@ class DoubleStreamBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         video, text = tokens.split_video(x)
+        # conditioning vectors of video and text, from which modulations are computed
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
@@ -238,7 +240,10 @@ class DoubleStreamBlock(nn.Module):
     def _modulate_heads(
         self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
     ) -> Heads:
-        """Return query, key and value of a stream's tokens B L C; `rows` starts with its shift and scale."""
+        """Return query, key and value of tokens of video or text, B L C.
+
+        `rows` begins with the shift and the scale that modulate them.
+        """
         shift, scale, *_ = rows
         split = tokens.split if is_text else tokens.clean
         return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)

@@ -113,7 +113,9 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
     has_guidance = "guidance_in.mlp.0.weight" in file_shapes
     config = HunyuanVideoConfig(**dimensions, has_guidance=has_guidance)
+    # text-to-video, or the latents of an image behind the noisy ones
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
+        # HunyuanVideo-I2V has an image and a mask of one channel
         is_i2v = config.in_dim == 2 * config.out_dim + 1
         name = "HunyuanVideo-I2V" if is_i2v else "an unknown variant of HunyuanVideo"
         raise CheckpointError(
@@ -160,6 +162,7 @@ def read_block_dimensions(
     Raises:
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
+    # the tensor is the norm of one head's queries or keys
     (head_width,) = shapes.of(names["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
@@ -192,6 +195,7 @@ def _name_relative(checkpoint: Checkpoint) -> str | None:
     """Return the name of a related model with the same block names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
+    # tensors that only this model has
     for mark, name in (
         ("clean_x_embedder.proj.weight", "a FramePack transformer"),
         ("image_projection.up.weight", "a FramePack transformer"),
@@ -226,9 +230,11 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     sources = plain_sources(checkpoint)
     plain_fp8 = []
     for name, source in sources.items():
+        # fp8 without a `build`, which would multiply by a scale in the same file
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
             plain_fp8.append(name)
     path = checkpoint.path
+    # only the released .pt file has its scales in a second file
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
     scales_path = path.with_name(f"{path.stem}_map.pt")

@@ -166,6 +166,7 @@ class HunyuanVideo(OneTransformer):
         batch.check_widths({"llm": config.text_dim, "clipL": config.pooled_dim}, self.files.dit_path, remedy)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
+            # the model takes the strength of guidance as an input, which is constant in training
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
         }
         if self._starts_from_image:
@@ -211,7 +212,7 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files of a generation, and the transformer's input channels."""
+        """Check transformer (its input channels too) and text encoders, and the VAE if `media` is True."""
         self._check_dit()
         super().check_files(media)
 
@@ -242,6 +243,7 @@ class HunyuanVideo(OneTransformer):
                 self.files.dit_path,
             )
         width, height, frames = requests.size_of(request, default)
+        # the VAE decodes 4n + 1 frames
         size = width, height, requests.full_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
@@ -293,9 +295,11 @@ class HunyuanVideo(OneTransformer):
         frame_noise = [
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
+        # keys of `prompts` and `inputs` are section numbers; a video has the section 0
         conditions = dict(inputs.get(0, {}))
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self.files.compute_dtype())
+        # the denoising loop sends the finished latents back as the value of `yield`
         return (yield prompts[0].section(torch.cat(frame_noise, dim=2).float(), conditions))
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:

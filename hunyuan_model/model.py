@@ -136,6 +136,7 @@ class HunyuanVideoModel(BlockNetwork):
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
         embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+            # longest text of the batch, real tokens of each text, and of video and text together
             longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.txt_in(states, timesteps, counts, dtype=dtype, attention=self.attention)

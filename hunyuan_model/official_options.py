@@ -176,6 +176,7 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     # warn of a size that the model, or the release of this resolution, was not trained for
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:
+        # nearest by the sum of both differences
         nearest_height, nearest_width = min(
             trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width)
         )
@@ -244,6 +245,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--reproduce": model.reproduce,
     }
     words = option_words(values)
+    # at scale 1, a negative prompt has no effect
     if video.cfg_scale != 1:
         negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
         words.append(f"--negative_prompt={negative}")

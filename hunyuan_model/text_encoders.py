@@ -138,7 +138,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             before=template.before,
             after=template.after,
             dropped=template.crop_start,
-            states=(-1 - skip_layers,),
+            states=(-1 - skip_layers,),  # counted from the end
             final_norm=final_norm or skip_layers == 0,
         )
         super().__init__(use, path, dtype, tokenizer, form=form)

@@ -83,6 +83,7 @@ class ClipNorm(nn.GroupNorm):
         The variance is the mean of the variances plus the variance of the means, over pieces and channels.
         """
         piece_means, piece_variances, shares = [], [], []
+        # pieces of frames, because a copy of the whole clip in float32 would be large
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
             piece_mean = piece.mean(dim=(2, 3, 4), keepdim=True)
@@ -147,6 +148,7 @@ class HunyuanCausalConv(nn.Module):
                 size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)
             part = out[:, :, start:stop]
+            # the result is a tensor of its own: each piece is written, otherwise added
             if onto is None:
                 part.copy_(piece)
             else:
@@ -166,6 +168,7 @@ class HunyuanCausalConv(nn.Module):
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the padded input for result frames `start` to `stop`, B C T H+2 W+2; T is 1 for an image."""
+        # a convolution of single pixels needs no padding
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]

@@ -72,6 +72,7 @@ class ForeignNetwork:
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs."""
+        # a network of another package that leaves the groups to the caller
         if not hasattr(self.module, "prepare_optimizer_params"):
             trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": trainable, "lr": learning_rate}], ["unet"]
@@ -88,6 +89,7 @@ class ForeignNetwork:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         if names:
             return groups, list(names)
+        # logs call the learning rate of a single group "unet"
         if len(groups) == 1:
             return groups, ["unet"]
         return groups, [f"group {index}" for index in range(len(groups))]
@@ -148,8 +150,10 @@ class ForeignNetwork:
         state = self.module.state_dict()
         shapes = _read_shapes(path)
         _reject_other_sizes(path, state, shapes)
+        # without alphas, the network's own alphas must be those of the file's training
         if not any(name.endswith(".alpha") for name in shapes):
             _reject_other_alphas(path, state)
+        # the package reads files itself
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
@@ -172,6 +176,7 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
         shapes: Shapes of the file's tensors.
     """
     common = [name for name in state if name in shapes]
+    # elements are compared, not shapes: an alpha may be a list of one element
     wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
     if wrong:
         lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]]
@@ -204,6 +209,7 @@ def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     alphas = {name: alpha for name, alpha in native.items() if name.endswith(".alpha")}
     if not alphas:
         return
+    # `read_lora` adds the alphas of header and settings as tensors
     for name, tensor in read_lora(path).tensors.items():
         if name not in alphas:
             continue
@@ -368,6 +374,7 @@ def _read_network_weights(
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
+    # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
     use = LoraUse(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
         (use,) = fit_depths([use], dict(dit.named_parameters()))
@@ -479,6 +486,7 @@ def _create(
         text_encoders: Trained text encoders; None if there are none.
     """
     rank = options.network_dim or DEFAULT_RANK
+    # packages have one of two functions; only this one takes dropouts
     create = getattr(builder, "create_arch_network", None)
     dropouts = {"neuron_dropout": options.network_dropout}
     if create is None:
@@ -507,6 +515,7 @@ def _create_from_file(
             f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
             "support it"
         )
+    # packages differ in their arguments: `_call` passes those that the function takes
     created = _call(
         create,
         multiplier=1.0,

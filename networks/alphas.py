@@ -121,6 +121,7 @@ def find_alphas(
         ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
     """
     ranks = _ranks_without_alpha(modules, stacked)
+    # every module has an alpha of its own
     if not ranks:
         return FoundAlphas({}, "")
     sources: list[_Source] = []
@@ -209,6 +210,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     for factors in modules.values():
         rank = rank_of(factors)
         is_pair = DOWN in factors and UP in factors
+        # folding is recorded by rank: this module was not folded
         if rank not in strengths or "alpha" in factors or not is_pair:
             continue
         strength = strengths[rank]
@@ -316,6 +318,7 @@ def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
         if key == "config" and not _has_alpha(key, metadata.get(key, "")):
             continue  # "config" may describe anything, such as the model
         try:
+            # a missing key counts as empty settings
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)
         except (ValueError, AttributeError, RecursionError) as error:
@@ -359,7 +362,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
     all_names = {key.name for key, _ in entries}
     sources: list[_Source] = []
-    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})
+    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})  # names by `_split_key`: no underscores
     if not has_alphas:  # each value may be the settings of one adapter or network
         for full_key, value in settings.items():
             if not isinstance(value, Mapping):
@@ -377,10 +380,12 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
+    # one source for each spelling of alpha that is there
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
         alpha_keys = [""]  # only patterns with alphas for some modules
     for alpha_key in alpha_keys:
+        # the rank beside this alpha
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
         sources.append(_Source(place, peft_settings))
@@ -436,6 +441,7 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
+    # the prefix of this expert's network in diffusers' pipelines
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     text_modules = group_by_module(native.texts)
     try:
@@ -542,6 +548,7 @@ def peft_alphas(
     alphas: dict[str, Tensor] = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
+        # a kind without a rank, or an alpha of its own, which takes precedence
         if rank is None or "alpha" in factors:
             continue
         alpha = rules.alpha_of(paths[module])
@@ -580,6 +587,7 @@ def _expression(key: str) -> Callable[[str], bool]:
     import regex  # rarely needed
 
     try:
+        # the key may name a module or the end of its path
         pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
         raise ValueError(f"the key {key!r} is no regular expression: {error}") from None

@@ -110,6 +110,7 @@ class Change:
             ) from error
         # a change with `rows` is only for these rows of the weight
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
+        # the magnitudes of a DoRA are checked below, even if the shape fits
         if shape == expected and change.delta.normalization is None:
             return change
         # other shapes may have the same elements; with a normalization, the number of magnitudes must fit too
@@ -164,6 +165,7 @@ class Change:
         magnitudes = self.delta.magnitudes
         if magnitudes is None or self.leaf != "weight":
             return ""
+        # one magnitude for each input or output
         axis = 1 if self.delta.has_input_magnitudes else 0
         if len(expected) > 1 and magnitudes.numel() == expected[axis]:
             return ""
@@ -183,12 +185,14 @@ class Change:
         """
         size = self.delta.size()
         first_row, end_row = deltas.rows_in(self.delta.factors)  # rows of the layer that this change has
+        # only a weight that contains the part's layer has all its rows
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         rows = part_rows(relative.part, end_row - first_row, len(weight))
         if not isinstance(rows, slice):
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
+        # without `ROWS`, the factors are those of the whole layer
         factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
         whole = replace(self.delta, factors=factors)
         return replace(self, delta=whole, rows=slice(layer_start, layer_start + size[0]))
@@ -216,8 +220,10 @@ class Change:
                 f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
             )
         rows = part_rows(relative.part, rows_of_part, rows_of_whole)
+        # the LoRA's module is a part of the weight: only these rows are changed
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
+        # None: the numbers of rows do not match; all rows: there is nothing to cut
         if rows is None or rows == slice(0, num_rows):
             return self
         # the weight is a part of the LoRA's module: take only its rows of the change
@@ -242,6 +248,7 @@ class Change:
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
+        # the change is only for some rows: find those that are in the block
         if self.rows is not None:
             overlap = _find_overlap(self.rows, block, len(total))
             if overlap is None:
@@ -310,7 +317,7 @@ class _Overlap(NamedTuple):
     """The rows that a block of a parameter and a change have in common."""
 
     in_block: slice  # indices into the block
-    in_change: slice  # indices into the change, with the step of the block
+    in_change: slice  # indices into the change's own rows; has the step of the block
 
 
 def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap | None:
@@ -323,11 +330,12 @@ def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap
     """
     start = 0 if block is None else block.start
     step = 1 if block is None else block.step or 1
-    # row i of the block is row start + i * step of the parameter
+    # row i of the block is row start + i * step of the parameter; find the i whose row is in the change
     first = max(0, ceil_div(change.start - start, step))
     end = min(num_rows, ceil_div(change.stop - start, step))
     if first >= end:
         return None
+    # rows of the change count from its start: row i of the block is row offset + i * step of the change
     offset = start - change.start
     return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
 
@@ -372,6 +380,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
         return [None]
     num_rows = len(weight)
     rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
+    # `rows` returns None for a change that cannot be cut, whichever rows are asked for
     if rows_per_block >= num_rows or any(change.delta.rows(slice(0, 1)) is None for change in changes):
         return [None]
     starts = range(0, num_rows, rows_per_block)
@@ -413,6 +422,7 @@ def _round_into(
     # a small weight is rounded several times, and the draw that alters the change least is kept
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
+    # start 0: the whole weight, not a later block of it
     if at_random is not None and change is not None and start == 0:
         at_random.round_small(total, change)
     elif at_random is not None:
@@ -510,6 +520,7 @@ class LoraPatch:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         changes = self._fit_changes(name, weight)
+        # on the meta device, `_fit_changes` has already compared the shapes
         blocks = [] if weight.is_meta else _split_rows(weight, changes)
         if not blocks:
             return weight
@@ -537,7 +548,7 @@ class LoraPatch:
             part = weight[rows]
             total = _sum_changes(changes, rows, part)
             _round_into(part, part, total, at_random, start=start)
-            start += part.numel()
+            start += part.numel()  # elements of the weight so far, which place its random numbers
         return weight
 
     def _select_rounding(
@@ -573,6 +584,7 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
+        # fitted to the shape, which raises for a LoRA of another model
         changes = self._fit_changes(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
         if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
             return False
@@ -599,6 +611,7 @@ class LoraPatch:
             if name.endswith(FIRST_LAYERS):
                 channel_error = change.delta.find_other_channels(weight)
                 if channel_error is not None:
+                    # left out: `find_other_channels` found that only the input channels differ
                     self._channel_errors[id(change.use)] = channel_error
                     continue
             self._used[id(change.use)].add(key)
@@ -650,6 +663,7 @@ class LoraPatch:
             if not lacks_all:
                 logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
             rule = rule_of(use.lora.metadata)
+            # a T-LoRA that is merged acts with all ranks at all levels
             if not self._is_masked and rule is not None:
                 logger.warning(f"{path} {rule.kind.merged}")
             warn_of_other_family(use.lora, family, self._modules)
@@ -697,6 +711,7 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
+        # name them as in the file: with the prefix of the text encoder
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()
@@ -779,6 +794,7 @@ class OriginalWeights:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
+        # the name of the weight in published files, which LoRAs go by
         published = self._published(name)
         # on the meta device, `add_to` only compares shapes and notes which changes apply
         self._all.add_to(published, deltas.hollow(weight))
@@ -830,6 +846,7 @@ def check_loras_fit(
             uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
+            # `hollow`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))
             else:  # padded rows: the stored shape may exceed that of the weight, so only compare names

@@ -110,6 +110,7 @@ def average_files(options: AveragingOptions) -> None:
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
         metadata[NOTE] = _make_note(files, weights, options)
+        # `read` averages one tensor by name, so that they need not all be in memory
         read = _make_averaging(files, weights)
         size_bytes = sum(info.size_bytes for info in last.tensors.values())
         if size_bytes > LARGEST_HASHED:
@@ -153,9 +154,11 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
     else:
         last_beta = options.beta if options.beta2 is None else options.beta2
         difference = last_beta - options.beta
+        # linear in k; `max` because of the division for two files
         decays = [options.beta + difference * (k - 2) / max(count - 2, 1) for k in later_files]
     weights = [1.0]
     for decay in decays:
+        # all weights so far shrink, so that the sum stays 1
         weights = [*(weight * decay for weight in weights), 1 - decay]
     return weights
 
@@ -175,6 +178,7 @@ def exponent_of(sigma_rel: float) -> float:
     while is_too_wide(high):  # find a range that contains the solution
         low = high
         high = 2 * high
+    # far more halvings than a double has bits
     for _ in range(100):
         middle = (low + high) / 2
         if is_too_wide(middle):
@@ -198,6 +202,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         )
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
+    # all others are compared with it
     first = selected[0]
     if not any("." in name for name in first.tensors):  # names in a cache of latents have no dots
         raise CheckpointError(
@@ -220,6 +225,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         model_hash = file.metadata.get("sshs_model_hash", "")
         if has_plain_files and "ss_ema_decay" in file.metadata:
             logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+        # files without a hash are never taken for copies
         elif model_hash and model_hash in paths:
             logger.warning("%s is left out: it holds the same as %s.", file.path, paths[model_hash])
         else:
@@ -244,6 +250,7 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     """Raise CheckpointError if a file has other names or shapes than the first one."""
+    # symmetric difference
     names_in_one = sorted(first.tensors.keys() ^ file.tensors.keys())
     shapes: list[str] = []
     for name, info in file.tensors.items():
@@ -300,6 +307,7 @@ def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> Non
         files: All files.
     """
     for file in files[:-1]:
+        # in float64, so that files of different dtypes can be compared
         if not torch.equal(file.read(name).double(), last.double()):
             raise CheckpointError(
                 f"{name} differs between {file.path} and {files[-1].path}.\n"

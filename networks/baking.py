@@ -171,6 +171,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
     # both factors get about equal norms, so that neither loses precision in 16 bits
+    # `decompose_change` puts the singular values into the up factor, rows of down have the norm 1
     norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
     root_of_norms = norms.sqrt()
     down = (down * root_of_norms[:, None]).to(dtype)
@@ -197,6 +198,7 @@ def _compute_change(
         device: Device that computes.
     """
     delta = read_delta(factors)
+    # the factors alone show the change
     if not delta.depends_on_weight:
         dense = delta.dense(device)
         assert dense is not None
@@ -234,6 +236,7 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
+            # None: any number of rows fits
             if rows in (None, len(weight)):  # separate files of text encoders may have equal module names
                 return weight, stored.checkpoint.path
     raise CheckpointError(
@@ -261,6 +264,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
                     continue
                 if family is not None:
                     module = alias(module, family)
+                # several files may have a module of this name
                 weights.setdefault(module, []).append(stored)
         yield weights
 
@@ -300,6 +304,7 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
     """
     errors: dict[str, float] = {}  # relative
     for name, loss in losses.items():
+        # a change of 0 loses nothing
         errors[name] = loss.lost / loss.change if loss.change else 0.0
     worst = max(errors, key=lambda name: errors[name])
     # the norm of all modules together is the root of the sum of squares

@@ -125,7 +125,7 @@ def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
         if part in texts:
             read_factors(part, texts[part], 2, warns=False)  # only for its errors; the count does not matter
     if THRESHOLD in texts:
-        _read_numbers(THRESHOLD, [texts[THRESHOLD]])
+        _read_numbers(THRESHOLD, [texts[THRESHOLD]])  # only for its errors, too
     return BlockSettings(texts, lists)
 
 
@@ -147,6 +147,7 @@ def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[f
     if curve in _CURVES:
         offset = _read_numbers(name, [base])[0] if plus else 0.0
         return [value + offset for value in _draw_curve(curve, count)]
+    # not a curve: numbers such as 1,0.5,0 in brackets or without
     factors = list(_read_numbers(name, text.strip().removeprefix("[").removesuffix("]").split(",")))
     if warns and len(factors) != count:
         logger.warning(

@@ -69,6 +69,7 @@ def group_layers(
         if layer.dropouts is None and layer.combine is None:
             for ending, index in index_by_ending.items():
                 if path.endswith(f".{ending}"):
+                    # one group for each block (the path without the ending), tensor and rank
                     key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
@@ -77,10 +78,12 @@ def group_layers(
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of all layers for a pass under the current autocast.
 
-    Before the first pass on a GPU, the frozen weights of each group are joined in memory.
+    A layer's `cast_factors` are its down and up factor in autocast's dtype. Layers that get the same tensor
+    also get a `shared_input`, which multiplies it by all their down factors at once. Before the first pass on
+    a GPU, the frozen weights of each group are joined in memory.
 
     Args:
-        groups: Groups of layers with a common input.
+        groups: Groups of layers that get the same tensor; most have one layer.
     """
     layers = [layer for group in groups for layer in group]
     parameter = layers[0].lora_down.weight
@@ -100,7 +103,8 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     # down factors stay unscaled
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     counts = [len(group) for group in groups]
-    # one matrix for each group with all its down factors, then one for each group with its up factors
+    # One matrix for each group with all its down factors, stacked along rows, then one for each group with
+    # its up factors; `_Cast` makes them all, and casts their gradients back
     matrices = _Cast.apply(scales, counts + counts, dtype, *downs, *ups)
     # not strict: `matrices` also has the up matrices after the down matrices
     for group, down, up in zip(groups, matrices, matrices[len(groups) :], strict=False):
@@ -135,6 +139,7 @@ class _Cast(torch.autograd.Function):
             matrix = members[0].new_empty((sum(split_sizes), *members[0].shape[1:]), dtype=dtype)
             ctx.split_sizes.append(split_sizes)
             matrices.append(matrix)
+            # views of the matrix, one for each factor: copying into them fills the matrix
             rows += matrix.split(split_sizes)
             start += count
         copy_each(rows, factors)

@@ -195,6 +195,7 @@ def convert(options: ConvertOptions) -> None:
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
+    # one file in, one file out
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(
             options.input,
@@ -218,7 +219,7 @@ def convert(options: ConvertOptions) -> None:
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     """Return the LoRA of each expert. Raises OptionError if the only file holds a single LoRA."""
     low = read_lora(options.input, by_expert=True, family=options.family)
-    high = low
+    high = low  # one file has both, unless a second one is given
     if options.input_high_noise is not None:
         high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
     elif not low.parts:
@@ -271,6 +272,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
+    # `to_alias`: our module name to ComfyUI's, `alias`: the reverse
     rename = module_names.alias if options.reverse else module_names.to_alias
     if not options.reverse:
         _reject_for_comfyui(source, stored)
@@ -310,6 +312,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
+    # `take_apart` has already split ComfyUI's modules into ours
     if options.reverse:
         converted_lora = ConvertedLora(tensors, metadata)
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
@@ -389,6 +392,7 @@ def convert_file(
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
     if not lora.parts:
         _convert_one(lora, output, conversion)
+    # two experts, but the weights of one model
     elif baking is not None and baking.models:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
@@ -426,6 +430,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
             raise OptionError(kind.no_two_experts)
     families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
+    # the networks of diffusers' pipeline, such as transformer_2
     prefixes = {expert: prefix for prefix, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -458,7 +463,7 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without the entries that a converted file changes: expert and hashes."""
+    """Return metadata without the entries that are wrong in a converted file: expert and hashes."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }
@@ -472,11 +477,13 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion)
         family: Family of the LoRA; None if unknown.
         conversion: How to convert.
     """
+    # `baking` names the model whose weights are needed; with a rank, the change becomes a plain LoRA
     if conversion.baking is not None and conversion.baking.rank is not None:
         return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = conversion.target == "other" and not in_diffusers  # "other" is ComfyUI's dialect
+    # only DoRA changes the file
     for kind in KINDS:
         lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
@@ -503,6 +510,7 @@ def converted(
     Raises:
         CheckpointError: If no module can be written.
     """
+    # the modules of our layout; unknown families have only their own
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
     text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
@@ -582,6 +590,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
         )
     trained_family = module_names.read_family(lora.metadata)
     families = lora.families(name)
+    # the file cannot be for the named family
     if [family.name for family in families] != [name]:
         evidence = "names"
     elif trained_family is not None and trained_family.name != name:
@@ -622,6 +631,7 @@ def _save(
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
     ]
+    # a LoRA whose ranks are masked by noise level: say what other programs do with it
     rule = rule_of(result.metadata)
     if rule is not None:
         rows.append((rule.kind.name, rule.kind.elsewhere))

@@ -108,6 +108,7 @@ class Delta:
         if not changes:
             return None
         total = functools.reduce(Tensor.add_, changes)
+        # a part's factors are those of the whole layer: return the part's rows only
         if not self.is_part:
             return total
         start, stop = rows_in(self.factors)
@@ -187,6 +188,7 @@ class Delta:
         matrices = [part for part in self.factors if part in PARTS and part not in _NOT_FACTORS]
         if any(self.factors[part].ndim != 2 for part in matrices):
             return None
+        # a full difference or a new weight has the size itself
         full = self.factors.get("diff", self.factors.get(SET))
         if full is not None:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
@@ -299,6 +301,7 @@ class Delta:
     def _find_incomplete(self) -> str | None:
         """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
+        # factors that are only useful together, such as up and down
         for first, second in composing.PAIRS:
             if first in factors and second not in factors:
                 return f"it has {first} but no {second}"
@@ -359,6 +362,7 @@ class Delta:
         shape = self.shape()
         if shape is None or len(shape) != weight.ndim or len(shape) < 2 or shape[1] == weight.shape[1]:
             return None
+        # other outputs or another kernel: a different model
         if shape[0] != weight.shape[0] or shape[2:] != tuple(weight.shape[2:]):
             return None
         return f"its first layer takes {shape[1]} channels, the model's {weight.shape[1]}"

@@ -105,6 +105,7 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
     """
     indices = _find_indices(lora.modules(), [grown.blocks])
     lora_depth = read_depth(lora, grown)
+    # no block is changed, the model's depth is unknown, or both are equal
     if not indices or depth == 0 or lora_depth == depth:
         return lora
     if lora_depth is None:

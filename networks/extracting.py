@@ -193,6 +193,7 @@ def _extract_blocks(
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
+            # example: a weight that every such model has
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
                 hint = f" It is {kind}." if kind else ""
@@ -255,6 +256,7 @@ def extract_full(options: ExtractOptions) -> None:
         unchanged = _find_unchanged_texts(pair, options.min_diff)
         plan: dict[str, list[ExtractedModule]] = {}  # a fused tensor has the weights of several modules
         for name in pair.original.tensors:
+            # an empty list: the tensor gets no LoRA
             plan[name] = []
             for piece in pieces_of(name):
                 if piece.network in unchanged:
@@ -291,6 +293,7 @@ def _find_module_of_piece(
         module = OURS + alias(module_of_tensor(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
+        # convolutions get a LoRA only with --conv_dim
         elif _RESIDUAL.search(module):
             rank = options.conv_dim or 0
     if rank == 0:
@@ -410,6 +413,7 @@ def _extract_module(
         dtype: Dtype of the factors.
         kept_change: Accumulates how much of the change the LoRA keeps.
     """
+    # the rows of the tensor that are this module's weight
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     kept_change.add(change.flatten(1), up @ down)
@@ -466,6 +470,7 @@ def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tenso
         rank: Number of accurate singular values.
         name: Name that seeds the random numbers.
     """
+    # some columns more than the rank make the first singular values accurate
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
     # columns that span the range of the matrix; each power iteration weakens small singular values
@@ -504,6 +509,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
     original = {name: pair.original.tensors[name].shape for name in original_names}
     tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
     names = sorted(original.keys() | tuned.keys())
+    # None for a missing tensor
     wrong = [name for name in names if original.get(name) != tuned.get(name)]
     if wrong:
         first = wrong[0]
@@ -531,6 +537,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     if any(name.startswith("cond_stage_model.model.") for name in names):  # OpenCLIP
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
+    # SD 1 and SDXL differ in the modules of the U-Net
     unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
     return SDXL if select_family(unet_modules) is SDXL else SD1
 
@@ -545,6 +552,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
+        # all pieces of a tensor are of one network
         network = pieces[0].network if pieces else ""
         # an encoder that is known to have changed is not read further
         if network and not is_changed.get(network):

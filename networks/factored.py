@@ -98,6 +98,7 @@ class FactoredLayer(nn.Module):
         super().__init__()
         self.kind = product.kind
         self.is_scaled = product.is_scaled(shapes)
+        # without a scale, alpha is the rank, so that alpha / rank is 1
         stored_alpha = float(alpha or rank) if self.is_scaled else float(rank)
         self.register_buffer("alpha", torch.tensor(stored_alpha))
         for name, shape in shapes.items():

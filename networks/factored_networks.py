@@ -44,6 +44,7 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     matrix_shape = (shape[0], math.prod(shape[1:]))  # some files store convolutions as matrices
     is_untrainable = bool(UNTRAINED & shapes.keys())  # has a core or magnitudes
     change_shape = None if is_untrainable else read_delta(factors).shape()
+    # None (untrainable) is neither
     if change_shape not in (shape, matrix_shape):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "

@@ -158,6 +158,7 @@ class LoraFormat:
         from networks.writing import in_own_form, in_target  # not for the default format
 
         native = in_own_form(tensors, self.family)
+        # keeps the product: alpha / rank goes into the factors, which then need no alpha
         if is_folded:
             folded = {
                 name: deltas.fold_strength(factors)
@@ -247,6 +248,7 @@ def find_error(
             return error
     if name == COMFYUI:
         return None
+    # text encoders whose LoRAs diffusers does not read
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
     if unread:
         return (

@@ -55,6 +55,7 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
         A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
         rows do not fit.
     """
+    # None: another name of the whole weight
     if part.index is None or part.index == SWAPPED:
         if height != full_height:
             return None
@@ -116,6 +117,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
         row_counts = {}
         if height(name) is None:  # the model does not have the module, perhaps only its parts
             row_counts = _count_rows_of_parts(name, modules, height)
+        # not fused, or the model has none of its parts
         if not any(row_counts.values()):
             result[name] = factors
             continue
@@ -142,6 +144,7 @@ def _count_rows_of_parts(
     row_counts: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
         part_name = OURS + relative.name
+        # also not a part with a LoRA of its own in the file
         if not relative.is_part or part_name in modules:
             continue
         num_rows = height(part_name)
@@ -265,6 +268,7 @@ def fuse(
     pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
         module = _find_fused(name, height, family)
+        # no part, or the file has the fused module too
         if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
@@ -303,6 +307,7 @@ def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     for piece in itertools.chain.from_iterable(fused):
         part_paths.add(piece.part.theirs)
         heights = heights_by_path.setdefault(piece.part.ours, {})
+        # None for an input rotation, whose tensors do not show it
         height = read_delta(piece.factors).height()
         if height is not None:
             heights[piece.part.index] = height
@@ -372,8 +377,10 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
         return first.factors
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
+    # other kinds, or plain LoRAs together with others
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, num_rows, is_for_model)
+    # the rows of the weight that each part stands for
     all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
     if isinstance(all_rows[0], Tensor):  # a weight with swapped halves is its only part
         swapped = read_delta(first.factors).rows(all_rows[0])
@@ -402,6 +409,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
         return f"{title} rotates only some of its parts"
+    # parts without a rotation, or with different values
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
         return "its parts are rotated differently"
     return first.factors
@@ -446,6 +454,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
     downs = [part.factors[DOWN] for part in placed]
+    # parts that were cut from one LoRA have the same down factor
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
     joined: dict[str, Tensor] = {
@@ -489,7 +498,13 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
-    """Stack the tensor `name` of the parts along rows; rows of parts without this tensor are 0."""
+    """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
+
+    Args:
+        placed: Factors of each part, with the rows of the fused weight that the part stands for.
+        name: Name of the tensor in the factors, such as that of the up factor.
+        height: Number of rows of the fused weight.
+    """
     parts_with_tensor = [part for part in placed if name in part.factors]
     first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(height, *first.shape[1:])
@@ -506,16 +521,19 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
         rows = part_rows(piece.part, part_height, height) if part_height else None
         if isinstance(rows, slice):
             slices.append(rows)
+    # a part that is no slice of rows was skipped above
     if len(slices) < len(pieces):
         return "its parts are no matrices, or do not fit the rows of the weight"
     placed = _in_order(pieces, slices)
     ranges = [(part.rows.start, part.rows.stop) for part in placed]
     if _are_gapless(ranges, height):
+        # parts that were cut from one layer get that layer's factors again
         layer = _one_layer([part.factors for part in placed])
         if layer is not None:
             return layer
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
+    # `is_for_model`: a model may get the full matrix, a file may not
     return _full_difference(placed, height)
 
 
@@ -544,6 +562,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     changes = [part.dense(deltas.CPU) for part in parts]
+    # None: a part without a change of the weight, such as an input rotation
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
     if input_shapes or input_shape is None:
@@ -578,6 +597,7 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
         size = delta.size()
         if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
             return None
+    # tensors that belong to the whole layer must be equal in all parts
     shared = names - by_rows - {ROWS}
     for name in shared:
         if not all(torch.equal(part[name], first[name]) for part in parts):
@@ -616,6 +636,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "  Convert the file with the program that made it."
         )
     start, stop = deltas.rows_in(factors)
+    # factors that can be cut stay small; the full change of the rows otherwise
     cut_factors = delta.blocks(start, stop)
     if cut_factors is not None:
         return cut_factors
@@ -653,6 +674,7 @@ def stack_rows(
     for name, factors in modules.items():
         delta = read_delta(factors)
         num_rows = delta.height() if name.endswith(ending) else None
+        # another layer, or factors that do not show a number of rows
         if num_rows is None:
             continue
         stacked = None
@@ -682,6 +704,7 @@ def mend_split_alphas(
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
     num_mended = 0
     for name, factors in deltas.group_by_module(tensors).items():
+        # not a plain LoRA
         if set(factors) != {"alpha", *LORA}:
             continue
         down = factors[DOWN]
@@ -690,6 +713,7 @@ def mend_split_alphas(
         if f"{float(alpha):g}" != trained_alpha:
             continue  # the alpha has already been adapted to the joined rank
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        # a module of these names can be fused of so many parts
         num_parts = len({part.index for part in parts if is_cut(part)})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:

@@ -128,6 +128,7 @@ class AddedPart:
         is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_CORE}
         if self.target.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
+            # Tucker's third factor, between down and up
             core = [factors[_CORE].to(device, dtype)] if _CORE in factors else []
             self._low_rank_factors = [factors[DOWN].to(device, dtype), *core, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:  # it changes more than the bias
@@ -185,6 +186,7 @@ class AddedPart:
             added = bias.expand_as(out) if added is None else added + bias
         if added is None:
             return out
+        # the part of the picture that the LoRA is limited to
         if self.region is not None:
             added = self.region(added)
         return out + added
@@ -246,12 +248,14 @@ class AddedPart:
         """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
         down, *core, up = self._low_rank_factors
         if self.target.is_linear:
+            # `_apply_down` applies the multiplier and the mask of inactive ranks
             return functional.linear(self._apply_down(x, down), up.flatten(1))
         x = x.to(down.dtype)
         rank = len(down)
         channels = self.target.parameter.shape[1]
         if core:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
+            # the down factor is 1x1 then
             kernel = core[0]
         else:
             kernel = down.reshape(rank, channels, *self.target.parameter.shape[2:])
@@ -259,7 +263,10 @@ class AddedPart:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution)."""
+        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution).
+
+        Ranks that are inactive at the current noise level are 0.
+        """
         # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
         # are then equal to the bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
@@ -351,6 +358,7 @@ class AddedLayer(nn.Module):
             original_out = self._inner_forward(*inputs, **named)
             out = original_out
             for part in active:
+                # a region needs the difference that each part makes
                 added = self._run_with([part], *inputs, **named) - original_out
                 if part.region is not None:
                     added = part.region(added)
@@ -384,11 +392,13 @@ class AddedLayer(nn.Module):
             if not part.sets_weight:
                 out = part.add_to(out, x)
                 continue
+            # the output with the replacement weight alone
             replaced_out = self._run_with([part], x)
             if part.region is not None:  # the replacement weight is used within the region only
                 out = out + part.region(replaced_out - original_out)
                 continue
             out = replaced_out
+            # the changes of the old weight are gone with it, but biases are still added
             for earlier in parts[:index]:
                 out = earlier.add_to(out, x, has_weight=False)
         return out
@@ -407,6 +417,7 @@ class AddedLayer(nn.Module):
                     assert parameter is not None
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
+                    # the whole weight if the part sets it, else an addition
                     changed = delta.reshape(weight.shape)
                     # a part that sets the weight replaces it; a bias is always a difference
                     if name != self._target.leaf or not part.sets_weight:
@@ -454,6 +465,7 @@ class AddedLoras:
         try:
             for layer in self.layers:
                 for part in layer.parts:
+                    # a given strength stays set afterwards
                     part.multiplier = part.multiplier if strength is None else strength
                 layer.switch_on(device, dtype)
             yield
@@ -481,6 +493,7 @@ def add_loras(
     """
     parameters = find_parameters(dit)
     parts: list[dict[str, AddedPart]] = []
+    # `fit_depths` maps the blocks of a LoRA for a deeper or shallower model to those of this one
     for use in fit_depths(uses, parameters):
         reject_magnitudes(use.lora, option)
         modules = fit_lora(use.lora, parameters, option)
@@ -503,6 +516,7 @@ def add_loras(
         added: dict[str, AddedPart] = {}
         for name, delta in modules.items():
             added[name] = AddedPart(parameters[name], delta, use.multiplier)
+            # a T-LoRA uses fewer ranks at high noise levels
             added[name].mask_ranks(dit, use.lora.metadata)
         parts.append(added)
     return AddedLoras(attach_parts(parts, parameters))
@@ -578,6 +592,7 @@ def find_parameters(dit: nn.Module, published: Callable[[str], str] = str) -> di
             if leaf == "bias":  # it belongs to the weight
                 continue
             name = published(path)
+            # a parameter of its own (a table, a token) is named as if it were a module
             if leaf != "weight":  # the path of the root module is empty
                 name = f"{name}.{leaf}".lstrip(".")
             parameters[OURS + name.replace(".", "_")] = ChangedParameter(f"{path}.{leaf}", module, leaf)
@@ -601,6 +616,7 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     absent = [name for name in stored if name not in parameters]
     modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)
+    # none fits, which is allowed only for projections of a text encoder
     if len(absent) == len(stored) and not lora.may_lack(absent):
         raise _make_misfit_error(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
@@ -646,6 +662,7 @@ def _make_misfit_error(
     text_parts = text_side_of(absent)
     if text_parts:
         advice = f" It changes {text_parts} alone: merge it into the model's file with merge_lora.py."
+    # name them as in the file: with the prefix of the text encoder
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     return CheckpointError(
@@ -676,6 +693,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
+    # a first layer takes latents: image-to-video models have more input channels
     channel_error = delta.find_other_channels(weight) if parameter.path.endswith(FIRST_LAYERS) else None
     if channel_error is not None:
         logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")

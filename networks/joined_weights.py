@@ -31,6 +31,7 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
         return
     weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
+    # either all modules have a bias, or none
     if len(biases) not in (0, len(modules)):
         return
     tensors: list[Tensor] = [*weights, *biases]
@@ -62,6 +63,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     end = first.storage_offset()
     num_rows = 0
     for tensor in tensors:
+        # begins where the tensor before it ends
         is_next = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
         if not (is_next and tensor.dtype == first.dtype and tensor.is_contiguous()):
             return None
@@ -118,6 +120,7 @@ def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Te
         sizes: Sizes C of the parts.
     """
     count = len(sizes)
+    # parts of equal size: one batched product
     if len(set(sizes)) == 1:
         return torch.bmm(_parts(left, count).mT, _parts(right, count)).flatten(0, 1)
     product = left.new_empty((left.shape[1], right.shape[1] // count))

@@ -107,6 +107,7 @@ def to_native(
     # files must not contain our internal marker
     internal = tuple(key for key in tensors if ROWS in key)
     rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    # some programs' fused or numbered factors become one LoRA for each module
     if any(MARKS.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
 
@@ -134,6 +135,7 @@ def to_native(
     repeated: dict[str, str] = {}
     for key, name in (names | text_names).items():
         if first_keys.setdefault(name, key) != key:
+            # two keys of the file mean the same tensor
             repeated[key] = first_keys[name]
     unknown_names = ""
     if not families:
@@ -249,6 +251,7 @@ def _families_by_form(families: Sequence[FamilyNames], keys: _ParsedKeys) -> lis
     by_aliases: list[FamilyNames] = []
     for family in by_texts:
         has_aliases = any(alias(path, family) != path for path in underscored)
+        # names that are no aliases of the family fit it anyway
         if not has_aliases or family.always_underscored == "aliases":
             by_aliases.append(family)
     return by_aliases or by_texts
@@ -283,6 +286,7 @@ def _find_family_for_texts(
         hint: Family that the user or the metadata name, for a file of text encoders alone.
     """
     max_number = max((parsed.number for parsed in keys.values()), default=1)  # text encoders count from 1
+    # a family with fewer encoders than the file names is not meant, if there are others
     likely = [family for family in families if len(family.encoders) >= max_number] or families[:1]
     if likely:
         has_same_encoders = len({family.encoders for family in likely}) == 1
@@ -318,6 +322,7 @@ def _rename(
     for key in FOR_ALL:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
+    # `names` has a name for each key; of several keys with one name, the first is used
     for name in names.values():  # an alpha of a module replaces the alpha for all
         key = first_keys[name]
         tensor = tensors[key]
@@ -356,6 +361,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     for name, expert in experts.items():
         if name not in FOR_ALL:
             expert = expert or find_networks()[IN_DIFFUSERS]  # the first network has no number
+            # each group begins with the alphas for all modules
             by_expert.setdefault(expert, [*alpha_names]).append(name)
     return by_expert
 

@@ -165,6 +165,7 @@ class LoraFile:
         if hint is None and trained_family is not None:
             hint = trained_family.name
         families = key_formats.families_of(part.modules(), hint)
+        # names of no known family: believe the metadata
         if not families and trained_family is not None:
             return [trained_family]
         return families
@@ -318,6 +319,7 @@ def _read_part(
         is_own: Whether the file was written by us.
     """
     tensors, texts = dict(native.tensors), dict(native.texts)
+    # FOLDED: metadata entry with alpha / rank for each rank
     if is_own and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
@@ -398,6 +400,7 @@ def _recognize(
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
+    # some programs order the rows of fused weights by head
     if native.family is not None and native.family.rows_by_head is not None:
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
@@ -439,6 +442,7 @@ def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) ->
     """
     # an ordered set
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
+    # names that begin as ours, but that no module of the family has
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if strangers:
         raise CheckpointError(
@@ -711,6 +715,7 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
     typed, mark, added = pattern.partition(UNTYPED)
     separator = "|" if typed.endswith("|") and mark else ""
     typed = typed.removesuffix(separator)
+    # nothing typed, or the pattern matches as it is
     if not typed or any(re.search(typed, name) for name in names):
         return f"{typed}{separator}{added}"
     any_spelling = in_any_spelling(typed)
@@ -746,6 +751,7 @@ def warn_of_absent(
         for kind, names in sort_by_kind(names_in_file, kind_of_text_module).items():
             warn_of_unused_parts(path, names, total=total, what=what + kind.words)
         return
+    # text side: modules of the model that load with the text encoder
     has_text_side = any(on_text_side(module) for module in modules)
     without_block_numbers = {without_numbers(module) for module in modules}
     kinds = sort_by_kind(absent, partial(kind_of_module, model, has_text_side, without_block_numbers))
@@ -790,6 +796,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
         is_used = keeps_text if is_text else keeps_dit or keeps_nothing
         if is_used:
             tensors = use.lora.tensors
+            # modules on both sides: keep those of this one
             if text_modules and dit_modules:
                 tensors = ungroup(text_modules if is_text else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
@@ -815,9 +822,11 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     if model is None:
         return
     origin = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _ORIGIN_KEYS)
+    # features of some LoRAs that are not supported
     for pattern, reason in model.refused:
         if re.search(pattern, origin, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
+    # name of the newest release, and a parameter that only it has
     newest, parameter_of_newest = model.newest
     if model.release_pattern and parameter_of_newest in modules:
         match = re.search(model.release_pattern, origin, re.IGNORECASE)
@@ -827,6 +836,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
                 "most of what it has learned carries over, what it adds may be weaker or stronger"
             )
     trained_family = read_family(lora.metadata)
+    # takes: other families whose LoRAs are meant for this model too
     if trained_family is None or trained_family is model or trained_family.name in model.takes:
         return
     logger.warning(

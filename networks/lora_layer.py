@@ -154,12 +154,15 @@ class LoraLayer(nn.Module):
         # compiled code cannot branch on a random value: it always computes the LoRA, and then drops its
         # output
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
+        # the LoRA has no effect
         if self.multiplier == 0:
             return self._original_forward(x)
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
+        # layers with this input compute their outputs together; each takes its own
         if shared is not None and shared.computes_outputs and x.dtype == dtype:
             return shared.compute(self, x)
+        # the product is added to the frozen output, without another tensor of that size
         if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts, shared)
             total = out
@@ -202,6 +205,7 @@ class LoraLayer(nn.Module):
             _, hidden = shared.multiply(self, x, joins=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
+        # parts of a fused layer with their own up factors
         if isinstance(self.lora_up, BlockUp):
             return self.lora_up.multiply(hidden, up)
         return _multiply(self.lora_up, hidden, up)
@@ -217,6 +221,7 @@ class LoraLayer(nn.Module):
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
+            # the same tensor as x; in the backward pass, the LoRA's gradient is added to the frozen module's
             frozen_input, hidden = branch(x, down)
         else:
             frozen_input, hidden = shared.multiply(self, x, joins=True)
@@ -300,6 +305,7 @@ class LoraLayer(nn.Module):
             x: Input of the layer.
             dtype: Dtype of the products.
         """
+        # in a tuple, so that it is not registered as a submodule
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False
@@ -362,6 +368,7 @@ def _make_factors(
     original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialized modules for the down and the up factor, float32 on the CPU."""
+    # meta: `_make_empty` allocates them, without torch's own initial values
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))

@@ -46,6 +46,7 @@ class OwnNetwork(nn.Module):
         self._seed = DropoutSeed()
         for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
+            # random numbers of a layer are derived from the common seed and its index
             if hasattr(layer, "dropouts"):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
@@ -116,8 +117,10 @@ class OwnNetwork(nn.Module):
         network_modules = group_by_module(state)
         has_texts = any(prefix_of(name) != UNET for name in network_modules)
         use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts, with_words=True))
+        # a file for a deeper or shallower model: its blocks are mapped to those here
         (use,) = fit_depths([use], modules)
         lora = use.lora
+        # its magnitudes are relative to other norms than those of training
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
@@ -230,6 +233,7 @@ class OwnNetwork(nn.Module):
             if rate == 0 and any(rates.values()):
                 continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
             for parameter in layer.parameters():
+                # LoRA+: the up factor learns faster, by this ratio
                 if plus_ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * plus_ratio})
                 else:
@@ -255,6 +259,7 @@ class OwnNetwork(nn.Module):
             layer = getattr(self, name)
             down = layer.lora_down.weight
             up = layer.lora_up.weight
+            # the layer did not run since the last step
             if down.grad is None or up.grad is None:
                 continue
             strengths = row_strengths(
@@ -295,6 +300,7 @@ def _factors_for_network(
         if delta.rotation is not None:
             num_rows[name] = 1
     text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
+    # split or joined as the network's modules are; it asks for their rows by name
     tensors = for_model({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
@@ -308,6 +314,7 @@ def _make_misfit_error(lora: "LoraFile", stored: Mapping[str, Factors]) -> Check
     """
     from networks import loading, unused_tensors  # only for --network_weights
 
+    # raises a better message if no model is known with such names
     loading.reject_unknown(lora, "--network_weights")
     text_parts = unused_tensors.text_side_of(stored)
     reason = f"it changes {text_parts} alone" if text_parts else f"there is no {next(iter(stored))}"
@@ -360,6 +367,7 @@ def _reject_other_sizes(
     if not wrong:
         return
     lines = ""
+    # the first modules are enough for a message
     for name in wrong[:3]:
         in_file = _describe_shapes(stored[name])
         lines += f"  {name} has {in_file}, here {_describe_shapes(network_modules[name])}\n"
@@ -381,6 +389,7 @@ def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
     """
     if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
+    # the file has other factors than a LoRA
     if stored[name].keys() != factors.keys():
         return (
             "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
@@ -388,6 +397,7 @@ def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
         )
     if _read_outer_sizes(stored[name]) != _read_outer_sizes(factors):
         return "Give a LoRA that was trained for a model of this size."
+    # the sizes of the layers fit, so only the ranks differ
     ranks = {deltas.rank_of(factors) for factors in stored.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Give {single_rank}--dim_from_weights."

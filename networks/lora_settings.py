@@ -43,8 +43,10 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
         readers[argument] = partial(_read_number, int)
     if rules.choices:
         readers["train_blocks"] = partial(_read_choice, rules.choices)
+    # arguments that choose blocks by number
     for argument in rules.indices:
         readers[argument] = read_block_numbers
+    # one rank for each module outside the blocks
     if rules.outside:
         readers[rules.outside] = partial(read_ranks, rules.outside_paths)
     if rules.fused:
@@ -156,6 +158,7 @@ class LoraSettings:
             path: Dotted path of the module.
             module: The module.
         """
+        # `splits` (split_qkv): parts of a fused layer get up factors of their own
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
@@ -199,6 +202,7 @@ def read_settings(
     if "ggpo_sigma" in values:
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
     family_rules = rules or LoraRules(())  # empty: no arguments of a family
+    # names of the arguments with a rank for a type of module
     types = [argument for argument, _ in family_rules.types]
     dropouts: Dropouts | None = None
     rank_dropout = values.get("rank_dropout") or 0.0
@@ -318,6 +322,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
     def fit(argument: str, pattern: Pattern, matches_any: bool) -> Pattern:
         """Return the pattern if it matches as written, else one that matches in any spelling."""
+        # no modules: nothing to compare with
         if matches_any or not modules:
             return pattern
         # the pattern may be typed with dots for underscores or the reverse: note all names that it means
@@ -368,6 +373,7 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
         matches: For each module, the result of `find_by_pattern`.
     """
     # (overridden pattern, last matching pattern) -> number of modules
+    # the last matching pattern counts, all before it are overridden
     counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
     for (index, last), count in sorted(counts.items()):
         overridden, _ = pairs[index]

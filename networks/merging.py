@@ -108,6 +108,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
     """
     device = torch.device(options.working_device)
     uses = _read_uses(options)
+    # targets: the given models, by option
     if not options.targets:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, device)
@@ -188,6 +189,7 @@ def save_sum(
     loras = [use.lora for use in uses]
     family = _find_family_of_sum(loras, tensors, options)
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
+    # the names that other programs know, which depend on the family
     renamed = in_known_names(tensors, read_family(metadata))
     save_tensors(output, renamed, add_hashes(renamed, metadata))
     return metadata
@@ -207,8 +209,10 @@ def _metadata_of_sum(
         family: Family of the LoRAs; None if unknown.
         no_metadata: Whether to keep only what loaders need.
     """
+    # down factors have one row for each rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    # also for an unknown family
     module = "networks.lora_flux"
     version = "flux1"
     if family is not None and family.name != "flux":
@@ -251,6 +255,7 @@ def _find_family_of_sum(
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # of several families, the one that this tool is for
+    # only text encoders change
     if not families and by_metadata is None:
         families = _find_families_of_texts(tensors)
     if not families:
@@ -312,6 +317,7 @@ def merge_into_file(
         checkpoint = with_stacked_rows(in_values(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
+        # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
         # `in_values` replaces the records of quantized weights, so these are not the same objects any more
@@ -367,6 +373,7 @@ def _make_patch(
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())  # warns of changes of text encoders, which the file lacks
+    # LoRAs of a deeper or shallower model: their blocks are mapped to those here
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 
@@ -457,6 +464,7 @@ def _sum_loras(
             total = _truncate(total, len(summands[0].factors[DOWN]))
         merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
         merged[f"{name}.{UP}"] = total.up.to("cpu", dtype).contiguous()
+        # equal to the rank: alpha / rank is in the factors
         merged[f"{name}.alpha"] = torch.tensor(float(len(total.down)))
     return merged
 

@@ -151,6 +151,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
         description = _describe_part(checkpoint, names, expert)
         if description is None:
             return None
+        # no expert: the file has a single network
         parts.append(description if expert is None else f"{description}, for the {in_words(expert)}")
     return "; ".join(parts) or None
 
@@ -186,6 +187,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     if not modules or 2 * len(native.unknown) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
+    # no family has these names: believe the metadata
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
@@ -205,7 +207,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return clauses with the ranks, block sizes and alphas of a network, without sizes that it lacks."""
+    """Return a clause each for the ranks, block sizes and alphas of a network; none for those it has not."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     clauses = [of_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():
@@ -259,6 +261,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
     """
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
+    # the hash in the metadata shows that the tensors are laid out as they were written here
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     # rank -> alpha / rank, which is multiplied into the factors of our files without alphas
     folded = read_folded(checkpoint.metadata) if is_own else {}

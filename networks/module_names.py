@@ -39,6 +39,7 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     use `likely_families`.
     """
     names = list(names)
+    # the families that know most of the names, or `hint` alone if it is one of them
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families[0] if families else None
@@ -107,6 +108,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     # modules of all blocks have the same sizes, so one name per template is enough; reversed: keep the first
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
+    # from sizes that contradict the family to those of a released model
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
     best = max(levels.values())
     chosen = [family for family in families if levels[family] == best]
@@ -149,6 +151,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     level = _CONTRADICTS
     if not family.released:  # no known widths or depths to contradict
         level = _rate_agreement_of_numbers(numbers, {})
+    # released models of the family: their width, and the length of each list of blocks
     for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
             level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
@@ -219,6 +222,7 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     for family in FAMILIES:
         if version == family.name or architecture == family.architecture:
             return family
+    # no exact name: compare the beginnings that the family's versions have
     longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
     likely: FamilyNames | None = None
     for family in FAMILIES:
@@ -360,6 +364,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
         # an alias relates two names only if it is also the name of another family's module
+        # families whose layouts differ in how weights are fused
         if parts:
             foreign_names: set[str] = set()
             for other in FAMILIES:
@@ -368,6 +373,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
             for theirs, ours in each_family.aliases:
                 if theirs.replace(".", "_") in foreign_names:
                     parts.append(WeightPart(theirs, ours))
+        # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of the other
         for part in parts:
             pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))

@@ -86,6 +86,7 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     has_lora_settings = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
+    # kinds other than LoRA reject the settings that only LoRAs have
     if not kind.takes_all_settings:
         kind.check_settings(settings, has_lora_settings)
     return settings, own_settings

@@ -50,12 +50,14 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     rules = settings.rules
     if rules is not None and settings.block_numbers:
         children = dict(unet.named_children())
+        # block lists that this model has
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
     optional: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
     if not spec.lora_choice:  # such a model lists the modules that get a layer instead
         optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
     if settings.blocks is not None:
+        # `numbered`: the blocks that --network_args address by number
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
     targets = _choose(_list_candidates(unet, settings), settings, OURS, optional)
     if not targets:
@@ -70,6 +72,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
     """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
     spec = spec_of(unet)
     rules = settings.rules
+    # beginnings of the paths of the blocks; the order of the groups is that of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
@@ -109,6 +112,7 @@ def _choose(
         name = prefix + path.replace(".", "_")
         matching: tuple[int, ...] = ()
         if settings.reg_ranks:
+            # indices of the patterns that match; the last one gives the rank
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
         size = _select_size(path, module, settings, matching=matching, optional=optional)
@@ -151,6 +155,7 @@ def _select_size(
         is_optional = _find_rank_of_type(path, settings.rules, settings) is None
     if _is_excluded(path, settings, is_optional):
         return None
+    # the learning rate of its block is below the threshold
     if settings.blocks is not None and settings.blocks.is_left_out(path):
         return None
     if matching:
@@ -192,6 +197,7 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
         return
     for argument, numbers in settings.block_numbers.items():
         depth = depths.get(rules.indices[argument])
+        # unknown depth, all blocks (None) or no blocks
         if depth is None or not numbers:
             continue
         beyond = sorted(number for number in numbers if number >= depth)
@@ -207,6 +213,7 @@ def _find_size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSiz
 
     A rank for the block takes precedence over conv_dim, and these over the rules of the family.
     """
+    # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.blocks is not None:
         block_size = settings.blocks.size_of(path, is_convolution)
@@ -278,6 +285,7 @@ def build_network(
             modules += [(prefix, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
+    # this kind of network has no layers for text encoders
     if not kind.is_for_texts:
         trained_encoders = {}
         text_candidates = {}
@@ -294,6 +302,7 @@ def build_network(
         by_name = _modules_by_name(dit, trained_encoders)
         added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
         layers = _merge_in_order(layers, added, by_name)
+    # a target's `rate_factor` multiplies the learning rate of its layer
     for layer_name, target in targets.items():
         if layer_name in layers:
             layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
@@ -337,6 +346,7 @@ def _make_layers_from_tensors(
     kind = OWN_MODULES[name].kind
     added: dict[str, nn.Module] = {}
     for module_name, factors in _factors_for(by_name, tensors).items():
+        # marks: tensors of which each module of this kind of network has at least one
         is_of_kind = any(part in factors for part in kind.marks)
         if module_name not in by_name or module_name in layers or not is_of_kind:
             continue
@@ -378,6 +388,7 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
         settings = replace(settings, rules=None)  # the rules are about blocks of the transformer
     rules = settings.rules
     blocks = settings.train_blocks
+    # `train_blocks` trains only one kind of block: the beginnings of their paths
     if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
         return True
     if _is_excluded(placed.path, settings):
@@ -385,6 +396,7 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
     matching = find_by_pattern(settings.reg_ranks, name)
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
+        # a rank of 0 excludes the module
         return not rank
     # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
     # rank above 0 makes `_find_size` accept them
@@ -452,6 +464,7 @@ def build_from_tensors(
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for module_name, factors in _factors_for(by_name, tensors).items():
+        # marks: tensors of which each module of this kind of network has at least one
         if not any(part in factors for part in kind.marks):
             raise CheckpointError(
                 f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "
@@ -489,6 +502,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     rules = OWN_MODULES[name].rules
     allowed = {*WITH_FILE}
     if rules is not None:
+        # arguments about the text encoders
         allowed.update(rules.encoders)
     ignored = {
         key: value for key, value in typed.arguments.items() if value is not None and key not in allowed

@@ -16,7 +16,11 @@ MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Substitute for a compiled pattern, which matches a fixed set of names in another spelling."""
+    """Substitute for a compiled pattern that matches a fixed set of names.
+
+    Module names are spelled with dots or with underscores (`blocks.0.attn`, `blocks_0_attn`); the names here
+    are those that the typed pattern matches in either spelling.
+    """
 
     pattern: str  # as it was typed
     names: frozenset[str]  # with dots and with underscores
@@ -57,6 +61,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\d+", "N", text).strip("_")
     # the names without repeats for each block, as ordered sets
     numberless_names = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
+    # runs: pieces of names with a few words, because patterns match pieces of names
     runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))
     similar = difflib.get_close_matches(text[:MAX_CHARACTERS], list(runs), MAX_EXAMPLES, cutoff=0.5)
     examples = similar or list(numberless_names)[:MAX_EXAMPLES]

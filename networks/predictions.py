@@ -42,6 +42,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
+        # None for an unknown or empty text; the first key with a known one counts
         predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
         if velocity is None:
             velocity = predicts_v
@@ -64,6 +65,7 @@ def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: boo
     """
     for path, metadata in loras.items():
         prediction = read_prediction(metadata)
+        # velocity: whether the model predicts v; None: the metadata do not say
         if prediction.velocity is None or prediction.velocity is predicts_v:
             continue
         if prediction.velocity:

@@ -52,6 +52,7 @@ class RankMask:
         """
         rows = self.rows
         assert rows is not None, "the levels of a pass are set before it"
+        # a mask for each sample; a single mask is for all
         if len(rows) > 1 and len(rows) != len(hidden):
             rows_per_sample, remainder = divmod(len(hidden), len(rows))
             assert not remainder, f"{len(hidden)} rows are not those of {len(rows)} samples"
@@ -105,6 +106,7 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
     """
     arguments = metadata.get("ss_network_args", "")
     for kind in VARIANTS:
+        # arguments are JSON text: a quick test before it is parsed
         if kind.switch in arguments:
             rule = kind.read_rule_of_file(metadata, path)
             if rule is not None:

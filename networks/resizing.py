@@ -335,6 +335,7 @@ def _resize_module(
     """
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
+    # singular values, the largest first
     singular_values = decomposed.sizes.numpy()
     old_rank = len(tensors[names.down])
     max_rank = options.new_rank
@@ -379,6 +380,7 @@ def select_rank(
     """
     if singular_values[0] <= MIN_LEARNED:
         return 1
+    # without a method, only `maximum` limits the rank
     rank = len(singular_values)
     if method == RATIO:
         assert param is not None
@@ -413,6 +415,7 @@ def _change_metadata(
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
     # ss_network_dim describes the linear layers; convolutions have conv_dim
+    # convolutions alone: the rank is theirs
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:
@@ -461,6 +464,7 @@ def _describe_module(module: ResizedModule) -> str:
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
     """Print a summary: sizes, ranks, and how much of the norm was kept."""
+    # modules that learned nothing would only distort the averages
     learned = [module for module in modules if module.has_learned] or modules
     kept_percentages = [100 * module.kept_norm for module in learned]
     mean = float(np.mean(kept_percentages))

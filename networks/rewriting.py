@@ -70,6 +70,7 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     for key, tensor in _split_fused_layers(tensors).items():
         match = _XLABS.fullmatch(key)
         names = [] if match is None else _translate_xlabs(match)
+        # not a name of XLabs
         if match is None or not names:
             rewritten[key] = tensor
             continue
@@ -96,8 +97,7 @@ def _translate_xlabs(match: re.Match[str]) -> list[str]:
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
-    # a double block has two streams, image and text, and its tensors the number of one; a single block has no
-    # streams
+    # only double blocks have streams (image and text), and each of their layers belongs to one
     if match["list"] == "double" or match["stream"]:
         return []
     if layer == "proj":
@@ -129,6 +129,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if separate_loras:
                 piece = separate_loras[index]
             else:
+                # the full down factor, and the rows of the up factor
                 piece = delta.part(first_row, last_row).factors
             for part, tensor in piece.items():
                 ending = endings.get(part, part)
@@ -170,6 +171,7 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     full_height, width = size
     if not _fit_rows(factors, full_height):
         return ()
+    # a fused layer of keys and values has no queries
     query_rows = () if layer == "kv" else (width,)
     key_rows, remainder = divmod(full_height - sum(query_rows), 2)
     # a head of keys and values serves a whole number of heads of queries
@@ -198,6 +200,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
         pieces = _order_pieces(keys_by_number, tensors, alpha)
+        # numbered factors that cannot be joined are left as they are
         if not _can_be_joined(module, list(keys_by_number), pieces):
             continue
         # the joined LoRA replaces the numbered factors and the module's alpha
@@ -237,6 +240,7 @@ def _order_pieces(
     pieces: list[Factors] = []
     for number in sorted(keys):
         factors = {part: tensors[key] for part, key in keys[number].items()}
+        # a piece's own alpha replaces the default
         pieces.append({**default, **factors})
     return pieces
 

@@ -170,6 +170,7 @@ class RandomRounding:
         best = values
         for draw in range(_DRAWS):
             rounded = values.clone()
+            # each draw has a seed of its own
             replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
             loss = abs(float(((rounded - values) * change).sum()))
             if loss < min_loss:
@@ -209,11 +210,14 @@ class LoraRounding:
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Return whether to round a weight stochastically, and count the weight for the report.
+        """Return whether to round a weight stochastically instead of to the nearest value.
+
+        The weight is also counted, for the summary that is logged after merging.
 
         Args:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
-            sample: Sampled rows of the weight if `needs_samples`, else None.
+            sample: Some rows of the weight and of its change, which show how much of the change rounding to
+                the nearest loses; None without them (`needs_samples` says whether they are needed).
         """
         self._num_changed += 1
         if dtype is None:
@@ -224,8 +228,10 @@ class LoraRounding:
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
+                # the loss by each LoRA file
                 total = self._losses.setdefault(path, RoundingLoss())
                 # scaled up from the sampled rows to the whole weight
+                # from these two sums, the share of the change that is kept is computed
                 total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 total.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random
@@ -259,6 +265,7 @@ class LoraRounding:
             return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
             return f"{self._num_16_bit} weights are rounded at random, as {typed} says"
+        # no rows were sampled, so the loss is not known
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as {typed} says"
         percentages = []
@@ -288,6 +295,7 @@ class LoraRounding:
                 to them.
         """
         sentence = self.words()
+        # nothing was merged, so `words` is silent
         if num_unmerged and not self._num_changed and self._rule != AUTO:
             sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "

@@ -89,6 +89,7 @@ class SharedInput:
         Returns:
             The input, ... in, and the product, ... R.
         """
+        # the first layer of the group in this pass computes the products of all
         if self._source is not x or layer not in self._products:
             self._source = x
             self._frozen_input = x
@@ -109,6 +110,7 @@ class SharedInput:
             layer: One of the layers.
             x: Input, ... in, in the dtype of the factors.
         """
+        # the first layer with this input computes for all
         if self._source is not x or layer not in self._products:
             self._source = x
             modules = [layer.original for layer in self.layers]
@@ -122,6 +124,7 @@ class SharedInput:
                 joined_weight = joined(weights)
                 joined_bias = joined(biases) if joined_weight is not None and biases else None
             outputs: Sequence[Tensor]
+            # joined unless there are biases that could not be joined
             if joined_weight is not None and (joined_bias is not None or not biases):
                 outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, joined_weight, joined_bias)
             else:
@@ -152,6 +155,7 @@ class _Outputs(torch.autograd.Function):
         ups = rest[:num_layers]
         weights = rest[num_layers : 2 * num_layers]
         biases = rest[2 * num_layers :]
+        # `down` stacks the down factors of all layers: one product, split by rank below
         product = functional.linear(x, down)
         ctx.set_materialize_grads(False)
         ctx.ranks = ranks
@@ -184,8 +188,10 @@ class _Outputs(torch.autograd.Function):
                 grad_ups.append(None)
                 continue
             gradient = rows_of(gradient)
+            # gradient of x @ down^T for this layer, into its columns of grad_product
             torch.mm(gradient, ups[index], out=grad_parts[index])
             grad_ups.append(gradient.t() @ parts[index])
+            # the gradient of x is the sum over all layers
             if needs_x and grad_x is None:
                 grad_x = gradient @ weights[index]
             elif grad_x is not None:
@@ -215,6 +221,7 @@ class _JoinedOutputs(torch.autograd.Function):
         ctx.split_sizes = split_sizes
         ctx.save_for_backward(x, product, down, up, weight)
         output = functional.linear(x, weight, bias)
+        # adds x @ down^T @ up^T of each layer to its columns, in place
         add_products(rows_of(output), product, up, split_sizes)
         return output.split(split_sizes, -1)
 

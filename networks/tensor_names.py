@@ -147,12 +147,13 @@ def _find_starts() -> _Starts:
         if start != IN_DIFFUSERS:
             experts_by_start[start] = expert
             experts_by_start[start.replace(".", "_")] = expert
+    # some programs write names with underscores only
     underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
     return _Starts(
         everywhere={**starts, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
         dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
-        of_tools=tuple(start for start in starts if start.endswith("_")),
+        of_tools=tuple(start for start in starts if start.endswith("_")),  # as `lora_transformer_`
         further=experts_by_start,
     )
 
@@ -224,6 +225,7 @@ def without_starts(path: str) -> list[Bare]:
     stages = [Bare(path, special)]
     known = _find_starts()
     # a name with the prefix of a tool has underscores, even if it also contains a dot
+    # `dotted`, `everywhere`: known prefixes for names with dots, and for all names
     starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
@@ -328,6 +330,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     prefixes_of_kind = [prefix for prefix, layers in encoders if layers == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not file_prefix.startswith("lora_te"):  # another program's, which is translated by its number
+        # each encoder: our prefix and the kind of its layers
         first_prefix, _ = encoders[0]
         file_prefix = first_prefix if key.number == 1 else f"lora_te{key.number}"
     elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
@@ -335,6 +338,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     if prefixes_of_kind:
         # a number above the family's count of such encoders means the last one
         return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
+    # the family has this prefix, but for an encoder of another kind
     if kind and file_prefix in dict(encoders):
         return None
     return file_prefix
@@ -353,6 +357,7 @@ def describe_unknown(paths: Iterable[str]) -> str:
     if not paths:
         return ""
     for path in paths:
+        # pieces end with their separator, so that joining them gives the path again
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
             if is_name("".join(pieces[count:]).replace(".", "_")):
@@ -360,6 +365,7 @@ def describe_unknown(paths: Iterable[str]) -> str:
         begin, dot, end = path.rpartition(".")
         if dot and is_name(strip_starts(begin).path.replace(".", "_")):
             return f"have .{end} behind the module's"
+    # no known module is inside: cut what all names share behind a separator
     common = os.path.commonprefix(paths)
     last_separator = max(common.rfind("."), common.rfind("_"))
     return f"begin with {common[: last_separator + 1] or paths[0].partition('.')[0]}"

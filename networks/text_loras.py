@@ -98,6 +98,7 @@ class TextLoras:
                     f"{use.lora.path}: {len(names)} tensors change a text encoder that this model does "
                     f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
+        # the text side: modules between text encoder and transformer, such as connectors
         if any(has_text_side(encoder) for encoder in encoders):
             return
         for use in self._text_side_uses:
@@ -128,6 +129,7 @@ class TextLoras:
             network: The network.
             label: Name of the text encoder, for messages.
         """
+        # merged before: a network stays merged
         if not uses or network in self._merged:
             return
         patch = LoraPatch(uses, rounding=self._rounding)
@@ -203,6 +205,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
             # OpenCLIP's projection is a parameter, the transpose of a Linear's weight
             return [TensorPiece(prefix, f"{TEXT_PROJECTION}.weight", is_transposed=path == TEXT_PROJECTION)]
         if is_open_clip:
+            # third: OpenCLIP stacks q, k and v in one tensor
             return [TensorPiece(prefix, _CLIP_LEVEL + ours, third) for ours, third in open_clip_names(path)]
         # old and merged files leave this level out
         if not path.startswith(_CLIP_LEVEL):
@@ -230,6 +233,7 @@ class FullPatch:
             rounding: Rounding of changed 16-bit weights, whose report covers all networks together.
         """
         names = list(names)
+        # prefixes of the text encoders in the file
         prefixes = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
         renamed_uses = for_encoders(uses, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
@@ -282,6 +286,7 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
         text_tensors = rename_texts(use.lora.text_tensors, prefixes)
         path = use.lora.path
         foreign = [name for name in text_tensors if prefix_of(name) not in prefixes]
+        # nothing of the file could be used
         if foreign and not use.lora.tensors and len(foreign) == len(text_tensors):
             raise CheckpointError(
                 f"{path} changes text encoders alone, which {model} does not hold: {list_some(foreign, 2)}.\n"

@@ -37,6 +37,7 @@ def add_unmerged(
         parts = [AddedPart(parameter, change.delta, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
+            # a rotation takes all inputs, and selects its outputs itself
             if part.rotation is not None:
                 part.rows = change.rows
             elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
@@ -68,6 +69,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
     patch = LoraPatch(uses, is_masked=True)
     for parameter in find_parameters(dit).values():
         name = parameter.path
+        # no LoRA changes this parameter
         if not patch.touches(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):

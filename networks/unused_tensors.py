@@ -89,6 +89,7 @@ def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"
+    # the weight of a norm
     elif "norm" in name:
         kind = "norms"
     return UnusedKind(
@@ -110,6 +111,7 @@ def kind_of_module(
         name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
+    # a part before the transformer, which belongs to the text
     text_modules = "" if has_text_modules else module_names.on_text_side(module)
     if text_modules:
         return UnusedKind(
@@ -156,6 +158,7 @@ def kind_of_text_module(name: str) -> UnusedKind:
         name: Name of the part, such as `lora_te2_text_projection.weight`.
     """
     module = name.partition(".")[0]
+    # such as `lora_te2`
     prefix = "_".join(module.split("_")[:2])
     path = module.removeprefix(f"{prefix}_")
     encoder = _ENCODERS.get(prefix, "a text encoder")
@@ -189,6 +192,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
         weights: Names of the model's tensors.
         model: Family of the model; None if unknown.
     """
+    # underscored names of modules
     existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not existing:
         return []

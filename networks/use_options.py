@@ -155,4 +155,5 @@ def multipliers_for(
             raise OptionError(f"{option} {value}: give a finite number")
         if abs(value) > MAX_MULTIPLIER:
             raise OptionError(f"{option} {value:g}: give at most {MAX_MULTIPLIER}; 0 to 2 are usual")
+    # the typed ones, then 1 for each further file
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

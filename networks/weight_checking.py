@@ -29,6 +29,7 @@ def check_weights(options: WeightCheckOptions) -> None:
     damaged = []
     with open_checkpoint(options.file) as checkpoint:
         names = [name for name in sorted(checkpoint.tensors) if options.show_all_keys or _is_matrix(name)]
+        # down and up factor count as one module
         modules = {name.rpartition(".lora_")[0] for name in checkpoint.tensors if _is_matrix(name)}
         sys.stdout.write(f"{count_of(len(modules), 'LoRA module')}\n")
         for name in names:

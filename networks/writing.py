@@ -56,12 +56,14 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
+    # a kind may have a way of its own to write for diffusers; None: it has none
     for kind in KINDS if target == "diffusers" else ():
         written = kind.write_for_diffusers(modules, family)
         if written is not None:
             return written
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
+        # families with fused parts: alpha / rank is folded exactly, by powers of two
         form_of = _in_toolkit if family.parts else _in_diffusers
         return write_modules(
             modules, prefix, lambda name, factors: _split_for_diffusers(name, factors, family), form_of
@@ -77,6 +79,7 @@ def in_dialect(
         else:
             others[name] = factors
     as_diffusers = in_dialect(deltas.ungroup(plain), family, "diffusers")
+    # plain LoRAs that cannot be split stay under our modules
     for name in as_diffusers.left_out:
         others[name] = plain[name]
     as_ours = write_modules(
@@ -128,6 +131,7 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
     renamed: dict[str, Tensor] = {}
     for name, factors in deltas.group_by_module(tensors).items():
         path = comfyui_path_of_text(name, starts)
+        # an encoder that ComfyUI reads under our names
         if path is None:
             unchanged |= deltas.ungroup({name: factors})
         else:
@@ -181,6 +185,7 @@ def write_modules(
             left_out[name] = reasons[0]
             continue
         for path, converted in forms.items():
+            # some modules have no prefix in any layout
             prefix = "" if module_names.is_unprefixed(path) else start
             for part, tensor in converted.items():
                 written[f"{prefix}{path}.{part}"] = tensor
@@ -206,7 +211,7 @@ def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read it."""
     delta = read_delta(factors)
     rotation = delta.rotation
-    if rotation is not None:
+    if rotation is not None:  # one tensor, which is written unchanged
         return {rotation.part: factors[rotation.part]}
     # diffusers reads only low-rank factors: a full difference becomes a LoRA of full rank
     is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
@@ -217,6 +222,7 @@ def _in_diffusers(factors: Factors) -> Form:
         return f"{', '.join(parts)} has no form in this dialect"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
+    # alpha / rank goes into the factors, because PEFT's files have no alpha tensors
     tensors = _fold(factors)
     bias = delta.stored_bias()
     if bias is not None and MAGNITUDES in factors:
@@ -277,8 +283,10 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     parts = parts_of(name, family)
     if not parts:
         return {path: factors}  # diffusers has this module unsplit
+    # a fused weight, which diffusers has in parts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
+    # one part: all rows, possibly with swapped halves
     (placed,) = parts
     delta = read_delta(factors)
     # a rotation is the same for all rows, so their order does not matter
@@ -300,6 +308,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         factors: Factors of the module, by name of the part.
         paths: Paths of the parts.
     """
+    # an input rotation is the same for all rows: each part gets all of it
     rotation = read_delta(factors).rotation
     if rotation is not None:
         # copies: files cannot hold tensors that share memory
@@ -317,6 +326,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
     blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
     parts: Sequence[Factors | None]
+    # not block-diagonal: parts share the down factor
     if blocks is None:
         parts = _cut_rows(factors, row_counts)
     else:  # joined from LoRAs of the parts, which get their own ranks again
@@ -364,7 +374,7 @@ def in_target(
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
     Args:
-        native: Tensors for modules in the family's own layout, from `in_own_form`.
+        native: Tensors by name, for modules in the family's own layout, from `in_own_form`.
         family: The model family; None if unknown.
         target: The target dialect.
         start: Prefix of names in diffusers: the name of the network in the pipeline.
@@ -384,6 +394,7 @@ def in_target(
     underscored = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         underscored = "aliases"
+    # a dialect with dotted paths; otherwise our names with underscores, or their aliases
     if not underscored and target != "default":
         return in_dialect(native, family, target, start)
     tensors = add_missing_alphas(native)
@@ -408,8 +419,10 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     modules = deltas.group_by_module(fuse(native, family=family))
-    # `fuse` joins what it can: modules that still have the name of a part could not be joined
+    # `fuse` joins the parts of a weight of ComfyUI's into one module. Modules that still have the name of a
+    # part could not be joined
     unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
+    # the callbacks: path and factors of each module in the target, and the tensors for the factors
     written = write_modules(
         {name: factors for name, factors in modules.items() if name not in unstackable},
         IN_COMFYUI,

@@ -57,6 +57,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)
     changed = weight + delta.reshape(weight.shape)
+    # the axis whose rows or columns keep a norm each
     axis = 1 if is_by_input(magnitudes) else 0
     uses_frozen = by_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
     norms = norms_of(weight if uses_frozen else changed, axis)

@@ -53,8 +53,10 @@ def with_norms(
         raise OptionError(
             f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
         )
+    # only a DoRA in the other form is left
     if baking is not None:
         return _convert_norms(lora, family, baking, are_frozen)
+    # without a model, the file keeps its form
     if target == "default":
         return lora
     if lora.has_frozen_norms:
@@ -78,6 +80,7 @@ def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, a
         for name, factors in modules.items():
             if PART not in factors or is_by_input(factors[PART]):
                 continue
+            # |W| / |W + change|, row by row
             ratio = _compute_ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
             # the result stays float32, because rounding it to 16 bits would make the conversion inexact
             magnitudes = factors[PART].float().reshape(ratio.shape)

@@ -40,6 +40,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
         bias = None if bias is None else bias.view(-1, 1, 1)
     # out = x W + bias; the result is x W * ratio + bias + added * ratio, so the bias is not scaled
     without_bias = out if bias is None else out - bias.to(out.dtype)
+    # at multiplier 0 nothing changes, at 1 the frozen output is scaled by the ratio
     rescaled = without_bias * (layer.multiplier * (ratio - 1)).to(out.dtype)
     return out + rescaled + added * ratio.to(out.dtype)
 
@@ -63,6 +64,7 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
         mixed = (up * products.T).sum(1)
         change_squares = ((up @ (down @ down.T)) * up).sum(1)
         squares = frozen_squares + 2 * layer.scale * mixed + layer.scale**2 * change_squares
+        # rounding may make a square negative
         return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as in LyCORIS
 
 
@@ -80,5 +82,6 @@ def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tens
     if isinstance(original, nn.Conv2d):
         rows = gather_weight(original.weight).flatten(1)
         return (down.to(rows.dtype) @ rows.T).float()
+    # the rows of A are the inputs: the result is A W^T plus the bias
     products = layer.run_frozen(down.to(dtype)).float()
     return products if original.bias is None else products - original.bias.float()

@@ -92,6 +92,7 @@ def _translate_to_diffusers(
         return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
     if not is_cut:
         return alone(module_names.module_path(name, family), factors)
+    # one counterpart in diffusers, or a name of its layout already; None: it has several parts
     path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
     return alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
@@ -131,7 +132,7 @@ class LokrKind(NetworkKind):
         try:
             size = int(factor)
         except ValueError:
-            size = 0
+            size = 0  # invalid, for the error below
         if size < 1 and size != -1:
             raise OptionError(
                 f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"

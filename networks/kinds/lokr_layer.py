@@ -41,6 +41,7 @@ class LokrAlgebra(Algebra):
         )
         if len(second) < len(first):
             raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
+        # the small matrix has no kernel: axes of size 1 leave that of the large one
         padded = (*first, *[1] * (len(second) - len(first)))
         return tuple(size * other_size for size, other_size in zip(padded, second, strict=True))
 
@@ -87,6 +88,7 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
     first = _in_order(factors, "lokr_w1")
     second = _in_order(factors, "lokr_w2")
     n = second[0].shape[1]
+    # kron(w1, w2) acts as w2 on the last axis and w1 on the one before it
     hidden = x.unflatten(-1, (x.shape[-1] // n, n))  # ... m n
     for factor in second:
         hidden = functional.linear(hidden, factor.to(x.dtype))

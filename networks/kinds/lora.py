@@ -69,6 +69,7 @@ class LoraKind(NetworkKind):
             num_parts = len(split_sizes)  # the file has their factors joined, with the sum of their ranks
             return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
+        # such as DoRA, which adds magnitudes to the layer
         for kind in kinds_of_parts(factors):
             kind.extend_layer(layer)
         return layer

@@ -25,6 +25,7 @@ class LoraAlgebra(Algebra):
             if core_inputs != rank:
                 raise MismatchError(f"{MID} {list(shapes[MID])} is not for the rank {rank}")
             rank = core_rank
+        # the up factor of a convolution has further axes of size 1
         if math.prod(up_columns) != rank:
             raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
         return out_features, in_features, *kernel

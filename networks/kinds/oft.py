@@ -153,6 +153,7 @@ class OftKind(NetworkKind):
                 "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of "
                 "blocks that do not rotate in a step, or module_dropout"
             )
+        # for an OFT, --network_dim is the size of a block of inputs that are rotated together
         sizes = [settings.rank, *settings.ranks_by_pattern]
         if 1 in sizes:
             raise OptionError(
@@ -181,6 +182,7 @@ class OftKind(NetworkKind):
         changed: Counter[str] = Counter()  # description of a changed block size -> number of layers
         for name, target in targets.items():
             module = target.module
+            # an OFT leaves convolutions alone
             if not isinstance(module, nn.Linear):
                 continue
             size = fit_block_size(module.in_features, target.rank)
@@ -215,6 +217,7 @@ class OftKind(NetworkKind):
         size = self.size_of(factors)
         if size is not None and isinstance(module, nn.Linear):
             num_blocks = len(factors[PART])
+            # a single block that is shared by all inputs cannot be trained
             if num_blocks * size == module.in_features:
                 return OftLayer(module, size)
         raise CheckpointError(

@@ -42,6 +42,7 @@ def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
     rows_and_columns = torch.triu_indices(size, size, 1, device=values.device)
     upper = values.new_zeros(num_blocks, size, size, dtype=torch.float32)
     upper[:, rows_and_columns[0], rows_and_columns[1]] = strength * values.float()
+    # Q is skew-symmetric: Q^T = -Q
     skew = upper - upper.transpose(1, 2)
     square = skew @ skew
     # 2Q + 2Q^2 + 2Q^3 + Q^4 = 2Q + Q^2 (2 I + 2Q + Q^2)
@@ -92,7 +93,7 @@ class OftAlgebra(Algebra):
         return rotate(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I), the change of a weight."""
+        """Return W (R^T - I), the change of a weight; `made` is R - I of each block."""
         return rotate_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:

@@ -92,6 +92,7 @@ class TLoraKind(NetworkKind):
                 f"act at all levels of noise. Give less than --network_dim, such as {default.minimum}"
             )
         power = values.get(ALPHA, default.power)
+        # active ranks grow with (1 - level)^power, which is 1 at every level if the power is 0
         if not power:
             raise OptionError(
                 f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
@@ -121,6 +122,7 @@ class TLoraKind(NetworkKind):
             rule = TLoraRule(int(min_text), float(power_text))
         except (ValueError, TypeError, OverflowError):
             rule = TLoraRule(minimum=0)  # invalid, for the error below
+        # values that are no numbers also end here, by `minimum=0`
         if rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
