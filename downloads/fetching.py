@@ -51,7 +51,7 @@ def run_download(options: DownloadOptions) -> None:
     planned = []
     for file in files:
         download = _plan(file, options)
-        if download is not None:
+        if download is not None:  # else the file is there already
             planned.append(download)
     if planned:
         make_folder(options.to, "--to")

@@ -145,6 +145,7 @@ def _read_exact_name(
     for model in models:
         spellings = [name for name, family in by_spelling.items() if family == model.family]
         is_named = plain in {plain_name(name + model.task) for name in spellings}
+        # plain names have no points: 1.4 would be taken for 14
         if is_named and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks

@@ -132,6 +132,7 @@ def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
         gather_block(first_block)
+    # `spec.modulated_input` is the name of the block's method that computes it
     modulated: Tensor = getattr(first_block, spec.modulated_input)(hidden.x, hidden.tokens)
     return modulated
 

@@ -121,7 +121,7 @@ class DpmPlusPlus:
         following = _Level.read(self.schedule, index + 1)
         now = _Prediction(current, sample.float() - current.sigma * velocity.float())
         x0 = now.x0
-        if self._earlier and following.sigma > 0:
+        if self._earlier and following.sigma > 0:  # a step to sigma 0 is infinite in lambda
             before = self._earlier[-1]
             # the last step in lambda, log(data / noise), in units of this one: infinite after pure noise
             ratio = (current.lam - before.level.lam) / (following.lam - current.lam)

@@ -414,7 +414,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = encoding.add_video_stream(
             container,
-            encoding.select_codec(Path("x.mp4"), "h264"),
+            encoding.select_codec(Path("x.mp4"), "h264"),  # only the path's suffix counts
             first,
             _make_rate(fps),
             crf=12,

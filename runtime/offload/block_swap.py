@@ -335,7 +335,7 @@ def swap_blocks(
     """
     if host is None or not host.plan:
         return
-    host_weights = host.adopt(dit)
+    host_weights = host.adopt(dit)  # swapped weights by name, in host memory
     for path in host.plan.input_layer_names(dit):
         for name, layer in big_layers(dit, path):
             offload_layer(layer, host_weights[f"{name}.weight"], device)
@@ -343,6 +343,7 @@ def swap_blocks(
     # one ring for each list of blocks: its streamed blocks, and the slots that they share on the device
     rings = _make_rings(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
+    # positions of the blocks in the order in which they run, counted over all lists
     order = host.plan.spec.order([plan.num_blocks for plan in lists])
     swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
     blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]

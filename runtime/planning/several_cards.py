@@ -224,6 +224,7 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         if num_values and not word.startswith("--"):
             num_values -= 1
             continue
+        # DECIDED: option that `way` decides -> number of its values; with `=` none is a word of its own
         num_values = 0 if equals_sign else DECIDED.get(name, 0)
         if name not in DECIDED:
             other_arguments.append(word)
