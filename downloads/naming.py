@@ -116,7 +116,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
         hint = f" Did you mean {by_spelling[max(prefixes, key=len)]}?"
     if near_families:
         hint = f" Did you mean {' or '.join(near_families)}?"
-    hint = page_of_control(text) or hint
+    hint = page_of_control(text) or hint  # the page of a model with control clips
     raise OptionError(f"--family {text}: choose from {', '.join(names)}.{hint}")
 
 

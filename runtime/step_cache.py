@@ -80,7 +80,7 @@ class StepCache:
         self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-        """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
+        """Run the blocks with `inner`, or add to `hidden.x` what their last run added (the residual)."""
         turn = overrides.turn  # step and pass of this call; None: nothing is cached
         if turn is None:
             inner(dit, hidden, overrides)
@@ -234,7 +234,10 @@ class TeaCacheRule:
         self._before: Tensor | None = None
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
-        """Return whether the change since the last computed pass is below the threshold."""
+        """Return whether the changes since the last computed pass add up to less than the threshold.
+
+        `signal` computes what is compared: the input of the first block's attention.
+        """
         if turn.step == turn.num_steps - 1:  # the last step is computed
             self._before = None
             return False

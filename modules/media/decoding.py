@@ -71,7 +71,7 @@ def read_orientation(frame: Any) -> Orientation:
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(stored)[:36])
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, flips_columns=a < 0, flips_rows=d < 0)
-    return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)
+    return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)  # True: rows become columns
 
 
 @dataclass(frozen=True, slots=True)

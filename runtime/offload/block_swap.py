@@ -125,7 +125,7 @@ class BlockSwap:
         """Prepare to stream the blocks of a network.
 
         Args:
-            rings: Lists of streamed blocks with their slots.
+            rings: Each has the streamed blocks of one list, and the device memory (slots) that they share.
             order: Positions of all blocks in the order in which they run.
             in_host_memory: All parameters in host memory, also those outside blocks.
             transfer: Copies between host and device.

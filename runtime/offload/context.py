@@ -127,11 +127,12 @@ class TokenPart:
             second: The second text.
         """
         num_image_tokens = second.before  # image tokens come before text tokens
+        # the tokens of both texts, each with its own attention; behind both images, so that both divide alike
         texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
         # all heads of this process's tokens
         all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
         all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], texts], dim=1))
-        num_here = self.of_first(num_image_tokens)
+        num_here = self.of_first(num_image_tokens)  # image tokens of this process
         steered = second.steer(all_first[:, :num_here], all_second[:, :num_here])
         return torch.cat([steered, all_first[:, num_here:]], dim=1)
 

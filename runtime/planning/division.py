@@ -67,6 +67,7 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
         context: Number of GPUs that share the tokens.
         undivided: Bytes of queries and of tokens in the dry run, which divided nothing.
     """
+    # the GPUs exchange parts of a self-attention's queries through this many buffers
     exchange_buffers = EXCHANGED * undivided.largest // context
     divided: dict[str, Moment] = {}
     for phase, moment in moments.items():
