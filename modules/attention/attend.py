@@ -255,6 +255,7 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
+    # `dense` takes samples of equal length; `packed`, which some back ends have, real tokens in a row
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
         if choice.split and len(query) > 1:
