@@ -213,7 +213,7 @@ class Batch:
         """
         for name, expected in widths.items():
             value = self.tensors[name]
-            tensors = [value] if isinstance(value, Tensor) else value
+            tensors = [value] if isinstance(value, Tensor) else value  # a list: lengths differ
             where = f"{self.keys[0]}: {name} in its cache"
             for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1

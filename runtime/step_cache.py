@@ -189,6 +189,7 @@ class MagCacheRule:
         """Return whether the error accumulated since the last computed pass allows another skip.
 
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
+        `signal`, which other rules compare, is not needed.
         """
         last_step = self._last
         self._last = turn.step

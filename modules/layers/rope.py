@@ -55,7 +55,7 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
     if slow is not None:
         if not 0 <= slow.index < len(frequencies):
             raise ValueError(f"the axis has {len(frequencies)} frequencies, none of number {slow.index}")
-        frequencies[slow.index] = 2 * math.pi / slow.period
+        frequencies[slow.index] = 2 * math.pi / slow.period  # one turn in a period
     return torch.outer(positions, frequencies)
 
 

@@ -457,7 +457,7 @@ def join_segments(
                         packet.time_base = 1 / _make_rate(fps)
                         packet.duration = 1
                         packet.stream = stream
-                        packet.pts = packet.dts = next(number)
+                        packet.pts = packet.dts = next(number)  # equal, as no frame refers to a later one
                         target.mux(packet)
 
 

@@ -138,7 +138,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
             f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
             "it out"
         )
-    swapped = spec.swap_counts(blocks)
+    swapped = spec.swap_counts(blocks)  # the option's number as one for each list
     if not _fits(totals, swapped, spec.unswapped):
         maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
