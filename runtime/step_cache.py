@@ -61,7 +61,7 @@ class Rule(Protocol):
 
 @dataclass(eq=False)
 class Branch:
-    """The rule and the residual of one pass of a step."""
+    """The state of one pass of a step: the rule that may skip it, and what its last run added to `x`."""
 
     rule: Rule
     residual: Tensor | None = None  # B L C

@@ -264,7 +264,7 @@ def _solve_weights(step: float, ratios: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Step between two levels, exact if the prediction is the constant x0; `change` bends the path."""
+    """Step between two levels, exact if the prediction stays x0; `change` is its change on the way."""
     step = following.lam - current.lam
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 

@@ -209,7 +209,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     if "matroska" in container.format.name:
         declared = _read_matroska_size(path)
     elif "mov" in container.format.name:
-        index_entries = stream.index_entries  # places of the packets, the last one at the end
+        index_entries = stream.index_entries  # places of the packets in the file
         declared = index_entries[-1].pos + index_entries[-1].size if len(index_entries) else 0
     if declared > size:
         raise MediaError(

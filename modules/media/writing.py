@@ -122,7 +122,7 @@ class _ImageTime(NamedTuple):
 
 
 class Timing:
-    """The times of the images that an encoder holds."""
+    """Notes when each image is shown, and gives these times to the packets that the encoder makes of them."""
 
     def __init__(self, rate: Fraction) -> None:
         """Start with no image. `rate` is the encoder's frame rate in images per second."""

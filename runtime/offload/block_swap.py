@@ -43,7 +43,7 @@ _NAME = "_block_swap"  # attribute of a network that holds its block swap
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """One streamed block."""
+    """A streamed block: its weights are in host memory, and on the device only when it runs."""
 
     position: int  # among all blocks, list by list
     weights: Sequence[Parameter]

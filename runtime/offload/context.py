@@ -137,7 +137,7 @@ class TokenPart:
         return torch.cat([steered, all_first[:, num_here:]], dim=1)
 
     def _fill_up(self, x: Tensor) -> Tensor:
-        """Pad B l ... with zeros to B size ..."""
+        """Pad B l ... with zeros to B size ..., so that all processes have equal parts."""
         missing = self.size - x.shape[1]
         return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
 

@@ -182,7 +182,7 @@ class HostWeights:
         self._held: HostTensors | None = None  # allocated by `hold`
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate the memory.
+        """Allocate memory for the weights that the plan keeps there, or for all `tensors`; return it by name.
 
         Raises:
             OptionError: If the network has too few blocks.
@@ -223,7 +223,7 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
-    """Return memory for weights that the plan keeps off the device, or None.
+    """Return memory for weights that the plan keeps off the device; None if there are none.
 
     Args:
         plan: The plan of the swap.

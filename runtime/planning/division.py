@@ -33,7 +33,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Watch a network from now on; return the function that extrapolates its memory to all blocks."""
+        """Count the tokens of a network's passes; return the function that extrapolates its memory."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
