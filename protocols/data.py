@@ -164,7 +164,7 @@ class Batch:
         return len(self.captions)
 
     def without_references(self) -> "Batch":
-        """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
+        """Return the batch without references: their latents move from `tensors` to `undropped`."""
         dropped = {name: value for name, value in self.tensors.items() if name.startswith(_OF_REFERENCES)}
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})

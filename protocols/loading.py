@@ -132,7 +132,7 @@ class BlockPlace(Protocol):
         """Return a function to call with the name of each parameter of `network` that has been filled."""
 
     def split(self, network: nn.Module) -> None:
-        """Process the blocks of a network that was loaded without `watch`."""
+        """Process the blocks of a complete network, which was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
         """Finish after all blocks have been taken; from now on the network can run."""

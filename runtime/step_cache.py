@@ -69,7 +69,7 @@ class Branch:
 
 @dataclass(eq=False)
 class StepCache:
-    """The step cache of one section of a video."""
+    """Skips passes whose blocks would add nearly what they last added, in one section of a video."""
 
     make_rule: Callable[[], Rule]
     passes: int = 0

@@ -211,7 +211,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """One noise level of a schedule."""
+    """A noise level: weights sigma of the noise and alpha of the data, and lam = log(alpha / sigma)."""
 
     sigma: float
     alpha: float
