@@ -127,7 +127,7 @@ class TokenPart:
             second: The second text.
         """
         num_image_tokens = second.before  # image tokens come before text tokens
-        # the tokens of both texts, each with its own attention; behind both images, so that both divide alike
+        # each text's own attention; `gather_heads` takes the tokens of the image and of both texts
         texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
         # all heads of this process's tokens
         all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
