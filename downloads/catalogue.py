@@ -182,10 +182,11 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
 
     `family` is the catalogue's table of the set's family, whose values count where the entry has none.
     """
+    # families may name a component's option otherwise
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
     command_by_step = {**family["commands"], **entry.get("commands", {})}
-    extra_words = entry.get("more", {})
+    extra_words = entry.get("more", {})  # words that this set adds to the command of a step
     commands = {}
     for step in entry.get("steps", STEPS):
         commands[step] = f"{command_by_step[step]} {extra_words.get(step, '')}".rstrip()
@@ -318,7 +319,7 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
         return None
     if for_scripts:
         return f"{chosen.command} downloads it"
-    # the file belongs to models of other scripts: name a download of a model of these scripts
+    # the file belongs to models of other scripts: name a download (not in fp8) of a model of these scripts
     all_downloads = [_Download(model, False, chosen.folder) for model in model_sets()]
     own = _select_smallest([download for download in all_downloads if download.runs_with(scripts)])
     if own is None:

@@ -51,7 +51,7 @@ def run_download(options: DownloadOptions) -> None:
     planned = []
     for file in files:
         download = _plan(file, options)
-        if download is not None:
+        if download is not None:  # else the file is there already
             planned.append(download)
     if planned:
         make_folder(options.to, "--to")
@@ -134,6 +134,7 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
         remote = _add_known_checksums(file, remote)
     if not is_there:
         return PlannedDownload(remote, target)
+    # without --verify only the size is compared
     expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
     damage = find_damage(target, expected)
     if damage is not None:

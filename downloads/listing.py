@@ -70,7 +70,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
     title = f"{model_set.family} {model_set.task}: {model_set.about}, released by {model_set.released_by}"
     total = f"  together {describe_total(model_set.components)}"
     licenses = describe_licenses(model_set)
-    if excludes_many(model_set):
+    if excludes_many(model_set):  # such licenses come first
         return [*licenses, "", title, *in_columns(rows), total]
     return [title, *in_columns(rows), total, "", *licenses]
 

@@ -116,7 +116,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
         hint = f" Did you mean {by_spelling[max(prefixes, key=len)]}?"
     if near_families:
         hint = f" Did you mean {' or '.join(near_families)}?"
-    hint = page_of_control(text) or hint
+    hint = page_of_control(text) or hint  # the page of a model with control clips
     raise OptionError(f"--family {text}: choose from {', '.join(names)}.{hint}")
 
 
@@ -145,6 +145,7 @@ def _read_exact_name(
     for model in models:
         spellings = [name for name, family in by_spelling.items() if family == model.family]
         is_named = plain in {plain_name(name + model.task) for name in spellings}
+        # plain names have no points: 1.4 would be taken for 14
         if is_named and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks

@@ -99,6 +99,7 @@ def receive(
     failures = 0
     version: str | None = None
     while True:
+        # a download continues only if its version or its size is known
         have = path.stat().st_size if version is not None or size_bytes is not None else 0
         try:
             if size_bytes is not None and have >= size_bytes:

@@ -72,7 +72,7 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """
     while True:
         with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123
-            _open.add(file)
+            _open.add(file)  # forked processes close it
             try:
                 _lock(file, waits)
             except OSError as error:

@@ -155,7 +155,7 @@ def _format_short_lines(
     if action.nargs != 0:
         value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
     invocation = f"{' or '.join(action.option_strings)} {value}".strip()
-    if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:
+    if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:  # 2 blanks before it and behind
         invocation = f"{shortest_flag} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
     text = _shorten_clauses(help_text)

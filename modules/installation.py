@@ -332,7 +332,7 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
     reject_standard_module(option, name, name)
     working_folder = str(Path.cwd())
-    reason = rejects_code()
+    reason = rejects_code()  # None if the user typed the name
     if reason is None and working_folder not in sys.path:
         sys.path.append(working_folder)
     try:

@@ -96,6 +96,7 @@ class OtherProcesses:
         try:
             yield
         except BaseException as error:
+            # errors of torch's communication, known by their class or by their words
             is_of_processes = isinstance(error, distributed.DistError) or (
                 isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
             )
@@ -138,7 +139,7 @@ class OtherProcesses:
             *lines, unfinished = (unfinished + received).split(b"\n")
             # a line is a word, and after `LOST` the number of the lost process and how it was lost
             for word, *words in (line.decode().split() for line in lines):
-                if word == OVER:
+                if word == OVER:  # that process is done
                     return None
                 if word == LOST:
                     return self._end(int(words[0]), words[1])
@@ -226,6 +227,7 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
             store.set(f"{ASKED}/{rank}", word)
             time.sleep(PAUSE)
         port = store.get(answer).decode()
+    # so process 0 opens a store of its own at the new port
     environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
 
 
@@ -241,6 +243,7 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
     address = (host if is_one_machine else "", 0)
     with socket.create_server(address, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
         password = secrets.token_hex(8)
+        # tells the other processes where to connect, and with which password
         store.set(KEY, f"{server.getsockname()[1]} {password}")
         server.settimeout(pace.silence)
         return _accept_all(server, password, count, pace)

@@ -243,7 +243,7 @@ def address_identity(address: str) -> str:
         return address
     parts = split_address(address)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
-    is_azure = any(name.lower() == "sig" for name, _ in pairs)
+    is_azure = any(name.lower() == "sig" for name, _ in pairs)  # _AZURE counts only next to it
     pairs = [
         (name, value)
         for name, value in pairs

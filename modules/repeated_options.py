@@ -63,7 +63,7 @@ def accepted_options(
         if declared is not None:
             declared_flags = declared.flags
             settings = declared.settings
-        inner = record_of(hint)
+        inner = record_of(hint)  # the record that the field holds; None for an option
         if inner is not None:
             inner_flags = {
                 key: info["flags"] for key, info in settings.get("settings", {}).items() if "flags" in info
@@ -117,13 +117,14 @@ def join_options(
     """
     accepted = accepted_options(record)
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
+    # public name -> flag and value; a flag that the command does not know stands for itself
     joined = {by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
     for option in repeated:
         name = next(find_names(option, accepted, by_flag), None)
         if name is None:
             continue
         flags = accepted[name].flags
-        flag, value = joined.get(name, (flags[-1], option.value))
+        flag, value = joined.get(name, (flags[-1], option.value))  # the last flag is --NAME
         if isinstance(value, FillIn):
             value = option.value
         if option.typed in flags:

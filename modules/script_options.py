@@ -35,7 +35,7 @@ def parse_options(
 def parse_spelled(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> tuple[list[Any], Mapping[str, str]]:
-    """Return the records read from the command line, and the spelling of each given option by public name.
+    """Return the records read from the command line, and how each given option was typed, by public name.
 
     `records` are the records that declare the options; `changes` are passed to `add_options`. Help and errors
     end the program.

@@ -55,7 +55,7 @@ def fp8_text_option(name: str, what: str) -> Any:
 
 
 def text_form(options: Any) -> str | None:
-    """Return the form of a text encoder's weights, by the family's flag for fp8 or --text_encoder_form."""
+    """Return how a text encoder's weights are stored: fp8 by the family's flag, else --text_encoder_form."""
     return "fp8" if options.in_fp8 else options.text_encoder_form
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
-    """Return {"text": the rendered template}, or {"error": the reason why it failed}."""
+    """Render the template of a job, with its variables and limits.
+
+    Returns {"text": the rendered template}, or {"error": the reason why it failed}.
+    """
     _limit_memory(job["memory"])
     try:
         return {"text": _generate(job)}

@@ -130,7 +130,7 @@ def _count_beyond_ascii(text: str) -> int:
 def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
     """Return the guess for two or four bytes a character.
 
-    `marked` says that there is a byte order mark.
+    `marked` is the encoding that a byte order mark names; None without a mark.
     """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)

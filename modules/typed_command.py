@@ -36,7 +36,7 @@ def read_command(option: str, text: str) -> list[str]:
 
     program = argv[0]
     name = Path(program).name.lower().removesuffix(".exe")
-    if name not in SHELLS:
+    if name not in SHELLS:  # a shell may get operators among its arguments
         _reject_shell(option, argv)
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")

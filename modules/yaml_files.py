@@ -74,7 +74,7 @@ def _check_nodes(root: yaml.Node) -> None:
     while waiting:
         node, inner = waiting[-1]
         open_nodes.add(id(node))
-        child = next((child for child in inner if id(child) not in sizes), None)
+        child = next((child for child in inner if id(child) not in sizes), None)  # not counted yet
         if child is not None:
             if id(child) in open_nodes:
                 raise ValueError("it has an alias to what the alias is in")

@@ -82,5 +82,5 @@ class TakesWords(Family, Protocol):
 
 
 def with_words(family: Family, files: WordsByFile, option: str) -> Family:
-    """Return the family with the words of files in its text encoders."""
+    """Return the family whose text encoders know the words (textual inversions) of files."""
     return cast(TakesWords, family).with_words(files, option)

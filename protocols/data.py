@@ -164,7 +164,7 @@ class Batch:
         return len(self.captions)
 
     def without_references(self) -> "Batch":
-        """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
+        """Return the batch without references: their latents move from `tensors` to `undropped`."""
         dropped = {name: value for name, value in self.tensors.items() if name.startswith(_OF_REFERENCES)}
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
@@ -213,7 +213,7 @@ class Batch:
         """
         for name, expected in widths.items():
             value = self.tensors[name]
-            tensors = [value] if isinstance(value, Tensor) else value
+            tensors = [value] if isinstance(value, Tensor) else value  # a list: lengths differ
             where = f"{self.keys[0]}: {name} in its cache"
             for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1

@@ -295,6 +295,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
             continue
         hint: str | None = import_own(f"{entry.room}.files").identify(path)
         if hint is not None:
+            # a hint that begins so names a model, which the scripts of the family take
             is_of_family = entry.script and hint.startswith("it is ")
             return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
     return None

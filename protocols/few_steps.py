@@ -117,7 +117,7 @@ class FewSteps:
         path = path.absolute()
         name = _FILE_ENDING.sub("", path.name)
         names = [(name, f"its name is {name}")]
-        if _PLAIN.fullmatch(name.lower()):
+        if _PLAIN.fullmatch(name.lower()):  # says nothing of the model
             for folder in path.parents[:_FOLDERS]:
                 names.append((folder.name, f"its folder is {folder}"))
         for key in _TITLES:
@@ -125,8 +125,10 @@ class FewSteps:
                 names.append((metadata[key], f"its {key} is {metadata[key]}"))
         for name, where in names:
             split_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))  # CamelCase too
+            # `unless` is a pattern of the names of models that are not distilled
             if self.unless and re.search(self.unless, split_name):
                 return Verdict(False, where)
+            # a model that was distilled only to take its guidance as a number does not count
             without_guidance_words = _GUIDED.sub("", _with_underscores(name))
             # "de-distilled" contains "distilled": such words are removed before the search
             if distilled.search(_UNDONE.sub("", without_guidance_words)):

@@ -61,7 +61,7 @@ class TensorInfo:
         if file.readinto(memoryview(cast(Any, target.numpy()))) != len(target):  # type: ignore[attr-defined]
             text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
             raise CheckpointError(text, path)
-        return target.view(self.dtype).view((self.packing or self).shape)
+        return target.view(self.dtype).view((self.packing or self).shape)  # the shape in the file
 
     def hollow(self) -> Tensor:
         """Return an empty tensor of the same shape and dtype on the meta device."""
@@ -132,7 +132,7 @@ class BlockPlace(Protocol):
         """Return a function to call with the name of each parameter of `network` that has been filled."""
 
     def split(self, network: nn.Module) -> None:
-        """Process the blocks of a network that was loaded without `watch`."""
+        """Process the blocks of a complete network, which was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
         """Finish after all blocks have been taken; from now on the network can run."""

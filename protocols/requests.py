@@ -302,7 +302,7 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
                 raise OptionError(
                     f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
                 )
-            check_opens(option, path, is_image=name != "control_path")
+            check_opens(option, path, is_image=name != "control_path")  # a control is a clip or a folder
     return request
 
 

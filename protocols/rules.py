@@ -129,7 +129,7 @@ class NegativeSkips:
 
 @dataclass(frozen=True)
 class GuidanceRules:
-    """Rules for the guidance of one request."""
+    """How one request is guided: how the predictions of its passes, with and without its prompt, combine."""
 
     # guidance scale at which guidance has no effect: 1 in the usual formula
     off_at: float = 1.0

@@ -223,7 +223,7 @@ class HeldLatents:
         return torch.where(self.shares == 1, self.clean, latents)
 
     def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
-        """Return the velocity for which the clean prediction contains `clean` by `shares`."""
+        """Return the velocity whose clean prediction is, by `shares`, `clean` instead of the network's."""
         return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
 
 

@@ -55,7 +55,7 @@ def shift_thousand(prepared: Prepared) -> Sequence[ComfyNode]:
 def shift_flux(prepared: Prepared) -> Sequence[ComfyNode]:
     """Return FLUX's node, which takes logarithms of the shift for small and for large images.
 
-    Both are that of the request, so that its size changes nothing.
+    Both are the request's shift, so that the size of its image changes nothing.
     """
     shift = math.log(prepared.flow_shift)
     sides = {"width": prepared.width, "height": prepared.height}

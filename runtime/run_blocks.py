@@ -87,7 +87,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
                 hint = _run_side_block(block, hidden, side_index)
             continue
         if hidden.between is not None:
-            hidden.between(index, hidden)
+            hidden.between(index, hidden)  # a callback before each block of the main list
         if index not in overrides.skip_blocks:
             skips = index in overrides.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens

@@ -61,7 +61,7 @@ class Rule(Protocol):
 
 @dataclass(eq=False)
 class Branch:
-    """The rule and the residual of one pass of a step."""
+    """The state of one pass of a step: the rule that may skip it, and what its last run added to `x`."""
 
     rule: Rule
     residual: Tensor | None = None  # B L C
@@ -69,7 +69,7 @@ class Branch:
 
 @dataclass(eq=False)
 class StepCache:
-    """The step cache of one section of a video."""
+    """Skips passes whose blocks would add nearly what they last added, in one section of a video."""
 
     make_rule: Callable[[], Rule]
     passes: int = 0
@@ -80,7 +80,7 @@ class StepCache:
         self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-        """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
+        """Run the blocks with `inner`, or add to `hidden.x` what their last run added (the residual)."""
         turn = overrides.turn  # step and pass of this call; None: nothing is cached
         if turn is None:
             inner(dit, hidden, overrides)
@@ -132,6 +132,7 @@ def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
         gather_block(first_block)
+    # `spec.modulated_input` is the name of the block's method that computes it
     modulated: Tensor = getattr(first_block, spec.modulated_input)(hidden.x, hidden.tokens)
     return modulated
 
@@ -188,6 +189,7 @@ class MagCacheRule:
         """Return whether the error accumulated since the last computed pass allows another skip.
 
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
+        `signal`, which other rules compare, is not needed.
         """
         last_step = self._last
         self._last = turn.step
@@ -233,7 +235,10 @@ class TeaCacheRule:
         self._before: Tensor | None = None
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
-        """Return whether the change since the last computed pass is below the threshold."""
+        """Return whether the changes since the last computed pass add up to less than the threshold.
+
+        `signal` computes what is compared: the input of the first block's attention.
+        """
         if turn.step == turn.num_steps - 1:  # the last step is computed
             self._before = None
             return False

@@ -242,7 +242,7 @@ def attend(
             )
         return output.to(value.dtype)
     backend = BACKENDS[choice.mode]
-    front = key.shape[1] - query.shape[1]
+    front = key.shape[1] - query.shape[1]  # number of additional keys, which come first
     if lengths is not None and front < 0:
         raise ValueError(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
@@ -255,6 +255,7 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
+    # `dense` takes samples of equal length; `packed`, which some back ends have, real tokens in a row
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
         if choice.split and len(query) > 1:

@@ -121,7 +121,7 @@ class DpmPlusPlus:
         following = _Level.read(self.schedule, index + 1)
         now = _Prediction(current, sample.float() - current.sigma * velocity.float())
         x0 = now.x0
-        if self._earlier and following.sigma > 0:
+        if self._earlier and following.sigma > 0:  # a step to sigma 0 is infinite in lambda
             before = self._earlier[-1]
             # the last step in lambda, log(data / noise), in units of this one: infinite after pure noise
             ratio = (current.lam - before.level.lam) / (following.lam - current.lam)
@@ -211,7 +211,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """One noise level of a schedule."""
+    """A noise level: weights sigma of the noise and alpha of the data, and lam = log(alpha / sigma)."""
 
     sigma: float
     alpha: float
@@ -264,7 +264,7 @@ def _solve_weights(step: float, ratios: list[float]) -> list[float]:
 def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
-    """Step between two levels, exact if the prediction is the constant x0; `change` bends the path."""
+    """Step between two levels, exact if the prediction stays x0; `change` is its change on the way."""
     step = following.lam - current.lam
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 

@@ -55,7 +55,7 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
     if slow is not None:
         if not 0 <= slow.index < len(frequencies):
             raise ValueError(f"the axis has {len(frequencies)} frequencies, none of number {slow.index}")
-        frequencies[slow.index] = 2 * math.pi / slow.period
+        frequencies[slow.index] = 2 * math.pi / slow.period  # one turn in a period
     return torch.outer(positions, frequencies)
 
 
@@ -92,7 +92,7 @@ def exact_table(
     for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
         is_time = axis == 0
         start = grid.first if is_time else 0
-        slow = grid.slow if is_time else None
+        slow = grid.slow if is_time else None  # a lowered frequency
         positions = torch.arange(start, start + size, dtype=dtype)
         if is_time and grid.places:  # frames that are not consecutive
             positions = torch.tensor(grid.places, dtype=dtype)

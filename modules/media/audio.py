@@ -112,6 +112,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
         return None
+    # the first argument is the id of an element of Matroska
     doc_type = _encode_element(0x4282, b"matroska")
     # version of the format, and minimum version to read it
     versions = _encode_number(0x4287, 4) + _encode_number(0x4285, 2)

@@ -254,6 +254,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     """Return the ICC profile of an image, or one made from its PNG chunks; None if it has neither."""
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
+    # codes of the chunk cICP; 0: there is none
     primaries, transfer = image.info.get(_CICP, (0, 0))
     content: bytes | None
     if primaries in _CHROMATICITIES and transfer in _GAMMAS:

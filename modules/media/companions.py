@@ -235,7 +235,7 @@ class Companions:
 
     def _can_hold(self, stream: Any) -> bool:
         """Return whether the new file can hold the stream, by writing a small file in memory."""
-        unplayed = _UNPLAYED.get(self._suffix)
+        unplayed = _UNPLAYED.get(self._suffix)  # codecs that the format allows, but few programs play
         context = stream.codec_context
         if stream.type == "audio" and unplayed and context is not None and unplayed.match(context.name):
             return False

@@ -71,7 +71,7 @@ def read_orientation(frame: Any) -> Orientation:
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(stored)[:36])
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, flips_columns=a < 0, flips_rows=d < 0)
-    return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)
+    return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)  # True: rows become columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     if "matroska" in container.format.name:
         declared = _read_matroska_size(path)
     elif "mov" in container.format.name:
-        index_entries = stream.index_entries
+        index_entries = stream.index_entries  # places of the packets in the file
         declared = index_entries[-1].pos + index_entries[-1].size if len(index_entries) else 0
     if declared > size:
         raise MediaError(

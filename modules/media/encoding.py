@@ -190,6 +190,7 @@ def add_video_stream(
         stream = container.add_stream(kind.encoder, rate=rate)
     except ValueError:
         raise MediaError(f"FFmpeg here lacks the encoder {kind.encoder}: choose another codec") from None
+    # most pixel formats need even sides
     stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
     stream.pix_fmt = kind.pixel_format
     stream.options = dict(kind.options)

@@ -114,7 +114,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             reject_cut(path)
             raise
         stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
+        if stream is None or stream.codec_context is None:  # raises if a cut file is the cause
             reject_cut(path)
         if stream is None:
             kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
@@ -169,7 +169,7 @@ def reject_cut(path: Path) -> None:
             head = file.read(16)
             length = int.from_bytes(head[:4], "big")
             kind = head[4:8]
-            if not kinds and kind not in _FIRST_BOXES:
+            if not kinds and kind not in _FIRST_BOXES:  # neither MP4 nor MOV
                 return
             if not head or length == 0 and len(head) > 7:  # the last box may extend to the end of the file
                 break

@@ -104,7 +104,7 @@ def image_pixels(
     from modules.media.reading import first_frame, resize_cover
 
     image = numpy.ascontiguousarray(first_frame(path, alpha=not on_white)[..., :3])
-    if crf and min(image.shape[:2]) > 1:
+    if crf and min(image.shape[:2]) > 1:  # H.264 needs 2 x 2 pixels at least
         image = recompress(image, crf)
     if keep_aspect:
         image = resize_cover(image, (width, height), shrink)

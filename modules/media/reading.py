@@ -161,6 +161,7 @@ def media_colors(path: Path) -> Colors:
                 first = next(decoding.decode_frames(path, container, stream)).frame
                 on_white = decoding.frame_pixels(first, stream)
                 without_alpha = first.to_ndarray(format="rgb24", threads=1)
+                # white shows through, or all pixels are opaque
                 is_transparent = not np.array_equal(on_white, without_alpha)
             is_converted = code_transform(codec) is not None
             return Colors(
@@ -207,7 +208,7 @@ class MaskLook:
             on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
         for rows in row_blocks(frame.shape[0], frame.shape[1]):
-            visible = frame[rows, :, :3][opacity[rows] > 127]
+            visible = frame[rows, :, :3][opacity[rows] > 127]  # not transparent ones
             if len(visible):
                 self._lows = np.minimum(self._lows, visible.min(0))
                 self._highs = np.maximum(self._highs, visible.max(0))
@@ -392,7 +393,7 @@ def frames_at(
     start = 0.0  # start time of the current frame
     end = 0.0
     number = -1
-    is_first = True
+    is_first = True  # nothing has been yielded yet
     for frame, frame_start, frame_end in timed_frames(path, alpha):
         if current is None:
             file_start = frame_start

@@ -169,7 +169,7 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
             f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
             f"at least {SHORTEST} s"
         )
-    return np.broadcast_to(beginning.samples, (channels, count)).copy()
+    return np.broadcast_to(beginning.samples, (channels, count)).copy()  # a single channel is copied to all
 
 
 def _track(container: Any) -> Any | None:

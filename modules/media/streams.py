@@ -88,6 +88,7 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
     ):
         if previous is not None:
+            # a frame is shown until the next one starts
             yield Picture(previous.pixels, previous.start, frame.start - previous.start)
         if index == limit:
             return
@@ -216,7 +217,10 @@ class Clock:
         return self._previous
 
     def _find_origin(self, time: Fraction) -> Fraction:
-        """Return the origin of the grid of frame times; `time` is the first frame's time in the file."""
+        """Return where the grid of frame times starts; `time` is the first frame's time in the file.
+
+        It is the multiple of a frame's duration that is nearest to `time`, if that is close, else `time`.
+        """
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
         if self._tolerance < near <= START_TOLERANCE:  # MP4 rounds only the start time

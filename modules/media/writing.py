@@ -122,7 +122,7 @@ class _ImageTime(NamedTuple):
 
 
 class Timing:
-    """The times of the images that an encoder holds."""
+    """Notes when each image is shown, and gives these times to the packets that the encoder makes of them."""
 
     def __init__(self, rate: Fraction) -> None:
         """Start with no image. `rate` is the encoder's frame rate in images per second."""
@@ -414,7 +414,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = encoding.add_video_stream(
             container,
-            encoding.select_codec(Path("x.mp4"), "h264"),
+            encoding.select_codec(Path("x.mp4"), "h264"),  # only the path's suffix counts
             first,
             _make_rate(fps),
             crf=12,
@@ -457,7 +457,7 @@ def join_segments(
                         packet.time_base = 1 / _make_rate(fps)
                         packet.duration = 1
                         packet.stream = stream
-                        packet.pts = packet.dts = next(number)
+                        packet.pts = packet.dts = next(number)  # equal, as no frame refers to a later one
                         target.mux(packet)
 
 

@@ -79,7 +79,7 @@ def mark_folders(value: Any) -> Any:
         return text  # most texts of a page
     parts = []
     for match in _FOLDERS.finditer(text):
-        if match["server"]:
+        if match["server"]:  # an address of a server is not private
             continue
         parts += [escape(text[end : match.start()]), PRIVATE, escape(match[0]), END]
         end = match.end()

@@ -43,7 +43,7 @@ _NAME = "_block_swap"  # attribute of a network that holds its block swap
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """One streamed block."""
+    """A streamed block: its weights are in host memory, and on the device only when it runs."""
 
     position: int  # among all blocks, list by list
     weights: Sequence[Parameter]
@@ -125,7 +125,7 @@ class BlockSwap:
         """Prepare to stream the blocks of a network.
 
         Args:
-            rings: Lists of streamed blocks with their slots.
+            rings: Each has the streamed blocks of one list, and the device memory (slots) that they share.
             order: Positions of all blocks in the order in which they run.
             in_host_memory: All parameters in host memory, also those outside blocks.
             transfer: Copies between host and device.
@@ -336,7 +336,7 @@ def swap_blocks(
     """
     if host is None or not host.plan:
         return
-    host_weights = host.adopt(dit)
+    host_weights = host.adopt(dit)  # swapped weights by name, in host memory
     for path in host.plan.input_layer_names(dit):
         for name, layer in big_layers(dit, path):
             offload_layer(layer, host_weights[f"{name}.weight"], device)
@@ -344,6 +344,7 @@ def swap_blocks(
     # one ring for each list of blocks: its streamed blocks, and the slots that they share on the device
     rings = _make_rings(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
+    # positions of the blocks in the order in which they run, counted over all lists
     order = host.plan.spec.order([plan.num_blocks for plan in lists])
     swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
     blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]

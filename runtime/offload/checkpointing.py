@@ -73,7 +73,7 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
-        """Give a piece back for reuse."""
+        """Give back a piece that `take` returned, for reuse."""
         self._free.append(piece)
 
 
@@ -195,7 +195,7 @@ SHORT = 4
 
 @dataclass(frozen=True)
 class _Block:
-    """The forward of one checkpointed block."""
+    """The forward of one checkpointed block, which keeps only its inputs for the backward pass."""
 
     module: nn.Module
     forward: Callable[..., Tensor]

@@ -127,16 +127,17 @@ class TokenPart:
             second: The second text.
         """
         num_image_tokens = second.before  # image tokens come before text tokens
+        # each text's own attention; `gather_heads` takes the tokens of the image and of both texts
         texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
         # all heads of this process's tokens
         all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
         all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], texts], dim=1))
-        num_here = self.of_first(num_image_tokens)
+        num_here = self.of_first(num_image_tokens)  # image tokens of this process
         steered = second.steer(all_first[:, :num_here], all_second[:, :num_here])
         return torch.cat([steered, all_first[:, num_here:]], dim=1)
 
     def _fill_up(self, x: Tensor) -> Tensor:
-        """Pad B l ... with zeros to B size ..."""
+        """Pad B l ... with zeros to B size ..., so that all processes have equal parts."""
         missing = self.size - x.shape[1]
         return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
 

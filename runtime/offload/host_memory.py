@@ -265,7 +265,7 @@ class Transfer:
         """Return the moment at which all computation queued so far is done."""
 
     def copy(self, pairs: Pairs, after: Any) -> Any:
-        """Copy pairs of tensors after the moment `after`; return the moment at which the copies are done."""
+        """Copy pairs (target, source) after the moment `after`; return the moment when they are done."""
         for target, source in pairs:
             target.copy_(source)
 
@@ -295,7 +295,7 @@ class CudaTransfer(Transfer):
         return torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
-        """Queue copies in the transfer stream; they start after `after`."""
+        """Queue copies in the transfer stream, to start after `after`; return the event of their end."""
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -365,7 +365,7 @@ class LoadedNetwork(Generic[Network, Beside]):
         make: Callable[[torch.device], tuple[Network, Beside]],
         move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
     ) -> None:
-        """Make the network on the device and its companion, or move a network that is already loaded."""
+        """Make network and companion (such as a tokenizer); if loaded already, move the network."""
         if self._pair is None:
             self._pair = make(device)
         else:

@@ -138,7 +138,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
             f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
             "it out"
         )
-    swapped = spec.swap_counts(blocks)
+    swapped = spec.swap_counts(blocks)  # the option's number as one for each list
     if not _fits(totals, swapped, spec.unswapped):
         maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
@@ -182,7 +182,7 @@ class HostWeights:
         self._held: HostTensors | None = None  # allocated by `hold`
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate the memory.
+        """Allocate memory for the weights that the plan keeps there, or for all `tensors`; return it by name.
 
         Raises:
             OptionError: If the network has too few blocks.
@@ -223,7 +223,7 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
-    """Return memory for weights that the plan keeps off the device, or None.
+    """Return memory for weights that the plan keeps off the device; None if there are none.
 
     Args:
         plan: The plan of the swap.

@@ -33,7 +33,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Watch a network from now on; return the function that extrapolates its memory to all blocks."""
+        """Count the tokens of a network's passes; return the function that extrapolates its memory."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -67,6 +67,7 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
         context: Number of GPUs that share the tokens.
         undivided: Bytes of queries and of tokens in the dry run, which divided nothing.
     """
+    # the GPUs exchange parts of a self-attention's queries through this many buffers
     exchange_buffers = EXCHANGED * undivided.largest // context
     divided: dict[str, Moment] = {}
     for phase, moment in moments.items():

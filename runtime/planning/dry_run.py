@@ -359,7 +359,7 @@ def _name_position(index: int, count: int) -> str:
     Two positions at each end have names: the outermost block, and its neighbor, which is like all blocks
     between.
     """
-    if index == count - 1:
+    if index == count - 1:  # also a lone block
         return "last"
     if index == 0:
         return "first"

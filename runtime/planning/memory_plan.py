@@ -174,7 +174,8 @@ BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     """Return the weights of each block that can be split, in the order in which the blocks run.
 
-    Of a block's vectors only one is split (`runtime.offload.sharding`).
+    Of a block's vectors (biases, weights of norms) only one is split: they are small, but gloo gathers 8-bit
+    weights only next to another dtype.
     """
     by_block: list[BlockWeights] = []
     for block in chain.from_iterable(spec.blocks(dit).values()):

@@ -89,7 +89,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
             yield replace(way, rejection=str(error))
             continue
         yield _plan_way(way, prediction, 0, room=room, is_training=is_training)
-        if words or not rehearsed.can_swap:
+        if words or not rehearsed.can_swap:  # blocks are swapped in the undivided run only
             continue
         # the undivided run with block swap: the fewest blocks that fit, or all if even that is too much
         fewest = smallest_swap(prediction, room.usable)
@@ -224,6 +224,7 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         if num_values and not word.startswith("--"):
             num_values -= 1
             continue
+        # DECIDED: option that `way` decides -> number of its values; with `=` none is a word of its own
         num_values = 0 if equals_sign else DECIDED.get(name, 0)
         if name not in DECIDED:
             other_arguments.append(word)

@@ -32,7 +32,11 @@ class SharedPasses:
         self._in_lockstep = in_lockstep
 
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
-        """Run this process's share of a step's passes, and return the velocities of all passes, float32."""
+        """Run this process's share of a step's passes, and return the velocities of all passes, float32.
+
+        `calls` has the passes as overrides (changes to one call) -> id -> conditions; so does the result, by
+        (overrides, id).
+        """
         velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):  # passes that can run at the same time
             for start in range(0, len(group), self.processes):

@@ -73,7 +73,7 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     Raises:
         OptionError: If the processes cannot be divided into such groups.
     """
-    group_size = speed.modes.num_peers * passes
+    group_size = speed.modes.num_peers * passes  # peers share a micro-batch
     if processes % group_size:
         typed = " ".join(speed.modes.peers)
         raise OptionError(

@@ -96,6 +96,7 @@ def _join(run: RunModes, options: ShardBaseOptions) -> None:
     run.alone["--shard_base"] = "holds the whole model"  # in the warning for a single process
     # a model that needs several GPUs in training needs them in generation too
     run.for_generation["--shard_base"] = True
+    # hooks, which the run calls: to check full training, to check its uses, to place the blocks
     run.on.whole.append(_reject_full)
     run.on.check.append(_check)
     run.on.place.append(_make_place)
