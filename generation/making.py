@@ -410,6 +410,7 @@ def decode_all(
     if has_audio or output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
+        # without jobs whose audio could not be decoded
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for job in denoised:

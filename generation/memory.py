@@ -245,7 +245,7 @@ def rehearse_denoising(
     if prepared.added:
         add_stage_loras(dit)
     # run one step with a few blocks, and extrapolate to all blocks
-    with rehearsing(dit) as ledger:
+    with rehearsing(dit) as ledger:  # the ledger counts the bytes of tensors that exist
         dry.watch_blocks(blocks, ledger)
         _place_loras(dit, lora_changes, prepared, ledger)
         noise = SeededNoise(0, dry.ACCELERATOR)
@@ -277,7 +277,7 @@ def rehearse_denoising(
         if section.overrides.section_cache is not None:
             # The pass that fills it has the peak, and comes before layers outside of the blocks have computed
             # what they keep for all steps. Without it, its bytes would seem to be those of one more block.
-            measure((1,) * len(blocks))
+            measure((1,) * len(blocks))  # one block of each list
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     return PhasePrediction(
         moments=moments,
@@ -453,7 +453,7 @@ def advice(
                 phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
             )
             lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
-    if prediction.device(0) <= room.usable:
+    if prediction.device(0) <= room.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
@@ -522,5 +522,6 @@ def resolve_options(
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None
+    # `after` are the phases that follow denoising
     decoding = max((phase.device for phase in prediction.after), default=0)
     return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

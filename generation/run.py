@@ -110,7 +110,7 @@ def _decode_file(
     output = options.output
     fps = options.request.fps
     default_fps = run.family.defaults.fps
-    if fps in (None, default_fps):  # --fps is not given
+    if fps in (None, default_fps):  # --fps is not given, so the file's own rate is used
         fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
     name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
@@ -389,7 +389,7 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     count = len(run.options.lora.lora_weight or ())
     if len(numbers) != count:
         raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
-    return change_strengths(run, {"": numbers})
+    return change_strengths(run, {"": numbers})  # "" is the only or low-noise expert
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:

@@ -349,7 +349,7 @@ def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]
     metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
     row_by_row = sorted(paths, key=lambda place: place[::-1])  # places are (column, row)
     for column, row in row_by_row:
-        indices = zip(run.options.axes, (column, row), strict=False)
+        indices = zip(run.options.axes, (column, row), strict=False)  # with one axis, the row is always 0
         axis_values = ", ".join(axis.describe(index) for axis, index in indices)
         name = paths[column, row].name
         metadata[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{name}: {axis_values}"

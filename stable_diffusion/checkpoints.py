@@ -310,6 +310,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
     names = map_vae_names(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
+    # attention layers may also have the names of older versions of diffusers
     sources = dialects.rename_sources(
         stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)
     )

@@ -693,15 +693,21 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section. Noise is drawn on the CPU, and the solver wraps a diffusers scheduler."""
+        """Yield the only section, as an image is denoised in one go; receive and return its latents.
+
+        The solver wraps a diffusers scheduler and draws its own noise on the CPU, so `noise` is not used.
+        """
         solver = self._begin(prepared)
         conditions = dict(inputs.get(0, {}))
         if self.kind is SDXL:
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        section = prompts[0].section(solver.seen(0), conditions)  # begins with the U-Net's first input
-        return (yield replace(section, solver=solver))  # the caller sends the denoised latents
+        # prompts and inputs are by section, which is 0 here; it begins with the noise as the solver scales it
+        # for the U-Net's first call
+        section = prompts[0].section(solver.seen(0), conditions)
+        # the caller sends the denoised latents, which are the value of `yield`
+        return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> ScaledSolver:
         """Return the solver for an image, with its start noise from the image's seed."""

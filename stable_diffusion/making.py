@@ -99,6 +99,7 @@ class ImageGenerator:
             return self._count_chunks(image), image.image is not None, image.mask is not None, own_group
 
         latents: dict[int, Tensor] = {}  # by index of the image
+        # sorted by that key, because groupby only joins neighbors
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
             indices = list(group)
             group_start = None if start is None else _pick(start, indices)

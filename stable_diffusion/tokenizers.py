@@ -87,6 +87,7 @@ def find_tokenizer_files(
     for index, is_open_clip in enumerate(are_open_clip):
         names = OPEN_CLIP if is_open_clip else (CLIP_L,)
         own_folder = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+        # folders and names in the order of the search; "." is the folder itself
         files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
         sources.append((files, _find_in(places, files)))
     return sources
