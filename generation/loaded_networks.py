@@ -181,9 +181,8 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
-    needed: set[str] = (
-        set()
-    )  # "positive", "negative" and "blank", as the guidance passes of any step use them
+    # "positive", "negative" and "blank", as the guidance passes of any step use them
+    needed: set[str] = set()
     for expert_plans in plan_steps(prepared, options):
         for plan in expert_plans:
             needed |= {guidance_pass.text for guidance_pass in plan.passes}

@@ -141,6 +141,7 @@ def predict(
         turns=turns,
         watch=watch,
     )
+    # after denoising: audio, which is decoded first, and pixels
     after: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         after.append(rehearse_decoding(family, prepared, extra))
@@ -357,7 +358,7 @@ def heaviest_step(
         sigma=1.0,
         timestep=timestep,
         noisy=noisy,
-        audio_sigma=None if prepared.audio_shift == 1 else 1.0,
+        audio_sigma=None if prepared.audio_shift == 1 else 1.0,  # None: the same noise level as the image
     )
 
 

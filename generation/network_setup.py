@@ -243,6 +243,7 @@ def expert_loras(
         other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
         if other_uses:
             uses_of_expert += _select_shared(other_uses, uses_by_key[key])
+        # of files with a LoRA for each expert, only this expert's part is used
         if expert.name or any(use.lora.parts for use in uses_of_expert):
             uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
         expert_uses.append(tuple(uses_of_expert))

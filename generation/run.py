@@ -601,7 +601,7 @@ def converse(run: GenerationRun) -> None:
         ((character, option.key) for character, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
-    is_shared = have_joined()
+    is_shared = have_joined()  # several processes generate each prompt together
     if is_shared:
         from generation.multi_process import read_together  # only with several processes
 

@@ -333,7 +333,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_OF_TITLE),
-        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
+        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),  # all rows, each with a line of text, fit
     )
 
 

@@ -655,7 +655,7 @@ class StableDiffusion(ModelOfImages):
         if has_negative and texts.negative is not None:
             counted_texts.append(texts.negative.text)
         num_chunks = 1
-        if self.chunks > 1 or self.tells_cut:
+        if self.chunks > 1 or self.tells_cut:  # else every text is cut to one chunk, without a warning
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
             )
@@ -795,6 +795,7 @@ def family_for_training(
         clip_skip,
         sampler=options.sample_sampler,
         options=options,
+        # text encoders with a learning rate of 0 stay frozen
         learning_texts=LearningTexts(
             {name: learning_dtype for name, rate in options.text_rates.items() if rate != 0},
             options.fills_captions,
