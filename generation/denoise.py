@@ -89,7 +89,7 @@ def denoise(
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
             return done.clean
-        if is_anchored:
+        if is_anchored:  # undo small deviations from the original image, which would add up
             latents = hold_consistent(section, latents, schedule, index)
         if audio_sigmas is not None:
             velocity = keep_time(section, schedule, index, velocity)

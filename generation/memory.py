@@ -187,7 +187,7 @@ def rehearse_texts(
             phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
         phases.append(_with_fewer_weights(phase, encoder, options, room))
         for text, conditions in zip(outputs, encoded, strict=True):
-            outputs[text].update(make_solid(conditions))
+            outputs[text].update(make_solid(conditions))  # real tensors, which later dry runs accept
     return phases, gather_encoded(prompts, outputs)
 
 

@@ -324,7 +324,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     settings: dict[str, Any] = {
         name: value for name, value in options.settings.items() if name not in left_out
     }
-    if speed.fp8.fp8 and not options.speed.fp8.fp8:
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set in place of --fp8_scaled
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
 
@@ -369,6 +369,7 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
 
 
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
+    """Return the options with one option of --optimized turned off."""
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays in fp8
         changes["fp8"] = True

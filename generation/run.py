@@ -438,6 +438,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         one_at_a_time = False
         lazy = False
+    # several processes may each hold some of the blocks of every network
     blocks = make_block_place(options.speed, loader.device) if options.speed.modes.on.place else None
     dits = DitTurns(
         family.experts,

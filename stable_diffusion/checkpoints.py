@@ -348,7 +348,7 @@ class _Bands:
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
         # number of rows of the result
         rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
-        if rows < 2 * self.maximum:
+        if rows < 2 * self.maximum:  # too few: a band would have fewer than two rows
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
         edges = [rows * band // self.maximum for band in range(self.maximum + 1)]

@@ -725,7 +725,7 @@ class StableDiffusion(ModelOfImages):
             # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        if self.inpaints:  # likewise drop the numbers of `_encode_painted`
+        if self.inpaints:  # likewise drop the numbers of `_encode_painted`: steps draw those after them
             torch.randn(channels, height, width, generator=generator)
         start = drawn * solver.noise_level
         return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)

@@ -140,7 +140,7 @@ class ImageGenerator:
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
-        self._select_loras(settings)
+        self._select_loras(settings)  # all of them: encoding the parts of a prompt selects one at a time
         # each of ControlNets, Deep Shrink and the like changes the U-Net until the batch is done
         with ExitStack() as stack:
             batch_hooks = [*self.batch_hooks]

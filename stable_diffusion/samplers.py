@@ -232,6 +232,7 @@ def begin_sampling(
         scheduler.set_timesteps(steps, device="cpu")  # CPU: no step waits for the device
     if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
+    # a scheduler of order 2 calls the U-Net twice for a step, and counts both calls
     first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

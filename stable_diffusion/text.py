@@ -123,7 +123,7 @@ class Texts:
             for chunk in chunks
         ]
         weights = weights_of(chunks)
-        ids = self._copy_ids(tower, torch.tensor(rows))
+        ids = self._copy_ids(tower, torch.tensor(rows))  # once, or once for each cross-attention
         device = tower.network.device
         ends: Tensor | None = None
         if is_pooled and tower is self._towers[-1]:
