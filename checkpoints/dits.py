@@ -245,7 +245,10 @@ def _select_saved_dtypes(
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
-    """Return the sources of a checkpoint whose tensors already have their published names."""
+    """Return the sources of a checkpoint whose tensors already have their published names.
+
+    The second argument, the header that formats with other names need, is ignored.
+    """
     return plain_sources(checkpoint)
 
 

@@ -376,7 +376,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is that of the dry run's largest moment, with the memory `extra`."""
+    """Return a phase whose memory is the peak of a dry run, plus `extra`, which torch needs in any case."""
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights

@@ -207,7 +207,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one: by an option, for --split_attn, or to divide them."""
+        """Whether guidance passes run one by one: by an option, for --split_attn, or on several processes."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property

@@ -302,7 +302,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, its output is not converted."""
+    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, and its noise or v is not converted."""
 
     model: Model
     sampler: SchedulerSolver

@@ -56,7 +56,16 @@ def fetch_tokenizer_files(
 ) -> list[tuple[TokenizerFiles, Path]]:
     """Find each text encoder's tokenizer, and download a missing one.
 
-    Returns its possible locations and its file. Arguments and errors are those of `find_tokenizers`.
+    Returns its possible locations and its file.
+
+    Args:
+        cache: Folder of --tokenizer_cache_dir.
+        checkpoint: File or folder of the checkpoint.
+        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+
+    Raises:
+        OptionError: If --tokenizer_cache_dir names a file.
+        CheckpointError: If a tokenizer is missing and cannot be downloaded.
     """
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
