@@ -321,7 +321,7 @@ class TowerEncoder:
             # copy i of the ids, for cross-attention i: only ids of the word move, to rows of its own
             stride = (ids >= table.known) * self._word.count
             ids = torch.cat([ids + index * stride for index in range(self._copies)])
-        is_xl = self.files.kind is SDXL  # which uses states before the final norm
+        is_xl = self.files.kind is SDXL  # its U-Net takes states before the final norm
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
     def _read_chunks(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:

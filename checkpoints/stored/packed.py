@@ -135,7 +135,7 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize mxfp8: weight N K e4m3, block scales N K/32 e8m0."""
+    """Dequantize N rows of K mxfp8 weights (e4m3), with one scale per 32 columns, N K/32 (e8m0)."""
     return _scale_groups(weight.float(), scales)
 
 
