@@ -213,9 +213,8 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    for index, prefix in enumerate(
-        change.strip
-    ):  # each prefix is looked for after the previous ones are gone
+    # each prefix is looked for after the previous ones are gone
+    for index, prefix in enumerate(change.strip):
         earlier_prefixes = replace(change, strip=change.strip[:index], add="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
             raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")

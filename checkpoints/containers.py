@@ -316,7 +316,10 @@ _TOO_LONG = "its list of tensors and values is longer than that of any model"
 
 
 def _check_program(path: Path, times: int) -> None:
-    """Raise ValueError if the pickle program in a zip file would take too much time or memory."""
+    """Raise ValueError if the pickle program in a zip file would take too much time or memory.
+
+    `times` is a factor on the limits.
+    """
     max_steps = times * MAX_PICKLE_STEPS
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():

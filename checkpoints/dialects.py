@@ -101,15 +101,17 @@ def _select_stored(
 
     Layers that are quantized in the file stay so. The others are quantized to `form`, if it is not None.
     """
+    # `as_stored` makes a weight in the quantized form of the file; None if the file does not quantize it
     if form is None and all(source.as_stored is None for source in plan.sources.values()):
         return None
     linear = linear_weights(network)
     already_stored = find_stored_weights(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
-    if form is None:
+    if form is None:  # nothing is quantized anew
         return StoredLoading(None, staying=already_stored) if already_stored else None
     _reject_other_forms(plan, already_stored, form)
+    # `rounded` are the layers to quantize to `stored_form`, `staying` those that keep the form of the file
     stored_form = form_of(prepare(text_quantization(form), device))
     return StoredLoading(stored_form, rounded=linear - already_stored, staying=already_stored)
 

@@ -245,7 +245,10 @@ def _select_saved_dtypes(
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
-    """Return the sources of a checkpoint whose tensors already have their published names."""
+    """Return the sources of a checkpoint whose tensors already have their published names.
+
+    The second argument, the header that formats with other names need, is ignored.
+    """
     return plain_sources(checkpoint)
 
 
@@ -306,11 +309,12 @@ def stored_layers(
     if have_chosen_form(quantization, already_stored, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
-        form = None
+        form = None  # nothing is left to quantize
     elif quantization.kind != "cast":  # a plain cast (--fp8) leaves quantized layers as in the file
         infos = [checkpoint.tensors[sources[name].names[0]] for name in already_stored]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
+    # layers that are not quantized in such a file are not quantized here either
     return StoredLoading(form, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
 
 

@@ -235,9 +235,8 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
     for form_text, names in names_by_form.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
         for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
-            if (
-                not is_finite_error
-            ):  # a LoRA must have caused it, because values of the file are checked when read
+            # a LoRA must have caused it, because values of the file are checked when read
+            if not is_finite_error:
                 form_name = "" if stored.form is None else stored.form.name
                 raise CheckpointError(
                     f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "
@@ -286,6 +285,7 @@ class _Filling:
         if host is not None and device.type != "meta":
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.hold(module, infos)
+        # False if another process writes the weights into memory that both share
         self._is_filled_here = host is None or host.is_filled_here
         # scalar bools by name in the file; empty on the CPU, where values are checked at once
         self.are_finite: dict[str, Tensor] = {}
@@ -394,6 +394,7 @@ class _Filling:
             return
         source = self._sources[name]
         stored_name = source.names[0]
+        # without `build`, the tensor is one of the file, unchanged
         is_unchanged = source.build is None and self._checkpoint.tensors[stored_name].dtype == tensor.dtype
         if self._patch is not None or not is_unchanged:
             tensor.copy_(self._make(name, tensor.dtype))

@@ -80,13 +80,13 @@ class GgufFile(HeaderFile):
         for _ in range(num_tensors):
             name = self._read_tensor(reader, model_shapes)
             starts[name] = reader.read_number("Q")
+        # tensor data begin after the header, at a multiple of the alignment; 32 is the format's default
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
         self._place_tensors(starts, round_up(reader.offset, align), size)
-        self._heads: dict[
-            str, int
-        ] = {}  # number of heads of tensors whose rows are permuted within each head
+        # number of heads of tensors whose rows are permuted within each head
+        self._heads: dict[str, int] = {}
         self._name_like_transformers()
 
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:

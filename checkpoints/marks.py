@@ -50,6 +50,7 @@ def find_packed(
         ValueError: If a layer's form is unknown, or if its tensors do not have that form.
     """
     new_infos: dict[str, TensorInfo] = {}
+    # a mark is a tensor or an entry of the metadata that says in which form a layer is quantized
     for stem, settings in _read_marks(tensors, metadata, read).items():
         layer = _Layer(stem, settings, tensors, new_infos)
         try:

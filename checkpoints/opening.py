@@ -441,6 +441,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
             return f"{form}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
+    # weights that no known suffix gives away
     for name, info in unmarked.items():
         is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
         if is_narrow and info.dtype is not torch.bool and _is_packed_weight(name, tensors):

@@ -454,9 +454,8 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
     else:
         kind = gguf.GGMLQuantizationType["F32" if is_small else _GGUF_KINDS[info.dtype]]
     *rows, columns = info.shape or (1,)  # the package gguf has no scalars
-    block_width, block_bytes = gguf.GGML_QUANT_SIZES[
-        kind
-    ]  # a block is one value if the type is not quantized
+    # a block is one value if the type is not quantized
+    block_width, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     byte_shape = (*rows, columns // block_width * block_bytes)
     writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), kind)
     return kind

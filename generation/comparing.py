@@ -105,6 +105,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = select_device(options.device)
     options = _resolve_options(family, options, device)
     loras = network_setup.expert_loras(family, options, with_texts=True)
+    # add the words that files of LoRAs and of --textual_inversion_embeddings bring
     family = with_words_of(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
@@ -465,6 +466,7 @@ def write_grid(
     """
     without_lora = variants[0]
     with_lora = variants[1:]
+    # each strength once, in order; one row for each prompt if there is no LoRA
     strengths = list(dict.fromkeys(variant.strength for variant in with_lora)) or [""]
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
     variant_at = {(variant.column, variant.strength): variant for variant in with_lora}

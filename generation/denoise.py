@@ -92,7 +92,7 @@ def denoise(
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
             return done.clean
-        if is_anchored:
+        if is_anchored:  # undo small deviations from the original image, which would add up
             latents = hold_consistent(section, latents, schedule, index)
         if audio_sigmas is not None:
             velocity = keep_time(section, schedule, index, velocity)
@@ -115,7 +115,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    joint = section.overrides.joint
+    joint = section.overrides.joint  # how latents of video and audio lie in one tensor; None without audio
     if joint is None or schedule.audio_sigmas is None:
         return velocity
     image, audio = joint.split(velocity)
@@ -184,13 +184,14 @@ def predictor(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
         """Predict the velocity at the step's noisy latents for each of several conditions."""
-        can_stack = not split and _are_alike(conditions)
+        can_stack = not split and _are_alike(conditions)  # only conditions of equal shapes form a batch
         # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
+            # images and audio have timesteps of their own, which are 0 for a stream without noise
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
             # identifies the pass across steps: all steps of a section use the same objects
@@ -202,9 +203,10 @@ def predictor(
                 next_timestep=step.next_timestep,
                 which=which,
             )
+            # `turn` tells code in the network that keeps state between steps where it is
             group_overrides = replace(overrides.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
-            set_level(dit, step.sigma, noisy.device)
+            set_level(dit, step.sigma, noisy.device)  # T-LoRAs mask their ranks by the noise level
             velocities += family.predict(dit, rows, timesteps, batch, group_overrides).chunk(len(group))
         return tuple(velocities)
 
@@ -291,6 +293,7 @@ def make_latents(
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     # a generator that yields the sections of a clip, and is sent the latents of each
+    # `sections_of` adds to each section its part of the source's latents, and what the request overrides
     has_source = SOURCE in inputs.get(0, {})
     if has_source or prepared.slow_frames is not None or prepared.joint is not None:
         sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
@@ -307,6 +310,7 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, previous=None), device)  # `previous` is for `on_section`
+            # stages: requests that run one after another, each from the result of the previous one
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             if section.solver is not None:  # a family's own solver may count several steps for one
                 stage = replace(stage, steps=section.solver.schedule.num_steps)
@@ -330,6 +334,7 @@ def make_latents(
                     dit = dit_at(float(solver.schedule.timesteps[0]))
                     stack.enter_context(_switch_on_stage_loras(dit, stage.added, device))
                 cached_at = dit_at
+                # like guidance, the step cache is for the first stage only
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))
                 latents = denoise(
@@ -362,7 +367,7 @@ def sections_of(
     Send the result of each section; the generator returns the latents of the whole video.
     """
     conditions = dict(inputs.get(0, {}))
-    source = conditions.pop(SOURCE, None)
+    source = conditions.pop(SOURCE, None)  # it starts the sections, and is no input of the network
     if source is not None:
         inputs = {**inputs, 0: conditions}
     request_overrides = steps.NO_OVERRIDES

@@ -201,6 +201,7 @@ def load_with_loras(
     is_stored = any(map(stored_in, dit.modules()))
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
+    # the first expert's LoRAs without their changes of text encoders (False); T-LoRAs are `masked`
     uses, masked = split_masked(on_side(expert_loras(family, options)[0], False))
     changes: dict[str, list[Change]] = {}
     if uses and is_stored:  # load again: the patch collects the changes that cannot be merged

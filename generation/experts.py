@@ -142,6 +142,7 @@ class DitTurns:
                 self._end_ahead(self._ahead)
             if not self.keep:  # no further prompts need the experts
                 self.free()
+            # on the CPU nothing has to move, unless --lazy_loading frees experts
             elif self.device.type != "cpu" or self.lazy:
                 self._plan = ()
                 for expert in [*self._working]:
@@ -281,6 +282,7 @@ class DitTurns:
 
     def _look_ahead(self, present: int) -> None:
         """Start reading the next expert into host memory, if the host has enough."""
+        # the plan lists the experts in the order in which they denoise
         coming = next((expert for expert in self._plan[self._turn :] if expert != present), None)
         if coming is None or coming in self._dits or self._ahead is not None or self.load_to_host is None:
             return

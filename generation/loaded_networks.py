@@ -89,7 +89,7 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-            if self.blocks is not None:
+            if self.blocks is not None:  # each of several processes holds only some blocks of the encoders
                 for encoder in self._text_encoders:
                     if can_divide(encoder):
                         encoder.blocks = self.blocks
@@ -181,9 +181,8 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
-    needed: set[str] = (
-        set()
-    )  # "positive", "negative" and "blank", as the guidance passes of any step use them
+    # "positive", "negative" and "blank", as the guidance passes of any step use them
+    needed: set[str] = set()
     for expert_plans in plan_steps(prepared, options):
         for plan in expert_plans:
             needed |= {guidance_pass.text for guidance_pass in plan.passes}

@@ -258,6 +258,7 @@ def denoise_all(
                     log_turn(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
                 with _reserve_stem(output, job) as stem:
+                    # callbacks after each step and before each section, for progress and previews
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -300,7 +301,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
     # another program may have taken the stem in the meantime
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
-    joint = job.prepared.joint
+    joint = job.prepared.joint  # how latents of video and audio lie in one tensor; None without audio
     image, audio = (latents, None) if joint is None else joint.split(latents)
     outputs.save_latents(path, image, metadata, audio)
     until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
@@ -410,6 +411,7 @@ def decode_all(
     if has_audio or output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
+        # without jobs whose audio could not be decoded
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for job in denoised:

@@ -141,6 +141,7 @@ def predict(
         turns=turns,
         watch=watch,
     )
+    # after denoising: audio, which is decoded first, and pixels
     after: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         after.append(rehearse_decoding(family, prepared, extra))
@@ -186,7 +187,7 @@ def rehearse_texts(
             phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
         phases.append(_with_fewer_weights(phase, encoder, options, room))
         for text, conditions in zip(outputs, encoded, strict=True):
-            outputs[text].update(make_solid(conditions))
+            outputs[text].update(make_solid(conditions))  # real tensors, which later dry runs accept
     return phases, gather_encoded(prompts, outputs)
 
 
@@ -245,7 +246,7 @@ def rehearse_denoising(
     if prepared.added:
         add_stage_loras(dit)
     # run one step with a few blocks, and extrapolate to all blocks
-    with rehearsing(dit) as ledger:
+    with rehearsing(dit) as ledger:  # the ledger counts the bytes of tensors that exist
         dry.watch_blocks(blocks, ledger)
         _place_loras(dit, lora_changes, prepared, ledger)
         noise = SeededNoise(0, dry.ACCELERATOR)
@@ -277,7 +278,7 @@ def rehearse_denoising(
         if section.overrides.section_cache is not None:
             # The pass that fills it has the peak, and comes before layers outside of the blocks have computed
             # what they keep for all steps. Without it, its bytes would seem to be those of one more block.
-            measure((1,) * len(blocks))
+            measure((1,) * len(blocks))  # one block of each list
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     return PhasePrediction(
         moments=moments,
@@ -357,7 +358,7 @@ def heaviest_step(
         sigma=1.0,
         timestep=timestep,
         noisy=noisy,
-        audio_sigma=None if prepared.audio_shift == 1 else 1.0,
+        audio_sigma=None if prepared.audio_shift == 1 else 1.0,  # None: the same noise level as the image
     )
 
 
@@ -375,7 +376,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is that of the dry run's largest moment, with the memory `extra`."""
+    """Return a phase whose memory is the peak of a dry run, plus `extra`, which torch needs in any case."""
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights
@@ -453,7 +454,7 @@ def advice(
                 phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
             )
             lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
-    if prediction.device(0) <= room.usable:
+    if prediction.device(0) <= room.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
@@ -522,5 +523,6 @@ def resolve_options(
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None
+    # `after` are the phases that follow denoising
     decoding = max((phase.device for phase in prediction.after), default=0)
     return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

@@ -243,6 +243,7 @@ def expert_loras(
         other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
         if other_uses:
             uses_of_expert += _select_shared(other_uses, uses_by_key[key])
+        # of files with a LoRA for each expert, only this expert's part is used
         if expert.name or any(use.lora.parts for use in uses_of_expert):
             uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
         expert_uses.append(tuple(uses_of_expert))
@@ -323,7 +324,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     settings: dict[str, Any] = {
         name: value for name, value in options.settings.items() if name not in left_out
     }
-    if speed.fp8.fp8 and not options.speed.fp8.fp8:
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:  # set in place of --fp8_scaled
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
 
@@ -368,6 +369,7 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
 
 
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
+    """Return the options with one option of --optimized turned off."""
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays in fp8
         changes["fp8"] = True

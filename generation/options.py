@@ -207,7 +207,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one: by an option, for --split_attn, or to divide them."""
+        """Whether guidance passes run one by one: by an option, for --split_attn, or on several processes."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property
@@ -435,6 +435,7 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
         "solvers": defaults.solvers,
         "by_model": defaults.by_model,
         "preset": defaults.optimized,
+        # defaults that differ between scripts, to tell whether an option was changed
         "usual_sources": {name: parser.get_default(name) for name in OF_SCRIPT},
         "riflex_frequencies": defaults.riflex_frequencies or 0,
         "riflex_beyond": defaults.riflex_beyond,

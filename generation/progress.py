@@ -227,7 +227,7 @@ class GrowingVideo:
     tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
     join: Callable[..., None] = join_segments
     _segments: list[bytes] = field(default_factory=list)  # in playing order
-    _edge: Tensor | None = None
+    _edge: Tensor | None = None  # frames at the growing end, which the next piece may still change
     _grows_in_front: bool | None = None
     _has_failed: bool = False
     _is_locked: bool = False

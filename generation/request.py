@@ -150,6 +150,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
     if any(text is not None and text.lstrip().startswith("@") for text in texts.values()):
         from generation.named_prompts import read_named_object  # only with such a text
 
+        # texts without @ stay as they are, and so do None and ""
         texts = {name: text and read_named_object(text) for name, text in texts.items()}
     if not prompts.draws:
         return texts
@@ -260,6 +261,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
+    # `of_references` names the given options that do nothing without reference images
     if options.of_references and not prepared.request.control_images:
         names = ", ".join(f"--{name}" for name in options.of_references)
         logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
@@ -316,6 +318,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
     from modules.layers.rope import Slow  # only with --riflex_index
 
     # over the whole video the frequency completes less than a period (TURN), so that motion does not repeat
+    # the option counts frequencies from 1
     return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
 
 

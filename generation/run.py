@@ -110,7 +110,7 @@ def _decode_file(
     output = options.output
     fps = options.request.fps
     default_fps = run.family.defaults.fps
-    if fps in (None, default_fps):  # --fps is not given
+    if fps in (None, default_fps):  # --fps is not given, so the file's own rate is used
         fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
     name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
@@ -389,7 +389,7 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     count = len(run.options.lora.lora_weight or ())
     if len(numbers) != count:
         raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
-    return change_strengths(run, {"": numbers})
+    return change_strengths(run, {"": numbers})  # "" is the only or low-noise expert
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
@@ -438,6 +438,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         one_at_a_time = False
         lazy = False
+    # several processes may each hold some of the blocks of every network
     blocks = make_block_place(options.speed, loader.device) if options.speed.modes.on.place else None
     dits = DitTurns(
         family.experts,
@@ -601,7 +602,7 @@ def converse(run: GenerationRun) -> None:
         ((character, option.key) for character, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
-    is_shared = have_joined()
+    is_shared = have_joined()  # several processes generate each prompt together
     if is_shared:
         from generation.multi_process import read_together  # only with several processes
 

@@ -333,7 +333,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else shorten_prompt(prompt, MAX_OF_TITLE),
-        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
+        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),  # all rows, each with a line of text, fit
     )
 
 
@@ -349,7 +349,7 @@ def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]
     metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
     row_by_row = sorted(paths, key=lambda place: place[::-1])  # places are (column, row)
     for column, row in row_by_row:
-        indices = zip(run.options.axes, (column, row), strict=False)
+        indices = zip(run.options.axes, (column, row), strict=False)  # with one axis, the row is always 0
         axis_values = ", ".join(axis.describe(index) for axis, index in indices)
         name = paths[column, row].name
         metadata[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{name}: {axis_values}"

@@ -310,6 +310,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
     names = map_vae_names(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
+    # attention layers may also have the names of older versions of diffusers
     sources = dialects.rename_sources(
         stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)
     )
@@ -347,7 +348,7 @@ class _Bands:
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
         # number of rows of the result
         rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
-        if rows < 2 * self.maximum:
+        if rows < 2 * self.maximum:  # too few: a band would have fewer than two rows
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
         edges = [rows * band // self.maximum for band in range(self.maximum + 1)]

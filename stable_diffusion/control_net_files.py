@@ -87,7 +87,7 @@ def load_control_net(
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         """Add the U-Net's weight of the same name to a difference."""
-        if name.startswith(OWN_PARTS):
+        if name.startswith(OWN_PARTS):  # the U-Net has no such part: the weight is no difference
             return weight
         assert base is not None
         return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)

@@ -655,7 +655,7 @@ class StableDiffusion(ModelOfImages):
         if has_negative and texts.negative is not None:
             counted_texts.append(texts.negative.text)
         num_chunks = 1
-        if self.chunks > 1 or self.tells_cut:
+        if self.chunks > 1 or self.tells_cut:  # else every text is cut to one chunk, without a warning
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
             )
@@ -693,15 +693,21 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section. Noise is drawn on the CPU, and the solver wraps a diffusers scheduler."""
+        """Yield the only section, as an image is denoised in one go; receive and return its latents.
+
+        The solver wraps a diffusers scheduler and draws its own noise on the CPU, so `noise` is not used.
+        """
         solver = self._begin(prepared)
         conditions = dict(inputs.get(0, {}))
         if self.kind is SDXL:
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        section = prompts[0].section(solver.seen(0), conditions)  # begins with the U-Net's first input
-        return (yield replace(section, solver=solver))  # the caller sends the denoised latents
+        # prompts and inputs are by section, which is 0 here; it begins with the noise as the solver scales it
+        # for the U-Net's first call
+        section = prompts[0].section(solver.seen(0), conditions)
+        # the caller sends the denoised latents, which are the value of `yield`
+        return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> ScaledSolver:
         """Return the solver for an image, with its start noise from the image's seed."""
@@ -719,7 +725,7 @@ class StableDiffusion(ModelOfImages):
             # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        if self.inpaints:  # likewise drop the numbers of `_encode_painted`
+        if self.inpaints:  # likewise drop the numbers of `_encode_painted`: steps draw those after them
             torch.randn(channels, height, width, generator=generator)
         start = drawn * solver.noise_level
         return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)
@@ -789,6 +795,7 @@ def family_for_training(
         clip_skip,
         sampler=options.sample_sampler,
         options=options,
+        # text encoders with a learning rate of 0 stay frozen
         learning_texts=LearningTexts(
             {name: learning_dtype for name, rate in options.text_rates.items() if rate != 0},
             options.fills_captions,

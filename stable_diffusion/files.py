@@ -111,7 +111,7 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
             path,
             declared.unknown,
         )
-    velocity = declared.velocity is True
+    velocity = declared.velocity is True  # None if the metadata do not say it
     is_zero = ZTSNR in names or (velocity and declared.zero_terminal_snr)
     return Marks(kind, velocity, is_zero, said_by="its metadata" if velocity else "")
 

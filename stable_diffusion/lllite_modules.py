@@ -74,7 +74,7 @@ class LlliteModule(nn.Module):
         return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
 
     def embed(self, controls: Tensor) -> Tensor:
-        """Embed control images B 3 H W in -1..1 as B L E, or as B E h w if the layer is a convolution."""
+        """Embed control images B 3 H W in -1..1 in E channels: B L E, or B E h w for a convolution layer."""
         height, width = controls.shape[2:]
         step = self.part.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down

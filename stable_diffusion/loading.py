@@ -165,6 +165,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
                 "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, averages
             )
         texts = read_texts(checkpoint, marks.kind)
+        # "": all tensors with another prefix belong to other networks, and are left out
         unet_part = checkpoint.without_prefix(UNET, others=("",))
         unet = checkpoints.read_unet(unet_part, marks.kind, _find_pooled_width(texts))
         vae = (

@@ -99,6 +99,7 @@ class ImageGenerator:
             return self._count_chunks(image), image.image is not None, image.mask is not None, own_group
 
         latents: dict[int, Tensor] = {}  # by index of the image
+        # sorted by that key, because groupby only joins neighbors
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
             indices = list(group)
             group_start = None if start is None else _pick(start, indices)
@@ -139,7 +140,7 @@ class ImageGenerator:
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
-        self._select_loras(settings)
+        self._select_loras(settings)  # all of them: encoding the parts of a prompt selects one at a time
         # each of ControlNets, Deep Shrink and the like changes the U-Net until the batch is done
         with ExitStack() as stack:
             batch_hooks = [*self.batch_hooks]

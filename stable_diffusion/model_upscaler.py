@@ -54,6 +54,7 @@ class ModelUpscaler:
         if stage is None:
             stage = self._stages.setdefault(vae.device, make_upscaler(self.options, vae.device))
         clip = Clip(self.options.network.model, *imgs[0].size, None, len(imgs), is_deep=False)
+        # images have no time: they start at 0 and take 1 second
         images = (Picture(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
         return [Image.fromarray(picture.pixels) for picture in stage.run(images, clip)]
 

@@ -109,8 +109,8 @@ def make_noise_spec(
     return NoiseSpec(
         training_offset=0.0,
         integer_timesteps=True,
-        table=tuple((1 - alphas_cumprod).sqrt().tolist()),
-        keeps_variance=True,
+        table=tuple((1 - alphas_cumprod).sqrt().tolist()),  # share of noise (sigma) at each timestep
+        keeps_variance=True,  # noisy = sqrt(1 - sigma^2) latents + sigma noise, as in DDPM
         predicts_v=predicts_v,
         loss_factors=factors,
         vary=vary,

@@ -124,7 +124,8 @@ def released_text_names(kind: ModelKind, number: int, names: Collection[str]) ->
     layers = sorted({int(match[1]) for match in map(layer_pattern.match, names) if match})
     for layer in layers:
         joined |= _name_layer(start, layer, layer)
-    if kind is SD2:  # released files have one layer more, which the model does not use
+    # released files have one layer more, which the model does not use: it gets the weights of the last one
+    if kind is SD2:
         joined |= _name_layer(start, layers[-1] + 1, layers[-1])
     return joined
 

@@ -232,6 +232,7 @@ def begin_sampling(
         scheduler.set_timesteps(steps, device="cpu")  # CPU: no step waits for the device
     if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
+    # a scheduler of order 2 calls the U-Net twice for a step, and counts both calls
     first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -301,7 +302,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, its output is not converted."""
+    """Connect the U-Net to the denoising loop; samples are B 4 1 h w, and its noise or v is not converted."""
 
     model: Model
     sampler: SchedulerSolver
@@ -318,7 +319,7 @@ class UnetPasses:
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
-        turn = overrides.turn
+        turn = overrides.turn  # index of this step, number of steps, and timestep
         assert turn is not None  # the loop sets it
         call = UnetCall(
             step=turn.step,

@@ -151,6 +151,7 @@ class _Shrinking:
     # What the hooks call
 
     def enter_block(self, depth: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Shrink the features that enter the input block of the selected depth; None changes nothing."""
         if depth != self.depth:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
@@ -171,7 +172,10 @@ class _Shrinking:
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
-        """Resize a layer's output to the skip connection of the output block's next layer."""
+        """Resize a layer's output to the skip that the next layer of the same output block joins to it.
+
+        Return None, which leaves the output as it is, if no features shrink in this call.
+        """
         if self.depth is None:
             return None
         size = self.skips[layer + 1]
@@ -262,6 +266,7 @@ def begin_small(
     full_size = _size(latents)
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
+    # index of a step in the schedule -> ratio to the full size to which the latents grow after it
     growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
     sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
     # the blur pads by half of its width, which has to be less than the smallest enlarged side

@@ -217,9 +217,8 @@ def begin(
         return Beginning(latents, sampler)
     # add the mask: as input of an inpainting model, or by restoring the latents outside it after each step
     masks = _read_masks(pictures)
-    latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(
-        model.device
-    )  # B 1 h w: the upper left pixel of each square
+    # B 1 h w: the upper left pixel of each square
+    latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)
     # drawn even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
     unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     inputs = None

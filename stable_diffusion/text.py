@@ -69,12 +69,14 @@ class Texts:
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
-        self._known = [*list_ids(words, 0)]  # all words that embeddings and LoRAs have brought
+        # all words that embeddings and LoRAs have brought; their ids are not used here
+        self._known = [*list_ids(words, 0)]
         self._copies = max(len(layers), 1)  # number of copies of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
         self._layers = [_select_layer(tower, kind, options.clip_skip) for tower in self._towers]
+        # token ids take far less memory than states, so those of more texts are kept
         self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
@@ -121,7 +123,7 @@ class Texts:
             for chunk in chunks
         ]
         weights = weights_of(chunks)
-        ids = self._copy_ids(tower, torch.tensor(rows))
+        ids = self._copy_ids(tower, torch.tensor(rows))  # once, or once for each cross-attention
         device = tower.network.device
         ends: Tensor | None = None
         if is_pooled and tower is self._towers[-1]:

@@ -56,7 +56,16 @@ def fetch_tokenizer_files(
 ) -> list[tuple[TokenizerFiles, Path]]:
     """Find each text encoder's tokenizer, and download a missing one.
 
-    Returns its possible locations and its file. Arguments and errors are those of `find_tokenizers`.
+    Returns its possible locations and its file.
+
+    Args:
+        cache: Folder of --tokenizer_cache_dir.
+        checkpoint: File or folder of the checkpoint.
+        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+
+    Raises:
+        OptionError: If --tokenizer_cache_dir names a file.
+        CheckpointError: If a tokenizer is missing and cannot be downloaded.
     """
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
@@ -87,6 +96,7 @@ def find_tokenizer_files(
     for index, is_open_clip in enumerate(are_open_clip):
         names = OPEN_CLIP if is_open_clip else (CLIP_L,)
         own_folder = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+        # folders and names in the order of the search; "." is the folder itself
         files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
         sources.append((files, _find_in(places, files)))
     return sources

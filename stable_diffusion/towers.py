@@ -282,7 +282,7 @@ class TowerEncoder:
         """
         if not prompts:
             return []
-        loaded = self._loaded.get()[1]
+        loaded = self._loaded.get()[1]  # what lies beside the network, such as the words that it knows
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         num_chunks = len(texts[0])
         length = None  # number of states that are used; None for all
@@ -312,7 +312,7 @@ class TowerEncoder:
         """
         network, loaded = self._loaded.get()
         ends = None
-        if POOLED in self.keys:
+        if POOLED in self.keys:  # the pooled state is that of the end token
             ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
         ids = torch.tensor(rows).to(network.device)
         if self._word is not None and self._copies > 1:
@@ -321,7 +321,7 @@ class TowerEncoder:
             # copy i of the ids, for cross-attention i: only ids of the word move, to rows of its own
             stride = (ids >= table.known) * self._word.count
             ids = torch.cat([ids + index * stride for index in range(self._copies)])
-        is_xl = self.files.kind is SDXL
+        is_xl = self.files.kind is SDXL  # its U-Net takes states before the final norm
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
     def _read_chunks(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:

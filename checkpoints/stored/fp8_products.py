@@ -250,6 +250,7 @@ class _FrozenLinear(torch.autograd.Function):
         )
         # N K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
+        # no further scales: the gradient was multiplied by those of the weight before it was rounded
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
             quantized, columns, row_scales, ones, None, _select_product_dtype(gradient.dtype), EXACT_SUMS

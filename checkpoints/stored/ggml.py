@@ -27,7 +27,7 @@ def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_fifth_bits(blocks: Tensor, start: int) -> Tensor:
-    """Unpack 32 bits from four bytes of each block as values 16 or 0, B 32."""
+    """Unpack the 32 bits in four bytes of each of B blocks, from byte `start` on, as values 16 or 0, B 32."""
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
 

@@ -119,13 +119,13 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Unpack the two 4-bit codes of each byte, 0 to 15, as uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, N K, as numbers 0 to 15, uint8 N 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply values, N K, by one scale for each group of columns, N K/G."""
+    """Multiply values, N K, by one scale for each group of G neighboring columns, N K/G."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -135,12 +135,12 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize mxfp8: weight N K e4m3, block scales N K/32 e8m0."""
+    """Dequantize N rows of K mxfp8 weights (e4m3), with one scale per 32 columns, N K/32 (e8m0)."""
     return _scale_groups(weight.float(), scales)
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
-    """Dequantize nvfp4 weights, N K/2, with block scales N K/16 (e4m3) and one scale per row, N 1.
+    """Dequantize N rows of K nvfp4 weights, N K/2 bytes, with block scales N K/16 (e4m3) and row scales N 1.
 
     `input_scale`, 1 K, are factors of the layer's input, which are multiplied into the weight instead.
     """
@@ -151,18 +151,24 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize signed int4: weight N K/2 bytes, row scale N 1."""
+    """Dequantize N rows of K signed int4 weights, N K/2 bytes, with one scale per row, N 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize w4a8: weight N K/2 bytes, block scales N K/16, row scale N 1, codebook 1 16."""
+    """Dequantize N rows of K weights in w4a8 (4 bits).
+
+    The weight is N K/2 bytes, block scales are N K/16, row scales N 1, the codebook of values 1 16 or None.
+    """
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1; `codebook` is None."""
+    """Dequantize N rows of K weights in w6a8 (6 bits).
+
+    The weight is N 3K/4 bytes, block scales are N K/16, row scales N 1, the codebook of values 1 64 or None.
+    """
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
@@ -177,13 +183,13 @@ def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Ten
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Dequantize AWQ weights, N K/2 bytes, with scales and zero points N K/64."""
+    """Dequantize N rows of K AWQ weights, N K/2 bytes, with scales and zero points per 64 columns, N K/64."""
     values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dequantize int8: weight N K, row scale N 1."""
+    """Dequantize N rows of K int8 weights with one scale per row, N 1."""
     return weight.float() * scale
 
 
