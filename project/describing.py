@@ -165,7 +165,7 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return why `select_size` has chosen its size; "" for audio, which has none."""
-    typical = _find_middle_by_area(model, media)
+    typical = _find_middle_by_area(model, media)  # the file of median area, whose size was chosen
     if typical is None:
         return ""
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)

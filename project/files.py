@@ -359,6 +359,7 @@ def _collect_content(
     """Return the content of the folder, with hints about more suitable models of other tasks."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
+    # tasks for folders that this model cannot use: with references, audio alone, or silent clips
     image_tasks = [entry.task for entry in of_family if needs_image(entry)]
     # options that select a model for audio without video
     audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]

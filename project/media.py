@@ -979,7 +979,7 @@ def why_unused(path: Path) -> str:
 
 
 def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
-    """Return lines about reference images that cannot be used."""
+    """Return lines about unreadable reference images in folder `source`, for images in folder `place`."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":

@@ -330,10 +330,10 @@ def say_missing_keys(config: DatasetConfig) -> list[str]:
 
 
 class MadeCaptions:
-    """Record of the captions in a folder that this program wrote, to which lines are appended.
+    """Record of which captions in a folder this program wrote, in a file of JSON lines.
 
-    A pass is a run that replaces captions. Its start and end are recorded, so that the same command can
-    continue an interrupted pass.
+    A line is appended for each written caption, with its name and hash, and for the start and the end of
+    each pass. A pass is a run that replaces captions; the same command can continue an interrupted one.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -78,7 +78,10 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What reading a source reveals; empty if it is unreadable. Small, as there may be a million."""
+    """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
+
+    Fields are None or empty where unknown. It is kept small, because there may be a million of them.
+    """
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height

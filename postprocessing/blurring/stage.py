@@ -201,7 +201,7 @@ class BlurStage:
             NothingFoundError: If nothing was found in any image.
         """
         options = self.options
-        tracks = Tracks(options.hold, options.lookback)
+        tracks = Tracks(options.hold, options.lookback)  # the boxes of each object over time
         waiting: deque[_Waiting] = deque()
         count = _Count()
         for index, image in enumerate(pictures):

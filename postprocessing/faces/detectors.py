@@ -71,7 +71,7 @@ def load_detector(
         layout = _read_layout(path, model, side, option)
         if dtype != torch.float32 or device.type != "cpu":
             logger.info("%s runs on the CPU in float32, by onnxruntime.", path.name)
-        if layout is None:
+        if layout is None:  # not the output of a YOLO
             return load_yunet(model, side)
         return load_yolo(model, layout)
     _reject_pickled_yolo(path, option)

@@ -101,13 +101,15 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
     first = _read_decoder("amt_init_decoder", 1, weight_shape)
     last = _read_decoder("amt_final_decoder", 2, weight_shape)
     projections = []
+    # 1x1 convolutions that files for RAFT have, to convert RAFT's feature maps; FlowFormer needs none
     if f"{PROJECTIONS[0]}.weight" in names:
         for name in PROJECTIONS:
             outputs, inputs, *_ = weight_shape(name)
             projections.append((inputs, outputs))
     return SynthesisConfig(
         projections=tuple(projections),
-        # channels before pixel shuffles, which divide them by 4 for each doubled size
+        # channels of the maps at 1/4 and 1/8 of the size. The weights follow pixel shuffles, which
+        # divide channels by 4 for each doubling: two doublings from 1/4, one from 1/8
         quarter=16 * weight_shape("amt_final_decoder.upsample.2.0")[1],
         eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
         first=first,

@@ -118,6 +118,7 @@ def find_table_keys(
         if dataset is not None:
             matched.append(dataset)
     for dataset in project.datasets.values():
+        # by identity: equal entries of the file are still separate datasets
         if not any(dataset is other for other in matched):
             _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
     return keys

@@ -165,7 +165,8 @@ def _set(
     """
     name = setting.rule.name
     first = keys.setdefault(name, setting.key)
-    if first in project.assumed and setting.key not in project.assumed:  # explicit values take precedence
+    # `assumed` has defaults of the other program for missing keys: explicit values take precedence
+    if first in project.assumed and setting.key not in project.assumed:
         target.pop(name, None)
         keys[name] = setting.key
     if target.setdefault(name, value) != value:
