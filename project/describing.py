@@ -563,7 +563,7 @@ def _write_frames(choice: Choice) -> str:
         write_png(start, first_frame(clip))
     words = shlex.split(choice.model.commands["generate"])
     if not {"--end_image_path", "--last_frame"}.intersection(words):
-        return f"--i {choice.inside(start)}"
+        return f"--i {choice.inside(start)}"  # --i: first frame of a sample; --ei: last frame
     end = folder / "end.png"
     if writes:
         # a deque of length 1 keeps only the last frame that was read

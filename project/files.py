@@ -149,7 +149,7 @@ def _print_report(
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = choice.options
-    oddities: list[str] = []
+    oddities: list[str] = []  # `find_errors` adds warnings
     errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems

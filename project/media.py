@@ -571,6 +571,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
             masks = folder / table.get("mask_directory", "")
             if "mask_directory" not in table or not masks.is_dir():
                 continue
+            # keys of tables and subsets that name the folder of media
             for key in ("image_directory", "video_directory", "image_dir"):
                 if table.get(key):
                     mask_folders[real_path(folder / table[key])] = real_path(masks)

@@ -76,7 +76,7 @@ class CaptionList:
                 line = parse_json(text)
                 pending_lines[line["path"]] = line
         changes: dict[str, Change] = {}
-        is_foreign = False
+        is_foreign = False  # whether any replaced caption was written by a person
         for entry in self._numbers:
             line = pending_lines.get(_key_of(entry), {})
             old = self.record(entry).get("caption")

@@ -173,7 +173,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     for text in say_missing_keys(config):
         logger.warning("%s", text)
     failures: list[Failure] = []
-    num_changed = 0
+    num_changed = 0  # captions that somebody else has written while the model answered
     replaced_records = list(records.values()) if replaces else []
     if jobs:
         answerer = maker.load()

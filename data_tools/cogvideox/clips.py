@@ -270,7 +270,10 @@ def prepare_clips(
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
     def clips() -> Iterator[tuple[PreparedItem, Clip]]:
-        """Yield clips in order while threads read ahead; append unreadable clips to `failures`."""
+        """Yield clips in order while threads read ahead; append unreadable clips to `failures`.
+
+        It runs inside the block below, which opens `ahead` and `bar`.
+        """
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))

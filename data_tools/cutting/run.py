@@ -299,7 +299,7 @@ class Cutter:
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
         """
-        own_names = set() if old is None else {clip.name for clip in old.clips}
+        own_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
         foreign_names = [name for name in names if name not in own_names]
         if foreign_names:

@@ -394,7 +394,7 @@ def _plan_sources(
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
-    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
+    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)  # names of cached latents
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:

@@ -121,7 +121,7 @@ def write_report_page(
         cards_of_table = _select_cards(cards, findings.table)
         table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
-        "result": None,
+        "result": None,  # a page of --check has it instead of `report`
         "report": numbers,
         "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
@@ -239,6 +239,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
     looks = job.findings.looks
     measures = looks[job.index].measures if looks else None
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    # (encoder, token count) pairs of each caption
     counts = [drawing.counters.count(caption) if caption else [] for caption in captions]
     texts = []
     for caption, counts_of_caption in zip(captions, counts, strict=True):

@@ -37,6 +37,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
     """
     if may_be_onnx(path):
         layout = _read_layout(path, load_onnx(path), None, option)
+        # without a number of classes, a file does not say whether it has landmarks
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return

@@ -198,6 +198,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
             path,
         )
     flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    # the original's name without its suffix: other copies may begin with it
     flow = _find(folder, flow_names, flow_names[1].partition(".")[0])
     if flow is None:
         if not _holds_flow(main):
@@ -332,7 +333,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, maps = _load_flowformer(checkpoint, device)
-    # (channels in, channels out) of the layers that project the flow network's feature maps
+    # projections: (channels in, channels out) of the layers that adapt the flow network's feature maps
     config = plan.config.synthesis
     expected_maps = tuple(inputs for inputs, _ in config.projections)
     if not expected_maps:

@@ -110,7 +110,7 @@ class CostEmbed(nn.Module):
             nn.Conv2d(second, third, 6, stride=2, padding=2),
         )
         self.ffn_with_coord = nn.Sequential(
-            nn.Conv2d(2 * third, config.width, 1),
+            nn.Conv2d(2 * third, config.width, 1),  # 2: the token and a position code of equal width
             nn.ReLU(inplace=True),
             nn.Conv2d(config.width, config.width, 1),
         )
@@ -257,6 +257,7 @@ class CostPerceiver(nn.Module):
         # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
+            # 40 and 64: bytes that the layers take for each number of a row
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
             # for the vertical layers, each of the K tokens forms an H x W map
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D

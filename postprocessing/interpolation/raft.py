@@ -175,6 +175,7 @@ class SeparableGru(nn.Module):
         motion = weight.shape[1] - width - inputs
         # input channels of a gate: hidden state, context, and motion, which changes with each iteration
         of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
+        # the fresh gate sees the hidden state after the reset, so its weights are kept apart
         return RecurrentTurn(
             constant=_convolve_same_size(context, of_context, bias),
             moving=moving.contiguous(),
