@@ -403,7 +403,7 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     """
     if text is not None:
         return tasks[0]
-    to_train = []
+    to_train = []  # models without few steps, an adapter or an image to edit
     for model in tasks:
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
         if model.has_adapter or needs_image(model):

@@ -233,7 +233,7 @@ def check_project(project: Project) -> None:
         OptionError: If an option of the training is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
-    if project.missing:
+    if project.missing:  # model files that are not there
         size = _download_size(project.download)
         print_lines([f"{project.missing[0]} is missing{size}: its options are checked when it is there."])
     else:

@@ -233,7 +233,7 @@ class CaptionLocation:
         Raises:
             OutputError: If the caption cannot be written.
         """
-        if self.lines is not None:
+        if self.lines is not None:  # the caption is in a line of a list
             record.add(self.name, text)
             change = {"caption": self.caption}, {"caption": text}
             return self.lines.write({self.entry: change}, is_foreign) > 0
@@ -246,6 +246,7 @@ class CaptionLocation:
             return False
         if is_foreign:
             keep_backup(self.file)
+        # first the record: a killed run must not leave a caption that counts as a person's
         record.add(self.name, text)
         write_text(self.file, text)
         return True

@@ -435,7 +435,8 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
-        if record.has(location.name, edit.old):  # still counts as written by this program
+        # a record lists the captions that this program wrote, with hashes: an edited one still counts
+        if record.has(location.name, edit.old):
             record.add(location.name, edit.new)
         if location.lines is None:
             keep_backup(location.file)

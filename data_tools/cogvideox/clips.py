@@ -201,7 +201,8 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
         OutputError: If a file cannot be written.
         CacheError: If a value of the moments is NaN or infinite.
     """
-    item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
+    # `facts` is the file that marks an item as finished: a kill must not leave it next to new files
+    item.facts.unlink(missing_ok=True)
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
     for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
@@ -212,7 +213,8 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
     count, height, width = frames.shape[:3]
     write_text(item.facts, json.dumps({"num_frames": count, "height": height, "width": width}))
     newest = item.source.stat().st_mtime_ns
-    if newest > item.facts.stat().st_mtime_ns:  # dated in the future: it would never count as done
+    # a source dated in the future would always be newer than its facts, and never count as done
+    if newest > item.facts.stat().st_mtime_ns:
         os.utime(item.facts, ns=(newest, newest))
 
 

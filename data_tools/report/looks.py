@@ -167,6 +167,7 @@ def _check_companions(look: Look, source: MediaSource, fps: float, latent: Laten
             has_alpha=latent.has_alpha,
         )
     except (MediaError, DatasetError, OSError) as error:
+        # a source with an error has no items, and no other reason for that
         return replace(look, problem=str(error), lengths=(), none=None)
     return look
 

@@ -177,6 +177,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         "share_percent": percent,
         "batch_size": table.batch_size,
         "batches_per_epoch": 0 if table.validation else sum(row.batches for row in rows),
+        # batches that are not full: at most the last one of each bucket
         "part_batches": sum(row.last_batch < table.batch_size for row in rows),
         "resolution": list(table.resolution),
         "validation": table.validation,
@@ -342,7 +343,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
     num_without = {name: len(paths) for name, paths in without.items()}
     repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
     return {
-        "total": len(captions.num_words) + num_without["empty"],
+        "total": len(captions.num_words) + num_without["empty"],  # only others are in `num_words`
         **num_without,
         "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
         "words": summarize(captions.num_words),

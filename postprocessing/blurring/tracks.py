@@ -63,7 +63,7 @@ class Track:
             # a track that continues another one needs no box before its start: the other one covers it
             if not self.is_new or num_images > lookback:
                 return None
-            motion = _measure_motion(list(self.sightings)[:MOTION])
+            motion = _measure_motion(list(self.sightings)[:MOTION])  # of the first few sightings
             earlier_box = _move_box(first.box, motion, -num_images)
             return _grow_box(_join_boxes(first.box, earlier_box), num_images)
         if index > last.number:

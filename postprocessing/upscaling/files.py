@@ -96,6 +96,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         names = checkpoint.tensors
+        # the tensor that only one kind of upscaler has tells the kind; RRDB is the network of ESRGAN
         read: Callable[[Checkpoint], LoadPlan[Any]]
         # HAT has SwinIR's names too, and is not supported
         if SWINIR_NAME in names and HAT_NAME not in names:

@@ -46,7 +46,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     If `memory` is 0, the run is on the CPU.
     """
     name = model.title
-    if not model.data["fp8"]:
+    if not model.data["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
     words = full_words(model)
     if not words or find_script(words[0]) is None:
