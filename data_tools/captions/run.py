@@ -228,7 +228,7 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, answer))
-            else:
+            else:  # not an error of this file alone
                 raise answer
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
@@ -354,7 +354,7 @@ class _Rejections:
             UserError: If the server fails many times in a row, or if the first sources all get no caption.
         """
         self._total += 1
-        self._of_server = self._of_server + 1 if error.server_failed else 0
+        self._of_server = self._of_server + 1 if error.server_failed else 0  # failures in a row
         if self._of_server == SERVER_GONE:
             raise UserError(
                 f"The server fails again and again: {error}. What is written stays: run again later."

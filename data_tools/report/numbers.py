@@ -194,6 +194,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
     """Return the items, batches and crop of each bucket in a table."""
     cuts: dict[Size, list[float]] = {}
+    # a fit says how a source is resized and cropped to its bucket; equal ones are counted
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
     buckets = []
@@ -226,7 +227,7 @@ def _make_distributions(looks: Sequence[Look]) -> Numbers:
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
     measures = [look.measures for look in looks if look.measures is not None]
-    # motion is only measured between frames
+    # only of clips, which have several hashes: motion is measured between frames
     motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
         "durations": _make_distribution("seconds", durations),

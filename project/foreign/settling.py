@@ -195,6 +195,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
         key = project.key_of(name)
         if name in SUBSET_KEYS and data[name] == SUBSET_KEYS[name].default:
             data.pop(name)
+        # KEYS may stand in any table, other keys only in subsets
         elif name not in KEYS and not (forms.takes_subsets or forms.has_subsets):
             data.pop(name)
             project.forget(key)

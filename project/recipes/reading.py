@@ -304,7 +304,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
     # recipes come from strangers: they may not set paths, addresses, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} reaches out of the training, and only who types it may set it")
-    if action.nargs == 0:
+    if action.nargs == 0:  # a flag, which has no value on a command line
         if not isinstance(value, bool):
             raise ValueError(f"{name} = {_show(str(value))}: give true or false")
         return value
