@@ -410,6 +410,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
     problems: list[Fault] = []
     if choice.options.dry_run and choice.content.first_frames:
         return []
+    # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
         copy = copies / WRITTEN[0]
         write_text(copy, dataset)

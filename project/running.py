@@ -617,6 +617,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 
         def end(*_: Any) -> None:
+            """Pass SIGTERM on to the program; any entry in `interrupts` marks the run as interrupted."""
             interrupts.append(0)
             process.terminate()
 

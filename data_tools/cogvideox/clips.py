@@ -231,7 +231,7 @@ def write_texts(
     value is NaN.
     """
     path = item.file(EMBEDS)
-    item.file(PROMPTS).unlink(missing_ok=True)
+    item.file(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
     if tensors:
         save_pickled(path, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
@@ -365,7 +365,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         MediaError: If the clip cannot be read or is too short.
     """
     generator = random.Random(derive_seed(options.seed, "prepare", name))
-    crop_position = (generator.random(), generator.random())
+    crop_position = (generator.random(), generator.random())  # fractions of the margin
     # drawn once, so that all frames are cropped and mirrored equally
     draws = Draws(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ

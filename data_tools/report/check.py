@@ -494,7 +494,7 @@ def check_training(
     validation and its seed, for tables that do not state their own.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
-    encoders = SameEncoders(commands)
+    encoders = SameEncoders(commands)  # compares the encoders that made the caches
     head = (RECOGNIZED, *indent([*files, *counters.missing]))
     tables = []
     folders = TableFolders(config)

@@ -199,6 +199,7 @@ def _make_cards(
 ) -> list[Card]:
     """Return cards for at most `maximum` media files, which are decoded again, in table order."""
     jobs = []
+    # the indices of the sources to show, by table
     for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
         errors = findings.texts_by_stem("faults")
         warnings = findings.texts_by_stem("remarks")

@@ -249,7 +249,7 @@ def read_settings(path: Path | None) -> ModeSettings:
     try:
         return _parse_settings(path)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]  # errors of YAML have several lines
         raise CheckpointError(
             f"{path} cannot be used: {reason}. Without it the released settings hold.", path
         ) from error

@@ -139,7 +139,7 @@ def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class WindowContextAttention(nn.Module):
-    """Self-attention within windows, among tokens with the same index."""
+    """Self-attention within windows of positions, separately for each of the K tokens of a position."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()

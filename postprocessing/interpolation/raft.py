@@ -224,7 +224,7 @@ class UpdateBlock(nn.Module):
 
 
 class Raft(nn.Module):
-    """RAFT, a `FlowEstimator`."""
+    """RAFT, which estimates the optical flow from one image to another."""
 
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict the mask for `upsample_flow`, times four."""
+    """Return the layers that predict the weights with which `upsample_flow` mixes neighbors, times four."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 

@@ -251,7 +251,7 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
-    return _SwinirEnd("none")
+    return _SwinirEnd("none")  # results of equal size: denoising or JPEG artifacts
 
 
 def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:

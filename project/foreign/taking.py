@@ -181,7 +181,7 @@ def _set(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a value was adopted unchanged, apart from being written as text."""
+    """Return whether our value, `read`, equals the file's `value`, apart from being written as text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

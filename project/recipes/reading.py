@@ -269,6 +269,7 @@ def list_allowed(script: str) -> frozenset[str]:
     for entry in with_scripts().values():
         if script.startswith(f"{entry.script}_") or script == f"{entry.training_script}.py":
             records.append(entry.options_record("Training"))
+    # options note what a resumed run does: identity must be equal to the first run's, habit should be
     for record in records:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
     hardware_options = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
