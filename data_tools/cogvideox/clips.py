@@ -90,7 +90,10 @@ class PreparedItem:
         return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
-        """Return whether the clip's files exist and are newer than the clip itself."""
+        """Return whether the clip's files exist and are newer than the clip itself.
+
+        `latents` and `image_latents` say whether it needs VAE moments of the clip and of its first frame.
+        """
         kinds = [VIDEOS, IMAGES]
         if latents:
             kinds.append(MOMENTS)
@@ -104,7 +107,10 @@ class PreparedItem:
         return is_newer and all(self.file(kind).exists() for kind in kinds)
 
     def has_texts(self, embeds: bool) -> bool:
-        """Return whether a caption's files exist and belong to its current text."""
+        """Return whether a caption's files exist and belong to its current text.
+
+        `embeds` says whether its embeddings are needed, too.
+        """
         path = self.file(EMBEDS)
         if embeds and not (path.exists() and embeds_note(path).exists()):
             return False

@@ -92,7 +92,7 @@ class Aggregator(nn.Module):
 
         Args:
             motion: Motion features, 1 C H W.
-            mean: The function that `SelfAffinity` returns.
+            mean: Averages a feature map over similar positions; made by `SelfAffinity`.
         """
         return motion + self.gamma * mean(self.to_v(motion))
 

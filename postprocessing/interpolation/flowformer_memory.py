@@ -213,7 +213,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the tokens with the same index at other positions of the image."""
+    """Attention of each of a position's K tokens to the tokens of equal index at other positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()

@@ -269,7 +269,7 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         flow: Flow, 1 2 h w.
-        mask: Logits of the weights, 1 576 h w.
+        mask: Logits of the weights, 1 576 h w: 9 for each of the 8 x 8 pixels that a position becomes.
     """
     height, width = flow.shape[-2:]
     weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)

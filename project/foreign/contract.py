@@ -208,7 +208,7 @@ def read_switch(value: Any) -> bool:
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    Other names raise an error, whose remedy is `instead`.
+    Other names raise an error, whose message ends with the remedy `instead`.
     """
 
     def read(value: Any) -> str:

@@ -123,7 +123,7 @@ def list_paths() -> dict[str, Path]:
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
-    """Return lines about a recipe: purpose, trial, values and figures."""
+    """Return lines about a recipe: what it is for and was tried on, its options and measured figures."""
     return [
         f"recipe {recipe.name}: {recipe.title}",
         f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
