@@ -506,7 +506,10 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of model families: output, download size, and whether they fit the graphics card."""
+    """Return a table of model families: output, download size, and whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     rows = []
     for family in families_of(models):
         tasks = [model for model in models if model.family == family]
@@ -519,7 +522,10 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of tasks: description, download size, and whether they fit the graphics card."""
+    """Return a table of tasks: description, download size, and whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))

@@ -33,7 +33,7 @@ KEPT = 2  # number of saves and states kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:
-    """Return the script for full training of a model, and its options that differ from RECIPE."""
+    """Return the script for full training of a model, and its options besides those of RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
