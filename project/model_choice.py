@@ -534,7 +534,10 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -
 
 
 def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
-    """Return a numbered table of models whose last column shows whether they fit the graphics card."""
+    """Return a numbered table of models whose last column shows whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     if memory:
         where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
         return _numbered((*head, where), rows)

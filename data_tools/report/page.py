@@ -308,7 +308,10 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text wherever one of the text encoders reaches its maximum length."""
+    """Split a text wherever one of the text encoders reaches its maximum length.
+
+    `readers` are pairs of an encoder's name and its count of the text's tokens.
+    """
     ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(ends, ends[1:], strict=False):

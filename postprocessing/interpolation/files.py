@@ -74,7 +74,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _our_name(name: str) -> str:
-    """Return our name for a tensor, in a network that consists of two modules."""
+    """Return our name for a tensor, in a network of two modules: `synthesis` and `motion`."""
     if name == "g_filter" or name.startswith(ESTIMATOR):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"

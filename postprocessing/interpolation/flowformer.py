@@ -206,7 +206,7 @@ class MemoryEncoder(nn.Module):
 
 
 class FlowFormer(nn.Module):
-    """The network: a `FlowEstimator`. It computes in float32, even under autocast.
+    """FlowFormer, which estimates the optical flow between two images in float32, even under autocast.
 
     In addition to weights and features it needs memory for two tables of all pairs of positions, up to
     TABLE_BYTES each, and for one or two parts (`rows_of_part`). Larger images have no tables: costs and

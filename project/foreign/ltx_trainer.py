@@ -56,7 +56,10 @@ def _read_on(_: Any) -> bool:
 
 
 def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules for conditioning on the start or end of clips; `kind` is the prefix of our options."""
+    """Return the rules for conditioning on the start or end of clips.
+
+    `stream`, video or audio, is part of the file's keys; `kind` is part of the names of our options.
+    """
     found = {}
     for end in ("prefix", "suffix"):
         start = f"{_STRATEGY}.{stream}.conditions.{end}"
