@@ -109,6 +109,7 @@ def _caption_dataset(
     wording: WordingOptions,
 ) -> None:
     """Caption the images of a folder with the shared captioning code, as a temporary dataset."""
+    # the dataset file is only needed until it is read
     with temporary_folder() as temporary:
         config = make_folder_dataset(
             folder.train_data_dir, folder.caption_extension, folder.recursive, temporary

@@ -153,8 +153,9 @@ def run_image(
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)
     images = list(run_stages(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
-    assert len(images) == 1, f"{len(images)} pictures of one"
+    assert len(images) == 1, f"{len(images)} pictures of one"  # no stage adds images to a single one
     texts = read_tags(job.source)
+    # a thumbnail in the metadata could show what a tool has hidden
     texts = without_images(job.source, texts) if hides else texts
     result = in_eight_bits(images[0].pixels)
     result = result if is_opaque else join_alpha(result, alpha)

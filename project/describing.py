@@ -165,7 +165,7 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return why `select_size` has chosen its size; "" for audio, which has none."""
-    typical = _find_middle_by_area(model, media)
+    typical = _find_middle_by_area(model, media)  # the file of median area, whose size was chosen
     if typical is None:
         return ""
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
@@ -563,7 +563,7 @@ def _write_frames(choice: Choice) -> str:
         write_png(start, first_frame(clip))
     words = shlex.split(choice.model.commands["generate"])
     if not {"--end_image_path", "--last_frame"}.intersection(words):
-        return f"--i {choice.inside(start)}"
+        return f"--i {choice.inside(start)}"  # --i: first frame of a sample; --ei: last frame
     end = folder / "end.png"
     if writes:
         # a deque of length 1 keeps only the last frame that was read

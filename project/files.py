@@ -149,7 +149,7 @@ def _print_report(
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = choice.options
-    oddities: list[str] = []
+    oddities: list[str] = []  # `find_errors` adds warnings
     errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
@@ -359,6 +359,7 @@ def _collect_content(
     """Return the content of the folder, with hints about more suitable models of other tasks."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
+    # tasks for folders that this model cannot use: with references, audio alone, or silent clips
     image_tasks = [entry.task for entry in of_family if needs_image(entry)]
     # options that select a model for audio without video
     audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
@@ -409,6 +410,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
     problems: list[Fault] = []
     if choice.options.dry_run and choice.content.first_frames:
         return []
+    # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
         copy = copies / WRITTEN[0]
         write_text(copy, dataset)

@@ -50,7 +50,7 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Store information about a folder in the user's files, if these can be written.
 
-    `kind` is the kind of information; see `user_file_of`.
+    `kind` is the kind of information, with which the name of the file begins.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))

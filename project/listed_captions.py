@@ -124,6 +124,7 @@ def _add_rows(
             count += 1
     if count:
         listed.lists[path] = count
+    # a list of other files, which needs no line for each row
     elif not rows or len(missing) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"

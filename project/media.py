@@ -241,6 +241,7 @@ def _describe_control_pairs(
     images = [item.path for item in media if item.kind == "image"]
     absolute = folder.absolute()
     neighbors = [source for source in _sources_in(absolute.parent) if source != absolute]
+    # folder of control images -> images of this folder that it may belong to
     images_of_source = dict.fromkeys([*folders_by_use.sources, *neighbors], images)
     for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
         inner_images = [path for path in images if path.parent == training_folder]
@@ -340,7 +341,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
         for inner in _folders(neighbor):
             name = _name_of(inner)
             if name is not None:
-                content.names[inner] = name
+                content.names[inner] = name  # its class, such as cat of 1_cat
                 outer[inner] = reason
     return outer
 
@@ -571,6 +572,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
             masks = folder / table.get("mask_directory", "")
             if "mask_directory" not in table or not masks.is_dir():
                 continue
+            # keys of tables and subsets that name the folder of media
             for key in ("image_directory", "video_directory", "image_dir"):
                 if table.get(key):
                     mask_folders[real_path(folder / table[key])] = real_path(masks)
@@ -663,7 +665,7 @@ def _describe_other_files(
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
-    used_files = {*content.listed.paths, *media}
+    used_files = {*content.listed.paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
         if suffix == content.captions.lower():
@@ -979,7 +981,7 @@ def why_unused(path: Path) -> str:
 
 
 def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
-    """Return lines about reference images that cannot be used."""
+    """Return lines about unreadable reference images in folder `source`, for images in folder `place`."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":

@@ -403,7 +403,7 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     """
     if text is not None:
         return tasks[0]
-    to_train = []
+    to_train = []  # models without few steps, an adapter or an image to edit
     for model in tasks:
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
         if model.has_adapter or needs_image(model):
@@ -506,7 +506,10 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of model families: output, download size, and whether they fit the graphics card."""
+    """Return a table of model families: output, download size, and whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     rows = []
     for family in families_of(models):
         tasks = [model for model in models if model.family == family]
@@ -519,7 +522,10 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of tasks: description, download size, and whether they fit the graphics card."""
+    """Return a table of tasks: description, download size, and whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))
@@ -528,7 +534,10 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -
 
 
 def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
-    """Return a numbered table of models whose last column shows whether they fit the graphics card."""
+    """Return a numbered table of models whose last column shows whether they fit the graphics card.
+
+    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    """
     if memory:
         where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
         return _numbered((*head, where), rows)

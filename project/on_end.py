@@ -57,7 +57,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
     # without a history, the trained file shows that the run has finished
     is_finished = _is_new(output / f"{name}.safetensors", began)
     if run_history.ending is not None:
-        text, kind = run_history.ending
+        text, kind = run_history.ending  # kind: good, bad, or neither for a run that was stopped
         is_finished = kind == "good"
         error = text if kind == "bad" else ""
     # a length in epochs is known in steps once the training starts

@@ -84,7 +84,7 @@ def pack_folder(options: PackOptions) -> None:
         raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
     if output.exists() and not options.overwrite:
         raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
-    described = read_described(folder)
+    described = read_described(folder)  # what run.toml says: texts, model files, what to leave out
     hidden: list[str] = []
     members = list(_find_members(described, hidden))
     if options.with_state:
@@ -259,6 +259,7 @@ def _relocate_texts(
             dropped += removed
         elif described.prompts is not None and real_path(member.path) == real_path(described.prompts):
             text, paths_outside, _ = _relocate_file(relocate_prompts, described.machine_paths, member.path)
+        # the history of the training
         elif member.path.parent == described.output and member.path.suffix == ".jsonl":
             text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.machine_paths)
         # lists are not rewritten: paths of this machine in them are an error

@@ -50,6 +50,7 @@ class MachinePaths:
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
+        # outside of the folder; a text that only contains two dots is no path
         return None if is_rooted or _UP.match(text) else text
 
     @functools.cached_property

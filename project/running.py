@@ -233,7 +233,7 @@ def check_project(project: Project) -> None:
         OptionError: If an option of the training is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
-    if project.missing:
+    if project.missing:  # model files that are not there
         size = _download_size(project.download)
         print_lines([f"{project.missing[0]} is missing{size}: its options are checked when it is there."])
     else:
@@ -617,6 +617,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 
         def end(*_: Any) -> None:
+            """Pass SIGTERM on to the program; any entry in `interrupts` marks the run as interrupted."""
             interrupts.append(0)
             process.terminate()
 

@@ -121,6 +121,7 @@ class LocalModel:
             top_k=None,
             logits_processor=[noise] if self.ask.temperature else None,
         )
+        # the output repeats the prompt: the answer follows it
         num_prompt_tokens = inputs["input_ids"].shape[1]
         answer_tokens = generated[:, num_prompt_tokens:]
         decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
@@ -129,7 +130,7 @@ class LocalModel:
         for text, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
             if text.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
                 answer = f"<think>{answer}"
-            was_cut = end_tokens.isdisjoint(tokens.tolist())
+            was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
             answers.append((answer, was_cut))
         return answers
 

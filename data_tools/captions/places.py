@@ -76,7 +76,7 @@ class CaptionList:
                 line = parse_json(text)
                 pending_lines[line["path"]] = line
         changes: dict[str, Change] = {}
-        is_foreign = False
+        is_foreign = False  # whether any replaced caption was written by a person
         for entry in self._numbers:
             line = pending_lines.get(_key_of(entry), {})
             old = self.record(entry).get("caption")
@@ -233,7 +233,7 @@ class CaptionLocation:
         Raises:
             OutputError: If the caption cannot be written.
         """
-        if self.lines is not None:
+        if self.lines is not None:  # the caption is in a line of a list
             record.add(self.name, text)
             change = {"caption": self.caption}, {"caption": text}
             return self.lines.write({self.entry: change}, is_foreign) > 0
@@ -246,6 +246,7 @@ class CaptionLocation:
             return False
         if is_foreign:
             keep_backup(self.file)
+        # first the record: a killed run must not leave a caption that counts as a person's
         record.add(self.name, text)
         write_text(self.file, text)
         return True
@@ -330,10 +331,10 @@ def say_missing_keys(config: DatasetConfig) -> list[str]:
 
 
 class MadeCaptions:
-    """Record of the captions in a folder that this program wrote, to which lines are appended.
+    """Record of which captions in a folder this program wrote, in a file of JSON lines.
 
-    A pass is a run that replaces captions. Its start and end are recorded, so that the same command can
-    continue an interrupted pass.
+    A line is appended for each written caption, with its name and hash, and for the start and the end of
+    each pass. A pass is a run that replaces captions; the same command can continue an interrupted one.
     """
 
     def __init__(self, folder: Path) -> None:

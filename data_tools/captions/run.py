@@ -173,7 +173,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     for text in say_missing_keys(config):
         logger.warning("%s", text)
     failures: list[Failure] = []
-    num_changed = 0
+    num_changed = 0  # captions that somebody else has written while the model answered
     replaced_records = list(records.values()) if replaces else []
     if jobs:
         answerer = maker.load()
@@ -228,7 +228,7 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, answer))
-            else:
+            else:  # not an error of this file alone
                 raise answer
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
@@ -354,7 +354,7 @@ class _Rejections:
             UserError: If the server fails many times in a row, or if the first sources all get no caption.
         """
         self._total += 1
-        self._of_server = self._of_server + 1 if error.server_failed else 0
+        self._of_server = self._of_server + 1 if error.server_failed else 0  # failures in a row
         if self._of_server == SERVER_GONE:
             raise UserError(
                 f"The server fails again and again: {error}. What is written stays: run again later."
@@ -435,7 +435,8 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
-        if record.has(location.name, edit.old):  # still counts as written by this program
+        # a record lists the captions that this program wrote, with hashes: an edited one still counts
+        if record.has(location.name, edit.old):
             record.add(location.name, edit.new)
         if location.lines is None:
             keep_backup(location.file)

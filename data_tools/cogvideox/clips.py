@@ -90,7 +90,10 @@ class PreparedItem:
         return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
-        """Return whether the clip's files exist and are newer than the clip itself."""
+        """Return whether the clip's files exist and are newer than the clip itself.
+
+        `latents` and `image_latents` say whether it needs VAE moments of the clip and of its first frame.
+        """
         kinds = [VIDEOS, IMAGES]
         if latents:
             kinds.append(MOMENTS)
@@ -104,7 +107,10 @@ class PreparedItem:
         return is_newer and all(self.file(kind).exists() for kind in kinds)
 
     def has_texts(self, embeds: bool) -> bool:
-        """Return whether a caption's files exist and belong to its current text."""
+        """Return whether a caption's files exist and belong to its current text.
+
+        `embeds` says whether its embeddings are needed, too.
+        """
         path = self.file(EMBEDS)
         if embeds and not (path.exists() and embeds_note(path).exists()):
             return False
@@ -201,7 +207,8 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
         OutputError: If a file cannot be written.
         CacheError: If a value of the moments is NaN or infinite.
     """
-    item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
+    # `facts` is the file that marks an item as finished: a kill must not leave it next to new files
+    item.facts.unlink(missing_ok=True)
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
     for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
@@ -212,7 +219,8 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
     count, height, width = frames.shape[:3]
     write_text(item.facts, json.dumps({"num_frames": count, "height": height, "width": width}))
     newest = item.source.stat().st_mtime_ns
-    if newest > item.facts.stat().st_mtime_ns:  # dated in the future: it would never count as done
+    # a source dated in the future would always be newer than its facts, and never count as done
+    if newest > item.facts.stat().st_mtime_ns:
         os.utime(item.facts, ns=(newest, newest))
 
 
@@ -229,7 +237,7 @@ def write_texts(
     value is NaN.
     """
     path = item.file(EMBEDS)
-    item.file(PROMPTS).unlink(missing_ok=True)
+    item.file(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
     if tensors:
         save_pickled(path, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
@@ -270,7 +278,10 @@ def prepare_clips(
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
     def clips() -> Iterator[tuple[PreparedItem, Clip]]:
-        """Yield clips in order while threads read ahead; append unreadable clips to `failures`."""
+        """Yield clips in order while threads read ahead; append unreadable clips to `failures`.
+
+        It runs inside the block below, which opens `ahead` and `bar`.
+        """
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))
@@ -360,7 +371,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         MediaError: If the clip cannot be read or is too short.
     """
     generator = random.Random(derive_seed(options.seed, "prepare", name))
-    crop_position = (generator.random(), generator.random())
+    crop_position = (generator.random(), generator.random())  # fractions of the margin
     # drawn once, so that all frames are cropped and mirrored equally
     draws = Draws(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ

@@ -49,6 +49,7 @@ def prepare(options: PrepareOptions) -> None:
         SystemExit: If a clip failed.
     """
     encoding = options.encoding
+    # the networks that encode; None: only captions and clips are written
     maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
     if maker is None and encoding.model_id is not None:
         logger.info(

@@ -62,7 +62,7 @@ def look_at(
 ) -> VideoLook:
     """Decode a video once, to find its frame times, scene changes and measures."""
     look = VideoLook(info.width, info.height)
-    due = 0.0
+    due = 0.0  # time of the next frame to measure
     for number, frame in enumerate(frames):
         start = float(frame.start)
         look.starts.append(start)

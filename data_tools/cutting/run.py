@@ -81,7 +81,7 @@ def cut_footage(options: CuttingOptions) -> None:
         make_folder(output, "--output")
         make_folder(list_path.parent, "--jsonl")
     clip_list = ClipList(list_path, output)
-    shows_bars = options.num_workers == 1 or len(jobs) == 1
+    shows_bars = options.num_workers == 1 or len(jobs) == 1  # bars of several threads would mix
     cutter = Cutter(options, output, shows_bars, clip_list)
     failures: list[tuple[Path, Exception]] = []
     results = []
@@ -89,7 +89,7 @@ def cut_footage(options: CuttingOptions) -> None:
         for source, result in _cut_all(jobs, cutter, failures):
             results.append(result)
             summary = f"{source}: {_count_in_words(result.clips)}"
-            if result.record is None:
+            if result.record is None:  # a dry run: the clips are only listed
                 lines = [summary, *map(_format_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
@@ -299,7 +299,7 @@ class Cutter:
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
         """
-        own_names = set() if old is None else {clip.name for clip in old.clips}
+        own_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
         foreign_names = [name for name in names if name not in own_names]
         if foreign_names:

@@ -187,7 +187,10 @@ class _Dissolves:
         return True
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
-        """Return the fraction of the second scene in each frame from `offset` on."""
+        """Return how much of the second scene each frame from `offset` on shows, 0..1.
+
+        The frame at `offset` counts as 0, the last frame as 1; others by their position between the two.
+        """
         begin = self._images[offset].gray
         direction = self._images[-1].gray - begin
         length = max(float(np.square(direction).sum()), 1e-12)

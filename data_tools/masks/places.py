@@ -233,7 +233,7 @@ def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Map
                 return False
             keep_before(place)
             write_png(target, gray, texts)
-    except _AllBlackError:
+    except _AllBlackError:  # of `_write_frames`; the temporary folder is gone
         return False
     # an old mask of another form, such as a folder of frames
     if place.mask is not None and place.mask != target:

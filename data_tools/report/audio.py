@@ -112,7 +112,7 @@ def check_audio(
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
     warnings: list[Fault] = []
-    tracks: list[TrackInfo] = []
+    tracks: list[TrackInfo] = []  # the audio track of each clip that has one
     total_valid = 0
     total_missing = 0
     # missing audio is an error if the table or the model needs it, otherwise a warning

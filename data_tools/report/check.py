@@ -174,23 +174,25 @@ def check_caching(
         counters: Token counters of the text encoders if a training encodes captions itself; None loads them
             for TEXTS.
     """
-    scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
+    scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)  # what to check
     if counters is None:
         counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
-    identified = _identify(family, scope)
+    identified = _identify(family, scope)  # the encoders' files, which caches were made with
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     recipe = _make_recipe(family, identified.media, stores, scope)
     folders = TableFolders(config)
 
     def check_table(table: DatasetTable) -> TableFindings:
-        """Check a table of the dataset, as far as `scope` says, and return the findings."""
+        """Check a table of the dataset: its sources, caches and captions, those that `scope` names."""
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
             _check_media(findings, family, recipe, workers, with_latents=scope.latents)
         if scope.texts:
+            # an encoder that has captions to encode must be usable
             unencoded = _check_text_caches(findings, family, identified.texts, stores)
             findings.faults += counters.find_unreachable(unencoded)
+        # cache files are listed where caches are compared: of texts, or of latents of known encoders
         if scope.texts or (findings.sources and identified.media):
             kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_errors(table)]
@@ -203,6 +205,7 @@ def check_caching(
 
     tables = [check_table(table) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
+    # files of no source can only be told once the sources of all tables are known
     log_lone_controls(sources)
     if scope.media:
         find_lone_masks(tables)
@@ -391,7 +394,7 @@ def _plan_sources(
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
-    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
+    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)  # names of cached latents
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
@@ -491,7 +494,7 @@ def check_training(
     validation and its seed, for tables that do not state their own.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
-    encoders = SameEncoders(commands)
+    encoders = SameEncoders(commands)  # compares the encoders that made the caches
     head = (RECOGNIZED, *indent([*files, *counters.missing]))
     tables = []
     folders = TableFolders(config)

@@ -230,7 +230,7 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
         return MISSING, ""
     if plan.missing:
         return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
-    if plan.foreign:
+    if plan.foreign:  # valid files that have no record
         return VALID, "made by another program, without a record of its source"
     return VALID, plan.reason or ""
 

@@ -230,6 +230,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
     Args:
         tables: Findings for all tables of a configuration.
     """
+    # items in an epoch, by batch group
     learned = Counter[int]()
     regularization = Counter[int]()
     for findings in tables:

@@ -78,7 +78,10 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What reading a source reveals; empty if it is unreadable. Small, as there may be a million."""
+    """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
+
+    Fields are None or empty where unknown. It is kept small, because there may be a million of them.
+    """
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height
@@ -164,6 +167,7 @@ def _check_companions(look: Look, source: MediaSource, fps: float, latent: Laten
             has_alpha=latent.has_alpha,
         )
     except (MediaError, DatasetError, OSError) as error:
+        # a source with an error has no items, and no other reason for that
         return replace(look, problem=str(error), lengths=(), none=None)
     return look
 

@@ -75,7 +75,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
-    width, height, *_ = plan.items[0]
+    width, height, *_ = plan.items[0]  # the bucket of the source's first item
     resize = functools.partial(reading.resize_cover, bucket=(width, height))
     try:
         size = reading.frame_size(source.path)
@@ -91,6 +91,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
         return None
     # the mask is reduced to the size of the latents, as for training
     _, height_stride, width_stride = latent.stride
+    # 1: each frame that was read counts by itself
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
     learned_fraction = float((weights > LEARNED).float().mean())
     return MaskShare(source.mask, source.stem, learned_fraction, is_black=not mask.any())

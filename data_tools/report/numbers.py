@@ -177,6 +177,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         "share_percent": percent,
         "batch_size": table.batch_size,
         "batches_per_epoch": 0 if table.validation else sum(row.batches for row in rows),
+        # batches that are not full: at most the last one of each bucket
         "part_batches": sum(row.last_batch < table.batch_size for row in rows),
         "resolution": list(table.resolution),
         "validation": table.validation,
@@ -193,6 +194,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
     """Return the items, batches and crop of each bucket in a table."""
     cuts: dict[Size, list[float]] = {}
+    # a fit says how a source is resized and cropped to its bucket; equal ones are counted
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
     buckets = []
@@ -225,7 +227,7 @@ def _make_distributions(looks: Sequence[Look]) -> Numbers:
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
     measures = [look.measures for look in looks if look.measures is not None]
-    # motion is only measured between frames
+    # only of clips, which have several hashes: motion is measured between frames
     motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
         "durations": _make_distribution("seconds", durations),
@@ -342,7 +344,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
     num_without = {name: len(paths) for name, paths in without.items()}
     repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
     return {
-        "total": len(captions.num_words) + num_without["empty"],
+        "total": len(captions.num_words) + num_without["empty"],  # only others are in `num_words`
         **num_without,
         "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
         "words": summarize(captions.num_words),

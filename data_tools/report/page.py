@@ -121,7 +121,7 @@ def write_report_page(
         cards_of_table = _select_cards(cards, findings.table)
         table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
-        "result": None,
+        "result": None,  # a page of --check has it instead of `report`
         "report": numbers,
         "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
@@ -199,6 +199,7 @@ def _make_cards(
 ) -> list[Card]:
     """Return cards for at most `maximum` media files, which are decoded again, in table order."""
     jobs = []
+    # the indices of the sources to show, by table
     for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
         errors = findings.texts_by_stem("faults")
         warnings = findings.texts_by_stem("remarks")
@@ -239,6 +240,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
     looks = job.findings.looks
     measures = looks[job.index].measures if looks else None
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    # (encoder, token count) pairs of each caption
     counts = [drawing.counters.count(caption) if caption else [] for caption in captions]
     texts = []
     for caption, counts_of_caption in zip(captions, counts, strict=True):
@@ -306,7 +308,10 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text wherever one of the text encoders reaches its maximum length."""
+    """Split a text wherever one of the text encoders reaches its maximum length.
+
+    `readers` are pairs of an encoder's name and its count of the text's tokens.
+    """
     ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(ends, ends[1:], strict=False):

@@ -252,6 +252,7 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     """
     files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
     for findings in tables:
+        # there are no looks if files were not read
         for source, look in zip(findings.sources, findings.looks, strict=False):
             if look.measures is not None:
                 files.setdefault(source.path.absolute(), (source.path, look.measures))

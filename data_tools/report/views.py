@@ -93,7 +93,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                 if isinstance(result, Failure):
                     failures.append(result)
                     continue
-                if result.reason is not None:
+                if result.reason is not None:  # why the source gives no item
                     dropped.append(Failure.of(source, result.reason))
                 answer = show_items(result, num_left)
                 if answer != NEXT:

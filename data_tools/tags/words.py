@@ -59,6 +59,7 @@ class TagChoice:
         general: list[str] = []
         for index in order:
             label = labels[index]
+            # `choose` itself adds the categories in `ends`, rating and quality
             if label.category in self.ends or probabilities[index] < self.thresholds[label.category]:
                 continue
             is_first = self.characters_first and label.category == CHARACTER

@@ -96,7 +96,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
-    factor = max(1, size // COARSE)
+    factor = max(1, size // COARSE)  # the smaller copy is blurred with about COARSE pixels
     # OpenCV needs an odd kernel size
     kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)
@@ -201,7 +201,7 @@ class BlurStage:
             NothingFoundError: If nothing was found in any image.
         """
         options = self.options
-        tracks = Tracks(options.hold, options.lookback)
+        tracks = Tracks(options.hold, options.lookback)  # the boxes of each object over time
         waiting: deque[_Waiting] = deque()
         count = _Count()
         for index, image in enumerate(pictures):

@@ -63,7 +63,7 @@ class Track:
             # a track that continues another one needs no box before its start: the other one covers it
             if not self.is_new or num_images > lookback:
                 return None
-            motion = _measure_motion(list(self.sightings)[:MOTION])
+            motion = _measure_motion(list(self.sightings)[:MOTION])  # of the first few sightings
             earlier_box = _move_box(first.box, motion, -num_images)
             return _grow_box(_join_boxes(first.box, earlier_box), num_images)
         if index > last.number:
@@ -99,7 +99,7 @@ class Tracks:
         `_measure_closeness` scores boxes that surely show a track's object, `_measure_nearness` those that
         may show it.
         """
-        # an object may be missing in at most `hold` images between two sightings of a track
+        # tracks that may continue: an object may be missing in at most `hold` images between two sightings
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
@@ -111,7 +111,7 @@ class Tracks:
         for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
             # it may be another object, so the old position and the path to the new one are covered too
             self._note_gap(track, index)
-            track.is_open = False
+            track.is_open = False  # ends; the new track begins with its last sighting
             self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
         self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in unmatched]
         self.started += len(unmatched)

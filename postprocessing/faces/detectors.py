@@ -37,6 +37,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
     """
     if may_be_onnx(path):
         layout = _read_layout(path, load_onnx(path), None, option)
+        # without a number of classes, a file does not say whether it has landmarks
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
@@ -71,7 +72,7 @@ def load_detector(
         layout = _read_layout(path, model, side, option)
         if dtype != torch.float32 or device.type != "cpu":
             logger.info("%s runs on the CPU in float32, by onnxruntime.", path.name)
-        if layout is None:
+        if layout is None:  # not the output of a YOLO
             return load_yunet(model, side)
         return load_yolo(model, layout)
     _reject_pickled_yolo(path, option)

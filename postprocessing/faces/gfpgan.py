@@ -27,7 +27,7 @@ UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
 @dataclass(frozen=True)
 class GfpganConfig:
-    """Channel counts of GFPGAN; both lists have one more entry than there are downsampling steps."""
+    """Channel counts of GFPGAN; `body` and `decoder` have one entry more than it has downsampling steps."""
 
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up

@@ -74,7 +74,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _our_name(name: str) -> str:
-    """Return our name for a tensor, in a network that consists of two modules."""
+    """Return our name for a tensor, in a network of two modules: `synthesis` and `motion`."""
     if name == "g_filter" or name.startswith(ESTIMATOR):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
@@ -101,13 +101,15 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
     first = _read_decoder("amt_init_decoder", 1, weight_shape)
     last = _read_decoder("amt_final_decoder", 2, weight_shape)
     projections = []
+    # 1x1 convolutions that files for RAFT have, to convert RAFT's feature maps; FlowFormer needs none
     if f"{PROJECTIONS[0]}.weight" in names:
         for name in PROJECTIONS:
             outputs, inputs, *_ = weight_shape(name)
             projections.append((inputs, outputs))
     return SynthesisConfig(
         projections=tuple(projections),
-        # channels before pixel shuffles, which divide them by 4 for each doubled size
+        # channels of the maps at 1/4 and 1/8 of the size. The weights follow pixel shuffles, which
+        # divide channels by 4 for each doubling: two doublings from 1/4, one from 1/8
         quarter=16 * weight_shape("amt_final_decoder.upsample.2.0")[1],
         eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
         first=first,
@@ -196,6 +198,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
             path,
         )
     flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    # the original's name without its suffix: other copies may begin with it
     flow = _find(folder, flow_names, flow_names[1].partition(".")[0])
     if flow is None:
         if not _holds_flow(main):
@@ -246,7 +249,7 @@ def read_settings(path: Path | None) -> ModeSettings:
     try:
         return _parse_settings(path)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]  # errors of YAML have several lines
         raise CheckpointError(
             f"{path} cannot be used: {reason}. Without it the released settings hold.", path
         ) from error
@@ -330,7 +333,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
             estimator, maps = _load_flowformer(checkpoint, device)
-    # (channels in, channels out) of the layers that project the flow network's feature maps
+    # projections: (channels in, channels out) of the layers that adapt the flow network's feature maps
     config = plan.config.synthesis
     expected_maps = tuple(inputs for inputs, _ in config.projections)
     if not expected_maps:

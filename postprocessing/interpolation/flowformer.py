@@ -92,7 +92,7 @@ class Aggregator(nn.Module):
 
         Args:
             motion: Motion features, 1 C H W.
-            mean: The function that `SelfAffinity` returns.
+            mean: Averages a feature map over similar positions; made by `SelfAffinity`.
         """
         return motion + self.gamma * mean(self.to_v(motion))
 
@@ -206,7 +206,7 @@ class MemoryEncoder(nn.Module):
 
 
 class FlowFormer(nn.Module):
-    """The network: a `FlowEstimator`. It computes in float32, even under autocast.
+    """FlowFormer, which estimates the optical flow between two images in float32, even under autocast.
 
     In addition to weights and features it needs memory for two tables of all pairs of positions, up to
     TABLE_BYTES each, and for one or two parts (`rows_of_part`). Larger images have no tables: costs and

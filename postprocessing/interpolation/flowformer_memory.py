@@ -110,7 +110,7 @@ class CostEmbed(nn.Module):
             nn.Conv2d(second, third, 6, stride=2, padding=2),
         )
         self.ffn_with_coord = nn.Sequential(
-            nn.Conv2d(2 * third, config.width, 1),
+            nn.Conv2d(2 * third, config.width, 1),  # 2: the token and a position code of equal width
             nn.ReLU(inplace=True),
             nn.Conv2d(config.width, config.width, 1),
         )
@@ -139,7 +139,7 @@ def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class WindowContextAttention(nn.Module):
-    """Self-attention within windows, among tokens with the same index."""
+    """Self-attention within windows of positions, separately for each of the K tokens of a position."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the tokens with the same index at other positions of the image."""
+    """Attention of each of a position's K tokens to the tokens of equal index at other positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -257,6 +257,7 @@ class CostPerceiver(nn.Module):
         # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
+            # 40 and 64: bytes that the layers take for each number of a row
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
             # for the vertical layers, each of the K tokens forms an H x W map
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D

@@ -317,7 +317,8 @@ class Correlation:
         """
         height, width = self._sizes[level]
         features = self._levels[level]  # with REACH zeros around the image
-        stride = width + 2 * REACH
+        stride = width + 2 * REACH  # length of a row, with its zeros
+        # a window that is farther outside of the image reads only zeros, too
         x = start[:, 0].clamp(-REACH, width) + REACH
         y = start[:, 1].clamp(-REACH, height) + REACH
         steps = torch.arange(REACH, device=start.device)

@@ -266,7 +266,7 @@ class Interpolation:
         correlations = PairCorrelations(first.maps, second.maps)
         # the synthesis takes colors from -1 to 1
         images = 2 * torch.cat([first.image, second.image]) - 1
-        small = 2 * torch.cat([first.small, second.small]) - 1
+        small = 2 * torch.cat([first.small, second.small]) - 1  # at the size at which motion is computed
         for time in times:
             flow = self.network.motion.at(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second

@@ -175,6 +175,7 @@ class SeparableGru(nn.Module):
         motion = weight.shape[1] - width - inputs
         # input channels of a gate: hidden state, context, and motion, which changes with each iteration
         of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
+        # the fresh gate sees the hidden state after the reset, so its weights are kept apart
         return RecurrentTurn(
             constant=_convolve_same_size(context, of_context, bias),
             moving=moving.contiguous(),
@@ -223,7 +224,7 @@ class UpdateBlock(nn.Module):
 
 
 class Raft(nn.Module):
-    """RAFT, a `FlowEstimator`."""
+    """RAFT, which estimates the optical flow from one image to another."""
 
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
@@ -259,7 +260,7 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict the mask for `upsample_flow`, times four."""
+    """Return the layers that predict the weights with which `upsample_flow` mixes neighbors, times four."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 
@@ -268,7 +269,7 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         flow: Flow, 1 2 h w.
-        mask: Logits of the weights, 1 576 h w.
+        mask: Logits of the weights, 1 576 h w: 9 for each of the 8 x 8 pixels that a position becomes.
     """
     height, width = flow.shape[-2:]
     weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)

@@ -68,6 +68,7 @@ class Interpolator:
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
         part = self._options.part  # fraction of the size at which motion is computed (--ds_factor)
+        # padding of the images to a multiple of `alignment`
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * part < MIN_SIDE:
             step = self._options.alignment

@@ -347,7 +347,10 @@ class PairCorrelations:
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, where the flow from `time` to both images points to."""
+        """Return correlations, 1 648 h w, where the flow from `time` to both images points to.
+
+        648 are 81 offsets at 4 scales, first of the second image around the flow to it, then of the first.
+        """
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forward, self._backward.lookup(self._grid + to_first / time)], dim=1)

@@ -96,6 +96,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         names = checkpoint.tensors
+        # the tensor that only one kind of upscaler has tells the kind; RRDB is the network of ESRGAN
         read: Callable[[Checkpoint], LoadPlan[Any]]
         # HAT has SwinIR's names too, and is not supported
         if SWINIR_NAME in names and HAT_NAME not in names:
@@ -250,7 +251,7 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
-    return _SwinirEnd("none")
+    return _SwinirEnd("none")  # results of equal size: denoising or JPEG artifacts
 
 
 def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:

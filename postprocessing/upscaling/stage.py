@@ -179,7 +179,7 @@ class UpscalerStage:
         if batch * width * height * PLENTY <= available:  # PLENTY is more than any network takes for a pixel
             return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
-        free = available - batch * result_bytes(config, width, height)
+        free = available - batch * result_bytes(config, width, height)  # the result is whole in any case
         if height * width * per_pixel <= free:
             return tiling.FULL
         # a square tile, rounded down to the network's step

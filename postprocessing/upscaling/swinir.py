@@ -222,7 +222,7 @@ def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tu
     `rows` and `columns` are the parts of each grid to divide. Slices are those of batch, rows and columns.
     """
     if not rows or not columns:
-        return
+        return  # such as the rows before the last one, of a grid with one row
     # as many whole rows as possible, then as many whole grids
     max_columns = min(len(columns), maximum)
     max_rows = max(1, min(len(rows), maximum // max_columns))

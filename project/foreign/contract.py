@@ -208,7 +208,7 @@ def read_switch(value: Any) -> bool:
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a function that looks up a name in `table`, ignoring case and separators.
 
-    Other names raise an error, whose remedy is `instead`.
+    Other names raise an error, whose message ends with the remedy `instead`.
     """
 
     def read(value: Any) -> str:
@@ -313,7 +313,7 @@ def read_largest(value: Any) -> tuple[int, int]:
         if isinstance(item, list):
             if len(item) not in {2, 3}:  # width, height and perhaps frames
                 raise ValueError("it is not a size: give resolution in dataset.toml")
-            item = f"{integer()(item[0])}x{integer()(item[1])}"
+            item = f"{integer()(item[0])}x{integer()(item[1])}"  # as `read_side` takes it
         sizes.append(read_side(item))
     if not sizes:
         raise ValueError("it is empty")

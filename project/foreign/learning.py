@@ -44,6 +44,7 @@ def _keys_of_parts(project: ForeignProject) -> str:
 def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
     """Write which networks a foreign project trains, and at which learning rates; report what cannot be."""
     parts = project.parts
+    # an embedding or a control network is trained: no network of the model is, whatever the file says
     if kind.learns_word or kind.sees_controls:
         if parts.keys:
             project.leave(_keys_of_parts(project), f"{kind.title} is all that is trained")

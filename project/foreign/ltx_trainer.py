@@ -26,7 +26,7 @@ _CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename list items to their type, as in `video.conditions.prefix.probability`."""
+    """Name conditions by their type instead of their number, as in `video.conditions.prefix.probability`."""
     named = {}
     for key, value in values.items():
         found = _CONDITION.match(key)
@@ -56,7 +56,10 @@ def _read_on(_: Any) -> bool:
 
 
 def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules for conditioning on the start or end of clips; `kind` is the prefix of our options."""
+    """Return the rules for conditioning on the start or end of clips.
+
+    `stream`, video or audio, is part of the file's keys; `kind` is part of the names of our options.
+    """
     found = {}
     for end in ("prefix", "suffix"):
         start = f"{_STRATEGY}.{stream}.conditions.{end}"

@@ -28,7 +28,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
             project.leave(project.key_of(name), "no key says of which optimizer")
         project.arguments = {}
         return
-    if not memory and optimizer in _ON_CARDS:
+    if not memory and optimizer in _ON_CARDS:  # on a CPU: the nearest optimizer that runs there
         training["optimizer_type"] = _ON_CARDS[optimizer]
         project.note_change(
             "optimizer_type", optimizer, f"it needs a card, so it is {training['optimizer_type']} here"

@@ -19,7 +19,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     for dataset in project.datasets.values():
-        # None: all files are drawn, each `num_repeats` times
+        # None: all files are used in an epoch, each `num_repeats` times
         if dataset.num_drawn is not None:
             # for this program, the number of repeats is the number of files that it draws in an epoch
             dataset.num_drawn = dataset.data.pop("num_repeats", None)
@@ -118,6 +118,7 @@ def find_table_keys(
         if dataset is not None:
             matched.append(dataset)
     for dataset in project.datasets.values():
+        # by identity: equal entries of the file are still separate datasets
         if not any(dataset is other for other in matched):
             _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
     return keys

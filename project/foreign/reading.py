@@ -50,16 +50,16 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """
     values = _read_values(path, "--from", "")
     program = _recognize(path, values)
-    values = program.name_keys(values)
+    values = program.name_keys(values)  # renames keys whose names depend on other values
     project = ForeignProject(path, program)
     for companion in program.companions:
         name = values.get(companion)
         if isinstance(name, str) and name.strip():
             values |= _read_companion(project, companion, name)
-    project.keys = frozenset(values)
+    project.keys = frozenset(values)  # those in the files, before defaults are added
     _join_units(project, program, values)
     _select_run(project, values, trains)
-    project.parts = program.find_parts(values)
+    project.parts = program.find_parts(values)  # the networks to train
     for key, value in program.usual.items():
         if key not in values:
             # the program's default for a missing key

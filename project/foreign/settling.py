@@ -75,7 +75,7 @@ def resolve_project(
     adopt_by_name(project, script, _list_chosen(model))
     resolve_optimizer(project, memory)
     _resolve_network(project, kind)
-    if kind.saves_models:
+    if kind.saves_models:  # large networks, for which `new` sets Adafactor
         _leave_recipe(project, script)
     project.keeps_few = kind.saves_models  # whole models are large, so only the latest are kept
     if "min_snr_gamma" in script.known and "min_snr_gamma" not in project.training:
@@ -195,6 +195,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
         key = project.key_of(name)
         if name in SUBSET_KEYS and data[name] == SUBSET_KEYS[name].default:
             data.pop(name)
+        # KEYS may stand in any table, other keys only in subsets
         elif name not in KEYS and not (forms.takes_subsets or forms.has_subsets):
             data.pop(name)
             project.forget(key)

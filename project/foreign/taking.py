@@ -170,7 +170,8 @@ def _set(
     """
     name = setting.rule.name
     first = keys.setdefault(name, setting.key)
-    if first in project.assumed and setting.key not in project.assumed:  # explicit values take precedence
+    # `assumed` has defaults of the other program for missing keys: explicit values take precedence
+    if first in project.assumed and setting.key not in project.assumed:
         target.pop(name, None)
         keys[name] = setting.key
     if target.setdefault(name, value) != value:
@@ -185,7 +186,7 @@ def _set(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a value was adopted unchanged, apart from being written as text."""
+    """Return whether our value, `read`, equals the file's `value`, apart from being written as text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

@@ -37,7 +37,7 @@ def find_lora_script(model: ModelSet) -> list[str]:
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
     """Return why a model does not support this kind of run; None if it does.
 
-    `key` and `title` belong to the kind.
+    `key` is the entry of the kind in the catalogue of models, and `title` its name in messages.
     """
     return None if read_words(key, model) else f"new does not set up {title} for {model.title}"
 

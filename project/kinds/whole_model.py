@@ -33,7 +33,7 @@ KEPT = 2  # number of saves and states kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:
-    """Return the script for full training of a model, and its options that differ from RECIPE."""
+    """Return the script for full training of a model, and its options besides those of RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
@@ -46,7 +46,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     If `memory` is 0, the run is on the CPU.
     """
     name = model.title
-    if not model.data["fp8"]:
+    if not model.data["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
     words = full_words(model)
     if not words or find_script(words[0]) is None:

@@ -123,7 +123,7 @@ def list_paths() -> dict[str, Path]:
 
 
 def describe_recipe(recipe: TrainingRecipe) -> list[str]:
-    """Return lines about a recipe: purpose, trial, values and figures."""
+    """Return lines about a recipe: what it is for and was tried on, its options and measured figures."""
     return [
         f"recipe {recipe.name}: {recipe.title}",
         f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
@@ -269,6 +269,7 @@ def list_allowed(script: str) -> frozenset[str]:
     for entry in with_scripts().values():
         if script.startswith(f"{entry.script}_") or script == f"{entry.training_script}.py":
             records.append(entry.options_record("Training"))
+    # options note what a resumed run does: identity must be equal to the first run's, habit should be
     for record in records:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
     hardware_options = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
@@ -304,7 +305,7 @@ def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str
     # recipes come from strangers: they may not set paths, addresses, programs or secrets
     if getattr(action, "reach", "") or getattr(action, "is_secret", False):
         raise ValueError(f"{name} reaches out of the training, and only who types it may set it")
-    if action.nargs == 0:
+    if action.nargs == 0:  # a flag, which has no value on a command line
         if not isinstance(value, bool):
             raise ValueError(f"{name} = {_show(str(value))}: give true or false")
         return value

@@ -105,7 +105,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
 
 
 def write_recipe(recipe: TrainingRecipe) -> str:
-    """Return the text of a recipe file: TOML with the recipe's name, options and figures."""
+    """Return the text of a recipe file: TOML with model, training options and measured figures."""
     header = {
         "title": recipe.title,
         "family": recipe.family,
