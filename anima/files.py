@@ -218,7 +218,7 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter. Raises as `dit_header`."""
+        """Return the dimensions of the adapter between T5's tokens and the transformer."""
         adapter = self.dit_header().config.adapter
         assert adapter is not None  # `read_dit_header` refuses a model without
         return adapter

@@ -343,7 +343,7 @@ def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

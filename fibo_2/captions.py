@@ -127,7 +127,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 def write_caption(text: str) -> WrittenCaption:
     """Return a caption in the JSON form of the training data; an empty one becomes the null caption.
 
-    Raises CaptionError as `read_caption`.
+    Raises CaptionError for text that begins like an object but is not valid JSON.
     """
     if not text.strip():
         return WrittenCaption(NULL)

@@ -176,6 +176,7 @@ class Fibo2(pictures.ModelOfImages):
         (write_edit if edited else write_caption)(request.prompt)  # raises for invalid JSON
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
+        # interpolated between the released shifts for FEW and for MANY tokens
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:

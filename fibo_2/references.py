@@ -72,7 +72,7 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read an image as `read_edited` does, resized as for the text encoder."""
+    """Read an image to edit as the text encoder sees it: cropped to `size`, then reduced; H W 3 uint8."""
     return shrink(read_edited(path, size))
 
 

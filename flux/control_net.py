@@ -175,7 +175,10 @@ def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
 
 
 def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
-    """Check a ControlNet's header against a transformer, as `read_control_net` does."""
+    """Return a ControlNet's settings, from its header.
+
+    Raises CheckpointError if it does not fit a transformer with the dimensions `config`.
+    """
     with _open(path) as checkpoint:
         return read_control_net(path, checkpoint, config)
 

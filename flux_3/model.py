@@ -402,7 +402,7 @@ class Flux3Model(BlockNetwork):
         return in_own_dtype(self.emb_in[mode], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
-        """Embed a text; `arguments` are text and text_mask, as in `embed`."""
+        """Embed a text; `arguments` are its states as `text`, and `text_mask`, true for real tokens."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
         is_even = len(set(counts)) == 1

@@ -567,7 +567,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")

@@ -59,7 +59,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many frames of a reference are encoded; see `thin_out`."""
+    """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
     # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.frames or count)

@@ -202,6 +202,7 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     patterns = shared.lora_patterns
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
     for path, strength in uses:
+        # an IC-LoRA records how much smaller its references are; other LoRAs record no factors
         loras = first_stage if read_factors([path]) else both_stages
         loras.append((path, strength))
     if not first_stage:

@@ -149,7 +149,7 @@ def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dic
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),

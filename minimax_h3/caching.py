@@ -215,7 +215,7 @@ class H3Caching:
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     """Encode a clip, 1 3 F H W, to a normalized posterior sample, 1 C f h w float32.
 
-    `owner` seeds the sample; see `posterior_generator`.
+    `owner`, the cached item's name or a generation's seed, seeds the sample.
     """
     moments = vae.encode_moments(pixels)
     return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))

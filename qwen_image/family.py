@@ -146,7 +146,7 @@ class QwenImage(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: the captions' states, and the references.
 
-        Raises CacheError as `caches.check_batch`.
+        Raises CacheError for texts of another release, and for latents of a wrong pixel range.
         """
         check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}

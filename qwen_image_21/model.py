@@ -383,7 +383,7 @@ class QwenImage21Model(BlockNetwork):
         self._rotary = GridTable[QwenImage21Layout](self._make_table)
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
-        """Predict as `embed` describes; with `overrides.section_cache`, compute each pass's prefix once."""
+        """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
         memory = overrides.section_cache
         if memory is None or overrides.turn is None or overrides.nag is not None or overrides.leaves_out:
             return super().forward(*inputs, overrides=overrides, **named_inputs)

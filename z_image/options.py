@@ -85,7 +85,7 @@ def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dic
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         **options.vae.words(),

@@ -80,7 +80,7 @@ def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], di
 
 
 def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
