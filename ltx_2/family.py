@@ -188,7 +188,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Return the conditions that only a teacher gets: those of all families, and the first frame."""
+        """Return the conditions that only a teacher gets in training, not the network that learns from it."""
         return (*super().fuller, FIRST_FRAME)
 
     @property

@@ -97,7 +97,7 @@ class Extension:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a mask determines which latents of a clip are given."""
+    """How a mask determines which latents of a clip are given to the network instead of generated."""
 
     probability: float
     is_inverted: bool
@@ -190,7 +190,7 @@ class KeyframeRule:
 
 @dataclass(frozen=True)
 class GivenRules:
-    """Rules by which a training gives parts of clips; see `protocols.family.GivesTokens`."""
+    """Rules by which a training gives parts of clips: clean inputs at time 0, which have no loss."""
 
     ends: Extension | None = None
     region: MaskRule | None = None

@@ -103,7 +103,7 @@ class StreamInputs:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """Fractions of its timestep that a stream's tokens have."""
+    """Which fraction of the stream's timestep each of its tokens has; given tokens have less than all."""
 
     fractions: Tensor  # S float32, different ones
     indices: Tensor  # B L int64: the fraction of each token
@@ -526,7 +526,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Pair each timestep's output with the output for given tokens, which is first in `rows`: B 2 ..."""
+    """Return the row for given tokens, then that of the timestep, B 2 ...; `rows` has the B timesteps first."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 

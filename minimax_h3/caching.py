@@ -60,7 +60,7 @@ class H3Caching:
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata that distinguish caches of different runs."""
+        """Return the metadata that caches record of the run: its task and seed."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property

@@ -88,12 +88,12 @@ def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def teacher_key(view: str) -> str:
-    """Return the cache key of the text states that a teacher reads; `view` is as in `Batch.view`."""
+    """Return the cache key of the text states that a teacher reads; `view` names what the teacher sees."""
     return TEACHER_ROWS[_name_conditions(view)].states
 
 
 def _name_conditions(view: str) -> str:
-    """Return the value of --h3_teacher_conditions that names a view."""
+    """Return the value of --h3_teacher_conditions for a view, the name of what a teacher sees."""
     return next(name for name, known in VIEWS.items() if known == view)
 
 

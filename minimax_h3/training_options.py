@@ -290,7 +290,7 @@ def base_time(text: str) -> float | int:
 
 
 def in_thousandths(name: str, share: float) -> int:
-    """Convert a fraction to integer thousandths.
+    """Convert a fraction to integer thousandths; `name` is its option, for messages.
 
     Raises OptionError outside 0..1, or for more than three decimals.
     """

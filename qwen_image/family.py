@@ -224,7 +224,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, with an anchor to the source if there is a mask or --rcm_threshold."""
+        """Yield the only section; with a mask or --rcm_threshold, unchanged parts are reset to the source."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
