@@ -218,6 +218,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
             raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
 
+    # previews only decode
     return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
 
 

@@ -156,7 +156,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption lists texts, which the release's pipeline draws for the text encoder to see."""
+    """Return whether a caption lists texts, drawings of which the release's pipeline shows to the encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None

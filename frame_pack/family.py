@@ -267,7 +267,7 @@ class FramePack(OneTransformer):
             LATENT,
             window=self.window,
             is_f1=self.is_f1,
-            takes_shape=self.takes_shape,
+            takes_shape=self.takes_shape,  # an image gets the aspect ratio of its control image
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
             warn_of_unused_paddings(self.paddings, prepared.family_record)

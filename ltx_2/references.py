@@ -205,6 +205,7 @@ def _denoise_with_references(
     frames = image.shape[2]
     references = join_tokens(references_of(section.positive)).to(image.device)
     packed = pack(image, _blend_with_noise(references, strength, noise))
+    # a yield hands the section to the sampler, and returns its denoised latents
     if joint is None or audio is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]

@@ -109,6 +109,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
+    # the view names what a teacher sees in place of the task's media; empty in an ordinary pass
     if batch.view == CLIP:
         return {**_show_full_clip(tensors, latents), **_read_places(tensors)}
     keys: list[str] = []
