@@ -263,6 +263,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):
             name = f"decoder.{first + 4}.conv.weight"
+            # `width=width` keeps this turn's width; the function runs only when the weight is read
             sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * ENLARGEMENT

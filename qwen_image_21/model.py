@@ -159,10 +159,8 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        second, part = (
-            tokens.second,
-            tokens.part,
-        )  # a second text, for negative attention; this process's part of the tokens
+        # a second text, for negative attention; this process's part of the tokens
+        second, part = tokens.second, tokens.part
         if part is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(*heads)
