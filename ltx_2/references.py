@@ -185,6 +185,7 @@ def with_noisy_references(
         noise: Source of the noise.
     """
     section = next(sections)
+    # each yield hands out a section to denoise and gets its latents, which the next section may need
     try:
         while True:
             if references_of(section.positive):

@@ -151,6 +151,7 @@ def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> 
     is_sound = not is_visual(key)
     clip_audio = batch.tensors.get(SOUND)
     channels = clip_audio.shape[1] if is_sound and isinstance(clip_audio, Tensor) else latents.shape[1]
+    # audio is B Z 2 A, images and clips are B Z F H W
     fits = (
         condition.ndim == (4 if is_sound else 5)
         and condition.shape[1] == channels
