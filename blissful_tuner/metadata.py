@@ -151,8 +151,7 @@ def read_decoded_metadata(
     """
     replaced = {*of_decoding, "fps"}
     texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
-    # all outputs name values bt_...
-    # drop the second copy of values that a latent file has under both names
+    # outputs name values bt_...; a latent file has some of them without the prefix too: drop those copies
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
     values["fps"] = f"{fps:g}"

@@ -413,7 +413,7 @@ class Flux3Model(BlockNetwork):
         # references and texts are clean: time 0
         time = self.time_in(self._embed_waves(timesteps))
         zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
-        if next_timesteps is not None:
+        if next_timesteps is not None:  # the distilled model jumps from one noise level to the next
             step_end = self.ref_time_in(self._embed_waves(next_timesteps))
             time = time + step_end
             zero = zero + step_end

@@ -232,8 +232,8 @@ class FramePack(OneTransformer):
                 history[argument] = noisy.new_zeros(black)
             history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
-        # `turn` has the timestep on the host, so that the host need not wait for the device
-        # it sets how far rotary positions are scaled
+        # the timestep sets how far rotary positions are scaled; that of `turn` is on the host, which need
+        # not wait for the device
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
         # round to the dtype of the guidance
         timesteps = timesteps.to(guidance.dtype).float()

@@ -223,9 +223,8 @@ class GivenRules:
         guides = read_guides(batch)
         if self == GivenRules() and not guides:
             return None
-        draws = torch.rand(
-            (8, len(batch)), generator=generator
-        )  # always 8, so that other rules do not shift later random numbers
+        # always 8 rows, so that other rules do not shift later random numbers
+        draws = torch.rand((8, len(batch)), generator=generator)
         image = self._mark_images(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
@@ -320,6 +319,7 @@ class GivenRules:
             return None
         is_given = torch.zeros(len(batch), count, dtype=torch.bool)
         if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not an image
+            # rows of `draws` belong to rules: 5 and 6 to both ends of the audio, 7 to its mask
             is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
         if self.audio_times is not None:
             starts, ends = audio_bounds(count)

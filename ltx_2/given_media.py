@@ -235,7 +235,7 @@ def encode_images(
         count = count_end(media, "extend_prefix", latent)
         # a prefix gives its last frames
         frames = deque(_frames_of(media.extend_prefix), maxlen=count)
-        given.keep(encode(_resize(frames, size)), torch.tensor(True))
+        given.keep(encode(_resize(frames, size)), torch.tensor(True))  # True: every position of these latents
     if media.extend_suffix is not None:
         count = count_end(media, "extend_suffix", latent)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several

@@ -321,6 +321,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
+        # presets whose names begin with a need the audio stream, those with v the video stream
         needs = {  # at least one of these streams has to be trained
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             self.strategy_option: {*self.strategy.streams},

@@ -248,6 +248,7 @@ def stage_sections(
     """
     first, second = prepared.stages
     section = begin(first, 0, draw(first))
+    # a yield hands the section to the sampler and returns its denoised latents
     latents = yield _of_stage(section, first, 0)
     image, audio = split_audio(latents, first.joint)
     image = enlarge(image)

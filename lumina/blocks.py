@@ -122,10 +122,8 @@ class GroupedAttention(nn.Module):
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the self-attention of tokens x, B L C, with the heads concatenated."""
         heads: tuple[Tensor, ...] = self.heads(x)
-        second, part = (
-            tokens.second,
-            tokens.part,
-        )  # a second text, for negative attention; this process's part of the tokens
+        # a second text, for negative attention; this process's part of the tokens
+        second, part = tokens.second, tokens.part
         if part is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(heads[0], *serve(*heads))
