@@ -229,7 +229,7 @@ def preview_clip(
 
 
 class _ClipPreviews:
-    """Previews of one clip, with the arguments of `preview_clip` bound."""
+    """Makes the previews of one clip, after its steps and its sections."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews

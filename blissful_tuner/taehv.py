@@ -294,7 +294,7 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
 def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     """Load a TAEHV decoder into host memory, in the dtype for decoding on `device`.
 
-    Raises the errors of `check_taehv`.
+    Raises CheckpointError if the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)

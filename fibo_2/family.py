@@ -102,7 +102,7 @@ class Fibo2(pictures.ModelOfImages):
     # captions that are JSON objects
 
     def names_places(self, caption: str) -> bool:
-        """Return whether a caption is a JSON object."""
+        """Return whether a caption may have coordinates in its image: whether it is a JSON object."""
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:

@@ -578,7 +578,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     return {
         **latents,
-        # the reference factors are in the LoRA's metadata
+        # None leaves an option out: the reference factors are in the LoRA's metadata
         **dict.fromkeys(options.references.words()),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),

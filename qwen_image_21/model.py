@@ -603,7 +603,8 @@ def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]
 def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
     """Return the order of text and references in each sample's prefix.
 
-    Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
+    `text_mask` is B T, true for real tokens; `slots`, B n, are the text tokens before which the n references,
+    latents B Z 1 h w, are inserted. Raises ValueError if the slots do not match the references.
     """
     grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
     prefixes = []
