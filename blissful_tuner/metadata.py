@@ -17,7 +17,7 @@ from protocols.rules import ONE_EXPERT, Expert
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 CREATED = "creation_timestamp"
-SHOWN = "shown_part"  # region of the decoded pixels, as `Prepared.shown`: left, top, width and height
+SHOWN = "shown_part"  # region of the decoded pixels that is the result: left, top, width and height
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (

@@ -58,7 +58,7 @@ class Flux3Tokens:
     lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
     text_lengths: Lengths | None  # how many of the T tokens of the text are real; None: all
     second: SecondText | None = None
-    second_lengths: Lengths | None = None  # as `text_lengths`, of the second text
+    second_lengths: Lengths | None = None  # real tokens of the second text alone
     parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property

@@ -337,7 +337,7 @@ class GivenRules:
 
 @dataclass(frozen=True)
 class BatchGuide:
-    """A guide image for each clip of a batch."""
+    """Guide images, one for each clip of a batch: keyframes next to the clips, or latent frames of theirs."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces

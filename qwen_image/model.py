@@ -59,7 +59,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index, among the image tokens, of the first clean reference token."""
+        """Negative index, among the image tokens, of the first clean reference token; NOWHERE without any."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 

@@ -282,7 +282,7 @@ class QwenImage21Vae(ImageVae):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Decode normalized latents B Z 1 h w to pixels B 4 1 H W, as `ImageVae.decode_unclamped`."""
+        """Decode normalized latents B Z 1 h w to pixels B 4 1 H W, without clamping them to -1..1."""
         images = []
         for image in latents.split(1):
             images.append(super().decode_unclamped(image))
