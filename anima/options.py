@@ -337,7 +337,7 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
     return options.vae.file.words(), texts
 

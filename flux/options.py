@@ -278,7 +278,7 @@ def join_swapped(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     latents = {
         "--ae": options.vae.vae or FillIn("AE_FILE"),
         CONTROL_NET: options.controlnet,

@@ -68,7 +68,7 @@ class Flux3Tokens:
 
     @property
     def first_image(self) -> int:
-        """Return the index of the first token of the latents to learn, where `grid` begins."""
+        """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
     @property
@@ -84,9 +84,9 @@ class Flux3Tokens:
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
+        """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)

@@ -549,7 +549,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}

@@ -144,7 +144,7 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _list_text_options(options.text)
 
 

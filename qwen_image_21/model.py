@@ -125,9 +125,9 @@ class QwenImage21Tokens:
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
+        """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)

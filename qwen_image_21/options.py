@@ -131,7 +131,7 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
 
 

@@ -75,7 +75,7 @@ class KontextGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return options.vae.file.words(), _list_text_options(options.text)
 
 
