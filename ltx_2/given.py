@@ -66,13 +66,13 @@ def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Extension:
-    """Numbers of given latents at the start and the end of a stream's clips."""
+    """How many latents at the start and the end of a stream's clips are given instead of generated."""
 
-    prefix: int
-    suffix: int
-    prefix_p: float
+    prefix: int  # number of latents at the start
+    suffix: int  # at the end
+    prefix_p: float  # probability, for each clip, of giving its start
     suffix_p: float
-    is_one_draw: bool
+    is_one_draw: bool  # whether one random number decides about both ends of a clip
 
     def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
         """Draw which first and last latents of each sample are given as clean inputs, B count bool.
@@ -134,10 +134,10 @@ class MaskRule:
 class AnchorRule:
     """Rule for giving whole latent frames: how often, how many, which ones, how clean."""
 
-    probability: float
-    strategy: str
-    count: int
-    strength: float
+    probability: float  # of giving frames, for each clip
+    strategy: str  # which frames: endpoints, random, or both ends and random ones between them
+    count: int  # number of random frames
+    strength: float  # fraction of a frame that is clean
 
     def mark(self, frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
         """Draw which latent frames of each sample are given, B F bool."""
@@ -155,6 +155,7 @@ class AnchorRule:
 
 def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
     """Return a bool mask of the `count` lowest values in each row."""
+    # the second argsort turns the order of values into each value's rank
     return ranks.argsort(1).argsort(1) < count
 
 

@@ -179,10 +179,10 @@ def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor
 
 @dataclass
 class GivenImages:
-    """Latents of the images that a result keeps, and the kept share of each."""
+    """Clean latents of the parts of the images that are given, and how much of each latent stays."""
 
     clean: Tensor  # 1 C F H W
-    shares: Tensor  # 1 1 F H W int16
+    shares: Tensor  # 1 1 F H W int16, from 0 to WHOLE, which stays entirely clean
 
     @property
     def frames(self) -> int:

@@ -50,7 +50,7 @@ SEED = 42  # as in musubi-tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """Settings of the script that caches latents."""
+    """Settings of the script that caches latents, and the caching of a batch with them."""
 
     task: str
     seed: int
