@@ -527,7 +527,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Return each sample's row for given tokens, then that of its timestep, B 2 ...; reversed in `rows`."""
+    """Return each sample's row for given tokens, then that of its timestep, B 2 ...; in `rows` these lead."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 
