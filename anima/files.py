@@ -218,7 +218,10 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the dimensions of the adapter. Raises as `dit_header`."""
+        """Return the dimensions of the adapter that turns T5's tokens and Qwen3's states into text rows.
+
+        Raises CheckpointError if the transformer's files have none, or are another model's.
+        """
         adapter = self.dit_header().config.adapter
         assert adapter is not None  # `read_dit_header` refuses a model without
         return adapter

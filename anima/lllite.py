@@ -131,7 +131,7 @@ class AttachedLllite(AnimaLllite):
 
 @dataclass(frozen=True)
 class Beside:
-    """Reference to a network that is not registered as a submodule of its holder."""
+    """Holds a network so that the module with this attribute does not count it among its submodules."""
 
     lllite: AttachedLllite
 

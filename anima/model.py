@@ -54,7 +54,7 @@ class AnimaTokens:
 
     @property
     def first_image(self) -> int:
-        """Return the index of the first token of the latents to learn, where `grid` begins."""
+        """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:

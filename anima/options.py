@@ -337,13 +337,13 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
     return options.vae.file.words(), texts
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,

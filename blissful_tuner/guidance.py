@@ -64,7 +64,7 @@ def make_guidance(
         OptionError: If the request's schedule conflicts with the options.
     """
     plans = plan_steps(prepared, options)
-    # cached, so that all steps get the same objects, as `Overrides.turn` requires
+    # cached, so that all steps get the same objects, because overrides are compared by identity
     combine_overrides = functools.cache(Overrides.within)
     guided_below = prepared.rules.below_share
     steering = _Steering(options.nag) if options.nag.is_on else None
@@ -97,7 +97,10 @@ def make_guidance(
 
 
 class _Steering:
-    """Overrides of positive passes for --nag_scale, one object per section."""
+    """Makes the overrides with which positive passes steer attention away from --nag_prompt.
+
+    A section has one object, because overrides are compared by identity.
+    """
 
     def __init__(self, options: NagOptions) -> None:
         self._options = options

@@ -247,6 +247,7 @@ def keep_norms(side: int) -> GuidanceStage:
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         positive_norms = _measure_token_norms(velocities[POSITIVE], side)
         norms = _measure_token_norms(velocity, side)
+        # a token without velocity has no direction to rescale, and stays
         ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
 

@@ -229,7 +229,7 @@ def preview_clip(
 
 
 class _ClipPreviews:
-    """Previews of one clip, with the arguments of `preview_clip` bound."""
+    """Makes the previews of one clip, after its steps and its sections."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews
@@ -302,7 +302,7 @@ def make_previews(
         has_room: Returns whether this many bytes of the device are free next to the network.
 
     Raises:
-        UserError: As `check_preview` does.
+        UserError: If the latents cannot be previewed without a decoder, or the decoder is for others.
     """
     if options.preview_latent_every is None:
         return None

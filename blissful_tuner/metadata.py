@@ -17,7 +17,7 @@ from protocols.rules import ONE_EXPERT, Expert
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 CREATED = "creation_timestamp"
-SHOWN = "shown_part"  # region of the decoded pixels, as `Prepared.shown`: left, top, width and height
+SHOWN = "shown_part"  # region of the decoded pixels that is the result: left, top, width and height
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (
@@ -151,8 +151,7 @@ def read_decoded_metadata(
     """
     replaced = {*of_decoding, "fps"}
     texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
-    # all outputs name values bt_...
-    # drop the second copy of values that a latent file has under both names
+    # outputs name values bt_...; a latent file has some of them without the prefix too: drop those copies
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
     values["fps"] = f"{fps:g}"

@@ -216,13 +216,13 @@ def format_json(
     hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
 ) -> str:
-    """Return the same as `format_info`, and the checksums, as JSON.
+    """Return what is known about a model file, its tensors and its checksums, as JSON.
 
     Args:
         model: What is known about it.
         listed: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
-        of_lora: Checksums as in a LoRA's metadata.
+        of_lora: Checksums as a LoRA's metadata would have them.
     """
     content: dict[str, Any] = {
         "input": str(model.path),

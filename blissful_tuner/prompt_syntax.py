@@ -169,7 +169,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
     """Draw the random parts of a video's prompts, log them, and return the prompts by option.
 
     Raises:
-        OptionError: As `Drawing.expand` does.
+        OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
     """
     drawing = Drawing(options, Random(seed))
     expanded = {}

@@ -218,6 +218,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
             raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
 
+    # previews only decode
     return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
 
 
@@ -262,6 +263,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
         sources = dict(plan.sources)
         for first, width in zip(STAGES, config.widths, strict=False):
             name = f"decoder.{first + 4}.conv.weight"
+            # `width=width` keeps this turn's width; the function runs only when the weight is read
             sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * ENLARGEMENT
@@ -292,7 +294,7 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
 def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     """Load a TAEHV decoder into host memory, in the dtype for decoding on `device`.
 
-    Raises the errors of `check_taehv`.
+    Raises CheckpointError if the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)

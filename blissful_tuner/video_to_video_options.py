@@ -30,7 +30,7 @@ OF_SCRIPT = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_e
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """Settings with which a family's script declares the source options."""
+    """Settings with which a family's script declares the options of a video or image to start from."""
 
     share: str = "v2v_denoise"  # of SHARES: the name that the script's users know
     denoise: float = 0.5

@@ -127,7 +127,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 def write_caption(text: str) -> WrittenCaption:
     """Return a caption in the JSON form of the training data; an empty one becomes the null caption.
 
-    Raises CaptionError as `read_caption`.
+    Raises CaptionError for text that begins like an object but is not valid JSON.
     """
     if not text.strip():
         return WrittenCaption(NULL)
@@ -156,7 +156,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption names texts that the release's pipeline draws for the text encoder."""
+    """Return whether a caption lists texts, drawings of which the release's pipeline shows to the encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None

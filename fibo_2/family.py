@@ -102,7 +102,7 @@ class Fibo2(pictures.ModelOfImages):
     # captions that are JSON objects
 
     def names_places(self, caption: str) -> bool:
-        """Return whether a caption is a JSON object."""
+        """Return whether a caption may have coordinates in its image: whether it is a JSON object."""
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
@@ -177,7 +177,7 @@ class Fibo2(pictures.ModelOfImages):
         (write_edit if edited else write_caption)(request.prompt)
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
-        # the shift of noise levels grows with the size of the image, from that of FEW tokens to that of MANY
+        # interpolated between the released shifts for FEW and for MANY tokens
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:

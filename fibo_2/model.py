@@ -71,7 +71,10 @@ class Fibo2Tokens(LuminaTokens):
         return replace(super().cut(part), split=part.of_first(self.split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
-        """Select tokens as `LuminaTokens.select` does, and move the start of the clean tokens."""
+        """Return the block inputs for the tokens at the ascending indices `kept`, B K.
+
+        Only image tokens are dropped, so the clean tokens after them begin `num_left_out` earlier.
+        """
         return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
@@ -290,7 +293,7 @@ class Fibo2Model(BlockNetwork):
         self.t_embedder = TimeEmbedding(config, config.time_hidden)
         self.noise_refiner = nn.ModuleList(Fibo2Block(config) for _ in range(config.noise_refiner_layers))
         self.perceiver = Perceiver(config)
-        # bundle 0 is read by the Perceiver
+        # a bundle is the text states that one attention layer reads; the Perceiver reads bundle 0
         bundles = {block: number for number, block in enumerate(config.injections, 1)}
         self.layers = nn.ModuleList(
             Fibo2Block(config, bundles.get(number)) for number in range(config.num_layers)

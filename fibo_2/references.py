@@ -72,7 +72,10 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read an image as `read_edited` does, resized as for the text encoder."""
+    """Read an image to edit as the text encoder sees it, H W 3 uint8: cropped to `size`, then reduced.
+
+    Raises MediaError if it cannot be read.
+    """
     return shrink(read_edited(path, size))
 
 

@@ -95,7 +95,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts as `LanguageModelEncoder.encode` does, and log plain texts and unknown JSON keys."""
+        """Return each prompt's states; log plain texts, and JSON keys that the model does not know."""
         for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their images
             if not prompt.is_negative:
                 self._tell_reading(prompt)
@@ -127,7 +127,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             )
 
     def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:
-        """Compute the states as `LanguageModelEncoder.compute` does, and scale them."""
+        """Return each prompt's states, divided by their root mean square per token."""
         results: list[Conditions] = []
         for conditions in super().compute(*inputs, **named_inputs):
             states: Sequence[Tensor] = conditions[KEY]  # type: ignore[assignment]

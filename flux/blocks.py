@@ -97,13 +97,13 @@ class DoubleBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayers("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         if is_text:
             return self.txt_mod, self.txt_attn.proj, self.txt_mlp
         return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return split_heads(

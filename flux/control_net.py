@@ -145,9 +145,9 @@ def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
 
 
 def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
-    """Load a frozen ControlNet for a transformer.
+    """Load a frozen ControlNet for a transformer with the dimensions `config`.
 
-    Raises the errors of `read_control_net`.
+    Raises CheckpointError if the file does not fit it, or is not a ControlNet of FLUX.1 that sees latents.
     """
     network = load_network(path, config, device, dtype)
     logger.info("ControlNet: %s, frozen", path)
@@ -159,7 +159,7 @@ def load_network(
 ) -> FluxControlNetModel:
     """Load a ControlNet for a transformer; on the meta device no weights are read.
 
-    Raises the errors of `read_control_net`.
+    Raises CheckpointError if the file does not fit it, or is not a ControlNet of FLUX.1 that sees latents.
     """
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
@@ -175,7 +175,10 @@ def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
 
 
 def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
-    """Check a ControlNet's header against a transformer, as `read_control_net` does."""
+    """Return a ControlNet's settings, from its header.
+
+    Raises CheckpointError if it does not fit a transformer with the dimensions `config`.
+    """
     with _open(path) as checkpoint:
         return read_control_net(path, checkpoint, config)
 

@@ -149,7 +149,7 @@ class FluxTrainingOptions(FluxLearningOptions, title=NAME):
 
 
 class OlderSwappingOptions(Options):
-    """Older names of --blocks_to_swap; see `join_swapped`."""
+    """Older options of FLUX's trainers, whose values `join_swapped` adds up to --blocks_to_swap."""
 
     double_blocks_to_swap: int | None = option(
         "added to --blocks_to_swap, which replaces it", minimum=0, facts=FREE
@@ -278,7 +278,7 @@ def join_swapped(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     latents = {
         "--ae": options.vae.vae or FillIn("AE_FILE"),
         CONTROL_NET: options.controlnet,
@@ -288,7 +288,7 @@ def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[
 
 
 def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),

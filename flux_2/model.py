@@ -110,13 +110,13 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         self.img_rows, self.txt_rows = RowsOfAll(IMAGE_ROWS), RowsOfAll(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         if is_text:
             return self.txt_rows, self.txt_attn.proj, self.txt_mlp
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return blocks.split_heads(

@@ -73,7 +73,7 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     version = {"--model_version": options.model_version}
     latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("TEXT_ENCODER_FILE"), **version}

@@ -74,7 +74,7 @@ class Flux2Vae(Autoencoder):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Encode as `ImageVae.encode`, but return the means of the posterior, packed and normalized."""
+        """Return the normalized means of the posterior for pixels; `generators` are not used."""
         return self.moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -109,8 +109,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> Flux2Vae:
-    """Load FLUX.2's autoencoder from a file or folder; `tile` as in `ImageVae`.
+    """Load FLUX.2's autoencoder from a file or folder.
 
+    `tile` is the edge of a tile in pixels; None computes images as a whole.
     Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:

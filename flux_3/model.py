@@ -58,7 +58,7 @@ class Flux3Tokens:
     lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
     text_lengths: Lengths | None  # how many of the T tokens of the text are real; None: all
     second: SecondText | None = None
-    second_lengths: Lengths | None = None  # as `text_lengths`, of the second text
+    second_lengths: Lengths | None = None  # real tokens of the second text alone
     parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
@@ -68,7 +68,7 @@ class Flux3Tokens:
 
     @property
     def first_image(self) -> int:
-        """Return the index of the first token of the latents to learn, where `grid` begins."""
+        """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
     @property
@@ -84,9 +84,9 @@ class Flux3Tokens:
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
+        """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -402,7 +402,7 @@ class Flux3Model(BlockNetwork):
         return in_own_dtype(self.emb_in[mode], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
-        """Embed a text; `arguments` are text and text_mask, as in `embed`."""
+        """Embed a text; `arguments` are its states as `text`, and `text_mask`, true for real tokens."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
         is_even = len(set(counts)) == 1
@@ -413,7 +413,7 @@ class Flux3Model(BlockNetwork):
         # references and texts are clean: time 0
         time = self.time_in(self._embed_waves(timesteps))
         zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
-        if next_timesteps is not None:
+        if next_timesteps is not None:  # the distilled model jumps from one noise level to the next
             step_end = self.ref_time_in(self._embed_waves(next_timesteps))
             time = time + step_end
             zero = zero + step_end

@@ -75,7 +75,7 @@ class Flux3GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
 
 

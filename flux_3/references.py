@@ -30,7 +30,7 @@ class Canvas(NamedTuple):
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Return left and top of the centered image."""
+        """Return left and top of the image, which is centered on the canvas."""
         return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
 
 
@@ -53,7 +53,10 @@ def _round_side(side: int, step: int) -> int:
 
 
 def canvas_of(path: Path, step: int) -> Canvas:
-    """Return the canvas of an image file; raise MediaError if it cannot be read."""
+    """Return the canvas on which an image is centered, with edges in multiples of `step`.
+
+    Raises MediaError if the image cannot be read.
+    """
     return fit_canvas(image_size(path), step)
 
 

@@ -160,6 +160,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         # copied, because a view would keep the whole history in memory
         tensors = {name: latents[0].clone() for name, latents in batched.items()}
         entry = _make_entry(tensors, plan.indices, features, section=plan.index)
+        # the section's first latent frame in the clip, whose start image comes before all sections
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))
         history = order.extend(history, target)
     return entries

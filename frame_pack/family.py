@@ -232,8 +232,8 @@ class FramePack(OneTransformer):
                 history[argument] = noisy.new_zeros(black)
             history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
-        # `turn` has the timestep on the host, so that the host need not wait for the device
-        # it sets how far rotary positions are scaled
+        # the timestep sets how far rotary positions are scaled; that of `turn` is on the host, which need
+        # not wait for the device
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
         # round to the dtype of the guidance
         timesteps = timesteps.to(guidance.dtype).float()
@@ -267,7 +267,7 @@ class FramePack(OneTransformer):
             LATENT,
             window=self.window,
             is_f1=self.is_f1,
-            takes_shape=self.takes_shape,
+            takes_shape=self.takes_shape,  # an image gets the aspect ratio of its control image
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
             warn_of_unused_paddings(self.paddings, prepared.family_record)

@@ -188,7 +188,7 @@ class FramePackRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice,
     ) -> Tensor:
-        """Refine text states to tokens, as `hunyuan_model.token_refiner.TokenRefiner.forward` does."""
+        """Refine text states, B T text_dim, to tokens, B T C of `dtype`; `counts` are the texts' lengths."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         tokens = in_own_dtype(self.proj_in, text).to(dtype)
         blocks = self.token_refiner.refiner_blocks

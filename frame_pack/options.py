@@ -208,7 +208,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     text = options.text
     latents = options.vae.file.words()
     latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")

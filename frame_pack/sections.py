@@ -196,7 +196,7 @@ def _list_indices(start: int, length: int) -> tuple[int, ...]:
 class CleanLatents:
     """Clean latents around the target that the network attends to, B C F H W each.
 
-    Their indices are those of `Indices`.
+    Their frame indices are the fields of `Indices` with the same names.
     """
 
     clean: Tensor  # F 2

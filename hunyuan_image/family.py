@@ -106,8 +106,8 @@ class HunyuanImage(ModelOfImages):
     ) -> Tensor:
         """Predict the velocity, B C H W float32, at timesteps rounded to whole numbers.
 
-            The model was trained on integer timesteps. The conditions are vlm_embed T D and vlm_mask T of
-        each sample, byt5_embed B G E and byt5_mask B G.
+        The model was trained on integer timesteps. The conditions are vlm_embed T D and vlm_mask T of each
+        sample, byt5_embed B G E and byt5_mask B G.
         """
         velocity = dit(
             noisy.squeeze(2),

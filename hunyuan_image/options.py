@@ -179,12 +179,12 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return options.vae.file.words(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     return files | _list_text_options(options.text)
 

@@ -304,7 +304,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=WHAT)
-    lay_out(vae, device)
+    lay_out(vae, device)  # memory layout of the convolutions' weights that is fast on this device
     if chunk_size is not None:
         compute_in_rows(vae, chunk_size)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

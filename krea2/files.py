@@ -161,8 +161,8 @@ class Krea2Release(NamedTuple):
 def find_release(dit: Path | None) -> Krea2Release | None:
     """Find out whether a transformer is Turbo or raw; return it with the evidence, None without any.
 
-    The evidence is the file's own training metadata, then the release's model_index.json, then the nearest
-    name, as in `FewSteps.judge`.
+    The evidence is the file's own training metadata, then the release's model_index.json, then the name of
+    the file or of the nearest folder that tells.
     """
     if dit is None:
         return None

@@ -448,7 +448,7 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
-        """Embed a text; `arguments` are text and text_mask, as in `embed`.
+        """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens.
 
         `before` counts the tokens in front of the text that attend to all.
         """

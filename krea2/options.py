@@ -224,7 +224,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     latents = {
         "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         "--edit": options.edit,

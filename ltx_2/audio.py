@@ -115,7 +115,7 @@ class AudioVae:
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
         """Encode a clip's audio, cut or padded with silence, as B C T M with T from `latent_count`.
 
-        `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
+        `waveform` is B 2 S in -1..1 at `rate`, of any length; `frames` and `fps` are the clip's.
         """
         return self.encode(fit_audio(waveform, frames, fps))[:, :, : latent_count(frames, fps)]
 

@@ -18,7 +18,7 @@ IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
 
 @dataclass(frozen=True)
 class ReferenceStrategy:
-    """Which references a training run uses."""
+    """Which references of the dataset a training run uses: clips or images, audio, or both."""
 
     takes_images: bool = False  # clips and images, of reference_directory
     takes_audio: bool = False  # of reference_audio_directory

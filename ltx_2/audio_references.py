@@ -50,11 +50,11 @@ class RequestReferences:
 class AudioReferenceRules:
     """How the network attends to audio references."""
 
-    is_before: bool = False  # as in `LtxAudioReferences`
-    # in training alone, as in `LtxAudioReferences`
-    is_hidden_from_video: bool = False
-    is_without_text: bool = False
-    identity_scale: float = 0.0  # weight of identity guidance; see `StreamGuidance.identity`
+    is_before: bool = False  # references end before the audio begins; else they begin with it
+    # the next two are set only in training
+    is_hidden_from_video: bool = False  # the video does not attend to references
+    is_without_text: bool = False  # references do not attend to the text
+    identity_scale: float = 0.0  # weight of the guidance away from a pass without the reference
 
     def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
         """Return the audio reference among a call's conditions, as an argument of the network."""

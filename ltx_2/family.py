@@ -188,7 +188,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Return the conditions that only a teacher gets: those of all families, and the first frame."""
+        """Return the conditions that only a teacher gets in training, not the network that learns from it."""
         return (*super().fuller, FIRST_FRAME)
 
     @property
@@ -850,6 +850,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         gives=make_given_rules(options.given),
+        # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
         vary_inputs=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
     )
     strategy = options.strategy

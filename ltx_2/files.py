@@ -341,7 +341,7 @@ def _lacks(checkpoint: Checkpoint, part: str) -> bool:
 
 
 def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return the shape C T M of a clip's audio latents."""
+    """Return the shape C T M of a clip's audio latents: channels, latents in time, mel bins."""
     return channels, latent_count(frames, fps), bins
 
 

@@ -66,13 +66,13 @@ def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Extension:
-    """Numbers of given latents at the start and the end of a stream's clips."""
+    """How many latents at the start and the end of a stream's clips are given instead of generated."""
 
-    prefix: int
-    suffix: int
-    prefix_p: float
+    prefix: int  # number of latents at the start
+    suffix: int  # at the end
+    prefix_p: float  # probability, for each clip, of giving its start
     suffix_p: float
-    is_one_draw: bool
+    is_one_draw: bool  # whether one random number decides about both ends of a clip
 
     def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
         """Draw which first and last latents of each sample are given as clean inputs, B count bool.
@@ -97,7 +97,7 @@ class Extension:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a mask determines which latents of a clip are given."""
+    """How a mask determines which latents of a clip are given to the network instead of generated."""
 
     probability: float
     is_inverted: bool
@@ -134,10 +134,10 @@ class MaskRule:
 class AnchorRule:
     """Rule for giving whole latent frames: how often, how many, which ones, how clean."""
 
-    probability: float
-    strategy: str
-    count: int
-    strength: float
+    probability: float  # of giving frames, for each clip
+    strategy: str  # which frames: endpoints, random, or both ends and random ones between them
+    count: int  # number of random frames
+    strength: float  # fraction of a frame that is clean
 
     def mark(self, frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
         """Draw which latent frames of each sample are given, B F bool."""
@@ -155,6 +155,7 @@ class AnchorRule:
 
 def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
     """Return a bool mask of the `count` lowest values in each row."""
+    # the second argsort turns the order of values into each value's rank
     return ranks.argsort(1).argsort(1) < count
 
 
@@ -190,7 +191,7 @@ class KeyframeRule:
 
 @dataclass(frozen=True)
 class GivenRules:
-    """Rules by which a training gives parts of clips; see `protocols.family.GivesTokens`."""
+    """Rules by which a training gives parts of clips: clean inputs at time 0, which have no loss."""
 
     ends: Extension | None = None
     region: MaskRule | None = None
@@ -223,9 +224,8 @@ class GivenRules:
         guides = read_guides(batch)
         if self == GivenRules() and not guides:
             return None
-        draws = torch.rand(
-            (8, len(batch)), generator=generator
-        )  # always 8, so that other rules do not shift later random numbers
+        # always 8 rows, so that other rules do not shift later random numbers
+        draws = torch.rand((8, len(batch)), generator=generator)
         image = self._mark_images(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
@@ -320,6 +320,7 @@ class GivenRules:
             return None
         is_given = torch.zeros(len(batch), count, dtype=torch.bool)
         if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not an image
+            # rows of `draws` belong to rules: 5 and 6 to both ends of the audio, 7 to its mask
             is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
         if self.audio_times is not None:
             starts, ends = audio_bounds(count)
@@ -337,7 +338,7 @@ class GivenRules:
 
 @dataclass(frozen=True)
 class BatchGuide:
-    """A guide image for each clip of a batch."""
+    """Guide images, one for each clip of a batch: keyframes next to the clips, or latent frames of theirs."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces

@@ -179,10 +179,10 @@ def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor
 
 @dataclass
 class GivenImages:
-    """Latents of the images that a result keeps, and the kept share of each."""
+    """Clean latents of the parts of the images that are given, and how much of each latent stays."""
 
     clean: Tensor  # 1 C F H W
-    shares: Tensor  # 1 1 F H W int16
+    shares: Tensor  # 1 1 F H W int16, from 0 to WHOLE, which stays entirely clean
 
     @property
     def frames(self) -> int:
@@ -235,7 +235,7 @@ def encode_images(
         count = count_end(media, "extend_prefix", latent)
         # a prefix gives its last frames
         frames = deque(_frames_of(media.extend_prefix), maxlen=count)
-        given.keep(encode(_resize(frames, size)), torch.tensor(True))
+        given.keep(encode(_resize(frames, size)), torch.tensor(True))  # True: every position of these latents
     if media.extend_suffix is not None:
         count = count_end(media, "extend_suffix", latent)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several

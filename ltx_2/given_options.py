@@ -294,8 +294,8 @@ def check_value(name: str, value: Any, who: str) -> Any:
         OptionError: If the type or range is wrong.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # the option's name tells its type: a fraction, a count, the direction or a switch
     if name.endswith(("_p", "probability", "threshold")):
-        # the option's name tells its type: a fraction, a count, the direction or a switch
         fits = is_number and 0 <= value <= 1
         value = float(value) if fits else value
     elif name.endswith("_frames"):

@@ -197,6 +197,7 @@ def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Sect
     Returns what `sections` returns.
     """
     section = next(sections)
+    # each yield hands out a section to denoise and gets its latents, which the next section may need
     try:
         while True:
             latents = yield section

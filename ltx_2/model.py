@@ -103,7 +103,7 @@ class StreamInputs:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """Fractions of its timestep that a stream's tokens have."""
+    """Which fraction of the stream's timestep each of its tokens has; given tokens have less than all."""
 
     fractions: Tensor  # S float32, different ones
     indices: Tensor  # B L int64: the fraction of each token
@@ -160,6 +160,7 @@ class LtxModel(nn.Module):
         self.attention = attention
         for names in config.streams:
             self._add_stream(names)
+        # a learned mark for tokens whose latent frame covers a single frame: the first one, and keyframes
         if config.marks_first and config.shows:
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
@@ -526,7 +527,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Pair each timestep's output with the output for given tokens, which is first in `rows`: B 2 ..."""
+    """Return each sample's row for given tokens, then that of its timestep, B 2 ...; in `rows` these lead."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 

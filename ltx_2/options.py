@@ -321,6 +321,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
+        # presets whose names begin with a need the audio stream, those with v the video stream
         needs = {  # at least one of these streams has to be trained
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             self.strategy_option: {*self.strategy.streams},
@@ -548,7 +549,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
@@ -567,7 +568,7 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     latents, texts = caching_options(options)
     extra = sample.get("extra") or {}
     reference = extra.get("reference_video")
@@ -577,7 +578,7 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     return {
         **latents,
-        # the reference factors are in the LoRA's metadata
+        # None leaves an option out: the reference factors are in the LoRA's metadata
         **dict.fromkeys(options.references.words()),
         "--reference_video": reference,
         "--reference_audio": extra.get("reference_audio"),

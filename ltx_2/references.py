@@ -59,7 +59,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many frames of a reference are encoded; see `thin_out`."""
+    """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
     # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.frames or count)
@@ -185,6 +185,7 @@ def with_noisy_references(
         noise: Source of the noise.
     """
     section = next(sections)
+    # each yield hands out a section to denoise and gets its latents, which the next section may need
     try:
         while True:
             if references_of(section.positive):
@@ -205,6 +206,7 @@ def _denoise_with_references(
     frames = image.shape[2]
     references = join_tokens(references_of(section.positive)).to(image.device)
     packed = pack(image, _blend_with_noise(references, strength, noise))
+    # a yield hands the section to the sampler, and returns its denoised latents
     if joint is None or audio is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]

@@ -62,7 +62,7 @@ def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the rotary tables of several token sequences, concatenated; see `make_table`."""
+    """Return the rotary tables of several token sequences, concatenated along the tokens."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 

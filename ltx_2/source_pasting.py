@@ -50,7 +50,7 @@ def add_pasting(prepared: Prepared, media: Ltx2GivenMedia, latent: LatentSpec) -
 
 @dataclass(frozen=True)
 class SourcePasting:
-    """Pastes pixels of the request's source back into the result."""
+    """Pastes the pixels that a request keeps of its source clip back into the decoded result."""
 
     media: Ltx2GivenMedia  # with --paste_source, and a mask or a region
     prepared: Prepared

@@ -202,6 +202,7 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     patterns = shared.lora_patterns
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
     for path, strength in uses:
+        # an IC-LoRA records how much smaller its references are; other LoRAs record no factors
         loras = first_stage if read_factors([path]) else both_stages
         loras.append((path, strength))
     if not first_stage:
@@ -247,6 +248,7 @@ def stage_sections(
     """
     first, second = prepared.stages
     section = begin(first, 0, draw(first))
+    # a yield hands the section to the sampler and returns its denoised latents
     latents = yield _of_stage(section, first, 0)
     image, audio = split_audio(latents, first.joint)
     image = enlarge(image)

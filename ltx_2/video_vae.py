@@ -132,7 +132,7 @@ def load_video_vae(
 ) -> LtxVideoVae:
     """Load the video VAE of LTX-2 or LTX-2.3 from its own file, the official file or a diffusers folder.
 
-    `tile` is the side of tiles, None for none.
+    `tile` is the edge of a tile in pixels; None computes whole frames.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

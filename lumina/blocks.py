@@ -53,13 +53,13 @@ class LuminaTokens:
 
     @property
     def first_image(self) -> int:
-        """Return the index of the first token of the latents to learn, where `grid` begins."""
+        """Return the index of the first token of the noisy latents, whose tokens form `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
+        """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
@@ -122,10 +122,8 @@ class GroupedAttention(nn.Module):
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the self-attention of tokens x, B L C, with the heads concatenated."""
         heads: tuple[Tensor, ...] = self.heads(x)
-        second, part = (
-            tokens.second,
-            tokens.part,
-        )  # a second text, for negative attention; this process's part of the tokens
+        # a second text, for negative attention; this process's part of the tokens
+        second, part = tokens.second, tokens.part
         if part is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(heads[0], *serve(*heads))

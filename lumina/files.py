@@ -61,7 +61,8 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
     (head_width,) = shapes.of("layers.0.attention.q_norm.weight", axes=1)
     rows = shapes.of("layers.0.attention.qkv.weight")[0]
     time_dim, freq_dim = shapes.of("t_embedder.mlp.0.weight")
-    kv_rows = rows - dim
+    kv_rows = rows - dim  # keys and values; queries have `dim` rows
+    # 6: a head divides into pairs of channels for each of three position axes
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "

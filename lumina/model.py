@@ -226,9 +226,8 @@ class LuminaModel(BlockNetwork):
         """
         position_width, row_width, column_width = self.config.rotary_widths
 
-        def axis(
-            positions: Sequence[int], width: int
-        ) -> Tensor:  # (cosine, sine) pairs of one axis's channels
+        def axis(positions: Sequence[int], width: int) -> Tensor:
+            """Return the (cosine, sine) pairs of one axis's channels."""
             exact = torch.tensor(positions, dtype=torch.float64)
             pairs = turns(angles_at(exact, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)

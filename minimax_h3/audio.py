@@ -80,7 +80,7 @@ class H3AudioVae:
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
         """Encode a clip's audio, cut or padded with silence, as B Z 2 A with A from `latent_count`.
 
-        `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
+        `waveform` is B 2 S in -1..1 at `rate`, of any length; `frames` and `fps` are the clip's.
         """
         latents = latent_count(frames, fps)
         samples = latents * self._hop

@@ -112,7 +112,7 @@ class H3CachingEncoder(H3TextEncoder):
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
-        """Return the metadata of a text cache: its task, teacher and presented media; see `make_marks`."""
+        """Return a text cache's metadata: task, format, teacher, and a checksum of caption and media."""
         return make_marks(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -120,7 +120,7 @@ class H3CachingEncoder(H3TextEncoder):
         check_marks(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `H3TextEncoder.encode`, adding the task's media and the states that a teacher reads.
+        """Return each prompt's states, with the task's media before it, and those that a teacher reads.
 
         The empty prompt is encoded without either. Raises MediaError if a file cannot be shown.
         """

@@ -50,7 +50,7 @@ SEED = 42  # as in musubi-tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """Settings of the script that caches latents."""
+    """Settings of the script that caches latents, and the caching of a batch with them."""
 
     task: str
     seed: int
@@ -60,7 +60,7 @@ class H3Caching:
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata that distinguish caches of different runs."""
+        """Return the metadata that caches record of the run: its task and seed."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property
@@ -215,7 +215,7 @@ class H3Caching:
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     """Encode a clip, 1 3 F H W, to a normalized posterior sample, 1 C f h w float32.
 
-    `owner` seeds the sample; see `posterior_generator`.
+    `owner`, the cached item's name or a generation's seed, seeds the sample.
     """
     moments = vae.encode_moments(pixels)
     return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))

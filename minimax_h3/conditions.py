@@ -120,7 +120,7 @@ def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[
 
 @dataclass(frozen=True)
 class H3Placement:
-    """Conditions with their time positions, and the time position where the learned clip starts."""
+    """Conditions with their time positions, and the time position where the clip to denoise starts."""
 
     conditions: tuple[H3Condition, ...]
     start: float

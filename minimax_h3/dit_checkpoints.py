@@ -223,7 +223,7 @@ def _make_stackers(
 
 @functools.cache
 def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return the format of transformer files; `layout` is as in `read_header`."""
+    """Return the format of transformer files; `layout` is the row order of fused matrices, if it is known."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

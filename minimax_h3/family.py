@@ -228,7 +228,7 @@ class MiniMaxH3(OneTransformer):
         return replace(encoders, audio=self.files.load_audio(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entries of a batch; see caching.py."""
+        """Return the batch's cache entries: latents of clip and audio, keyframes or references, metadata."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
 

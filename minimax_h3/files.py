@@ -111,7 +111,7 @@ class H3TextEncoder(LanguageModelEncoder):
             )
 
     def preprocessing(self) -> Preprocessing:
-        """Return the size limits for images and clips, from files next to tokenizer or text encoder."""
+        """Return the size limits for images and clips, from files next to the tokenizer or text encoder."""
         folders = []
         tokenizer, _ = self.source.find(self.tokenizer, self.path)
         if tokenizer is not None:
@@ -121,7 +121,7 @@ class H3TextEncoder(LanguageModelEncoder):
         return read_preprocessing(folders)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts, with the media that are presented with them; see `LanguageModelEncoder.encode`.
+        """Return each prompt's states, after the images and clips that are presented with it.
 
         Raises MediaError if one cannot be shown, or a prompt with its media has too many tokens.
         """

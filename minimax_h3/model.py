@@ -5,7 +5,7 @@ and rotary angles are always float32. Source: the released weights, and diffuser
 `MiniMaxH3Transformer3DModel`.
 
 The release packs [text, conditions, audio, frames]. Attention sees all tokens and depends on positions only,
-so here the learned frames come first, then their audio, then conditions, then the text.
+so here the noisy frames come first, then their audio, then conditions, then the text.
 """
 # Letters: B batch, L all tokens, V of the learned images, M of their sound, T of the text, C their width,
 # N heads, D head width, S segments of tokens that share time and kind, K times, E their width, Z latents
@@ -41,7 +41,7 @@ IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Latents with their time position: clean or slightly noised conditions, or the latents to learn."""
+    """Latents with their time position: clean or slightly noised conditions, or the noisy latents."""
 
     latents: Tensor  # B Z F H W of images, B Z 2 A of audio
     place: ImagePlace | AudioPlace
@@ -58,7 +58,7 @@ class H3Condition:
         return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
-        """Return the condition's time; images are never noisier than the learned frames at `image_time`."""
+        """Return the condition's time; images are never noisier than the denoised frames at `image_time`."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
@@ -221,7 +221,7 @@ class H3Block(H3StreamBlock):
         return torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: H3Tokens) -> Tensor:
-        """Return the modulated input of attention for the learned frames' tokens in x, B L C to B V C."""
+        """Return the modulated input of attention for the noisy frames, the first V tokens of x, B L C."""
         shift, scale, *_ = self.rows(tokens)
         return modulate(self.norm1(x[:, : tokens.starts[0]]), shift[:, :1], scale[:, :1], tokens.dtype)
 
@@ -241,7 +241,7 @@ class FinalLayer(nn.Module):
         self.audio_out = nn.Linear(config.dim, config.audio_channels)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Project the learned tokens to their outputs, B V Z*4 and B M Z', float32."""
+        """Project the tokens of noisy frames and audio to outputs, B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)

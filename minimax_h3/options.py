@@ -360,7 +360,7 @@ def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
 
 
 def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     latents, _ = caching_options(options)
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),

@@ -173,10 +173,8 @@ def _check_places(places: OneFrame, controls: int) -> None:
 def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
-    ways = [
-        *(name for name in (REF, JSONL) if request.extra.get(name)),
-        *by_kind[:1],
-    ]  # options by kind count as one way
+    # options by kind count as one way
+    ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
     if len(ways) > 1:
         listed = " and ".join(f"--{name}" for name in ways)
         raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")

@@ -88,12 +88,12 @@ def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def teacher_key(view: str) -> str:
-    """Return the cache key of the text states that a teacher reads; `view` is as in `Batch.view`."""
+    """Return the cache key of the text states that a teacher reads; `view` names what the teacher sees."""
     return TEACHER_ROWS[_name_conditions(view)].states
 
 
 def _name_conditions(view: str) -> str:
-    """Return the value of --h3_teacher_conditions that names a view."""
+    """Return the value of --h3_teacher_conditions for a view, the name of what a teacher sees."""
     return next(name for name, known in VIEWS.items() if known == view)
 
 
@@ -109,6 +109,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
+    # the view names what a teacher sees in place of the task's media; empty in an ordinary pass
     if batch.view == CLIP:
         return {**_show_full_clip(tensors, latents), **_read_places(tensors)}
     keys: list[str] = []
@@ -150,6 +151,7 @@ def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> 
     is_sound = not is_visual(key)
     clip_audio = batch.tensors.get(SOUND)
     channels = clip_audio.shape[1] if is_sound and isinstance(clip_audio, Tensor) else latents.shape[1]
+    # audio is B Z 2 A, images and clips are B Z F H W
     fits = (
         condition.ndim == (4 if is_sound else 5)
         and condition.shape[1] == channels

@@ -290,7 +290,7 @@ def base_time(text: str) -> float | int:
 
 
 def in_thousandths(name: str, share: float) -> int:
-    """Convert a fraction to integer thousandths.
+    """Convert a fraction to integer thousandths; `name` is its option, for messages.
 
     Raises OptionError outside 0..1, or for more than three decimals.
     """
@@ -315,6 +315,7 @@ def translate(args: argparse.Namespace) -> None:
         shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
     if args.h3_convrot_int8:
         shared["convrot_int8"] = "--h3_convrot_int8", True
+    # the default counts as given only if it was typed
     if args.h3_convrot_int8_bwd != "bf16" or "h3_convrot_int8_bwd" in args.typed_options:
         shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
     # error messages then name the option that the user typed

@@ -62,9 +62,11 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
     declared = _read_declared_info(checkpoint)
+    # the released layout: queries, keys and values in one matrix, which needs only its rows reordered
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
         sources = _separate_heads(stored, declared.head_width)
         shapes = stored_shapes
+    # diffusers' layout: three matrices, which are joined to one, and so are their shapes
     elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
@@ -74,7 +76,8 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
 
 
 def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSource]:
-    joined = join_parts(stored, DIFFUSERS)
+    """Return the sources under the release's names, with separate matrices joined and halves swapped back."""
+    joined = join_parts(stored, DIFFUSERS)  # only to learn the names
     swapped = [name for name in joined if ".ff.w1." in name]
     return join_parts(stored, DIFFUSERS, swapped)
 

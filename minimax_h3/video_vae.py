@@ -271,9 +271,9 @@ def load_video_vae(
 ) -> H3VideoVae:
     """Load the video VAE of MiniMax-H3 from the official file, ComfyUI's file or diffusers' folder.
 
-    `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile`
-    is the side of the tiles in which it works, None for none.
-    Raises CheckpointError if the file is damaged or holds another model.
+    `dtype` is the dtype of the decoder's layers; the encoder is always float32. `tile` is the edge of a tile
+    in pixels; None computes whole frames. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

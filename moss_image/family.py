@@ -99,7 +99,7 @@ class MossImage(pictures.ModelOfImages):
     # layouts
 
     def names_places(self, caption: str) -> bool:
-        """Return whether a caption is a JSON object."""
+        """Return whether a caption may have coordinates in its image: whether it is a JSON object."""
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:

@@ -90,7 +90,7 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
         layout = read_object(text)
     except ValueError:
         return text
-    if fit.resized == size == fit.bucket:
+    if fit.resized == size == fit.bucket:  # neither resized nor cropped
         return text
     items = layout.get("items")
     if not isinstance(items, list):

@@ -270,7 +270,7 @@ class MossImageModel(BlockNetwork):
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        pass_name = overrides.turn.which
+        pass_name = overrides.turn.which  # identifies the pass, such as the negative one, in all steps
         if pass_name not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
@@ -379,7 +379,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text in the dtype `stream`; `arguments` are text and text_mask, as in `embed`."""
+        """Return a refined text in the dtype `stream`; `arguments` are its states `text`, and `text_mask`."""
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)

@@ -157,7 +157,7 @@ def check_schedule(name: str) -> str:
 
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return options.vae.file.words(), options.text.words("QWEN3_5_FILE")
 
 

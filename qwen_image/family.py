@@ -146,7 +146,7 @@ class QwenImage(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: the captions' states, and the references.
 
-        Raises CacheError as `caches.check_batch`.
+        Raises CacheError for texts of another release, and for latents of a wrong pixel range.
         """
         check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
@@ -224,7 +224,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, with an anchor to the source if there is a mask or --rcm_threshold."""
+        """Yield the only section; with a mask or --rcm_threshold, unchanged parts are reset to the source."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):

@@ -142,6 +142,7 @@ class Version:
 def _make_edit_version(
     option: str, use: LanguageUse, maximum: int, clean_references: bool = False
 ) -> Version:
+    """Return a release that edits up to `maximum` images; `option` is its value of --model_version."""
     rules = ReferenceRules(maximum, seen_by_text=True, edits=True)
     called = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called

@@ -58,7 +58,7 @@ DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True
 
 
 class TakenImage(NamedTuple):
-    """Target size or area of the input image, the arguments of `taken_size`."""
+    """How the input image is resized: to `target`, else to about `area` pixels; None keeps its size."""
 
     area: int | None
     target: Size | None

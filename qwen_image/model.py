@@ -48,7 +48,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
     rotary_of_clean: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
-        """Cut as `TokensWithTurnedText.cut`, including the rotary rows of clean references."""
+        """Return the inputs for one process's tokens, with only their rotary rows of clean references."""
         of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
         return replace(super().cut(part), rotary_of_clean=of_clean)
 
@@ -59,7 +59,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index, among the image tokens, of the first clean reference token."""
+        """Negative index, among the image tokens, of the first clean reference token; NOWHERE without any."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
@@ -108,13 +108,13 @@ class QwenBlock(blocks.DoubleStreamBlock):
         self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         if is_text:
             return self.txt_mod, self.attn.to_add_out, self.txt_mlp
         return self.img_mod, self.attn.to_out[0], self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value heads of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
+        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
         return self.attn.heads(x, is_text)
 
 

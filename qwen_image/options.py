@@ -228,7 +228,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     version = {"--model_version": _not_original(options.version)}
     latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("QWEN_FILE"), **version}

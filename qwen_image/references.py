@@ -161,7 +161,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold
     if mask is not None:
-        step = prepared.width // latents.shape[-1]
+        step = prepared.width // latents.shape[-1]  # pixels of a latent along an edge
         path = to_path(f"--{MASK}", mask)
         return Anchor(latents, read_mask(path, (prepared.width, prepared.height), step))
     if threshold is None:

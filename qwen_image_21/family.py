@@ -232,6 +232,7 @@ class QwenImage21(pictures.ModelOfImages):
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first))
         if self.keeps_prefix:
+            # an empty cache, which the network fills in the first step
             section = replace(section, overrides=Overrides(section_cache={}))
         return (yield section)
 

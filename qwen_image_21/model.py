@@ -125,9 +125,9 @@ class QwenImage21Tokens:
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the block inputs for some tokens of x; only tokens of the latents to learn are dropped.
+        """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
-        `kept` holds the ascending indices of the remaining tokens, B K.
+        `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)
@@ -159,10 +159,8 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        second, part = (
-            tokens.second,
-            tokens.part,
-        )  # a second text, for negative attention; this process's part of the tokens
+        # a second text, for negative attention; this process's part of the tokens
+        second, part = tokens.second, tokens.part
         if part is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
             heads = part.gather_tokens(*heads)
@@ -383,7 +381,7 @@ class QwenImage21Model(BlockNetwork):
         self._rotary = GridTable[QwenImage21Layout](self._make_table)
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
-        """Predict as `embed` describes; with `overrides.section_cache`, compute each pass's prefix once."""
+        """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
         memory = overrides.section_cache
         if memory is None or overrides.turn is None or overrides.nag is not None or overrides.leaves_out:
             return super().forward(*inputs, overrides=overrides, **named_inputs)
@@ -605,7 +603,8 @@ def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]
 def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
     """Return the order of text and references in each sample's prefix.
 
-    Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
+    `text_mask` is B T, true for real tokens; `slots`, B n, are the text tokens before which the n references,
+    latents B Z 1 h w, are inserted. Raises ValueError if the slots do not match the references.
     """
     grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
     prefixes = []

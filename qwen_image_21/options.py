@@ -122,7 +122,7 @@ def read_negative(text: str) -> str:
 def resolve_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
-    """Return the options after replacing an empty --negative_prompt as `read_negative` does."""
+    """Return both records of options, with a blank in place of an empty --negative_prompt."""
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options
@@ -131,12 +131,12 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the latent and the text caching script for a training run."""
+    """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
 
 
 def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for generating with a training run's models; see `FamilyEntry.generation_words`."""
+    """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--dit_config": options.dit_config,

@@ -282,7 +282,7 @@ class QwenImage21Vae(ImageVae):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Decode normalized latents B Z 1 h w to pixels B 4 1 H W, as `ImageVae.decode_unclamped`."""
+        """Decode normalized latents B Z 1 h w to pixels B 4 1 H W, without clamping them to -1..1."""
         images = []
         for image in latents.split(1):
             images.append(super().decode_unclamped(image))
@@ -445,7 +445,7 @@ def read_vae_config(path: Path) -> QwenImage21VaeConfig:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> QwenImage21Vae:
-    """Load the VAE from a file or folder; `tile` as in `ImageVae`.
+    """Load the VAE from a file or folder; `tile` is the edge of a tile in pixels, None for whole images.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """
