@@ -167,7 +167,7 @@ def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
     """Dequantize N rows of K weights in w6a8 (6 bits).
 
-    The weight is N 3K/4 bytes, block scales are N K/16, row scales N 1, the codebook of values 1 64 or None.
+    The weight is N 3K/4 bytes, block scales are N K/16, row scales N 1; `codebook` is None.
     """
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
