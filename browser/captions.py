@@ -259,7 +259,10 @@ def compute_checksum(content: bytes | None) -> str:
 
 
 def _encode(text: str, now: bytes) -> bytes:
-    """Return a caption file's bytes `now` with another text. Raises ValueError if it cannot be stored."""
+    """Return the new bytes of a caption file with `text` in place of the caption in its bytes `now`.
+
+    Raises ValueError if the text cannot be stored.
+    """
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))

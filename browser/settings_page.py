@@ -169,7 +169,7 @@ class SettingsPages:
 
 
 def settings_routes(site: Site) -> list[Route]:
-    """Return the routes of the page Settings."""
+    """Return the routes of the Settings page."""
     pages = SettingsPages(site)
     return [
         Route("/settings", pages.show),

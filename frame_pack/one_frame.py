@@ -14,10 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices:
-    """Return the frame indices of a single image: controls, the black frames after them, and the target.
+    """Return the frame indices of the latents that generate a single image.
 
-    The order in `clean` is that of the latents: controls, then the black frame. `controls` is the number of
-    control images; without one, a black frame is the control.
+    Clean latents are the control images, then one black frame; coarser ones are black frames alone.
+
+    Args:
+        settings: Typed indices, and which black frames are used.
+        controls: Number of control images; without one, a black frame takes their part.
+        window: Number of latent frames of a section, the default index of the image.
     """
     controls = max(controls, 1)
     if len(settings.control_indices) > controls:

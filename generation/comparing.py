@@ -489,7 +489,10 @@ def write_grid(
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the prompt of a single job, or the names of the compared trainings (x for x-000010)."""
+    """Return the prompt of a single job, or the names of the compared training runs.
+
+    The number of the epoch or step is removed: file x-000010 is of run x.
+    """
     if len(jobs) == 1:
         return shorten_prompt(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]

@@ -142,7 +142,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _parametrized(name: str) -> str:
-    """Translate a tensor name to the name in a network whose norms are parametrizations."""
+    """Translate a file's tensor name to the name under PyTorch's weight_norm parametrization."""
     path, _, end = name.rpartition(".")
     return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name
 

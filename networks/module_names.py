@@ -325,7 +325,10 @@ def _all_names() -> frozenset[str]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return the possible numbers of parts of a fused layer in other layouts; `path` may have prefixes."""
+    """Return into how many layers other layouts divide the layer at `path`: a set, as families differ.
+
+    `path` may have prefixes.
+    """
     name = path.replace(".", "_")
     # the path without each possible prefix
     names = [name, *(name[place + 1 :] for place, character in enumerate(name) if character == "_")]

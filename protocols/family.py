@@ -510,9 +510,9 @@ class Encodes(Protocol):
 
     @property
     def references(self) -> rules.ReferenceRules | None:
-        """How the model uses reference images.
+        """How the model uses reference images; None if it uses none.
 
-        None: control media, if the model uses any, are resized like the frames that they belong to.
+        Control media of a model without references are resized like the frames that they belong to.
         """
 
     def check_table(self, table: MediaTable) -> None:

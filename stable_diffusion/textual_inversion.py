@@ -214,7 +214,7 @@ def with_words(
 
 
 def _count(word: LearnedWord) -> int:
-    """Return the number of vectors of a word per cross-attention."""
+    """Return how many vectors a word has; one that learns per layer has as many for each cross-attention."""
     return len(word.vectors[0]) // word.layers
 
 

@@ -340,7 +340,7 @@ def raise_errors(faults: Sequence[Fault]) -> None:
 
 
 def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
-    """Return the lines of a message: each kind with its number of faults, then at most `maximum` of them."""
+    """Return the lines of a message: for each kind, its number of faults and the first `maximum` of them."""
     by_kind: dict[str, list[str]] = {}
     for fault in faults:
         by_kind.setdefault(fault.kind, []).append(fault.text)

@@ -83,8 +83,8 @@ class Track:
 class Tracks:
     """Track detected objects through a stream of images.
 
-    Call `see` for each image in order, and `boxes` for an image once the `hold` and `lookback` images after
-    it have been seen.
+    Call `see` for each image in order. Call `boxes` for an image once as many later images as the
+    larger of `hold` and `lookback` have been seen, because later sightings change what is covered in it.
     """
 
     hold: int  # number of images in which an object stays covered after its last sighting
