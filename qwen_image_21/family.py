@@ -96,7 +96,7 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the default size, steps and guidance; Turbo, a distilled model, has a fixed list of steps."""
+        """Return the default size, steps and guidance; Turbo, a distilled model, has fixed steps."""
         turbo = find_turbo(self.files.dit)
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
