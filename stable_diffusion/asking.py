@@ -93,7 +93,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 
 @dataclass
-class Asking:
+class RequestBuilder:
     """Turn prompt lines into requests for images.
 
     Attributes:
@@ -108,7 +108,7 @@ class Asking:
     num_images: int = 0
     num_lines: int = 0
 
-    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
+    def build_requests(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
         """Yield the images that each line requests; errors of invalid lines are added to `failures`."""
         for line in lines:
             images: list[RequestedImage] = []
@@ -123,7 +123,7 @@ class Asking:
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
         """Return seed and text of each image of a line, with the variants of `{...}` groups chosen."""
-        count = line.pictures or self.options.prompts.images_per_prompt
+        count = line.num_images or self.options.prompts.images_per_prompt
         if line.is_plain:  # from the metadata of an image, in which options and variants are not parsed
             seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
@@ -163,7 +163,7 @@ class Asking:
             prompt=values["prompt"],
             negative_prompt=values.get("negative_prompt") or "",
             seed=seed,
-            settings=replace(settle(self.options, values, self.kind, image), parts=parts),
+            settings=replace(resolve_settings(self.options, values, self.kind, image), num_parts=parts),
             raw_prompt=line.text,
             image=image,
             mask=mask,
@@ -225,7 +225,7 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
     return strengths
 
 
-def settle(
+def resolve_settings(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
     """Return the settings of an image whose prompt has one part; warn about values without effect.
@@ -248,8 +248,8 @@ def settle(
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
             "Original sizes and crops are ignored because only %s takes any, and this is %s",
-            SDXL.words,
-            kind.words,
+            SDXL.title,
+            kind.title,
         )
     if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
         logger.warning(
@@ -329,29 +329,29 @@ def _warn_of_unused(
         logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
-def batches(pictures: Iterable[RequestedImage], size: int) -> Iterator[list[RequestedImage]]:
+def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[RequestedImage]]:
     """Group consecutive images with equal settings and the same kinds of inputs.
 
     Args:
-        pictures: The images.
+        requests: The images.
         size: Largest number of images in a group.
     """
     batch: list[RequestedImage] = []
-    for image in pictures:
-        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(image)):
+    for request in requests:
+        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(request)):
             yield batch
             batch = []
-        batch.append(image)
+        batch.append(request)
     if batch:
         yield batch
 
 
-def _group_key(picture: RequestedImage) -> tuple[Any, ...]:
+def _group_key(request: RequestedImage) -> tuple[Any, ...]:
     """Return a key that images have in common if they can be in one batch."""
     return (
-        picture.settings,
-        picture.image is None,
-        picture.mask is None,
-        len(picture.guides),
-        picture.clip_prompt is None,
+        request.settings,
+        request.image is None,
+        request.mask is None,
+        len(request.guides),
+        request.clip_prompt is None,
     )

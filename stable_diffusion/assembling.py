@@ -11,7 +11,7 @@ from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
 from stable_diffusion.lllites import check_lllites, load_lllites
-from stable_diffusion.loading import OpenedCheckpoint, check_attention, load_release, open_release
+from stable_diffusion.loading import CheckpointPlan, check_attention, load_checkpoint, plan_checkpoint
 from stable_diffusion.loras import check_networks, load_networks, read_networks, words_of
 from stable_diffusion.making import BatchHook, ImageGenerator
 from stable_diffusion.options import GenImgOptions
@@ -23,12 +23,12 @@ from stable_diffusion.text import ImageVectors, Texts, check_texts, check_vision
 logger = logging.getLogger(__name__)
 
 
-def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
+def _check_painting(options: GenImgOptions, checkpoint_plan: CheckpointPlan) -> None:
     """Raise OptionError if an inpainting checkpoint lacks an image and a mask to repaint."""
     is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
-    if release.unet.config["in_channels"] == 9 and not is_painted:
+    if checkpoint_plan.unet.config["in_channels"] == 9 and not is_painted:
         raise OptionError(
-            f"--ckpt {release.path} is an inpainting checkpoint, which needs --image_path and "
+            f"--ckpt {checkpoint_plan.path} is an inpainting checkpoint, which needs --image_path and "
             "--mask_path. Give both, or another checkpoint"
         )
 
@@ -43,27 +43,33 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     loras = read_networks(options.networks) if options.networks.network_weights else []
     # errors of options and files come before any weights are loaded
     with ExitStack() as files:
-        release = open_release(options.model, files)
-        check_networks(loras, release)
-        predicts_v = release.marks.predicts_velocity or options.model.v_parameterization
+        checkpoint_plan = plan_checkpoint(options.model, files)
+        check_networks(loras, checkpoint_plan)
+        predicts_v = checkpoint_plan.model_type.predicts_velocity or options.model.v_parameterization
         compare_predictions({lora.path: lora.metadata for lora in loras}, predicts_v)
         check_sampling(options.sampling.zero_terminal_snr, predicts_v)
-        _check_painting(options, release)
-        check_control_nets(options.control, release.unet.config, release.kind)
-        check_lllites(options.control, release.kind)
-        cross_attentions = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
-        configs = [plan.network.config for plan in release.texts]
-        bundled = words_of(loras)  # embeddings of learned words in the LoRA files
-        check_texts(options.text, release.kind, configs, list(cross_attentions), bundled=bundled)
+        _check_painting(options, checkpoint_plan)
+        check_control_nets(options.control, checkpoint_plan.unet.config, checkpoint_plan.kind)
+        check_lllites(options.control, checkpoint_plan.kind)
+        cross_attentions = (
+            list_cross_attentions(checkpoint_plan.unet.sources) if options.text.XTI_embeddings else {}
+        )
+        configs = [plan.load_plan.config for plan in checkpoint_plan.text_encoders]
+        lora_words = words_of(loras)  # embeddings of learned words in the LoRA files
+        check_texts(
+            options.text, checkpoint_plan.kind, configs, list(cross_attentions), lora_words=lora_words
+        )
         guides = check_guides(options.guides)
         if vision_strength is not None:
-            check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
-        model = load_release(options.model, release, device)
+            check_vision(checkpoint_plan.kind, checkpoint_plan.path, options.model.tokenizer_cache_dir)
+        model = load_checkpoint(options.model, checkpoint_plan, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control_nets = load_control_nets(options.control, model)
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
-    texts = Texts(model.texts, model.kind, options.text, list(cross_attentions), bundled=bundled)
+    texts = Texts(
+        model.text_encoders, model.kind, options.text, list(cross_attentions), lora_words=lora_words
+    )
     batch_hooks: list[BatchHook] = []
     if control_nets is not None:
         batch_hooks.append(control_nets)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class BesideUnet:
+class UnetControl:
     """Holder for a network next to a U-Net, so that the network is not registered as a submodule."""
 
     # called before each U-Net call with control images, B 3 H W in 0..1 (None for none), their strength and
     # the call's arguments; returns additional arguments
-    see: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]
+    compute_arguments: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]

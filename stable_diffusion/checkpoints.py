@@ -21,55 +21,61 @@ from checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
 from stable_diffusion.contract import SD1, SDXL, ModelKind
-from stable_diffusion.files import GIVE, VAE
-from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
-from stable_diffusion.released_names import VAE_LEVELS, map_vae_names
+from stable_diffusion.files import EXPECTED_FILE, VAE
+from stable_diffusion.names import (
+    INPUT_AND_OUTPUT_LAYERS,
+    RESNET_LAYERS,
+    SDXL_EMBEDDING_LAYERS,
+    unet_blocks,
+    unet_samplers,
+)
+from stable_diffusion.released_names import VAE_LEVELS, map_vae_names_to_diffusers
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
     """Return the number of residual blocks of each level of a U-Net's down path.
 
     Args:
-        names: Published names of its tensors.
+        names: LDM names of its tensors, as in released single files.
     """
-    last_blocks = []  # numbers of the downsamplers, which end all levels except the last one
-    block_numbers = {0}
+    downsamplers = []  # their indices in input_blocks; one ends each level except the last
+    input_blocks = {0}  # 0: the first convolution
     for name in names:
-        block = re.match(r"input_blocks\.(\d{1,4})\.", name)
-        if block:
-            block_numbers.add(int(block[1]))
+        match = re.match(r"input_blocks\.(\d{1,4})\.", name)
+        if match:
+            input_blocks.add(int(match[1]))
             if re.fullmatch(r"input_blocks\.\d{1,4}\.0\.op\.weight", name):
-                last_blocks.append(int(block[1]))
-    # block 0 is the first convolution; a level's residual blocks are between two downsamplers
-    bounds = [0, *sorted(last_blocks), max(block_numbers) + 1]
+                downsamplers.append(int(match[1]))
+    # a level's residual blocks are between two downsamplers
+    bounds = [0, *sorted(downsamplers), max(input_blocks) + 1]
     return tuple(end - start - 1 for start, end in pairwise(bounds))
 
 
-def name_translator(names: Collection[str]) -> Callable[[str], str]:
-    """Return a function from released to diffusers' tensor names; it leaves unknown names unchanged.
+def ldm_to_diffusers_translator(names: Collection[str]) -> Callable[[str], str]:
+    """Return a function from LDM to diffusers names of U-Net tensors; it leaves unknown names unchanged.
 
     Args:
-        names: Names of all released tensors of the U-Net.
+        names: LDM names of all tensors of the U-Net, which tell the number of its levels and blocks.
     """
     layers = read_levels(names)
-    paths = dict((*ENDS, *ADDED))
-    for released, ours, is_attention in unet_blocks(layers):
-        if is_attention:
-            paths[released] = ours
+    diffusers_paths = dict((*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS))  # by LDM path of the module
+    for block in unet_blocks(layers):
+        if block.is_attention:
+            diffusers_paths[block.ldm_path] = block.diffusers_path
             continue
-        for released_part, our_part in RESIDUAL:
-            paths[f"{released}.{released_part}"] = f"{ours}.{our_part}"
+        for ldm_layer, diffusers_layer in RESNET_LAYERS:
+            diffusers_paths[f"{block.ldm_path}.{ldm_layer}"] = f"{block.diffusers_path}.{diffusers_layer}"
     for sampler in unet_samplers(layers):
-        paths[sampler.released_down] = sampler.down
-        paths[sampler.released_up] = sampler.up
-        paths[sampler.released_up_alone] = sampler.up
+        diffusers_paths[sampler.ldm_downsampler] = sampler.downsampler
+        diffusers_paths[sampler.ldm_upsampler] = sampler.upsampler
+        diffusers_paths[sampler.ldm_upsampler_without_attention] = sampler.upsampler
 
     def translate(name: str) -> str:
-        start = name  # shortened by one part at a time, until it is the path of a renamed module
-        while start:
-            start = start.rpartition(".")[0]
-            if start in paths:
-                return paths[start] + name.removeprefix(start)
+        module_path = name  # shortened by its last component until it is the path of a renamed module
+        while module_path:
+            module_path = module_path.rpartition(".")[0]
+            if module_path in diffusers_paths:
+                return diffusers_paths[module_path] + name.removeprefix(module_path)
         return name
 
     return translate
@@ -119,13 +125,13 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         CheckpointError: If tensors that determine a dimension are missing or contradictory.
     """
     names = checkpoint.tensors
-    sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
+    sources = dialects.rename_sources(plain_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
 
     def broken(why: str) -> CheckpointError:
         return CheckpointError(
             f"--ckpt {checkpoint.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {GIVE}.",
+            f"  Give {EXPECTED_FILE}.",
             checkpoint.path,
         )
 
@@ -309,7 +315,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     # others=("",): all tensors without this prefix belong to other networks
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
-    names = map_vae_names(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
+    names = map_vae_names_to_diffusers(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
     # attention layers may also have the names of older versions of diffusers
     sources = dialects.rename_sources(
         stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)

@@ -1,7 +1,8 @@
 """The records that the parts of Stable Diffusion exchange.
 
 Data flow of a batch: prompts -> `RequestedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
-the denoising loop, with `UnetHook`s around U-Net calls -> `Made`. Networks and samplers are diffusers'.
+the denoising loop, with `UnetHook`s around U-Net calls -> `StageResult`. Networks and samplers are
+diffusers'.
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C width, h w latent size
 
@@ -23,7 +24,7 @@ class ModelKind:
     """Settings that distinguish Stable Diffusion 1.x, 2.x and XL; sizes are read from the tensors instead."""
 
     name: str  # "sd1", "sd2", "sdxl"
-    words: str  # for messages: "Stable Diffusion 1.x"
+    title: str  # for messages: "Stable Diffusion 1.x"
     latent_scale: float  # factor on the autoencoder's output
     size: int  # usual width and height, pixels
     # without --clip_skip: the layer of the released text encoder whose states are used, from the end
@@ -33,7 +34,7 @@ class ModelKind:
 
 SD1 = ModelKind(
     name="sd1",
-    words="Stable Diffusion 1.x",
+    title="Stable Diffusion 1.x",
     latent_scale=0.18215,
     size=512,
     clip_skip=1,
@@ -41,7 +42,7 @@ SD1 = ModelKind(
 )
 SD2 = ModelKind(
     name="sd2",
-    words="Stable Diffusion 2.x",
+    title="Stable Diffusion 2.x",
     latent_scale=0.18215,
     size=512,
     clip_skip=2,
@@ -49,7 +50,7 @@ SD2 = ModelKind(
 )
 SDXL = ModelKind(
     name="sdxl",
-    words="Stable Diffusion XL",
+    title="Stable Diffusion XL",
     latent_scale=0.13025,
     size=1024,
     clip_skip=2,
@@ -68,20 +69,20 @@ def text_encoder_name(number: int) -> str:
 
 
 @dataclass(eq=False)
-class TextTower:
+class LoadedTextEncoder:
     """A text encoder with its tokenizer; textual inversion adds embedding rows and words to them."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> any number of ids, without start and end token
-    start: int
-    end: int
-    pad: int  # id that pads the last chunk: `end`, or 0 in OpenCLIP's encoders
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int  # pads the last chunk: `eos_token_id`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     # last layers of the released network that are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
     # per token: number of rows from its vector for one cross-attention to that for the next one; 0 if all
     # cross-attentions use the same vector. None: 0 for all tokens
-    strides: Tensor | None = None
+    layer_strides: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -93,7 +94,7 @@ class Model:
     # diffusers' UNet2DConditionModel and AutoencoderKL, whose attributes come from their `config`
     unet: Any
     vae: Any
-    texts: tuple[TextTower, ...]
+    text_encoders: tuple[LoadedTextEncoder, ...]
     predicts_velocity: bool  # v-prediction; else noise
     zero_terminal_snr: bool  # as recorded in the file
     device: torch.device
@@ -118,7 +119,7 @@ class ImageSettings:
     strength: float = 0.8  # strength of image to image, and of a second stage without --highres_fix_strength
     sizes: SizeOptions = SizeOptions()
     multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
-    parts: int = 1  # number of parts of the prompt, separated by " AND "
+    num_parts: int = 1  # number of parts of the prompt, separated by " AND "
     deep_shrink: DeepShrinkOptions | None = None
     gradual_latent: GradualLatentOptions | None = None
 
@@ -169,7 +170,7 @@ UnetHook = Callable[[UnetCall], UnetCall]
 
 
 @dataclass(frozen=True, eq=False)
-class SecondStart:
+class SecondStageInput:
     """Images or latents that the second stage starts from, one for each requested image."""
 
     images: Sequence[Image] | None = None
@@ -177,7 +178,7 @@ class SecondStart:
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class StageResult:
     """Latents and images that one stage generates for a batch."""
 
     latents: Tensor  # B 4 h w, as the U-Net sees them, float32

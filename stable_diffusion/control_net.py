@@ -59,8 +59,8 @@ class ControlNets:
         self._model = model
 
     @contextlib.contextmanager
-    def for_batch(
-        self, pictures: Sequence[RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         """Yield the hook that adds residuals for images of this size; None if they have no guide images.
 
@@ -68,11 +68,11 @@ class ControlNets:
             OptionError: If an image has a wrong number of guides.
             MediaError: If a guide cannot be read.
         """
-        if not any(image.guides for image in pictures):
+        if not any(request.guides for request in requests):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
-        parts = pictures[0].settings.parts
+        guides = BatchGuides(self._uses, OPTION, requests, width=width, height=height)
+        parts = requests[0].settings.num_parts
 
         def control(call: UnetCall) -> UnetCall:
             count = len(self._networks)
@@ -126,7 +126,9 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
         CheckpointError: If a ControlNet does not fit the U-Net.
     """
     for use in options.uses if options.control_net_models else ():
-        load_control_net(use.path, unet, words=kind.words, device=torch.device("meta"), dtype=torch.float32)
+        load_control_net(
+            use.path, unet, model_title=kind.title, device=torch.device("meta"), dtype=torch.float32
+        )
 
 
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
@@ -143,7 +145,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         network: Any = load_control_net(
             use.path,
             model.unet.config,
-            words=model.kind.words,
+            model_title=model.kind.title,
             device=model.device,
             dtype=model.dtype,
             base=model.unet,
@@ -177,7 +179,7 @@ class BatchGuides:
         self,
         uses: Sequence[ControlUse],
         option: str,
-        pictures: Sequence[RequestedImage],
+        requests: Sequence[RequestedImage],
         width: int,
         height: int,
     ) -> None:
@@ -186,7 +188,7 @@ class BatchGuides:
         Args:
             uses: Networks in the order of `RequestedImage.guides`.
             option: Option that names the networks, for messages.
-            pictures: Images of the batch.
+            requests: Images of the batch.
             width: Width in pixels.
             height: Height in pixels.
 
@@ -194,14 +196,14 @@ class BatchGuides:
             OptionError: If an image has neither one guide for each network nor one for all.
             MediaError: If a guide cannot be read.
         """
-        for image in pictures:
-            if len(image.guides) not in {1, len(uses)}:
+        for request in requests:
+            if len(request.guides) not in {1, len(uses)}:
                 raise OptionError(
-                    f"{image.label}: {len(image.guides)} guide images, but {option} has {len(uses)}. "
+                    f"{request.label}: {len(request.guides)} guide images, but {option} has {len(uses)}. "
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
         self._uses = uses
-        self._images = pictures
+        self._requests = requests
         self._size = (width, height)
         self.guides = self._read()
 
@@ -210,8 +212,8 @@ class BatchGuides:
         guides = []
         for index, use in enumerate(self._uses):
             images = []
-            for image in self._images:
-                path = image.guides[index if len(image.guides) > 1 else 0]
+            for request in self._requests:
+                path = request.guides[index if len(request.guides) > 1 else 0]
                 frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
                 images.append(rearrange(frame.float() / 255, "h w c -> c h w"))
             guides.append(torch.stack(images))

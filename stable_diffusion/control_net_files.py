@@ -23,7 +23,7 @@ from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from protocols.loading import TensorSource
-from stable_diffusion.checkpoints import build_network, name_translator
+from stable_diffusion.checkpoints import build_network, ldm_to_diffusers_translator
 from stable_diffusion.contract import SD1, SD2, SDXL
 from stable_diffusion.folders import open_part
 
@@ -31,7 +31,9 @@ OPTION = "--control_net_models"
 PREFIX = "control_model."
 GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
 DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
-OWN_PARTS = "controlnet_"  # prefix of parts that a U-Net lacks; these are never stored as differences
+CONTROL_ONLY_LAYERS = (
+    "controlnet_"  # prefix of parts that a U-Net lacks; these are never stored as differences
+)
 
 # a pattern of a tensor's name -> what the file is
 _OTHERS = (
@@ -63,7 +65,7 @@ _BLOCKS = rf"{_HINT}\.blocks\.\d+"
 def load_control_net(
     path: Path,
     unet: Mapping[str, Any],
-    words: str,
+    model_title: str,
     device: torch.device,
     dtype: torch.dtype,
     base: nn.Module | None = None,
@@ -73,7 +75,7 @@ def load_control_net(
     Args:
         path: File or folder of the ControlNet.
         unet: Configuration of diffusers' UNet2DConditionModel.
-        words: Name of the U-Net's model.
+        model_title: Name of the U-Net's model.
         device: Device of the run.
         dtype: Dtype of the weights.
         base: The U-Net itself, to which a file of differences is added.
@@ -87,13 +89,13 @@ def load_control_net(
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         """Add the U-Net's weight of the same name to a difference."""
-        if name.startswith(OWN_PARTS):  # the U-Net has no such part: the weight is no difference
+        if name.startswith(CONTROL_ONLY_LAYERS):  # the U-Net has no such part: the weight is no difference
             return weight
         assert base is not None
         return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
 
     with opened as checkpoint:
-        plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet}, words)
+        plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet}, model_title)
         network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
         is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
         load_module(
@@ -120,7 +122,7 @@ def _reject_similar(bare: Checkpoint) -> None:
 
 
 def _read_control_net(
-    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], model_title: str
 ) -> LoadPlan[dict[str, Any]]:
     """Plan how to load a ControlNet from an open file.
 
@@ -128,11 +130,11 @@ def _read_control_net(
         path: Path of the file or folder, as in the option.
         checkpoint: The opened checkpoint.
         unet: Configuration of the U-Net.
-        words: Name of the U-Net's model.
+        model_title: Name of the U-Net's model.
     """
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
     _reject_similar(bare)
-    translate = name_translator(bare.tensors)
+    translate = ldm_to_diffusers_translator(bare.tensors)
     sources = {}
     for name, source in plain_sources(bare).items():
         if name != DIFFERENCE:
@@ -146,7 +148,7 @@ def _read_control_net(
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
-    _compare(checkpoint, config, unet, words)
+    _compare(checkpoint, config, unet, model_title)
     config |= _read_unseen(path)
     return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))  # a marker, no weight
 
@@ -291,14 +293,16 @@ _AS_UNET = (
 _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
 
 
-def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], words: str) -> None:
+def _compare(
+    checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], model_title: str
+) -> None:
     """Raise CheckpointError if a ControlNet does not belong to a U-Net.
 
     Args:
         checkpoint: The opened checkpoint.
         config: Dimensions of the ControlNet.
         unet: Configuration of the U-Net.
-        words: Name of the U-Net's model.
+        model_title: Name of the U-Net's model.
     """
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
@@ -328,8 +332,8 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
         else:
             kind = SD1
         raise CheckpointError(
-            f"{checkpoint.path} is a ControlNet for {kind.words}, but --ckpt is {words}:{lines}\n"
-            f"  Give a ControlNet for {words} to {OPTION}.",
+            f"{checkpoint.path} is a ControlNet for {kind.title}, but --ckpt is {model_title}:{lines}\n"
+            f"  Give a ControlNet for {model_title} to {OPTION}.",
             checkpoint.path,
         )
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from checkpoints.model_files import require_file
 from checkpoints.writing import save_tensors
 from protocols.family_networks import CustomNetwork, DefaultRate
-from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.contract import SDXL, ModelKind
-from stable_diffusion.control_net_files import OWN_PARTS, load_control_net
+from stable_diffusion.control_net_files import CONTROL_ONLY_LAYERS, load_control_net
 from stable_diffusion.control_net_options import WEIGHTS, say_generation
 from stable_diffusion.files import UNET
-from stable_diffusion.released_names import released_unet_names
+from stable_diffusion.released_names import ldm_unet_names
 from stable_diffusion.training_files import TrainingFiles, count_layers
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 
@@ -59,7 +59,9 @@ class TrainedControlNet(nn.Module):
         rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
         params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
         for name, weight in self.network.named_parameters():
-            params["control_net own" if name.startswith(OWN_PARTS) else "control_net copy"].append(weight)
+            params["control_net own" if name.startswith(CONTROL_ONLY_LAYERS) else "control_net copy"].append(
+                weight
+            )
         return [{"params": params[name], "lr": rate} for name, rate in rates.items()], [*rates]
 
     def compute_residuals(
@@ -119,14 +121,14 @@ def make_control_net(
     if path is None or not with_values:
         network = copy_unet(unet)
     else:
-        network = load_control_net(path, unet.config, kind.words, device=CPU, dtype=torch.float32, base=unet)
+        network = load_control_net(path, unet.config, kind.title, device=CPU, dtype=torch.float32, base=unet)
     # the U-Net has one processor for all its layers, which computes the chosen kind of attention
     network.set_attn_processor(next(iter(unet.attn_processors.values())))
     if checkpoints:
         network.enable_gradient_checkpointing()
     trained = TrainedControlNet(network.train(), new_layers_lr)
     # the family calls `beside` before each call of the U-Net, to add the ControlNet's residuals to it
-    unet.beside = BesideUnet(trained.compute_residuals)
+    unet.control = UnetControl(trained.compute_residuals)
     return trained
 
 
@@ -166,7 +168,7 @@ def describe_control_net(
         if path is not None:
             file = require_file(path, WEIGHTS, "")
             load_control_net(
-                file, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
+                file, files.unet_config, files.kind.title, device=torch.device("meta"), dtype=torch.float32
             )
 
     origin = "a copy of the U-Net's first half" if path is None else f"from {path.name}"
@@ -196,25 +198,25 @@ def _write(
     state = module.network.state_dict()
     names = {name: name for name in state}
     if files.kind is not SDXL:
-        names = released_names(count_layers(module.network.config), [*state])
+        names = ldm_control_net_names(count_layers(module.network.config), [*state])
     tensors = {names[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_tensors(path, tensors, metadata)
 
 
-def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
+def ldm_control_net_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
     """Map diffusers' name of each ControlNet weight to its published name.
 
     Args:
         layers: Number of residual blocks of each level.
         names: Diffusers' names of the weights.
     """
-    own = [name for name in names if name.startswith(OWN_PARTS)]
-    of_unet = [name for name in names if not name.startswith(OWN_PARTS)]
-    released = {ours: theirs.removeprefix(UNET) for theirs, ours in released_unet_names(layers, of_unet)}
-    return released | {name: _name_own(name, own) for name in own}
+    own = [name for name in names if name.startswith(CONTROL_ONLY_LAYERS)]
+    of_unet = [name for name in names if not name.startswith(CONTROL_ONLY_LAYERS)]
+    released = {ours: theirs.removeprefix(UNET) for theirs, ours in ldm_unet_names(layers, of_unet)}
+    return released | {name: _ldm_name_of_control_layer(name, own) for name in own}
 
 
-def _name_own(name: str, names: Collection[str]) -> str:
+def _ldm_name_of_control_layer(name: str, names: Collection[str]) -> str:
     """Return the published name of a ControlNet weight that the U-Net does not have.
 
     Args:

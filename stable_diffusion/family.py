@@ -46,9 +46,9 @@ from protocols.new_tokens import WordToLearn
 from protocols.requests import Prepared, Prompts, Request
 from protocols.rules import ModelRelease, NpzFormat
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
-from stable_diffusion.files import Marks
+from stable_diffusion.files import ModelType
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
 from stable_diffusion.inpainting import (
     INPAINTING,
@@ -65,8 +65,8 @@ from stable_diffusion.textual_inversion import (
     XTI_OPTION,
     LearnedWord,
     check_words,
-    read_bundled,
-    with_bundled,
+    merge_lora_words,
+    read_lora_words,
 )
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import (
@@ -74,8 +74,8 @@ from stable_diffusion.towers import (
     STATES,
     STATES_1,
     STATES_2,
-    LearningTexts,
-    TowerEncoder,
+    LazyTextEncoder,
+    TextEncoderTraining,
     make_encoders,
 )
 from stable_diffusion.training_files import (
@@ -179,15 +179,15 @@ class StableDiffusion(ModelOfImages):
     clip_skip: int | None = None
     sampler: str = DEFAULT_SAMPLER  # sampler for a training run's samples
     options: Any = NO_OPTIONS  # set for trainings only
-    tells_cut: bool = False  # whether to warn if a prompt is cut off
-    learning_texts: LearningTexts | None = None  # set for full training only
+    warns_if_cut: bool = False  # whether to warn if a prompt is cut off
+    text_training: TextEncoderTraining | None = None  # set for full training only
     # the network that a training makes instead of a LoRA; None for a LoRA
     custom_network: CustomNetwork | None = None
     # whether the U-Net also takes a mask and the masked image (`INPAINTING`)
     inpaints: bool = False
     stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
-    bundled: tuple[LearnedWord, ...] = ()  # words in the LoRA files of a generation
+    lora_words: tuple[LearnedWord, ...] = ()  # words in the LoRA files of a generation
 
     few_steps: ClassVar[FewSteps] = FewSteps(adapter="", targets=())  # Turbo, Lightning, LCM and the like
     can: ClassVar[Abilities] = Abilities(
@@ -212,7 +212,7 @@ class StableDiffusion(ModelOfImages):
     @property
     def called(self) -> str:
         """Name of the model kind in messages."""
-        return self.kind.words
+        return self.kind.title
 
     @property
     def cache_tag(self) -> str:
@@ -296,8 +296,8 @@ class StableDiffusion(ModelOfImages):
             "ss_clip_skip": str(self.clip_skip),
             "ss_debiased_estimation": str(self.options.loss_weights.debiased_estimation_loss),
             # what was trained: an option or the checkpoint itself may have set these
-            "ss_v_parameterization": str(self._trained_marks.predicts_velocity),
-            "ss_zero_terminal_snr": str(self._trained_marks.zero_terminal_snr),
+            "ss_v_parameterization": str(self._trained_model_type.predicts_velocity),
+            "ss_zero_terminal_snr": str(self._trained_model_type.zero_terminal_snr),
         }
         if self.clip_skip is not None:
             values["encoder_layer"] = str(self.clip_skip)
@@ -413,10 +413,10 @@ class StableDiffusion(ModelOfImages):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the U-Net; `expert` is ignored, because one network handles all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
-        if self.learning_texts is not None and self.learning_texts.layers:
+        if self.text_training is not None and self.text_training.cross_attentions:
             from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
 
-            give_parts(unet, tuple(self.learning_texts.layers.values()))
+            give_parts(unet, tuple(self.text_training.cross_attentions.values()))
         return unet
 
     # texts
@@ -427,17 +427,17 @@ class StableDiffusion(ModelOfImages):
             self.files,
             self.chunks,
             self.clip_skip,
-            learning=self.learning_texts,
-            bundled=self.bundled,
+            text_training=self.text_training,
+            lora_words=self.lora_words,
         )
         return [*encoders]
 
     @property
     def word_names(self) -> tuple[str, ...]:
         """Words that the text encoders know in addition to their tokenizers' vocabulary."""
-        learning = None if self.learning_texts is None else self.learning_texts.word
-        trained = () if learning is None else (learning.text,)
-        return (*trained, *(word.word for word in self.bundled))
+        new_word = None if self.text_training is None else self.text_training.word
+        trained = () if new_word is None else (new_word.text,)
+        return (*trained, *(word.word for word in self.lora_words))
 
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
         """Return the model with the trained words that files contain.
@@ -449,17 +449,17 @@ class StableDiffusion(ModelOfImages):
         Raises:
             CheckpointError: For vectors that do not fit the text encoders.
         """
-        words = with_bundled(self.bundled, read_bundled(files, option))
-        with self.files.opened() as release:
-            widths = [text.network.config.dim for text in release.texts]
+        words = merge_lora_words(self.lora_words, read_lora_words(files, option))
+        with self.files.open_plan() as checkpoint_plan:
+            widths = [text.load_plan.config.dim for text in checkpoint_plan.text_encoders]
         check_words(words, widths, self.kind)
-        return replace(self, bundled=words)
+        return replace(self, lora_words=words)
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
         """Return the model with embedding rows for a trained word in its text encoders."""
-        assert self.learning_texts is not None  # as for each training run
-        learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
-        return replace(self, learning_texts=learning)
+        assert self.text_training is not None  # as for each training run
+        text_training = replace(self.text_training, word=NewWord(word.text, word.count))
+        return replace(self, text_training=text_training)
 
     def word_network(self, word: WordToLearn) -> CustomNetwork:
         """Return the network whose weights are the vectors of a trained word."""
@@ -489,7 +489,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
         """Return the bytes of a full checkpoint whose trained weights are saved in a dtype."""
         with quiet():
-            infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
+            infos = make_writer(self.files, {}, self._trained_model_type).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
 
     def checkpoint_writer(
@@ -502,14 +502,14 @@ class StableDiffusion(ModelOfImages):
                 self.files.path,
             )
         if not as_folder:
-            return make_writer(self.files, networks, self._trained_marks)
-        return make_folder_writer(self.files, networks, self._trained_marks, SavedForm(shard_bytes))
+            return make_writer(self.files, networks, self._trained_model_type)
+        return make_folder_writer(self.files, networks, self._trained_model_type, SavedForm(shard_bytes))
 
     @property
-    def _trained_marks(self) -> Marks:
+    def _trained_model_type(self) -> ModelType:
         """Return the prediction type of the trained model, from the checkpoint and the options."""
         predicts_v = self.noise.predicts_v
-        return Marks(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
+        return ModelType(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
     @property
     def is_of_one_file(self) -> bool:
@@ -543,9 +543,9 @@ class StableDiffusion(ModelOfImages):
             )
         length = CHUNK * self.chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
-        are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        are_padded = self.text_training is None or self.text_training.pads_captions
         # a word with vectors per cross-attention has one copy of the states for each, concatenated
-        copies = 1 if self.learning_texts is None else max(len(self.learning_texts.layers), 1)
+        copies = 1 if self.text_training is None else max(len(self.text_training.cross_attentions), 1)
         for name in text_names:
             num_states = conditions[name].shape[1] // copies
             if num_states > length or (are_padded and num_states < length):
@@ -591,10 +591,10 @@ class StableDiffusion(ModelOfImages):
             "added_cond_kwargs": added,
         }
         # a ControlNet or LLLite that is trained: it turns control images into more arguments
-        beside: BesideUnet | None = getattr(dit, "beside", None)
-        if beside is not None:
+        control: UnetControl | None = getattr(dit, "beside", None)
+        if control is not None:
             controls, strength = control_pictures.control_in(cond, device, dtype)
-            arguments |= beside.see(controls, strength, arguments)
+            arguments |= control.compute_arguments(controls, strength, arguments)
         (output,) = dit(**arguments, return_dict=False)
         result: Tensor = output.unsqueeze(2)
         return result
@@ -636,12 +636,12 @@ class StableDiffusion(ModelOfImages):
             raise OptionError(f"it loads checkpoints that are one file, and {self.files.path} is a folder")
         from stable_diffusion.workflow import describe_checkpoint  # only with --save_workflow
 
-        marks = self._trained_marks
+        model_type = self._trained_model_type
         return describe_checkpoint(
             "" if self.files.vae is None else self.files.vae.name,
             self.clip_skip,
-            predicts_velocity=marks.predicts_velocity,
-            zero_terminal_snr=marks.zero_terminal_snr,
+            predicts_velocity=model_type.predicts_velocity,
+            zero_terminal_snr=model_type.zero_terminal_snr,
         )
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
@@ -655,7 +655,7 @@ class StableDiffusion(ModelOfImages):
         if has_negative and texts.negative is not None:
             counted_texts.append(texts.negative.text)
         num_chunks = 1
-        if self.chunks > 1 or self.tells_cut:  # else every text is cut to one chunk, without a warning
+        if self.chunks > 1 or self.warns_if_cut:  # else every text is cut to one chunk, without a warning
             num_chunks = max(
                 encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
             )
@@ -666,14 +666,14 @@ class StableDiffusion(ModelOfImages):
         )
 
     @cached_property
-    def _counting(self) -> list[TowerEncoder]:
+    def _counting(self) -> list[LazyTextEncoder]:
         """Return text encoders of which only the tokenizers are loaded, to count tokens."""
         return make_encoders(
             self.files,
             self.chunks,
             self.clip_skip,
-            tells_cut=self.tells_cut,
-            bundled=self.bundled,
+            warns_if_cut=self.warns_if_cut,
+            lora_words=self.lora_words,
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -753,7 +753,7 @@ def family_for_text_caching(
 def family_for_training(
     kinds: tuple[ModelKind, ...],
     options: StableDiffusionTrainingOptions,
-    says_v2: bool = False,
+    v2: bool = False,
     clip_skip: int | None = None,
 ) -> StableDiffusion:
     """Return the model of a training run.
@@ -761,7 +761,7 @@ def family_for_training(
     Args:
         kinds: Kinds of checkpoints that the script accepts.
         options: Options of the run.
-        says_v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
+        v2: Whether --v2 declares a checkpoint of Stable Diffusion 2.
         clip_skip: Layer, counted from the end, whose text states are used; None for the kind's default.
 
     Raises:
@@ -772,8 +772,8 @@ def family_for_training(
         options.ckpt,
         options.vae,
         tokenizer_cache_dir=options.tokenizer_cache_dir,
-        says_v2=says_v2,
-        says_v=options.v_parameterization,
+        v2=v2,
+        v_parameterization=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
         scripts=FULL_BY if options.is_full else TRAINED_BY,
         unet_input=UnetInput.LATENTS,
@@ -782,7 +782,7 @@ def family_for_training(
     check_prediction(options, predicts_v)
     noise = make_noise_spec(
         predicts_v,
-        options.zero_terminal_snr or files.marks.zero_terminal_snr,
+        options.zero_terminal_snr or files.model_type.zero_terminal_snr,
         weights=options.loss_weights,
         vary=read_noise_changes(options.varied_noise),
     )
@@ -796,9 +796,9 @@ def family_for_training(
         sampler=options.sample_sampler,
         options=options,
         # text encoders with a learning rate of 0 stay frozen
-        learning_texts=LearningTexts(
+        text_training=TextEncoderTraining(
             {name: learning_dtype for name, rate in options.text_rates.items() if rate != 0},
-            options.fills_captions,
+            options.pads_captions,
         ),
     )
 
@@ -819,15 +819,15 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 
     # only the text encoders and the layers matter, so any input channels of the U-Net will do
     files = replace(model.files, unet_input=UnetInput.ANY)
-    with files.opened() as release:
-        layers = list_cross_attentions(release.unet.sources)
+    with files.open_plan() as checkpoint_plan:
+        layers = list_cross_attentions(checkpoint_plan.unet.sources)
     word = model.options.word
     # the vectors are the only network of the run
     made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
     taught = model.with_word_in_texts(word)
-    assert taught.learning_texts is not None  # as for each training run
-    learning = replace(taught.learning_texts, layers=layers)
-    return replace(taught, learning_texts=learning, custom_network=made, lora_module=MODULE)
+    assert taught.text_training is not None  # as for each training run
+    text_training = replace(taught.text_training, cross_attentions=layers)
+    return replace(taught, text_training=text_training, custom_network=made, lora_module=MODULE)
 
 
 def with_control_net(
@@ -886,18 +886,18 @@ def family_for_generation(
         options.ckpt,
         options.vae,
         tokenizer_cache_dir=options.tokenizer_cache_dir,
-        says_v=options.v_parameterization,
+        v_parameterization=options.v_parameterization,
         dtype=dtype,
         scripts=GENERATED_BY,
     )
     check_sampling(options.zero_terminal_snr, files.predicts_v)
-    noise = make_noise_spec(files.predicts_v, options.zero_terminal_snr or files.marks.zero_terminal_snr)
+    noise = make_noise_spec(files.predicts_v, options.zero_terminal_snr or files.model_type.zero_terminal_snr)
     return StableDiffusion(
         files,
         noise,
         chunks=options.max_embeddings_multiples or 1,
         clip_skip=options.clip_skip,
-        tells_cut=True,  # warn about a prompt that is cut off
+        warns_if_cut=True,  # warn about a prompt that is cut off
         inpaints=files.inpaints,
     )
 

@@ -24,13 +24,13 @@ VAE = "first_stage_model."
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # tensors that say what the model predicts; they have no values
 EMA = "model_ema."  # averages of the U-Net that trainers keep; not used
 
-GIVE = (
+EXPECTED_FILE = (
     "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a "
     "folder in the layout of diffusers"
 )
 
 # prefix of a tensor's name that only one kind has -> the kind
-_MARKS = (
+_KIND_BY_PREFIX = (
     ("conditioner.embedders.1.model.", SDXL),
     ("cond_stage_model.model.", SD2),
     ("cond_stage_model.transformer.", SD1),
@@ -56,25 +56,24 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 
 @dataclass(frozen=True)
-class Marks:
+class ModelType:
     """Kind and prediction type of a checkpoint, which the sizes of its tensors do not show."""
 
     kind: ModelKind
     predicts_velocity: bool
     zero_terminal_snr: bool
     # where it is recorded that the model predicts v, such as "its metadata"
-    said_by: str = field(default="", compare=False)
+    recorded_in: str = field(default="", compare=False)
 
-    @property
-    def words(self) -> str:
-        """Return what the checkpoint predicts, in words; "" for noise or if that is not recorded."""
+    def describe_prediction(self) -> str:
+        """Describe what the model predicts, such as "predicts v"; "" for noise."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
-        return f"predicts v{also}, as {self.said_by} says" if self.said_by else f"predicts v{also}"
+        return f"predicts v{also}, as {self.recorded_in} says" if self.recorded_in else f"predicts v{also}"
 
 
-def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> Marks:
+def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> ModelType:
     """Return the kind of a file with tensors of these names, and what its model predicts.
 
     Tensors take precedence over metadata, because all programs read them.
@@ -85,7 +84,7 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
     if other_model is not None:
-        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {GIVE}.", path)
+        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
     missing = [
         what
         for what, start in (("U-Net", UNET), ("VAE", VAE))
@@ -97,13 +96,15 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
         description = kind_of(names)
         looks = f"; it looks like {description}" if description is not None else ""
         raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {GIVE}.",
+            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {EXPECTED_FILE}.",
             path,
         )
     assert kind is not None
     declared = read_prediction(metadata)
     if V_PRED in names:
-        return Marks(kind, True, ZTSNR in names or declared.zero_terminal_snr, said_by=f"its tensor {V_PRED}")
+        return ModelType(
+            kind, True, ZTSNR in names or declared.zero_terminal_snr, recorded_in=f"its tensor {V_PRED}"
+        )
     if declared.unknown:
         logger.warning(
             "%s: its metadata say %s, which is not known here; the model is taken to predict noise unless "
@@ -113,7 +114,7 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
         )
     velocity = declared.velocity is True  # None if the metadata do not say it
     is_zero = ZTSNR in names or (velocity and declared.zero_terminal_snr)
-    return Marks(kind, velocity, is_zero, said_by="its metadata" if velocity else "")
+    return ModelType(kind, velocity, is_zero, recorded_in="its metadata" if velocity else "")
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
@@ -124,7 +125,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
             continue
         if flag_kind is not kind:
             raise OptionError(
-                f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a "
+                f"{flag}: {options.ckpt} is {kind.title}, by its tensors. Leave {flag} out, or give a "
                 f"checkpoint of {flag_kind.words}."
             )
         return  # only the first flag is checked
@@ -142,7 +143,7 @@ def identify(path: Path) -> str | None:
             with open_checkpoint(path) as checkpoint:
                 kind = _find_kind(checkpoint.tensors)
                 other_model = _describe_other(checkpoint.tensors, kind)
-            description = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
+            description = None if kind is None or other_model is not None else f"{kind.title} checkpoint"
     except (CheckpointError, OSError):
         return None
     family = "sdxl" if kind is SDXL else "sd1"
@@ -151,7 +152,7 @@ def identify(path: Path) -> str | None:
 
 def _find_kind(names: Iterable[str]) -> ModelKind | None:
     starts = {".".join(name.split(".")[:4]) + "." for name in names if not name.startswith((UNET, VAE))}
-    return next((kind for mark, kind in _MARKS if _has(starts, mark)), None)
+    return next((kind for mark, kind in _KIND_BY_PREFIX if _has(starts, mark)), None)
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:

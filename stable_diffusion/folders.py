@@ -18,7 +18,7 @@ from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.diffusers_parts import unet_class, vae_class
-from stable_diffusion.files import GIVE, Marks
+from stable_diffusion.files import EXPECTED_FILE, ModelType
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ MAX_SHOWN = 300  # characters of a setting in a message
 _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
 
-def read_folder_marks(folder: Path) -> Marks:
+def read_folder_model_type(folder: Path) -> ModelType:
     """Return the kind of model in a folder, judged by its parts and their configurations.
 
     Raises CheckpointError that names another model's kind, or the missing part.
@@ -81,11 +81,11 @@ def read_folder_marks(folder: Path) -> Marks:
             f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
         )
     _check_schedule(schedule, file)
-    return Marks(
+    return ModelType(
         kind,
         _PREDICTIONS[prediction],
         schedule.get("rescale_betas_zero_snr") is True,
-        said_by="scheduler/scheduler_config.json",
+        recorded_in="scheduler/scheduler_config.json",
     )
 
 
@@ -129,7 +129,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
             lcm_hint = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
                 f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
-                f"1.x, 2.x or XL has{lcm_hint}.\n  Give {GIVE}.",
+                f"1.x, 2.x or XL has{lcm_hint}.\n  Give {EXPECTED_FILE}.",
                 folder,
             )
     return LoadPlan(config, checkpoint, plain_sources(checkpoint))
@@ -196,7 +196,7 @@ def _read_kind(folder: Path) -> ModelKind:
     """Return the kind of Stable Diffusion in a folder of diffusers, by its text encoders."""
     if not (folder / "unet").is_dir():
         raise CheckpointError(
-            f"--ckpt {folder} has no folder unet{_name_parts(folder)}.\n  Give {GIVE}.",
+            f"--ckpt {folder} has no folder unet{_name_parts(folder)}.\n  Give {EXPECTED_FILE}.",
             folder,
         )
     if (folder / "text_encoder_2").is_dir():
@@ -212,7 +212,7 @@ def _read_kind(folder: Path) -> ModelKind:
     if not kind.startswith("clip"):
         raise CheckpointError(
             f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
-            f"CLIP{_name_parts(folder)}.\n  Give {GIVE}.",
+            f"CLIP{_name_parts(folder)}.\n  Give {EXPECTED_FILE}.",
             folder,
         )
     # among the CLIPs in use only OpenAI's has this activation, which is also config.json's default
@@ -234,7 +234,8 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     config = read_settings(file)
     if config.get("_class_name", network.__name__) != network.__name__:
         raise CheckpointError(
-            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n  Give {GIVE}.",
+            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n"
+            f"  Give {EXPECTED_FILE}.",
             file,
         )
     for name, kind in _TYPES.items():

@@ -159,23 +159,23 @@ class Guides:
     clip: FullClip | None
     vgg: Vgg16 | None
 
-    def steer(self, guidance: Guidance, passes: UnetPasses, picture: RequestedImage) -> Guidance:
+    def steer(self, guidance: Guidance, passes: UnetPasses, request: RequestedImage) -> Guidance:
         """Wrap guidance so that the networks steer one image.
 
         Args:
             guidance: Guidance to wrap.
             passes: Runs the U-Net for the prediction.
-            picture: The image to steer.
+            request: The image to steer.
 
         Raises:
             MediaError: If the guide image cannot be read.
         """
-        measure = self._measure(picture)
+        measure = self._measure(request)
         model = self.model
         sampler = passes.sampler
         # gradient checkpointing saves memory; the U-Net cannot use it if its hooks track the running layer
         model.vae.enable_gradient_checkpointing()
-        if picture.settings.parts > 1 or picture.settings.deep_shrink is not None:
+        if request.settings.num_parts > 1 or request.settings.deep_shrink is not None:
             model.unet.disable_gradient_checkpointing()
         else:
             model.unet.enable_gradient_checkpointing()
@@ -209,30 +209,30 @@ class Guides:
 
         return steered
 
-    def _measure(self, picture: RequestedImage) -> Measure:
+    def _measure(self, request: RequestedImage) -> Measure:
         """Return the loss whose gradient guides an image: the sum of all networks' losses."""
         options = self.options
         clip = self.clip
         measures: list[Measure] = []
         if clip is not None and options.clip_guidance_scale:
-            vector = clip.encode_text(self._read_clip_tokens(picture))
+            vector = clip.encode_text(self._read_clip_tokens(request))
             measures.append(_measure_vector(clip, vector, options.clip_guidance_scale))
         if clip is not None and options.clip_image_guidance_scale:
-            vector = clip.vision.encode([read_picture(picture.guides[0])])
+            vector = clip.vision.encode([read_picture(request.guides[0])])
             measures.append(_measure_vector(clip, vector, options.clip_image_guidance_scale))
         if self.vgg is not None:
-            measures.append(_measure_features(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
+            measures.append(_measure_features(self.vgg, request.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
-    def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
+    def _read_clip_tokens(self, request: RequestedImage) -> list[int]:
         """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
-        text = picture.clip_prompt
+        text = request.clip_prompt
         if text is None:
-            text = " ".join(split_parts(picture.prompt))
-        tower = self.model.texts[0]
-        chunks = cut_into_chunks(parse_weights(text), tower.tokenize)
+            text = " ".join(split_parts(request.prompt))
+        text_encoder = self.model.text_encoders[0]
+        chunks = cut_into_chunks(parse_weights(text), text_encoder.tokenize)
         ids = [token for chunk in chunks for token in chunk.ids][:SIZE]
-        return [tower.start, *ids, tower.end]
+        return [text_encoder.bos_token_id, *ids, text_encoder.eos_token_id]
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
@@ -330,9 +330,12 @@ def _load_clip(path: Path, model: Model) -> FullClip:
     with open_checkpoint(path) as checkpoint:
         projection = checkpoint.read(_PROJECTION).to(device, dtype)
     text = load_clip_text(path, device, dtype, CLIP)
-    tower = model.texts[0]
+    text_encoder = model.text_encoders[0]
     # start and end tokens have the highest ids of the vocabulary
-    if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
+    if (
+        max(text_encoder.bos_token_id, text_encoder.eos_token_id)
+        >= text.embeddings.token_embedding.num_embeddings
+    ):
         raise CheckpointError(
             f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
             f"{CLIP.release}.",

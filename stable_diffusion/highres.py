@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
-from stable_diffusion.contract import ImageSettings, Made, Model, RequestedImage, SecondStart
+from stable_diffusion.contract import ImageSettings, Model, RequestedImage, SecondStageInput, StageResult
 from stable_diffusion.making import ImageGenerator
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
@@ -36,7 +36,9 @@ class UpscalingModule:
     upscaler: Any
     takes_latents: bool
 
-    def upscale(self, model: Model, stage: Made, width: int, height: int, vae_batch: int) -> SecondStart:
+    def upscale(
+        self, model: Model, stage: StageResult, width: int, height: int, vae_batch: int
+    ) -> SecondStageInput:
         """Enlarge the result of a stage to a size in pixels; return images or latents.
 
         Raises:
@@ -68,11 +70,11 @@ class UpscalingModule:
         shape = (count, 4, height // STRIDE, width // STRIDE)
         if isinstance(result, Tensor):
             if tuple(result.shape) == shape and bool(torch.isfinite(result).all()):
-                return SecondStart(latents=result.float())
+                return SecondStageInput(latents=result.float())
             what = f"latents of {_in_words(result.shape)}, or not finite"
         else:
             if _are_images(result, count):
-                return SecondStart(images=[fit(image.convert("RGB"), width, height) for image in result])
+                return SecondStageInput(images=[fit(image.convert("RGB"), width, height) for image in result])
             what = type(result).__name__
         raise OptionError(
             f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
@@ -142,8 +144,8 @@ class SavedStage:
     """Images of one stage to save, with the text that marks the stage in file names."""
 
     # with the requested seeds and this stage's settings
-    pictures: Sequence[RequestedImage]
-    result: Made
+    requests: Sequence[RequestedImage]
+    result: StageResult
     digit: str  # in file names: FIRST or SECOND; empty if there is one stage
 
 
@@ -168,25 +170,25 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 
 
 def make_images(
-    maker: ImageGenerator, highres: Highres | None, pictures: Sequence[RequestedImage]
+    maker: ImageGenerator, highres: Highres | None, requests: Sequence[RequestedImage]
 ) -> Iterator[SavedStage]:
     """Generate a batch in one or two stages; yield the images of each stage that is saved, once finished.
 
     Args:
         maker: Makes the images.
         highres: Options and upscaler of the second stage; None for one stage.
-        pictures: Images of equal settings.
+        requests: Images of equal settings.
 
     Raises:
         UserError: If an input image cannot be used, or if --highres_fix_upscaler fails.
     """
     if highres is None:
-        yield SavedStage(pictures, maker.make(pictures), "")
+        yield SavedStage(requests, maker.make(requests), "")
         return
     options, upscaler = highres
-    settings = pictures[0].settings
+    settings = requests[0].settings
     small = _make_first_settings(options, settings)
-    first = [replace(image, settings=small) for image in pictures]
+    first = [replace(request, settings=small) for request in requests]
     takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not takes_latents
     result = maker.make(first, None, wants_images)
@@ -196,11 +198,13 @@ def make_images(
     del result
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
-    second = [replace(image, settings=settings) for image in pictures]
+    second = [replace(request, settings=settings) for request in requests]
     if options.highres_fix_disable_control_net:
-        second = [replace(image, guides=()) for image in second]
+        second = [replace(request, guides=()) for request in second]
     # another seed: with the first stage's noise, the second would add the same pattern once more
-    reseeded = [replace(image, seed=image.seed + 1 if image.seed < 2**64 - 1 else 0) for image in second]
+    reseeded = [
+        replace(request, seed=request.seed + 1 if request.seed < 2**64 - 1 else 0) for request in second
+    ]
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
@@ -226,7 +230,9 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
     )
 
 
-def enlarge(maker: ImageGenerator, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
+def enlarge(
+    maker: ImageGenerator, highres: Highres, result: StageResult, settings: ImageSettings
+) -> SecondStageInput:
     """Resize the first stage's result, by the chosen upscaler or by interpolation, as input of the second.
 
     Args:
@@ -246,6 +252,6 @@ def enlarge(maker: ImageGenerator, highres: Highres, result: Made, settings: Ima
         )
     if options.highres_fix_latents_upscaling:
         latents = interpolate(result.latents.float(), latent_size(settings), mode="bicubic")
-        return SecondStart(latents=latents)
+        return SecondStageInput(latents=latents)
     assert result.images is not None
-    return SecondStart(images=[fit(image, settings.width, settings.height) for image in result.images])
+    return SecondStageInput(images=[fit(image, settings.width, settings.height) for image in result.images])

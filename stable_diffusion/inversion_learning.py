@@ -21,7 +21,7 @@ from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
 from stable_diffusion.inversion_options import InversionOptions
-from stable_diffusion.textual_inversion import SEVERAL, SINGLE, check_words, read_bundled, read_words
+from stable_diffusion.textual_inversion import SEVERAL, SINGLE, check_words, read_lora_words, read_words
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import StableDiffusionTrainingOptions, generation_options
 
@@ -67,9 +67,9 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
             (learned_word,) = read_words([path], option=option)
         else:
             with quiet():  # its log line is about words for prompts
-                (learned_word,) = read_bundled({path: {word.text: content}}, option)
-        with files.opened() as release:
-            widths = [text.network.config.dim for text in release.texts]
+                (learned_word,) = read_lora_words({path: {word.text: content}}, option)
+        with files.open_plan() as checkpoint_plan:
+            widths = [text.load_plan.config.dim for text in checkpoint_plan.text_encoders]
         check_words([learned_word], widths, files.kind)
         return dict(zip(keys, learned_word.vectors, strict=True))
 

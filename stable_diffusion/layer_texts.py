@@ -28,15 +28,16 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
     levels = range(count(names, r"down_blocks\.\d+"))
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
     paths = {}
-    for released, path, _ in unet_blocks(layers):
+    for block in unet_blocks(layers):
+        path = block.diffusers_path
         if f"{path}.transformer_blocks.0.attn2.to_k.weight" not in names:
             continue
-        part, number, *_ = released.split(".")  # such as input_blocks.1.1
-        if part == "middle_block":
+        ldm_list, index, *_ = block.ldm_path.split(".")  # such as input_blocks.1.1
+        if ldm_list == "middle_block":
             paths["MID"] = path
         else:
-            prefix = "IN" if part == "input_blocks" else "OUT"
-            paths[f"{prefix}{int(number):02d}"] = path
+            prefix = "IN" if ldm_list == "input_blocks" else "OUT"
+            paths[f"{prefix}{int(index):02d}"] = path
     return dict(sorted(paths.items()))
 
 
@@ -49,41 +50,45 @@ class LayerTexts:
     paths: Sequence[str]
 
     @contextmanager
-    def for_batch(
-        self, pictures: Sequence[RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         """Change the U-Net for a batch and restore it at the end; enter this before `Regions`."""
         with ExitStack() as stack:
-            for module, forward in give_parts(self.unet, self.paths):
+            for module, forward in split_context_by_layer(self.unet, self.paths):
                 stack.callback(put_back, module, forward)
             yield None
 
 
-def give_parts(unet: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, Callable[..., Tensor] | None]]:
-    """Let each cross-attention attend to its own part of the context.
+def split_context_by_layer(
+    unet: nn.Module, paths: Sequence[str]
+) -> list[tuple[nn.Module, Callable[..., Tensor] | None]]:
+    """Replace the forward of each cross-attention by one that attends to its own slice of the text states.
 
     Args:
         unet: The U-Net.
-        paths: Paths of the transformers around the cross-attentions, in the order of the context.
+        paths: Paths of the transformers around the cross-attentions, in the order of the slices.
 
     Returns:
-        The changed modules, each with the forward that was set on it before; None for that of its class.
+        The changed modules, each with the instance attribute `forward` to restore; None if it had none.
     """
     changed = []
     for index, path in enumerate(paths):
         for name, module in unet.get_submodule(path).named_modules():
             if name.endswith(".attn2"):
                 changed.append((module, module.__dict__.get("forward")))
-                module.forward = _with_part(module.forward, index, len(paths))
+                module.forward = _attend_to_slice(module.forward, index, len(paths))
     return changed
 
 
-def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    """Return a cross-attention to part `place` of a context that consists of `places` equal parts."""
+def _attend_to_slice(
+    attend: Callable[..., Tensor], layer_index: int, num_layers: int
+) -> Callable[..., Tensor]:
+    """Return a cross-attention to slice `layer_index` of a context that consists of `num_layers` slices."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C
-        part = encoder_hidden_states.chunk(places, dim=1)[place]
-        return attend(hidden_states, encoder_hidden_states=part, **settings)
+        own_states = encoder_hidden_states.chunk(num_layers, dim=1)[layer_index]
+        return attend(hidden_states, encoder_hidden_states=own_states, **settings)
 
     return forward

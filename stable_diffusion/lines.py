@@ -324,7 +324,7 @@ class Line:
     # from an input image's metadata, instead of options in the text; such a prompt has no variants
     negative_prompt: str | None = None
     image_number: int | None = None  # the input image that the line belongs to; None for the next one
-    pictures: int | None = None  # number of images to generate; None for the number in the options
+    num_images: int | None = None  # number of images to generate; None for the number in the options
 
     @property
     def is_plain(self) -> bool:
@@ -451,6 +451,6 @@ def module_lines(
                 )
             for text in prompts:
                 number += 1
-                yield Line(f"prompt {number}", text, pictures=1 if len(prompts) > 1 else None)
+                yield Line(f"prompt {number}", text, num_images=1 if len(prompts) > 1 else None)
 
     return lines

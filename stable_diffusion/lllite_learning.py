@@ -14,7 +14,7 @@ from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError, UserError
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
-from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.control_net_options import say_generation
 from stable_diffusion.lllite_modules import (
     WHAT,
@@ -70,7 +70,7 @@ class TrainedLllite(Lllite):
             layer = find_layer(unet, name, part=module.part, path=path, option=WEIGHTS)
             layer.register_forward_pre_hook(partial(self._change_input, module))
         # called before each U-Net call with the control images
-        unet.beside = BesideUnet(self.compute_residuals)  # type: ignore[assignment]
+        unet.control = UnetControl(self.compute_residuals)  # type: ignore[assignment]
 
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]

@@ -174,7 +174,7 @@ def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option:
         mismatch = f"takes {width} there"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{part.width} channels, and the model {mismatch}. Give one for {SDXL.words} to {option}.",
+        f"{part.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
         path,
     )
 

@@ -59,8 +59,8 @@ class Lllites:
             self._layers.append(layers)
 
     @contextlib.contextmanager
-    def for_batch(
-        self, pictures: Sequence[RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         """Attach the modules while a batch is generated; yield the hook, None without guide images.
 
@@ -68,10 +68,10 @@ class Lllites:
             OptionError: For a wrong number of guides.
             MediaError: If a guide cannot be read.
         """
-        if not any(image.guides for image in pictures):
+        if not any(request.guides for request in requests):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
+        guides = BatchGuides(self._uses, OPTION, requests, width=width, height=height)
         batch = _LlliteBatch(self._uses, guides, self._model.dtype)
         with contextlib.ExitStack() as hooks:
             # attached in reverse, so that the last LLLite changes a shared layer's input first
@@ -124,8 +124,8 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
     for use in options.uses if options.control_net_lllite_models else ():
         if kind is not SDXL:
             raise CheckpointError(
-                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.words}, but --ckpt is {kind.words}. "
-                f"Give a checkpoint of {SDXL.words}, or a ControlNet to --control_net_models.",
+                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.title}, but --ckpt is {kind.title}. "
+                f"Give a checkpoint of {SDXL.title}, or a ControlNet to --control_net_models.",
                 use.path,
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
@@ -135,7 +135,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             for name in plan.config:
                 if find_layer_path(name) is None:
                     raise CheckpointError(
-                        f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.words} "
+                        f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.title} "
                         f"does not have. Give another file to {OPTION}.",
                         use.path,
                     )

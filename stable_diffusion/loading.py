@@ -24,9 +24,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
 from stable_diffusion import checkpoints, folders
-from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
+from stable_diffusion.contract import SD2, SDXL, LoadedTextEncoder, Model, ModelKind
 from stable_diffusion.diffusers_parts import make_xformers_processor, unet_class, vae_class
-from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_kind_flags, read_marks
+from stable_diffusion.files import EMA, EXPECTED_FILE, UNET, ModelType, check_kind_flags, read_model_type
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
@@ -37,23 +37,23 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
+class CheckpointPlan:
     """A checkpoint with open files and a load plan for each network."""
 
     path: Path
-    marks: Marks
+    model_type: ModelType
     unet: LoadPlan[checkpoints.UnetSizes]
     vae: LoadPlan[checkpoints.VaeSizes]
-    texts: tuple[TextPlan, ...]
+    text_encoders: tuple[TextPlan, ...]
 
     @property
     def kind(self) -> ModelKind:
         """Kind of the opened checkpoint."""
-        return self.marks.kind
+        return self.model_type.kind
 
 
-def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
-    """Load the networks that `open_release` has planned, in evaluation mode; its files must still be open.
+def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, device: torch.device) -> Model:
+    """Load the networks that `plan_checkpoint` has planned, in evaluation mode; its files must still be open.
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
@@ -61,25 +61,27 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
     tokenizers = find_tokenizers(
-        options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
+        options.tokenizer_cache_dir,
+        checkpoint_plan.path,
+        [plan.is_open_clip for plan in checkpoint_plan.text_encoders],
     )
-    for tokenizer, plan in zip(tokenizers, release.texts, strict=True):
-        check_vocabulary(tokenizer, plan.network.config.vocabulary, release.path)
-    parts = _make_networks(release, dtype, vae_dtype)
+    for tokenizer, plan in zip(tokenizers, checkpoint_plan.text_encoders, strict=True):
+        check_vocabulary(tokenizer, plan.load_plan.config.vocabulary, checkpoint_plan.path)
+    parts = _make_networks(checkpoint_plan, dtype, vae_dtype)
     _fill(parts, META)  # compares names and shapes; reads nothing
-    description = release.kind.words
-    if release.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
+    description = checkpoint_plan.kind.title
+    if checkpoint_plan.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
         description += ", inpainting"
-    if release.marks.words:
-        description += f", which {release.marks.words}"
+    if checkpoint_plan.model_type.describe_prediction():
+        description += f", which {checkpoint_plan.model_type.describe_prediction()}"
     logger.info(
         "Loading %s: %s, as %s, VAE as %s",
-        release.path,
+        checkpoint_plan.path,
         description,
         dtype_name(dtype),
         dtype_name(vae_dtype),
     )
-    if release.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
+    if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
         logger.warning(
             "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
             "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
@@ -87,28 +89,32 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     # read the weights
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)  # in the order of `_make_networks`
-    tower_parts = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
-    towers = tuple(
-        TextTower(
+    tower_parts = zip(
+        checkpoint_plan.text_encoders, texts, tokenizers, checkpoint_plan.kind.lora_prefixes, strict=True
+    )
+    text_encoders = tuple(
+        LoadedTextEncoder(
             network=network,
             tokenize=tokenizer.tokenize,
-            start=tokenizer.start,
-            end=tokenizer.end,
-            pad=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
+            bos_token_id=tokenizer.start,
+            eos_token_id=tokenizer.end,
+            pad_token_id=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if release.kind is SD2 else 0,  # the last layer is never used, so not loaded
+            missing_layers=1
+            if checkpoint_plan.kind is SD2
+            else 0,  # the last layer is never used, so not loaded
         )
         for plan, network, tokenizer, lora_prefix in tower_parts
     )
     _set_computation(options, unet, vae)
     return Model(
-        kind=release.kind,
-        path=release.path,
+        kind=checkpoint_plan.kind,
+        path=checkpoint_plan.path,
         unet=unet,
         vae=vae,
-        texts=towers,
-        predicts_velocity=release.marks.predicts_velocity or options.v_parameterization,
-        zero_terminal_snr=release.marks.zero_terminal_snr,
+        text_encoders=text_encoders,
+        predicts_velocity=checkpoint_plan.model_type.predicts_velocity or options.v_parameterization,
+        zero_terminal_snr=checkpoint_plan.model_type.zero_terminal_snr,
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
@@ -128,7 +134,7 @@ def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
         checkpoints.band_convolutions(vae, options.vae_slices)
 
 
-def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
+def plan_checkpoint(options: ModelOptions, files: ExitStack) -> CheckpointPlan:
     """Find and open the files of --ckpt and --vae, and plan how their networks are loaded.
 
     Args:
@@ -141,41 +147,41 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     """
     path = find_checkpoint(options.ckpt)
     if path.is_dir():
-        marks = folders.read_folder_marks(path)
-        check_kind_flags(options, marks.kind)
+        model_type = folders.read_folder_model_type(path)
+        check_kind_flags(options, model_type.kind)
         has_config = (path / "scheduler" / "scheduler_config.json").is_file()
-        if options.v_parameterization and has_config and not marks.predicts_velocity:
+        if options.v_parameterization and has_config and not model_type.predicts_velocity:
             raise OptionError(
                 f"--v_parameterization: the scheduler/scheduler_config.json of {path} says that the model "
                 'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
                 "wrong"
             )
-        texts = folders.read_folder_texts(path, marks.kind, files)
+        texts = folders.read_folder_texts(path, model_type.kind, files)
         unet = folders.read_folder_unet(path, files)
         vae = read_chosen_vae(
-            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks.kind, files
+            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", model_type.kind, files
         )
     else:
         checkpoint = files.enter_context(open_checkpoint(path))
-        marks = read_marks(path, checkpoint.tensors, checkpoint.metadata)
-        check_kind_flags(options, marks.kind)
+        model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
+        check_kind_flags(options, model_type.kind)
         averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
         if averages:
             logger.info(
                 "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, averages
             )
-        texts = read_texts(checkpoint, marks.kind)
+        texts = read_texts(checkpoint, model_type.kind)
         # "": all tensors with another prefix belong to other networks, and are left out
         unet_part = checkpoint.without_prefix(UNET, others=("",))
-        unet = checkpoints.read_unet(unet_part, marks.kind, _find_pooled_width(texts))
+        unet = checkpoints.read_unet(unet_part, model_type.kind, _find_pooled_width(texts))
         vae = (
-            checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
+            checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
             if options.vae is None
-            else read_chosen_vae(options.vae, "--vae", marks.kind, files)
+            else read_chosen_vae(options.vae, "--vae", model_type.kind, files)
         )
-    release = OpenedCheckpoint(path, marks, unet=unet, vae=vae, texts=texts)
-    _check_together(release)
-    return release
+    checkpoint_plan = CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=texts)
+    _check_together(checkpoint_plan)
+    return checkpoint_plan
 
 
 def find_checkpoint(ckpt: Path) -> Path:
@@ -190,11 +196,11 @@ def find_checkpoint(ckpt: Path) -> Path:
         names = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it holds {names})."
-            f"\n  Give {GIVE}.",
+            f"\n  Give {EXPECTED_FILE}.",
             ckpt,
         )
     if ckpt.exists() or not _is_of_hub(ckpt):
-        _require(ckpt, "--ckpt", GIVE)
+        _require(ckpt, "--ckpt", EXPECTED_FILE)
         return ckpt
     return find_model_folder("--ckpt", ckpt.as_posix(), folders.PATTERNS)
 
@@ -239,31 +245,33 @@ def read_chosen_vae(
 PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")
 
 
-def _find_pooled_width(texts: tuple[TextPlan, ...]) -> int:
-    return texts[-1].network.config.projection_dim
+def _find_pooled_width(text_encoders: tuple[TextPlan, ...]) -> int:
+    return text_encoders[-1].load_plan.config.projection_dim
 
 
-def _check_together(release: OpenedCheckpoint) -> None:
+def _check_together(checkpoint_plan: CheckpointPlan) -> None:
     """Raise CheckpointError if the U-Net's channels do not match the samplers or the text encoders."""
-    config = release.unet.config
-    path = release.path
+    config = checkpoint_plan.unet.config
+    path = checkpoint_plan.path
     channels = config.get("in_channels", 4)
     if channels not in checkpoints.USES:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (images) and 9 "
-            f"(inpainting) can be used.\n  Give {GIVE}.",
+            f"(inpainting) can be used.\n  Give {EXPECTED_FILE}.",
             path,
         )
     text_width = config.get("cross_attention_dim", 1280)
-    width = sum(plan.network.config.dim for plan in release.texts)  # the encoders' states are concatenated
+    width = sum(
+        plan.load_plan.config.dim for plan in checkpoint_plan.text_encoders
+    )  # the encoders' states are concatenated
     if text_width != width:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes text states of {text_width} numbers, its text encoders give "
             f"{width}. Parts of different models were joined.",
             path,
         )
-    if release.kind is SDXL:
-        pooled = _find_pooled_width(release.texts)
+    if checkpoint_plan.kind is SDXL:
+        pooled = _find_pooled_width(checkpoint_plan.text_encoders)
         needed = pooled + checkpoints.SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
         pooled_width = config.get("projection_class_embeddings_input_dim")
         if pooled_width != needed:
@@ -278,18 +286,24 @@ def _check_together(release: OpenedCheckpoint) -> None:
 _Part = tuple[Any, LoadPlan[Any], torch.dtype, str]  # a network, how it is loaded, and its name in messages
 
 
-def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype) -> list[_Part]:
+def _make_networks(
+    checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> list[_Part]:
     """Build all networks on the meta device: text encoders, U-Net and VAE."""
-    for plan in release.texts:
-        check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
+    for plan in checkpoint_plan.text_encoders:
+        check_activation(plan.load_plan.config, checkpoint_plan.path, "CLIP has quick_gelu or gelu")
     with META:
-        texts = [(ClipText(plan.network.config), plan.network) for plan in release.texts]
-    unet = checkpoints.build_network(unet_class(), release.unet.config, release.unet.checkpoint.path)
-    vae = checkpoints.build_network(vae_class(), release.vae.config, release.vae.checkpoint.path)
+        texts = [(ClipText(plan.load_plan.config), plan.load_plan) for plan in checkpoint_plan.text_encoders]
+    unet = checkpoints.build_network(
+        unet_class(), checkpoint_plan.unet.config, checkpoint_plan.unet.checkpoint.path
+    )
+    vae = checkpoints.build_network(
+        vae_class(), checkpoint_plan.vae.config, checkpoint_plan.vae.checkpoint.path
+    )
     return [
         *((*text, dtype, "the text encoder of --ckpt") for text in texts),
-        (unet, release.unet, dtype, "the U-Net of --ckpt"),
-        (vae, release.vae, vae_dtype, "the VAE"),
+        (unet, checkpoint_plan.unet, dtype, "the U-Net of --ckpt"),
+        (vae, checkpoint_plan.vae, vae_dtype, "the VAE"),
     ]
 
 

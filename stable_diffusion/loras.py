@@ -25,16 +25,16 @@ from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
 from networks.text_loras import for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
-from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.network_options import AddedNetworkOptions
-from stable_diffusion.textual_inversion import LearnedWord, read_bundled
+from stable_diffusion.textual_inversion import LearnedWord, read_lora_words
 
 logger = getLogger(__name__)
 OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
 
 
-class ChosenLoras:
+class AdjustableLoras:
     """LoRAs of a model with strengths that can change between images, in the order of the options."""
 
     def __init__(
@@ -62,7 +62,7 @@ class ChosenLoras:
     def __len__(self) -> int:
         return len(self._defaults)
 
-    def settle(self, multipliers: Multipliers | None, part: int | None = None) -> Multipliers:
+    def resolve_strengths(self, multipliers: Multipliers | None, part: int | None = None) -> Multipliers:
         """Return the strength of each LoRA.
 
         Args:
@@ -91,7 +91,7 @@ class ChosenLoras:
             multipliers: Multipliers of a prompt; None for the ones on the command line.
             part: Index of the only LoRA to use; None for all.
         """
-        strengths = self.settle(multipliers, part)
+        strengths = self.resolve_strengths(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
             self._use(strengths)
@@ -146,24 +146,24 @@ def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
     Raises:
         CheckpointError: If a word cannot be read.
     """
-    return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
+    return read_lora_words({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
 
-def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None:
+def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -> None:
     """Check before loading that each LoRA fits the networks of a checkpoint, by names and shapes alone.
 
     Raises:
         CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
     """
-    check_kind(loras, release.kind)
-    uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
+    check_kind(loras, checkpoint_plan.kind)
+    uses = for_encoders(map(LoraUse, loras), checkpoint_plan.kind.title, checkpoint_plan.kind.lora_prefixes)
     if not loras:
         return
-    plans: list[tuple[str, LoadPlan[Any]]] = [("", release.unet)]  # by prefix: the U-Net has none
-    for prefix, text in zip(release.kind.lora_prefixes, release.texts, strict=True):
-        plans.append((prefix, text.network))
+    plans: list[tuple[str, LoadPlan[Any]]] = [("", checkpoint_plan.unet)]  # by prefix: the U-Net has none
+    for prefix, text in zip(checkpoint_plan.kind.lora_prefixes, checkpoint_plan.text_encoders, strict=True):
+        plans.append((prefix, text.load_plan))
     for prefix, plan in plans:
-        patch = LoraPatch(uses_for(uses, prefix), model=release.path)
+        patch = LoraPatch(uses_for(uses, prefix), model=checkpoint_plan.path)
         published = published_parameter if prefix else str  # only text encoders have other names here
         for name, source in plan.sources.items():
             # meta tensors: only names and shapes are compared
@@ -185,19 +185,19 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
         fitting_kind = None if family_by_width is None else kinds.get(family_by_width.name)
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
-                f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
-                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}."
+                f"{OPTION} {lora.path} is a LoRA for {fitting_kind.title}, by its sizes; --ckpt is "
+                f"{kind.title}.\n  Give a LoRA that was trained for {kind.title}."
             )
         if family is not None and family.name != kind.name:
             logger.warning(
-                f"{lora.path} was trained for {kinds[family.name].words}, as {lora.evidence} say, and is "
-                f"used with {kind.words}: do not expect much of it"
+                f"{lora.path} was trained for {kinds[family.name].title}, as {lora.evidence} say, and is "
+                f"used with {kind.title}: do not expect much of it"
             )
 
 
 def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
-) -> ChosenLoras | None:
+) -> AdjustableLoras | None:
     """Add the files of `--network_weights` to a model; return those whose strengths can be changed.
 
     Args:
@@ -215,12 +215,12 @@ def load_networks(
         return None
     loras = read_networks(options) if loras is None else loras
     all_uses = map(LoraUse, loras, options.multipliers)
-    uses = for_encoders(all_uses, model.kind.words, model.kind.lora_prefixes)
+    uses = for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
     merged = uses[: options.num_merged]
     adjustable = uses[options.num_merged :]
     targets = [
         _Target(model.unet),
-        *(_Target(tower.network, tower.lora_prefix) for tower in model.texts),
+        *(_Target(text_encoder.network, text_encoder.lora_prefix) for text_encoder in model.text_encoders),
     ]
     if merged:
         _merge(targets, merged, options.lora_rounding)
@@ -228,7 +228,7 @@ def load_networks(
         return None
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:  # weights are folded anew when multipliers change
-        return ChosenLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
+        return AdjustableLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
     # for each network, for each LoRA file: its added layers by module name
     parts_by_target = [_attach_loras(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
@@ -242,7 +242,7 @@ def load_networks(
 
     # the first target is the U-Net
     unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in parts_by_target[0]]
-    return ChosenLoras(defaults, use_multipliers, unet_layers)
+    return AdjustableLoras(defaults, use_multipliers, unet_layers)
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:

@@ -19,7 +19,7 @@ from protocols.data import Conditions
 from protocols.steps import Section, StepDone
 from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides
-from stable_diffusion.loras import ChosenLoras
+from stable_diffusion.loras import AdjustableLoras
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.sampling_options import SamplingOptions
 from stable_diffusion.small_start import begin_small, check_batch
@@ -29,8 +29,8 @@ from stable_diffusion.text import ImageVectors, Texts
 class BatchHook(Protocol):
     """Object that sets up the U-Net for each batch and creates a hook for its calls."""
 
-    def for_batch(
-        self, pictures: Sequence[contract.RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
         """Return a context to generate a batch in, which yields a U-Net hook, or None without one."""
 
@@ -51,7 +51,7 @@ class ImageGenerator:
     texts: Texts
     sampling: SamplingOptions
     vae_batch_size: float | None = None
-    networks: ChosenLoras | None = None
+    networks: AdjustableLoras | None = None
     batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
@@ -72,66 +72,66 @@ class ImageGenerator:
     @torch.no_grad()
     def make(
         self,
-        pictures: Sequence[contract.RequestedImage],
-        start: contract.SecondStart | None = None,
+        requests: Sequence[contract.RequestedImage],
+        start: contract.SecondStageInput | None = None,
         wants_images: bool = True,
-    ) -> contract.Made:
+    ) -> contract.StageResult:
         """Generate a batch of images; an image does not depend on the rest of its batch.
 
         Images are generated in groups of equal text length and kinds of inputs, or one at a time if CLIP or
         VGG16 guide them.
 
         Args:
-            pictures: Images with equal settings.
+            requests: Images with equal settings.
             start: Replacement for the input images; None keeps them.
             wants_images: Whether images are returned in addition to latents.
 
         Raises:
             UserError: If an input image cannot be used.
         """
-        for image in pictures:
-            starting.check_start(self.model, image, start)
+        for request in requests:
+            starting.check_start(self.model, request, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
             """Return a key that images have in common if they can be generated together."""
-            image = pictures[index]
+            request = requests[index]
             own_group = 0 if self.guides is None else index  # steered images are generated alone
-            return self._count_chunks(image), image.image is not None, image.mask is not None, own_group
+            return self._count_chunks(request), request.image is not None, request.mask is not None, own_group
 
         latents: dict[int, Tensor] = {}  # by index of the image
         # sorted by that key, because groupby only joins neighbors
-        for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
+        for _, group in groupby(sorted(range(len(requests)), key=kind_of), kind_of):
             indices = list(group)
             group_start = None if start is None else _pick(start, indices)
-            group_latents = self._make_group([pictures[index] for index in indices], group_start)
+            group_latents = self._make_group([requests[index] for index in indices], group_start)
             latents |= dict(zip(indices, group_latents, strict=True))
-        joined = torch.stack([latents[index] for index in range(len(pictures))])
+        joined = torch.stack([latents[index] for index in range(len(requests))])
         if not wants_images:
-            return contract.Made(joined, None)
-        labels = [image.label for image in pictures]
+            return contract.StageResult(joined, None)
+        labels = [request.label for request in requests]
         images = starting.decode_latents(self.model, joined, labels, self.vae_batch_size)
-        return contract.Made(joined, images)
+        return contract.StageResult(joined, images)
 
     def _make_group(
-        self, pictures: Sequence[contract.RequestedImage], start: contract.SecondStart | None
+        self, requests: Sequence[contract.RequestedImage], start: contract.SecondStageInput | None
     ) -> Tensor:
         """Generate the latents, B 4 h w, of images with prompts of equal length."""
-        settings = pictures[0].settings
+        settings = requests[0].settings
         options = self.sampling
         gradual = settings.gradual_latent
         if gradual is not None:
-            check_batch(pictures, options.sampler)
+            check_batch(requests, options.sampler)
         sampler = samplers.begin_sampling(
             self._scheduler,
             settings.steps,
             # on the CPU, so that the numbers are the same on every device
-            [torch.Generator().manual_seed(image.seed) for image in pictures],
-            samplers.count_left_out(settings.steps, starting.find_strength(pictures[0], start)),
+            [torch.Generator().manual_seed(request.seed) for request in requests],
+            samplers.count_left_out(settings.steps, starting.find_strength(requests[0], start)),
         )
-        section_texts = self._encode(pictures)
+        section_texts = self._encode(requests)
         beginning = starting.begin(
             self.model,
-            pictures,
+            requests,
             start=start,
             sampler=sampler,
             noise_options=options.noise,
@@ -148,25 +148,27 @@ class ImageGenerator:
                 batch_hooks.append(self.regions)
             hooks = []
             for batch_hook in batch_hooks:
-                hook = stack.enter_context(batch_hook.for_batch(pictures, settings.width, settings.height))
+                hook = stack.enter_context(
+                    batch_hook.apply_to_batch(requests, settings.width, settings.height)
+                )
                 if hook is not None:
                     hooks.append(hook)
             passes = samplers.UnetPasses(self.model, beginning.sampler, hooks, beginning.inpainting)
-            return self._denoise(passes, beginning, section_texts, pictures[0])
+            return self._denoise(passes, beginning, section_texts, requests[0])
 
     def _denoise(
         self,
         passes: samplers.UnetPasses,
         beginning: starting.Beginning,
         texts: _Texts,
-        picture: contract.RequestedImage,
+        request: contract.RequestedImage,
     ) -> Tensor:
-        """Return the denoised latents. `picture` is any of the group, because all have the same settings."""
+        """Return the denoised latents. `request` is any of the group, because all have the same settings."""
         sampler = beginning.sampler
-        settings = picture.settings
+        settings = request.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
-            guidance = self.guides.steer(guidance, passes, picture)
+            guidance = self.guides.steer(guidance, passes, request)
         section = self._make_section(beginning.latents, texts, settings)
 
         def network(_: float) -> nn.Module:  # one network for all noise levels
@@ -211,40 +213,40 @@ class ImageGenerator:
 
     # Texts
 
-    def _count_chunks(self, picture: contract.RequestedImage) -> int:
-        return max(map(self.texts.chunks, [*self._split_parts(picture), *self._list_avoided(picture)]))
+    def _count_chunks(self, request: contract.RequestedImage) -> int:
+        return max(map(self.texts.chunks, [*self._split_parts(request), *self._list_avoided(request)]))
 
-    def _split_parts(self, picture: contract.RequestedImage) -> list[str]:
-        return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
+    def _split_parts(self, request: contract.RequestedImage) -> list[str]:
+        return split_parts(request.prompt) if request.settings.num_parts > 1 else [request.prompt]
 
-    def _list_avoided(self, picture: contract.RequestedImage) -> list[str]:
+    def _list_avoided(self, request: contract.RequestedImage) -> list[str]:
         """Return the negative prompt, with three guidance passes also the empty one; [] without guidance."""
-        settings = picture.settings
+        settings = request.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
-        return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
+        return [request.negative_prompt] if settings.negative_scale is None else [request.negative_prompt, ""]
 
-    def _encode(self, pictures: Sequence[contract.RequestedImage]) -> _Texts:
+    def _encode(self, requests: Sequence[contract.RequestedImage]) -> _Texts:
         """Encode the prompts and negative prompts of a group of images."""
-        settings = pictures[0].settings
-        prompts = [self._split_parts(picture) for picture in pictures]
-        avoided = [self._list_avoided(picture) for picture in pictures]
+        settings = requests[0].settings
+        prompts = [self._split_parts(request) for request in requests]
+        avoided = [self._list_avoided(request) for request in requests]
         # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
-        is_regional = settings.parts > 1 and pictures[0].mask is not None
-        states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
+        is_regional = settings.num_parts > 1 and requests[0].mask is not None
+        states = self._encode_parts(requests[0], prompts, avoided, is_regional)
 
-        def join(picture: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
+        def join(request: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
             """Combine the states of an image's texts, one for each part of its prompt."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            return self._join_parts(picture, parts)
+            return self._join_parts(request, parts)
 
-        positive = [join(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
+        positive = [join(request, parts) for request, parts in zip(requests, prompts, strict=True)]
         if self.vision is not None:
-            positive = self.vision.replace_pooled(positive, _list_vision_paths(pictures))
+            positive = self.vision.replace_pooled(positive, _list_vision_paths(requests))
         # each avoided text is repeated for all parts of the prompt
         avoided_states = [
-            [join(picture, [text] * settings.parts) for text in texts]
-            for picture, texts in zip(pictures, avoided, strict=True)
+            [join(request, [text] * settings.num_parts) for text in texts]
+            for request, texts in zip(requests, avoided, strict=True)
         ]
         num_avoided = len(avoided[0])  # 0, 1 (negative) or 2 (negative and blank), equal for all images
         return _Texts(
@@ -254,17 +256,17 @@ class ImageGenerator:
         )
 
     def _join_parts(
-        self, picture: contract.RequestedImage, parts: Sequence[contract.TextState]
+        self, request: contract.RequestedImage, parts: Sequence[contract.TextState]
     ) -> contract.TextState:
         """Combine the text states of a prompt's parts into one; each part acts in its region."""
         if len(parts) == 1:
             return parts[0]
         regions = self.regions or Regions(self.model.unet)
-        return join_parts(parts, regions.read(picture, picture.settings.width, picture.settings.height))
+        return join_parts(parts, regions.read(request, request.settings.width, request.settings.height))
 
     def _encode_parts(
         self,
-        picture: contract.RequestedImage,
+        request: contract.RequestedImage,
         prompts: Sequence[Sequence[str]],
         avoided: Sequence[Sequence[str]],
         is_regional: bool,
@@ -272,15 +274,15 @@ class ImageGenerator:
         """Return the states of a group's texts, by text and, if LoRAs are regional, by prompt part.
 
         Args:
-            picture: Any image of the group, because all have the same settings.
+            request: Any image of the group, because all have the same settings.
             prompts: Parts of each image's prompt.
             avoided: Texts that guidance leads away from.
             is_regional: Whether LoRAs act in regions.
         """
-        settings = picture.settings
-        chunks = self._count_chunks(picture)
+        settings = request.settings
+        chunks = self._count_chunks(request)
         states: dict[tuple[str, int | None], contract.TextState] = {}
-        for number in range(settings.parts):
+        for number in range(settings.num_parts):
             part = number if is_regional else None
             self._select_loras(settings, part)  # before encoding, as LoRAs change the text encoders too
             for parts, avoided_texts in zip(prompts, avoided, strict=True):
@@ -312,17 +314,17 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
 
 
-def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path]:
+def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path]:
     """Return the input images to use CLIP embeddings of; raise OptionError if an image is missing."""
-    paths = [image.image for image in pictures if image.image is not None]
-    if len(paths) < len(pictures):
+    paths = [request.image for request in requests if request.image is not None]
+    if len(paths) < len(requests):
         raise OptionError(
-            f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
+            f"{requests[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
         )
     return paths
 
 
-def _pick(start: contract.SecondStart, indices: Sequence[int]) -> contract.SecondStart:
+def _pick(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:
     """Return the start images or start latents of some images of the batch, by index."""
     images = None if start.images is None else [start.images[index] for index in indices]
-    return contract.SecondStart(images, None if start.latents is None else start.latents[indices])
+    return contract.SecondStageInput(images, None if start.latents is None else start.latents[indices])

@@ -17,7 +17,7 @@ ENTRY = FamilyEntry("stable_diffusion")
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
 
-RESIDUAL = (
+RESNET_LAYERS = (
     ("in_layers.0", "norm1"),
     ("in_layers.2", "conv1"),
     ("emb_layers.1", "time_emb_proj"),
@@ -30,112 +30,120 @@ _TRANSFORMER = (
     *with_endings("attn2.", "to_q to_k to_v to_out.0"),
     *with_endings("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
 )
-ENDS = (
+INPUT_AND_OUTPUT_LAYERS = (
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
     ("input_blocks.0.0", "conv_in"),
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
 )
-ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
+SDXL_EMBEDDING_LAYERS = (
+    ("label_emb.0.0", "add_embedding.linear_1"),
+    ("label_emb.0.2", "add_embedding.linear_2"),
+)
 
 
 class BlockPaths(NamedTuple):
-    """Paths of one residual block or attention of a U-Net, in LDM and here."""
+    """Module paths of one residual block or attention of a U-Net, in LDM's and diffusers' naming."""
 
-    released: str  # in LDM
-    ours: str
+    ldm_path: str
+    diffusers_path: str
     is_attention: bool
 
 
 class SamplerPaths(NamedTuple):
     """Paths of a downsampler and of the upsampler with the same level index, in LDM and diffusers."""
 
-    released_down: str  # in LDM
-    released_up: str  # in LDM, if the upsampler's level has attentions, which come before it
-    released_up_alone: str  # in LDM, if the level has none
-    down: str
-    up: str
+    ldm_downsampler: str  # in LDM
+    ldm_upsampler: str  # in LDM, if the upsampler's level has attentions, which come before it
+    ldm_upsampler_without_attention: str  # in LDM, if the level has none
+    downsampler: str
+    upsampler: str
 
 
 def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
-    """Yield the paths of all residual blocks of a U-Net and of the attentions that may follow them.
+    """Yield the LDM path and the diffusers path of each residual block of a U-Net and of its attention.
+
+    Attentions are listed after every residual block, even on levels that have none.
 
     Args:
         layers: Number of residual blocks of each level of the down path.
     """
-    down = 0  # index in input_blocks; 0 is the first convolution
-    up = 0  # index in output_blocks
+    input_block = 0  # index in LDM's input_blocks; 0 is the first convolution
+    output_block = 0  # index in LDM's output_blocks
     for level, (num_down, num_up) in enumerate(zip(layers, layers[::-1], strict=True)):
         for layer in range(num_down):
-            down += 1
-            yield BlockPaths(f"input_blocks.{down}.0", f"down_blocks.{level}.resnets.{layer}", False)
-            yield BlockPaths(f"input_blocks.{down}.1", f"down_blocks.{level}.attentions.{layer}", True)
-        down += 1  # the downsampler
+            input_block += 1
+            block, level_path = f"input_blocks.{input_block}", f"down_blocks.{level}"
+            yield BlockPaths(f"{block}.0", f"{level_path}.resnets.{layer}", is_attention=False)
+            yield BlockPaths(f"{block}.1", f"{level_path}.attentions.{layer}", is_attention=True)
+        input_block += 1  # the downsampler
         for layer in range(num_up + 1):  # the up path has one more block on each level
-            yield BlockPaths(f"output_blocks.{up}.0", f"up_blocks.{level}.resnets.{layer}", False)
-            yield BlockPaths(f"output_blocks.{up}.1", f"up_blocks.{level}.attentions.{layer}", True)
-            up += 1
-    yield BlockPaths("middle_block.0", "mid_block.resnets.0", False)
-    yield BlockPaths("middle_block.1", "mid_block.attentions.0", True)
-    yield BlockPaths("middle_block.2", "mid_block.resnets.1", False)
+            block, level_path = f"output_blocks.{output_block}", f"up_blocks.{level}"
+            yield BlockPaths(f"{block}.0", f"{level_path}.resnets.{layer}", is_attention=False)
+            yield BlockPaths(f"{block}.1", f"{level_path}.attentions.{layer}", is_attention=True)
+            output_block += 1
+    yield BlockPaths("middle_block.0", "mid_block.resnets.0", is_attention=False)
+    yield BlockPaths("middle_block.1", "mid_block.attentions.0", is_attention=True)
+    yield BlockPaths("middle_block.2", "mid_block.resnets.1", is_attention=False)
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
-    """Yield the paths of the samplers between the levels of a U-Net, in LDM's and in diffusers' naming.
+    """Yield the paths of the down- and upsampler between each two levels of a U-Net, in LDM and diffusers.
 
     In LDM's lists an upsampler is layer 2 of its block, or layer 1 if the block has no attention
-    (`released_up_alone`).
+    (`ldm_upsampler_without_attention`).
 
     Args:
         layers: Number of residual blocks of each level of the down path.
     """
-    down = 0  # index in input_blocks, LDM's list
-    up = 0  # index in output_blocks
+    input_block = 0  # index in LDM's input_blocks
+    output_block = 0  # number of LDM's output_blocks so far
     # the last level of each path has no sampler; the up path goes through the levels in reverse
     for level, (num_down, num_up) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
-        down += num_down + 1  # the downsampler follows the level's blocks
-        up += num_up + 1  # one more block; the upsampler is part of the last one
+        input_block += num_down + 1  # the downsampler follows the level's blocks
+        output_block += num_up + 1  # one more block; the upsampler is part of the last one
         yield SamplerPaths(
-            released_down=f"input_blocks.{down}.0.op",
-            released_up=f"output_blocks.{up - 1}.2.conv",
-            released_up_alone=f"output_blocks.{up - 1}.1.conv",
-            down=f"down_blocks.{level}.downsamplers.0.conv",
-            up=f"up_blocks.{level}.upsamplers.0.conv",
+            ldm_downsampler=f"input_blocks.{input_block}.0.op",
+            ldm_upsampler=f"output_blocks.{output_block - 1}.2.conv",
+            ldm_upsampler_without_attention=f"output_blocks.{output_block - 1}.1.conv",
+            downsampler=f"down_blocks.{level}.downsamplers.0.conv",
+            upsampler=f"up_blocks.{level}.upsamplers.0.conv",
         )
 
 
-def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
-    """Return the pairs of published and diffusers' names of all modules of a U-Net.
+def _pair_names(num_levels: int, block_index: str, levels_without_attention: tuple[int, ...]) -> Pairs:
+    """Return (LDM path, diffusers path) of all modules of a U-Net that a LoRA may change.
 
     Args:
-        levels: Number of levels.
-        transformer: Index of the transformer block, or `{n}`.
-        plain: Levels of the up path that have no attention in the released models.
+        num_levels: Number of levels.
+        block_index: Index of the block in `transformer_blocks`, or the placeholder `{n}`.
+        levels_without_attention: Levels of the up path without attention in the released models.
     """
-    pairs: list[tuple[str, str]] = [*ENDS]
-    inside = [
+    pairs: list[tuple[str, str]] = [*INPUT_AND_OUTPUT_LAYERS]
+    attention_layers = [  # the same in both namings
         *with_endings("", "norm proj_in proj_out"),
-        *with_endings(f"transformer_blocks.{transformer}.", " ".join(_TRANSFORMER)),
+        *with_endings(f"transformer_blocks.{block_index}.", " ".join(_TRANSFORMER)),
     ]
-    layers = (_LAYERS,) * levels
-    for theirs, ours, is_attention in unet_blocks(layers):
-        if is_attention:
-            pairs += [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in inside]
-        else:
-            pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in RESIDUAL]
+    layers = (_LAYERS,) * num_levels
+    for block in unet_blocks(layers):
+        layer_pairs: Sequence[tuple[str, str]] = RESNET_LAYERS
+        if block.is_attention:
+            layer_pairs = [(layer, layer) for layer in attention_layers]
+        for ldm_layer, diffusers_layer in layer_pairs:
+            pairs.append((f"{block.ldm_path}.{ldm_layer}", f"{block.diffusers_path}.{diffusers_layer}"))
     for level, sampler in enumerate(unet_samplers(layers)):
-        pairs.append((sampler.released_down, sampler.down))
+        pairs.append((sampler.ldm_downsampler, sampler.downsampler))
         # both paths of the upsampler are read; the one in the released models comes first
-        released_paths = [sampler.released_up, sampler.released_up_alone]
-        if level in plain:
-            released_paths.reverse()
-        pairs += [(path, sampler.up) for path in released_paths]
+        ldm_upsamplers = [sampler.ldm_upsampler, sampler.ldm_upsampler_without_attention]
+        if level in levels_without_attention:
+            ldm_upsamplers.reverse()
+        pairs += [(path, sampler.upsampler) for path in ldm_upsamplers]
     return tuple(pairs)
 
 
 _SD = _pair_names(4, "0", (0,))
-_SDXL = (*_pair_names(3, "{n}", (2,)), *ADDED)
+_SDXL = (*_pair_names(3, "{n}", (2,)), *SDXL_EMBEDDING_LAYERS)
 _OF_TEXTS: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
 
 

@@ -117,20 +117,20 @@ def make_noise_spec(
     )
 
 
-def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -> tuple[float, ...]:
+def loss_factors(weights: LossWeightOptions, alphas_cumprod: Tensor, predicts_v: bool) -> tuple[float, ...]:
     """Return the factor on the loss of each timestep; () if all are 1.
 
     Several weightings multiply.
 
     Args:
         weights: Options of the factors.
-        shares: `alphas_cumprod` of the betas before they are rescaled for a zero terminal SNR, as in known
+        alphas_cumprod: Products of 1 - beta, before betas are rescaled for a zero terminal SNR, as in known
             trainers; with rescaled betas the SNR of the last timestep is 0, by which some factors divide.
         predicts_v: Whether the U-Net predicts v instead of noise.
     """
     if not weights.has_any:
         return ()
-    alphas_cumprod = shares.double()
+    alphas_cumprod = alphas_cumprod.double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     capped = snr.clamp(max=MAX_SNR)  # not for Min-SNR, which has its own, smaller limit
     factors = torch.ones_like(snr)

@@ -148,7 +148,7 @@ class Regions:
         self._unet = unet
         self._color_codes = color_codes
 
-    def read(self, picture: RequestedImage, width: int, height: int) -> Tensor:
+    def read(self, request: RequestedImage, width: int, height: int) -> Tensor:
         """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
 
         Raises:
@@ -156,29 +156,29 @@ class Regions:
                 into the weights.
             MediaError: If the mask cannot be read.
         """
-        parts = picture.settings.parts
-        if picture.mask is None:
+        parts = request.settings.num_parts
+        if request.mask is None:
             return torch.ones(parts, 1, 1)
         check_regions(parts, len(self._layers), self._is_folded)
-        return read_regions(picture.mask, parts, width=width, height=height, color_codes=self._color_codes)
+        return read_regions(request.mask, parts, width=width, height=height, color_codes=self._color_codes)
 
     @contextlib.contextmanager
-    def for_batch(
-        self, pictures: Sequence[RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         """Apply a batch's regions in the U-Net until the batch is done; yield None if prompts have one part.
 
         The context of a call holds the states of all P parts of each of R rows: R P*L C, with L states each.
         """
-        if pictures[0].settings.parts == 1:
+        if requests[0].settings.num_parts == 1:
             yield None
             return
-        regions = [self.read(image, width, height) for image in pictures]  # each P H W, or P 1 1
+        regions = [self.read(request, width, height) for request in requests]  # each P H W, or P 1 1
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:
             batch.enter(self._unet, changes)
-            if any(image.mask is not None for image in pictures):  # LoRA i acts in the region of part i
+            if any(request.mask is not None for request in requests):  # LoRA i acts in the region of part i
                 for index, layers in enumerate(self._layers):
                     for name, layer in layers.items():
                         changes.callback(setattr, layer, "region", None)

@@ -6,11 +6,17 @@ from collections.abc import Collection, Iterator, Mapping
 from networks.names.texts import open_clip_names
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import UNET, VAE
-from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
+from stable_diffusion.names import (
+    INPUT_AND_OUTPUT_LAYERS,
+    RESNET_LAYERS,
+    SDXL_EMBEDDING_LAYERS,
+    unet_blocks,
+    unet_samplers,
+)
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, PROJECTION, SD1_TEXT, SD2_TEXT
 
 # for each text encoder of a kind: the prefix of its names, and whether it is OpenCLIP
-TEXTS: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
+TEXT_ENCODER_PREFIXES: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
     SD1: ((SD1_TEXT, False),),
     SD2: ((SD2_TEXT, True),),
     SDXL: ((CLIP_L, False), (OPEN_CLIP, True)),
@@ -26,126 +32,128 @@ _VAE_ATTENTION = (
 _VAE_SHORTCUT = ("nin_shortcut", "conv_shortcut")
 
 
-def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the released name and our name of each weight of a U-Net.
+def ldm_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the LDM name, as in released single files, and the diffusers name of each weight of a U-Net.
 
     Args:
         layers: Number of residual blocks of each level of the down path.
-        names: Names of the U-Net's weights.
+        names: Diffusers names of the U-Net's weights.
     """
-    paths: dict[str, str] = {}  # our path of a module -> its released path
-    # modules before and after the blocks, and those of SDXL's additional conditions; the tables have the
-    # released path first
-    for released, ours in (*ENDS, *ADDED):
-        paths[ours] = released
-    for released, ours, is_attention in unet_blocks(layers):
-        if is_attention:
-            paths[ours] = released
-        else:
-            paths |= {f"{ours}.{our_part}": f"{released}.{part}" for part, our_part in RESIDUAL}
+    ldm_paths: dict[str, str] = {}  # by the diffusers path of the module
+    for ldm_path, diffusers_path in (*INPUT_AND_OUTPUT_LAYERS, *SDXL_EMBEDDING_LAYERS):
+        ldm_paths[diffusers_path] = ldm_path
+    for block in unet_blocks(layers):
+        if block.is_attention:
+            ldm_paths[block.diffusers_path] = block.ldm_path
+            continue
+        for ldm_layer, diffusers_layer in RESNET_LAYERS:
+            ldm_paths[f"{block.diffusers_path}.{diffusers_layer}"] = f"{block.ldm_path}.{ldm_layer}"
     for sampler in unet_samplers(layers):  # a downsampler and an upsampler between two levels
+        ldm_paths[sampler.downsampler] = sampler.ldm_downsampler
         # LDM numbers the modules of a block: with an attention, the upsampler is the third, else the second
-        attentions = sampler.up.replace("upsamplers.0.conv", "attentions.")
+        attentions = sampler.upsampler.replace("upsamplers.0.conv", "attentions.")
         has_attention = any(name.startswith(attentions) for name in names)
-        paths[sampler.down] = sampler.released_down
-        paths[sampler.up] = sampler.released_up if has_attention else sampler.released_up_alone
+        ldm_paths[sampler.upsampler] = (
+            sampler.ldm_upsampler if has_attention else sampler.ldm_upsampler_without_attention
+        )
     for name in names:
-        start = name  # shortened until it is the path of a renamed module
-        while start not in paths:
-            start = start.rpartition(".")[0]
-        yield f"{UNET}{paths[start]}{name.removeprefix(start)}", name
+        module_path = name  # shortened by its last component until it is the path of a renamed module
+        while module_path not in ldm_paths:
+            module_path = module_path.rpartition(".")[0]
+        yield f"{UNET}{ldm_paths[module_path]}{name.removeprefix(module_path)}", name
 
 
-def _vae_paths(num_levels: int) -> Iterator[tuple[str, str]]:
-    """Yield the published path and our path of each VAE module that has a different name here."""
+def _vae_path_pairs(num_levels: int) -> Iterator[tuple[str, str]]:
+    """Yield (LDM path, diffusers path) of each VAE module whose paths differ; both end with a dot."""
     for side in ("encoder", "decoder"):
         yield f"{side}.norm_out.", f"{side}.conv_norm_out."
         for index in (0, 1):
             yield f"{side}.mid.block_{index + 1}.", f"{side}.mid_block.resnets.{index}."
-        for released, ours in _VAE_ATTENTION:
-            yield f"{side}.mid.attn_1.{released}.", f"{side}.mid_block.attentions.0.{ours}."
+        for ldm_path, diffusers_path in _VAE_ATTENTION:
+            yield f"{side}.mid.attn_1.{ldm_path}.", f"{side}.mid_block.attentions.0.{diffusers_path}."
     for level in range(num_levels):
-        # the decoder's levels are counted from the smallest features, released ones from the largest
-        upward = num_levels - 1 - level
+        # diffusers counts the decoder's levels from the smallest features, LDM from the largest
+        diffusers_level = num_levels - 1 - level
         yield f"encoder.down.{level}.block.", f"encoder.down_blocks.{level}.resnets."
         yield f"encoder.down.{level}.downsample.", f"encoder.down_blocks.{level}.downsamplers.0."
-        yield f"decoder.up.{level}.block.", f"decoder.up_blocks.{upward}.resnets."
-        yield f"decoder.up.{level}.upsample.", f"decoder.up_blocks.{upward}.upsamplers.0."
+        yield f"decoder.up.{level}.block.", f"decoder.up_blocks.{diffusers_level}.resnets."
+        yield f"decoder.up.{level}.upsample.", f"decoder.up_blocks.{diffusers_level}.upsamplers.0."
 
 
-def released_vae_name(name: str) -> str:
+def ldm_vae_name(name: str) -> str:
     """Return the published name of a VAE weight."""
-    released_shortcut, our_shortcut = _VAE_SHORTCUT
-    for released, ours in _vae_paths(VAE_LEVELS):
-        if name.startswith(ours):
-            name = released + name.removeprefix(ours).replace(our_shortcut, released_shortcut)
+    ldm_shortcut, diffusers_shortcut = _VAE_SHORTCUT
+    for ldm_path, diffusers_path in _vae_path_pairs(VAE_LEVELS):
+        if name.startswith(diffusers_path):
+            name = ldm_path + name.removeprefix(diffusers_path).replace(diffusers_shortcut, ldm_shortcut)
             break
     return f"{VAE}{name}"
 
 
-def map_vae_names(released_names: Collection[str], num_levels: int) -> dict[str, str]:
+def map_vae_names_to_diffusers(ldm_names: Collection[str], num_levels: int) -> dict[str, str]:
     """Map each published VAE name that diffusers spells differently to diffusers' name.
 
     Args:
-        released_names: Names of the tensors, without the prefix of a whole checkpoint.
+        ldm_names: Names of the tensors, without the prefix of a whole checkpoint.
         num_levels: Number of levels of the decoder.
     """
-    released_shortcut, our_shortcut = _VAE_SHORTCUT
+    ldm_shortcut, diffusers_shortcut = _VAE_SHORTCUT
     mapped = {}
-    for released, ours in _vae_paths(num_levels):
-        for name in released_names:
-            if name.startswith(released):
-                mapped[name] = ours + name.removeprefix(released).replace(released_shortcut, our_shortcut)
+    for ldm_path, diffusers_path in _vae_path_pairs(num_levels):
+        for name in ldm_names:
+            if name.startswith(ldm_path):
+                mapped[name] = diffusers_path + name.removeprefix(ldm_path).replace(
+                    ldm_shortcut, diffusers_shortcut
+                )
     return mapped
 
 
-def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def ldm_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a tensor's shape in a published file, whose VAE attentions are 1x1 convolutions."""
     is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
     return (*shape, 1, 1) if is_attention and len(shape) == 2 else shape
 
 
-def released_text_names(kind: ModelKind, number: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Map each tensor name of a published text encoder to our weights that are fused into it.
+def ldm_text_encoder_names(kind: ModelKind, index: int, names: Collection[str]) -> dict[str, list[str]]:
+    """Map each tensor name of a text encoder in a single file to the weights here that are fused into it.
+
+    Only OpenCLIP's encoders fuse weights: its `in_proj` holds query, key and value.
 
     Args:
         kind: Kind of the checkpoint.
-        number: Index of the encoder.
-        names: Our names of the encoder's weights.
+        index: Index of the encoder.
+        names: Names of the encoder's weights here, which are those of transformers.
     """
-    start, is_open_clip = TEXTS[kind][number]
+    prefix, is_open_clip = TEXT_ENCODER_PREFIXES[kind][index]
     if not is_open_clip:
-        return {f"{start}text_model.{name}": [name] for name in names}
+        return {f"{prefix}text_model.{name}": [name] for name in names}
     not_in_layers = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias"]
-    joined = {f"{start}{released}": _list_parts(released) for released in not_in_layers}
+    fused_weights = {f"{prefix}{name}": _list_fused_weights(name) for name in not_in_layers}
     if PROJECTION in names:
-        joined[f"{start}text_projection"] = [PROJECTION]
+        fused_weights[f"{prefix}text_projection"] = [PROJECTION]
     layer_pattern = re.compile(r"encoder\.layers\.(\d+)\.")
     layers = sorted({int(match[1]) for match in map(layer_pattern.match, names) if match})
     for layer in layers:
-        joined |= _name_layer(start, layer, layer)
+        fused_weights |= _map_open_clip_layer(prefix, layer, source_layer=layer)
     # released files have one layer more, which the model does not use: it gets the weights of the last one
     if kind is SD2:
-        joined |= _name_layer(start, layers[-1] + 1, layers[-1])
-    return joined
+        fused_weights |= _map_open_clip_layer(prefix, layers[-1] + 1, source_layer=layers[-1])
+    return fused_weights
 
 
 _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{}", "attn.in_proj_{}")
 
 
-def _name_layer(start: str, number: int, source: int) -> dict[str, list[str]]:
-    """Map each tensor of one OpenCLIP layer to our weights that it is fused from.
-
-    Args:
-        start: Prefix of the layers in the file.
-        number: Index of the layer in the file.
-        source: Path of our layer.
-    """
-    leaves = [leaf.format(part) for leaf in _LAYER for part in ("weight", "bias")]
-    block = "transformer.resblocks"
-    return {f"{start}{block}.{number}.{leaf}": _list_parts(f"{block}.{source}.{leaf}") for leaf in leaves}
+def _map_open_clip_layer(prefix: str, layer: int, source_layer: int) -> dict[str, list[str]]:
+    """Map each tensor of layer `layer` of an OpenCLIP file to the weights of `source_layer` fused into it."""
+    names = [leaf.format(parameter) for leaf in _LAYER for parameter in ("weight", "bias")]
+    blocks = "transformer.resblocks"
+    return {
+        f"{prefix}{blocks}.{layer}.{name}": _list_fused_weights(f"{blocks}.{source_layer}.{name}")
+        for name in names
+    }
 
 
-def _list_parts(released: str) -> list[str]:
-    """Return the names of our weights that are fused into one of OpenCLIP's tensors."""
-    return [name for name, _ in open_clip_names(released)]
+def _list_fused_weights(open_clip_name: str) -> list[str]:
+    """Return the names of the weights here that are fused into one of OpenCLIP's tensors."""
+    return [name for name, _ in open_clip_names(open_clip_name)]

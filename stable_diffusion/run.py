@@ -15,9 +15,9 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from generation.asking import line_reader
 from PIL.Image import Image
 
-from generation.asking import line_reader
 from generation.prompt_lines import is_blank
 from modules.atomic_write import claim_name, make_folder, make_storable
 from modules.command import each_warning_once
@@ -28,7 +28,7 @@ from modules.errors import MemoryPlanError, OutputError
 from modules.integers import ceil_div
 from modules.media.writing import write_png
 from modules.text_files import real_path
-from stable_diffusion.asking import Asking, batches, check_line, make_seeds
+from stable_diffusion.asking import RequestBuilder, batches, check_line, make_seeds
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import SDXL, ModelKind, RequestedImage
 from stable_diffusion.highres import FIRST, Highres, make_images, prepare_highres
@@ -60,11 +60,11 @@ class ImageFiles:
     now: Callable[[], datetime] = datetime.now
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by name prefix
 
-    def save(self, picture: RequestedImage, image: Image, digit: str, number: int) -> Path:
+    def save(self, request: RequestedImage, image: Image, digit: str, number: int) -> Path:
         """Write an image under an unused name, completely or not at all.
 
         Args:
-            picture: The request that the image belongs to.
+            request: The request that the image belongs to.
             image: The image.
             digit: Text for the stage in the name; empty if there is one stage.
             number: Index of the image in its batch.
@@ -75,18 +75,18 @@ class ImageFiles:
         Raises:
             OutputError: If the file cannot be written.
         """
-        settings = picture.settings
+        settings = request.settings
         # PNG text keys in the spelling of common guides to image generation
         texts: dict[str, object] = {
-            "prompt": picture.prompt,
-            "seed": picture.seed,
+            "prompt": request.prompt,
+            "seed": request.seed,
             "sampler": self.sampler,
             "steps": settings.steps,
             "scale": settings.scale,
-            "negative-prompt": picture.negative_prompt or None,
+            "negative-prompt": request.negative_prompt or None,
             "negative-scale": settings.negative_scale,
-            "clip-prompt": picture.clip_prompt,
-            "raw-prompt": picture.raw_prompt,
+            "clip-prompt": request.clip_prompt,
+            "raw-prompt": request.raw_prompt,
         }
         if self.kind is SDXL:
             sizes = settings.sizes
@@ -101,22 +101,22 @@ class ImageFiles:
                 "crop-left": sizes.crop_left or 0,
             }
         storable = {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
-        with self._free(self._yield_names(picture, digit, number)) as path:
+        with self._free(self._yield_names(request, digit, number)) as path:
             write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
-    def _yield_names(self, picture: RequestedImage, digit: str, number: int) -> Iterator[str]:
+    def _yield_names(self, request: RequestedImage, digit: str, number: int) -> Iterator[str]:
         """Yield candidate file names without suffix, the preferred one first."""
-        if picture.file_name is not None:
-            return _named(picture.file_name.removesuffix(".png"), digit)
-        if self.options.use_original_file_name and picture.image is not None:
+        if request.file_name is not None:
+            return _named(request.file_name.removesuffix(".png"), digit)
+        if self.options.use_original_file_name and request.image is not None:
             # without control codes, cut to the maximum number of bytes of --f
-            stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
+            stem = replace_control_codes(request.image.stem).encode("utf-8")[:LONGEST_NAME]
             return _named(stem.decode("utf-8", "ignore"), digit)
         if self.options.sequential_file_name:
             return self._yield_numbered(f"im_{digit}")
         start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
-        return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
+        return (f"{start}{free:03d}_{request.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
         """Yield numbered file names, beginning after the highest number in the folder."""
@@ -176,7 +176,7 @@ class Run:
     options: GenImgOptions
     maker: ImageGenerator
     highres: Highres | None
-    asking: Asking
+    request_builder: RequestBuilder
     files: ImageFiles
 
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
@@ -189,7 +189,7 @@ class Run:
             OutputError: If images cannot be written.
         """
         paths = []
-        images = self.asking.pictures(lines, failures)
+        images = self.request_builder.build_requests(lines, failures)
         for batch in batches(images, self.options.prompts.batch_size):
             if len(batch) > 1:  # if it fails, its images are made one by one, so that only bad ones are lost
                 try:
@@ -211,15 +211,15 @@ class Run:
         try:
             for stage in make_images(self.maker, self.highres, batch):
                 assert stage.result.images is not None
-                pairs = zip(stage.pictures, stage.result.images, strict=True)
-                for number, (picture, image) in enumerate(pairs):
-                    paths.append(self.files.save(picture, image, stage.digit, number))
+                pairs = zip(stage.requests, stage.result.images, strict=True)
+                for number, (request, image) in enumerate(pairs):
+                    paths.append(self.files.save(request, image, stage.digit, number))
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
             free_memory(self.maker.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
-                f"the device has too little memory for {count_of(len(batch), 'picture')} of "
+                f"the device has too little memory for {count_of(len(batch), 'request')} of "
                 f"{settings.width} x {settings.height}: {str(error).partition('. ')[0]}.\n"
                 "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
             ) from error
@@ -251,9 +251,9 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         """
         maker = load(options, device)
         kind = maker.model.kind
-        asking = Asking(options, kind, inputs, make_seeds(options, lines))
+        request_builder = RequestBuilder(options, kind, inputs, make_seeds(options, lines))
         files = ImageFiles(options.output, kind, options.sampling.sampler)
-        return Run(options, maker, highres=highres, asking=asking, files=files)
+        return Run(options, maker, highres=highres, request_builder=request_builder, files=files)
 
     if options.prompts.interactive:
         converse(start())
@@ -269,7 +269,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
             module = import_prompter(options.prompts.from_module)
             run = start()
             paths = _make_prompted(run, module, failures)
-            num_lines = run.asking.num_lines
+            num_lines = run.request_builder.num_lines
     if len(paths) > 1:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     where = options.prompts.from_file
@@ -278,20 +278,20 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
 def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
     """Generate the images of the prompt lines that the user's --from_module module yields."""
-    asking = run.asking
+    request_builder = run.request_builder
     lines_of_round = module_lines(
         module,
         run.options,
         pipe=run.maker.model,
         networks=run.maker.networks,
-        random=asking.seeds.random,
-        count_images=lambda: asking.num_images,
+        random=request_builder.seeds.random,
+        count_images=lambda: request_builder.num_images,
     )
 
     def prompted() -> Iterator[Line]:
         """Yield the lines of a round; an error in the user's prompt module ends the round."""
         with failures.note_errors("the next prompt"):
-            yield from lines_of_round(asking.seeds.round_seed)
+            yield from lines_of_round(request_builder.seeds.round_seed)
 
     return run.make_all(_yield_rounds(run, prompted), failures)
 
@@ -312,8 +312,8 @@ def _make_lines(
         return []
     run = start(lines)
     paths = run.make_all(_yield_rounds(run, lambda: usable), failures)
-    images = run.asking.inputs.images
-    unused = len(images) - run.asking.num_images
+    images = run.request_builder.inputs.images
+    unused = len(images) - run.request_builder.num_images
     if unused > 0 and not lines[0].is_plain:
         logger.warning(
             "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
@@ -328,17 +328,17 @@ def _make_lines(
 def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; a round begins when its first line is requested."""
     prompts = run.options.prompts
-    asking = run.asking
+    request_builder = run.request_builder
     for number in range(1, prompts.n_iter + 1):
         if prompts.n_iter > 1:
             logger.info("Round %d of %d", number, prompts.n_iter)
-        asking.num_images = 0
+        request_builder.num_images = 0
         if prompts.iter_same_seed:
-            asking.seeds.begin_round()
+            request_builder.seeds.begin_round()
         lines = lines_of_round()
         if prompts.shuffle_prompts:
             lines = list(lines)
-            asking.seeds.random.shuffle(lines)
+            request_builder.seeds.random.shuffle(lines)
         for line in lines:
             yield line if prompts.n_iter == 1 else replace(line, label=f"{line.label}, round {number}")
 

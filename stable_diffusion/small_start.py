@@ -36,15 +36,15 @@ class DeepShrinks:
     unet: Any
 
     @contextmanager
-    def for_batch(
-        self, pictures: Sequence[RequestedImage], width: int, height: int
+    def apply_to_batch(
+        self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         """Set the U-Net up for a batch and restore it at the end; yield None without Deep Shrink.
 
         Raises:
             OptionError: If the U-Net does not have a block at the given depth.
         """
-        shrink = pictures[0].settings.deep_shrink
+        shrink = requests[0].settings.deep_shrink
         if shrink is None:
             yield None
             return
@@ -52,7 +52,7 @@ class DeepShrinks:
             logger.warning(
                 "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
-                pictures[0].label,
+                requests[0].label,
                 shrink.ds_timesteps_1,
                 shrink.ds_timesteps_2,
             )
@@ -67,11 +67,11 @@ class DeepShrinks:
             for handle in _install(shrinking, self.unet):
                 stack.callback(handle.remove)
             yield shrinking
-        if pictures[0].image is not None and not shrinking.has_acted:
+        if requests[0].image is not None and not shrinking.has_acted:
             logger.warning(
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
                 "(%d). Give a lower one, or a higher --strength.",
-                pictures[0].label,
+                requests[0].label,
                 shrink.ds_timesteps_1,
             )
 
@@ -301,16 +301,16 @@ def begin_small(
     return resize_latents(latents, first_size), replace(sampler, around=growing)
 
 
-def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:
+def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:
     """Raise OptionError if Gradual Latent cannot generate a batch."""
     if sampler not in SAMPLERS:
         raise OptionError(
-            f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
+            f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
             f"euler_a only, not with {sampler}"
         )
-    if any(map(is_masked, pictures)):
+    if any(map(is_masked, requests)):
         raise OptionError(
-            f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
+            f"{requests[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
             "mask: what is kept of the picture has its full size. Leave one out"
         )
 

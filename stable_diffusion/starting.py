@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_mask
-from stable_diffusion.contract import ImageSettings, Model, RequestedImage, SecondStart
+from stable_diffusion.contract import ImageSettings, Model, RequestedImage, SecondStageInput
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
@@ -133,34 +133,34 @@ class Beginning:
     inpainting: Tensor | None = None  # see `UnetPasses`
 
 
-def is_masked(picture: RequestedImage) -> bool:
+def is_masked(request: RequestedImage) -> bool:
     """Return whether a mask selects the area to repaint, instead of the regions of prompt parts."""
-    return picture.mask is not None and picture.settings.parts == 1
+    return request.mask is not None and request.settings.num_parts == 1
 
 
-def find_strength(picture: RequestedImage, start: SecondStart | None) -> float | None:
+def find_strength(request: RequestedImage, start: SecondStageInput | None) -> float | None:
     """Return the fraction of the steps to run for an input image; None for a start from noise."""
-    return None if picture.image is None and start is None else picture.settings.strength
+    return None if request.image is None and start is None else request.settings.strength
 
 
-def check_start(model: Model, picture: RequestedImage, start: SecondStart | None) -> None:
+def check_start(model: Model, request: RequestedImage, start: SecondStageInput | None) -> None:
     """Raise OptionError for a mask without image, or for an inpainting checkpoint without a mask."""
-    if is_masked(picture) and picture.image is None and start is None:
+    if is_masked(request) and request.image is None and start is None:
         raise OptionError(
-            f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
+            f"{request.label}: the mask {request.mask} needs --image_path, the picture that is repainted "
             "where it is white"
         )
-    if model.is_inpainting and not is_masked(picture):
+    if model.is_inpainting and not is_masked(request):
         raise OptionError(
-            f"{picture.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
+            f"{request.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
             "mask, and knows no regions of a prompt's parts. Take another checkpoint, or leave out AND"
         )
 
 
 def begin(
     model: Model,
-    pictures: Sequence[RequestedImage],
-    start: SecondStart | None,
+    requests: Sequence[RequestedImage],
+    start: SecondStageInput | None,
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
     keeps_rest: bool = False,
@@ -169,7 +169,7 @@ def begin(
 
     Args:
         model: The loaded model.
-        pictures: Requested images; all have an input image or none has, and likewise a mask.
+        requests: Requested images; all have an input image or none has, and likewise a mask.
         start: Latents or images to start from, one for each requested image; None for none.
         sampler: The sampler.
         noise_options: Options of the noise.
@@ -179,7 +179,7 @@ def begin(
     Raises:
         MediaError: If an input image or a mask cannot be read.
     """
-    settings = pictures[0].settings
+    settings = requests[0].settings
     generators = sampler.generators
 
     def draw_noise() -> Tensor:
@@ -190,13 +190,13 @@ def begin(
         ]
         return torch.stack(noises).to(model.device)
 
-    if find_strength(pictures[0], start) is None:  # there is no input image
+    if find_strength(requests[0], start) is None:  # there is no input image
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     # encode the images and blend them with noise
-    has_mask = is_masked(pictures[0])
+    has_mask = is_masked(requests[0])
     # inpainting at full strength starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
-    pixels = _start_pixels(pictures, start)
+    pixels = _start_pixels(requests, start)
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None
@@ -216,7 +216,7 @@ def begin(
     if not has_mask:
         return Beginning(latents, sampler)
     # add the mask: as input of an inpainting model, or by restoring the latents outside it after each step
-    masks = _read_masks(pictures)
+    masks = _read_masks(requests)
     # B 1 h w: the upper left pixel of each square
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)
     # drawn even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
@@ -231,21 +231,21 @@ def begin(
     return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, latent_mask)), inputs)
 
 
-def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:
+def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | None) -> Tensor | None:
     """Return the pixels of the input images, B 3 H W; None if generation starts from latents or noise."""
     images = None if start is None else start.images
     if start is None:
-        images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
+        images = [read_picture(request.image) for request in requests if request.image is not None]
     if images is None:
         return None
-    settings = pictures[0].settings
+    settings = requests[0].settings
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
-def _read_masks(pictures: Sequence[RequestedImage]) -> Tensor:
+def _read_masks(requests: Sequence[RequestedImage]) -> Tensor:
     """Return the masks of images, B 1 H W, with 1 where they are repainted."""
-    settings = pictures[0].settings
-    masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]
+    settings = requests[0].settings
+    masks = [Image.fromarray(read_mask(request.mask)) for request in requests if request.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
 
 

@@ -24,15 +24,15 @@ from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
 from stable_diffusion import tokenizers
-from stable_diffusion.contract import SD1, SD2, SDXL, Model, ModelKind, TextState, TextTower
+from stable_diffusion.contract import SD1, SD2, SDXL, LoadedTextEncoder, Model, ModelKind, TextState
 from stable_diffusion.options import TextOptions
 from stable_diffusion.textual_inversion import (
     LearnedWord,
     add_words,
     check_words,
     list_ids,
+    merge_lora_words,
     read_words,
-    with_bundled,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,35 +47,37 @@ class Texts:
 
     def __init__(
         self,
-        towers: Sequence[TextTower],
+        text_encoders: Sequence[LoadedTextEncoder],
         kind: ModelKind,
         options: TextOptions,
         layers: Sequence[str] = (),
-        bundled: Sequence[LearnedWord] = (),
+        lora_words: Sequence[LearnedWord] = (),
     ) -> None:
         """Add the words of embeddings to the encoders, whose networks get new rows.
 
         Args:
-            towers: Text encoders of the checkpoint.
+            text_encoders: Text encoders of the checkpoint.
             kind: Kind of the checkpoint.
             options: Options of texts.
             layers: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has states for
                 each of these, one after the other.
-            bundled: Words in the files of LoRAs.
+            lora_words: Words in the files of LoRAs.
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
             CheckpointError: If vectors do not fit an encoder, or if a word exists already as a token.
         """
-        words = with_bundled(_read_words(options, layers), bundled)
-        self._towers = add_words(towers, kind, words)
+        words = merge_lora_words(_read_words(options, layers), lora_words)
+        self._text_encoders = add_words(text_encoders, kind, words)
         # all words that embeddings and LoRAs have brought; their ids are not used here
         self._known = [*list_ids(words, 0)]
-        self._copies = max(len(layers), 1)  # number of copies of a text's states
+        self._num_layer_copies = max(len(layers), 1)  # number of copies of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
-        self._layers = [_select_layer(tower, kind, options.clip_skip) for tower in self._towers]
+        self._layers = [
+            _select_layer(text_encoder, kind, options.clip_skip) for text_encoder in self._text_encoders
+        ]
         # token ids take far less memory than states, so those of more texts are kept
         self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
@@ -105,31 +107,38 @@ class Texts:
         del networks  # only part of the cache's key
         contexts: list[Tensor] = []
         pooled = None
-        for tower, layer, chunks in zip(self._towers, self._layers, self._chunks_of(text), strict=True):
+        for text_encoder, layer, chunks in zip(
+            self._text_encoders, self._layers, self._chunks_of(text), strict=True
+        ):
             if len(chunks) > count:
                 raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
             filled = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
-            context, pooled = self._encode_chunks(tower, layer, filled)
+            context, pooled = self._encode_chunks(text_encoder, layer, filled)
             contexts.append(context)
         return TextState(torch.cat(contexts, dim=-1), None if pooled is None else pooled[0])
 
     def _encode_chunks(
-        self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
+        self, text_encoder: LoadedTextEncoder, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
         """Return a prompt's states in one encoder, concatenated over chunks, and pooled states if used."""
         is_pooled = self._kind is SDXL  # only SDXL uses pooled states, of its last encoder
         rows = [
-            tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
+            tokenizers.fill_chunk(
+                chunk.ids,
+                start=text_encoder.bos_token_id,
+                end=text_encoder.eos_token_id,
+                pad=text_encoder.pad_token_id,
+            )
             for chunk in chunks
         ]
         weights = weights_of(chunks)
-        ids = self._copy_ids(tower, torch.tensor(rows))  # once, or once for each cross-attention
-        device = tower.network.device
+        ids = self._copy_ids(text_encoder, torch.tensor(rows))  # once, or once for each cross-attention
+        device = text_encoder.network.device
         ends: Tensor | None = None
-        if is_pooled and tower is self._towers[-1]:
+        if is_pooled and text_encoder is self._text_encoders[-1]:
             # index of each chunk's end token; an earlier one if the text itself contains <|endoftext|>
-            ends = torch.tensor([row.index(tower.end) for row in rows]).to(device)
-        states, pooled = tower.network.states(
+            ends = torch.tensor([row.index(text_encoder.eos_token_id) for row in rows]).to(device)
+        states, pooled = text_encoder.network.states(
             torch.cat(ids).to(device),
             layer,
             final_norm=not is_pooled,
@@ -140,25 +149,27 @@ class Texts:
             text_states = join_chunks(chunk_states)
             copies.append(weigh_states(text_states, weights, self._mode))
         # all cross-attentions share the states unless a word has vectors for each of them
-        repeats = self._copies // len(ids)
+        repeats = self._num_layer_copies // len(ids)
         return torch.cat(copies * repeats), pooled
 
-    def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
+    def _copy_ids(self, text_encoder: LoadedTextEncoder, ids: Tensor) -> list[Tensor]:
         """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
-        if tower.strides is None:
+        if text_encoder.layer_strides is None:
             return [ids]
-        strides = tower.strides[ids]
+        strides = text_encoder.layer_strides[ids]
         if not bool(strides.any()):
             return [ids]
-        return [ids + index * strides for index in range(self._copies)]
+        return [ids + index * strides for index in range(self._num_layer_copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
         warn_of_unknown(text, self._known, _LOADER)
         parts = tokenizers.parse_weights(text)
-        by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
+        by_tower = [
+            tokenizers.cut_into_chunks(parts, text_encoder.tokenize) for text_encoder in self._text_encoders
+        ]
         longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))
-        warn_of_unused(parts, self._towers[longest].tokenize, len(by_tower[longest]), self._most)
+        warn_of_unused(parts, self._text_encoders[longest].tokenize, len(by_tower[longest]), self._most)
         return [chunks[: self._most] for chunks in by_tower]
 
 
@@ -233,7 +244,7 @@ def check_texts(
     kind: ModelKind,
     configs: Sequence[ClipTextConfig],
     layers: Sequence[str] = (),
-    bundled: Sequence[LearnedWord] = (),
+    lora_words: Sequence[LearnedWord] = (),
 ) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
 
@@ -242,7 +253,7 @@ def check_texts(
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
         layers: Names of the U-Net's cross-attentions, with --XTI_embeddings.
-        bundled: Words in the files of LoRAs.
+        lora_words: Words in the files of LoRAs.
 
     Raises:
         OptionError: If an encoder lacks the layer of --clip_skip, or if SDXL is used with --XTI_embeddings.
@@ -252,10 +263,10 @@ def check_texts(
         check_layer(options.clip_skip, config.num_layers, kind)
     if options.XTI_embeddings and kind is SDXL:
         raise OptionError(
-            f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.words} and {SD2.words}, "
-            f"and this is {kind.words}. Use --textual_inversion_embeddings"
+            f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.title} and {SD2.title}, "
+            f"and this is {kind.title}. Use --textual_inversion_embeddings"
         )
-    words = (*_read_words(options, layers), *bundled)
+    words = (*_read_words(options, layers), *lora_words)
     check_words(words, [config.dim for config in configs], kind)
 
 
@@ -267,19 +278,19 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
     """Raise OptionError if --clip_skip exceeds the number of layers of the text encoder."""
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
-            f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
+            f"--clip_skip {clip_skip}: the text encoder of this {kind.title} has {layers} layers. Give 1 to "
             f"{layers}"
         )
 
 
-def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
+def _select_layer(text_encoder: LoadedTextEncoder, kind: ModelKind, clip_skip: int | None) -> int:
     """Return the layer to take hidden states from, counted from the last layer of the loaded network.
 
     --clip_skip counts layers of the loaded network, as in sd-scripts, but its default counts layers of the
     published one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
-    check_layer(clip_skip, tower.network.num_layers, kind)
-    return default_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
+    check_layer(clip_skip, text_encoder.network.num_layers, kind)
+    return default_layer(kind, text_encoder.missing_layers) if clip_skip is None else clip_skip
 
 
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
@@ -337,12 +348,12 @@ class ImageVectors:
         if new_paths:
             if self._tower is None:
                 self._tower = self._load_tower()
-            tower = self._tower.to(device)
+            text_encoder = self._tower.to(device)
             for path in new_paths:
                 image = Image.fromarray(first_frame(path))
-                self._vectors[path] = tower.encode([image])[0] * self._strength
+                self._vectors[path] = text_encoder.encode([image])[0] * self._strength
             if device.type != "cpu":
-                tower.to("cpu")  # frees the device's memory for the U-Net
+                text_encoder.to("cpu")  # frees the device's memory for the U-Net
         return [
             replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
         ]
@@ -354,10 +365,12 @@ class ImageVectors:
         have another width.
         """
         model = self._model
-        tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
+        text_encoder = load_clip_vision(
+            self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE
+        )
         logger.info("CLIP vision conditioning: %s", self._path)
-        width = tower.visual_projection.out_features
-        text = model.texts[-1].network
+        width = text_encoder.visual_projection.out_features
+        text = model.text_encoders[-1].network
         pooled_width = text.embeddings.token_embedding.embedding_dim
         if text.text_projection is not None:
             pooled_width = text.text_projection.out_features
@@ -367,7 +380,7 @@ class ImageVectors:
                 f"state of {model.path} has {pooled_width}. Give {RELEASE}.",
                 self._path,
             )
-        return tower
+        return text_encoder
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
@@ -379,8 +392,8 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
     """
     if kind is not SDXL:
         raise OptionError(
-            f"{OPTION}: {checkpoint} is {kind.words}, which has no pooled state to replace. Use it with "
-            f"{SDXL.words}"
+            f"{OPTION}: {checkpoint} is {kind.title}, which has no pooled state to replace. Use it with "
+            f"{SDXL.title}"
         )
     return find_image_tower(checkpoint, tokenizer_cache_dir)
 

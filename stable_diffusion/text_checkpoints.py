@@ -23,7 +23,7 @@ from modules.errors import CheckpointError
 from networks.names.texts import open_clip_names
 from protocols.loading import TensorSource
 from stable_diffusion.contract import SD1, SD2, ModelKind
-from stable_diffusion.files import GIVE
+from stable_diffusion.files import EXPECTED_FILE
 
 CLIP_L = "conditioner.embedders.0.transformer."
 OPEN_CLIP = "conditioner.embedders.1.model."
@@ -35,7 +35,7 @@ SD2_LAYERS = 23
 
 USE = ClipUse(
     option="--ckpt",
-    release=f"{GIVE}",
+    release=f"{EXPECTED_FILE}",
     what="CLIP",
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
@@ -48,7 +48,7 @@ _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 class TextPlan:
     """How to load one text encoder of a checkpoint."""
 
-    network: LoadPlan[ClipTextConfig]
+    load_plan: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # False: CLIP-L
 
 
@@ -62,7 +62,7 @@ def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
         return (_read_clip_l(checkpoint, SD1_TEXT),)
     if kind is SD2:
         plan = _read_open_clip(checkpoint, SD2_TEXT)
-        return (TextPlan(_without_unused_layer(plan.network), is_open_clip=True),)
+        return (TextPlan(_without_unused_layer(plan.load_plan), is_open_clip=True),)
     return _read_clip_l(checkpoint, CLIP_L), _read_open_clip(checkpoint, OPEN_CLIP, is_projected=True)
 
 
@@ -116,7 +116,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
-            f"  Give {GIVE}.",
+            f"  Give {EXPECTED_FILE}.",
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, others=("",))
@@ -160,6 +160,6 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         )
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
-        f"  Give {GIVE}.",
+        f"  Give {EXPECTED_FILE}.",
         checkpoint.path,
     )

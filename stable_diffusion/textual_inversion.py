@@ -31,7 +31,7 @@ from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from protocols.bundled_embeddings import WordsByFile
-from stable_diffusion.contract import SDXL, ModelKind, TextTower
+from stable_diffusion.contract import SDXL, LoadedTextEncoder, ModelKind
 from stable_diffusion.tokenizers import SIZE
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class LearnedWord:
     # extended textual inversion: A layers; vectors are A*V C, those of a layer one after the other
     layers: int = 1
     option: str = OPTION
-    is_bundled: bool = False  # `path` is a LoRA file, which names the word in its tensors
+    is_from_lora: bool = False  # `path` is a LoRA file, which names the word in its tensors
 
 
 def read_words(
@@ -83,7 +83,7 @@ def read_words(
     return words
 
 
-def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
+def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
     """Read the words in LoRA files; log which file contains which word.
 
     Args:
@@ -98,17 +98,19 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
         of_file: list[LearnedWord] = []
         for name, content in contents.items():
             word = _read_word(path, f"the word {name} in {option}", name, content)
-            of_file.append(replace(word, is_bundled=True))
+            of_file.append(replace(word, is_from_lora=True))
         names = ", ".join(f"{word.word} ({count_of(_count(word), 'vector')})" for word in of_file)
         logger.info("%s brings learned words for prompts: %s", path, names)
         words += of_file
     return tuple(words)
 
 
-def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
+def merge_lora_words(
+    words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
+) -> tuple[LearnedWord, ...]:
     """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
     chosen = {word.word.lower(): word for word in words}
-    for word in bundled:
+    for word in lora_words:
         first = chosen.setdefault(word.word.lower(), word)
         if first is not word:
             logger.warning(
@@ -121,8 +123,8 @@ def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -
 
 
 def add_words(
-    towers: Sequence[TextTower], kind: ModelKind, words: Sequence[LearnedWord]
-) -> tuple[TextTower, ...]:
+    text_encoders: Sequence[LoadedTextEncoder], kind: ModelKind, words: Sequence[LearnedWord]
+) -> tuple[LoadedTextEncoder, ...]:
     """Return text encoders with these words added to their vocabularies.
 
     The networks are changed in place: they get rows for the words.
@@ -131,31 +133,37 @@ def add_words(
         CheckpointError: If vectors do not fit an encoder, or if a token with a word's name exists already.
     """
     if not words:
-        return tuple(towers)
-    check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
+        return tuple(text_encoders)
+    check_words(
+        words,
+        [text_encoder.network.embeddings.token_embedding.embedding_dim for text_encoder in text_encoders],
+        kind,
+    )
     for word in words:
         # words in LoRA files may replace known tokens, as in other programs
-        if not word.is_bundled and any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+        if not word.is_from_lora and any(
+            len(text_encoder.tokenize(word.word)) == 1 for text_encoder in text_encoders
+        ):
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
                 "Rename the file, as its name is the word for it.",
                 word.path,
             )
     for word in words:
-        if not word.is_bundled:  # `read_bundled` has logged the others
+        if not word.is_from_lora:  # `read_lora_words` has logged the others
             logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
-    return tuple(_learn(tower, words, index) for index, tower in enumerate(towers))
+    return tuple(_learn(text_encoder, words, index) for index, text_encoder in enumerate(text_encoders))
 
 
-def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
+def _learn(text_encoder: LoadedTextEncoder, words: Sequence[LearnedWord], index: int) -> LoadedTextEncoder:
     """Return a text encoder with learned words added to its vocabulary.
 
     Args:
-        tower: The text encoder.
+        text_encoder: The text encoder.
         words: The words to add.
         index: Index of the encoder in the checkpoint, which selects the vectors of each word.
     """
-    embeddings = tower.network.embeddings
+    embeddings = text_encoder.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
     # a word of --XTI_embeddings has the same number of vectors for each cross-attention, stored layer by
@@ -164,7 +172,7 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
     for word in words:
         if word.layers > 1:
             strides[ids[word.word]] = _count(word)
-    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
+    return replace(text_encoder, tokenize=with_words(text_encoder.tokenize, ids), layer_strides=strides)
 
 
 def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
@@ -230,8 +238,8 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Model
                 )
             raise CheckpointError(
                 f"{word.option} {word.path}: its vectors have {_join(vector_widths)} numbers, the text "
-                f"encoders of {kind.words} take {_join(widths)}.{hint} Give a file that was made for "
-                f"{kind.words}.",
+                f"encoders of {kind.title} take {_join(widths)}.{hint} Give a file that was made for "
+                f"{kind.title}.",
                 word.path,
             )
         if _count(word) > SIZE:

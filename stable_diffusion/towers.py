@@ -70,19 +70,19 @@ class LoadedWords:
 
 
 @dataclass(frozen=True)
-class LearningTexts:
+class TextEncoderTraining:
     """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
-    fills_captions: bool = True
+    pads_captions: bool = True
     word: NewWord | None = None  # the word that is trained
     # for a word with separate vectors for each cross-attention of the U-Net: paths of the transformers
     # around the cross-attentions, by their names in files; {} if all use the same vectors
-    layers: Mapping[str, str] = field(default_factory=dict)
+    cross_attentions: Mapping[str, str] = field(default_factory=dict)
 
 
-class TowerEncoder:
+class LazyTextEncoder:
     """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
 
     can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True, take_words=True)
@@ -94,9 +94,9 @@ class TowerEncoder:
         number: int,
         chunks: int = 1,
         clip_skip: int | None = None,
-        tells_cut: bool = False,
-        learning: LearningTexts | None = None,
-        bundled: Sequence[LearnedWord] = (),
+        warns_if_cut: bool = False,
+        text_training: TextEncoderTraining | None = None,
+        lora_words: Sequence[LearnedWord] = (),
     ) -> None:
         """Describe an encoder; `load` reads its weights.
 
@@ -105,27 +105,29 @@ class TowerEncoder:
             number: Index of the encoder in the checkpoint.
             chunks: Number of 75-token chunks to which texts are padded or cut.
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
-            tells_cut: Whether to warn of prompts that are cut off.
-            learning: How the weights are trained; None if they are frozen.
-            bundled: Words in the files of LoRAs.
+            warns_if_cut: Whether to warn of prompts that are cut off.
+            text_training: How the weights are trained; None if they are frozen.
+            lora_words: Words in the files of LoRAs.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
         self.lora_prefix = prefixes[number]
         self.keys = _KEYS[len(prefixes)][number]
         self.name = text_encoder_name(number)
-        self._number = number
+        self._index = number
         self._chunks = chunks
         self._clip_skip = clip_skip
-        self._tells_cut = tells_cut
+        self._warns_if_cut = warns_if_cut
         self._dtype = files.dtype
-        self._fills = True  # whether captions are padded to whole chunks
-        self._word = None if learning is None else learning.word
-        self._copies = 1 if learning is None else max(len(learning.layers), 1)  # copies of a text's states
-        self._bundled = bundled
-        if learning is not None:
-            self._dtype = learning.dtypes.get(self.name, files.dtype)
-            self._fills = learning.fills_captions
+        self._pads_captions = True  # whether captions are padded to whole chunks
+        self._word = None if text_training is None else text_training.word
+        self._num_layer_copies = (
+            1 if text_training is None else max(len(text_training.cross_attentions), 1)
+        )  # copies of a text's states
+        self._lora_words = lora_words
+        if text_training is not None:
+            self._dtype = text_training.dtypes.get(self.name, files.dtype)
+            self._pads_captions = text_training.pads_captions
         self._loaded = LoadedNetwork[ClipText, LoadedWords]()
 
     @property
@@ -148,21 +150,21 @@ class TowerEncoder:
     @cached_property
     def _num_used(self) -> int:
         """Return the number of layers to compute, up to the one whose hidden states are used."""
-        with self.files.opened() as release:
-            plan = release.texts[self._number]
-            return plan.network.config.num_layers + 1 - self._select_layer(plan)
+        with self.files.open_plan() as checkpoint_plan:
+            plan = checkpoint_plan.text_encoders[self._index]
+            return plan.load_plan.config.num_layers + 1 - self._select_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Return the files and settings on which encoded texts depend, for cache records; reads a few MB."""
-        with self.files.opened() as release:
-            plan = release.texts[self._number]
-            checkpoint = fingerprint(plan.network.checkpoint.path)
+        with self.files.open_plan() as checkpoint_plan:
+            plan = checkpoint_plan.text_encoders[self._index]
+            checkpoint = fingerprint(plan.load_plan.checkpoint.path)
             layer = self._select_layer(plan)
-            are_open_clip = [text.is_open_clip for text in release.texts]
+            are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
         cache_dir = self.files.tokenizer_cache_dir
         sources = tokenizers.find_tokenizer_files(cache_dir, self.files.path, are_open_clip)
-        source, file = sources[self._number]
+        source, file = sources[self._index]
         return {
             self.name: checkpoint,
             f"{self.name}_tokenizer": source.identity(file),
@@ -170,7 +172,7 @@ class TowerEncoder:
             f"{self.name}_chunks": str(self._chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
             # recorded only if captions are not padded to whole chunks
-            **({} if self._fills else {f"{self.name}_fills": "no"}),
+            **({} if self._pads_captions else {f"{self.name}_fills": "no"}),
         }
 
     def token_counter(self) -> CountTokens:
@@ -181,13 +183,13 @@ class TowerEncoder:
         Raises:
             CheckpointError: If there is no local tokenizer; none is downloaded.
         """
-        with self.files.opened() as release:
-            are_open_clip = [text.is_open_clip for text in release.texts]
-            vocabulary = release.texts[self._number].network.config.vocabulary
+        with self.files.open_plan() as checkpoint_plan:
+            are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
+            vocabulary = checkpoint_plan.text_encoders[self._index].network.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
         # its own tokenizer or an earlier encoder's: all have the same vocabulary
-        source, file = next((pair for pair in sources[self._number :: -1] if pair[1] is not None), sources[0])
+        source, file = next((pair for pair in sources[self._index :: -1] if pair[1] is not None), sources[0])
         if file is None:
             file = source.download(path, may_download=False)
         tokenizer = self._teach(load_clip_words(source, file), vocabulary)
@@ -206,21 +208,21 @@ class TowerEncoder:
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
         """Load a text encoder and its tokenizer, with embedding rows for a trained word and LoRAs' words."""
-        with self.files.opened() as release:
-            plan = release.texts[self._number]
+        with self.files.open_plan() as checkpoint_plan:
+            plan = checkpoint_plan.text_encoders[self._index]
             layer = self._select_layer(plan)
-            words = self.files.tokenizers[self._number]
-            check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
-            vocabulary = plan.network.config.vocabulary
+            words = self.files.tokenizers[self._index]
+            check_vocabulary(words, plan.load_plan.config.vocabulary, self.files.path)
+            vocabulary = plan.load_plan.config.vocabulary
             network = self.files.load_text(plan, device, self._dtype)
         if self._word is not None:
             embeddings = network.embeddings
             embeddings.token_embedding = GrowingEmbedding(
-                embeddings.token_embedding, self._word.count * self._copies
+                embeddings.token_embedding, self._word.count * self._num_layer_copies
             )
-        if self._bundled:
+        if self._lora_words:
             embeddings = network.embeddings
-            embeddings.token_embedding = add_rows(embeddings.token_embedding, self._bundled, self._number)
+            embeddings.token_embedding = add_rows(embeddings.token_embedding, self._lora_words, self._index)
         words = self._teach(words, vocabulary)  # now the tokenizer knows the additional words too
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
@@ -243,12 +245,12 @@ class TowerEncoder:
         """
         if self._word is not None:
             return self._word.list_ids(vocabulary)
-        return list_ids(self._bundled, vocabulary) if self._bundled else {}
+        return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, counted from the end; raise OptionError for none."""
         kind = self.files.kind
-        check_layer(self._clip_skip, plan.network.config.num_layers, kind)
+        check_layer(self._clip_skip, plan.load_plan.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
@@ -259,20 +261,20 @@ class TowerEncoder:
         parts = parse_weights(text)
         tokenize = self._counting_words.tokenize
         chunks = cut_into_chunks(parts, tokenize)
-        if self._tells_cut:
+        if self._warns_if_cut:
             warn_of_unused(parts, tokenize, len(chunks), self._chunks)
         return min(len(chunks), self._chunks)
 
     @cached_property
     def _counting_words(self) -> ClipWords:
         """Tokenizer that counts the tokens of captions, without loading a network."""
-        with self.files.opened() as release:
-            are_open_clip = [text.is_open_clip for text in release.texts]
-            vocabulary = release.texts[self._number].network.config.vocabulary
+        with self.files.open_plan() as checkpoint_plan:
+            are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
+            vocabulary = checkpoint_plan.text_encoders[self._index].network.config.vocabulary
         cache_dir = self.files.tokenizer_cache_dir
         with quiet():  # the words are logged when the encoder is loaded
             found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
-        return self._teach(found[self._number], vocabulary)
+        return self._teach(found[self._index], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
@@ -286,7 +288,7 @@ class TowerEncoder:
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         num_chunks = len(texts[0])
         length = None  # number of states that are used; None for all
-        if not self._fills and prompts[0].marked_chunks is None:
+        if not self._pads_captions and prompts[0].marked_chunks is None:
             length = max(len(chunks[0].ids) for chunks in texts) + 2  # with start and end token
         states, pooled = self._read_rows(
             [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
@@ -294,9 +296,11 @@ class TowerEncoder:
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
         # `states` has one row for each chunk of each text
-        for chunks, first_row in zip(texts, range(0, len(states) // self._copies, num_chunks), strict=True):
+        for chunks, first_row in zip(
+            texts, range(0, len(states) // self._num_layer_copies, num_chunks), strict=True
+        ):
             copies = []  # a trained word may have its own vector, so its own states, for each cross-attention
-            for copy in states.chunk(self._copies):
+            for copy in states.chunk(self._num_layer_copies):
                 joined = join_chunks(copy[first_row : first_row + num_chunks])
                 copies.append(weigh_states(joined, weights_of(chunks), WEIGHING)[:length])
             conditions = {states_key: torch.cat(copies).cpu()}
@@ -315,12 +319,12 @@ class TowerEncoder:
         if POOLED in self.keys:  # the pooled state is that of the end token
             ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
         ids = torch.tensor(rows).to(network.device)
-        if self._word is not None and self._copies > 1:
+        if self._word is not None and self._num_layer_copies > 1:
             table = network.embeddings.token_embedding
             assert isinstance(table, GrowingEmbedding)
             # copy i of the ids, for cross-attention i: only ids of the word move, to rows of its own
             stride = (ids >= table.known) * self._word.count
-            ids = torch.cat([ids + index * stride for index in range(self._copies)])
+            ids = torch.cat([ids + index * stride for index in range(self._num_layer_copies)])
         is_xl = self.files.kind is SDXL  # its U-Net takes states before the final norm
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
@@ -355,30 +359,30 @@ def make_encoders(
     files: TrainingFiles,
     chunks: int,
     clip_skip: int | None,
-    tells_cut: bool = False,
-    learning: LearningTexts | None = None,
-    bundled: Sequence[LearnedWord] = (),
-) -> list[TowerEncoder]:
+    warns_if_cut: bool = False,
+    text_training: TextEncoderTraining | None = None,
+    lora_words: Sequence[LearnedWord] = (),
+) -> list[LazyTextEncoder]:
     """Create the one or two text encoders of a checkpoint.
 
     Args:
         files: The checkpoint.
         chunks: Number of 75-token chunks to which texts are padded or cut.
         clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
-        tells_cut: Whether to warn about texts that are cut off.
-        learning: The encoders that are trained; None if all are frozen.
-        bundled: Words whose vectors a LoRA file brings along.
+        warns_if_cut: Whether to warn about texts that are cut off.
+        text_training: The encoders that are trained; None if all are frozen.
+        lora_words: Words whose vectors a LoRA file brings along.
     """
     encoders = []
     for number in range(len(files.kind.lora_prefixes)):
-        encoder = TowerEncoder(
+        encoder = LazyTextEncoder(
             files,
             number,
             chunks=chunks,
             clip_skip=clip_skip,
-            tells_cut=tells_cut,
-            learning=learning,
-            bundled=bundled,
+            warns_if_cut=warns_if_cut,
+            text_training=text_training,
+            lora_words=lora_words,
         )
         encoders.append(encoder)
     return encoders

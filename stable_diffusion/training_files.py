@@ -33,7 +33,7 @@ from stable_diffusion import checkpoints, folders, loading
 from stable_diffusion.attention import ChosenAttention
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.diffusers_parts import unet_class, vae_class
-from stable_diffusion.files import Marks, read_marks
+from stable_diffusion.files import ModelType, read_model_type
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.resnets import use_fewer_kernels
@@ -76,8 +76,8 @@ class TrainingFiles:
     ckpt: Path | None = None
     vae: Path | None = None
     tokenizer_cache_dir: Path | None = None
-    says_v2: bool = False  # --v2
-    says_v: bool = False  # --v_parameterization
+    v2: bool = False  # --v2
+    v_parameterization: bool = False  # --v_parameterization
     dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
     # kind -> text with the script for it; error messages for a checkpoint of another kind suggest it
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
@@ -89,7 +89,7 @@ class TrainingFiles:
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
-    def marks(self) -> Marks:
+    def model_type(self) -> ModelType:
         """Return what the checkpoint's header says about its model.
 
         Raises:
@@ -98,22 +98,23 @@ class TrainingFiles:
         """
         path = self.path
         if path.is_dir():
-            marks = folders.read_folder_marks(path)
+            model_type = folders.read_folder_model_type(path)
         else:
             with open_checkpoint(path) as checkpoint:
-                marks = read_marks(path, checkpoint.tensors, checkpoint.metadata)
-        if marks.kind not in self.kinds:
+                model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
+        kind = model_type.kind
+        if kind not in self.kinds:
             raise CheckpointError(
-                f"--ckpt {path} is {marks.kind.words}, which {self.scripts[marks.kind]}. Use that, or "
-                f"give a checkpoint of {' or '.join(kind.words for kind in self.kinds)}.",
+                f"--ckpt {path} is {kind.title}, which {self.scripts[kind]}. Use that, or "
+                f"give a checkpoint of {' or '.join(supported.title for supported in self.kinds)}.",
                 path,
             )
-        if self.says_v2 and marks.kind is not SD2:
+        if self.v2 and kind is not SD2:
             raise OptionError(
-                f"--v2: {path} is {marks.kind.words}, by its tensors. Leave --v2 out, or give a checkpoint "
-                f"of {SD2.words}"
+                f"--v2: {path} is {kind.title}, by its tensors. Leave --v2 out, or give a checkpoint "
+                f"of {SD2.title}"
             )
-        return marks
+        return model_type
 
     @property
     def hashed(self) -> Mapping[str, Path]:
@@ -124,21 +125,21 @@ class TrainingFiles:
     @property
     def kind(self) -> ModelKind:
         """Kind of the checkpoint; without a checkpoint, the first kind that the script supports."""
-        return self.kinds[0] if self.ckpt is None else self.marks.kind
+        return self.kinds[0] if self.ckpt is None else self.model_type.kind
 
     @property
     def predicts_v(self) -> bool:
         """Whether the U-Net predicts v instead of noise, according to an option or the checkpoint."""
-        return self.says_v or (self.ckpt is not None and self.marks.predicts_velocity)
+        return self.v_parameterization or (self.ckpt is not None and self.model_type.predicts_velocity)
 
     @contextmanager
-    def opened(self) -> Iterator[loading.OpenedCheckpoint]:
+    def open_plan(self) -> Iterator[loading.CheckpointPlan]:
         """Open the checkpoint and plan how its networks are loaded; its files are closed after the block."""
-        _ = self.marks
-        options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.says_v)
+        _ = self.model_type
+        options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization)
         with ExitStack() as files:
-            release = loading.open_release(options, files)
-            yield replace(release, unet=self._fit_input(release.unet))
+            checkpoint_plan = loading.plan_checkpoint(options, files)
+            yield replace(checkpoint_plan, unet=self._fit_input(checkpoint_plan.unet))
 
     def _fit_input(self, plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
         """Return the U-Net's plan if its input channels suit the run, widened for inpainting where necessary.
@@ -179,7 +180,7 @@ class TrainingFiles:
             OptionError: If an option does not suit a file.
         """
         if self.ckpt is not None:
-            with self.opened():
+            with self.open_plan():
                 pass
         elif self.vae is not None:
             with self.opened_vae():
@@ -190,8 +191,8 @@ class TrainingFiles:
     @cached_property
     def unet_config(self) -> Mapping[str, Any]:
         """Configuration of the U-Net in the names of diffusers."""
-        with self.opened() as release:
-            return release.unet.config
+        with self.open_plan() as checkpoint_plan:
+            return checkpoint_plan.unet.config
 
     @property
     def unet_path(self) -> Path:
@@ -207,14 +208,14 @@ class TrainingFiles:
         Raises:
             CheckpointError: If the file is damaged.
         """
-        with self.opened() as release:
-            plan = release.unet
+        with self.open_plan() as checkpoint_plan:
+            plan = checkpoint_plan.unet
             unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
             unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
             target = self.unet_dtype(placement)
-            what = release.kind.words
-            if release.marks.words:
-                what += f", which {release.marks.words}"
+            what = checkpoint_plan.kind.title
+            if checkpoint_plan.model_type.describe_prediction():
+                what += f", which {checkpoint_plan.model_type.describe_prediction()}"
             loading.logger.info("Loading %s: the U-Net of %s, as %s", self.path, what, dtype_name(target))
             load_module(
                 unet,
@@ -250,10 +251,10 @@ class TrainingFiles:
             if self.vae is not None:
                 yield loading.read_chosen_vae(self.vae, "--vae", self.kind, files)
             elif self.path.is_dir():
-                yield loading.read_chosen_vae(self.path / "vae", "--ckpt", self.marks.kind, files)
+                yield loading.read_chosen_vae(self.path / "vae", "--ckpt", self.model_type.kind, files)
             else:
                 checkpoint = files.enter_context(open_checkpoint(self.path))
-                yield checkpoints.read_vae(checkpoint, "--ckpt", self.marks.kind.latent_scale)
+                yield checkpoints.read_vae(checkpoint, "--ckpt", self.model_type.kind.latent_scale)
 
     def vae_identity(self) -> Mapping[str, str]:
         """Return the VAE's fingerprint and dtype, on which cached latents depend."""
@@ -274,15 +275,15 @@ class TrainingFiles:
     @cached_property
     def tokenizers(self) -> list[ClipWords]:
         """Tokenizers of the text encoders, read once; raises CheckpointError if one cannot be read."""
-        with self.opened() as release:
-            are_open_clip = [text.is_open_clip for text in release.texts]
+        with self.open_plan() as checkpoint_plan:
+            are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
         return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
     def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
         """Load a text encoder of an open checkpoint to a device."""
-        check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
+        check_activation(plan.load_plan.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
-            plan.network, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
+            plan.load_plan, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
         ).requires_grad_(False)
 
 
@@ -379,62 +380,71 @@ def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class _Sides:
-    """Numbers of down, middle and up blocks of a U-Net, and the number of the first block."""
+class _BlockNumbering:
+    """How other trainers number the blocks of a U-Net: down path, middle, then up path."""
 
-    first: int  # number of input_blocks.0
-    down: int
-    middle: int
-    up: int
+    first_down: int  # number of input_blocks.0
+    num_down: int
+    num_middle: int  # 1 if the middle block has one number, 3 if each of its modules has one
+    num_up: int
 
     @property
     def first_middle(self) -> int:
-        return self.first + self.down
+        return self.first_down + self.num_down
 
     @property
     def first_up(self) -> int:
-        return self.first_middle + self.middle
+        return self.first_middle + self.num_middle
 
-    def number_of(self, released: str) -> int:
-        """Return other trainers' number for a block, given its published name such as output_blocks.3.0."""
-        side, index, *_ = released.split(".")
-        starts = {
-            "input_blocks": self.first,
-            "middle_block": self.first_middle,
-            "output_blocks": self.first_up,
-        }
-        middle_is_one = side == "middle_block" and self.middle == 1
-        return starts[side] if middle_is_one else starts[side] + int(index)
+    @property
+    def end(self) -> int:
+        """The number after the last block of the up path."""
+        return self.first_up + self.num_up
+
+    def number_of(self, ldm_path: str) -> int:
+        """Return the number of a block, given its path in LDM, such as output_blocks.3.0."""
+        ldm_list, index, *_ = ldm_path.split(".")
+        if ldm_list == "input_blocks":
+            return self.first_down + int(index)
+        if ldm_list == "output_blocks":
+            return self.first_up + int(index)
+        return self.first_middle + (0 if self.num_middle == 1 else int(index))
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
-    """Return the blocks of a U-Net with the numbers that other trainers give them, as in released files.
+    """Return each block of a U-Net with its number in the block-wise learning rates of other trainers.
 
-    In SDXL, which has three levels, the numbers 0 to 22 count the inputs, the input blocks, the three modules
-    of the middle block, the output blocks and the outputs. In other models the middle block is one of 25
-    numbers, and inputs and outputs have none.
+    SDXL has the numbers 0 to 22: the embeddings (0), the input blocks, the three modules of the middle block,
+    the output blocks, and the output layers. Other models have the numbers 0 to 24: the middle block is one
+    number, and embeddings and output layers have none.
     """
     layers = count_layers(config)
     # residual blocks, the first convolution, and a sampler after each level except the last
-    blocks = sum(layers) + len(layers)  # the output blocks are as many
+    num_blocks = sum(layers) + len(layers)  # on each of the two paths
     is_xl = config.get("addition_embed_type") is not None
-    sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
-
-    numbers = [(block.ours, sides.number_of(block.released)) for block in unet_blocks(layers)]
-    for sampler in unet_samplers(layers):
-        numbers.append((sampler.down.removesuffix(".conv"), sides.number_of(sampler.released_down)))
-        numbers.append((sampler.up.removesuffix(".conv"), sides.number_of(sampler.released_up)))
-    rates = (  # argument, its first block, number of blocks
-        ("down_lr_weight", sides.first, sides.down),
-        ("mid_lr_weight", sides.first_middle, sides.middle),
-        ("up_lr_weight", sides.first_up, sides.up),
+    numbering = _BlockNumbering(
+        first_down=1 if is_xl else 0,
+        num_down=num_blocks,
+        num_middle=3 if is_xl else 1,
+        num_up=num_blocks,
     )
-    if is_xl:  # layers before the first block and after the last one have numbers too
-        outputs = sides.first_up + sides.up
-        numbers += [(ours, 0) for ours in ("time_embedding", "add_embedding")]
-        numbers += [("conv_in", sides.first), ("conv_norm_out", outputs), ("conv_out", outputs)]
-    count = sides.first_up + sides.up + sides.first  # as many outputs as inputs
-    return NumberedBlocks(count, rates, tuple(numbers))
+    numbers = [(block.diffusers_path, numbering.number_of(block.ldm_path)) for block in unet_blocks(layers)]
+    for sampler in unet_samplers(layers):
+        downsampler = sampler.downsampler.removesuffix(".conv")
+        upsampler = sampler.upsampler.removesuffix(".conv")
+        numbers.append((downsampler, numbering.number_of(sampler.ldm_downsampler)))
+        numbers.append((upsampler, numbering.number_of(sampler.ldm_upsampler)))
+    num_numbers = numbering.end
+    if is_xl:
+        numbers += [("time_embedding", 0), ("add_embedding", 0), ("conv_in", numbering.first_down)]
+        numbers += [("conv_norm_out", numbering.end), ("conv_out", numbering.end)]
+        num_numbers += 1  # the output layers
+    rates = (  # option, number of its first block, number of its blocks
+        ("down_lr_weight", numbering.first_down, numbering.num_down),
+        ("mid_lr_weight", numbering.first_middle, numbering.num_middle),
+        ("up_lr_weight", numbering.first_up, numbering.num_up),
+    )
+    return NumberedBlocks(num_numbers, rates, tuple(numbers))
 
 
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:

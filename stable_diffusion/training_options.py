@@ -154,7 +154,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         return None
 
     @property
-    def fills_captions(self) -> bool:
+    def pads_captions(self) -> bool:
         """Whether captions are padded to whole chunks."""
         return True
 

@@ -23,13 +23,13 @@ from encoders.clip_layers import ClipText
 from protocols.full_model import DIT
 from protocols.loading import TensorInfo
 from stable_diffusion.contract import text_encoder_name
-from stable_diffusion.files import EMA, UNET, V_PRED, VAE, ZTSNR, Marks
-from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.files import EMA, UNET, V_PRED, VAE, ZTSNR, ModelType
+from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.released_names import (
-    released_text_names,
-    released_unet_names,
-    released_vae_name,
-    released_vae_shape,
+    ldm_text_encoder_names,
+    ldm_unet_names,
+    ldm_vae_name,
+    ldm_vae_shape,
 )
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT, join_released
 from stable_diffusion.tokenizers import keep_tokenizer
@@ -122,7 +122,7 @@ def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], networ
 
 
 def make_writer(
-    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: Marks
+    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: ModelType
 ) -> CheckpointFiles:
     """Return the writer for the checkpoint of a training run.
 
@@ -134,21 +134,23 @@ def make_writer(
     path = checkpoint.path
     if path.is_dir():
         opened = ExitStack()  # stays open: frozen parts are read when a checkpoint is written
-        release = opened.enter_context(replace(checkpoint, vae=None).opened())  # not the VAE of --vae
-        plans = list_plans(release)
+        checkpoint_plan = opened.enter_context(
+            replace(checkpoint, vae=None).open_plan()
+        )  # not the VAE of --vae
+        plans = list_plans(checkpoint_plan)
         logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
-        parts = _name_parts(release, plans)
+        parts = _name_parts(checkpoint_plan, plans)
         return CheckpointFiles(
             networks,
             parts,
             plans,
             opened=opened,
             marks=_list_marks(marks),
-            keep_tokenizer=_make_keeper(checkpoint, release),
+            keep_tokenizer=_make_keeper(checkpoint, checkpoint_plan),
         )
-    with checkpoint.opened() as release:
-        keeper = _make_keeper(checkpoint, release)
-        plans = list_plans(release)
+    with checkpoint.open_plan() as checkpoint_plan:
+        keeper = _make_keeper(checkpoint, checkpoint_plan)
+        plans = list_plans(checkpoint_plan)
         parts = {}
         for name, network in networks.items():
             parts |= _invert(name, network, plans[name])
@@ -165,24 +167,26 @@ def make_writer(
     return CheckpointFiles(networks, parts, source=source, marks=added, keep_tokenizer=keeper)
 
 
-def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callable[[Path], None]:
+def _make_keeper(checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan) -> Callable[[Path], None]:
     """Return a function that copies the source's tokenizer next to a saved checkpoint.
 
     With --tokenizer_cache_dir the function does nothing, because printed commands contain this option too.
     """
     if checkpoint.tokenizer_cache_dir is not None:
         return lambda _: None
-    are_open_clip = [text.is_open_clip for text in release.texts]
+    are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
     return lambda path: keep_tokenizer(checkpoint.path, path, are_open_clip)
 
 
-def list_plans(release: OpenedCheckpoint) -> Plans:
+def list_plans(checkpoint_plan: CheckpointPlan) -> Plans:
     """Return the load plan of each network, by the network's name in training."""
-    texts = {text_encoder_name(index): text.network for index, text in enumerate(release.texts)}
-    return {DIT: release.unet, **texts, VAE_PART: release.vae}
+    texts = {
+        text_encoder_name(index): text.load_plan for index, text in enumerate(checkpoint_plan.text_encoders)
+    }
+    return {DIT: checkpoint_plan.unet, **texts, VAE_PART: checkpoint_plan.vae}
 
 
-def _list_marks(marks: Marks) -> list[str]:
+def _list_marks(marks: ModelType) -> list[str]:
     """Return the names of the empty tensors that mark v-prediction and zero terminal SNR in a file."""
     names = []
     if marks.predicts_velocity:
@@ -206,16 +210,16 @@ def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, Par
     return {released: PartTensor(name, names, infos[released]) for released, names in weights.items()}
 
 
-def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor]:
+def _name_parts(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, PartTensor]:
     """Map each tensor name of a single file to the folder's weights that it is computed from."""
-    unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
+    unet = ldm_unet_names(count_layers(checkpoint_plan.unet.config), checkpoint_plan.unet.sources)
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
-    for index, text in enumerate(release.texts):
+    for index, text in enumerate(checkpoint_plan.text_encoders):
         name = text_encoder_name(index)
-        joined = released_text_names(release.kind, index, list_weights(text.network))
+        joined = ldm_text_encoder_names(checkpoint_plan.kind, index, list_weights(text.load_plan))
         parts |= {released: _join_part(released, name, ours, plans) for released, ours in joined.items()}
-    for ours in release.vae.sources:
-        released = released_vae_name(ours)
+    for ours in checkpoint_plan.vae.sources:
+        released = ldm_vae_name(ours)
         parts[released] = _join_part(released, VAE_PART, [ours], plans)
     return parts
 
@@ -235,5 +239,5 @@ def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans
         source = plan.sources[weight]
         hollow.append(source.make([plan.checkpoint.tensors[name].hollow() for name in source.names]))
     joined = join_released(released, hollow)
-    shape = released_vae_shape(released, tuple(joined.shape))
+    shape = ldm_vae_shape(released, tuple(joined.shape))
     return PartTensor(network, weights, TensorInfo(joined.dtype, shape))

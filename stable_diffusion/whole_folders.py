@@ -26,9 +26,9 @@ from protocols.full_model import DIT
 from protocols.loading import TensorInfo
 from stable_diffusion.contract import SD1, SDXL, text_encoder_name
 from stable_diffusion.diffusers_parts import diffusers_version
-from stable_diffusion.files import Marks
+from stable_diffusion.files import ModelType
 from stable_diffusion.folders import read_settings
-from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.text_checkpoints import PROJECTION
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, fetch_tokenizer_files
 from stable_diffusion.training_files import TrainingFiles, is_inpainting
@@ -148,7 +148,7 @@ class FolderWriter:
 def make_folder_writer(
     checkpoint: TrainingFiles,
     networks: Mapping[str, nn.Module],
-    marks: Marks,
+    model_type: ModelType,
     form: SavedForm = IN_ONE_FILE,
 ) -> FolderWriter:
     """Return a writer that saves the checkpoints of a training run as folders in diffusers' layout.
@@ -156,7 +156,7 @@ def make_folder_writer(
     Args:
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
-        marks: What the trained model predicts.
+        model_type: What the trained model predicts.
         form: Form of each network's files.
 
     Raises:
@@ -164,10 +164,12 @@ def make_folder_writer(
     """
     opened = ExitStack()
     # the checkpoint's own VAE, not that of --vae
-    release = opened.enter_context(replace(checkpoint, vae=None).opened())
-    plans = list_plans(release)
+    checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
+    plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
-    return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened, form)
+    return FolderWriter(
+        networks, plans, files, _make_texts(checkpoint, checkpoint_plan, model_type), opened, form
+    )
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
@@ -195,26 +197,32 @@ def _text_name(weight: str) -> str:
 # Files other than weights
 
 
-def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Marks) -> dict[str, bytes]:
+def _make_texts(
+    checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan, model_type: ModelType
+) -> dict[str, bytes]:
     """Return the content of the files with settings and tokenizers, by their path in the folder."""
-    schedule = _describe_schedule(checkpoint.path, release.marks, marks)
-    vae_config = {"sample_size": release.kind.size, **release.vae.config}
+    schedule = _describe_schedule(checkpoint.path, checkpoint_plan.model_type, model_type)
+    vae_config = {"sample_size": checkpoint_plan.kind.size, **checkpoint_plan.vae.config}
     settings = {
-        f"{_UNET_FOLDER}/config.json": _describe("UNet2DConditionModel", _simplify(release.unet.config)),
+        f"{_UNET_FOLDER}/config.json": _describe(
+            "UNet2DConditionModel", _simplify(checkpoint_plan.unet.config)
+        ),
         f"{VAE_PART}/config.json": _describe("AutoencoderKL", vae_config),
         _SCHEDULE: schedule,
-        _INDEX: _describe_index(checkpoint.path, release, schedule["_class_name"]),
+        _INDEX: _describe_index(checkpoint.path, checkpoint_plan, schedule["_class_name"]),
     }
 
     texts: dict[str, bytes] = {}
-    are_open_clip = [text.is_open_clip for text in release.texts]
+    are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
-    for index, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
+    for index, (text, (source, file)) in enumerate(
+        zip(checkpoint_plan.text_encoders, tokenizers, strict=True)
+    ):
         tokenizer = checkpoint.tokenizers[index]
         pad = OPEN_CLIP_PAD if text.is_open_clip else tokenizer.end
         tokens = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": pad}
         name = text_encoder_name(index)
-        settings[f"{name}/config.json"] = _describe_text(text.network.config, index, tokens)
+        settings[f"{name}/config.json"] = _describe_text(text.load_plan.config, index, tokens)
 
         folder = name.replace("text_encoder", "tokenizer")
         for part, content in _read_tokenizer(source, file).items():
@@ -243,7 +251,7 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
     return simple
 
 
-def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
+def _describe_schedule(source: Path, source_model_type: ModelType, model_type: ModelType) -> dict[str, Any]:
     """Return the scheduler settings of the trained model.
 
     They are those of the source folder if the trained model has the same kind and prediction type as the
@@ -251,31 +259,31 @@ def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str
 
     Args:
         source: File or folder of the source checkpoint.
-        of_source: Kind and prediction type of the source.
-        marks: Kind and prediction type of the trained model.
+        source_model_type: Kind and prediction type of the source.
+        model_type: Kind and prediction type of the trained model.
     """
-    if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
+    if source.is_dir() and source_model_type == model_type and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
-    of_kind = dict(_SCHEDULERS[marks.kind.name])
-    if marks.zero_terminal_snr:
-        if marks.kind is SD1:
+    of_kind = dict(_SCHEDULERS[model_type.kind.name])
+    if model_type.zero_terminal_snr:
+        if model_type.kind is SD1:
             of_kind = dict(_SCHEDULERS["sd2"])
         of_kind |= _ZERO_SNR
-    prediction = "v_prediction" if marks.predicts_velocity else "epsilon"
+    prediction = "v_prediction" if model_type.predicts_velocity else "epsilon"
     return _describe(of_kind.pop("_class_name"), {**_NOISE, "prediction_type": prediction, **of_kind})
 
 
-def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> dict[str, Any]:
+def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: str) -> dict[str, Any]:
     """Return the content of model_index.json: the pipeline's class and the classes of its components.
 
     If the source is a folder, settings in its model_index.json that are not components are kept.
 
     Args:
         source: File or folder of the source checkpoint.
-        release: The opened checkpoint.
+        checkpoint_plan: The opened checkpoint.
         scheduler: Class of the scheduler.
     """
-    is_xl = release.kind is SDXL
+    is_xl = checkpoint_plan.kind is SDXL
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
         declared = read_settings(source / _INDEX)
@@ -286,7 +294,7 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    for number in range(len(release.texts)):
+    for number in range(len(checkpoint_plan.text_encoders)):
         name = text_encoder_name(number)
         index[name] = ["transformers", _text_class(number)]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
@@ -297,7 +305,9 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
             "requires_safety_checker": False,
         }
     name = "StableDiffusionXL" if is_xl else "StableDiffusion"
-    return _describe(f"{name}{'Inpaint' if is_inpainting(release.unet.config) else ''}Pipeline", index)
+    return _describe(
+        f"{name}{'Inpaint' if is_inpainting(checkpoint_plan.unet.config) else ''}Pipeline", index
+    )
 
 
 def _text_class(number: int) -> str:

@@ -83,7 +83,7 @@ class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
 
     @property
-    def fills_captions(self) -> bool:
+    def pads_captions(self) -> bool:
         return not self.no_token_padding
 
     @property

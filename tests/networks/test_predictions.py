@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from networks.predictions import compare_predictions, read_prediction
-from stable_diffusion.files import read_marks
+from stable_diffusion.files import read_model_type
 
 XL = ("model.diffusion_model.a", "first_stage_model.b", "conditioner.embedders.1.model.c")
 
@@ -34,21 +34,21 @@ def test_metadata_of_known_programs_are_read(
     said = read_prediction(metadata)
 
     assert (said.velocity, said.zero_terminal_snr, said.unknown) == (velocity, zero, "")
-    marks = read_marks(Path("x.safetensors"), XL, metadata)
+    marks = read_model_type(Path("x.safetensors"), XL, metadata)
     assert (marks.predicts_velocity, marks.zero_terminal_snr) == (velocity is True, zero)
-    assert (marks.words == "") == (velocity is not True)
+    assert (marks.describe_prediction() == "") == (velocity is not True)
 
 
 def test_tensors_count_more_than_metadata(caplog: pytest.LogCaptureFixture) -> None:
-    marks = read_marks(Path("x.safetensors"), (*XL, "v_pred"), {"modelspec.prediction_type": "epsilon"})
+    marks = read_model_type(Path("x.safetensors"), (*XL, "v_pred"), {"modelspec.prediction_type": "epsilon"})
 
     assert marks.predicts_velocity
-    assert "as its tensor v_pred says" in marks.words
+    assert "as its tensor v_pred says" in marks.describe_prediction()
     assert caplog.text == ""
 
 
 def test_a_prediction_that_is_not_known_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    marks = read_marks(Path("x.safetensors"), XL, {"modelspec.prediction_type": "sample"})
+    marks = read_model_type(Path("x.safetensors"), XL, {"modelspec.prediction_type": "sample"})
 
     assert not marks.predicts_velocity
     assert "modelspec.prediction_type = sample" in caplog.text

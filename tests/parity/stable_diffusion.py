@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gen_img
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import Made, RequestedImage
+from stable_diffusion.contract import StageResult, RequestedImage
 from stable_diffusion.options import read_gen_img
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder, write_sd1, write_sd2, write_sdxl
 
@@ -127,7 +127,7 @@ def run_script(files: Files, out: Path, *arguments: object) -> np.ndarray[Any, A
     return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))])
 
 
-def make_here(files: Files, pictures: Sequence[RequestedImage], *arguments: object) -> Made:
+def make_here(files: Files, pictures: Sequence[RequestedImage], *arguments: object) -> StageResult:
     """Make pictures without the script, for their latents."""
     words = [*files.options, "--prompt", "none", *arguments]
     options = read_gen_img(None, [str(word) for word in words])

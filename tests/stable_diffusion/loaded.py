@@ -25,16 +25,16 @@ from stable_diffusion.contract import (
     SD2,
     SDXL,
     ImageSettings,
-    Made,
+    LoadedTextEncoder,
     Model,
     ModelKind,
     RequestedImage,
-    SecondStart,
-    TextTower,
+    SecondStageInput,
+    StageResult,
     UnetCall,
 )
-from stable_diffusion.loading import check_attention, load_release, open_release
-from stable_diffusion.loras import ChosenLoras, load_networks
+from stable_diffusion.loading import check_attention, load_checkpoint, plan_checkpoint
+from stable_diffusion.loras import AdjustableLoras, load_networks
 from stable_diffusion.names import SDXL as SDXL_NAMES
 from stable_diffusion.options import GenImgOptions, ModelOptions, read_gen_img
 from tests.faults.messages import run_here
@@ -49,7 +49,7 @@ def load(ckpt: Path | str, *others: object, device: torch.device = CPU) -> Model
     (given,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
     check_attention(given, device)
     with ExitStack() as files:
-        return load_release(given, open_release(given, files), device)
+        return load_checkpoint(given, plan_checkpoint(given, files), device)
 
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")
@@ -64,7 +64,7 @@ def tokenize(text: str) -> list[int]:
     return ids
 
 
-def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
+def make_towers(name: str) -> tuple[tuple[LoadedTextEncoder, ...], ModelKind]:
     """The text encoders of a tiny model, loaded anew, and its kind."""
     kind, end = OF_NAME[name], vocabulary() - 1
     towers = []
@@ -78,12 +78,12 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
         network.load_state_dict(state)
         pad = end if activation == "quick_gelu" else 0
         towers.append(
-            TextTower(
+            LoadedTextEncoder(
                 network=network.eval().requires_grad_(False),
                 tokenize=tokenize,
-                start=end - 1,
-                end=end,
-                pad=pad,
+                bos_token_id=end - 1,
+                eos_token_id=end,
+                pad_token_id=pad,
                 lora_prefix=kind.lora_prefixes[number],
                 missing_layers=1 if name == "sd2" else 0,
             )
@@ -110,7 +110,7 @@ class PlainMaker:
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
     batches: list[list[RequestedImage]] = field(default_factory=list)
-    starts: list[SecondStart | None] = field(default_factory=list)
+    starts: list[SecondStageInput | None] = field(default_factory=list)
     networks: None = None
     vae_batch_size: None = None
 
@@ -120,8 +120,11 @@ class PlainMaker:
         return SimpleNamespace(kind=self.kind, device=CPU, vae=vae, dtype=torch.float32)
 
     def make(
-        self, pictures: Sequence[RequestedImage], start: SecondStart | None = None, wants_images: bool = True
-    ) -> Made:
+        self,
+        pictures: Sequence[RequestedImage],
+        start: SecondStageInput | None = None,
+        wants_images: bool = True,
+    ) -> StageResult:
         if self.fails_on and any(self.fails_on in image.prompt for image in pictures):
             raise self.error("no such thing")
         self.batches.append(list(pictures))
@@ -129,7 +132,7 @@ class PlainMaker:
         size = pictures[0].settings.width, pictures[0].settings.height
         images = [Image.new("RGB", size, (image.seed % 256, 0, 0)) for image in pictures]
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
-        return Made(latents, images if wants_images else None)
+        return StageResult(latents, images if wants_images else None)
 
     def load(self, options: GenImgOptions, device: torch.device) -> Any:
         return self
@@ -172,7 +175,7 @@ def model_of(kind: str) -> Model:
         path=Path("model"),
         unet=unet_of(kind),
         vae=None,
-        texts=(),
+        text_encoders=(),
         predicts_velocity=False,
         zero_terminal_snr=False,
         device=CPU,
@@ -182,7 +185,9 @@ def model_of(kind: str) -> Model:
 
 
 def picture(*guides: Path, parts: int = 1) -> RequestedImage:
-    return RequestedImage("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
+    return RequestedImage(
+        "line 1", "a cat", "", 1, replace(SETTINGS, num_parts=parts), "a cat", guides=guides
+    )
 
 
 def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
@@ -253,7 +258,7 @@ def text_modules(model: Model) -> dict[str, nn.Module]:
     """
     return {
         f"{tower.lora_prefix}_{'' if path == TEXT_PROJECTION else 'text_model_'}{path.replace('.', '_')}": one
-        for tower in model.texts
+        for tower in model.text_encoders
         for path, one in tower.network.named_modules()
         if isinstance(one, nn.Linear)
     }
@@ -315,7 +320,7 @@ def in_places(path: str) -> bool:
     return path.endswith(tuple(PLACES.split()))
 
 
-def put_in(model: Model, *words: object) -> ChosenLoras | None:
+def put_in(model: Model, *words: object) -> AdjustableLoras | None:
     return load_networks(options("--network_weights", *words).networks, model)
 
 
@@ -323,7 +328,7 @@ def put_in(model: Model, *words: object) -> ChosenLoras | None:
 def results(model: Model) -> Result:
     """What the U-Net and each text encoder compute from the same input."""
     ids = torch.arange(6)[None]
-    texts = [tower.network(ids, torch.tensor([5])) for tower in model.texts]
+    texts = [tower.network(ids, torch.tensor([5])) for tower in model.text_encoders]
     width = model.unet.config.cross_attention_dim
     added = None
     if model.kind.name == "sdxl":

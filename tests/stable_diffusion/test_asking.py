@@ -8,7 +8,7 @@ import pytest
 
 from modules.devices import Failures
 from modules.errors import OptionError
-from stable_diffusion.asking import Asking, batches, check_line, make_seeds
+from stable_diffusion.asking import RequestBuilder, batches, check_line, make_seeds
 from stable_diffusion.contract import SD1, SDXL, ImageSettings, ModelKind, RequestedImage
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
@@ -26,7 +26,7 @@ def ask(
     seeds = make_seeds(asked, lines)
     if asked.prompts.iter_same_seed:
         seeds.begin_round()
-    return list(Asking(asked, kind, inputs, seeds).pictures(lines, Failures(strict=True)))
+    return list(RequestBuilder(asked, kind, inputs, seeds).build_requests(lines, Failures(strict=True)))
 
 
 def seeds_of(*arguments: object, lines: tuple[str, ...] = ("a",)) -> list[int]:
@@ -108,7 +108,7 @@ def test_a_picture_takes_what_its_line_says_before_what_the_options_say() -> Non
         negative_scale=2.0,
         strength=0.3,
         sizes=SizeOptions(original_width=5, crop_top=4),
-        parts=2,
+        num_parts=2,
         deep_shrink=DeepShrinkOptions(ds_depth_1=3, ds_timesteps_1=600),
         gradual_latent=GradualLatentOptions(gradual_latent_timesteps=700, gradual_latent_ratio=0.25),
     )
@@ -198,7 +198,7 @@ def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="Write AND between its parts"):
         ask(options(), A, inputs=inputs)
     (found,) = ask(options(), Line("", "a AND b"), inputs=inputs)
-    assert found.settings.parts == 2
+    assert found.settings.num_parts == 2
     assert found.mask == tmp_path / "mask.png"
 
 

@@ -68,7 +68,7 @@ def test_each_layout_gives_the_same_network(tmp_path: Path, kind: str, layout: s
     )
     unet = loaded.unet_of(kind)
 
-    words = loaded.OF_NAME[kind].words
+    words = loaded.OF_NAME[kind].title
     found = load_control_net(path, unet.config, words, CPU, torch.float32, unet).state_dict()
 
     wanted = control_nets.control_net_state(kind)
@@ -104,7 +104,7 @@ def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> N
         calls = [loaded.call_of(kind, step=step) for step in (0, 1)]
         wanted = [[theirs(kind, call, images, seed=seed) for seed in (50, 51)] for call in calls]
 
-        with torch.no_grad(), nets.for_batch([loaded.picture(guide)], 64, 48) as idea:
+        with torch.no_grad(), nets.apply_to_batch([loaded.picture(guide)], 64, 48) as idea:
             assert idea is not None
             found = [residuals(idea(call)) for call in calls]
 
@@ -123,7 +123,7 @@ def added(
     path = control_nets.write_control_net(folder / f"{name}.safetensors", "sd1")
     nets = load_control_nets(options_of(path), loaded.model_of("sd1"))
     assert nets is not None
-    with torch.no_grad(), nets.for_batch([loaded.picture(guide, parts=parts)], *size) as idea:
+    with torch.no_grad(), nets.apply_to_batch([loaded.picture(guide, parts=parts)], *size) as idea:
         assert idea is not None
         return residuals(idea(call)), guide
 
@@ -203,7 +203,7 @@ def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
     assert nets is not None
 
     with pytest.raises(OptionError, match="line 1: 2 guide images, but --control_net_models has 1"):
-        nets.for_batch([loaded.picture(guide, guide)], 64, 48).__enter__()
+        nets.apply_to_batch([loaded.picture(guide, guide)], 64, 48).__enter__()
 
 
 # Sizes of the released ones

@@ -129,7 +129,7 @@ def test_files_have_the_names_that_other_programs_read(kind: str, tmp_path: Path
     else:
         assert stored.keys() == ldm_control_net(state).keys()
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    words = KINDS[kind].words
+    words = KINDS[kind].title
     again: Any = load_control_net(path, unet.config, words, device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
     for name, tensor in state.items():
         assert torch.equal(again.state_dict()[name], tensor.half().float()), name

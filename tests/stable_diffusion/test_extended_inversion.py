@@ -14,7 +14,7 @@ from protocols.loading import Placement
 from stable_diffusion.family import with_extended_inversion
 from stable_diffusion.layer_texts import list_cross_attentions
 from stable_diffusion.sd1.options import Sd1ExtendedInversionTrainingOptions
-from stable_diffusion.towers import LearningTexts
+from stable_diffusion.towers import TextEncoderTraining
 from tests.faults.messages import succeed_here
 from tests.stable_diffusion.test_inversion_training import (
     LINE,
@@ -39,7 +39,7 @@ SCRIPT = "train_textual_inversion_XTI.py"
 @pytest.mark.slow
 def test_gradients_are_those_of_a_network_whose_layers_are_given_their_states(tmp_path: Path) -> None:
     options = Sd1ExtendedInversionTrainingOptions.usual(token_string=WORD, num_vectors_per_token=2)
-    base = make_family("sd1", tmp_path, options=options, learning_texts=LearningTexts({}))
+    base = make_family("sd1", tmp_path, options=options, text_training=TextEncoderTraining({}))
     twin: Any = base.load_dit(Placement(CPU)).requires_grad_(False)
     family = with_extended_inversion(base)
     noisy_batch = with_captions(make_batch(family, (20, 500)))

@@ -122,8 +122,8 @@ def vgg_features(pixels: Tensor, last: int) -> Tensor:
 
 def loss_of(project: Project, maker: ImageGenerator, pixels: Tensor, text: str, guide: Image.Image) -> Tensor:
     """All three losses. pixels: 1 3 H W, in 0..1; the picture is square, so nothing is cut off for CLIP."""
-    clip, tower = project.clip, maker.model.texts[0]
-    ids = torch.tensor([[tower.start, *tower.tokenize(text), tower.end]])
+    clip, tower = project.clip, maker.model.text_encoders[0]
+    ids = torch.tensor([[tower.bos_token_id, *tower.tokenize(text), tower.eos_token_id]])
     theirs = torch.tensor(np.asarray(guide)).permute(2, 0, 1)[None] / 255
 
     def seen(image: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion import latent_upscaler
-from stable_diffusion.contract import ImageSettings, RequestedImage, SecondStart, UnetCall
+from stable_diffusion.contract import ImageSettings, RequestedImage, SecondStageInput, UnetCall
 from stable_diffusion.highres import load_upscaler, make_images, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
@@ -26,7 +26,7 @@ OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
 OURS = "stable_diffusion.model_upscaler"
 
 
-def pictures(width: int = 96, height: int = 64) -> list[RequestedImage]:
+def requests(width: int = 96, height: int = 64) -> list[RequestedImage]:
     settings = ImageSettings(width, height, 20, 7.5, strength=0.6)
     return [
         RequestedImage("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
@@ -37,7 +37,7 @@ def pictures(width: int = 96, height: int = 64) -> list[RequestedImage]:
 def make(options: HighresOptions, asked: list[RequestedImage] | None = None) -> tuple[PlainMaker, list[Any]]:
     """The maker, which knows what it was asked for, and the stages that are saved."""
     maker: Any = PlainMaker()
-    return maker, list(make_images(maker, prepare_highres(options), asked or pictures()))
+    return maker, list(make_images(maker, prepare_highres(options), asked or requests()))
 
 
 def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
@@ -48,11 +48,11 @@ def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
     assert (large.width, large.height, large.steps, large.strength) == (96, 64, 20, 0.6)
     assert [each.seed for each in first] == [3, 9]
     assert [each.seed for each in second] == [4, 10]
-    assert [each.seed for each in stage.pictures] == [3, 9]  # what is written into the files
+    assert [each.seed for each in stage.requests] == [3, 9]  # what is written into the files
     assert stage.digit == "1"
     assert stage.result.images[0].size == (96, 64)
     assert all(each.guides for each in second)
-    maker, _ = make(OPTIONS, [replace(pictures()[0], seed=2**64 - 1)])
+    maker, _ = make(OPTIONS, [replace(requests()[0], seed=2**64 - 1)])
     assert maker.batches[1][0].seed == 0
 
 
@@ -67,15 +67,15 @@ def test_options_of_the_stages() -> None:
     maker, (first, second) = make(options)
     assert (first.digit, second.digit) == ("0", "1")
     assert first.result.images[0].size == (48, 32)
-    assert first.pictures[0].settings.steps == 7
-    assert maker.batches[1][0].settings.strength == second.pictures[0].settings.strength == 0.3
+    assert first.requests[0].settings.steps == 7
+    assert maker.batches[1][0].settings.strength == second.requests[0].settings.strength == 0.3
     assert maker.batches[0][0].guides
     assert not maker.batches[1][0].guides
 
 
 @pytest.mark.parametrize(("scale", "side", "wanted"), [(0.5, 520, 256), (0.66, 1000, 656), (0.01, 64, 8)])
 def test_sides_of_the_first_stage_are_multiples_of_8(scale: float, side: int, wanted: int) -> None:
-    maker, _ = make(replace(OPTIONS, highres_fix_scale=scale), pictures(side, 64))
+    maker, _ = make(replace(OPTIONS, highres_fix_scale=scale), requests(side, 64))
     assert maker.batches[0][0].settings.width == wanted
 
 
@@ -87,7 +87,7 @@ def write_module(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> st
     return "own_upscaler"
 
 
-def upscaled(name: str, args: str | None = None) -> SecondStart:
+def upscaled(name: str, args: str | None = None) -> SecondStageInput:
     maker, _ = make(replace(OPTIONS, highres_fix_upscaler=name, highres_fix_upscaler_args=args))
     start = maker.starts[1]
     assert start is not None
@@ -191,7 +191,7 @@ def shrinking(shrink: DeepShrinkOptions | None) -> list[RequestedImage]:
 
 
 def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:
-    with DeepShrinks(unet).for_batch(shrinking(shrink), 64, 64) as idea:
+    with DeepShrinks(unet).apply_to_batch(shrinking(shrink), 64, 64) as idea:
         assert idea is not None
         return run_unet(unet, idea(call))
 
@@ -257,7 +257,7 @@ def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float
 def test_nothing_stays_behind(unet: Any) -> None:
     call = call_at(900.0)
     before = run_unet(unet, call)
-    with DeepShrinks(unet).for_batch(shrinking(None), 64, 64) as idea:
+    with DeepShrinks(unet).apply_to_batch(shrinking(None), 64, 64) as idea:
         assert idea is None
         assert torch.equal(run_unet(unet, call), before)
     above = DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=950)
@@ -273,7 +273,7 @@ def test_it_is_told_if_the_steps_from_a_picture_begin_too_late(
 ) -> None:
     (image,) = shrinking(DeepShrinkOptions(ds_depth_1=1))
     image = replace(image, image=Path("a.png"))
-    with DeepShrinks(unet).for_batch([image], 64, 64) as idea:
+    with DeepShrinks(unet).apply_to_batch([image], 64, 64) as idea:
         assert idea is not None
         idea(call_at(timestep))
     assert ("Deep Shrink never acts: with this --strength" in caplog.text) == is_told

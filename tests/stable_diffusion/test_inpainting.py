@@ -37,7 +37,7 @@ from protocols.data import LOSS_MASK, MediaEncoders
 from protocols.family import Abilities
 from protocols.loading import Placement
 from stable_diffusion.family import StableDiffusion
-from stable_diffusion.files import Marks
+from stable_diffusion.files import ModelType
 from stable_diffusion.inpainting import INPAINTING, draw_wobbly_ellipse
 from stable_diffusion.samplers import make_scheduler
 from stable_diffusion.training_files import UnetInput
@@ -180,9 +180,11 @@ def test_a_widened_unet_predicts_the_same_and_is_saved_with_nine_channels(kind: 
 
     single = WRITERS[kind](tmp_path)
     of_file = replace(wide.files, ckpt=single)
-    marks = Marks(KINDS[kind], predicts_velocity=False, zero_terminal_snr=False)
-    make_writer(of_file, {"dit": unet}, marks).write(tmp_path / "file.safetensors", None, {})
-    make_folder_writer(wide.files, {"dit": unet}, marks, IN_ONE_FILE).write(tmp_path / "folder", None, {})
+    model_type = ModelType(KINDS[kind], predicts_velocity=False, zero_terminal_snr=False)
+    make_writer(of_file, {"dit": unet}, model_type).write(tmp_path / "file.safetensors", None, {})
+    make_folder_writer(wide.files, {"dit": unet}, model_type, IN_ONE_FILE).write(
+        tmp_path / "folder", None, {}
+    )
 
     weight = load_file(tmp_path / "file.safetensors")["model.diffusion_model.input_blocks.0.0.weight"]
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "folder" / "unet")

@@ -28,7 +28,7 @@ from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
 from stable_diffusion.textual_inversion import SEVERAL
-from stable_diffusion.towers import LearningTexts, TowerEncoder
+from stable_diffusion.towers import LazyTextEncoder, TextEncoderTraining
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion.test_training_step import (
     CPU,
@@ -54,12 +54,12 @@ RECORDS = {
 
 def inversion_family(kind: str, folder: Path, **values: Any) -> StableDiffusion:
     options = RECORDS[kind].usual(token_string=WORD, **values)
-    return with_inversion(make_family(kind, folder, options=options, learning_texts=LearningTexts({})))
+    return with_inversion(make_family(kind, folder, options=options, text_training=TextEncoderTraining({})))
 
 
 def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTexts]:
     """Load the text encoders, with rows in them that learn."""
-    encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, TowerEncoder)]
+    encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
     texts = LiveTexts(encoders, encoders)
     texts.load(CPU)
     assert family.custom_network is not None
@@ -154,7 +154,7 @@ def test_rows_alone_are_the_whole_table_with_its_old_rows_copied_back(tmp_path: 
     target = torch.randn(2, 77, old.shape[1], generator=torch.Generator().manual_seed(4))
     alone = torch.optim.AdamW(rows.parameters(), lr=0.01, weight_decay=0.1)
     copied = torch.optim.AdamW([full], lr=0.01, weight_decay=0.1)
-    batch = with_captions(make_batch(replace(family, learning_texts=None), (1, 2))).batch
+    batch = with_captions(make_batch(replace(family, text_training=None), (1, 2))).batch
 
     def learn(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -182,7 +182,7 @@ def test_rows_begin_with_the_tokens_of_the_initial_words_in_each_encoder(tmp_pat
     for name, (encoder, network) in zip(
         ("clip_l", "clip_g"), zip(texts.encoders, texts.networks.values(), strict=True), strict=True
     ):
-        assert isinstance(encoder, TowerEncoder)
+        assert isinstance(encoder, LazyTextEncoder)
         ids = family.files.tokenizers[encoder._number].tokenize("cat red")
         table: Any = network.embeddings.token_embedding.weight  # type: ignore[union-attr]
         expected = table[[ids[place % len(ids)] for place in range(3)]]

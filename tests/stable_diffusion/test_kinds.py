@@ -219,5 +219,5 @@ def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: 
     heads, layers, parameters = INFO[kind]
     firsts = [name for name, _ in model.unet.named_modules() if name.endswith("transformer_blocks.0.attn1")]
     assert {model.unet.get_submodule(name).heads for name in firsts} == heads
-    assert [tower.network.num_layers for tower in model.texts] == layers
+    assert [tower.network.num_layers for tower in model.text_encoders] == layers
     assert sum(one.numel() for one in model.unet.parameters()) == parameters

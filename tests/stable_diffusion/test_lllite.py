@@ -73,7 +73,7 @@ def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
     assert lllites is not None
     before = loaded.run_unet(model.unet, call)
 
-    with torch.no_grad(), lllites.for_batch([loaded.picture(*guides)], 64, 64) as idea:
+    with torch.no_grad(), lllites.apply_to_batch([loaded.picture(*guides)], 64, 64) as idea:
         assert idea is not None
         found = loaded.run_unet(model.unet, idea(call))
 
@@ -94,7 +94,7 @@ def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None
     seen: list[Tensor] = []
     assert lllites is not None
 
-    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], 64, 48) as idea:
+    with torch.no_grad(), lllites.apply_to_batch([loaded.picture(guide)], 64, 48) as idea:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         assert idea is not None
         loaded.run_unet(model.unet, idea(call))
@@ -113,7 +113,7 @@ def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[T
     model = loaded.model_of("sdxl")
     lllites = load_lllites(options_of(path), model)
     assert lllites is not None
-    with torch.no_grad(), lllites.for_batch([loaded.picture(guide)], width, height) as idea:
+    with torch.no_grad(), lllites.apply_to_batch([loaded.picture(guide)], width, height) as idea:
         assert idea is not None
         return [loaded.run_unet(model.unet, idea(call)) for call in calls]
 

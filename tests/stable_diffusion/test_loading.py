@@ -21,7 +21,7 @@ from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import Model
 from stable_diffusion.files import VAE
 from stable_diffusion.folders import read_folder_unet
-from stable_diffusion.released_names import VAE_LEVELS, map_vae_names, released_vae_name
+from stable_diffusion.released_names import VAE_LEVELS, ldm_vae_name, map_vae_names_to_diffusers
 from tests.commands import ROOT
 from tests.stable_diffusion.loaded import change_json, load, save
 from tests.tiny import stable_diffusion as tiny
@@ -59,14 +59,14 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
     assert_equal_states(model.unet, tiny.unet_state(kind))
     assert_equal_states(model.vae, tiny.vae_state())
     assert model.vae.config.scaling_factor == tiny.KINDS[kind].latent_scale == model.kind.latent_scale
-    for number, tower in enumerate(model.texts):
+    for number, tower in enumerate(model.text_encoders):
         projected = kind == "sdxl" and number == 1
         state = tiny.text_state(kind, number, projected=projected)
         stored = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
         assert ("text_projection.weight" in stored) == projected
         assert_equal_states(tower.network, stored)
         assert tower.lora_prefix == model.kind.lora_prefixes[number]
-    networks = (model.unet, model.vae, *(tower.network for tower in model.texts))
+    networks = (model.unet, model.vae, *(tower.network for tower in model.text_encoders))
     assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
 
 
@@ -120,7 +120,7 @@ def test_options_choose_the_precision(
     assert (model.dtype, model.vae_dtype) == (dtype, vae_dtype)
     assert {each.dtype for each in model.unet.parameters()} == {dtype}
     assert {each.dtype for each in model.vae.parameters()} == {vae_dtype}
-    assert {each.dtype for tower in model.texts for each in tower.network.parameters()} == {dtype}
+    assert {each.dtype for tower in model.text_encoders for each in tower.network.parameters()} == {dtype}
     assert ("overflows in float16" in caplog.text) == (vae_dtype == torch.float16)
 
 
@@ -164,7 +164,7 @@ def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> Non
         for key, tensor in tiny.single_file_state("sd1").items()
     }
 
-    (tower,) = quick(folder, save(tmp_path / "sd1.safetensors", state)).texts
+    (tower,) = quick(folder, save(tmp_path / "sd1.safetensors", state)).text_encoders
 
     name = "final_layer_norm.weight"
     assert torch.equal(tower.network.state_dict()[name], tiny.text_state("sd1")[f"text_model.{name}"])
@@ -189,7 +189,7 @@ def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_tokenizers_of_a_folder_are_its_own(folder: Path) -> None:
-    first, second = load(folder / "sdxl").texts  # no --tokenizer_cache_dir
+    first, second = load(folder / "sdxl").text_encoders  # no --tokenizer_cache_dir
 
     assert first.tokenize("a dog") == second.tokenize("a dog") != []
 
@@ -234,14 +234,12 @@ def test_released_names_of_a_vae_are_read_as_diffusers_reads_them() -> None:
             block_out_channels=(32, 64, 64, 32),
             layers_per_block=2,
         )
-    released = {
-        released_vae_name(name).removeprefix(VAE): weight for name, weight in network.state_dict().items()
-    }
+    released = {ldm_vae_name(name).removeprefix(VAE): weight for name, weight in network.state_dict().items()}
     levels = [""] * VAE_LEVELS
     config = {"down_block_types": levels, "up_block_types": levels}
     theirs = {id(weight): name for name, weight in convert_ldm_vae_checkpoint(released, config).items()}
 
-    ours = map_vae_names(released, VAE_LEVELS)
+    ours = map_vae_names_to_diffusers(released, VAE_LEVELS)
 
     assert {name: ours.get(name, name) for name in released} == {
         name: theirs[id(weight)] for name, weight in released.items()
@@ -355,7 +353,7 @@ def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: 
 
     model = quick(folder, save(tmp_path / "sd2.safetensors", state))
 
-    assert model.texts[0].network.num_layers == 23
+    assert model.text_encoders[0].network.num_layers == 23
 
 
 def test_a_name_on_the_hub_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.gated_loras import AddedPart
 from networks.kinds.oft_rotation import compute_rotations, rotate_weight
 from stable_diffusion.contract import SD1, Model
-from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
+from stable_diffusion.loras import AdjustableLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
 from tests.stable_diffusion import loaded
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
@@ -33,8 +33,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
         if kind not in known:
             known[kind] = loaded.load(WRITERS[kind](folder), "--tokenizer_cache_dir", tokenizers)
         model = known[kind]
-        texts = tuple(replace(tower, network=copy.deepcopy(tower.network)) for tower in model.texts)
-        return replace(model, unet=copy.deepcopy(model.unet), texts=texts)
+        texts = tuple(replace(tower, network=copy.deepcopy(tower.network)) for tower in model.text_encoders)
+        return replace(model, unet=copy.deepcopy(model.unet), text_encoders=texts)
 
     return make
 
@@ -298,7 +298,7 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
             raise KeyboardInterrupt
         weights[1] = multipliers[1]
 
-    networks = ChosenLoras((1.0, 1.0), use, layers)
+    networks = AdjustableLoras((1.0, 1.0), use, layers)
     interrupts[0] = True
     with pytest.raises(KeyboardInterrupt):
         networks.choose((0.25, 0.5))

@@ -45,7 +45,7 @@ class Recorder:
     calls: list[UnetCall] = field(default_factory=list)
 
     @contextmanager
-    def for_batch(
+    def apply_to_batch(
         self, pictures: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
         yield self._record
@@ -118,7 +118,7 @@ def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Ima
 def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> ImageGenerator:
     """The same model, which reads long texts."""
     words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
-    texts = Texts(maker.model.texts, maker.model.kind, read_gen_img(None, words).text)
+    texts = Texts(maker.model.text_encoders, maker.model.kind, read_gen_img(None, words).text)
     return replace(maker, texts=texts, batch_hooks=[recorder])
 
 

@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
 from protocols.loading import Placement
-from stable_diffusion.towers import LearningTexts, TowerEncoder
+from stable_diffusion.towers import LazyTextEncoder, TextEncoderTraining
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_inversion_training import (
     LINE,
@@ -48,10 +48,10 @@ __all__ = ("folder",)
 def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
     options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
-    base = make_family(kind, tmp_path, learning_texts=LearningTexts({}))
+    base = make_family(kind, tmp_path, text_training=TextEncoderTraining({}))
     word = options.word()
     family = base.with_word_in_texts(word)
-    noisy_batch = with_captions(make_batch(replace(base, learning_texts=None), (20, 500)))
+    noisy_batch = with_captions(make_batch(replace(base, text_training=None), (20, 500)))
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     twin_unet = copy.deepcopy(unet)
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     twin.load_state_dict(network.state_dict())
     for lora in (network, twin):
         lora.attach()
-    encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, TowerEncoder)]
+    encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
     texts = LiveTexts(encoders, taught=encoders)
     texts.load(CPU)
     assert texts.networks == {}

@@ -158,7 +158,7 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     masked = a_image(halves, parts=2)
     maker = Regions(unet, loras)
 
-    with maker.for_batch([masked], WIDTH, HEIGHT) as idea:
+    with maker.apply_to_batch([masked], WIDTH, HEIGHT) as idea:
         assert idea is not None
         made = run_unet(unet, idea(call))
 
@@ -174,7 +174,7 @@ def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
     call = a_call("sd1", parts=1)
     before = run_unet(unet, call)
 
-    with pytest.raises(KeyboardInterrupt), Regions(unet, loras).for_batch([a_image(halves, 2)], 64, 64):
+    with pytest.raises(KeyboardInterrupt), Regions(unet, loras).apply_to_batch([a_image(halves, 2)], 64, 64):
         raise KeyboardInterrupt
 
     torch.testing.assert_close(run_unet(unet, call), before, rtol=0, atol=0)

@@ -179,7 +179,8 @@ CASES = {
 
 @pytest.mark.slow_cases("regions")
 @pytest.mark.parametrize(
-    "case", ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")]
+    "case",
+    ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")],
 )
 def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp_path: Path) -> None:
     single = make_images(project, tmp_path / "single", *SMALL, *CASES[case])

@@ -64,7 +64,7 @@ def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_fi
     """A single file of SD 2 has one layer more, which does not count."""
     pipeline, *models = opened(kind, folder / kind)
     model = models[is_file]
-    texts = Texts(model.texts, model.kind, options().text)
+    texts = Texts(model.text_encoders, model.kind, options().text)
     alone = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     for text in PLAIN:
         theirs = pipeline.encode_prompt(text, **alone)
@@ -84,12 +84,12 @@ def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
     with torch.no_grad():
         states = encoder(given, output_hidden_states=True).hidden_states
         for skip in (1, 2, 3):
-            texts = Texts(model.texts, model.kind, options("--clip_skip", skip).text)
+            texts = Texts(model.text_encoders, model.kind, options("--clip_skip", skip).text)
             state = states[-skip] if kind == "sdxl" else encoder.final_layer_norm(states[-skip])
             found = texts.encode("a cat").context[:, : state.shape[-1]]
             torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
     with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
-        Texts(model.texts, model.kind, options("--clip_skip", 4).text)
+        Texts(model.text_encoders, model.kind, options("--clip_skip", 4).text)
 
 
 @pytest.mark.parametrize(("layers", "loaded"), [(3, 3), (23, 23), (24, 23)])
@@ -104,7 +104,7 @@ def test_a_folder_of_sd2_with_all_layers_of_open_clip_is_loaded_without_the_last
     config = tiny.text_config_json("CLIPTextModel", "gelu", layers)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with open_checkpoint(tmp_path) as checkpoint:
-        plan = read_folder_text(checkpoint, is_open_clip=True, is_projected=False).network
+        plan = read_folder_text(checkpoint, is_open_clip=True, is_projected=False).load_plan
         found = load_planned(plan, ClipText, CPU, torch.float32, "it")
     assert found.num_layers == loaded
 
@@ -159,7 +159,7 @@ def plain_loop(
 def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: str, mode: str) -> None:
     pipeline, _, model = opened(kind, folder / kind)
     given = options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode).text
-    texts = Texts(model.texts, model.kind, given)
+    texts = Texts(model.text_encoders, model.kind, given)
     for text, parts in WEIGHTED.items():
         context, pooled = plain_loop(pipeline, parts, mode)
         found = texts.encode(text)

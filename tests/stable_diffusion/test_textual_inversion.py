@@ -24,9 +24,9 @@ from stable_diffusion.contract import ImageSettings, RequestedImage
 from stable_diffusion.making import ImageGenerator
 from stable_diffusion.text import Texts
 from stable_diffusion.textual_inversion import (
-    read_bundled,
+    merge_lora_words,
+    read_lora_words,
     read_words,
-    with_bundled,
     with_words,
 )
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
@@ -248,7 +248,7 @@ def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     rows = vectors(seed=1)
     extended = load_with(tmp_path / "a", "--XTI_embeddings", all_of(rows))
     default = load_with(tmp_path / "b", "--textual_inversion_embeddings", {"emb_params": rows})
-    parts = replace(IMAGE, prompt="a blob AND a dog", settings=replace(IMAGE.settings, parts=2))
+    parts = replace(IMAGE, prompt="a blob AND a dog", settings=replace(IMAGE.settings, num_parts=2))
     plain = replace(IMAGE, prompt="a dog", negative_prompt="")
     for image in (IMAGE, parts, plain, IMAGE):
         assert torch.allclose(make(extended, image), make(default, image), rtol=1e-4, atol=1e-4)
@@ -403,13 +403,13 @@ def test_words_of_loras_are_read_as_those_of_files(tmp_path: Path, caplog: pytes
         "bundle_emb.my.word.emb_params": second,
         "bundle_emb.other.<blob>": second,
     }
-    bundled = read_bundled({tmp_path / "lora.safetensors": find_words(tensors)}, "--lora_weight")
-    assert [word.word for word in bundled] == ["blob", "my.word", "other"]
-    for word, rows in zip(bundled, (first, second, second), strict=True):
+    lora_words = read_lora_words({tmp_path / "lora.safetensors": find_words(tensors)}, "--lora_weight")
+    assert [word.word for word in lora_words] == ["blob", "my.word", "other"]
+    for word, rows in zip(lora_words, (first, second, second), strict=True):
         assert torch.equal(word.vectors[0], rows)
 
     given = read_words([write(tmp_path / "Blob.safetensors", {"emb_params": second})])
-    assert with_bundled(given, bundled) == (*given, *bundled[1:])
+    assert merge_lora_words(given, lora_words) == (*given, *lora_words[1:])
     assert "the word Blob of" in caplog.text
 
 
@@ -418,12 +418,12 @@ def test_a_word_of_a_lora_may_be_known_and_has_to_fit(tmp_path: Path) -> None:
     towers, sort = make_towers("sd1")
     plain = Texts(towers, sort, options().text).encode("a cat")
     lora = tmp_path / "lora.safetensors"
-    cat = read_bundled({lora: {"cat": {"emb_params": vectors(2)}}}, "--lora_weight")
-    texts = Texts(towers, sort, options().text, bundled=cat)
+    cat = read_lora_words({lora: {"cat": {"emb_params": vectors(2)}}}, "--lora_weight")
+    texts = Texts(towers, sort, options().text, lora_words=cat)
     assert not torch.equal(texts.encode("a cat").context, plain.context)
 
-    wide = read_bundled({lora: {"blob": {"emb_params": vectors(2, 32)}}}, "--lora_weight")
+    wide = read_lora_words({lora: {"blob": {"emb_params": vectors(2, 32)}}}, "--lora_weight")
     with pytest.raises(CheckpointError, match=r"the word blob in --lora_weight .*have 32 numbers"):
-        Texts(make_towers("sd1")[0], sort, options().text, bundled=wide)
+        Texts(make_towers("sd1")[0], sort, options().text, lora_words=wide)
     with pytest.raises(CheckpointError, match=r"the word blob in .*is not a textual inversion: it holds t5"):
-        read_bundled({lora: {"blob": {"t5": vectors(), "x": vectors()}}}, "--lora_weight")
+        read_lora_words({lora: {"blob": {"t5": vectors(), "x": vectors()}}}, "--lora_weight")

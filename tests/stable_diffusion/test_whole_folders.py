@@ -49,7 +49,12 @@ def released_state(kind: str, pipeline: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "sdxl",
+        pytest.param("sd1", marks=pytest.mark.slow),
+        pytest.param("sd2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_folder_holds_what_the_single_file_of_the_same_run_holds(folder: Path, kind: str) -> None:
     """All networks, as diffusers' pipeline loads them."""

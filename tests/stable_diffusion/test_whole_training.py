@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from protocols.full_model import LearningParts
 from protocols.requests import Prompt
 from stable_diffusion.contract import SD1, SDXL
-from stable_diffusion.files import Marks
+from stable_diffusion.files import ModelType
 from stable_diffusion.tokenizers import CLIP_L
-from stable_diffusion.towers import LearningTexts, make_encoders
+from stable_diffusion.towers import TextEncoderTraining, make_encoders
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.whole_files import make_writer
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -140,7 +140,12 @@ def expected_changes(folder: Path, kind: str, predicts_v: bool = False) -> dict[
 
 
 @pytest.mark.parametrize(
-    "kind", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "sdxl",
+        pytest.param("sd1", marks=pytest.mark.slow),
+        pytest.param("sd2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_all_networks_equals_that_of_diffusers_and_transformers(folder: Path, kind: str) -> None:
     """Tensor by tensor in the saved checkpoint; frozen parts are equal in bytes."""
@@ -323,7 +328,7 @@ def test_marks_of_the_source_stay_and_averages_of_it_are_left_out(folder: Path) 
     said = succeed_here("sdxl_train.py", *words(model.name, "--save_precision", "fp16"), folder=folder)
 
     saved = load_file(folder / "output" / "last.safetensors")
-    planned = make_writer(TrainingFiles((SDXL,), model), {}, Marks(SDXL, True, True)).list_infos(
+    planned = make_writer(TrainingFiles((SDXL,), model), {}, ModelType(SDXL, True, True)).list_infos(
         torch.float16
     )
     assert {name: info.dtype for name, info in planned.items()} == {
@@ -410,7 +415,12 @@ def draw(folder: Path, ckpt: str, name: str, *further: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "kind", ["sd2", pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd1", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "sd2",
+        pytest.param("sdxl", marks=pytest.mark.slow),
+        pytest.param("sd1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_folder_of_diffusers_becomes_a_single_file_with_released_names(folder: Path, kind: str) -> None:
     """All parts have the values of the folder, and the file says that it predicts v."""
@@ -439,7 +449,7 @@ def test_captions_are_not_filled_up_on_request(tmp_path: Path) -> None:
     prompts = [Prompt("a cat"), Prompt("a red cat on the grass")]
     states = []
     for fills in (True, False):
-        (encoder,) = make_encoders(files, 1, None, learning=LearningTexts({}, fills))
+        (encoder,) = make_encoders(files, 1, None, learning=TextEncoderTraining({}, fills))
         encoder.load(torch.device("cpu"))
         states.append([row["hidden_state"] for row in encoder.encode(prompts)])
         tokens = encoder.token_counter()
