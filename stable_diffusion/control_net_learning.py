@@ -21,7 +21,7 @@ from protocols.family_networks import CustomNetwork, DefaultRate
 from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.contract import SDXL, ModelKind
 from stable_diffusion.control_net_files import CONTROL_ONLY_LAYERS, load_control_net
-from stable_diffusion.control_net_options import WEIGHTS, say_generation
+from stable_diffusion.control_net_options import WEIGHTS, list_generation_command
 from stable_diffusion.files import UNET
 from stable_diffusion.released_names import ldm_unet_names
 from stable_diffusion.training_files import TrainingFiles, count_layers
@@ -178,7 +178,7 @@ def describe_control_net(
         architecture_suffix="controlnet",
         make=partial(make_control_net, path, new_layers_lr, checkpoints, files.kind),
         check=check,
-        generate=partial(say_generation, options, "--control_net_models"),
+        generate=partial(list_generation_command, options, "--control_net_models"),
         # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=partial(_write, files),

@@ -48,7 +48,7 @@ def rate_option() -> Any:
     )
 
 
-def say_generation(
+def list_generation_command(
     options: StableDiffusionTrainingOptions,
     flag: str,
     file: Path,
@@ -64,7 +64,7 @@ def say_generation(
         sample: Values of the sample, by the names of `Request`.
         _: Ignored; other kinds of networks need it.
     """
-    words = {
+    arguments = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
@@ -82,4 +82,4 @@ def say_generation(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    return ["gen_img.py", *option_words(words)]
+    return ["gen_img.py", *option_words(arguments)]

@@ -106,6 +106,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
+_SDXL_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"  # in metadata
 LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 
 # suffixes of a kind's cache files and npz files
@@ -175,7 +176,7 @@ class StableDiffusion(ModelOfImages):
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
-    chunks: int = 1  # number of 75-token chunks of each caption
+    max_chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
     sampler: str = DEFAULT_SAMPLER  # sampler for a training run's samples
     options: Any = NO_OPTIONS  # set for trainings only
@@ -257,31 +258,32 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Entries for files of results: architecture, prediction type, model and VAE."""
-        kind, predicts_v = self.kind, self.noise.predicts_v
-        architecture = "stable-diffusion-xl-v1-base"
-        version = "sdxl_base_v1-0"
-        implementation = "https://github.com/Stability-AI/generative-models"
-        if kind is not SDXL:
-            implementation = "diffusers"
-            architecture = "stable-diffusion-v1"
-            version = "sd_v1"
-        if kind is SD2:
+        """Metadata of saved LoRAs, checkpoints and images: architecture, prediction type, file names."""
+        predicts_v = self.noise.predicts_v
+        if self.kind is SDXL:
+            architecture = "stable-diffusion-xl-v1-base"
+            version = "sdxl_base_v1-0"
+        elif self.kind is SD2:
             architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
             version = "sd_v2_v" if predicts_v else "sd_v2"
-        names = {
+        else:
+            architecture = "stable-diffusion-v1"
+            version = "sd_v1"
+        entries = {
             "architecture": architecture,
             "base_model_version": version,
-            "implementation": implementation,
+            "implementation": _SDXL_IMPLEMENTATION if self.kind is SDXL else "diffusers",
             "prediction_type": "v" if predicts_v else "epsilon",
             "resolution": self._resolution,
         }
-        paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
-        names |= {key: path.name for key, path in paths.items() if path is not None}
+        if self.files.ckpt is not None:
+            entries["sd_model_name"] = self.files.ckpt.name
+        if self.files.vae is not None:
+            entries["vae_name"] = self.files.vae.name
         # generations record the model's name, which is needed to read their settings back from the file
         if self.options is NO_OPTIONS:
-            return names | {"model_type": kind.name}
-        return names | self._metadata_of_training
+            return entries | {"model_type": self.kind.name}
+        return entries | self._metadata_of_training
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
@@ -318,8 +320,8 @@ class StableDiffusion(ModelOfImages):
     @property
     def _control_network(self) -> CustomNetwork | None:
         """Return the trained network that uses control images; None if there is none."""
-        made = self.custom_network
-        return None if made is None or made.in_text_encoders else made
+        network = self.custom_network
+        return None if network is None or network.in_text_encoders else network
 
     def check_table(self, table: MediaTable) -> None:
         """Raise an error if a dataset table lacks control images that the trained network needs."""
@@ -379,7 +381,7 @@ class StableDiffusion(ModelOfImages):
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
         source = find_kept_source(prepared.request)
-        # skip the numbers drawn earlier: for the posterior of a source, and for the start noise (`_begin`)
+        # skip the numbers drawn earlier, in `_begin_sampling`: the posterior of a source, and the start noise
         for _ in range(2 if source is not None and source.needs_vae else 1):
             torch.randn(shape, generator=generator)
         pixels, mask = read_image_and_mask(prepared)
@@ -414,9 +416,11 @@ class StableDiffusion(ModelOfImages):
         """Load the U-Net; `expert` is ignored, because one network handles all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
         if self.text_training is not None and self.text_training.cross_attentions:
-            from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
+            from stable_diffusion.layer_texts import (
+                split_context_by_layer,  # only for a word with vectors for each layer
+            )
 
-            give_parts(unet, tuple(self.text_training.cross_attentions.values()))
+            split_context_by_layer(unet, tuple(self.text_training.cross_attentions.values()))
         return unet
 
     # texts
@@ -425,7 +429,7 @@ class StableDiffusion(ModelOfImages):
         """Return the checkpoint's one or two text encoders, which load on first use."""
         encoders = make_encoders(
             self.files,
-            self.chunks,
+            self.max_chunks,
             self.clip_skip,
             text_training=self.text_training,
             lora_words=self.lora_words,
@@ -463,10 +467,10 @@ class StableDiffusion(ModelOfImages):
 
     def word_network(self, word: WordToLearn) -> CustomNetwork:
         """Return the network whose weights are the vectors of a trained word."""
-        from stable_diffusion.inversion_learning import invert  # only to train one
+        from stable_diffusion.inversion_learning import describe_inversion  # only to train one
 
         # only the text encoders matter, so any input channels of the U-Net will do
-        return invert(word, replace(self.files, unet_input=UnetInput.ANY))
+        return describe_inversion(word, replace(self.files, unet_input=UnetInput.ANY))
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -483,7 +487,7 @@ class StableDiffusion(ModelOfImages):
 
     def reads_weight(self, text_encoder: str, weight: str) -> bool:
         """Whether the U-Net's text states depend on this weight; those of later layers are unused."""
-        by_name = {encoder.name: encoder for encoder in self._counting}
+        by_name = {encoder.name: encoder for encoder in self._token_counters}
         return by_name[text_encoder].reads_weight(weight)
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
@@ -524,35 +528,17 @@ class StableDiffusion(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: text states B L C and, for SDXL, the pooled state and sizes.
+        """Return the U-Net's conditions in training: text states B L C, and for SDXL pooled state and sizes.
 
         Raises:
             CacheError: If texts were made for another length or by other text encoders.
         """
-        texts_again = "the script that caches texts"
-        batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
-        text_names = sorted(self.text_keys - {POOLED})
+        remedy = "the script that caches texts"
+        batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the U-Net")
         conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
-        width = sum(conditions[name].shape[-1] for name in text_names)
-        expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
-        if width != expected:
-            raise CacheError(
-                f"{batch.keys[0]}: the states of its text are {width} numbers wide, the U-Net of "
-                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
-                "again."
-            )
-        length = CHUNK * self.chunks + 2  # with start and end token
-        # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
-        are_padded = self.text_training is None or self.text_training.pads_captions
-        # a word with vectors per cross-attention has one copy of the states for each, concatenated
-        copies = 1 if self.text_training is None else max(len(self.text_training.cross_attentions), 1)
-        for name in text_names:
-            num_states = conditions[name].shape[1] // copies
-            if num_states > length or (are_padded and num_states < length):
-                raise CacheError(
-                    f"{batch.keys[0]}: its text has {num_states} states, this training has "
-                    f"{length}. Cache texts again with the same --max_token_length, or change it here."
-                )
+        text_states = [conditions[name] for name in sorted(self.text_keys - {POOLED})]
+        self._check_text_width(text_states, batch.keys[0])
+        self._check_text_length(text_states, batch.keys[0])
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
         if self.inpaints:
@@ -563,6 +549,32 @@ class StableDiffusion(ModelOfImages):
             )
         return conditions
 
+    def _check_text_width(self, text_states: Sequence[Tensor], item: str) -> None:
+        """Raise CacheError if the joined text states, B L C each, are not as wide as the U-Net takes."""
+        width = sum(states.shape[-1] for states in text_states)  # the U-Net takes them concatenated
+        expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
+        if width != expected:
+            raise CacheError(
+                f"{item}: the states of its text are {width} numbers wide, the U-Net of "
+                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
+                "again."
+            )
+
+    def _check_text_length(self, text_states: Sequence[Tensor], item: str) -> None:
+        """Raise CacheError if an item's text states, B L C, were made for another --max_token_length."""
+        max_length = CHUNK * self.max_chunks + 2  # with start and end token
+        # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
+        are_padded = self.text_training is None or self.text_training.pads_captions
+        # a word with vectors per cross-attention has one copy of the states for each, concatenated
+        num_copies = 1 if self.text_training is None else max(len(self.text_training.cross_attentions), 1)
+        for states in text_states:
+            length = states.shape[1] // num_copies
+            if length > max_length or (are_padded and length < max_length):
+                raise CacheError(
+                    f"{item}: its text has {length} states, this training has "
+                    f"{max_length}. Cache texts again with the same --max_token_length, or change it here."
+                )
+
     def predict(
         self,
         dit: nn.Module,
@@ -571,30 +583,33 @@ class StableDiffusion(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict noise or v, B 4 1 h w, from text states B L C and, for SDXL, pool2 B C and sizes B 6."""
+        """Call diffusers' U-Net; return predicted noise or v, B 4 1 h w.
+
+        Conditions: text states B L C of each encoder; for SDXL also the pooled state B C and sizes B 6.
+        """
         device = noisy.device
         dtype = dtype_of(dit)
         names = sorted(self.text_keys - {POOLED})
-        context = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
-        added: dict[str, Tensor] | None = None
+        text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
+        added_conditions: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32: from 1024 on bf16 only holds multiples of 8; the U-Net rounds the embedded sizes
-            added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
+            added_conditions = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
             sample = torch.cat([sample, send_tensor(cond, INPAINTING, device).to(sample).squeeze(2)], dim=1)
         arguments: dict[str, Any] = {
             "sample": sample.to(dtype),
             "timestep": timesteps,
-            "encoder_hidden_states": context,
-            "added_cond_kwargs": added,
+            "encoder_hidden_states": text_states,
+            "added_cond_kwargs": added_conditions,
         }
-        # a ControlNet or LLLite that is trained: it turns control images into more arguments
-        control: UnetControl | None = getattr(dit, "beside", None)
+        # a ControlNet or LLLite in training turns control images into further arguments
+        control: UnetControl | None = getattr(dit, "control", None)
         if control is not None:
-            controls, strength = control_pictures.control_in(cond, device, dtype)
-            arguments |= control.compute_arguments(controls, strength, arguments)
+            control_images, strength = control_pictures.control_in(cond, device, dtype)
+            arguments |= control.compute_arguments(control_images, strength, arguments)
         (output,) = dit(**arguments, return_dict=False)
         result: Tensor = output.unsqueeze(2)
         return result
@@ -615,16 +630,17 @@ class StableDiffusion(ModelOfImages):
             check_sampler_steps(named, prepared.solver, prepared.steps)
         else:
             # with an input image, the sampler's own timesteps decide at which step denoising starts
-            timesteps = self._begin(prepared).solver.timesteps_of_steps
+            timesteps = self._begin_sampling(prepared).solver.timesteps_of_steps
             prepared = replace(prepared, timesteps=timesteps)
         (scale,) = prepared.guidance_scale
-        has_negative = is_guided(scale, negative_scale=None)
-        if not has_negative:
+        uses_negative = is_guided(scale, negative_scale=None)
+        if not uses_negative:
             prepared = replace(prepared, guidance_scale=(1.0,))
-        marked = {
-            section: self._mark_texts(texts, has_negative) for section, texts in prepared.prompts.items()
+        padded_prompts = {
+            section: self._set_num_chunks(prompts, uses_negative)
+            for section, prompts in prepared.prompts.items()
         }
-        return replace(prepared, prompts=marked)
+        return replace(prepared, prompts=padded_prompts)
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
@@ -644,33 +660,35 @@ class StableDiffusion(ModelOfImages):
             zero_terminal_snr=model_type.zero_terminal_snr,
         )
 
-    def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Mark prompts to be read with weights, and pad both to the number of chunks of the longest one.
+    def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
+        """Set in prompt and negative prompt to how many 75-token chunks both are padded: those of the longer.
+
+        `Prompt.marked_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
         Args:
-            texts: The prompts.
-            has_negative: Whether guidance uses the negative prompt; otherwise its length is ignored.
+            prompts: The prompt and the negative prompt.
+            uses_negative: Whether guidance uses the negative prompt; otherwise its length is ignored.
         """
-        counted_texts = [texts.positive.text]
-        if has_negative and texts.negative is not None:
-            counted_texts.append(texts.negative.text)
+        counted_texts = [prompts.positive.text]
+        if uses_negative and prompts.negative is not None:
+            counted_texts.append(prompts.negative.text)
         num_chunks = 1
-        if self.chunks > 1 or self.warns_if_cut:  # else every text is cut to one chunk, without a warning
+        if self.max_chunks > 1 or self.warns_if_cut:  # else every text is cut to one chunk, without a warning
             num_chunks = max(
-                encoder.count_chunks(text) for encoder in self._counting for text in counted_texts
+                encoder.count_chunks(text) for encoder in self._token_counters for text in counted_texts
             )
-        return replace(
-            texts,
-            positive=replace(texts.positive, marked_chunks=num_chunks),
-            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=num_chunks),
-        )
+        negative = prompts.negative
+        if negative is not None:
+            negative = replace(negative, marked_chunks=num_chunks)
+        positive = replace(prompts.positive, marked_chunks=num_chunks)
+        return replace(prompts, positive=positive, negative=negative)
 
     @cached_property
-    def _counting(self) -> list[LazyTextEncoder]:
+    def _token_counters(self) -> list[LazyTextEncoder]:
         """Return text encoders of which only the tokenizers are loaded, to count tokens."""
         return make_encoders(
             self.files,
-            self.chunks,
+            self.max_chunks,
             self.clip_skip,
             warns_if_cut=self.warns_if_cut,
             lora_words=self.lora_words,
@@ -693,42 +711,57 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section, as an image is denoised in one go; receive and return its latents.
+        """Yield the one section of an image to the denoising loop; receive and return its denoised latents.
 
-        The solver wraps a diffusers scheduler and draws its own noise on the CPU, so `noise` is not used.
+        Videos have several sections, images have only section 0. `noise` is not used, because the solver,
+        which wraps a diffusers scheduler, draws its own noise on the CPU.
         """
-        solver = self._begin(prepared)
+        solver = self._begin_sampling(prepared)
         conditions = dict(inputs.get(0, {}))
         if self.kind is SDXL:
             height, width = prepared.height, prepared.width
             # original size, crop offset and target size
             conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
-        # prompts and inputs are by section, which is 0 here; it begins with the noise as the solver scales it
-        # for the U-Net's first call
-        section = prompts[0].section(solver.seen(0), conditions)
-        # the caller sends the denoised latents, which are the value of `yield`
-        return (yield replace(section, solver=solver))
+        first_sample = solver.seen(0)  # the start noise, scaled for the U-Net's first call
+        section = prompts[0].section(first_sample, conditions)
+        denoised_latents = yield replace(section, solver=solver)
+        return denoised_latents
 
-    def _begin(self, prepared: Prepared) -> ScaledSolver:
-        """Return the solver for an image, with its start noise from the image's seed."""
+    def _begin_sampling(self, prepared: Prepared) -> ScaledSolver:
+        """Return the solver for an image, with start noise from the image's seed.
+
+        One generator draws in the order of gen_img.py: posterior of the source image, start noise, posterior
+        of the masked image, noise of the steps. The posteriors are sampled elsewhere with generators of the
+        same seed, so their numbers are only skipped here.
+        """
         generator = torch.Generator().manual_seed(prepared.seed)
+        _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
+
+        def draw() -> Tensor:
+            return torch.randn(channels, height, width, generator=generator)
+
         source = prepared.request.source
         # repainting at full strength starts from pure noise
-        from_noise = self.inpaints and source is not None and find_kept_source(prepared.request) is None
+        starts_from_noise = (
+            self.inpaints and source is not None and find_kept_source(prepared.request) is None
+        )
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1
         scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
         num_skipped = prepared.first_step if source is not None or self.inpaints else None
         solver = begin_sampling(scheduler, prepared.steps, [generator], num_skipped)
-        _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
-        if source is not None and source.needs_vae and not from_noise:
-            # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
-            torch.randn(channels, height, width, generator=generator)
-        drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        if self.inpaints:  # likewise drop the numbers of `_encode_painted`: steps draw those after them
-            torch.randn(channels, height, width, generator=generator)
-        start = drawn * solver.noise_level
-        return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)
+        if source is not None and source.needs_vae and not starts_from_noise:
+            draw()  # skip the posterior that `encode_source` samples
+        noise = draw()[None, :, None]
+        if self.inpaints:
+            draw()  # skip the posterior that `_encode_painted` samples
+        return ScaledSolver(
+            solver,
+            noise * solver.noise_level,
+            noise=noise,
+            predicts_v=predicts_v,
+            from_noise=starts_from_noise,
+        )
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents in model space to pixels, B 3 1 H W, as a single chunk."""
@@ -747,7 +780,7 @@ def family_for_text_caching(
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
-    return StableDiffusion(files, chunks=options.chunks, clip_skip=clip_skip)
+    return StableDiffusion(files, max_chunks=options.chunks, clip_skip=clip_skip)
 
 
 def family_for_training(
@@ -805,29 +838,33 @@ def family_for_training(
 
 def with_inversion(model: StableDiffusion) -> StableDiffusion:
     """Return the model for training a textual inversion of the word in its options."""
-    from stable_diffusion.inversion_learning import MODULE, learn_alone  # only to train one
+    from stable_diffusion.inversion_learning import MODULE, with_templates_and_command  # only to train one
 
-    made = learn_alone(model.word_network(model.options.word), model.options)
-    taught = model.with_word_in_texts(model.options.word)
-    return replace(taught, custom_network=made, lora_module=MODULE)
+    network = with_templates_and_command(model.word_network(model.options.word), model.options)
+    model = model.with_word_in_texts(model.options.word)
+    return replace(model, custom_network=network, lora_module=MODULE)
 
 
 def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     """Return the model for training a word with vectors for each cross-attention of the U-Net."""
-    from stable_diffusion.inversion_learning import MODULE, learn_alone, learn_extended  # only to train one
+    from stable_diffusion.inversion_learning import (  # only to train one
+        MODULE,
+        describe_extended_inversion,
+        with_templates_and_command,
+    )
     from stable_diffusion.layer_texts import list_cross_attentions
 
     # only the text encoders and the layers matter, so any input channels of the U-Net will do
     files = replace(model.files, unet_input=UnetInput.ANY)
     with files.open_plan() as checkpoint_plan:
-        layers = list_cross_attentions(checkpoint_plan.unet.sources)
+        cross_attentions = list_cross_attentions(checkpoint_plan.unet.sources)
     word = model.options.word
-    # the vectors are the only network of the run
-    made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
-    taught = model.with_word_in_texts(word)
-    assert taught.text_training is not None  # as for each training run
-    text_training = replace(taught.text_training, cross_attentions=layers)
-    return replace(taught, text_training=text_training, custom_network=made, lora_module=MODULE)
+    network = describe_extended_inversion(word, files, list(cross_attentions))
+    network = with_templates_and_command(network, model.options, XTI_OPTION)
+    model = model.with_word_in_texts(word)
+    assert model.text_training is not None  # as for each training run
+    text_training = replace(model.text_training, cross_attentions=cross_attentions)
+    return replace(model, text_training=text_training, custom_network=network, lora_module=MODULE)
 
 
 def with_control_net(
@@ -843,14 +880,14 @@ def with_control_net(
     """
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
-    made = describe_control_net(
+    network = describe_control_net(
         model.options,
         model.files,
         path=path,
         new_layers_lr=new_layers_lr,
         checkpoints=checkpoints,
     )
-    return replace(model, custom_network=made, lora_module=MODULE)
+    return replace(model, custom_network=network, lora_module=MODULE)
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
@@ -895,7 +932,7 @@ def family_for_generation(
     return StableDiffusion(
         files,
         noise,
-        chunks=options.max_embeddings_multiples or 1,
+        max_chunks=options.max_embeddings_multiples or 1,
         clip_skip=options.clip_skip,
         warns_if_cut=True,  # warn about a prompt that is cut off
         inpaints=files.inpaints,

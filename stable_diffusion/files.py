@@ -126,7 +126,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
         if flag_kind is not kind:
             raise OptionError(
                 f"{flag}: {options.ckpt} is {kind.title}, by its tensors. Leave {flag} out, or give a "
-                f"checkpoint of {flag_kind.words}."
+                f"checkpoint of {flag_kind.title}."
             )
         return  # only the first flag is checked
 

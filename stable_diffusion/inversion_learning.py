@@ -54,12 +54,12 @@ STYLE_SENTENCES = tuple(
 )
 
 
-def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
-    """Return the trainable network that holds a word's vectors for each text encoder of a checkpoint."""
-    keys = SEVERAL if files.kind is SDXL else (SINGLE,)  # names of the encoders' vectors in files
+def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
+    """Return the trainable network of textual inversion: a word's vectors for each text encoder."""
+    keys = SEVERAL if files.kind is SDXL else (SINGLE,)  # tensor name of each encoder's vectors in files
 
-    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
-        """Read start values by key from an embedding, or from a LoRA file that contains the word."""
+    def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
+        """Read vectors to start from, by tensor name, from an embedding or a LoRA file with the word."""
         content = find_in_lora(path, word.text)
         if content is None and word.weights is None:  # a LoRA to continue, without this word
             return None
@@ -73,21 +73,24 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
         check_words([learned_word], widths, files.kind)
         return dict(zip(keys, learned_word.vectors, strict=True))
 
-    towers = [  # one for each text encoder
-        WordTower(key, PooledClip.embedding, partial(_tokenize, files, number))
-        for number, key in enumerate(keys)
+    text_encoders = [
+        WordTower(key, PooledClip.embedding, partial(_tokenize, files, index))
+        for index, key in enumerate(keys)
     ]
-    return Inversion(word, towers, read_vectors).describe()
+    return Inversion(word, text_encoders, read_start_vectors).describe()
 
 
-def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
-    words = files.tokenizers[number]
-    ids = words.tokenize(text)
+def _tokenize(files: TrainingFiles, index: int, text: str) -> list[int]:
+    """Return the ids of a text in text encoder `index`; [] if a part of it is not in the vocabulary."""
+    tokenizer = files.tokenizers[index]
+    ids = tokenizer.tokenize(text)
     # the end token also stands for text that is not in the vocabulary
-    return [] if words.end in ids else ids
+    return [] if tokenizer.end in ids else ids
 
 
-def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> CustomNetwork:
+def describe_extended_inversion(
+    word: WordToLearn, files: TrainingFiles, layers: Sequence[str]
+) -> CustomNetwork:
     """Return the network whose weights are a word's vectors for each cross-attention of the U-Net.
 
     Args:
@@ -96,32 +99,32 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
         layers: Names of the cross-attentions in files.
     """
 
-    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
+    def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
         with quiet():  # its log line is about words for prompts
             (learned_word,) = read_words((), [path], layers)
         # the vectors of all cross-attentions are stored layer by layer
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     # one text encoder, with separate vectors for each cross-attention
-    tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
-    return Inversion(word, [tower], read_vectors).describe()
+    text_encoder = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
+    return Inversion(word, [text_encoder], read_start_vectors).describe()
 
 
-def learn_alone(
+def with_templates_and_command(
     network: CustomNetwork, options: InversionOptions, option: str = "--textual_inversion_embeddings"
 ) -> CustomNetwork:
-    """Return the network of a word as the only network of a training run.
+    """Return a word's trainable network with its caption templates and the command that generates with it.
 
     Args:
-        network: The network.
+        network: The trainable network.
         options: Options of the run.
-        option: Option of gen_img.py that reads the file.
+        option: Option of gen_img.py that reads the trained file.
     """
     word = options.word.text
     return replace(
         network,
         sentences=tuple(sentence.format(word) for sentence in _choose_sentences(options)),
-        generate=partial(_say_generation, options, option),
+        generate=partial(_list_generation_command, options, option),
     )
 
 
@@ -132,7 +135,7 @@ def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
     return STYLE_SENTENCES if options.use_style_template else ()
 
 
-def _say_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
+def _write_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
     """Return the prompt to generate with a trained file, in which the word is the file's name."""
     word = options.word
     # longest first: the word is a prefix of the names of its single vectors
@@ -148,22 +151,22 @@ def _say_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]
     return pattern.sub(lambda found: names_of_file[(found.lastindex or 1) - 1], prompt)
 
 
-def _say_generation(
+def _list_generation_command(
     options: InversionOptions, option: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a trained file.
+    """Return the gen_img.py command line that generates an image with a trained word, as a list of words.
 
     Args:
         options: Options of the run.
-        option: Option that reads the file.
+        option: Option of gen_img.py that reads the file.
         file: The trained file.
-        sample: Values of the sample, by the names of `Request`.
+        sample: Settings of the image, such as prompt, width and seed; missing ones are left out.
         _: Ignored; other kinds of networks need it.
     """
-    words = {
+    arguments = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
         option: file,
-        "--prompt": _say_prompt(options, file, sample),
+        "--prompt": _write_prompt(options, file, sample),
         "--negative_prompt": sample.get("negative_prompt") or None,
         "--W": sample.get("width"),
         "--H": sample.get("height"),
@@ -172,6 +175,6 @@ def _say_generation(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    if "--i2i_path" in words:  # of an inpainting model
-        words["--image_path"] = words.pop("--i2i_path")
-    return ["gen_img.py", *option_words(words)]
+    if "--i2i_path" in arguments:  # of an inpainting model
+        arguments["--image_path"] = arguments.pop("--i2i_path")
+    return ["gen_img.py", *option_words(arguments)]

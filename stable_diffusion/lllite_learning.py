@@ -15,7 +15,7 @@ from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError, UserError
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 from stable_diffusion.beside_unet import UnetControl
-from stable_diffusion.control_net_options import say_generation
+from stable_diffusion.control_net_options import list_generation_command
 from stable_diffusion.lllite_modules import (
     WHAT,
     Lllite,
@@ -154,7 +154,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
         architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
-        generate=partial(say_generation, options, "--control_net_lllite_models"),
+        generate=partial(list_generation_command, options, "--control_net_lllite_models"),
         default_rate=DefaultRate(2e-5, "2e-4", 5e-3),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )

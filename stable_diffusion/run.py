@@ -15,9 +15,9 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from generation.asking import line_reader
 from PIL.Image import Image
 
+from generation.asking import line_reader
 from generation.prompt_lines import is_blank
 from modules.atomic_write import claim_name, make_folder, make_storable
 from modules.command import each_warning_once

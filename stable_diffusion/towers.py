@@ -61,10 +61,10 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 
 @dataclass(frozen=True)
-class LoadedWords:
+class LoadedTokenizer:
     """Tokenizer and settings that belong to a loaded text encoder."""
 
-    words: ClipWords
+    tokenizer: ClipWords
     pad: int
     layer: int  # layer whose states are used, counted from the end
 
@@ -92,7 +92,7 @@ class LazyTextEncoder:
         self,
         files: TrainingFiles,
         number: int,
-        chunks: int = 1,
+        max_chunks: int = 1,
         clip_skip: int | None = None,
         warns_if_cut: bool = False,
         text_training: TextEncoderTraining | None = None,
@@ -103,7 +103,7 @@ class LazyTextEncoder:
         Args:
             files: Files of the checkpoint.
             number: Index of the encoder in the checkpoint.
-            chunks: Number of 75-token chunks to which texts are padded or cut.
+            max_chunks: Number of 75-token chunks to which texts are padded or cut.
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
             warns_if_cut: Whether to warn of prompts that are cut off.
             text_training: How the weights are trained; None if they are frozen.
@@ -115,7 +115,7 @@ class LazyTextEncoder:
         self.keys = _KEYS[len(prefixes)][number]
         self.name = text_encoder_name(number)
         self._index = number
-        self._chunks = chunks
+        self._max_chunks = max_chunks
         self._clip_skip = clip_skip
         self._warns_if_cut = warns_if_cut
         self._dtype = files.dtype
@@ -128,7 +128,7 @@ class LazyTextEncoder:
         if text_training is not None:
             self._dtype = text_training.dtypes.get(self.name, files.dtype)
             self._pads_captions = text_training.pads_captions
-        self._loaded = LoadedNetwork[ClipText, LoadedWords]()
+        self._loaded = LoadedNetwork[ClipText, LoadedTokenizer]()
 
     @property
     def network(self) -> ClipText:
@@ -169,7 +169,7 @@ class LazyTextEncoder:
             self.name: checkpoint,
             f"{self.name}_tokenizer": source.identity(file),
             f"{self.name}_layer": str(layer),
-            f"{self.name}_chunks": str(self._chunks),
+            f"{self.name}_chunks": str(self._max_chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
             # recorded only if captions are not padded to whole chunks
             **({} if self._pads_captions else {f"{self.name}_fills": "no"}),
@@ -185,7 +185,7 @@ class LazyTextEncoder:
         """
         with self.files.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
-            vocabulary = checkpoint_plan.text_encoders[self._index].network.config.vocabulary
+            vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
         # its own tokenizer or an earlier encoder's: all have the same vocabulary
@@ -193,7 +193,7 @@ class LazyTextEncoder:
         if file is None:
             file = source.download(path, may_download=False)
         tokenizer = self._teach(load_clip_words(source, file), vocabulary)
-        maximum = tokenizers.SIZE * self._chunks
+        maximum = tokenizers.SIZE * self._max_chunks
 
         def count(text: str) -> TokenCount:
             ids = tokenizer.tokenize(text)
@@ -206,7 +206,7 @@ class LazyTextEncoder:
         """Load encoder and tokenizer, or move a loaded encoder to the device."""
         self._loaded.load(device, self._read, move_network)
 
-    def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
+    def _read(self, device: torch.device) -> tuple[ClipText, LoadedTokenizer]:
         """Load a text encoder and its tokenizer, with embedding rows for a trained word and LoRAs' words."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
@@ -225,17 +225,17 @@ class LazyTextEncoder:
             embeddings.token_embedding = add_rows(embeddings.token_embedding, self._lora_words, self._index)
         words = self._teach(words, vocabulary)  # now the tokenizer knows the additional words too
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
-        return network, LoadedWords(words, pad, layer)
+        return network, LoadedTokenizer(words, pad, layer)
 
-    def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
+    def _teach(self, tokenizer: ClipWords, vocabulary: int) -> ClipWords:
         """Add new words to a tokenizer and return it.
 
         Args:
-            words: The tokenizer.
+            tokenizer: The tokenizer.
             vocabulary: Number of embedding rows without the new words.
         """
         ids = self._list_words(vocabulary)
-        return replace(words, tokenize=with_words(words.tokenize, ids)) if ids else words
+        return replace(tokenizer, tokenize=with_words(tokenizer.tokenize, ids)) if ids else tokenizer
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
         """Return the token ids of each new word by its name.
@@ -262,15 +262,15 @@ class LazyTextEncoder:
         tokenize = self._counting_words.tokenize
         chunks = cut_into_chunks(parts, tokenize)
         if self._warns_if_cut:
-            warn_of_unused(parts, tokenize, len(chunks), self._chunks)
-        return min(len(chunks), self._chunks)
+            warn_of_unused(parts, tokenize, len(chunks), self._max_chunks)
+        return min(len(chunks), self._max_chunks)
 
     @cached_property
     def _counting_words(self) -> ClipWords:
         """Tokenizer that counts the tokens of captions, without loading a network."""
         with self.files.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
-            vocabulary = checkpoint_plan.text_encoders[self._index].network.config.vocabulary
+            vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
         cache_dir = self.files.tokenizer_cache_dir
         with quiet():  # the words are logged when the encoder is loaded
             found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
@@ -317,7 +317,7 @@ class LazyTextEncoder:
         network, loaded = self._loaded.get()
         ends = None
         if POOLED in self.keys:  # the pooled state is that of the end token
-            ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
+            ends = torch.tensor([row.index(loaded.tokenizer.end) for row in rows]).to(network.device)
         ids = torch.tensor(rows).to(network.device)
         if self._word is not None and self._num_layer_copies > 1:
             table = network.embeddings.token_embedding
@@ -328,18 +328,19 @@ class LazyTextEncoder:
         is_xl = self.files.kind is SDXL  # its U-Net takes states before the final norm
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
-    def _read_chunks(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
+    def _read_chunks(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
         """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
-        count = self._chunks if prompt.marked_chunks is None else prompt.marked_chunks
+        count = self._max_chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
-            chunks = cut_into_chunks([Part(prompt.text)], loaded.words.tokenize)
+            chunks = cut_into_chunks([Part(prompt.text)], loaded.tokenizer.tokenize)
         else:
-            chunks = cut_into_chunks(parse_weights(prompt.text), loaded.words.tokenize)
+            chunks = cut_into_chunks(parse_weights(prompt.text), loaded.tokenizer.tokenize)
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
-    def _make_row(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
+    def _make_row(self, chunk: Chunk, loaded: LoadedTokenizer) -> list[int]:
         """Return the 77 token ids of a chunk, with start and end tokens and padding."""
-        row = tokenizers.fill_chunk(chunk.ids, start=loaded.words.start, end=loaded.words.end, pad=loaded.pad)
+        tokenizer = loaded.tokenizer
+        row = tokenizers.fill_chunk(chunk.ids, start=tokenizer.start, end=tokenizer.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS
         return row
 
@@ -357,7 +358,7 @@ def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> 
 
 def make_encoders(
     files: TrainingFiles,
-    chunks: int,
+    max_chunks: int,
     clip_skip: int | None,
     warns_if_cut: bool = False,
     text_training: TextEncoderTraining | None = None,
@@ -367,7 +368,7 @@ def make_encoders(
 
     Args:
         files: The checkpoint.
-        chunks: Number of 75-token chunks to which texts are padded or cut.
+        max_chunks: Number of 75-token chunks to which texts are padded or cut.
         clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
         warns_if_cut: Whether to warn about texts that are cut off.
         text_training: The encoders that are trained; None if all are frozen.
@@ -378,7 +379,7 @@ def make_encoders(
         encoder = LazyTextEncoder(
             files,
             number,
-            chunks=chunks,
+            max_chunks=max_chunks,
             clip_skip=clip_skip,
             warns_if_cut=warns_if_cut,
             text_training=text_training,

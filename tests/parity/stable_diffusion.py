@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gen_img
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import StageResult, RequestedImage
+from stable_diffusion.contract import RequestedImage, StageResult
 from stable_diffusion.options import read_gen_img
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder, write_sd1, write_sd2, write_sdxl
 

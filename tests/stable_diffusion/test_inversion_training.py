@@ -23,7 +23,7 @@ from modules.errors import OptionError
 from protocols.loading import Placement
 from protocols.requests import Prompt
 from stable_diffusion.family import StableDiffusion, with_inversion
-from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, learn_alone
+from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, with_templates_and_command
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
@@ -183,7 +183,7 @@ def test_rows_begin_with_the_tokens_of_the_initial_words_in_each_encoder(tmp_pat
         ("clip_l", "clip_g"), zip(texts.encoders, texts.networks.values(), strict=True), strict=True
     ):
         assert isinstance(encoder, LazyTextEncoder)
-        ids = family.files.tokenizers[encoder._number].tokenize("cat red")
+        ids = family.files.tokenizers[encoder._index].tokenize("cat red")
         table: Any = network.embeddings.token_embedding.weight  # type: ignore[union-attr]
         expected = table[[ids[place % len(ids)] for place in range(3)]]
         assert torch.equal(rows.get_parameter(name), expected)
@@ -230,7 +230,7 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
 ) -> None:
     options = Sd1InversionTrainingOptions.usual(token_string=WORD, **given)
     model = make_family("sd1", tmp_path)
-    network = learn_alone(model.word_network(options.word), options)
+    network = with_templates_and_command(model.word_network(options.word), options)
 
     assert network.generate is not None
     words = [*network.generate(tmp_path / f"{STEP}.safetensors", sample, [])]

@@ -28,7 +28,7 @@ CASES = [(kind, words) for kind in RECORDS for words in (FUSED, ADAMW)]
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [pytest.param(*case, model_type=[pytest.mark.slow] * (case != ("sdxl", ADAMW))) for case in CASES],
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case != ("sdxl", ADAMW))) for case in CASES],
 )
 def test_a_step_of_a_unet_takes_what_was_predicted(
     kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,7 +95,7 @@ def encode_plainly(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_texts_are_those_of_transformers(kind: str, chunks: int, tmp_path: Path) -> None:
-    family = make_family(kind, tmp_path, chunks=chunks)
+    family = make_family(kind, tmp_path, max_chunks=chunks)
 
     with torch.no_grad():
         ours = encode(family, CAPTIONS)
@@ -261,7 +261,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(case: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_text_encoders_learn_as_in_a_plain_loop(kind: str, tmp_path: Path) -> None:
-    family = make_family(kind, tmp_path, chunks=2)
+    family = make_family(kind, tmp_path, max_chunks=2)
     noisy_batch = make_batch(family, (300, 700))
     dit = family.load_dit(Placement(CPU)).requires_grad_(False)
     encoders = family.text_encoders()
