@@ -43,8 +43,8 @@ Plans = Mapping[str, LoadPlan[Any]]  # by network name
 
 
 @dataclass(frozen=True)
-class PartTensor:
-    """A tensor of a saved checkpoint and the weights of one network that it is computed from."""
+class SavedTensor:
+    """A tensor of a saved checkpoint: which weights of which network it is computed from."""
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
@@ -59,11 +59,12 @@ class CheckpointFiles:
     """
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
-    parts: Mapping[str, PartTensor]  # by name in the file: trained tensors, and those from a folder
+    # by name in the file: tensors of trained networks, and all tensors if the source is a folder
+    computed_tensors: Mapping[str, SavedTensor]
     plans: Plans = field(default_factory=dict)  # load plans of a folder's networks
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
-    marks: Sequence[str] = ()  # names of empty tensors that record what the model predicts
+    markers: Sequence[str] = ()  # names of empty tensors that record what the model predicts
     keep_tokenizer: Callable[[Path], None] = lambda _: None  # puts a tokenizer next to a file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -89,13 +90,15 @@ class CheckpointFiles:
         Args:
             dtype: Dtype of the networks; None keeps that of the source.
         """
-        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
-        stored = {} if self.source is None else self.source.tensors
-        for name, info in (stored | {name: part.info for name, part in self.parts.items()}).items():
-            is_of_network = info.dtype.is_floating_point and name.startswith(NETWORKS)
-            tensor_dtype = info.dtype if dtype is None or not is_of_network else dtype
-            if not name.startswith(EMA):
-                infos[name] = TensorInfo(tensor_dtype, info.shape)
+        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.markers}
+        source_infos = dict({} if self.source is None else self.source.tensors)
+        source_infos |= {name: tensor.info for name, tensor in self.computed_tensors.items()}
+        for name, info in source_infos.items():
+            if name.startswith(EMA):
+                continue
+            is_weight = info.dtype.is_floating_point and name.startswith(NETWORKS)
+            saved_dtype = dtype if dtype is not None and is_weight else info.dtype
+            infos[name] = TensorInfo(saved_dtype, info.shape)
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -103,13 +106,17 @@ class CheckpointFiles:
 
         Args:
             name: Name of the tensor.
-            states: Weights of the trained networks, by network name.
+            states: State dicts of the trained networks, by network name.
         """
-        part = self.parts.get(name)
-        if part is not None:
-            weights = [read_weight(self.plans, states, part.network, weight) for weight in part.weights]
-            return join_released(name, weights).reshape(part.info.shape)
-        return torch.empty(0) if self.source is None or name in self.marks else self.source.read(name)
+        computed = self.computed_tensors.get(name)
+        if computed is not None:
+            weights = [
+                read_weight(self.plans, states, computed.network, weight) for weight in computed.weights
+            ]
+            return join_released(name, weights).reshape(computed.info.shape)
+        if self.source is None or name in self.markers:
+            return torch.empty(0)
+        return self.source.read(name)
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
@@ -122,52 +129,66 @@ def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], networ
 
 
 def make_writer(
-    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: ModelType
+    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], model_type: ModelType
 ) -> CheckpointFiles:
-    """Return the writer for the checkpoint of a training run.
+    """Return the writer that saves the checkpoints of a training run as single files.
 
     Args:
         checkpoint: The source checkpoint.
         networks: The trained networks, by name.
-        marks: What the trained model predicts, which the file records by empty tensors.
+        model_type: What the trained model predicts, which the file records by empty tensors.
     """
+    if checkpoint.path.is_dir():
+        return _make_writer_for_folder(checkpoint, networks, model_type)
     path = checkpoint.path
-    if path.is_dir():
-        opened = ExitStack()  # stays open: frozen parts are read when a checkpoint is written
-        checkpoint_plan = opened.enter_context(
-            replace(checkpoint, vae=None).open_plan()
-        )  # not the VAE of --vae
-        plans = list_plans(checkpoint_plan)
-        logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
-        parts = _name_parts(checkpoint_plan, plans)
-        return CheckpointFiles(
-            networks,
-            parts,
-            plans,
-            opened=opened,
-            marks=_list_marks(marks),
-            keep_tokenizer=_make_keeper(checkpoint, checkpoint_plan),
-        )
     with checkpoint.open_plan() as checkpoint_plan:
-        keeper = _make_keeper(checkpoint, checkpoint_plan)
+        keep_tokenizer_next_to = _make_tokenizer_copier(checkpoint, checkpoint_plan)
         plans = list_plans(checkpoint_plan)
-        parts = {}
+        trained_tensors = {}
         for name, network in networks.items():
-            parts |= _invert(name, network, plans[name])
+            trained_tensors |= _plan_trained_tensors(name, network, plans[name])
     source = open_checkpoint(path)
-    averages = sum(name.startswith(EMA) for name in source.tensors)
-    if averages:
+    num_averages = sum(name.startswith(EMA) for name in source.tensors)
+    if num_averages:
         logger.info(
             "Saved checkpoints leave out the %d averaged tensors (model_ema.) of %s, which are of the "
             "untrained U-Net.",
-            averages,
+            num_averages,
             path,
         )
-    added = [name for name in _list_marks(marks) if name not in source.tensors]
-    return CheckpointFiles(networks, parts, source=source, marks=added, keep_tokenizer=keeper)
+    return CheckpointFiles(
+        networks,
+        trained_tensors,
+        source=source,
+        markers=[name for name in _list_markers(model_type) if name not in source.tensors],
+        keep_tokenizer=keep_tokenizer_next_to,
+    )
 
 
-def _make_keeper(checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan) -> Callable[[Path], None]:
+def _make_writer_for_folder(
+    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], model_type: ModelType
+) -> CheckpointFiles:
+    """Return the writer of single files for a run whose source checkpoint is a diffusers folder."""
+    opened = ExitStack()  # stays open: frozen networks are read when a checkpoint is written
+    without_vae_option = replace(checkpoint, vae=None)  # the folder's own VAE is saved
+    checkpoint_plan = opened.enter_context(without_vae_option.open_plan())
+    plans = list_plans(checkpoint_plan)
+    logger.info(
+        "Trained checkpoints of %s are single files, with the names of the released ones.", checkpoint.path
+    )
+    return CheckpointFiles(
+        networks,
+        _plan_ldm_tensors(checkpoint_plan, plans),
+        plans,
+        opened=opened,
+        markers=_list_markers(model_type),
+        keep_tokenizer=_make_tokenizer_copier(checkpoint, checkpoint_plan),
+    )
+
+
+def _make_tokenizer_copier(
+    checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan
+) -> Callable[[Path], None]:
     """Return a function that copies the source's tokenizer next to a saved checkpoint.
 
     With --tokenizer_cache_dir the function does nothing, because printed commands contain this option too.
@@ -186,42 +207,49 @@ def list_plans(checkpoint_plan: CheckpointPlan) -> Plans:
     return {DIT: checkpoint_plan.unet, **texts, VAE_PART: checkpoint_plan.vae}
 
 
-def _list_marks(marks: ModelType) -> list[str]:
+def _list_markers(model_type: ModelType) -> list[str]:
     """Return the names of the empty tensors that mark v-prediction and zero terminal SNR in a file."""
     names = []
-    if marks.predicts_velocity:
+    if model_type.predicts_velocity:
         names.append(V_PRED)
-    if marks.zero_terminal_snr:
+    if model_type.zero_terminal_snr:
         names.append(ZTSNR)
     return names
 
 
-def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
+def _plan_trained_tensors(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, SavedTensor]:
     """Map each tensor name of a single-file checkpoint to the network weights that it is computed from."""
-    weights: dict[str, list[str]] = {}
+    weights: dict[str, list[str]] = {}  # by tensor name in the file
     infos: dict[str, TensorInfo] = {}
-    for weight, learned in network.state_dict().items():
-        (stored,) = plan.sources[weight].names
-        released = plan.checkpoint.stored_name(stored)
-        weights.setdefault(released, []).append(weight)
-        infos[released] = plan.checkpoint.tensors[stored]
+    for weight, trained in network.state_dict().items():
+        (stored_name,) = plan.sources[weight].names
+        name_in_file = plan.checkpoint.stored_name(stored_name)
+        weights.setdefault(name_in_file, []).append(weight)
+        info = plan.checkpoint.tensors[stored_name]
         if weight == FIRST_LAYER:  # for inpainting it may be wider than in the source
-            infos[released] = TensorInfo(infos[released].dtype, tuple(learned.shape))
-    return {released: PartTensor(name, names, infos[released]) for released, names in weights.items()}
+            info = TensorInfo(info.dtype, tuple(trained.shape))
+        infos[name_in_file] = info
+    return {
+        name_in_file: SavedTensor(name, weight_names, infos[name_in_file])
+        for name_in_file, weight_names in weights.items()
+    }
 
 
-def _name_parts(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, PartTensor]:
-    """Map each tensor name of a single file to the folder's weights that it is computed from."""
-    unet = ldm_unet_names(count_layers(checkpoint_plan.unet.config), checkpoint_plan.unet.sources)
-    parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
-    for index, text in enumerate(checkpoint_plan.text_encoders):
-        name = text_encoder_name(index)
-        joined = ldm_text_encoder_names(checkpoint_plan.kind, index, list_weights(text.load_plan))
-        parts |= {released: _join_part(released, name, ours, plans) for released, ours in joined.items()}
-    for ours in checkpoint_plan.vae.sources:
-        released = ldm_vae_name(ours)
-        parts[released] = _join_part(released, VAE_PART, [ours], plans)
-    return parts
+def _plan_ldm_tensors(checkpoint_plan: CheckpointPlan, plans: Plans) -> dict[str, SavedTensor]:
+    """Map each LDM tensor name of a single file to the weights of a diffusers folder that make it."""
+    tensors = {}
+    unet_layers = count_layers(checkpoint_plan.unet.config)
+    for ldm_name, weight in ldm_unet_names(unet_layers, checkpoint_plan.unet.sources):
+        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, DIT, [weight], plans)
+    for index, text_encoder in enumerate(checkpoint_plan.text_encoders):
+        weight_names = list_weights(text_encoder.load_plan)
+        fused_weights = ldm_text_encoder_names(checkpoint_plan.kind, index, weight_names)
+        for ldm_name, weights in fused_weights.items():
+            tensors[ldm_name] = _plan_ldm_tensor(ldm_name, text_encoder_name(index), weights, plans)
+    for weight in checkpoint_plan.vae.sources:
+        ldm_name = ldm_vae_name(weight)
+        tensors[ldm_name] = _plan_ldm_tensor(ldm_name, VAE_PART, [weight], plans)
+    return tensors
 
 
 def list_weights(plan: LoadPlan[Any]) -> list[str]:
@@ -231,7 +259,7 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
     return [name for name in plan.sources if name in known]
 
 
-def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:
+def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans: Plans) -> SavedTensor:
     """Return how a tensor of a single file is computed from the weights of a folder's network."""
     plan = plans[network]
     hollow = []
@@ -240,4 +268,4 @@ def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans
         hollow.append(source.make([plan.checkpoint.tensors[name].hollow() for name in source.names]))
     joined = join_released(released, hollow)
     shape = ldm_vae_shape(released, tuple(joined.shape))
-    return PartTensor(network, weights, TensorInfo(joined.dtype, shape))
+    return SavedTensor(network, weights, TensorInfo(joined.dtype, shape))

@@ -84,7 +84,7 @@ class FolderWriter:
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
     files: Mapping[str, NetworkFile]  # by network name
-    texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
+    other_files: Mapping[str, bytes]  # configurations and tokenizers: path in the folder -> content
     opened: ExitStack  # keeps the files of the plans open
     form: SavedForm  # form of each network's file
 
@@ -98,8 +98,8 @@ class FolderWriter:
         """
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = {network: self._list_infos(network, dtype) for network in self.files}
-        tensors = [info for network_infos in infos.values() for info in network_infos.values()]
-        check_space(path, sum(info.size_bytes for info in tensors) + sum(map(len, self.texts.values())))
+        tensor_bytes = sum(info.size_bytes for file_infos in infos.values() for info in file_infos.values())
+        check_space(path, tensor_bytes + sum(map(len, self.other_files.values())))
         with atomic_folder(path) as folder:
             for network, file_infos in infos.items():
                 file_metadata = {**metadata, **_METADATA} if network == DIT else _METADATA
@@ -109,7 +109,7 @@ class FolderWriter:
                     partial(self._read, states, network, file_infos),
                     file_metadata,
                 )
-            for name, content in self.texts.items():
+            for name, content in self.other_files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
 
@@ -117,19 +117,20 @@ class FolderWriter:
         self,
         states: Mapping[str, Mapping[str, Tensor]],
         network: str,
-        announced: Mapping[str, TensorInfo],
+        infos: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return a tensor of a network's file in the dtype that was announced for it.
+        """Return the tensor to write under a name in a network's file: trained, or from the source.
 
         Args:
-            states: Weights of the trained networks, by network.
+            states: State dicts of the trained networks, by network.
             network: Name of the network.
-            announced: Dtype and shape of each tensor, by name.
-            name: Name of the tensor.
+            infos: Dtype and shape to write, by tensor name.
+            name: Name of the tensor in the file.
         """
-        weight = read_weight(self.plans, states, network, self.files[network].weights[name])
-        return weight.detach().to(announced[name].dtype)
+        weight_name = self.files[network].weights[name]
+        weight = read_weight(self.plans, states, network, weight_name)
+        return weight.detach().to(infos[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
         """Return dtypes and shapes of the tensors in one network's file.
@@ -167,9 +168,8 @@ def make_folder_writer(
     checkpoint_plan = opened.enter_context(replace(checkpoint, vae=None).open_plan())
     plans = list_plans(checkpoint_plan)
     files = {network: _plan_file(network, plans) for network in plans}
-    return FolderWriter(
-        networks, plans, files, _make_texts(checkpoint, checkpoint_plan, model_type), opened, form
-    )
+    other_files = _make_config_and_tokenizer_files(checkpoint, checkpoint_plan, model_type)
+    return FolderWriter(networks, plans, files, other_files, opened, form)
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
@@ -177,17 +177,19 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
     plan = plans[network]
     if network in (DIT, VAE_PART):
         folder = _UNET_FOLDER if network == DIT else network
-        name, weights = f"{folder}/{_WEIGHTS}", {weight: weight for weight in plan.sources}
+        path = f"{folder}/{_WEIGHTS}"
+        weights = {weight: weight for weight in plan.sources}
     else:
-        name = f"{network}/{_TEXT_WEIGHTS}"
+        path = f"{network}/{_TEXT_WEIGHTS}"
         weights = {_text_name(weight): weight for weight in list_weights(plan)}
     infos = {}
-    for written, weight in weights.items():
+    for name_in_file, weight in weights.items():
         source = plan.sources[weight]
-        # made from tensors without values, for dtype and shape
-        hollow = source.make([plan.checkpoint.tensors[stored].hollow() for stored in source.names])
-        infos[written] = TensorInfo(hollow.dtype, tuple(hollow.shape))
-    return NetworkFile(name, weights, infos)
+        # meta tensors, only for dtype and shape
+        stored_tensors = [plan.checkpoint.tensors[stored_name].hollow() for stored_name in source.names]
+        tensor = source.make(stored_tensors)
+        infos[name_in_file] = TensorInfo(tensor.dtype, tuple(tensor.shape))
+    return NetworkFile(path, weights, infos)
 
 
 def _text_name(weight: str) -> str:
@@ -197,40 +199,41 @@ def _text_name(weight: str) -> str:
 # Files other than weights
 
 
-def _make_texts(
+def _make_config_and_tokenizer_files(
     checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan, model_type: ModelType
 ) -> dict[str, bytes]:
-    """Return the content of the files with settings and tokenizers, by their path in the folder."""
+    """Return the content of all files of a diffusers folder except weights, by their path in the folder."""
     schedule = _describe_schedule(checkpoint.path, checkpoint_plan.model_type, model_type)
+    unet_config = _describe("UNet2DConditionModel", _simplify(checkpoint_plan.unet.config))
     vae_config = {"sample_size": checkpoint_plan.kind.size, **checkpoint_plan.vae.config}
-    settings = {
-        f"{_UNET_FOLDER}/config.json": _describe(
-            "UNet2DConditionModel", _simplify(checkpoint_plan.unet.config)
-        ),
+    configs = {
+        f"{_UNET_FOLDER}/config.json": unet_config,
         f"{VAE_PART}/config.json": _describe("AutoencoderKL", vae_config),
         _SCHEDULE: schedule,
         _INDEX: _describe_index(checkpoint.path, checkpoint_plan, schedule["_class_name"]),
     }
-
-    texts: dict[str, bytes] = {}
-    are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
-    tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
-    for index, (text, (source, file)) in enumerate(
-        zip(checkpoint_plan.text_encoders, tokenizers, strict=True)
-    ):
+    for index, plan in enumerate(checkpoint_plan.text_encoders):
         tokenizer = checkpoint.tokenizers[index]
-        pad = OPEN_CLIP_PAD if text.is_open_clip else tokenizer.end
+        pad = OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end
         tokens = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": pad}
-        name = text_encoder_name(index)
-        settings[f"{name}/config.json"] = _describe_text(text.load_plan.config, index, tokens)
+        config = _describe_text_encoder(plan.load_plan.config, index, tokens)
+        configs[f"{text_encoder_name(index)}/config.json"] = config
+    files = {name: _as_json(config) for name, config in configs.items()}
+    return files | _make_tokenizer_files(checkpoint, checkpoint_plan)
 
-        folder = name.replace("text_encoder", "tokenizer")
-        for part, content in _read_tokenizer(source, file).items():
-            texts[f"{folder}/{part}"] = content
-        for part, value in _describe_tokens(text.is_open_clip).items():
-            settings[f"{folder}/{part}"] = value
-    written_settings = {name: _as_json(value) for name, value in settings.items()}
-    return written_settings | texts
+
+def _make_tokenizer_files(checkpoint: TrainingFiles, checkpoint_plan: CheckpointPlan) -> dict[str, bytes]:
+    """Return the content of the files in the folders tokenizer and tokenizer_2, by their path."""
+    files: dict[str, bytes] = {}
+    are_open_clip = [plan.is_open_clip for plan in checkpoint_plan.text_encoders]
+    tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
+    for index, (source, file) in enumerate(tokenizers):
+        folder = text_encoder_name(index).replace("text_encoder", "tokenizer")
+        for name, content in _read_tokenizer(source, file).items():
+            files[f"{folder}/{name}"] = content
+        for name, config in _describe_tokens(are_open_clip[index]).items():
+            files[f"{folder}/{name}"] = _as_json(config)
+    return files
 
 
 def _as_json(value: Mapping[str, Any]) -> bytes:
@@ -252,10 +255,10 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, source_model_type: ModelType, model_type: ModelType) -> dict[str, Any]:
-    """Return the scheduler settings of the trained model.
+    """Return the content of scheduler_config.json for the trained model.
 
-    They are those of the source folder if the trained model has the same kind and prediction type as the
-    source; otherwise the defaults of its kind and prediction type.
+    It is that of the source folder if training has not changed the prediction type; otherwise the default for
+    the trained model's kind and prediction type.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -264,13 +267,14 @@ def _describe_schedule(source: Path, source_model_type: ModelType, model_type: M
     """
     if source.is_dir() and source_model_type == model_type and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
-    of_kind = dict(_SCHEDULERS[model_type.kind.name])
+    settings = dict(_SCHEDULERS[model_type.kind.name])
     if model_type.zero_terminal_snr:
         if model_type.kind is SD1:
-            of_kind = dict(_SCHEDULERS["sd2"])
-        of_kind |= _ZERO_SNR
+            settings = dict(_SCHEDULERS["sd2"])
+        settings |= _ZERO_SNR
     prediction = "v_prediction" if model_type.predicts_velocity else "epsilon"
-    return _describe(of_kind.pop("_class_name"), {**_NOISE, "prediction_type": prediction, **of_kind})
+    class_name = settings.pop("_class_name")
+    return _describe(class_name, {**_NOISE, "prediction_type": prediction, **settings})
 
 
 def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: str) -> dict[str, Any]:
@@ -304,18 +308,17 @@ def _describe_index(source: Path, checkpoint_plan: CheckpointPlan, scheduler: st
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
         }
-    name = "StableDiffusionXL" if is_xl else "StableDiffusion"
-    return _describe(
-        f"{name}{'Inpaint' if is_inpainting(checkpoint_plan.unet.config) else ''}Pipeline", index
-    )
+    model = "StableDiffusionXL" if is_xl else "StableDiffusion"
+    task = "Inpaint" if is_inpainting(checkpoint_plan.unet.config) else ""
+    return _describe(f"{model}{task}Pipeline", index)
 
 
 def _text_class(number: int) -> str:
     return "CLIPTextModelWithProjection" if number else "CLIPTextModel"
 
 
-def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return the configuration of a text encoder in the names of transformers."""
+def _describe_text_encoder(config: ClipTextConfig, index: int, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """Return the content of a text encoder's config.json, with the names of transformers' CLIPTextConfig."""
     dimensions = asdict(config)
     names = {  # name in transformers -> field of `ClipTextConfig`
         "vocab_size": "vocabulary",
@@ -329,7 +332,7 @@ def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int
     }
     settings = {transformers_name: dimensions[name] for transformers_name, name in names.items()}
     return {
-        "architectures": [_text_class(number)],
+        "architectures": [_text_class(index)],
         "model_type": "clip_text_model",
         **settings,
         "projection_dim": config.projection_dim or config.dim,
@@ -350,7 +353,7 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
-    """Return the contents of vocab.json and merges.txt of a tokenizer, by file name.
+    """Return the contents of vocab.json and merges.txt of a tokenizer, also if it is one tokenizer.json.
 
     Raises:
         CheckpointError: If the files cannot be read.

@@ -449,7 +449,7 @@ def test_captions_are_not_filled_up_on_request(tmp_path: Path) -> None:
     prompts = [Prompt("a cat"), Prompt("a red cat on the grass")]
     states = []
     for fills in (True, False):
-        (encoder,) = make_encoders(files, 1, None, learning=TextEncoderTraining({}, fills))
+        (encoder,) = make_encoders(files, 1, None, text_training=TextEncoderTraining({}, fills))
         encoder.load(torch.device("cpu"))
         states.append([row["hidden_state"] for row in encoder.encode(prompts)])
         tokens = encoder.token_counter()
