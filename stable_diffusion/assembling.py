@@ -18,7 +18,7 @@ from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.small_start import DeepShrinks
-from stable_diffusion.text import ImageVectors, Texts, check_texts, check_vision
+from stable_diffusion.text import ImageVectors, PromptEncoder, check_texts, check_vision
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     control_nets = load_control_nets(options.control, model)
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
-    texts = Texts(
+    texts = PromptEncoder(
         model.text_encoders, model.kind, options.text, list(cross_attentions), lora_words=lora_words
     )
     batch_hooks: list[BatchHook] = []

@@ -68,7 +68,7 @@ from stable_diffusion.textual_inversion import (
     merge_lora_words,
     read_lora_words,
 )
-from stable_diffusion.tokenizers import SIZE as CHUNK
+from stable_diffusion.tokenizers import CHUNK_SIZE
 from stable_diffusion.towers import (
     POOLED,
     STATES,
@@ -441,7 +441,7 @@ class StableDiffusion(ModelOfImages):
         """Words that the text encoders know in addition to their tokenizers' vocabulary."""
         new_word = None if self.text_training is None else self.text_training.word
         trained = () if new_word is None else (new_word.text,)
-        return (*trained, *(word.word for word in self.lora_words))
+        return (*trained, *(word.text for word in self.lora_words))
 
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
         """Return the model with the trained words that files contain.
@@ -562,7 +562,7 @@ class StableDiffusion(ModelOfImages):
 
     def _check_text_length(self, text_states: Sequence[Tensor], item: str) -> None:
         """Raise CacheError if an item's text states, B L C, were made for another --max_token_length."""
-        max_length = CHUNK * self.max_chunks + 2  # with start and end token
+        max_length = CHUNK_SIZE * self.max_chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
         are_padded = self.text_training is None or self.text_training.pads_captions
         # a word with vectors per cross-attention has one copy of the states for each, concatenated

@@ -31,7 +31,7 @@ from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.regions import split_parts
 from stable_diffusion.samplers import UnetPasses
 from stable_diffusion.starting import read_picture, to_pixels
-from stable_diffusion.tokenizers import SIZE, cut_into_chunks, parse_weights
+from stable_diffusion.tokenizers import CHUNK_SIZE, cut_into_chunks, parse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Guides:
             text = " ".join(split_parts(request.prompt))
         text_encoder = self.model.text_encoders[0]
         chunks = cut_into_chunks(parse_weights(text), text_encoder.tokenize)
-        ids = [token for chunk in chunks for token in chunk.ids][:SIZE]
+        ids = [token for chunk in chunks for token in chunk.ids][:CHUNK_SIZE]
         return [text_encoder.bos_token_id, *ids, text_encoder.eos_token_id]
 
 

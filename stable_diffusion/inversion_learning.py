@@ -21,7 +21,13 @@ from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
 from stable_diffusion.inversion_options import InversionOptions
-from stable_diffusion.textual_inversion import SEVERAL, SINGLE, check_words, read_lora_words, read_words
+from stable_diffusion.textual_inversion import (
+    SD_TENSOR_NAME,
+    SDXL_TENSOR_NAMES,
+    check_words,
+    read_lora_words,
+    read_words,
+)
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import StableDiffusionTrainingOptions, generation_options
 
@@ -56,7 +62,9 @@ STYLE_SENTENCES = tuple(
 
 def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
     """Return the trainable network of textual inversion: a word's vectors for each text encoder."""
-    keys = SEVERAL if files.kind is SDXL else (SINGLE,)  # tensor name of each encoder's vectors in files
+    keys = (
+        SDXL_TENSOR_NAMES if files.kind is SDXL else (SD_TENSOR_NAME,)
+    )  # tensor name of each encoder's vectors in files
 
     def read_start_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
         """Read vectors to start from, by tensor name, from an embedding or a LoRA file with the word."""
@@ -106,7 +114,9 @@ def describe_extended_inversion(
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     # one text encoder, with separate vectors for each cross-attention
-    text_encoder = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
+    text_encoder = WordTower(
+        SD_TENSOR_NAME, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers)
+    )
     return Inversion(word, [text_encoder], read_start_vectors).describe()
 
 

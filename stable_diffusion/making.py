@@ -23,7 +23,7 @@ from stable_diffusion.loras import AdjustableLoras
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.sampling_options import SamplingOptions
 from stable_diffusion.small_start import begin_small, check_batch
-from stable_diffusion.text import ImageVectors, Texts
+from stable_diffusion.text import ImageVectors, PromptEncoder
 
 
 class BatchHook(Protocol):
@@ -48,7 +48,7 @@ class ImageGenerator:
     """Generate images with a loaded model, batch by batch."""
 
     model: contract.Model
-    texts: Texts
+    texts: PromptEncoder
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     networks: AdjustableLoras | None = None
@@ -214,7 +214,7 @@ class ImageGenerator:
     # Texts
 
     def _count_chunks(self, request: contract.RequestedImage) -> int:
-        return max(map(self.texts.chunks, [*self._split_parts(request), *self._list_avoided(request)]))
+        return max(map(self.texts.count_chunks, [*self._split_parts(request), *self._list_avoided(request)]))
 
     def _split_parts(self, request: contract.RequestedImage) -> list[str]:
         return split_parts(request.prompt) if request.settings.num_parts > 1 else [request.prompt]

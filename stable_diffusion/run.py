@@ -219,7 +219,7 @@ class Run:
             free_memory(self.maker.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
-                f"the device has too little memory for {count_of(len(batch), 'request')} of "
+                f"the device has too little memory for {count_of(len(batch), 'picture')} of "
                 f"{settings.width} x {settings.height}: {str(error).partition('. ')[0]}.\n"
                 "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
             ) from error

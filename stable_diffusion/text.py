@@ -38,11 +38,11 @@ from stable_diffusion.textual_inversion import (
 logger = logging.getLogger(__name__)
 
 _LOADER = "gen_img.py loads one by --textual_inversion_embeddings FILE"
-REMEMBERED = 64  # cached texts; an SDXL text of one chunk takes 0.6 MB in float32
-SHOWN = 200  # characters of a text in a warning
+MAX_CACHED_TEXTS = 64  # cached texts; an SDXL text of one chunk takes 0.6 MB in float32
+MAX_QUOTED = 200  # characters of a text in a warning
 
 
-class Texts:
+class PromptEncoder:
     """Encode prompts with the text encoders of a model and the options for texts."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Texts:
         text_encoders: Sequence[LoadedTextEncoder],
         kind: ModelKind,
         options: TextOptions,
-        layers: Sequence[str] = (),
+        cross_attentions: Sequence[str] = (),
         lora_words: Sequence[LearnedWord] = (),
     ) -> None:
         """Add the words of embeddings to the encoders, whose networks get new rows.
@@ -59,32 +59,31 @@ class Texts:
             text_encoders: Text encoders of the checkpoint.
             kind: Kind of the checkpoint.
             options: Options of texts.
-            layers: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has states for
-                each of these, one after the other.
+            cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has
+                states for each of these, one after the other.
             lora_words: Words in the files of LoRAs.
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
             CheckpointError: If vectors do not fit an encoder, or if a word exists already as a token.
         """
-        words = merge_lora_words(_read_words(options, layers), lora_words)
+        words = merge_lora_words(_read_words(options, cross_attentions), lora_words)
         self._text_encoders = add_words(text_encoders, kind, words)
-        # all words that embeddings and LoRAs have brought; their ids are not used here
-        self._known = [*list_ids(words, 0)]
-        self._num_layer_copies = max(len(layers), 1)  # number of copies of a text's states
+        self._known_words = [*list_ids(words, 0)]  # only the words, not their ids
+        self._num_layer_copies = max(len(cross_attentions), 1)  # number of copies of a text's states
         self._kind = kind
-        self._mode = options.emb_normalize_mode
-        self._most = options.max_embeddings_multiples or 1
-        self._layers = [
-            _select_layer(text_encoder, kind, options.clip_skip) for text_encoder in self._text_encoders
+        self._weighting_mode = options.emb_normalize_mode
+        self._max_chunks = options.max_embeddings_multiples or 1
+        self._hidden_layers = [  # of each encoder: the layer whose states are used, from the end
+            _select_layer(encoder, kind, options.clip_skip) for encoder in self._text_encoders
         ]
         # token ids take far less memory than states, so those of more texts are kept
-        self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
-        self._remembered = lru_cache(REMEMBERED)(self._encode)
+        self._cut_into_chunks_cached = lru_cache(4 * MAX_CACHED_TEXTS)(self._cut_into_chunks)
+        self._encode_cached = lru_cache(MAX_CACHED_TEXTS)(self._encode)
 
-    def chunks(self, text: str) -> int:
+    def count_chunks(self, text: str) -> int:
         """Return the number of 75-token chunks of a text, at least 1 and at most the limit."""
-        return max(len(chunks) for chunks in self._chunks_of(text))
+        return max(len(chunks) for chunks in self._cut_into_chunks_cached(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
         """Return the text encoder states of a prompt, which are cached: do not change them in place.
@@ -98,113 +97,112 @@ class Texts:
             networks: Other values on which the result depends, such as multipliers of LoRAs in the text
                 encoders.
         """
-        chunks = self.chunks(text) if chunks is None else chunks
-        return self._remembered(text, chunks, networks)
+        chunks = self.count_chunks(text) if chunks is None else chunks
+        return self._encode_cached(text, chunks, networks)
 
     @torch.no_grad()
-    def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
-        """Encode a prompt in `count` chunks with all text encoders, and concatenate their states."""
+    def _encode(self, text: str, num_chunks: int, networks: Hashable) -> TextState:
+        """Encode a prompt in `num_chunks` chunks with all text encoders, and concatenate their states."""
         del networks  # only part of the cache's key
+        chunks_by_encoder = self._cut_into_chunks_cached(text)
         contexts: list[Tensor] = []
         pooled = None
-        for text_encoder, layer, chunks in zip(
-            self._text_encoders, self._layers, self._chunks_of(text), strict=True
+        for encoder, layer, chunks in zip(
+            self._text_encoders, self._hidden_layers, chunks_by_encoder, strict=True
         ):
-            if len(chunks) > count:
-                raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
-            filled = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
-            context, pooled = self._encode_chunks(text_encoder, layer, filled)
+            if len(chunks) > num_chunks:
+                raise ValueError(f"{len(chunks)} chunks do not fit into {num_chunks}")
+            padding = [tokenizers.Chunk()] * (num_chunks - len(chunks))
+            context, pooled = self._encode_chunks(encoder, layer, [*chunks, *padding])
             contexts.append(context)
         return TextState(torch.cat(contexts, dim=-1), None if pooled is None else pooled[0])
 
     def _encode_chunks(
-        self, text_encoder: LoadedTextEncoder, layer: int, chunks: Sequence[tokenizers.Chunk]
+        self, encoder: LoadedTextEncoder, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a prompt's states in one encoder, concatenated over chunks, and pooled states if used."""
-        is_pooled = self._kind is SDXL  # only SDXL uses pooled states, of its last encoder
+        """Return a prompt's states in one encoder, L C, joined over chunks; for SDXL also pooled states.
+
+        With --XTI_embeddings, the states for all cross-attentions follow one another.
+        """
+        is_xl = self._kind is SDXL
         rows = [
             tokenizers.fill_chunk(
-                chunk.ids,
-                start=text_encoder.bos_token_id,
-                end=text_encoder.eos_token_id,
-                pad=text_encoder.pad_token_id,
+                chunk.ids, start=encoder.bos_token_id, end=encoder.eos_token_id, pad=encoder.pad_token_id
             )
             for chunk in chunks
         ]
-        weights = weights_of(chunks)
-        ids = self._copy_ids(text_encoder, torch.tensor(rows))  # once, or once for each cross-attention
-        device = text_encoder.network.device
-        ends: Tensor | None = None
-        if is_pooled and text_encoder is self._text_encoders[-1]:
-            # index of each chunk's end token; an earlier one if the text itself contains <|endoftext|>
-            ends = torch.tensor([row.index(text_encoder.eos_token_id) for row in rows]).to(device)
-        states, pooled = text_encoder.network.states(
-            torch.cat(ids).to(device),
-            layer,
-            final_norm=not is_pooled,
-            ends=ends,
+        device = encoder.network.device
+        end_positions: Tensor | None = None  # where pooled states are taken: only in SDXL's last encoder
+        if is_xl and encoder is self._text_encoders[-1]:
+            # the first end token of each chunk, which may be a <|endoftext|> in the text itself
+            end_positions = torch.tensor([row.index(encoder.eos_token_id) for row in rows]).to(device)
+        ids_by_layer = self._list_ids_by_layer(encoder, torch.tensor(rows))
+        states, pooled = encoder.network.states(
+            torch.cat(ids_by_layer).to(device), layer, final_norm=not is_xl, ends=end_positions
         )
-        copies = []
-        for chunk_states in states.chunk(len(ids)):
-            text_states = join_chunks(chunk_states)
-            copies.append(weigh_states(text_states, weights, self._mode))
+        weights = list_token_weights(chunks)
+        states_by_layer = [
+            apply_token_weights(join_chunk_states(chunk_states), weights, self._weighting_mode)
+            for chunk_states in states.chunk(len(ids_by_layer))
+        ]
         # all cross-attentions share the states unless a word has vectors for each of them
-        repeats = self._num_layer_copies // len(ids)
-        return torch.cat(copies * repeats), pooled
+        repeats = self._num_layer_copies // len(ids_by_layer)
+        return torch.cat(states_by_layer * repeats), pooled
 
-    def _copy_ids(self, text_encoder: LoadedTextEncoder, ids: Tensor) -> list[Tensor]:
+    def _list_ids_by_layer(self, encoder: LoadedTextEncoder, ids: Tensor) -> list[Tensor]:
         """Return a text's token ids, K 77: once, or per cross-attention if a word has vectors for each."""
-        if text_encoder.layer_strides is None:
+        if encoder.layer_strides is None:
             return [ids]
-        strides = text_encoder.layer_strides[ids]
+        strides = encoder.layer_strides[ids]
         if not bool(strides.any()):
             return [ids]
         return [ids + index * strides for index in range(self._num_layer_copies)]
 
-    def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
+    def _cut_into_chunks(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
-        warn_of_unknown(text, self._known, _LOADER)
+        warn_of_unknown(text, self._known_words, _LOADER)
         parts = tokenizers.parse_weights(text)
-        by_tower = [
-            tokenizers.cut_into_chunks(parts, text_encoder.tokenize) for text_encoder in self._text_encoders
+        chunks_by_encoder = [
+            tokenizers.cut_into_chunks(parts, encoder.tokenize) for encoder in self._text_encoders
         ]
-        longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))
-        warn_of_unused(parts, self._text_encoders[longest].tokenize, len(by_tower[longest]), self._most)
-        return [chunks[: self._most] for chunks in by_tower]
+        num_chunks = [len(chunks) for chunks in chunks_by_encoder]
+        longest = num_chunks.index(max(num_chunks))
+        warn_if_truncated(parts, self._text_encoders[longest].tokenize, max(num_chunks), self._max_chunks)
+        return [chunks[: self._max_chunks] for chunks in chunks_by_encoder]
 
 
-def warn_of_unused(
-    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, maximum: int
+def warn_if_truncated(
+    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], num_chunks: int, max_chunks: int
 ) -> None:
     """Warn about a prompt that is too long, quoting the end that is not used.
 
     Args:
         parts: Parts of the text with their weights.
         tokenize: Returns the tokens of a text.
-        count: Number of chunks of the text.
-        maximum: Maximum number of chunks.
+        num_chunks: Number of chunks of the text.
+        max_chunks: Number of chunks that are used.
     """
-    if count > maximum:
+    if num_chunks > max_chunks:
         logger.warning(
             "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
             "--max_embeddings_multiples %d to read all of it",
-            tokenizers.SIZE * maximum,
-            shorten(tokenizers.cut_text(parts, tokenize, maximum), SHOWN),
-            count,
+            tokenizers.CHUNK_SIZE * max_chunks,
+            shorten(tokenizers.cut_text(parts, tokenize, max_chunks), MAX_QUOTED),
+            num_chunks,
         )
 
 
-def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
+def list_token_weights(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
     """Return the weight of each state of a text; start, end and padding tokens have weight 1."""
     weights = [1.0]
     for chunk in chunks:
-        padding = tokenizers.SIZE - len(chunk.ids)
+        padding = tokenizers.CHUNK_SIZE - len(chunk.ids)
         weights += [*chunk.weights, *[1.0] * padding]
     weights.append(1.0)
     return weights
 
 
-def join_chunks(states: Tensor) -> Tensor:
+def join_chunk_states(states: Tensor) -> Tensor:
     """Concatenate the states of K chunks to 75 K + 2, without start and end states between chunks.
 
     Args:
@@ -213,7 +211,7 @@ def join_chunks(states: Tensor) -> Tensor:
     return torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[-1, -1:]])
 
 
-def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
+def apply_token_weights(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     """Multiply states by weights; the modes "original" and "abs" then restore their mean by scaling.
 
     The result is computed in float32 and rounded once. If all weights are 1, the states are returned
@@ -243,7 +241,7 @@ def check_texts(
     options: TextOptions,
     kind: ModelKind,
     configs: Sequence[ClipTextConfig],
-    layers: Sequence[str] = (),
+    cross_attentions: Sequence[str] = (),
     lora_words: Sequence[LearnedWord] = (),
 ) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
@@ -252,7 +250,7 @@ def check_texts(
         options: Options of texts.
         kind: Kind of the checkpoint.
         configs: Dimensions of the text encoders.
-        layers: Names of the U-Net's cross-attentions, with --XTI_embeddings.
+        cross_attentions: Names of the U-Net's cross-attentions, with --XTI_embeddings.
         lora_words: Words in the files of LoRAs.
 
     Raises:
@@ -266,20 +264,22 @@ def check_texts(
             f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.title} and {SD2.title}, "
             f"and this is {kind.title}. Use --textual_inversion_embeddings"
         )
-    words = (*_read_words(options, layers), *lora_words)
+    words = (*_read_words(options, cross_attentions), *lora_words)
     check_words(words, [config.dim for config in configs], kind)
 
 
-def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWord, ...]:
-    return read_words(options.textual_inversion_embeddings or (), options.XTI_embeddings or (), layers)
+def _read_words(options: TextOptions, cross_attentions: Sequence[str]) -> tuple[LearnedWord, ...]:
+    return read_words(
+        options.textual_inversion_embeddings or (), options.XTI_embeddings or (), cross_attentions
+    )
 
 
-def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
+def check_layer(clip_skip: int | None, num_layers: int, kind: ModelKind) -> None:
     """Raise OptionError if --clip_skip exceeds the number of layers of the text encoder."""
-    if clip_skip is not None and clip_skip > layers:
+    if clip_skip is not None and clip_skip > num_layers:
         raise OptionError(
-            f"--clip_skip {clip_skip}: the text encoder of this {kind.title} has {layers} layers. Give 1 to "
-            f"{layers}"
+            f"--clip_skip {clip_skip}: the text encoder of this {kind.title} has {num_layers} layers. Give 1 "
+            f"to {num_layers}"
         )
 
 

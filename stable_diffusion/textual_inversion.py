@@ -32,14 +32,14 @@ from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from protocols.bundled_embeddings import WordsByFile
 from stable_diffusion.contract import SDXL, LoadedTextEncoder, ModelKind
-from stable_diffusion.tokenizers import SIZE
+from stable_diffusion.tokenizers import CHUNK_SIZE
 
 logger = logging.getLogger(__name__)
 
 XTI_OPTION = "--XTI_embeddings"
-# names of the vectors for each of several text encoders, in the order of the encoders, and for the only one
-SEVERAL, SINGLE = ("clip_l", "clip_g"), "emb_params"
-_NAMES_OF_SEVERAL = (SEVERAL, ("text_encoders_0", "text_encoders_1"))
+# names of the tensors in embedding files: one for each of SDXL's text encoders, or one for the only encoder
+SDXL_TENSOR_NAMES, SD_TENSOR_NAME = ("clip_l", "clip_g"), "emb_params"
+_ALL_SDXL_TENSOR_NAMES = (SDXL_TENSOR_NAMES, ("text_encoders_0", "text_encoders_1"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,47 +47,56 @@ class LearnedWord:
     """A word trained by textual inversion, with its vectors as read from a file."""
 
     path: Path
-    word: str
-    token: str | None  # the word that the file itself names, as diffusers' training writes it
+    text: str  # the word in prompts
+    placeholder_token: str | None  # the word that the file itself names, as diffusers' training writes it
     vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
-    # extended textual inversion: A layers; vectors are A*V C, those of a layer one after the other
-    layers: int = 1
+    # extended textual inversion: A cross-attentions; vectors are A*V C, those for a cross-attention in a row
+    num_cross_attentions: int = 1
     option: str = OPTION
     is_from_lora: bool = False  # `path` is a LoRA file, which names the word in its tensors
 
+    @property
+    def num_vectors(self) -> int:
+        """Number of vectors V in each text encoder; with extended inversion, for each cross-attention."""
+        return len(self.vectors[0]) // self.num_cross_attentions
+
 
 def read_words(
-    paths: Sequence[Path], extended: Sequence[Path] = (), layers: Sequence[str] = (), option: str = OPTION
+    paths: Sequence[Path],
+    xti_paths: Sequence[Path] = (),
+    cross_attentions: Sequence[str] = (),
+    option: str = OPTION,
 ) -> tuple[LearnedWord, ...]:
-    """Read files of textual inversion: safetensors, or pickled tensors without running code.
+    """Read embedding files of textual inversion: safetensors, or pickled tensors without running code.
 
     Args:
-        paths: Paths of the files.
-        extended: Files of extended textual inversion, which have a tensor for each of `layers`.
-        layers: Names of the U-Net's cross-attentions.
+        paths: Files of usual textual inversion.
+        xti_paths: Files of extended textual inversion, with a tensor for each of `cross_attentions`.
+        cross_attentions: Names of the U-Net's cross-attentions.
         option: Option that names `paths`.
 
     Raises:
         CheckpointError: If a file is missing or of another kind, or if two have the same name.
     """
-    plain = [_read_word(path, option, path.stem, read_embedding(path, option)) for path in paths]
-    words = (*plain, *(_read_extended(path, layers) for path in extended))
-    for index, word in enumerate(words):
-        for earlier in words[:index]:
-            if earlier.word.lower() == word.word.lower():
-                raise CheckpointError(
-                    f"{word.option}: {earlier.path} and {word.path} are both for the word {word.word}. "
-                    "Rename one of them.",
-                    word.path,
-                )
-    return words
+    words = [_read_word(path, option, path.stem, read_embedding(path, option)) for path in paths]
+    words += [_read_extended(path, cross_attentions) for path in xti_paths]
+    by_name: dict[str, LearnedWord] = {}
+    for word in words:
+        earlier = by_name.setdefault(word.text.lower(), word)
+        if earlier is not word:
+            raise CheckpointError(
+                f"{word.option}: {earlier.path} and {word.path} are both for the word {word.text}. "
+                "Rename one of them.",
+                word.path,
+            )
+    return tuple(words)
 
 
 def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
     """Read the words in LoRA files; log which file contains which word.
 
     Args:
-        files: Contents of each word by LoRA file.
+        files: For each LoRA file, the tensors of each word in it.
         option: Option that names the files.
 
     Raises:
@@ -95,13 +104,13 @@ def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
     """
     words: list[LearnedWord] = []
     for path, contents in files.items():
-        of_file: list[LearnedWord] = []
+        words_of_file: list[LearnedWord] = []
         for name, content in contents.items():
             word = _read_word(path, f"the word {name} in {option}", name, content)
-            of_file.append(replace(word, is_from_lora=True))
-        names = ", ".join(f"{word.word} ({count_of(_count(word), 'vector')})" for word in of_file)
+            words_of_file.append(replace(word, is_from_lora=True))
+        names = ", ".join(f"{word.text} ({count_of(word.num_vectors, 'vector')})" for word in words_of_file)
         logger.info("%s brings learned words for prompts: %s", path, names)
-        words += of_file
+        words += words_of_file
     return tuple(words)
 
 
@@ -109,14 +118,14 @@ def merge_lora_words(
     words: Sequence[LearnedWord], lora_words: Sequence[LearnedWord]
 ) -> tuple[LearnedWord, ...]:
     """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
-    chosen = {word.word.lower(): word for word in words}
+    chosen = {word.text.lower(): word for word in words}
     for word in lora_words:
-        first = chosen.setdefault(word.word.lower(), word)
+        first = chosen.setdefault(word.text.lower(), word)
         if first is not word:
             logger.warning(
                 "%s: the word %s of %s is used in place of the one that it brings.",
                 word.path,
-                first.word,
+                first.text,
                 first.path,
             )
     return tuple(chosen.values())
@@ -134,28 +143,26 @@ def add_words(
     """
     if not words:
         return tuple(text_encoders)
-    check_words(
-        words,
-        [text_encoder.network.embeddings.token_embedding.embedding_dim for text_encoder in text_encoders],
-        kind,
-    )
+    widths = [encoder.network.embeddings.token_embedding.embedding_dim for encoder in text_encoders]
+    check_words(words, widths, kind)
     for word in words:
+        is_known_token = any(len(encoder.tokenize(word.text)) == 1 for encoder in text_encoders)
         # words in LoRA files may replace known tokens, as in other programs
-        if not word.is_from_lora and any(
-            len(text_encoder.tokenize(word.word)) == 1 for text_encoder in text_encoders
-        ):
+        if is_known_token and not word.is_from_lora:
             raise CheckpointError(
-                f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
+                f"{word.option} {word.path}: {word.text} is a word that the text encoder knows already. "
                 "Rename the file, as its name is the word for it.",
                 word.path,
             )
     for word in words:
         if not word.is_from_lora:  # `read_lora_words` has logged the others
-            logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
-    return tuple(_learn(text_encoder, words, index) for index, text_encoder in enumerate(text_encoders))
+            logger.info("textual inversion: %s (%d vectors)", word.text, word.num_vectors)
+    return tuple(_add_words_to_encoder(encoder, words, index) for index, encoder in enumerate(text_encoders))
 
 
-def _learn(text_encoder: LoadedTextEncoder, words: Sequence[LearnedWord], index: int) -> LoadedTextEncoder:
+def _add_words_to_encoder(
+    text_encoder: LoadedTextEncoder, words: Sequence[LearnedWord], index: int
+) -> LoadedTextEncoder:
     """Return a text encoder with learned words added to its vocabulary.
 
     Args:
@@ -165,17 +172,18 @@ def _learn(text_encoder: LoadedTextEncoder, words: Sequence[LearnedWord], index:
     """
     embeddings = text_encoder.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
-    embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
-    # a word of --XTI_embeddings has the same number of vectors for each cross-attention, stored layer by
-    # layer; the stride is the distance from a vector's row to the row for the next cross-attention
-    strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
+    embeddings.token_embedding = extend_token_embedding(embeddings.token_embedding, words, index)
+    # an --XTI_embeddings word has V rows for each cross-attention, layer by layer: from a token's row for one
+    # cross-attention it is V rows to its row for the next one
+    layer_strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
-        if word.layers > 1:
-            strides[ids[word.word]] = _count(word)
-    return replace(text_encoder, tokenize=with_words(text_encoder.tokenize, ids), layer_strides=strides)
+        if word.num_cross_attentions > 1:
+            layer_strides[ids[word.text]] = word.num_vectors
+    tokenize = tokenize_with_words(text_encoder.tokenize, ids)
+    return replace(text_encoder, tokenize=tokenize, layer_strides=layer_strides)
 
 
-def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
+def extend_token_embedding(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
     """Return a table of token embeddings extended by rows for the vectors of learned words.
 
     Args:
@@ -196,34 +204,40 @@ def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[in
         vocabulary: Number of embedding rows without the words.
     """
     return name_ids(
-        [NewWord(word.word, _count(word), copies=word.layers, alias=word.token) for word in words], vocabulary
+        [
+            NewWord(
+                word.text, word.num_vectors, copies=word.num_cross_attentions, alias=word.placeholder_token
+            )
+            for word in words
+        ],
+        vocabulary,
     )
 
 
-def with_words(
+def tokenize_with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
-    """Return a tokenizer that maps `words` to their ids and leaves the text between them to `tokenize`."""
+    """Return a tokenize function that also knows learned words; other text is left to `tokenize`.
+
+    Args:
+        tokenize: Returns the token ids of a text.
+        words: Token ids of each learned word.
+    """
     names = sorted(words, key=len, reverse=True)  # longest first: one word may be a prefix of another
-    ids = [list(words[name]) for name in names]
-    pattern = compile_words(names)
+    ids_of_group = [list(words[name]) for name in names]
+    pattern = compile_words(names)  # with one group for each name, in this order
 
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
         position = 0
         for match in pattern.finditer(text):
             tokens += tokenize(text[position : match.start()])
-            assert match.lastindex is not None  # each word is one group of the pattern
-            tokens += ids[match.lastindex - 1]
+            assert match.lastindex is not None
+            tokens += ids_of_group[match.lastindex - 1]
             position = match.end()
         return tokens + tokenize(text[position:])
 
     return tokenize_all
-
-
-def _count(word: LearnedWord) -> int:
-    """Return how many vectors a word has; one that learns per layer has as many for each cross-attention."""
-    return len(word.vectors[0]) // word.layers
 
 
 def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: ModelKind) -> None:
@@ -242,10 +256,10 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Model
                 f"{kind.title}.",
                 word.path,
             )
-        if _count(word) > SIZE:
+        if word.num_vectors > CHUNK_SIZE:
             raise CheckpointError(
-                f"{word.option} {word.path}: it has {_count(word)} vectors; a text encoder reads {SIZE} "
-                "tokens at a time, so that more than these are never read together.",
+                f"{word.option} {word.path}: it has {word.num_vectors} vectors; a text encoder reads "
+                f"{CHUNK_SIZE} tokens at a time, so that more than these are never read together.",
                 word.path,
             )
 
@@ -263,28 +277,29 @@ def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -
     return LearnedWord(path, name, token, vectors, option=option)
 
 
-def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
+def _read_extended(path: Path, cross_attentions: Sequence[str]) -> LearnedWord:
     """Read a file of extended textual inversion, which has vectors for each cross-attention of the U-Net.
 
     Args:
         path: Path of the file.
-        layers: Names of its tensors, one for each cross-attention, in their order.
+        cross_attentions: Names of its tensors, one for each cross-attention, in their order.
     """
     content = read_embedding(path, XTI_OPTION)
-    tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
-    if tensors.keys() != content.keys() or len(tensors) != len(layers):
-        # a missing layer is named first, otherwise an unexpected tensor
-        wrong_names = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
-        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_names[0], 60)} is missing or strange")
+    tensors = {name: content[name] for name in cross_attentions if isinstance(content.get(name), Tensor)}
+    missing = sorted({*cross_attentions} - tensors.keys())
+    unexpected = sorted(content.keys() - tensors.keys())
+    if missing or unexpected:
+        wrong_name = (missing or unexpected)[0]
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_name, 60)} is missing or strange")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")
     return LearnedWord(
         path,
-        word=path.stem,
-        token=None,
+        text=path.stem,
+        placeholder_token=None,
         vectors=(torch.cat(vectors),),
-        layers=len(layers),
+        num_cross_attentions=len(cross_attentions),
         option=XTI_OPTION,
     )
 
@@ -301,20 +316,25 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors by tensor name, in the order of the text encoders, and the file's word or None."""
-    inner = content.get(TABLE)
-    if isinstance(inner, Mapping):
-        embeddings = list_tensors(inner)  # placeholder -> vectors; usually the placeholder is "*", no word
+    """Return the vectors in an embedding file, and its placeholder token if it names one.
+
+    The vectors are by tensor name, in the order of the text encoders. Formats: A1111
+    (a table of vectors), SDXL trainers (a tensor for each text encoder), diffusers (token: vectors).
+    """
+    table = content.get(TABLE)
+    if isinstance(table, Mapping):
+        embeddings = list_tensors(table)  # usually the key is "*", no word
         if len(embeddings) == 1:
             return embeddings, None
         raise reject_embedding(path, option, f"{TABLE} has {len(embeddings)} words")
     tensors = list_tensors(content)
-    for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
+    for names in (*_ALL_SDXL_TENSOR_NAMES, (SD_TENSOR_NAME,)):
         if tensors.keys() >= set(names):
             unused = tensors.keys() - set(names)
             if unused:
                 logger.warning("%s: %s: not used are %s.", option, path, list_some(sorted(unused)))
             return {name: tensors[name] for name in names}, None
-    if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
-        return tensors, next(iter(tensors))
+    if len(tensors) == 1 and len(content) == 1:
+        (placeholder_token,) = tensors
+        return tensors, placeholder_token
     raise reject_embedding(path, option, describe_content(content))

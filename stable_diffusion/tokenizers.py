@@ -273,7 +273,7 @@ def _bounded(weight: float) -> float:
     return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
 
 
-SIZE = 75  # tokens of a chunk
+CHUNK_SIZE = 75  # tokens of a chunk
 Tokenize = Callable[[str], list[int]]  # any number of ids, without start and end token
 
 
@@ -287,7 +287,7 @@ class Chunk:
 
 def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[int]:
     """Return the 77 token ids of a chunk: start, up to 75 ids, end, and padding."""
-    return [start, *ids, end, *[pad] * (SIZE - len(ids))]
+    return [start, *ids, end, *[pad] * (CHUNK_SIZE - len(ids))]
 
 
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
@@ -300,7 +300,7 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
             chunks.append(Chunk(tuple(ids), tuple(weights)))
             ids, weights = [], []
         for token in tokenize(part.text):
-            if len(ids) == SIZE:
+            if len(ids) == CHUNK_SIZE:
                 chunks.append(Chunk(tuple(ids), tuple(weights)))
                 ids, weights = [], []
             ids.append(token)

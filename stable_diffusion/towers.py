@@ -35,15 +35,20 @@ from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL, text_encoder_name
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
+    apply_token_weights,
     check_layer,
     default_layer,
-    join_chunks,
-    warn_of_unused,
-    weigh_states,
-    weights_of,
+    join_chunk_states,
+    list_token_weights,
+    warn_if_truncated,
 )
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, with_words
+from stable_diffusion.textual_inversion import (
+    LearnedWord,
+    extend_token_embedding,
+    list_ids,
+    tokenize_with_words,
+)
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
@@ -55,9 +60,9 @@ from stable_diffusion.tokenizers import (
 from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
-WEIGHING = TextOptions.usual().emb_normalize_mode  # rescaling of weighted states; gen_img.py's default
+WEIGHTING_MODE = TextOptions.usual().emb_normalize_mode  # rescaling of weighted states; gen_img.py's default
 # keys of each encoder's states in caches, by the number of encoders of a model
-_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
+_CACHE_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class LazyTextEncoder:
     def __init__(
         self,
         files: TrainingFiles,
-        number: int,
+        index: int,
         max_chunks: int = 1,
         clip_skip: int | None = None,
         warns_if_cut: bool = False,
@@ -102,32 +107,34 @@ class LazyTextEncoder:
 
         Args:
             files: Files of the checkpoint.
-            number: Index of the encoder in the checkpoint.
+            index: Index of the encoder in the checkpoint.
             max_chunks: Number of 75-token chunks to which texts are padded or cut.
             clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
             warns_if_cut: Whether to warn of prompts that are cut off.
             text_training: How the weights are trained; None if they are frozen.
             lora_words: Words in the files of LoRAs.
         """
-        prefixes = files.kind.lora_prefixes
+        lora_prefixes = files.kind.lora_prefixes
+        num_encoders = len(lora_prefixes)
         self.files = files
-        self.lora_prefix = prefixes[number]
-        self.keys = _KEYS[len(prefixes)][number]
-        self.name = text_encoder_name(number)
-        self._index = number
+        self.lora_prefix = lora_prefixes[index]
+        self.keys = _CACHE_KEYS[num_encoders][index]
+        self.name = text_encoder_name(index)
+        self._index = index
         self._max_chunks = max_chunks
         self._clip_skip = clip_skip
         self._warns_if_cut = warns_if_cut
         self._dtype = files.dtype
-        self._pads_captions = True  # whether captions are padded to whole chunks
-        self._word = None if text_training is None else text_training.word
-        self._num_layer_copies = (
-            1 if text_training is None else max(len(text_training.cross_attentions), 1)
-        )  # copies of a text's states
+        self._pads_captions = True  # to whole chunks
+        self._new_word: NewWord | None = None  # the word that is trained
+        # copies of a text's states: one for each cross-attention if the new word has vectors for each
+        self._num_layer_copies = 1
         self._lora_words = lora_words
         if text_training is not None:
             self._dtype = text_training.dtypes.get(self.name, files.dtype)
             self._pads_captions = text_training.pads_captions
+            self._new_word = text_training.word
+            self._num_layer_copies = max(len(text_training.cross_attentions), 1)
         self._loaded = LoadedNetwork[ClipText, LoadedTokenizer]()
 
     @property
@@ -145,10 +152,10 @@ class LazyTextEncoder:
         if name.startswith("final_layer_norm."):
             return self.files.kind is not SDXL
         layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        return layer is None or int(layer[1]) < self._num_used
+        return layer is None or int(layer[1]) < self._num_used_layers
 
     @cached_property
-    def _num_used(self) -> int:
+    def _num_used_layers(self) -> int:
         """Return the number of layers to compute, up to the one whose hidden states are used."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
@@ -165,15 +172,16 @@ class LazyTextEncoder:
         cache_dir = self.files.tokenizer_cache_dir
         sources = tokenizers.find_tokenizer_files(cache_dir, self.files.path, are_open_clip)
         source, file = sources[self._index]
-        return {
+        identity = {
             self.name: checkpoint,
             f"{self.name}_tokenizer": source.identity(file),
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._max_chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
-            # recorded only if captions are not padded to whole chunks
-            **({} if self._pads_captions else {f"{self.name}_fills": "no"}),
         }
+        if not self._pads_captions:
+            identity[f"{self.name}_fills"] = "no"
+        return identity
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts the tokens of a text, including start and end token.
@@ -188,46 +196,50 @@ class LazyTextEncoder:
             vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
-        # its own tokenizer or an earlier encoder's: all have the same vocabulary
-        source, file = next((pair for pair in sources[self._index :: -1] if pair[1] is not None), sources[0])
+        source, file = sources[0]
+        for candidate_source, candidate_file in sources[self._index :: -1]:
+            # its own tokenizer or an earlier encoder's: all have the same vocabulary
+            if candidate_file is not None:
+                source, file = candidate_source, candidate_file
+                break
         if file is None:
             file = source.download(path, may_download=False)
-        tokenizer = self._teach(load_clip_words(source, file), vocabulary)
-        maximum = tokenizers.SIZE * self._max_chunks
+        tokenizer = self._add_words_to_tokenizer(load_clip_words(source, file), vocabulary)
+        max_tokens = tokenizers.CHUNK_SIZE * self._max_chunks  # without start and end token
 
         def count(text: str) -> TokenCount:
-            ids = tokenizer.tokenize(text)
-            num_read = len(text) if len(ids) <= maximum else _find_cut(text, tokenizer.tokenize, maximum)
-            return TokenCount(text, tokens=len(ids) + 2, limit=maximum + 2, num_read=num_read)
+            num_tokens = len(tokenizer.tokenize(text))
+            num_read = len(text)  # characters that fit
+            if num_tokens > max_tokens:
+                num_read = _find_cut(text, tokenizer.tokenize, max_tokens)
+            return TokenCount(text, tokens=num_tokens + 2, limit=max_tokens + 2, num_read=num_read)
 
         return count
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer, or move a loaded encoder to the device."""
-        self._loaded.load(device, self._read, move_network)
+        self._loaded.load(device, self._load_network, move_network)
 
-    def _read(self, device: torch.device) -> tuple[ClipText, LoadedTokenizer]:
+    def _load_network(self, device: torch.device) -> tuple[ClipText, LoadedTokenizer]:
         """Load a text encoder and its tokenizer, with embedding rows for a trained word and LoRAs' words."""
         with self.files.open_plan() as checkpoint_plan:
             plan = checkpoint_plan.text_encoders[self._index]
             layer = self._select_layer(plan)
-            words = self.files.tokenizers[self._index]
-            check_vocabulary(words, plan.load_plan.config.vocabulary, self.files.path)
+            tokenizer = self.files.tokenizers[self._index]
             vocabulary = plan.load_plan.config.vocabulary
+            check_vocabulary(tokenizer, vocabulary, self.files.path)
             network = self.files.load_text(plan, device, self._dtype)
-        if self._word is not None:
-            embeddings = network.embeddings
-            embeddings.token_embedding = GrowingEmbedding(
-                embeddings.token_embedding, self._word.count * self._num_layer_copies
-            )
+        table = network.embeddings.token_embedding
+        if self._new_word is not None:
+            table = GrowingEmbedding(table, self._new_word.count * self._num_layer_copies)
         if self._lora_words:
-            embeddings = network.embeddings
-            embeddings.token_embedding = add_rows(embeddings.token_embedding, self._lora_words, self._index)
-        words = self._teach(words, vocabulary)  # now the tokenizer knows the additional words too
-        pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
-        return network, LoadedTokenizer(words, pad, layer)
+            table = extend_token_embedding(table, self._lora_words, self._index)
+        network.embeddings.token_embedding = table
+        tokenizer = self._add_words_to_tokenizer(tokenizer, vocabulary)
+        pad = OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end
+        return network, LoadedTokenizer(tokenizer, pad, layer)
 
-    def _teach(self, tokenizer: ClipWords, vocabulary: int) -> ClipWords:
+    def _add_words_to_tokenizer(self, tokenizer: ClipWords, vocabulary: int) -> ClipWords:
         """Add new words to a tokenizer and return it.
 
         Args:
@@ -235,7 +247,7 @@ class LazyTextEncoder:
             vocabulary: Number of embedding rows without the new words.
         """
         ids = self._list_words(vocabulary)
-        return replace(tokenizer, tokenize=with_words(tokenizer.tokenize, ids)) if ids else tokenizer
+        return replace(tokenizer, tokenize=tokenize_with_words(tokenizer.tokenize, ids)) if ids else tokenizer
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
         """Return the token ids of each new word by its name.
@@ -243,8 +255,8 @@ class LazyTextEncoder:
         Args:
             vocabulary: Number of embedding rows without the new words.
         """
-        if self._word is not None:
-            return self._word.list_ids(vocabulary)
+        if self._new_word is not None:
+            return self._new_word.list_ids(vocabulary)
         return list_ids(self._lora_words, vocabulary) if self._lora_words else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
@@ -259,14 +271,14 @@ class LazyTextEncoder:
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
         parts = parse_weights(text)
-        tokenize = self._counting_words.tokenize
+        tokenize = self._counting_tokenizer.tokenize
         chunks = cut_into_chunks(parts, tokenize)
         if self._warns_if_cut:
-            warn_of_unused(parts, tokenize, len(chunks), self._max_chunks)
+            warn_if_truncated(parts, tokenize, len(chunks), self._max_chunks)
         return min(len(chunks), self._max_chunks)
 
     @cached_property
-    def _counting_words(self) -> ClipWords:
+    def _counting_tokenizer(self) -> ClipWords:
         """Tokenizer that counts the tokens of captions, without loading a network."""
         with self.files.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
@@ -274,7 +286,7 @@ class LazyTextEncoder:
         cache_dir = self.files.tokenizer_cache_dir
         with quiet():  # the words are logged when the encoder is loaded
             found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
-        return self._teach(found[self._index], vocabulary)
+        return self._add_words_to_tokenizer(found[self._index], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
@@ -284,51 +296,53 @@ class LazyTextEncoder:
         """
         if not prompts:
             return []
-        loaded = self._loaded.get()[1]  # what lies beside the network, such as the words that it knows
-        texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
-        num_chunks = len(texts[0])
+        _, loaded_tokenizer = self._loaded.get()
+        chunks_by_text = [self._cut_prompt(prompt, loaded_tokenizer) for prompt in prompts]
         length = None  # number of states that are used; None for all
         if not self._pads_captions and prompts[0].marked_chunks is None:
-            length = max(len(chunks[0].ids) for chunks in texts) + 2  # with start and end token
-        states, pooled = self._read_rows(
-            [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
-        )
+            length = max(len(chunks[0].ids) for chunks in chunks_by_text) + 2  # with start and end token
+        chunk_ids = [
+            self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
+        ]
+        states, pooled = self._run_encoder(chunk_ids)
+        states_by_layer = states.chunk(self._num_layer_copies)  # each: one row for each chunk of each text
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
-        # `states` has one row for each chunk of each text
-        for chunks, first_row in zip(
-            texts, range(0, len(states) // self._num_layer_copies, num_chunks), strict=True
-        ):
+        row = 0  # of a text's first chunk
+        for chunks in chunks_by_text:
+            weights = list_token_weights(chunks)
             copies = []  # a trained word may have its own vector, so its own states, for each cross-attention
-            for copy in states.chunk(self._num_layer_copies):
-                joined = join_chunks(copy[first_row : first_row + num_chunks])
-                copies.append(weigh_states(joined, weights_of(chunks), WEIGHING)[:length])
+            for layer_states in states_by_layer:
+                joined = join_chunk_states(layer_states[row : row + len(chunks)])
+                copies.append(apply_token_weights(joined, weights, WEIGHTING_MODE)[:length])
             conditions = {states_key: torch.cat(copies).cpu()}
             if pooled is not None:  # only the first chunk's pooled state is used
-                conditions[POOLED] = pooled[first_row].cpu().clone()
+                conditions[POOLED] = pooled[row].cpu().clone()
             results.append(conditions)
+            row += len(chunks)
         return results
 
-    def _read_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Encode rows of token ids; return states, B*K 77 C, and pooled states if these are used.
+    def _run_encoder(self, chunk_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Encode chunks of 77 token ids; return states, B*K 77 C, and for SDXL's last encoder pooled states.
 
         If a word has vectors for each cross-attention, the states of all cross-attentions follow one another.
         """
         network, loaded = self._loaded.get()
-        ends = None
-        if POOLED in self.keys:  # the pooled state is that of the end token
-            ends = torch.tensor([row.index(loaded.tokenizer.end) for row in rows]).to(network.device)
-        ids = torch.tensor(rows).to(network.device)
-        if self._word is not None and self._num_layer_copies > 1:
+        end_positions = None  # of the end tokens, whose states are the pooled ones
+        if POOLED in self.keys:
+            end_id = loaded.tokenizer.end
+            end_positions = torch.tensor([ids.index(end_id) for ids in chunk_ids]).to(network.device)
+        ids = torch.tensor(chunk_ids).to(network.device)
+        if self._new_word is not None and self._num_layer_copies > 1:
             table = network.embeddings.token_embedding
             assert isinstance(table, GrowingEmbedding)
-            # copy i of the ids, for cross-attention i: only ids of the word move, to rows of its own
-            stride = (ids >= table.known) * self._word.count
-            ids = torch.cat([ids + index * stride for index in range(self._num_layer_copies)])
+            # copy i of the ids is for cross-attention i: ids of the new word move to its rows for this one
+            strides = (ids >= table.known) * self._new_word.count
+            ids = torch.cat([ids + index * strides for index in range(self._num_layer_copies)])
         is_xl = self.files.kind is SDXL  # its U-Net takes states before the final norm
-        return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
+        return network.states(ids, loaded.layer, final_norm=not is_xl, ends=end_positions)
 
-    def _read_chunks(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
+    def _cut_prompt(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
         """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
         count = self._max_chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
@@ -337,7 +351,7 @@ class LazyTextEncoder:
             chunks = cut_into_chunks(parse_weights(prompt.text), loaded.tokenizer.tokenize)
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
-    def _make_row(self, chunk: Chunk, loaded: LoadedTokenizer) -> list[int]:
+    def _list_chunk_ids(self, chunk: Chunk, loaded: LoadedTokenizer) -> list[int]:
         """Return the 77 token ids of a chunk, with start and end tokens and padding."""
         tokenizer = loaded.tokenizer
         row = tokenizers.fill_chunk(chunk.ids, start=tokenizer.start, end=tokenizer.end, pad=loaded.pad)
@@ -349,11 +363,11 @@ class LazyTextEncoder:
         self._loaded.free()
 
 
-def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> int:
-    """Return how many characters the first `maximum` tokens of a text cover, in whole words."""
+def _find_cut(text: str, tokenize: Callable[[str], list[int]], max_tokens: int) -> int:
+    """Return how many characters of a text the first `max_tokens` tokens cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
-    number = bisect_right(ends, maximum, key=lambda end: len(tokenize(text[:end])))
-    return ends[number - 1] if number else 0
+    num_words = bisect_right(ends, max_tokens, key=lambda end: len(tokenize(text[:end])))
+    return ends[num_words - 1] if num_words else 0
 
 
 def make_encoders(
@@ -375,10 +389,10 @@ def make_encoders(
         lora_words: Words whose vectors a LoRA file brings along.
     """
     encoders = []
-    for number in range(len(files.kind.lora_prefixes)):
+    for index in range(len(files.kind.lora_prefixes)):
         encoder = LazyTextEncoder(
             files,
-            number,
+            index,
             max_chunks=max_chunks,
             clip_skip=clip_skip,
             warns_if_cut=warns_if_cut,

@@ -27,7 +27,7 @@ from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCE
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
-from stable_diffusion.textual_inversion import SEVERAL
+from stable_diffusion.textual_inversion import SDXL_TENSOR_NAMES
 from stable_diffusion.towers import LazyTextEncoder, TextEncoderTraining
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion.test_training_step import (
@@ -262,7 +262,9 @@ def test_diffusers_reads_the_file_as_we_do(tmp_path: Path) -> None:
     loader: Any = TextualInversionLoaderMixin()
     loader.hf_device_map, loader.components = None, {}  # of a pipeline
 
-    for number, (name, ours, theirs) in enumerate(zip(SEVERAL, texts.encoders, encoders, strict=True)):
+    for number, (name, ours, theirs) in enumerate(
+        zip(SDXL_TENSOR_NAMES, texts.encoders, encoders, strict=True)
+    ):
         folder = tmp_path / "sdxl" / (f"tokenizer_{number + 1}" if number else "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         loader.load_textual_inversion(vectors[name], token=WORD, tokenizer=tokenizer, text_encoder=theirs)

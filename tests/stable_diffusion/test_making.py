@@ -26,7 +26,7 @@ from stable_diffusion.options import ImageOutputOptions, read_gen_img
 from stable_diffusion.run import ImageFiles
 from stable_diffusion.sampling_options import SizeOptions
 from stable_diffusion.starting import encode_pixels, to_image, to_pixels
-from stable_diffusion.text import Texts
+from stable_diffusion.text import PromptEncoder
 from tests.parity.stable_diffusion import generators, their_scheduler, write_image
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 
@@ -118,7 +118,7 @@ def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Ima
 def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> ImageGenerator:
     """The same model, which reads long texts."""
     words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
-    texts = Texts(maker.model.text_encoders, maker.model.kind, read_gen_img(None, words).text)
+    texts = PromptEncoder(maker.model.text_encoders, maker.model.kind, read_gen_img(None, words).text)
     return replace(maker, texts=texts, batch_hooks=[recorder])
 
 

@@ -9,7 +9,7 @@ import pytest
 from encoders.new_words import NewWord, name_ids
 from modules.errors import OptionError
 from stable_diffusion.inversion_options import InversionOptions
-from stable_diffusion.textual_inversion import with_words
+from stable_diffusion.textual_inversion import tokenize_with_words
 from tests.stable_diffusion.test_inversion_training import WORD, inversion_family, make_rows
 from tests.training.toy import toy_options
 
@@ -42,7 +42,7 @@ def test_a_name_is_that_of_a_word_before_a_vector_before_an_alias() -> None:
 
 def test_a_word_stands_for_its_vectors_wherever_it_is_in_a_caption() -> None:
     ids = NewWord(WORD, 2).list_ids(100)
-    tokenize = with_words(lambda text: [len(text.split())] if text.strip() else [], ids)
+    tokenize = tokenize_with_words(lambda text: [len(text.split())] if text.strip() else [], ids)
 
     assert tokenize(f"{WORD}, a cat and {WORD.upper()}") == [100, 101, 4, 100, 101]
     assert tokenize(f"a{WORD} {WORD}s {WORD}_") == [3]

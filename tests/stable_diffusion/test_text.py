@@ -20,7 +20,7 @@ from modules.script_options import parse_options
 from stable_diffusion.contract import Model
 from stable_diffusion.sdxl.family import family_for_text_caching
 from stable_diffusion.sdxl.options import SdxlTextCachingOptions
-from stable_diffusion.text import Texts
+from stable_diffusion.text import PromptEncoder
 from stable_diffusion.text_checkpoints import read_folder_text
 from stable_diffusion.tokenizers import MAX_WEIGHT, Part, cut_into_chunks, cut_text, parse_weights
 from tests.stable_diffusion.loaded import load, make_towers, options
@@ -64,7 +64,7 @@ def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_fi
     """A single file of SD 2 has one layer more, which does not count."""
     pipeline, *models = opened(kind, folder / kind)
     model = models[is_file]
-    texts = Texts(model.text_encoders, model.kind, options().text)
+    texts = PromptEncoder(model.text_encoders, model.kind, options().text)
     alone = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     for text in PLAIN:
         theirs = pipeline.encode_prompt(text, **alone)
@@ -84,12 +84,12 @@ def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
     with torch.no_grad():
         states = encoder(given, output_hidden_states=True).hidden_states
         for skip in (1, 2, 3):
-            texts = Texts(model.text_encoders, model.kind, options("--clip_skip", skip).text)
+            texts = PromptEncoder(model.text_encoders, model.kind, options("--clip_skip", skip).text)
             state = states[-skip] if kind == "sdxl" else encoder.final_layer_norm(states[-skip])
             found = texts.encode("a cat").context[:, : state.shape[-1]]
             torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
     with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
-        Texts(model.text_encoders, model.kind, options("--clip_skip", 4).text)
+        PromptEncoder(model.text_encoders, model.kind, options("--clip_skip", 4).text)
 
 
 @pytest.mark.parametrize(("layers", "loaded"), [(3, 3), (23, 23), (24, 23)])
@@ -159,11 +159,11 @@ def plain_loop(
 def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: str, mode: str) -> None:
     pipeline, _, model = opened(kind, folder / kind)
     given = options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode).text
-    texts = Texts(model.text_encoders, model.kind, given)
+    texts = PromptEncoder(model.text_encoders, model.kind, given)
     for text, parts in WEIGHTED.items():
         context, pooled = plain_loop(pipeline, parts, mode)
         found = texts.encode(text)
-        assert found.context.shape == (75 * texts.chunks(text) + 2, context.shape[1])
+        assert found.context.shape == (75 * texts.count_chunks(text) + 2, context.shape[1])
         scale = max(1.0, float(context.abs().max()))  # a mean near zero makes a large factor
         torch.testing.assert_close(found.context / scale, context / scale, atol=2e-5, rtol=0)
         if pooled is not None:
@@ -171,10 +171,10 @@ def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: s
 
 
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    texts = Texts(*make_towers("sdxl"), options().text)
+    texts = PromptEncoder(*make_towers("sdxl"), options().text)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert texts.chunks("a " * 75 + "red (cat:2)") == 1
+            assert texts.count_chunks("a " * 75 + "red (cat:2)") == 1
             found = texts.encode("a " * 75 + "red (cat:2)")
     assert torch.equal(found.context, texts.encode("a " * 75).context)
     (record,) = caplog.records
@@ -189,7 +189,7 @@ def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
     shapes: list[torch.Size] = []
     for tower in towers:
         tower.network.embeddings.register_forward_hook(lambda _, given, out: shapes.append(given[0].shape))
-    texts = Texts(towers, sort, options("--max_embeddings_multiples", 3).text)
+    texts = PromptEncoder(towers, sort, options("--max_embeddings_multiples", 3).text)
     for _ in range(3):
         texts.encode("a (red:1.3) cat " * 50)
     assert shapes == [(2, 77)] * len(towers)

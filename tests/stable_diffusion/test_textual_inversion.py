@@ -22,12 +22,12 @@ from protocols.bundled_embeddings import find_words
 from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import ImageSettings, RequestedImage
 from stable_diffusion.making import ImageGenerator
-from stable_diffusion.text import Texts
+from stable_diffusion.text import PromptEncoder
 from stable_diffusion.textual_inversion import (
     merge_lora_words,
     read_lora_words,
     read_words,
-    with_words,
+    tokenize_with_words,
 )
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
 from tests.faults.messages import run_here
@@ -67,8 +67,8 @@ FORMS = {
 def test_all_forms_of_files_are_read(tmp_path: Path, name: str) -> None:
     rows = vectors()
     (word,) = read_words([write(tmp_path / name, FORMS[name](rows))])
-    assert word.word == name.split(".")[0]
-    assert word.token == ("<blob>" if "<blob>" in FORMS[name](rows) else None)
+    assert word.text == name.split(".")[0]
+    assert word.placeholder_token == ("<blob>" if "<blob>" in FORMS[name](rows) else None)
     assert torch.equal(word.vectors[0], rows[:1] if name == "one_vector.bin" else rows)
 
 
@@ -79,8 +79,8 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     rows = [tower.network.embeddings.token_embedding.weight[tokenize("red cat")].clone() for tower in towers]
     names = ["clip_l", "clip_g"] if kind == "sdxl" else ["emb_params"]
     path = write(tmp_path / "Blob-v1.safetensors", dict(zip(names, rows, strict=True)))
-    expected = Texts(towers, sort, options().text).encode("a red cat , (red cat:1.5) in a house cat")
-    texts = Texts(make_towers(kind)[0], sort, options("--textual_inversion_embeddings", path).text)
+    expected = PromptEncoder(towers, sort, options().text).encode("a red cat , (red cat:1.5) in a house cat")
+    texts = PromptEncoder(make_towers(kind)[0], sort, options("--textual_inversion_embeddings", path).text)
     found = texts.encode("a blob-v1, (BLOB-V1:1.5) in a house blob-v11")
     assert torch.equal(found.context, expected.context)
     if kind == "sdxl":
@@ -92,7 +92,7 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
 
 
 def test_words_are_found_alone_the_longest_first() -> None:
-    found = with_words(tokenize, {"blob": [1], "blob x": [2], "<a>": [3]})
+    found = tokenize_with_words(tokenize, {"blob": [1], "blob x": [2], "<a>": [3]})
     assert found("blob x") == [2]
     assert found("blob, cat BLOB") == [1, *tokenize(", cat"), 1]
     assert found("the<a>one") == [*tokenize("the"), 3, *tokenize("one")]
@@ -104,7 +104,7 @@ MARKED = ("embedding:blob", "Embedding:BLOB.safetensors", "embedding:my/blob.pt"
 
 @pytest.mark.parametrize("text", [*MARKED, "embedding:my\\blob"])
 def test_words_are_found_with_the_mark_of_comfyui(text: str, caplog: pytest.LogCaptureFixture) -> None:
-    found = with_words(tokenize, {"blob": [1]})
+    found = tokenize_with_words(tokenize, {"blob": [1]})
     assert found(f"a cat, {text}, red") == [*tokenize("a cat, "), 1, *tokenize(", red")]
     warn_of_unknown(f"a cat, ({text}:1.2)", ["blob"], "")
     assert caplog.text == ""
@@ -117,7 +117,7 @@ def test_texts_report_an_embedding_that_is_not_loaded_once(
 ) -> None:
     towers, sort = make_towers("sd1")
     path = write(tmp_path / "blob.safetensors", {"emb_params": vectors()})
-    texts = Texts(towers, sort, options("--textual_inversion_embeddings", path).text)
+    texts = PromptEncoder(towers, sort, options("--textual_inversion_embeddings", path).text)
     plain = texts.encode("a blob, red")
 
     marked = texts.encode("a (embedding:blob:1.0), red")
@@ -164,7 +164,7 @@ def test_what_does_not_fit_the_model_is_refused(
     towers, sort = make_towers(kind)
     rows = len(towers[0].network.embeddings.token_embedding.weight)
     with pytest.raises(CheckpointError, match=message):
-        Texts(towers, sort, options("--textual_inversion_embeddings", path).text)
+        PromptEncoder(towers, sort, options("--textual_inversion_embeddings", path).text)
     assert len(towers[0].network.embeddings.token_embedding.weight) == rows
 
 
@@ -404,7 +404,7 @@ def test_words_of_loras_are_read_as_those_of_files(tmp_path: Path, caplog: pytes
         "bundle_emb.other.<blob>": second,
     }
     lora_words = read_lora_words({tmp_path / "lora.safetensors": find_words(tensors)}, "--lora_weight")
-    assert [word.word for word in lora_words] == ["blob", "my.word", "other"]
+    assert [word.text for word in lora_words] == ["blob", "my.word", "other"]
     for word, rows in zip(lora_words, (first, second, second), strict=True):
         assert torch.equal(word.vectors[0], rows)
 
@@ -416,14 +416,14 @@ def test_words_of_loras_are_read_as_those_of_files(tmp_path: Path, caplog: pytes
 def test_a_word_of_a_lora_may_be_known_and_has_to_fit(tmp_path: Path) -> None:
     """Words of files may not be known ones; a LoRA's take their place, as in other programs."""
     towers, sort = make_towers("sd1")
-    plain = Texts(towers, sort, options().text).encode("a cat")
+    plain = PromptEncoder(towers, sort, options().text).encode("a cat")
     lora = tmp_path / "lora.safetensors"
     cat = read_lora_words({lora: {"cat": {"emb_params": vectors(2)}}}, "--lora_weight")
-    texts = Texts(towers, sort, options().text, lora_words=cat)
+    texts = PromptEncoder(towers, sort, options().text, lora_words=cat)
     assert not torch.equal(texts.encode("a cat").context, plain.context)
 
     wide = read_lora_words({lora: {"blob": {"emb_params": vectors(2, 32)}}}, "--lora_weight")
     with pytest.raises(CheckpointError, match=r"the word blob in --lora_weight .*have 32 numbers"):
-        Texts(make_towers("sd1")[0], sort, options().text, lora_words=wide)
+        PromptEncoder(make_towers("sd1")[0], sort, options().text, lora_words=wide)
     with pytest.raises(CheckpointError, match=r"the word blob in .*is not a textual inversion: it holds t5"):
         read_lora_words({lora: {"blob": {"t5": vectors(), "x": vectors()}}}, "--lora_weight")
