@@ -87,7 +87,9 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
     seeds = Seeds(Random(prompts.seed))
     if lines is not None and len(lines) == 1 and prompts.n_iter == 1:
         # all variants of `{e$$...}` groups have the same seed
-        needs_one = prompts.images_per_prompt == 1 or (not lines[0].is_plain and enumerates(lines[0].text))
+        needs_one = prompts.images_per_prompt == 1 or (
+            not lines[0].is_from_metadata and enumerates(lines[0].text)
+        )
         seeds.single = prompts.seed if needs_one else None
     return seeds
 
@@ -115,16 +117,18 @@ class RequestBuilder:
             self.num_lines += 1
             with failures.note_errors(line.label):
                 images = [
-                    self._make_image(line, text, seed, number)
-                    for number, (seed, text) in enumerate(self._expand_texts(line), self.num_images)
+                    self._build_request(line, text, seed, number)
+                    for number, (seed, text) in enumerate(self._list_seeds_and_prompts(line), self.num_images)
                 ]
                 self.num_images += len(images)
             yield from images
 
-    def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return seed and text of each image of a line, with the variants of `{...}` groups chosen."""
+    def _list_seeds_and_prompts(self, line: Line) -> list[tuple[int, str]]:
+        """Return seed and prompt of each image of a line, with a variant of each `{...}` group chosen."""
         count = line.num_images or self.options.prompts.images_per_prompt
-        if line.is_plain:  # from the metadata of an image, in which options and variants are not parsed
+        if (
+            line.is_from_metadata
+        ):  # from the metadata of an image, in which options and variants are not parsed
             seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = split_seeds(line.text)
@@ -143,27 +147,35 @@ class RequestBuilder:
         image_seeds = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
-    def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
-        """Return the requested image of a prompt line: its texts, its files and its settings."""
+    def _build_request(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
+        """Return the request for one image of a prompt line: its texts, input files and settings.
+
+        Args:
+            line: The line, for its label and its original text.
+            text: Text of the line with a variant of each `{...}` group chosen.
+            seed: Seed of the image.
+            number: Number of the image in this round, which selects its input image, mask and guides.
+        """
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
-        if not line.is_plain:  # a plain line, from the metadata of an image, has no options
-            values = read_line(text, line.label)
+        if not line.is_from_metadata:
+            values = read_line(text, line.label)  # the prompt and its options such as --n and --s
         number = number if line.image_number is None else line.image_number
         image = self.inputs.image(number)
         mask = self.inputs.mask(number)
-        parts = len(split_parts(values["prompt"]))  # texts between AND
+        num_parts = len(split_parts(values["prompt"]))  # texts between AND
         if mask is not None and image is None:
-            _check_parts(parts)
+            _check_has_parts(num_parts)
         if values.get("clip_prompt") and not self.options.guides.clip_guidance_scale:
             logger.warning(
                 "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
             )
+        settings = resolve_settings(self.options, values, self.kind, image)
         return RequestedImage(
             label=line.label,
             prompt=values["prompt"],
             negative_prompt=values.get("negative_prompt") or "",
             seed=seed,
-            settings=replace(resolve_settings(self.options, values, self.kind, image), num_parts=parts),
+            settings=replace(settings, num_parts=num_parts),
             raw_prompt=line.text,
             image=image,
             mask=mask,
@@ -173,9 +185,9 @@ class RequestBuilder:
         )
 
 
-def _check_parts(parts: int) -> None:
+def _check_has_parts(num_parts: int) -> None:
     """Raise OptionError for a mask without input image if the prompt has no parts to give regions."""
-    if parts == 1:
+    if num_parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
             "one. Write AND between its parts, or leave the mask out"
@@ -184,7 +196,7 @@ def _check_parts(parts: int) -> None:
 
 def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
-    if line.is_plain:  # from the metadata of an image, in which options and variants are not parsed
+    if line.is_from_metadata:  # without options and variants
         return
     split_seeds(line.text)  # raises if a seed is not a number
     any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
@@ -193,7 +205,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     has_variants = "{" in line.text  # other variants may have other numbers of parts
     if options.prompts.mask_path is not None and not has_variants:
         if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
-            _check_parts(num_parts)
+            _check_has_parts(num_parts)
         if num_parts > 1:
             networks = options.networks
             # LoRAs folded into the weights are the same in all regions
@@ -259,9 +271,9 @@ def resolve_settings(
     if sampling.scale < 1:
         _warn_of_low_scale(sampling.scale, sampling.negative_scale)
     if shrink.ds_depth_1 is None:
-        _warn_of_unused(values, "dsd1", shrink)
+        _warn_if_inactive(values, "dsd1", shrink)
     if gradual.gradual_latent_timesteps is None:
-        _warn_of_unused(values, "glt", gradual)
+        _warn_if_inactive(values, "glt", gradual)
     return ImageSettings(
         width=width,
         height=height,
@@ -302,29 +314,29 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
     )
 
 
-def _warn_of_unused(
-    values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
+def _warn_if_inactive(
+    values: Mapping[str, Any], name: str, group: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn about options that have no effect without `name`, on the command line or in a prompt line.
-
-    These options begin with the same two letters as `name`, such as dst1 for dsd1 (Deep Shrink).
+    """Warn about options that have no effect without the option that turns their feature on.
 
     Args:
-        values: Options of the line.
-        name: Letters of an option of lines.
-        typed: Options of the command line.
+        values: Options of the prompt line, by key.
+        name: Short name, in prompt lines, of the option that turns the feature on, such as dsd1; the other
+            options of the feature begin with the same two letters, such as dst1.
+        group: Options of the feature on the command line.
     """
-    default = option_values(type(typed)())
-    unused = [
+    defaults = option_values(type(group)())
+    on_command_line = [
         f"--{key}"
-        for key, value in option_values(typed).items()
-        if key not in values and value != default[key]
+        for key, value in option_values(group).items()
+        if key not in values and value != defaults[key]
     ]
-    unused += [
-        f"--{characters}"
-        for characters, option in LINE_OPTIONS.items()
-        if characters != name and characters[:2] == name[:2] and option.key in values
+    in_prompt_line = [
+        f"--{short_name}"
+        for short_name, option in LINE_OPTIONS.items()
+        if short_name != name and short_name[:2] == name[:2] and option.key in values
     ]
+    unused = [*on_command_line, *in_prompt_line]
     if unused:
         logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
@@ -338,7 +350,7 @@ def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
     """
     batch: list[RequestedImage] = []
     for request in requests:
-        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(request)):
+        if batch and (len(batch) >= size or _batch_key(batch[0]) != _batch_key(request)):
             yield batch
             batch = []
         batch.append(request)
@@ -346,7 +358,7 @@ def batches(requests: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
         yield batch
 
 
-def _group_key(request: RequestedImage) -> tuple[Any, ...]:
+def _batch_key(request: RequestedImage) -> tuple[Any, ...]:
     """Return a key that images have in common if they can be in one batch."""
     return (
         request.settings,

@@ -1,11 +1,13 @@
 """Load the pipeline of a run of gen_img.py: the checkpoint, and all that acts on it."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 
 from modules.errors import OptionError
+from networks.loading import LoraFile
 from networks.predictions import compare_predictions
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
@@ -39,35 +41,31 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
     check_attention(options.model, device)
-    vision_strength = options.text.clip_vision_strength
-    loras = read_networks(options.networks) if options.networks.network_weights else []
-    # errors of options and files come before any weights are loaded
+    lora_files = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         checkpoint_plan = plan_checkpoint(options.model, files)
-        check_networks(loras, checkpoint_plan)
-        predicts_v = checkpoint_plan.model_type.predicts_velocity or options.model.v_parameterization
-        compare_predictions({lora.path: lora.metadata for lora in loras}, predicts_v)
-        check_sampling(options.sampling.zero_terminal_snr, predicts_v)
-        _check_painting(options, checkpoint_plan)
-        check_control_nets(options.control, checkpoint_plan.unet.config, checkpoint_plan.kind)
-        check_lllites(options.control, checkpoint_plan.kind)
-        cross_attentions = (
-            list_cross_attentions(checkpoint_plan.unet.sources) if options.text.XTI_embeddings else {}
-        )
-        configs = [plan.load_plan.config for plan in checkpoint_plan.text_encoders]
-        lora_words = words_of(loras)  # embeddings of learned words in the LoRA files
+        _check_networks(options, checkpoint_plan, lora_files)
+        cross_attentions: Mapping[str, str] = {}  # name in XTI files -> module path
+        if options.text.XTI_embeddings:
+            cross_attentions = list_cross_attentions(checkpoint_plan.unet.sources)
+        text_configs = [plan.load_plan.config for plan in checkpoint_plan.text_encoders]
+        lora_words = words_of(lora_files)  # embeddings of learned words in the LoRA files
         check_texts(
-            options.text, checkpoint_plan.kind, configs, list(cross_attentions), lora_words=lora_words
+            options.text,
+            checkpoint_plan.kind,
+            text_configs,
+            list(cross_attentions),
+            lora_words=lora_words,
         )
-        guides = check_guides(options.guides)
-        if vision_strength is not None:
+        guide_options = check_guides(options.guides)
+        if options.text.clip_vision_strength is not None:
             check_vision(checkpoint_plan.kind, checkpoint_plan.path, options.model.tokenizer_cache_dir)
         model = load_checkpoint(options.model, checkpoint_plan, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control_nets = load_control_nets(options.control, model)
     lllites = load_lllites(options.control, model)
-    networks = load_networks(options.networks, model, loras)
-    texts = PromptEncoder(
+    loras = load_networks(options.networks, model, lora_files)
+    prompt_encoder = PromptEncoder(
         model.text_encoders, model.kind, options.text, list(cross_attentions), lora_words=lora_words
     )
     batch_hooks: list[BatchHook] = []
@@ -79,20 +77,36 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     batch_hooks.append(LayerTexts(model.unet, tuple(cross_attentions.values())))
     regions = Regions(
         model.unet,
-        () if networks is None else networks.layers,
+        () if loras is None else loras.layers,
         options.networks.network_regional_mask_max_color_codes,
     )
-    vision = None
-    if vision_strength is not None:
-        vision = ImageVectors(model, options.model.tokenizer_cache_dir, vision_strength)
+    image_vectors = None
+    if options.text.clip_vision_strength is not None:
+        image_vectors = ImageVectors(
+            model, options.model.tokenizer_cache_dir, options.text.clip_vision_strength
+        )
     return ImageGenerator(
         model=model,
-        texts=texts,
+        prompt_encoder=prompt_encoder,
         sampling=options.sampling,
         vae_batch_size=options.model.vae_batch_size,
-        networks=networks,
+        loras=loras,
         batch_hooks=batch_hooks,
         regions=regions,
-        vision=vision,
-        guides=load_guides(guides, model),
+        image_vectors=image_vectors,
+        guides=load_guides(guide_options, model),
     )
+
+
+def _check_networks(
+    options: GenImgOptions, checkpoint_plan: CheckpointPlan, lora_files: Sequence[LoraFile]
+) -> None:
+    """Raise an error if LoRAs, ControlNets, LLLites or the sampling do not fit the checkpoint, by headers."""
+    kind = checkpoint_plan.kind
+    check_networks(lora_files, checkpoint_plan)
+    predicts_v = checkpoint_plan.model_type.predicts_velocity or options.model.v_parameterization
+    compare_predictions({lora.path: lora.metadata for lora in lora_files}, predicts_v)
+    check_sampling(options.sampling.zero_terminal_snr, predicts_v)
+    _check_painting(options, checkpoint_plan)
+    check_control_nets(options.control, checkpoint_plan.unet.config, kind)
+    check_lllites(options.control, kind)

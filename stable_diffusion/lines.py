@@ -327,7 +327,7 @@ class Line:
     num_images: int | None = None  # number of images to generate; None for the number in the options
 
     @property
-    def is_plain(self) -> bool:
+    def is_from_metadata(self) -> bool:
         """Whether the prompt comes from image metadata, in which options and variants are not parsed."""
         return self.image_number is not None
 

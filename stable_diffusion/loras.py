@@ -40,24 +40,22 @@ class AdjustableLoras:
     def __init__(
         self,
         defaults: Multipliers,
-        use: Callable[[Multipliers], None],
+        apply_strengths: Callable[[Multipliers], None],
         layers: Sequence[Mapping[str, AddedPart]] | None,
     ) -> None:
         """Store LoRAs whose strengths can be changed.
 
         Args:
             defaults: Strengths of the command line.
-            use: Makes the model compute with the given strengths.
-            layers: Added layers of each LoRA, by module name; None if LoRAs are folded into the weights.
+            apply_strengths: Makes the model compute with the given strengths.
+            layers: For each LoRA, the layers that it adds to the U-Net, by diffusers' module path; None if
+                LoRAs are folded into the weights, where they cannot be told apart.
         """
         self._defaults = defaults
-        self._use = use
-        # strengths that the model has now; None while they are being changed
-        self._current: Multipliers | None = None
-        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
-        # weights, where the parts of single LoRAs cannot be told apart
+        self._apply_strengths = apply_strengths
+        self._current: Multipliers | None = None  # strengths in the model; None while they are being changed
         self.layers = None if layers is None else tuple(layers)
-        self.choose(None)  # begin with the strengths of the command line
+        self.set_strengths(None)  # begin with the strengths of the command line
 
     def __len__(self) -> int:
         return len(self._defaults)
@@ -84,7 +82,7 @@ class AdjustableLoras:
             return strengths
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
-    def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
+    def set_strengths(self, multipliers: Multipliers | None, part: int | None = None) -> None:
         """Apply the LoRAs with these strengths until the next call.
 
         Args:
@@ -94,7 +92,7 @@ class AdjustableLoras:
         strengths = self.resolve_strengths(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
-            self._use(strengths)
+            self._apply_strengths(strengths)
             self._current = strengths
 
 
@@ -234,7 +232,7 @@ def load_networks(
     for index, use in enumerate(adjustable):
         _log_added(use, [part for by_file in parts_by_target for part in by_file[index].values()])
 
-    def use_multipliers(multipliers: Multipliers) -> None:
+    def apply_strengths(multipliers: Multipliers) -> None:
         for by_file in parts_by_target:
             for parts, multiplier in zip(by_file, multipliers, strict=True):
                 for part in parts.values():
@@ -242,7 +240,7 @@ def load_networks(
 
     # the first target is the U-Net
     unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in parts_by_target[0]]
-    return AdjustableLoras(defaults, use_multipliers, unet_layers)
+    return AdjustableLoras(defaults, apply_strengths, unet_layers)
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
@@ -280,7 +278,7 @@ def _make_folding(
             original.check()
             originals.append((target, original))
 
-    def use_multipliers(multipliers: Multipliers) -> None:
+    def apply_strengths(multipliers: Multipliers) -> None:
         scaled = [
             replace(use, multiplier=multiplier) for use, multiplier in zip(uses, multipliers, strict=True)
         ]
@@ -288,7 +286,7 @@ def _make_folding(
             effective = [use for use in uses_for(scaled, target.prefix) if use.multiplier]
             original.switch(target.network, effective)
 
-    return use_multipliers
+    return apply_strengths
 
 
 def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from generation import denoise as loop
 from modules.bars import Bar
 from modules.errors import OptionError
-from protocols.data import Conditions
 from protocols.steps import Section, StepDone
 from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides
@@ -27,20 +26,23 @@ from stable_diffusion.text import ImageVectors, PromptEncoder
 
 
 class BatchHook(Protocol):
-    """Object that sets up the U-Net for each batch and creates a hook for its calls."""
+    """Something that changes the U-Net while a batch is generated: ControlNets, Deep Shrink, regions."""
 
     def apply_to_batch(
         self, requests: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
-        """Return a context to generate a batch in, which yields a U-Net hook, or None without one."""
+        """Return a context manager that changes the U-Net for a batch and restores it at the end.
+
+        It yields a function that is called before each U-Net call; None if none is needed.
+        """
 
 
-class _Texts(NamedTuple):
+class _TextStates(NamedTuple):
     """Text states of a batch, with one entry for each image."""
 
-    prompts: list[contract.TextState]
+    positive: list[contract.TextState]
     negative: list[contract.TextState] | None  # None without guidance
-    blank: list[contract.TextState] | None  # states of the empty text, for the third pass of --negative_scale
+    empty: list[contract.TextState] | None  # of the empty text, for the third pass of --negative_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +50,15 @@ class ImageGenerator:
     """Generate images with a loaded model, batch by batch."""
 
     model: contract.Model
-    texts: PromptEncoder
+    prompt_encoder: PromptEncoder
     sampling: SamplingOptions
     vae_batch_size: float | None = None
-    networks: AdjustableLoras | None = None
+    loras: AdjustableLoras | None = None
     batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # regions of prompts with several parts
-    vision: ImageVectors | None = None
+    image_vectors: ImageVectors | None = None
     guides: Guides | None = None
-    keeps_rest: bool = False  # whether inpainting models also restore the unmasked area exactly
+    restores_unmasked: bool = False  # whether inpainting models also restore the unmasked area exactly
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -91,31 +93,37 @@ class ImageGenerator:
         """
         for request in requests:
             starting.check_start(self.model, request, start)
+        latents_by_index: dict[int, Tensor] = {}
+        for indices in self._group_indices(requests):
+            group_start = None if start is None else _select_start(start, indices)
+            group_latents = self._generate_latents([requests[index] for index in indices], group_start)
+            latents_by_index |= dict(zip(indices, group_latents, strict=True))
+        latents = torch.stack([latents_by_index[index] for index in range(len(requests))])
+        if not wants_images:
+            return contract.StageResult(latents, None)
+        labels = [request.label for request in requests]
+        images = starting.decode_latents(self.model, latents, labels, self.vae_batch_size)
+        return contract.StageResult(latents, images)
 
-        def kind_of(index: int) -> tuple[int, ...]:
-            """Return a key that images have in common if they can be generated together."""
+    def _group_indices(self, requests: Sequence[contract.RequestedImage]) -> list[list[int]]:
+        """Return the indices of the requests in groups that can be generated together."""
+
+        def group_key(index: int) -> tuple[int, ...]:
             request = requests[index]
-            own_group = 0 if self.guides is None else index  # steered images are generated alone
+            own_group = 0 if self.guides is None else index  # images that are guided are generated alone
             return self._count_chunks(request), request.image is not None, request.mask is not None, own_group
 
-        latents: dict[int, Tensor] = {}  # by index of the image
-        # sorted by that key, because groupby only joins neighbors
-        for _, group in groupby(sorted(range(len(requests)), key=kind_of), kind_of):
-            indices = list(group)
-            group_start = None if start is None else _pick(start, indices)
-            group_latents = self._make_group([requests[index] for index in indices], group_start)
-            latents |= dict(zip(indices, group_latents, strict=True))
-        joined = torch.stack([latents[index] for index in range(len(requests))])
-        if not wants_images:
-            return contract.StageResult(joined, None)
-        labels = [request.label for request in requests]
-        images = starting.decode_latents(self.model, joined, labels, self.vae_batch_size)
-        return contract.StageResult(joined, images)
+        # sorted, because groupby only joins neighbors
+        indices = sorted(range(len(requests)), key=group_key)
+        return [list(group) for _, group in groupby(indices, group_key)]
 
-    def _make_group(
+    def _generate_latents(
         self, requests: Sequence[contract.RequestedImage], start: contract.SecondStageInput | None
     ) -> Tensor:
-        """Generate the latents, B 4 h w, of images with prompts of equal length."""
+        """Generate the latents, B 4 h w, of images with equal settings and prompts of equal length.
+
+        Encode the prompts, make the start latents, set up the U-Net (ControlNets, regions), denoise.
+        """
         settings = requests[0].settings
         options = self.sampling
         gradual = settings.gradual_latent
@@ -128,131 +136,137 @@ class ImageGenerator:
             [torch.Generator().manual_seed(request.seed) for request in requests],
             samplers.count_left_out(settings.steps, starting.find_strength(requests[0], start)),
         )
-        section_texts = self._encode(requests)
+        text_states = self._encode(requests)
         beginning = starting.begin(
             self.model,
             requests,
             start=start,
             sampler=sampler,
             noise_options=options.noise,
-            keeps_rest=self.keeps_rest,
+            restores_unmasked=self.restores_unmasked,
         )
         if gradual is not None:
-            small, growing = begin_small(beginning.latents, sampler, gradual)
-            beginning = replace(beginning, latents=small, sampler=growing)
+            small_latents, growing_sampler = begin_small(beginning.latents, sampler, gradual)
+            beginning = replace(beginning, latents=small_latents, sampler=growing_sampler)
         self._select_loras(settings)  # all of them: encoding the parts of a prompt selects one at a time
-        # each of ControlNets, Deep Shrink and the like changes the U-Net until the batch is done
-        with ExitStack() as stack:
-            batch_hooks = [*self.batch_hooks]
-            if self.regions is not None:
-                batch_hooks.append(self.regions)
-            hooks = []
+        batch_hooks = [*self.batch_hooks]
+        if self.regions is not None:
+            batch_hooks.append(self.regions)
+        with ExitStack() as stack:  # ControlNets, Deep Shrink and so on are undone at its end
+            unet_hooks = []
             for batch_hook in batch_hooks:
-                hook = stack.enter_context(
-                    batch_hook.apply_to_batch(requests, settings.width, settings.height)
-                )
-                if hook is not None:
-                    hooks.append(hook)
-            passes = samplers.UnetPasses(self.model, beginning.sampler, hooks, beginning.inpainting)
-            return self._denoise(passes, beginning, section_texts, requests[0])
+                context = batch_hook.apply_to_batch(requests, settings.width, settings.height)
+                unet_hook = stack.enter_context(context)
+                if unet_hook is not None:
+                    unet_hooks.append(unet_hook)
+            passes = samplers.UnetPasses(self.model, beginning.sampler, unet_hooks, beginning.inpainting)
+            return self._denoise(passes, beginning, text_states, requests[0])
 
     def _denoise(
         self,
         passes: samplers.UnetPasses,
         beginning: starting.Beginning,
-        texts: _Texts,
+        text_states: _TextStates,
         request: contract.RequestedImage,
     ) -> Tensor:
-        """Return the denoised latents. `request` is any of the group, because all have the same settings."""
+        """Denoise a batch and return its latents, B 4 h w.
+
+        Args:
+            passes: Calls the U-Net, with the hooks of the batch.
+            beginning: Start latents and sampler.
+            text_states: Encoded prompts.
+            request: Any image of the batch, because all have the same settings.
+        """
         sampler = beginning.sampler
         settings = request.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
             guidance = self.guides.steer(guidance, passes, request)
-        section = self._make_section(beginning.latents, texts, settings)
-
-        def network(_: float) -> nn.Module:  # one network for all noise levels
-            unet: nn.Module = self.model.unet
-            return unet
+        section = self._make_section(beginning.latents, text_states, settings)
 
         num_steps = sampler.schedule.num_steps - sampler.first
         with Bar(num_steps, "Denoising") as bar:
 
-            def show(_: StepDone) -> bool:
+            def update_bar(_: StepDone) -> bool:
                 bar.update()
                 return False  # True would stop the loop
 
             latents = loop.denoise(
                 passes,
-                network,
+                lambda _: self.model.unet,  # one network for all noise levels
                 section,
                 latents=beginning.latents,
                 solver=sampler,
                 guidance=guidance,
-                watchers=[show],
+                watchers=[update_bar],
                 split=False,
                 first_step=sampler.first,
             )
         return latents.squeeze(2)  # without the axis of frames
 
-    def _make_section(self, latents: Tensor, texts: _Texts, settings: contract.ImageSettings) -> Section:
-        """Return latents and texts as a section for the denoising loop."""
+    def _make_section(
+        self, latents: Tensor, text_states: _TextStates, settings: contract.ImageSettings
+    ) -> Section:
+        """Return start latents and conditions of prompt, negative and empty prompt for the denoising loop."""
         device = self.model.device
         positive_sizes = negative_sizes = None
         if self.model.kind is contract.SDXL:
             positive_sizes = time_ids(settings, negative=False)
             negative_sizes = time_ids(settings, negative=True)
-
-        def avoided(states: list[contract.TextState] | None) -> Conditions | None:
-            if states is None:
-                return None
-            return samplers.make_conditions(states, device, negative_sizes, negative=True)
-
-        positive = samplers.make_conditions(texts.prompts, device, positive_sizes)
-        return Section(latents, positive, negative=avoided(texts.negative), blank=avoided(texts.blank))
+        positive = samplers.make_conditions(text_states.positive, device, positive_sizes)
+        negative = empty = None
+        if text_states.negative is not None:
+            negative = samplers.make_conditions(text_states.negative, device, negative_sizes, negative=True)
+        if text_states.empty is not None:
+            empty = samplers.make_conditions(text_states.empty, device, negative_sizes, negative=True)
+        return Section(latents, positive, negative=negative, blank=empty)
 
     # Texts
 
     def _count_chunks(self, request: contract.RequestedImage) -> int:
-        return max(map(self.texts.count_chunks, [*self._split_parts(request), *self._list_avoided(request)]))
+        """Return the number of 75-token chunks of the longest of an image's texts."""
+        texts = [*self._split_prompt(request), *self._list_negative_texts(request)]
+        return max(self.prompt_encoder.count_chunks(text) for text in texts)
 
-    def _split_parts(self, request: contract.RequestedImage) -> list[str]:
+    def _split_prompt(self, request: contract.RequestedImage) -> list[str]:
         return split_parts(request.prompt) if request.settings.num_parts > 1 else [request.prompt]
 
-    def _list_avoided(self, request: contract.RequestedImage) -> list[str]:
+    def _list_negative_texts(self, request: contract.RequestedImage) -> list[str]:
         """Return the negative prompt, with three guidance passes also the empty one; [] without guidance."""
         settings = request.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
         return [request.negative_prompt] if settings.negative_scale is None else [request.negative_prompt, ""]
 
-    def _encode(self, requests: Sequence[contract.RequestedImage]) -> _Texts:
-        """Encode the prompts and negative prompts of a group of images."""
+    def _encode(self, requests: Sequence[contract.RequestedImage]) -> _TextStates:
+        """Encode the prompts, negative prompts and, for three guidance passes, the empty text of a batch."""
         settings = requests[0].settings
-        prompts = [self._split_parts(request) for request in requests]
-        avoided = [self._list_avoided(request) for request in requests]
+        prompt_parts = [self._split_prompt(request) for request in requests]
+        negative_texts = [self._list_negative_texts(request) for request in requests]
         # with a mask of regions, part i of the prompt is encoded with LoRA i alone, also in negative texts
         is_regional = settings.num_parts > 1 and requests[0].mask is not None
-        states = self._encode_parts(requests[0], prompts, avoided, is_regional)
+        states = self._encode_parts(requests[0], prompt_parts, negative_texts, is_regional)
 
         def join(request: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
             """Combine the states of an image's texts, one for each part of its prompt."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             return self._join_parts(request, parts)
 
-        positive = [join(request, parts) for request, parts in zip(requests, prompts, strict=True)]
-        if self.vision is not None:
-            positive = self.vision.replace_pooled(positive, _list_vision_paths(requests))
-        # each avoided text is repeated for all parts of the prompt
-        avoided_states = [
-            [join(request, [text] * settings.num_parts) for text in texts]
-            for request, texts in zip(requests, avoided, strict=True)
-        ]
-        num_avoided = len(avoided[0])  # 0, 1 (negative) or 2 (negative and blank), equal for all images
-        return _Texts(
+        def join_negative(number: int) -> list[contract.TextState]:
+            """Return each image's states of its negative text `number`, which is the same for all parts."""
+            return [
+                join(request, [texts[number]] * settings.num_parts)
+                for request, texts in zip(requests, negative_texts, strict=True)
+            ]
+
+        positive = [join(request, parts) for request, parts in zip(requests, prompt_parts, strict=True)]
+        if self.image_vectors is not None:
+            positive = self.image_vectors.replace_pooled(positive, _list_vision_paths(requests))
+        num_negative = len(negative_texts[0])  # equal for all images
+        return _TextStates(
             positive,
-            negative=[of_image[0] for of_image in avoided_states] if num_avoided > 0 else None,
-            blank=[of_image[1] for of_image in avoided_states] if num_avoided > 1 else None,
+            negative=join_negative(0) if num_negative > 0 else None,
+            empty=join_negative(1) if num_negative > 1 else None,
         )
 
     def _join_parts(
@@ -267,34 +281,34 @@ class ImageGenerator:
     def _encode_parts(
         self,
         request: contract.RequestedImage,
-        prompts: Sequence[Sequence[str]],
-        avoided: Sequence[Sequence[str]],
+        prompt_parts: Sequence[Sequence[str]],
+        negative_texts: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of a group's texts, by text and, if LoRAs are regional, by prompt part.
+        """Return the states of a batch's texts, by text and, if LoRAs are regional, by index of the part.
 
         Args:
-            request: Any image of the group, because all have the same settings.
-            prompts: Parts of each image's prompt.
-            avoided: Texts that guidance leads away from.
-            is_regional: Whether LoRAs act in regions.
+            request: Any image of the batch, because all have the same settings.
+            prompt_parts: Parts of each image's prompt.
+            negative_texts: Negative and empty prompt of each image, as needed.
+            is_regional: Whether each LoRA acts in the region of one part only.
         """
         settings = request.settings
-        chunks = self._count_chunks(request)
+        num_chunks = self._count_chunks(request)
         states: dict[tuple[str, int | None], contract.TextState] = {}
-        for number in range(settings.num_parts):
-            part = number if is_regional else None
-            self._select_loras(settings, part)  # before encoding, as LoRAs change the text encoders too
-            for parts, avoided_texts in zip(prompts, avoided, strict=True):
-                for text in (parts[number], *avoided_texts):
-                    if (text, part) not in states:
-                        lora_key = (settings.multipliers, part)
-                        states[text, part] = self.texts.encode(text, chunks, lora_key)
+        for index in range(settings.num_parts):
+            active_lora = index if is_regional else None  # None: all LoRAs
+            self._select_loras(settings, active_lora)  # before encoding, as they change text encoders too
+            for parts, negatives in zip(prompt_parts, negative_texts, strict=True):
+                for text in (parts[index], *negatives):
+                    if (text, active_lora) not in states:
+                        lora_key = (settings.multipliers, active_lora)
+                        states[text, active_lora] = self.prompt_encoder.encode(text, num_chunks, lora_key)
         return states
 
     def _select_loras(self, settings: contract.ImageSettings, part: int | None = None) -> None:
-        if self.networks is not None:
-            self.networks.choose(settings.multipliers, part)
+        if self.loras is not None:
+            self.loras.set_strengths(settings.multipliers, part)
 
 
 def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
@@ -324,7 +338,7 @@ def _list_vision_paths(requests: Sequence[contract.RequestedImage]) -> list[Path
     return paths
 
 
-def _pick(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:
+def _select_start(start: contract.SecondStageInput, indices: Sequence[int]) -> contract.SecondStageInput:
     """Return the start images or start latents of some images of the batch, by index."""
     images = None if start.images is None else [start.images[index] for index in indices]
     return contract.SecondStageInput(images, None if start.latents is None else start.latents[indices])

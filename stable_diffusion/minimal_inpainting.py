@@ -38,7 +38,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
 
 def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
-    return replace(assemble(options, device), keeps_rest=True)
+    return replace(assemble(options, device), restores_unmasked=True)
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:

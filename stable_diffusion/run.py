@@ -283,7 +283,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
         module,
         run.options,
         pipe=run.maker.model,
-        networks=run.maker.networks,
+        networks=run.maker.loras,
         random=request_builder.seeds.random,
         count_images=lambda: request_builder.num_images,
     )
@@ -314,7 +314,7 @@ def _make_lines(
     paths = run.make_all(_yield_rounds(run, lambda: usable), failures)
     images = run.request_builder.inputs.images
     unused = len(images) - run.request_builder.num_images
-    if unused > 0 and not lines[0].is_plain:
+    if unused > 0 and not lines[0].is_from_metadata:
         logger.warning(
             "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
             "--images_per_prompt to %d to use all",

@@ -163,9 +163,13 @@ def begin(
     start: SecondStageInput | None,
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
-    keeps_rest: bool = False,
+    restores_unmasked: bool = False,
 ) -> Beginning:
-    """Encode the input images, draw their start noise and blend both.
+    """Return the start latents of a batch, B 4 1 h w, the sampler, and an inpainting U-Net's further inputs.
+
+    1. Without an input image: noise.
+    2. With one: encode it, and blend it with noise by the strength.
+    3. With a mask too: give it to an inpainting U-Net, or let the sampler restore the image outside it.
 
     Args:
         model: The loaded model.
@@ -173,8 +177,8 @@ def begin(
         start: Latents or images to start from, one for each requested image; None for none.
         sampler: The sampler.
         noise_options: Options of the noise.
-        keeps_rest: Whether an inpainting model's latents outside the mask are replaced by those of the image
-            after each step, as those of other models are. diffusers' pipelines do not do so.
+        restores_unmasked: Whether an inpainting model's latents outside the mask are replaced by those of
+            the image after each step, as those of other models are. diffusers' pipelines do not do so.
 
     Raises:
         MediaError: If an input image or a mask cannot be read.
@@ -192,7 +196,6 @@ def begin(
 
     if find_strength(requests[0], start) is None:  # there is no input image
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
-    # encode the images and blend them with noise
     has_mask = is_masked(requests[0])
     # inpainting at full strength starts from pure noise
     starts_from_noise = has_mask and settings.strength == 1
@@ -202,8 +205,8 @@ def begin(
         assert start is not None
         assert start.latents is not None
         clean = start.latents.to(model.device, torch.float32)
-    # from pure noise, an inpainting model without `keeps_rest` takes latents of the masked image only
-    elif not (starts_from_noise and model.is_inpainting and not keeps_rest):
+    # from pure noise, an inpainting model without `restores_unmasked` needs latents of the masked image only
+    elif not (starts_from_noise and model.is_inpainting and not restores_unmasked):
         clean = encode_pixels(model, pixels, generators)
     noise = draw_noise()
     if clean is None or starts_from_noise:
@@ -212,23 +215,23 @@ def begin(
         latents = clean
     else:
         latents = sampler.add_noise(sampler.first, clean, noise)
-    latents = latents.unsqueeze(2)  # the loop's latents have an axis of frames
+    beginning = Beginning(latents.unsqueeze(2), sampler)  # the loop's latents have an axis of frames
     if not has_mask:
-        return Beginning(latents, sampler)
-    # add the mask: as input of an inpainting model, or by restoring the latents outside it after each step
+        return beginning
     masks = _read_masks(requests)
     # B 1 h w: the upper left pixel of each square
     latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)
-    # drawn even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
+    # encoded even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
     unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
-    inputs = None
     if model.is_inpainting:
         assert unmasked is not None
-        inputs = torch.cat([latent_mask, unmasked], dim=1)
-        if not keeps_rest:
-            return Beginning(latents, sampler, inputs)
+        beginning = replace(beginning, inpainting=torch.cat([latent_mask, unmasked], dim=1))
+    if model.is_inpainting and not restores_unmasked:
+        return beginning
     assert clean is not None
-    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, latent_mask)), inputs)
+    # restore the latents outside the mask after each step
+    inpainting_steps = Inpainting(sampler, clean, noise, latent_mask)
+    return replace(beginning, sampler=replace(sampler, around=inpainting_steps))
 
 
 def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | None) -> Tensor | None:

@@ -152,7 +152,9 @@ def follow(
 ) -> Tensor:
     """The loop in plain code, as it is written down in the papers."""
     guide = Image.open(project.guide).convert("RGB")
-    positive, negative = (maker.texts.encode(each).context[None] for each in ("a (red:1.5) cat", "ugly"))
+    positive, negative = (
+        maker.prompt_encoder.encode(each).context[None] for each in ("a (red:1.5) cat", "ugly")
+    )
     for timestep in scheduler.timesteps:
         share = scheduler.alphas_cumprod[int(timestep)]
         sample = scheduler.scale_model_input(latents, timestep).detach().requires_grad_()

@@ -79,11 +79,11 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     add_by_hand(wanted, plain_changes(one), 0.25)
     add_by_hand(wanted, plain_changes(other), -2)
 
-    networks.choose((0.25, -2.0))
+    networks.set_strengths((0.25, -2.0))
     loaded.assert_same(loaded.results(model), loaded.results(wanted))
-    networks.choose((0.25, 0.5), part=0)
+    networks.set_strengths((0.25, 0.5), part=0)
     alone = loaded.results(model)
-    networks.choose((0.0,))  # the last one counts for the others
+    networks.set_strengths((0.0,))  # the last one counts for the others
     assert all(torch.equal(a, b) for a, b in zip(loaded.results(model), loaded.results(plain), strict=True))
     only_one = fresh()
     add_by_hand(only_one, plain_changes(one), 0.25)
@@ -91,7 +91,7 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     both = fresh()
     add_by_hand(both, plain_changes(one))
     add_by_hand(both, plain_changes(other))
-    networks.choose(None)
+    networks.set_strengths(None)
     loaded.assert_same(loaded.results(model), loaded.results(both))
 
 
@@ -150,10 +150,10 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, 
     add_by_hand(wanted, plain_changes(one), 0.5)
     add_by_hand(wanted, plain_changes(other), 3)
 
-    networks.choose((3.0,))
+    networks.set_strengths((3.0,))
     loaded.assert_same(loaded.results(model), loaded.results(wanted))
     with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"):
-        networks.choose((1, 1))
+        networks.set_strengths((1, 1))
 
 
 def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
     networks = AdjustableLoras((1.0, 1.0), use, layers)
     interrupts[0] = True
     with pytest.raises(KeyboardInterrupt):
-        networks.choose((0.25, 0.5))
+        networks.set_strengths((0.25, 0.5))
 
-    networks.choose(None)
+    networks.set_strengths(None)
     assert weights == [1.0, 1.0]
 
 

@@ -77,7 +77,7 @@ def follow(maker: ImageGenerator, noise: Tensor, guide: Any) -> Tensor:
     for timestep in scheduler.timesteps:
 
         def says(text: str, latents: Tensor = latents, timestep: Tensor = timestep) -> Tensor:
-            context = maker.texts.encode(text).context[None]
+            context = maker.prompt_encoder.encode(text).context[None]
             with torch.no_grad():
                 said: Tensor = maker.model.unet(latents, timestep, context).sample
             return said
@@ -119,7 +119,7 @@ def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> Imag
     """The same model, which reads long texts."""
     words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
     texts = PromptEncoder(maker.model.text_encoders, maker.model.kind, read_gen_img(None, words).text)
-    return replace(maker, texts=texts, batch_hooks=[recorder])
+    return replace(maker, prompt_encoder=texts, batch_hooks=[recorder])
 
 
 # Starts

@@ -65,7 +65,7 @@ def euler(channels: int, folder: Path) -> tuple[Tensor, Tensor]:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
     scheduler.set_timesteps(STEPS)
-    texts = [generator.texts.encode(text).context[None] for text in ("ugly", "a cat")]
+    texts = [generator.prompt_encoder.encode(text).context[None] for text in ("ugly", "a cat")]
     latents = noise * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)

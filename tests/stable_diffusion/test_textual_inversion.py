@@ -213,7 +213,7 @@ def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
         for name, own in rows.items()
     }
     contexts: dict[str, dict[str, Tensor]] = {
-        text: {LAYERS[name]: maker.texts.encode(text).context[None] for name, maker in alone.items()}
+        text: {LAYERS[name]: maker.prompt_encoder.encode(text).context[None] for name, maker in alone.items()}
         for text in (PROMPT, AVOIDED)
     }
     unet = UNet2DConditionModel.from_pretrained(tiny.write_folder("sd1", tmp_path / "theirs") / "unet")
