@@ -72,42 +72,50 @@ class ControlNets:
             yield None
             return
         guides = BatchGuides(self._uses, OPTION, requests, width=width, height=height)
-        parts = requests[0].settings.num_parts
+        num_parts = requests[0].settings.num_parts
 
-        def control(call: UnetCall) -> UnetCall:
-            count = len(self._networks)
-            # models of SDXL act together, others take turns from step to step
-            numbers = range(count) if self._model.kind is SDXL else [call.step % count]
-            active = [number for number in numbers if is_active(self._uses[number], call)]
+        def add_residuals(call: UnetCall) -> UnetCall:
+            num_networks = len(self._networks)
+            candidates: Sequence[int]
+            if self._model.kind is SDXL:
+                candidates = range(num_networks)  # SDXL's ControlNets act together
+            else:
+                candidates = [call.step % num_networks]  # those of other models take turns from step to step
+            active = [index for index in candidates if is_active(self._uses[index], call)]
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
-            residuals = [self._compute_residuals(number, call, images[number], parts) for number in active]
+            residuals = [self._compute_residuals(index, call, images[index], num_parts) for index in active]
             return replace(call, residuals=_mean_residuals(residuals))
 
-        yield control
+        yield add_residuals
 
-    def _compute_residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
-        """Return the residuals of ControlNet `number` for the U-Net's skips and middle block in a call."""
-        # guides: B 3 H W; row r of the call belongs to image r modulo B
-        network = self._networks[number]
+    def _compute_residuals(self, index: int, call: UnetCall, guides: Tensor, num_parts: int) -> Residuals:
+        """Return the residuals of one ControlNet for the U-Net's skip connections and middle block.
+
+        Args:
+            index: Index of the ControlNet.
+            call: The U-Net call; its row r belongs to image r modulo B.
+            guides: Guide images of this ControlNet, B 3 H W.
+            num_parts: Number of parts of the prompt, whose text states are concatenated.
+        """
+        network = self._networks[index]
         dtype = self._model.dtype
-        rows = len(call.sample)
-        # the contexts of a prompt's parts are concatenated; the last part is used
-        tokens = call.context.shape[1] // parts
+        num_rows = len(call.sample)
+        part_length = call.context.shape[1] // num_parts
         down, middle = network(
             # without the channels of mask and masked image
             call.sample[:, : network.config.in_channels].to(dtype),
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
-            encoder_hidden_states=call.context[:, -tokens:].to(dtype),
-            controlnet_cond=guides.repeat(rows // len(guides), 1, 1, 1),
-            conditioning_scale=self._uses[number].multiplier,
+            encoder_hidden_states=call.context[:, -part_length:].to(dtype),  # the last part
+            controlnet_cond=guides.repeat(num_rows // len(guides), 1, 1, 1),
+            conditioning_scale=self._uses[index].multiplier,
             added_cond_kwargs=dict(call.added),
             return_dict=False,
         )
         if network.config.global_pool_conditions:
             # residuals are only added to the prompt's rows, as in diffusers' pipelines
-            is_prompt_row = torch.arange(rows, device=middle.device) < rows - call.negative_rows
+            is_prompt_row = torch.arange(num_rows, device=middle.device) < num_rows - call.negative_rows
             is_prompt_row = is_prompt_row[:, None, None, None]
             down = [skip * is_prompt_row for skip in down]
             middle = middle * is_prompt_row
@@ -164,10 +172,10 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
 # Guide images of ControlNets: read, resized to the image's size and prepared.
 #
 # The pixels are those of diffusers' ControlNet pipelines: Lanczos, RGB, 0..1.
-KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 1024 takes 3 MB
+MAX_CACHED_GUIDES = 16  # prepared images; one of 1024 x 1024 takes 3 MB
 
 
-@lru_cache(KEPT)
+@lru_cache(MAX_CACHED_GUIDES)
 def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
     return prepare(read_image(path), canny, width, height)
 

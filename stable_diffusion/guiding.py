@@ -128,7 +128,7 @@ _PROJECTION = "text_projection.weight"  # P C
 # minimum square root of the fraction of data: below it, with --zero_terminal_snr, a sample is pure noise
 MIN_SHARE = 0.01
 
-Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
+Loss = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ class Guides:
     vgg: Vgg16 | None
 
     def steer(self, guidance: Guidance, passes: UnetPasses, request: RequestedImage) -> Guidance:
-        """Wrap guidance so that the networks steer one image.
+        """Return guidance that also moves the prediction down the gradient of the CLIP and VGG16 losses.
 
         Args:
             guidance: Guidance to wrap.
@@ -170,7 +170,7 @@ class Guides:
         Raises:
             MediaError: If the guide image cannot be read.
         """
-        measure = self._measure(request)
+        image_loss = self._make_loss(request)
         model = self.model
         sampler = passes.sampler
         # gradient checkpointing saves memory; the U-Net cannot use it if its hooks track the running layer
@@ -180,49 +180,56 @@ class Guides:
         else:
             model.unet.enable_gradient_checkpointing()
 
-        def steered(step: Step, predict: Predict, section: Section) -> Tensor:
-            """Add the gradient of the loss between predicted image and guide image to the velocity."""
+        def guide(step: Step, predict: Predict, section: Section) -> Tensor:
             velocity = guidance(step, predict, section)
-            index = sampler.first + step.index
-            alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
+            alpha = float(sampler.schedule.alphas[sampler.first + step.index])  # factor of the clean latents
             if alpha < MIN_SHARE:  # almost pure noise: the predicted image would be meaningless
                 return velocity
-            # samples of some samplers are x / alpha
-            scale = float(sampler.model_input(index, torch.ones(1)))
-            with torch.enable_grad():
-                x = (step.noisy * scale).requires_grad_()
-                scaled_step = replace(step, noisy=x / scale)
-                predict_x = predictor(passes, lambda _: model.unet, scaled_step, split=False)
-                (prompted,) = predict_x(section.positive)
-                if model.predicts_velocity:
-                    clean = alpha * x - step.sigma * prompted
-                else:
-                    clean = (x - step.sigma * prompted) / alpha
-                # at lower noise levels the networks get more of the noisy latents themselves
-                blended = step.sigma * clean + (1 - step.sigma) * x
-                loss = measure(_decode(model, blended))
-                (gradient,) = torch.autograd.grad(loss, x)
+            gradient = self._compute_gradient(image_loss, passes, step, section)
             strength = step.sigma
             if model.predicts_velocity:  # v = (noise - sigma * x) / alpha
                 strength = step.sigma / alpha
             return velocity + gradient * strength
 
-        return steered
+        return guide
 
-    def _measure(self, request: RequestedImage) -> Measure:
+    def _compute_gradient(self, image_loss: Loss, passes: UnetPasses, step: Step, section: Section) -> Tensor:
+        """Return the gradient of the loss of the predicted image with respect to the noisy latents."""
+        model = self.model
+        sampler = passes.sampler
+        index = sampler.first + step.index
+        alpha = float(sampler.schedule.alphas[index])
+        # samples of some samplers are x / alpha
+        scale = float(sampler.model_input(index, torch.ones(1)))
+        with torch.enable_grad():
+            x = (step.noisy * scale).requires_grad_()
+            scaled_step = replace(step, noisy=x / scale)
+            predict = predictor(passes, lambda _: model.unet, scaled_step, split=False)
+            (prediction,) = predict(section.positive)
+            if model.predicts_velocity:
+                clean = alpha * x - step.sigma * prediction
+            else:
+                clean = (x - step.sigma * prediction) / alpha
+            # at lower noise levels the networks get more of the noisy latents themselves
+            blended = step.sigma * clean + (1 - step.sigma) * x
+            loss = image_loss(_decode(model, blended))
+            (gradient,) = torch.autograd.grad(loss, x)
+        return gradient
+
+    def _make_loss(self, request: RequestedImage) -> Loss:
         """Return the loss whose gradient guides an image: the sum of all networks' losses."""
         options = self.options
         clip = self.clip
-        measures: list[Measure] = []
+        losses: list[Loss] = []
         if clip is not None and options.clip_guidance_scale:
             vector = clip.encode_text(self._read_clip_tokens(request))
-            measures.append(_measure_vector(clip, vector, options.clip_guidance_scale))
+            losses.append(_make_clip_loss(clip, vector, options.clip_guidance_scale))
         if clip is not None and options.clip_image_guidance_scale:
             vector = clip.vision.encode([read_picture(request.guides[0])])
-            measures.append(_measure_vector(clip, vector, options.clip_image_guidance_scale))
+            losses.append(_make_clip_loss(clip, vector, options.clip_image_guidance_scale))
         if self.vgg is not None:
-            measures.append(_measure_features(self.vgg, request.guides[0], options.vgg16_guidance_scale))
-        return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
+            losses.append(_make_vgg_loss(self.vgg, request.guides[0], options.vgg16_guidance_scale))
+        return lambda pixels: torch.stack([loss(pixels) for loss in losses]).sum()
 
     def _read_clip_tokens(self, request: RequestedImage) -> list[int]:
         """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
@@ -241,7 +248,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
+def _make_clip_loss(clip: FullClip, vector: Tensor, scale: float) -> Loss:
     """Return a loss of pixels: half the squared angle of their CLIP embedding to `vector`, times `scale`.
 
     `vector` is a CLIP image embedding, 1 x its width.
@@ -249,28 +256,28 @@ def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
 
-    def measure(pixels: Tensor) -> Tensor:
+    def loss(pixels: Tensor) -> Tensor:
         pixels_vector = clip.vision(clip.vision.prepare_pixels(pixels).to(weight.dtype)).float()
         return scale * (2 * ((normalize(pixels_vector, dim=-1) - target).norm() / 2).arcsin() ** 2)
 
-    return measure
+    return loss
 
 
-def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
+def _make_vgg_loss(vgg: Vgg16, path: Path, scale: float) -> Loss:
     """Return a loss on pixels: the mean squared difference from a guide image in VGG16's features."""
-    image = read_picture(path)
-    # features of the guide image, by size, because Gradual Latent enlarges the images
-    features: dict[torch.Size, Tensor] = {}
+    guide_image = read_picture(path)
+    # by size of the generated image, which Gradual Latent enlarges step by step
+    guide_features: dict[torch.Size, Tensor] = {}
 
-    def measure(pixels: Tensor) -> Tensor:
+    def loss(pixels: Tensor) -> Tensor:
         size = pixels.shape[-2:]
-        if size not in features:
+        if size not in guide_features:
             with torch.no_grad():
-                guide = to_pixels(image, size[1], size[0]) / 2 + 0.5
-                features[size] = vgg(guide.to(pixels.device)).float()
-        return scale * mse_loss(vgg(pixels).float(), features[size])
+                guide = to_pixels(guide_image, size[1], size[0]) / 2 + 0.5
+                guide_features[size] = vgg(guide.to(pixels.device)).float()
+        return scale * mse_loss(vgg(pixels).float(), guide_features[size])
 
-    return measure
+    return loss
 
 
 def check_guides(options: GuideOptions) -> GuideOptions:

@@ -89,31 +89,31 @@ class _LlliteBatch:
         self._uses = uses
         self._guides = guides
         self._dtype = dtype
-        # guides of each LLLite that acts in the present call, B 3 H W in 0..1
-        self._acting: list[Tensor | None] = []
+        # guide images of each LLLite in the current U-Net call, B 3 H W in 0..1; None if it is inactive
+        self._active_guides: list[Tensor | None] = []
         # for modules that have run: the guides, and their embedding
-        self._embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
+        self._embeddings: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Select the guides that are active in a U-Net call, and return the call unchanged."""
+        """U-Net hook: select the guide images that are active in this call, which is returned as it is."""
         images = self._guides.at(call, self._dtype)
-        self._acting = []
+        self._active_guides = []
         for use, use_images in zip(self._uses, images, strict=True):
-            self._acting.append(use_images if is_active(use, call) else None)
+            self._active_guides.append(use_images if is_active(use, call) else None)
         return call
 
     def change_input(
-        self, number: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
+        self, index: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return changed inputs, or None if LLLite `number` is inactive."""
-        images = self._acting[number] if self._acting else None
+        """Forward pre-hook of a layer: return changed inputs, or None if LLLite `index` is inactive."""
+        images = self._active_guides[index] if self._active_guides else None
         if images is None:
             return None
-        if module not in self._embedded or self._embedded[module][0] is not images:
-            self._embedded[module] = images, module.embed(images * 2 - 1)
-        embedding = self._embedded[module][1]
+        if module not in self._embeddings or self._embeddings[module][0] is not images:
+            self._embeddings[module] = images, module.embed(images * 2 - 1)
+        embedding = self._embeddings[module][1]
         x, *others = inputs
-        return x + self._uses[number].multiplier * module(x, embedding), *others
+        return x + self._uses[index].multiplier * module(x, embedding), *others
 
 
 def check_lllites(options: ControlOptions, kind: ModelKind) -> None:

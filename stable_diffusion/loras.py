@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -97,8 +98,8 @@ class AdjustableLoras:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A network whose layers LoRAs can change, with the prefix of its names in LoRA files."""
+class _LoraTarget:
+    """The U-Net or a text encoder, whose layers LoRAs can change, with its prefix in LoRA files."""
 
     network: nn.Module
     prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
@@ -154,20 +155,30 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
         CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
     """
     check_kind(loras, checkpoint_plan.kind)
-    uses = for_encoders(map(LoraUse, loras), checkpoint_plan.kind.title, checkpoint_plan.kind.lora_prefixes)
+    kind = checkpoint_plan.kind
+    uses = for_encoders(map(LoraUse, loras), kind.title, kind.lora_prefixes)
     if not loras:
         return
-    plans: list[tuple[str, LoadPlan[Any]]] = [("", checkpoint_plan.unet)]  # by prefix: the U-Net has none
-    for prefix, text in zip(checkpoint_plan.kind.lora_prefixes, checkpoint_plan.text_encoders, strict=True):
-        plans.append((prefix, text.load_plan))
-    for prefix, plan in plans:
-        patch = LoraPatch(uses_for(uses, prefix), model=checkpoint_plan.path)
-        published = published_parameter if prefix else str  # only text encoders have other names here
-        for name, source in plan.sources.items():
-            # meta tensors: only names and shapes are compared
-            tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
-            patch.add_to(published(name), source.make(tensors))
-        patch.reject_misfits()
+    _check_fit("", checkpoint_plan.unet, uses, checkpoint_plan.path)
+    for prefix, encoder in zip(kind.lora_prefixes, checkpoint_plan.text_encoders, strict=True):
+        _check_fit(prefix, encoder.load_plan, uses, checkpoint_plan.path)
+
+
+def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[LoraUse], checkpoint: Path) -> None:
+    """Raise CheckpointError if LoRAs do not fit the weights of a network, compared on the meta device.
+
+    Args:
+        prefix: Prefix of the network's modules in LoRA files; "" for the U-Net.
+        plan: Load plan of the network.
+        uses: The LoRAs.
+        checkpoint: Path of the checkpoint, for messages.
+    """
+    patch = LoraPatch(uses_for(uses, prefix), model=checkpoint)
+    published_name = published_parameter if prefix else str  # only text encoders have other names here
+    for name, source in plan.sources.items():
+        tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
+        patch.add_to(published_name(name), source.make(tensors))
+    patch.reject_misfits()
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
@@ -216,34 +227,41 @@ def load_networks(
     uses = for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
     merged = uses[: options.num_merged]
     adjustable = uses[options.num_merged :]
-    targets = [
-        _Target(model.unet),
-        *(_Target(text_encoder.network, text_encoder.lora_prefix) for text_encoder in model.text_encoders),
-    ]
+    unet = _LoraTarget(model.unet)
+    text_encoders = [_LoraTarget(encoder.network, encoder.lora_prefix) for encoder in model.text_encoders]
+    targets = [unet, *text_encoders]
     if merged:
         _merge(targets, merged, options.lora_rounding)
     if not adjustable:
         return None
-    defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:  # weights are folded anew when multipliers change
+        defaults = tuple(use.multiplier for use in adjustable)
         return AdjustableLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
-    # for each network, for each LoRA file: its added layers by module name
-    parts_by_target = [_attach_loras(target, adjustable, model) for target in targets]
-    for index, use in enumerate(adjustable):
-        _log_added(use, [part for by_file in parts_by_target for part in by_file[index].values()])
+    return _add_layers(targets, adjustable, model)
+
+
+def _add_layers(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], model: Model) -> AdjustableLoras:
+    """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
+    # for each network, for each LoRA: its added layers by module name
+    layers_by_target = [_attach_loras(target, uses, model) for target in targets]
+    for index, use in enumerate(uses):
+        added = [layer for by_lora in layers_by_target for layer in by_lora[index].values()]
+        _log_added(use, added)
 
     def apply_strengths(multipliers: Multipliers) -> None:
-        for by_file in parts_by_target:
-            for parts, multiplier in zip(by_file, multipliers, strict=True):
-                for part in parts.values():
-                    part.multiplier = multiplier
+        for by_lora in layers_by_target:
+            for layers, multiplier in zip(by_lora, multipliers, strict=True):
+                for layer in layers.values():
+                    layer.multiplier = multiplier
 
-    # the first target is the U-Net
-    unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in parts_by_target[0]]
+    unet_layers = [
+        {layer.target.module_path: layer for layer in layers.values()} for layers in layers_by_target[0]
+    ]
+    defaults = tuple(use.multiplier for use in uses)
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
 
 
-def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
+def _merge(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: str) -> None:
     """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
@@ -262,9 +280,9 @@ def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
 
 
 def _make_folding(
-    targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str
+    targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: str
 ) -> Callable[[Multipliers], None]:
-    """Return a function that folds LoRAs of some strengths into the networks' original weights.
+    """Return a function that folds LoRAs with given strengths into the networks' original weights.
 
     `rounding` is the value of --lora_rounding.
     """
@@ -289,7 +307,7 @@ def _make_folding(
     return apply_strengths
 
 
-def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
+def _attach_loras(target: _LoraTarget, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
     """Attach each file's LoRA to a network; return the added layers of each file by module name."""
     changeable = find_parameters(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []
