@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -39,7 +39,7 @@ class UpscalingModule:
     def upscale(
         self, model: Model, stage: StageResult, width: int, height: int, vae_batch: int
     ) -> SecondStageInput:
-        """Enlarge the result of a stage to a size in pixels; return images or latents.
+        """Call the user's upscaler on the first stage's result, check what it returns, and return that.
 
         Raises:
             OptionError: If the module fails or returns something else.
@@ -71,13 +71,13 @@ class UpscalingModule:
         if isinstance(result, Tensor):
             if tuple(result.shape) == shape and bool(torch.isfinite(result).all()):
                 return SecondStageInput(latents=result.float())
-            what = f"latents of {_in_words(result.shape)}, or not finite"
+            returned = f"latents of {_in_words(result.shape)}, or not finite"
+        elif _are_images(result, count):
+            return SecondStageInput(images=[fit(image.convert("RGB"), width, height) for image in result])
         else:
-            if _are_images(result, count):
-                return SecondStageInput(images=[fit(image.convert("RGB"), width, height) for image in result])
-            what = type(result).__name__
+            returned = type(result).__name__
         raise OptionError(
-            f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
+            f"{OPTION} {self.name} returned {returned}. Its upscale(...) has to return a list of {count} PIL "
             f"images, or latents of {_in_words(shape)}"
         )
 
@@ -146,11 +146,14 @@ class SavedStage:
     # with the requested seeds and this stage's settings
     requests: Sequence[RequestedImage]
     result: StageResult
-    digit: str  # in file names: FIRST or SECOND; empty if there is one stage
+    stage_digit: str  # in file names: FIRST or SECOND; empty if there is one stage
 
 
-# options of both stages, and the upscaler of the first stage's images, if any; one for the entire run
-Highres = tuple[HighresOptions, UpscalingModule | None]
+class Highres(NamedTuple):
+    """Options of generation in two stages, and the upscaler of the first stage's images, if any."""
+
+    options: HighresOptions
+    upscaler: UpscalingModule | None
 
 
 def prepare_highres(options: HighresOptions) -> Highres | None:
@@ -166,16 +169,16 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
         return None
     name = options.highres_fix_upscaler
     upscaler = None if name is None else load_upscaler(name, options.highres_fix_upscaler_args)
-    return options, upscaler
+    return Highres(options, upscaler)
 
 
 def make_images(
-    maker: ImageGenerator, highres: Highres | None, requests: Sequence[RequestedImage]
+    image_generator: ImageGenerator, highres: Highres | None, requests: Sequence[RequestedImage]
 ) -> Iterator[SavedStage]:
     """Generate a batch in one or two stages; yield the images of each stage that is saved, once finished.
 
     Args:
-        maker: Makes the images.
+        image_generator: Generates the images of one stage.
         highres: Options and upscaler of the second stage; None for one stage.
         requests: Images of equal settings.
 
@@ -183,19 +186,19 @@ def make_images(
         UserError: If an input image cannot be used, or if --highres_fix_upscaler fails.
     """
     if highres is None:
-        yield SavedStage(requests, maker.make(requests), "")
+        yield SavedStage(requests, image_generator.make(requests), "")
         return
     options, upscaler = highres
     settings = requests[0].settings
-    small = _make_first_settings(options, settings)
-    first = [replace(request, settings=small) for request in requests]
-    takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
-    wants_images = options.highres_fix_save_1st or not takes_latents
-    result = maker.make(first, None, wants_images)
+    first_settings = _make_first_settings(options, settings)
+    first = [replace(request, settings=first_settings) for request in requests]
+    enlarges_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
+    wants_images = options.highres_fix_save_1st or not enlarges_latents
+    first_result = image_generator.make(first, None, wants_images)
     if options.highres_fix_save_1st:
-        yield SavedStage(first, result, FIRST)
-    start = enlarge(maker, highres, result, settings)
-    del result
+        yield SavedStage(first, first_result, FIRST)
+    start = enlarge(image_generator, highres, first_result, settings)
+    del first_result
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
     second = [replace(request, settings=settings) for request in requests]
@@ -205,16 +208,11 @@ def make_images(
     reseeded = [
         replace(request, seed=request.seed + 1 if request.seed < 2**64 - 1 else 0) for request in second
     ]
-    yield SavedStage(second, maker.make(reseeded, start), SECOND)
+    yield SavedStage(second, image_generator.make(reseeded, start), SECOND)
 
 
 def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> ImageSettings:
-    """Return the settings of the first stage.
-
-    Args:
-        options: Options of the run.
-        settings: Settings of the final image.
-    """
+    """Return the settings of the first stage: a smaller size and its own number of steps."""
     scale = options.highres_fix_scale
     assert scale is not None
 
@@ -231,12 +229,12 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
 
 
 def enlarge(
-    maker: ImageGenerator, highres: Highres, result: StageResult, settings: ImageSettings
+    image_generator: ImageGenerator, highres: Highres, result: StageResult, settings: ImageSettings
 ) -> SecondStageInput:
     """Resize the first stage's result, by the chosen upscaler or by interpolation, as input of the second.
 
     Args:
-        maker: Makes the images.
+        image_generator: Generates the images of one stage.
         highres: Options and upscaler of the second stage.
         result: Result of the first stage.
         settings: Settings of the final image.
@@ -246,9 +244,12 @@ def enlarge(
     """
     options, upscaler = highres
     if upscaler is not None:
-        at_once = vae_batch(maker.vae_batch_size, len(result.latents))
         return upscaler.upscale(
-            maker.model, result, width=settings.width, height=settings.height, vae_batch=at_once
+            image_generator.model,
+            result,
+            width=settings.width,
+            height=settings.height,
+            vae_batch=vae_batch(image_generator.vae_batch_size, len(result.latents)),
         )
     if options.highres_fix_latents_upscaling:
         latents = interpolate(result.latents.float(), latent_size(settings), mode="bicubic")

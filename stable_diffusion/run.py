@@ -60,13 +60,13 @@ class ImageFiles:
     now: Callable[[], datetime] = datetime.now
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by name prefix
 
-    def save(self, request: RequestedImage, image: Image, digit: str, number: int) -> Path:
+    def save(self, request: RequestedImage, image: Image, stage_digit: str, number: int) -> Path:
         """Write an image under an unused name, completely or not at all.
 
         Args:
             request: The request that the image belongs to.
             image: The image.
-            digit: Text for the stage in the name; empty if there is one stage.
+            stage_digit: Text for the stage in the name; empty if there is one stage.
             number: Index of the image in its batch.
 
         Returns:
@@ -75,9 +75,16 @@ class ImageFiles:
         Raises:
             OutputError: If the file cannot be written.
         """
+        metadata = self._make_metadata(request)
+        with self._free(self._yield_names(request, stage_digit, number)) as path:
+            write_png(path, np.asarray(image.convert("RGB")), metadata)
+        return path
+
+    def _make_metadata(self, request: RequestedImage) -> dict[str, str]:
+        """Return the PNG text entries of an image: its prompts and settings."""
         settings = request.settings
-        # PNG text keys in the spelling of common guides to image generation
-        texts: dict[str, object] = {
+        # keys in the spelling of common guides to image generation
+        entries: dict[str, object] = {
             "prompt": request.prompt,
             "seed": request.seed,
             "sampler": self.sampler,
@@ -92,7 +99,7 @@ class ImageFiles:
             sizes = settings.sizes
             height = sizes.original_height or settings.height
             width = sizes.original_width or settings.width
-            texts |= {
+            entries |= {
                 "original-height": height,
                 "original-width": width,
                 "original-height-negative": sizes.original_height_negative or height,
@@ -100,22 +107,19 @@ class ImageFiles:
                 "crop-top": sizes.crop_top or 0,
                 "crop-left": sizes.crop_left or 0,
             }
-        storable = {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
-        with self._free(self._yield_names(request, digit, number)) as path:
-            write_png(path, np.asarray(image.convert("RGB")), storable)
-        return path
+        return {key: make_storable(str(value)) for key, value in entries.items() if value is not None}
 
-    def _yield_names(self, request: RequestedImage, digit: str, number: int) -> Iterator[str]:
+    def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
         """Yield candidate file names without suffix, the preferred one first."""
         if request.file_name is not None:
-            return _named(request.file_name.removesuffix(".png"), digit)
+            return _named(request.file_name.removesuffix(".png"), stage_digit)
         if self.options.use_original_file_name and request.image is not None:
             # without control codes, cut to the maximum number of bytes of --f
             stem = replace_control_codes(request.image.stem).encode("utf-8")[:LONGEST_NAME]
-            return _named(stem.decode("utf-8", "ignore"), digit)
+            return _named(stem.decode("utf-8", "ignore"), stage_digit)
         if self.options.sequential_file_name:
-            return self._yield_numbered(f"im_{digit}")
-        start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
+            return self._yield_numbered(f"im_{stage_digit}")
+        start = f"im_{self.now():%Y%m%d%H%M%S}_{stage_digit}"
         return (f"{start}{free:03d}_{request.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
@@ -140,8 +144,8 @@ class ImageFiles:
                     return
 
 
-def _named(stem: str, digit: str) -> Iterator[str]:
-    stem = f"{stem}_{digit}" if digit == FIRST else stem
+def _named(stem: str, stage_digit: str) -> Iterator[str]:
+    stem = f"{stem}_{stage_digit}" if stage_digit == FIRST else stem
     return chain([stem], (f"{stem}_{number}" for number in count(1)))
 
 
@@ -166,7 +170,7 @@ def show_image(program: str, path: Path) -> None:
     )
 
 
-Load = Callable[[GenImgOptions, torch.device], ImageGenerator]
+LoadGenerator = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +178,12 @@ class Run:
     """Loaded generator, options and output files of one gen_img.py run."""
 
     options: GenImgOptions
-    maker: ImageGenerator
+    image_generator: ImageGenerator
     highres: Highres | None
     request_builder: RequestBuilder
     files: ImageFiles
 
-    def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
+    def generate_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
         """Generate and write the images of lines, batch by batch; errors of lines are added to `failures`.
 
         Returns:
@@ -189,34 +193,40 @@ class Run:
             OutputError: If images cannot be written.
         """
         paths = []
-        images = self.request_builder.build_requests(lines, failures)
-        for batch in batches(images, self.options.prompts.batch_size):
-            if len(batch) > 1:  # if it fails, its images are made one by one, so that only bad ones are lost
-                try:
-                    paths += self._make(batch)
-                    continue
-                except OutputError:
-                    raise
-                except Exception as error:
-                    what = count_of(len(batch), "picture")
-                    logger.warning("A batch of %s failed and is made one by one: %s", what, error)
-            for image in batch:
-                with failures.note_errors(image.label, fatal=OutputError):
-                    paths += self._make([image])
+        requests = self.request_builder.build_requests(lines, failures)
+        for batch in batches(requests, self.options.prompts.batch_size):
+            batch_paths = self._try_batch(batch) if len(batch) > 1 else None
+            if batch_paths is not None:
+                paths += batch_paths
+                continue
+            for request in batch:
+                with failures.note_errors(request.label, fatal=OutputError):
+                    paths += self._generate_batch([request])
         return paths
 
-    def _make(self, batch: Sequence[RequestedImage]) -> list[Path]:
+    def _try_batch(self, batch: Sequence[RequestedImage]) -> list[Path] | None:
+        """Generate a batch; return None if it fails, so that its images are generated one by one."""
+        try:
+            return self._generate_batch(batch)
+        except OutputError:
+            raise
+        except Exception as error:
+            pictures = count_of(len(batch), "picture")
+            logger.warning("A batch of %s failed and is made one by one: %s", pictures, error)
+            return None
+
+    def _generate_batch(self, batch: Sequence[RequestedImage]) -> list[Path]:
         """Generate a batch and save its images, those of each highres stage too; return their paths."""
         paths = []
         try:
-            for stage in make_images(self.maker, self.highres, batch):
+            for stage in make_images(self.image_generator, self.highres, batch):
                 assert stage.result.images is not None
                 pairs = zip(stage.requests, stage.result.images, strict=True)
                 for number, (request, image) in enumerate(pairs):
-                    paths.append(self.files.save(request, image, stage.digit, number))
+                    paths.append(self.files.save(request, image, stage.stage_digit, number))
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
-            free_memory(self.maker.model.device)
+            free_memory(self.image_generator.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
                 f"the device has too little memory for {count_of(len(batch), 'picture')} of "
@@ -226,12 +236,12 @@ class Run:
         return paths
 
 
-def generate(options: GenImgOptions, load: Load = assemble) -> None:
+def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
     """Generate all images that the options ask for.
 
     Args:
         options: Options of the run.
-        load: Loads the checkpoint and returns a `Maker`.
+        load: Loads the checkpoint and returns an `ImageGenerator`.
 
     Raises:
         UserError: If something fails. With several prompts it is raised after the images of all usable
@@ -243,20 +253,20 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     inputs = find_inputs(options.prompts, len(options.control.uses))
     highres = prepare_highres(options.highres)
 
-    def start(lines: Sequence[Line] | None = None) -> Run:
+    def load_run(lines: Sequence[Line] | None = None) -> Run:
         """Load the networks for a run.
 
         Args:
             lines: All lines of the run; None if they are read one by one.
         """
-        maker = load(options, device)
-        kind = maker.model.kind
+        image_generator = load(options, device)
+        kind = image_generator.model.kind
         request_builder = RequestBuilder(options, kind, inputs, make_seeds(options, lines))
         files = ImageFiles(options.output, kind, options.sampling.sampler)
-        return Run(options, maker, highres=highres, request_builder=request_builder, files=files)
+        return Run(options, image_generator, highres=highres, request_builder=request_builder, files=files)
 
     if options.prompts.interactive:
-        converse(start())
+        converse(load_run())
         return
     failures = Failures()
     with each_warning_once():
@@ -264,26 +274,26 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
             lines = list_lines(options, inputs)
             num_lines = len(lines) * options.prompts.n_iter
             failures.strict = num_lines == 1  # the error of a single prompt is raised at once
-            paths = _make_lines(options, start, lines, failures)
+            paths = _generate_from_lines(options, load_run, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
-            run = start()
-            paths = _make_prompted(run, module, failures)
+            run = load_run()
+            paths = _generate_from_module(run, module, failures)
             num_lines = run.request_builder.num_lines
     if len(paths) > 1:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
-    where = options.prompts.from_file
-    failures.raise_if_any(num_lines, "" if where is None else f"{where}: ")
+    prompt_file = options.prompts.from_file
+    failures.raise_if_any(num_lines, "" if prompt_file is None else f"{prompt_file}: ")
 
 
-def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
+def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
     """Generate the images of the prompt lines that the user's --from_module module yields."""
     request_builder = run.request_builder
     lines_of_round = module_lines(
         module,
         run.options,
-        pipe=run.maker.model,
-        networks=run.maker.loras,
+        pipe=run.image_generator.model,
+        networks=run.image_generator.loras,
         random=request_builder.seeds.random,
         count_images=lambda: request_builder.num_images,
     )
@@ -293,15 +303,18 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
         with failures.note_errors("the next prompt"):
             yield from lines_of_round(request_builder.seeds.round_seed)
 
-    return run.make_all(_yield_rounds(run, prompted), failures)
+    return run.generate_all(_repeat_for_rounds(run, prompted), failures)
 
 
-def _make_lines(
-    options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
+def _generate_from_lines(
+    options: GenImgOptions,
+    load_run: Callable[[Sequence[Line]], Run],
+    lines: Sequence[Line],
+    failures: Failures,
 ) -> list[Path]:
     """Generate the images of a fixed list of lines; return their paths.
 
-    All lines are checked before `start` loads a model; one that fails is left out.
+    All lines are checked before `load_run` loads a model; one that fails is left out.
     """
     usable = []
     for line in lines:
@@ -310,8 +323,8 @@ def _make_lines(
             usable.append(line)
     if not usable:
         return []
-    run = start(lines)
-    paths = run.make_all(_yield_rounds(run, lambda: usable), failures)
+    run = load_run(lines)
+    paths = run.generate_all(_repeat_for_rounds(run, lambda: usable), failures)
     images = run.request_builder.inputs.images
     unused = len(images) - run.request_builder.num_images
     if unused > 0 and not lines[0].is_from_metadata:
@@ -325,7 +338,7 @@ def _make_lines(
     return paths
 
 
-def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+def _repeat_for_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; a round begins when its first line is requested."""
     prompts = run.options.prompts
     request_builder = run.request_builder
@@ -352,7 +365,7 @@ def converse(run: Run) -> None:
             line = ask()
             if is_blank(line):
                 continue
-            paths = run.make_all([Line("the prompt", line.strip())], Failures())
+            paths = run.generate_all([Line("the prompt", line.strip())], Failures())
             if viewer is not None:
                 for path in paths:
                     show_image(viewer, path)

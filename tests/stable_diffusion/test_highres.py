@@ -49,7 +49,7 @@ def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
     assert [each.seed for each in first] == [3, 9]
     assert [each.seed for each in second] == [4, 10]
     assert [each.seed for each in stage.requests] == [3, 9]  # what is written into the files
-    assert stage.digit == "1"
+    assert stage.stage_digit == "1"
     assert stage.result.images[0].size == (96, 64)
     assert all(each.guides for each in second)
     maker, _ = make(OPTIONS, [replace(requests()[0], seed=2**64 - 1)])
@@ -65,7 +65,7 @@ def test_options_of_the_stages() -> None:
         highres_fix_disable_control_net=True,
     )
     maker, (first, second) = make(options)
-    assert (first.digit, second.digit) == ("0", "1")
+    assert (first.stage_digit, second.stage_digit) == ("0", "1")
     assert first.result.images[0].size == (48, 32)
     assert first.requests[0].settings.steps == 7
     assert maker.batches[1][0].settings.strength == second.requests[0].settings.strength == 0.3
