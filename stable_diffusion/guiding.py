@@ -182,7 +182,9 @@ class Guides:
 
         def guide(step: Step, predict: Predict, section: Section) -> Tensor:
             velocity = guidance(step, predict, section)
-            alpha = float(sampler.schedule.alphas[sampler.first + step.index])  # factor of the clean latents
+            alpha = float(
+                sampler.schedule.alphas[sampler.first_index + step.index]
+            )  # factor of the clean latents
             if alpha < MIN_SHARE:  # almost pure noise: the predicted image would be meaningless
                 return velocity
             gradient = self._compute_gradient(image_loss, passes, step, section)
@@ -197,7 +199,7 @@ class Guides:
         """Return the gradient of the loss of the predicted image with respect to the noisy latents."""
         model = self.model
         sampler = passes.sampler
-        index = sampler.first + step.index
+        index = sampler.first_index + step.index
         alpha = float(sampler.schedule.alphas[index])
         # samples of some samplers are x / alpha
         scale = float(sampler.model_input(index, torch.ones(1)))

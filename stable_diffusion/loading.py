@@ -29,7 +29,7 @@ from stable_diffusion.diffusers_parts import make_xformers_processor, unet_class
 from stable_diffusion.files import EMA, EXPECTED_FILE, UNET, ModelType, check_kind_flags, read_model_type
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
-from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
+from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, load_tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
     # find the tokenizers and check all files
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
-    tokenizers = find_tokenizers(
+    tokenizers = load_tokenizers(
         options.tokenizer_cache_dir,
         checkpoint_plan.path,
         [plan.is_open_clip for plan in checkpoint_plan.text_encoders],

@@ -134,7 +134,7 @@ class ImageGenerator:
             settings.steps,
             # on the CPU, so that the numbers are the same on every device
             [torch.Generator().manual_seed(request.seed) for request in requests],
-            samplers.count_left_out(settings.steps, starting.find_strength(requests[0], start)),
+            samplers.count_skipped_steps(settings.steps, starting.find_strength(requests[0], start)),
         )
         text_states = self._encode(requests)
         beginning = starting.begin(
@@ -184,7 +184,7 @@ class ImageGenerator:
             guidance = self.guides.steer(guidance, passes, request)
         section = self._make_section(beginning.latents, text_states, settings)
 
-        num_steps = sampler.schedule.num_steps - sampler.first
+        num_steps = sampler.schedule.num_steps - sampler.first_index
         with Bar(num_steps, "Denoising") as bar:
 
             def update_bar(_: StepDone) -> bool:
@@ -200,7 +200,7 @@ class ImageGenerator:
                 guidance=guidance,
                 watchers=[update_bar],
                 split=False,
-                first_step=sampler.first,
+                first_step=sampler.first_index,
             )
         return latents.squeeze(2)  # without the axis of frames
 

@@ -65,20 +65,22 @@ def make_scheduler(
         steps_offset: Lowest timestep, in classes that have it.
     """
     class_name, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
-    made_class = scheduler_class(class_name)
-    accepted = inspect.signature(made_class.__init__).parameters
+    scheduler_type = scheduler_class(class_name)
+    parameters = inspect.signature(scheduler_type.__init__).parameters
     prediction = "v_prediction" if predicts_velocity else "epsilon"
     settings = {**TRAINED, **class_settings, "prediction_type": prediction}
-    optional: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
+    if zero_terminal_snr and "rescale_betas_zero_snr" in parameters:
+        settings["rescale_betas_zero_snr"] = True
+    elif zero_terminal_snr:
+        settings["trained_betas"] = _make_zero_snr_betas()
+    settings_of_some: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        optional["timestep_spacing"] = "trailing"
-        if "rescale_betas_zero_snr" in accepted:
-            settings["rescale_betas_zero_snr"] = True
-        else:
-            settings["trained_betas"] = _make_zero_snr_betas()
-    settings |= {name: value for name, value in optional.items() if name in accepted}
+        settings_of_some["timestep_spacing"] = "trailing"
+    for name, value in settings_of_some.items():
+        if name in parameters:
+            settings[name] = value
     with _no_warnings_to_developers():
-        scheduler = made_class(**settings)
+        scheduler = scheduler_type(**settings)
     if class_name == LMS:  # this class needs scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
@@ -138,21 +140,21 @@ class SchedulerSolver:
 
     scheduler: Any
     generators: Sequence[torch.Generator]  # one for each image, on the CPU
-    first: int = 0  # the index in `schedule` that denoising begins at
+    first_index: int = 0  # the index in `schedule` that denoising begins at
     # wraps a step, and gets the scheduler's own step as an argument; None for the plain step
-    around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
+    wrap_step: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
         """Return the scheduler's noise levels and timesteps; some samplers have several per step."""
         timesteps = self.scheduler.timesteps.float()
-        places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
-        shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
-        last = torch.ones(1, dtype=torch.float64)
+        indices = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
+        alphas_cumprod = self.scheduler.alphas_cumprod.to("cpu").double()[indices]
+        last_alpha = torch.ones(1, dtype=torch.float64)  # after the last step: no noise
         return Schedule(
-            torch.cat([(1 - shares).sqrt(), 0 * last]).float(),
+            torch.cat([(1 - alphas_cumprod).sqrt(), 0 * last_alpha]).float(),
             timesteps,
-            torch.cat([shares.sqrt(), last]),
+            torch.cat([alphas_cumprod.sqrt(), last_alpha]),
         )
 
     @property
@@ -185,9 +187,9 @@ class SchedulerSolver:
             velocity: Output of the U-Net, noise or v.
             sample: Noisy latents, B 4 1 h w.
         """
-        if self.around is None:
+        if self.wrap_step is None:
             return self._step(index, velocity, sample)
-        return self.around(self._step, index, velocity, sample)
+        return self.wrap_step(self._step, index, velocity, sample)
 
     def _step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         settings = {"generator": list(self.generators)} if self._draws else {}
@@ -202,7 +204,7 @@ class SchedulerSolver:
         return "generator" in inspect.signature(self.scheduler.step).parameters
 
 
-def count_left_out(steps: int, strength: float | None) -> int | None:
+def count_skipped_steps(steps: int, strength: float | None) -> int | None:
     """Return the number of steps that image-to-image skips; None without an input image.
 
     Args:
@@ -263,7 +265,7 @@ class ScaledSolver:
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
         """
-        first = self.solver.first
+        first = self.solver.first_index
         if self.from_noise:
             return self.seen(first), first
         noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
@@ -319,13 +321,13 @@ class UnetPasses:
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
-        turn = overrides.turn  # index of this step, number of steps, and timestep
-        assert turn is not None  # the loop sets it
+        step = overrides.turn  # index of this step, number of steps, and timestep
+        assert step is not None  # the loop sets it
         call = UnetCall(
-            step=turn.step,
-            num_steps=turn.num_steps,
-            timestep=turn.timestep,
-            sample=self.sampler.model_input(self.sampler.first + turn.step, noisy.squeeze(2)),
+            step=step.step,
+            num_steps=step.num_steps,
+            timestep=step.timestep,
+            sample=self.sampler.model_input(self.sampler.first_index + step.step, noisy.squeeze(2)),
             context=_tensor(cond, CONTEXT),
             negative_rows=int(_tensor(cond, IS_NEGATIVE).sum()),
             added={name: _tensor(cond, name) for name in (POOLED, SIZES) if name in cond},
@@ -335,8 +337,8 @@ class UnetPasses:
         dtype = self.model.dtype
         sample = call.sample
         if self.inpainting is not None:
-            passes = len(sample) // len(self.inpainting)  # guidance passes that are batched in this call
-            sample = torch.cat([sample, self.inpainting.repeat(passes, 1, 1, 1)], dim=1)
+            num_passes = len(sample) // len(self.inpainting)  # guidance passes that are batched in this call
+            sample = torch.cat([sample, self.inpainting.repeat(num_passes, 1, 1, 1)], dim=1)
         (output,) = dit(
             sample.to(dtype),
             torch.full((len(sample),), call.timestep, device=sample.device),
@@ -393,23 +395,20 @@ def is_guided(scale: float, negative_scale: float | None) -> bool:
 
 
 def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
-    """Return classifier-free guidance, u + s (c - u), with u for the negative text and c for the prompt.
+    """Return classifier-free guidance: negative + scale * (prompt - negative), of the U-Net's predictions.
 
-    With a negative_scale k, it is r + s (c - r) - k (u - r), with r for the empty text. Without negative
-    conditions it is c. Source: Ho and Salimans 2022, arXiv 2207.12598.
+    With a negative_scale it is empty + scale * (prompt - empty) - negative_scale * (negative - empty), where
+    empty is the prediction for the empty text. Without negative conditions it is that for the prompt. Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        positive = section.positive
-        negative = section.negative
-        blank = section.blank
-        if negative is None:
-            (prompted,) = predict(positive)
-            return prompted
-        if blank is None or negative_scale is None:
-            prompted, avoided = predict(positive, negative)
-            return avoided + scale * (prompted - avoided)
-        prompted, avoided, empty = predict(positive, negative, blank)
-        return empty + scale * (prompted - empty) - negative_scale * (avoided - empty)
+        if section.negative is None:
+            (prompt,) = predict(section.positive)
+            return prompt
+        if section.blank is None or negative_scale is None:
+            prompt, negative = predict(section.positive, section.negative)
+            return negative + scale * (prompt - negative)
+        prompt, negative, empty = predict(section.positive, section.negative, section.blank)
+        return empty + scale * (prompt - empty) - negative_scale * (negative - empty)
 
     return guide

@@ -261,13 +261,13 @@ def begin_small(
     Raises:
         OptionError: If the blur of an unsharp mask is larger than the latents.
     """
-    if sampler.first >= sampler.schedule.num_steps:
+    if sampler.first_index >= sampler.schedule.num_steps:
         return latents, sampler
     full_size = _size(latents)
     unsharp = gradual.unsharp
-    timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
+    timesteps = sampler.schedule.timesteps[sampler.first_index :].tolist()
     # index of a step in the schedule -> ratio to the full size to which the latents grow after it
-    growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
+    growth = {sampler.first_index + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
     sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
     # the blur pads by half of its width, which has to be less than the smallest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
@@ -298,7 +298,7 @@ def begin_small(
     growing = GrowingSteps(
         sampler.scheduler, full_size, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
     )
-    return resize_latents(latents, first_size), replace(sampler, around=growing)
+    return resize_latents(latents, first_size), replace(sampler, wrap_step=growing)
 
 
 def check_batch(requests: Sequence[RequestedImage], sampler: str) -> None:

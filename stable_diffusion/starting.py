@@ -211,10 +211,10 @@ def begin(
     noise = draw_noise()
     if clean is None or starts_from_noise:
         latents = noise * sampler.noise_level
-    elif sampler.first >= sampler.schedule.num_steps:  # no step is left
+    elif sampler.first_index >= sampler.schedule.num_steps:  # no step is left
         latents = clean
     else:
-        latents = sampler.add_noise(sampler.first, clean, noise)
+        latents = sampler.add_noise(sampler.first_index, clean, noise)
     beginning = Beginning(latents.unsqueeze(2), sampler)  # the loop's latents have an axis of frames
     if not has_mask:
         return beginning
@@ -231,7 +231,7 @@ def begin(
     assert clean is not None
     # restore the latents outside the mask after each step
     inpainting_steps = Inpainting(sampler, clean, noise, latent_mask)
-    return replace(beginning, sampler=replace(sampler, around=inpainting_steps))
+    return replace(beginning, sampler=replace(sampler, wrap_step=inpainting_steps))
 
 
 def _start_pixels(requests: Sequence[RequestedImage], start: SecondStageInput | None) -> Tensor | None:

@@ -172,7 +172,10 @@ class PromptEncoder:
 
 
 def warn_if_truncated(
-    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], num_chunks: int, max_chunks: int
+    parts: Sequence[tokenizers.WeightedText],
+    tokenize: Callable[[str], list[int]],
+    num_chunks: int,
+    max_chunks: int,
 ) -> None:
     """Warn about a prompt that is too long, quoting the end that is not used.
 

@@ -29,7 +29,7 @@ OPEN_CLIP = ("laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", "stabilityai_stable-dif
 OPEN_CLIP_PAD = 0
 
 
-def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]) -> list[ClipWords]:
+def load_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]) -> list[ClipWords]:
     """Load the tokenizer of each text encoder.
 
     Args:
@@ -42,21 +42,19 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
         CheckpointError: If a tokenizer is missing or cannot be read.
     """
     loaded: dict[Path, ClipWords] = {}
-    words = []
+    tokenizers = []
     for source, file in fetch_tokenizer_files(cache, checkpoint, are_open_clip):
         if file not in loaded:
             logger.info("tokenizer: %s", file)
             loaded[file] = load_clip_words(source, file)
-        words.append(loaded[file])
-    return words
+        tokenizers.append(loaded[file])
+    return tokenizers
 
 
 def fetch_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path]]:
-    """Find each text encoder's tokenizer, and download a missing one.
-
-    Returns its possible locations and its file.
+    """Find each text encoder's tokenizer, and download a missing one; return its description and its file.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
@@ -79,7 +77,7 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return where each text encoder's tokenizer may be, and its existing file, or None.
+    """Return each text encoder's tokenizer: its description and its file, or None if there is none yet.
 
     Args:
         cache: Folder of --tokenizer_cache_dir.
@@ -91,20 +89,21 @@ def find_tokenizer_files(
     """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
-    places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
+    folders = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
     sources: list[tuple[TokenizerFiles, Path | None]] = []
     for index, is_open_clip in enumerate(are_open_clip):
-        names = OPEN_CLIP if is_open_clip else (CLIP_L,)
-        own_folder = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
-        # folders and names in the order of the search; "." is the folder itself
-        files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
-        sources.append((files, _find_in(places, files)))
+        cache_names = OPEN_CLIP if is_open_clip else (CLIP_L,)
+        diffusers_name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+        # subfolders in the order of the search; "." is the folder itself
+        subfolders = (diffusers_name, *cache_names, "tokenizer", CLIP_L, "clip_l", ".")
+        files = clip_tokenizer_files(OPTION, subfolders)
+        sources.append((files, _find_in(folders, files)))
     return sources
 
 
-def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
+def _find_in(folders: Sequence[Path], files: TokenizerFiles) -> Path | None:
     """Return the first tokenizer file in or next to one of these paths; None if there is none."""
-    for parent in places:
+    for parent in folders:
         file = files.find(None, parent)
         if file is not None:
             return file
@@ -140,9 +139,9 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
     logger.info("The tokenizer of %s is kept in %s, for the trained checkpoints", source, folder)
 
 
-def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
+def check_vocabulary(tokenizer: ClipWords, rows: int, checkpoint: Path) -> None:
     """Raise CheckpointError if the tokenizer has more tokens than the text encoder has embedding rows."""
-    last = max(words.start, words.end)
+    last = max(tokenizer.start, tokenizer.end)
     if last >= rows:
         raise CheckpointError(
             f"{checkpoint}: its text encoder has {rows} rows of token embeddings, the tokenizer counts to "
@@ -181,9 +180,9 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Unclosed brackets are closed at the end; unmatched closing
 # brackets are plain text. Round and square brackets are matched separately.
-DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
+DEFAULT_WEIGHTS = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
 MAX_WEIGHT = 1000.0  # larger products would overflow float16
-_MARKS = re.compile(
+_BRACKETS_AND_BREAK = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
     r"|(?P<bracket>[()\[\]])"
     r"|:[ \t]*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))[ \t]*\)"
@@ -192,7 +191,7 @@ _MARKS = re.compile(
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedText:
     """Text with one weight for all its tokens."""
 
     text: str
@@ -209,64 +208,68 @@ class _Bracket:
     closes: bool = False
 
 
-_Event = str | _Bracket | None  # a text, a bracket, or BREAK
+BREAK = None
+_PromptItem = str | _Bracket | None  # a text, a bracket, or BREAK
 
 
-def parse_weights(text: str) -> tuple[Part, ...]:
+def parse_weights(text: str) -> tuple[WeightedText, ...]:
     """Split a prompt into parts with weights; brackets are removed, and empty parts are left out.
 
     Adjacent parts of equal weight are joined, so a text without brackets is one part. The time is
     proportional to the length. Any text is accepted.
     """
-    parts: list[Part] = []
+    parts: list[WeightedText] = []
     # products of the weights of the open brackets, from the outermost inward
     products = {"(": [1.0], "[": [1.0]}
     begins_chunk = False
-    for event in _split_at_marks(text):
-        if event is None:  # BREAK
+    for item in _split_at_brackets(text):
+        if item is BREAK:
             begins_chunk = True
-        elif isinstance(event, _Bracket):
-            open_products = products[event.kind]
-            if event.closes:
+        elif isinstance(item, _Bracket):
+            open_products = products[item.kind]
+            if item.closes:
                 open_products.pop()
             else:
-                open_products.append(_bounded(open_products[-1] * event.weight))
-        elif event:
+                open_products.append(_bounded(open_products[-1] * item.weight))
+        elif item:  # a text that is not empty
             weight = _bounded(products["("][-1] * products["["][-1])
             if parts and parts[-1].weight == weight and not begins_chunk:
-                parts[-1] = replace(parts[-1], text=parts[-1].text + event)
+                parts[-1] = replace(parts[-1], text=parts[-1].text + item)
             else:
-                parts.append(Part(event, weight, begins_chunk))
+                parts.append(WeightedText(item, weight, begins_chunk))
             begins_chunk = False
     return tuple(parts)
 
 
-def _split_at_marks(text: str) -> list[_Event]:
-    """Split a prompt into texts, brackets with their weights, and None for each BREAK."""
-    events: list[_Event] = []
-    opened: dict[str, list[_Bracket]] = {"(": [], "[": []}
+def _split_at_brackets(text: str) -> list[_PromptItem]:
+    """Split a prompt into texts, brackets with their weights, and BREAKs, in their order.
+
+    The weight of an opening bracket is known when its closing bracket is reached, as in `(x:1.3)`.
+    """
+    items: list[_PromptItem] = []
+    open_brackets: dict[str, list[_Bracket]] = {"(": [], "[": []}
     position = 0
-    for mark in _MARKS.finditer(text):
-        events.append(text[position : mark.start()])
-        position = mark.end()
-        sign = mark["bracket"]
-        kind = "[" if sign in ("[", "]") else "("
-        if mark["chunk"]:  # BREAK
-            events.append(None)
-        elif sign in ("(", "["):
-            bracket = _Bracket(kind, DEFAULT[kind])
-            opened[kind].append(bracket)
-            events.append(bracket)
-        elif mark["escaped"] or not opened[kind]:  # a bracket that is text: escaped, or closing nothing
-            events.append(mark["escaped"] or mark[0])
+    for match in _BRACKETS_AND_BREAK.finditer(text):
+        items.append(text[position : match.start()])
+        position = match.end()
+        bracket_sign = match["bracket"]  # None for `:1.3)`, which closes a round bracket
+        kind = "[" if bracket_sign in ("[", "]") else "("
+        if match["chunk"]:
+            items.append(BREAK)
+        elif bracket_sign in ("(", "["):
+            opening = _Bracket(kind, DEFAULT_WEIGHTS[kind])
+            open_brackets[kind].append(opening)
+            items.append(opening)
+        elif match["escaped"] or not open_brackets[kind]:  # plain text: escaped, or closes nothing
+            items.append(match["escaped"] or match[0])
         else:
-            bracket = opened[kind].pop()  # its weight is written before the closing bracket
-            if mark["number"]:
+            opening = open_brackets[kind].pop()
+            if match["number"]:
                 # float() of too many digits is infinite, which is not a weight
-                bracket.weight = _bounded(float(mark["number"]))
-            events.append(_Bracket(kind, 1.0, closes=True))
-    events.append(text[position:])
-    return events
+                opening.weight = _bounded(float(match["number"]))
+            items.append(_Bracket(kind, 1.0, closes=True))
+    items.append(text[position:])
+    return items
 
 
 def _bounded(weight: float) -> float:
@@ -290,10 +293,10 @@ def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[in
     return [start, *ids, end, *[pad] * (CHUNK_SIZE - len(ids))]
 
 
-def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
+def cut_into_chunks(parts: Sequence[WeightedText], tokenize: Tokenize) -> list[Chunk]:
     """Return the chunks of a text, at least one. BREAK begins a new one, unless one has just begun."""
     chunks: list[Chunk] = []
-    ids: list[int] = []
+    ids: list[int] = []  # of the current chunk
     weights: list[float] = []
     for part in parts:
         if part.begins_chunk and ids:
@@ -310,14 +313,14 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
     return chunks
 
 
-def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:
+def cut_text(parts: Sequence[WeightedText], tokenize: Tokenize, maximum: int) -> str:
     """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
-    words: list[Part] = []
+    words: list[WeightedText] = []
     begins_chunk = False
     for part in parts:
         begins_chunk = begins_chunk or part.begins_chunk  # a part may be blank
         for word in part.text.split():
-            words.append(Part(word, begins_chunk=begins_chunk))
+            words.append(WeightedText(word, begins_chunk=begins_chunk))
             begins_chunk = False
     sizes = range(1, len(words) + 1)
     fits = bisect_right(sizes, maximum, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))

@@ -52,7 +52,7 @@ from stable_diffusion.textual_inversion import (
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
-    Part,
+    WeightedText,
     check_vocabulary,
     cut_into_chunks,
     parse_weights,
@@ -285,7 +285,7 @@ class LazyTextEncoder:
             vocabulary = checkpoint_plan.text_encoders[self._index].load_plan.config.vocabulary
         cache_dir = self.files.tokenizer_cache_dir
         with quiet():  # the words are logged when the encoder is loaded
-            found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
+            found = tokenizers.load_tokenizers(cache_dir, self.files.path, are_open_clip)
         return self._add_words_to_tokenizer(found[self._index], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -346,7 +346,7 @@ class LazyTextEncoder:
         """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
         count = self._max_chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
-            chunks = cut_into_chunks([Part(prompt.text)], loaded.tokenizer.tokenize)
+            chunks = cut_into_chunks([WeightedText(prompt.text)], loaded.tokenizer.tokenize)
         else:
             chunks = cut_into_chunks(parse_weights(prompt.text), loaded.tokenizer.tokenize)
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]

@@ -38,7 +38,7 @@ from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.resnets import use_fewer_kernels
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.tokenizers import find_tokenizers
+from stable_diffusion.tokenizers import load_tokenizers
 from stable_diffusion.training_options import CKPT
 
 FIRST_LAYER = "conv_in.weight"
@@ -277,7 +277,7 @@ class TrainingFiles:
         """Tokenizers of the text encoders, read once; raises CheckpointError if one cannot be read."""
         with self.open_plan() as checkpoint_plan:
             are_open_clip = [text.is_open_clip for text in checkpoint_plan.text_encoders]
-        return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
+        return load_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
     def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
         """Load a text encoder of an open checkpoint to a device."""

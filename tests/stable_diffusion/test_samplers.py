@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import ImageSettings, RequestedImage
-from stable_diffusion.samplers import SchedulerSolver, begin_sampling, count_left_out, make_scheduler
+from stable_diffusion.samplers import SchedulerSolver, begin_sampling, count_skipped_steps, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, GradualLatentOptions, StartNoiseOptions, Unsharp
 from stable_diffusion.small_start import begin_small, check_batch, plan_growth, scale_size
 from stable_diffusion.starting import add_offset, add_pyramid, vary_noise
@@ -32,7 +32,7 @@ def network(sample: Tensor, timestep: float) -> Tensor:
 def follow(solver: SchedulerSolver, latents: Tensor) -> Tensor:
     """Denoise as the loop does."""
     latents = latents.unsqueeze(2)
-    for index in range(solver.first, solver.schedule.num_steps):
+    for index in range(solver.first_index, solver.schedule.num_steps):
         seen = solver.model_input(index, latents.squeeze(2))
         said = network(seen, float(solver.schedule.timesteps[index]))
         latents = solver.step(index, said.unsqueeze(2), latents)
@@ -61,8 +61,8 @@ def test_pndm_from_a_picture_leaves_out_the_steps_that_need_pure_noise() -> None
     """With them the predicted picture is far off: 2000 times as strong at a strength of 0.2."""
     solver = begin_sampling(make_scheduler("pndm", False), 20, generators(1, 2), 16)
     clean = 0.5 * noise(1)
-    latents = solver.add_noise(solver.first, clean, noise()).unsqueeze(2)
-    for index in range(solver.first, solver.schedule.num_steps):
+    latents = solver.add_noise(solver.first_index, clean, noise()).unsqueeze(2)
+    for index in range(solver.first_index, solver.schedule.num_steps):
         alpha, sigma = float(solver.schedule.alphas[index]), float(solver.schedule.sigmas[index])
         # what an ideal network says of data with a deviation of 0.5
         said = sigma * latents / (0.25 * alpha**2 + sigma**2)
@@ -292,12 +292,12 @@ def test_what_cannot_be_is_refused() -> None:
 )
 def test_steps_that_image_to_image_leaves_out(strength: float | None, left_out: int | None) -> None:
     # diffusers: init_timestep = min(int(num_inference_steps * strength), num_inference_steps)
-    assert count_left_out(10, strength) == left_out
+    assert count_skipped_steps(10, strength) == left_out
 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "heun", "euler"])
 def test_image_to_image_begins_at_a_whole_step(sampler: str) -> None:
     solver = begin_sampling(make_scheduler(sampler, predicts_velocity=False), STEPS, [], num_skipped=2)
 
-    first_timestep = solver.schedule.timesteps[solver.first]
+    first_timestep = solver.schedule.timesteps[solver.first_index]
     assert first_timestep == solver.timesteps_of_steps[2]

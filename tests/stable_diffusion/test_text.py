@@ -22,7 +22,7 @@ from stable_diffusion.sdxl.family import family_for_text_caching
 from stable_diffusion.sdxl.options import SdxlTextCachingOptions
 from stable_diffusion.text import PromptEncoder
 from stable_diffusion.text_checkpoints import read_folder_text
-from stable_diffusion.tokenizers import MAX_WEIGHT, Part, cut_into_chunks, cut_text, parse_weights
+from stable_diffusion.tokenizers import MAX_WEIGHT, WeightedText, cut_into_chunks, cut_text, parse_weights
 from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
@@ -231,13 +231,13 @@ def test_weights_are_read(text: str, parts: list[tuple[str, float]]) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("a BREAK b", [Part("a "), Part(" b", begins_chunk=True)]),
-        ("(a BREAK b:2)", [Part("a ", 2), Part(" b", 2, begins_chunk=True)]),
-        ("BREAK a", [Part(" a", begins_chunk=True)]),
-        ("BREAKFAST break a_BREAK", [Part("BREAKFAST break a_BREAK")]),
+        ("a BREAK b", [WeightedText("a "), WeightedText(" b", begins_chunk=True)]),
+        ("(a BREAK b:2)", [WeightedText("a ", 2), WeightedText(" b", 2, begins_chunk=True)]),
+        ("BREAK a", [WeightedText(" a", begins_chunk=True)]),
+        ("BREAKFAST break a_BREAK", [WeightedText("BREAKFAST break a_BREAK")]),
     ],
 )
-def test_break_begins_a_chunk(text: str, parts: list[Part]) -> None:
+def test_break_begins_a_chunk(text: str, parts: list[WeightedText]) -> None:
     assert list(parse_weights(text)) == parts
 
 
@@ -247,7 +247,7 @@ def test_no_text_is_an_error_and_one_without_marks_is_itself() -> None:
         text = "".join(source.choices([*r"()[]:\1.9-+a é", "BREAK", " BREAK "], k=source.randint(0, 30)))
         assert all(part.text and abs(part.weight) <= MAX_WEIGHT for part in parse_weights(text))
         plain = "".join(source.choices(r":1.9-+a éß,;{}|$", k=source.randint(1, 30)))
-        assert parse_weights(plain) == (Part(plain),)
+        assert parse_weights(plain) == (WeightedText(plain),)
     assert parse_weights("(a" * 200)[-1].weight == MAX_WEIGHT
 
 

@@ -29,7 +29,7 @@ from stable_diffusion.textual_inversion import (
     read_words,
     tokenize_with_words,
 )
-from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
+from stable_diffusion.tokenizers import check_vocabulary, load_tokenizers
 from tests.faults.messages import run_here
 from tests.parity.stable_diffusion import their_scheduler
 from tests.stable_diffusion import loaded
@@ -268,7 +268,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_exclamation_mark_is_a_word_and_no_padding(tmp_path: Path) -> None:
     """transformers cut it out as OpenCLIP's padding, token 0; it was a word while the encoder was trained."""
-    first, second = find_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, BOTH)
+    first, second = load_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, BOTH)
 
     assert first.tokenize("a dog!") == second.tokenize("a dog!")
     assert 0 not in second.tokenize("a dog!")
@@ -278,14 +278,14 @@ def test_an_exclamation_mark_is_a_word_and_no_padding(tmp_path: Path) -> None:
 def test_either_vocabulary_serves_openclip(name: str, tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path / name)
 
-    assert find_tokenizers(tmp_path, tmp_path / "sd2.safetensors", [True])[0].tokenize("cat")
+    assert load_tokenizers(tmp_path, tmp_path / "sd2.safetensors", [True])[0].tokenize("cat")
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "openai_clip-vit-large-patch14", "."])
 def test_files_beside_a_single_file_are_found(place: str, tmp_path: Path, no_hub: None) -> None:
     tiny.write_tokenizer(tmp_path / place)
 
-    assert len(find_tokenizers(None, tmp_path / "sdxl.safetensors", BOTH)) == 2
+    assert len(load_tokenizers(None, tmp_path / "sdxl.safetensors", BOTH)) == 2
 
 
 def test_the_tokenizer_of_another_model_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
@@ -294,13 +294,13 @@ def test_the_tokenizer_of_another_model_in_the_same_folder_is_left_alone(tmp_pat
     other.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     tiny.write_tokenizer(tmp_path / "clip_l")
 
-    assert find_tokenizers(None, tmp_path / "sd1.safetensors", [False])[0].tokenize("a cat")
+    assert load_tokenizers(None, tmp_path / "sd1.safetensors", [False])[0].tokenize("a cat")
 
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_missing_tokenizer_gets_one_message(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="--tokenizer_cache_dir") as raised:
-        find_tokenizers(tmp_path / "none yet", tmp_path / "sd1.safetensors", [False])
+        load_tokenizers(tmp_path / "none yet", tmp_path / "sd1.safetensors", [False])
 
     assert "openai/clip-vit-large-patch14" in str(raised.value)
 
@@ -320,8 +320,8 @@ def test_a_download_is_kept_for_runs_without_a_network(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     cache = tmp_path / "cache"
 
-    first = find_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
-    second = find_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
+    first = load_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
+    second = load_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
 
     assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
     assert first[0].tokenize("a cat") == second[1].tokenize("a cat") != []
@@ -329,7 +329,7 @@ def test_a_download_is_kept_for_runs_without_a_network(
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
-    words = find_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, [False])[0]
+    words = load_tokenizers(tiny.tokenizer_folder(tmp_path), tmp_path, [False])[0]
 
     check_vocabulary(words, words.end + 1, tmp_path)
     with pytest.raises(CheckpointError, match="rows of token embeddings"):
