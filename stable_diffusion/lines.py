@@ -124,9 +124,14 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
         OptionError: If a value cannot be read, or if --f is not a valid file name on every system.
     """
     values = prompt_lines.parse_words(line, LINE_OPTIONS, where, find_option)
-    name = values.get("file_name")
-    if name is None:
-        return values
+    file_name = values.get("file_name")
+    if file_name is not None:
+        _check_file_name(file_name)
+    return values
+
+
+def _check_file_name(name: str) -> None:
+    """Raise OptionError if the value of --f is not a file name that every system takes."""
     quoted_name = repr(shorten(name, 80))
     is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
     if is_path or replace_control_codes(name) != name:
@@ -140,22 +145,21 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
             f"--f {quoted_name}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
             "number and the ending. Give a shorter one"
         )
-    return values
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
-    """Return the seeds in a line's --d option; None without it.
+    """Return the seeds in the --d option of a prompt line; None without it.
 
-    They are needed before the line's variants are chosen.
+    They are needed before a variant of each `{a|b}` group is chosen, and so before `read_line`.
 
     Raises:
         OptionError: If the seeds cannot be parsed.
     """
-    for part in prompt_lines.split_line(line).options:
-        word, _, text = part.partition(" ")
-        if find_option(word) is LINE_OPTIONS["d"]:
+    for typed_option in prompt_lines.split_line(line).options:
+        name, _, value = typed_option.partition(" ")
+        if find_option(name) is LINE_OPTIONS["d"]:
             try:
-                return _read_seeds(text.strip())
+                return _read_seeds(value.strip())
             except ValueError as error:
                 raise OptionError(f"--d: {error}") from None
     return None
@@ -191,12 +195,12 @@ def expand(text: str, random: Random) -> list[str]:
     Raises:
         OptionError: If there are more than MAX_VARIANTS texts.
     """
-    texts: dict[str, None] = {}
+    variants: list[str] = []
     for number, variant in enumerate(_expand_groups(text, random), 1):
-        texts[re.sub(r"\\([{}])", r"\1", variant)] = None
+        variants.append(re.sub(r"\\([{}])", r"\1", variant))  # \{ and \} are literal braces
         if number > MAX_VARIANTS:
             raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
-    return list(texts)
+    return list(dict.fromkeys(variants))
 
 
 class _ChoiceGroup(NamedTuple):
@@ -209,20 +213,26 @@ class _ChoiceGroup(NamedTuple):
 
 
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
-    """Yield the text with the variants of each group chosen, for `e$$` groups every combination."""
+    """Yield a prompt with choices in place of its `{a|b}` groups.
+
+    1. Replace the first innermost group by choices drawn from `random`, and repeat until there is no group.
+    2. At an `{e$$...}` group, go on separately with every combination of its choices.
+    3. The groups after it draw the same choices in each of these prompts.
+    """
     while (match := _GROUP.search(text)) is not None:
         before = text[: match.start()]
         after = text[match.end() :]
-        each = _EACH.match(match[1])
-        if each is not None:  # `e$$`: one text for each combination
+        content = match[1]
+        enumeration = _EACH.match(content)
+        if enumeration is not None:
+            group = _read_group(content[enumeration.end() :])
             state = random.getstate()
-            group = _read_group(match[1][each.end() :])
             for size in range(group.minimum, group.maximum + 1):
                 for chosen in combinations(group.choices, size):
-                    random.setstate(state)  # later groups draw the same choices in every combination
+                    random.setstate(state)
                     yield from _expand_groups(before + group.separator.join(chosen) + after, random)
             return
-        group = _read_group(match[1])
+        group = _read_group(content)
         size = random.randint(group.minimum, group.maximum)
         # chosen variants stay in the order of the prompt
         indices = sorted(random.sample(range(len(group.choices)), size))
@@ -256,7 +266,7 @@ class Inputs:
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
     guides: tuple[Path, ...] = ()
-    guides_at_once: int = 1  # number of guides of each image: one for each ControlNet
+    guides_per_image: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
         """Return the input image of image `number`, counted from 0, cycling through the files."""
@@ -271,20 +281,20 @@ class Inputs:
         if len(self.guides) <= 1:
             return self.guides
         # guides come in groups, one guide per ControlNet; images use the groups in turn
-        first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
-        return self.guides[first : first + self.guides_at_once]
+        first = number % (len(self.guides) // self.guides_per_image) * self.guides_per_image
+        return self.guides[first : first + self.guides_per_image]
 
 
-def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
+def find_inputs(options: ImageInputOptions, num_control_nets: int) -> Inputs:
     """List the input images of a run, and read their headers.
 
     Args:
         options: Options of input images.
-        control_nets: Number of guides for each image, at least one.
+        num_control_nets: Number of guides for each image, at least one.
 
     Raises:
         OptionError: If a file is missing, or the number of guides is neither 1 nor a multiple of
-            `control_nets`.
+            `num_control_nets`.
         MediaError: If a file is not an image.
     """
     guides = [_list_images(path) for path in options.guide_image_path or ()]
@@ -292,11 +302,11 @@ def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
         images=_list_images(options.image_path),
         masks=_list_images(options.mask_path),
         guides=tuple(chain.from_iterable(guides)),
-        guides_at_once=max(control_nets, 1),
+        guides_per_image=max(num_control_nets, 1),
     )
-    if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_at_once:
+    if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_per_image:
         raise OptionError(
-            f"--guide_image_path: {len(inputs.guides)} pictures for {control_nets} ControlNets. Give one for "
+            f"--guide_image_path: {len(inputs.guides)} pictures for {num_control_nets} ControlNets. Give one for "
             "each, in their order, as many for the next picture and so on, or a single one for all"
         )
     return inputs
@@ -349,10 +359,10 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
         return [Line("the prompt", prompts.prompt)]
     lines = []
     for index, path in enumerate(inputs.images):
-        texts = read_tags(path)
-        if "prompt" in texts:
-            negative = texts.get("negative-prompt", "")
-            lines.append(Line(path.name, texts["prompt"], negative, image_number=index))
+        metadata = read_tags(path)
+        if "prompt" in metadata:
+            negative = metadata.get("negative-prompt", "")
+            lines.append(Line(path.name, metadata["prompt"], negative, image_number=index))
         else:
             logger.warning("%s is left out because its metadata have no prompt", path)
     if not lines:

@@ -398,7 +398,8 @@ def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """Return classifier-free guidance: negative + scale * (prompt - negative), of the U-Net's predictions.
 
     With a negative_scale it is empty + scale * (prompt - empty) - negative_scale * (negative - empty), where
-    empty is the prediction for the empty text. Without negative conditions it is that for the prompt. Source: Ho and Salimans 2022, arXiv 2207.12598.
+    empty is the prediction for the empty text. Without negative conditions it is that for the prompt.
+    Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
