@@ -28,7 +28,7 @@ _CHANNELS = 3
 _DARK = 1e-4  # if the regions of a pixel sum to less, all parts have equal weights there
 
 
-def read_regions(path: Path, parts: int, width: int, height: int, color_codes: int | None = None) -> Tensor:
+def read_regions(path: Path, parts: int, width: int, height: int, num_colors: int | None = None) -> Tensor:
     """Return the region of each part of a prompt: P height width, float32, 0..1.
 
     The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a color, and
@@ -39,7 +39,7 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
         parts: Number of parts of the prompt.
         width: Width in pixels.
         height: Height in pixels.
-        color_codes: If given, parts are marked by pure colors instead of channels, and this is the number of
+        num_colors: If given, parts are marked by pure colors instead of channels, and this is the number of
             colors in use. Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
 
     Raises:
@@ -47,14 +47,14 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
     """
     pixels = Image.fromarray(read_image(path))
     # colors must not blend into other codes
-    method = Image.Resampling.BILINEAR if color_codes is None else Image.Resampling.NEAREST
+    method = Image.Resampling.BILINEAR if num_colors is None else Image.Resampling.NEAREST
     if pixels.size != (width, height):
         pixels = pixels.resize((width, height), method)
     colors = np.asarray(pixels)
     codes = ((colors >= 128) * np.array([1, 2, 4])).sum(-1)  # H W
     regions = torch.ones(parts, height, width)
-    for part in range(min(parts, color_codes or _CHANNELS)):
-        if color_codes is None:
+    for part in range(min(parts, num_colors or _CHANNELS)):
+        if num_colors is None:
             region = colors[..., part] / np.float32(255)
         else:
             region = codes == part + 1  # code 0, black, marks no part
@@ -133,20 +133,20 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        layers: Sequence[Mapping[str, AddedPart]] | None = (),
-        color_codes: int | None = None,
+        lora_layers: Sequence[Mapping[str, AddedPart]] | None = (),
+        num_colors: int | None = None,
     ) -> None:
         """Prepare a U-Net for regional prompts.
 
         Args:
             unet: The U-Net.
-            layers: Added layers of each LoRA, by module name; None if LoRAs are folded in for each batch.
-            color_codes: Number of pure colors that mark the parts in masks; None if channels mark them.
+            lora_layers: Added layers of each LoRA, by module name; None if LoRAs are folded into the weights.
+            num_colors: Number of pure colors that mark the parts in masks; None if channels mark them.
         """
-        self._is_folded = layers is None
-        self._layers = layers or ()
+        self._is_folded = lora_layers is None
+        self._lora_layers = lora_layers or ()
         self._unet = unet
-        self._color_codes = color_codes
+        self._num_colors = num_colors
 
     def read(self, request: RequestedImage, width: int, height: int) -> Tensor:
         """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
@@ -159,16 +159,17 @@ class Regions:
         parts = request.settings.num_parts
         if request.mask is None:
             return torch.ones(parts, 1, 1)
-        check_regions(parts, len(self._layers), self._is_folded)
-        return read_regions(request.mask, parts, width=width, height=height, color_codes=self._color_codes)
+        check_regions(parts, len(self._lora_layers), self._is_folded)
+        return read_regions(request.mask, parts, width=width, height=height, num_colors=self._num_colors)
 
     @contextlib.contextmanager
     def apply_to_batch(
         self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Apply a batch's regions in the U-Net until the batch is done; yield None if prompts have one part.
+        """Change the U-Net for a batch so that each prompt part acts in its region; restore it at the end.
 
-        The context of a call holds the states of all P parts of each of R rows: R P*L C, with L states each.
+        Yields a hook for U-Net calls, None if prompts have one part. The text states of a call are those of
+        all P parts, one after the other: R P*L C.
         """
         if requests[0].settings.num_parts == 1:
             yield None
@@ -176,14 +177,14 @@ class Regions:
         regions = [self.read(request, width, height) for request in requests]  # each P H W, or P 1 1
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
-        with contextlib.ExitStack() as changes:
-            batch.enter(self._unet, changes)
+        with contextlib.ExitStack() as restore:
+            batch.enter(self._unet, restore)
             if any(request.mask is not None for request in requests):  # LoRA i acts in the region of part i
-                for index, layers in enumerate(self._layers):
+                for part, layers in enumerate(self._lora_layers):
                     for name, layer in layers.items():
-                        changes.callback(setattr, layer, "region", None)
-                        layer.region = batch.region_of(index, name)
-            yield batch.begin
+                        restore.callback(setattr, layer, "region", None)
+                        layer.region = batch.region_of(part, name)
+            yield batch.move_to_device
 
 
 class _Batch:
@@ -192,29 +193,29 @@ class _Batch:
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
         self._regions = regions
-        self.parts = regions.shape[1]
-        self._means = regions.mean((-2, -1))  # B P
+        self.num_parts = regions.shape[1]
+        self._mean_masks = regions.mean((-2, -1))  # B P
         self._size: tuple[int, int] | None = None  # size of the features in the current transformer
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
         self._weights: dict[tuple[int, int], Tensor] = {}
 
-    def begin(self, call: UnetCall) -> UnetCall:
-        """Move the regions to the device of a U-Net call; return the call unchanged."""
-        assert call.context.shape[1] % self.parts == 0, (call.context.shape, self.parts)
+    def move_to_device(self, call: UnetCall) -> UnetCall:
+        """U-Net hook: move the regions to the device of a call, which is returned as it is."""
+        assert call.context.shape[1] % self.num_parts == 0, (call.context.shape, self.num_parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)
-            self._means = self._means.to(call.sample.device)
+            self._mean_masks = self._mean_masks.to(call.sample.device)
         return call
 
-    def enter(self, unet: Any, changes: contextlib.ExitStack) -> None:
-        """Change a U-Net for a batch; closing `changes` restores it."""
+    def enter(self, unet: Any, restore: contextlib.ExitStack) -> None:
+        """Change a U-Net for a batch; closing `restore` restores it."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
-                hook = module.register_forward_pre_hook(self._see_size, with_kwargs=True)
-                changes.callback(hook.remove)
+                hook = module.register_forward_pre_hook(self._store_feature_size, with_kwargs=True)
+                restore.callback(hook.remove)
             elif name.endswith(".attn2"):
-                changes.callback(put_back, module, module.__dict__.get("forward"))
-                module.forward = self._couple(module.forward)
+                restore.callback(put_back, module, module.__dict__.get("forward"))
+                module.forward = self._attend_per_part(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
         """Return a function that masks a part's LoRA output in the module `name` by the part's region."""
@@ -222,17 +223,17 @@ class _Batch:
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
 
-    def _see_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _store_feature_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = args[0] if args else kwargs["hidden_states"]
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
-    def _couple(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _attend_per_part(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a cross-attention that makes a separate pass for each prompt part."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
             rows = len(hidden_states)
-            parts = self.parts
+            parts = self.num_parts
             context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
             out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **settings)
             weights = self._resize_masks(self._weights, self._find_spatial_size(hidden_states))  # B P h w
@@ -244,7 +245,7 @@ class _Batch:
     def _limit_text(self, part: int, added: Tensor) -> Tensor:
         # added: P*R L C, of a part's own texts only
         limited = torch.zeros_like(added)
-        rows = len(added) // self.parts
+        rows = len(added) // self.num_parts
         limited[part * rows : (part + 1) * rows] = added[part * rows : (part + 1) * rows]
         return limited
 
@@ -253,7 +254,7 @@ class _Batch:
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of layers without positions
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
-            mask = self._means[:, part, None]
+            mask = self._mean_masks[:, part, None]
         elif added.ndim == 3:
             mask = self._resize_masks(self._masks, self._find_spatial_size(added))[:, part].flatten(1)[
                 ..., None

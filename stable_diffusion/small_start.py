@@ -39,7 +39,7 @@ class DeepShrinks:
     def apply_to_batch(
         self, requests: Sequence[RequestedImage], width: int, height: int
     ) -> Iterator[UnetHook | None]:
-        """Set the U-Net up for a batch and restore it at the end; yield None without Deep Shrink.
+        """Register forward hooks of Deep Shrink for a batch; yield the hook that selects the depth per call.
 
         Raises:
             OptionError: If the U-Net does not have a block at the given depth.
@@ -48,31 +48,37 @@ class DeepShrinks:
         if shrink is None:
             yield None
             return
+        label = requests[0].label
         if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
                 "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
-                requests[0].label,
+                label,
                 shrink.ds_timesteps_1,
                 shrink.ds_timesteps_2,
             )
-        shrinking = _Shrinking(shrink, input_blocks(self.unet))
-        for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
-            if depth is not None and not 0 <= depth < len(shrinking.blocks):
-                raise OptionError(
-                    f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
-                    f"{len(shrinking.blocks) - 1}. Give one of them, such as 3"
-                )
+        hooks = _ShrinkHooks(shrink, input_blocks(self.unet))
+        _check_depths(shrink, len(hooks.blocks))
         with ExitStack() as stack:
-            for handle in _install(shrinking, self.unet):
+            for handle in _register_hooks(hooks, self.unet):
                 stack.callback(handle.remove)
-            yield shrinking
-        if requests[0].image is not None and not shrinking.has_acted:
+            yield hooks
+        if requests[0].image is not None and not hooks.has_acted:
             logger.warning(
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
                 "(%d). Give a lower one, or a higher --strength.",
-                requests[0].label,
+                label,
                 shrink.ds_timesteps_1,
+            )
+
+
+def _check_depths(shrink: DeepShrinkOptions, num_blocks: int) -> None:
+    """Raise OptionError if the U-Net has no input block of a given depth."""
+    for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
+        if depth is not None and not 0 <= depth < num_blocks:
+            raise OptionError(
+                f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
+                f"{num_blocks - 1}. Give one of them, such as 3"
             )
 
 
@@ -106,39 +112,40 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Shrinking:
+class _ShrinkHooks:
     """`UnetHook` that decides before each U-Net call whether Deep Shrink's forward hooks are active."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
     depth: int | None = None  # depth at which features are made smaller in this call; None for nowhere
     has_acted: bool = False
-    size: Size = (0, 0)  # size of the sample
+    sample_size: Size = (0, 0)  # size of the sample
     # sizes of the skips that the running output block takes, in order of use
-    skips: list[Size] = field(default_factory=list)
+    skip_sizes: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
         """Select the depth at which features shrink in this call, and fit a ControlNet's residuals to it."""
-        # above the first timestep features shrink at the first depth, above the second at the second depth
         shrink = self.shrink
         if call.timestep >= shrink.ds_timesteps_1:
             self.depth = shrink.ds_depth_1
+        elif call.timestep >= shrink.ds_timesteps_2:
+            self.depth = shrink.ds_depth_2
         else:
-            self.depth = shrink.ds_depth_2 if call.timestep >= shrink.ds_timesteps_2 else None
+            self.depth = None
         self.has_acted = self.has_acted or self.depth is not None
         height, width = call.sample.shape[-2:]
-        self.size = height, width
+        self.sample_size = height, width
         if self.depth is None or call.residuals is None:
             return call
         # a ControlNet runs at full size, so its residuals have to be resized to the features' size
-        skips, middle = call.residuals
+        skip_residuals, middle_residual = call.residuals
         sizes = self._list_feature_sizes()
-        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
-        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
+        resized = [resize_like(skip, size) for skip, size in zip(skip_residuals, sizes, strict=True)]
+        return replace(call, residuals=(resized, resize_like(middle_residual, sizes[-1])))
 
     def _list_feature_sizes(self) -> list[Size]:
         """Return the height and width of each input block's output in this call of the U-Net."""
-        size = self.size
+        size = self.sample_size
         sizes = []
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
@@ -156,19 +163,19 @@ class _Shrinking:
             return None
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
-    def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def enter_up_block(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Resize features to an output block's first skip connection; store the sizes of all its skips."""
         if self.depth is None:
             return None
-        self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
+        self.skip_sizes = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
         upsample_size = kwargs.get("upsample_size")
         # for an image with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
         # right unless that skip is from before the features were made smaller
         if upsample_size is not None and [ceil_div(side, 2) for side in upsample_size] != list(
-            self.skips[-1]
+            self.skip_sizes[-1]
         ):
             upsample_size = None
-        fitted = resize_like(kwargs["hidden_states"], self.skips[0])
+        fitted = resize_like(kwargs["hidden_states"], self.skip_sizes[0])
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
@@ -178,7 +185,7 @@ class _Shrinking:
         """
         if self.depth is None:
             return None
-        size = self.skips[layer + 1]
+        size = self.skip_sizes[layer + 1]
         if isinstance(output, tuple):
             return resize_like(output[0], size), *output[1:]
         return resize_like(output, size)
@@ -189,26 +196,26 @@ def _size(features: Tensor) -> Size:
     return height, width
 
 
-def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
+def _register_hooks(hooks: _ShrinkHooks, unet: Any) -> Iterator[Any]:
     """Add the forward hooks of Deep Shrink to diffusers' U-Net; yield the handles that remove them.
 
-    Each hook is a method of `shrinking`. Loop variables are bound as defaults of the lambdas.
+    The lambdas bind loop variables as defaults.
     """
-    for depth, block in enumerate(shrinking.blocks):
-        yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
-    for output in unet.up_blocks:
-        yield output.register_forward_pre_hook(
-            lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
+    for depth, block in enumerate(hooks.blocks):
+        yield block.register_forward_pre_hook(lambda _, args, depth=depth: hooks.enter_block(depth, args))
+    for up_block in unet.up_blocks:
+        yield up_block.register_forward_pre_hook(
+            lambda _, args, kwargs: hooks.enter_up_block(args, kwargs), with_kwargs=True
         )
-        attentions = getattr(output, "attentions", None)
+        layers = list(getattr(up_block, "attentions", None) or up_block.resnets)
         # after each layer but the last, features are resized to the skip that the next layer takes
-        for layer, module in enumerate(list(attentions or output.resnets)[:-1]):
+        for layer, module in enumerate(layers[:-1]):
             yield module.register_forward_hook(
-                lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
+                lambda _, args, output, layer=layer: hooks.leave_layer(layer, output)
             )
     # if features were made smaller in this call, the output has the size of the sample again
     yield unet.conv_norm_out.register_forward_pre_hook(
-        lambda _, args: None if shrinking.depth is None else resize_like(args[0], shrinking.size)
+        lambda _, args: None if hooks.depth is None else resize_like(args[0], hooks.sample_size)
     )
 
 
@@ -251,6 +258,30 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
     return growth
 
 
+def _warn_of_growth(
+    full_size: Size, first_size: Size, last_size: Size, gradual: GradualLatentOptions
+) -> None:
+    """Warn if Gradual Latent begins with latents of full size, or ends with smaller ones."""
+    if first_size == full_size and gradual.gradual_latent_ratio < NEARLY:
+        logger.warning(
+            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
+            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
+            full_size[1] * STRIDE,
+            full_size[0] * STRIDE,
+            STEP * STRIDE,
+        )
+    if last_size != full_size:
+        logger.warning(
+            "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
+            "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
+            "--gradual_latent_timesteps.",
+            last_size[1] * STRIDE,
+            last_size[0] * STRIDE,
+            full_size[1] * STRIDE,
+            full_size[0] * STRIDE,
+        )
+
+
 def begin_small(
     latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
 ) -> tuple[Tensor, SchedulerSolver]:
@@ -276,25 +307,7 @@ def begin_small(
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
     first_size = scale_size(full_size, gradual.gradual_latent_ratio)
-    if first_size == full_size and gradual.gradual_latent_ratio < NEARLY:
-        logger.warning(
-            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
-            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
-            full_size[1] * STRIDE,
-            full_size[0] * STRIDE,
-            STEP * STRIDE,
-        )
-    last_size = sizes[-1] if sizes else first_size
-    if last_size != full_size:
-        logger.warning(
-            "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
-            "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
-            "--gradual_latent_timesteps.",
-            last_size[1] * STRIDE,
-            last_size[0] * STRIDE,
-            full_size[1] * STRIDE,
-            full_size[0] * STRIDE,
-        )
+    _warn_of_growth(full_size, first_size, sizes[-1] if sizes else first_size, gradual)
     growing = GrowingSteps(
         sampler.scheduler, full_size, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
     )

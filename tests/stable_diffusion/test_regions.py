@@ -213,7 +213,7 @@ def test_channels_are_regions(colors: Path) -> None:
 
 
 def test_colors_are_codes(colors: Path) -> None:
-    regions = read_regions(colors, 7, WIDTH, HEIGHT, color_codes=5)
+    regions = read_regions(colors, 7, WIDTH, HEIGHT, num_colors=5)
     columns = regions[:, 0, [5, 35, 65, 95]].int().tolist()
     # red is part 1, yellow (red, green) part 3, magenta (red, blue) part 5; 2 and 4 have none: everywhere
     everywhere = [1, 1, 1, 1]
