@@ -100,10 +100,10 @@ UnetSizes = Mapping[str, Any]
 GROUPS = 32  # number of groups in all group norms, as released; the tensors do not show it
 SD1_HEADS = 8  # number of heads in each attention, as released
 HEAD_WIDTH = 64  # head width of the later kinds of models
-SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
+NUM_SIZE_CONDITIONS = 6  # inputs of SDXL: original size, crop, target size
 LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 # input channels of a U-Net: for images, and for inpainting
-USES = (LATENT_CHANNELS, INPAINTING_CHANNELS)
+UNET_INPUT_CHANNELS = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
@@ -114,10 +114,10 @@ class UnetDepths(NamedTuple):
 
 
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
-    """Plan how to load the U-Net of a single file, given the tensors without the U-Net's prefix.
+    """Infer the config of diffusers' U-Net from a single file's tensor shapes, and plan how to load it.
 
     Args:
-        checkpoint: The opened checkpoint.
+        checkpoint: Tensors of the U-Net, without their prefix.
         kind: Kind of the checkpoint.
         pooled: Width of SDXL's pooled text state; 0 for other kinds.
 
@@ -144,14 +144,11 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     widths = tuple(
         shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers_by_level))
     )
-    depths = _read_depths(sources, layers_by_level)  # transformer blocks of each layer, by level
+    depths = _read_depths(sources, layers_by_level)
     attention = _find_last_attention(sources, depths)
     if attention is None:
         raise broken("it has no attention to the text")
     projection = sources.get(f"{attention}.proj_in.weight")
-    heads = [max(1, width // HEAD_WIDTH) for width in widths]  # SD2 and SDXL have heads of one width
-    if kind is SD1:
-        heads = [SD1_HEADS] * len(widths)
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,  # in latents, whose sides are an eighth of the image's
         "in_channels": shape("conv_in.weight")[1],
@@ -163,7 +160,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
-        "attention_head_dim": tuple(heads),  # diffusers' name for the number of heads
+        "attention_head_dim": _list_heads(kind, widths),  # diffusers' name for the number of heads
         **_make_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
@@ -174,6 +171,13 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         if width % GROUPS or (any(level_depths) and width % divisor):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
     return dialects.LoadPlan(config, checkpoint, sources)
+
+
+def _list_heads(kind: ModelKind, widths: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of attention heads of each level; SD2 and SDXL have heads of one width."""
+    if kind is SD1:
+        return (SD1_HEADS,) * len(widths)
+    return tuple(max(1, width // HEAD_WIDTH) for width in widths)
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
@@ -194,24 +198,29 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
         layers: Number of residual blocks of each level.
     """
 
-    def read_depths(side: str, level: int, blocks: int) -> tuple[int, ...]:
-        start = rf"{side}_blocks\.{level}\.attentions"
+    def count_transformer_blocks(path: str, level: int, num_layers: int) -> tuple[int, ...]:
         return tuple(
-            dialects.count(sources, rf"{start}\.{block}\.transformer_blocks\.\d+") for block in range(blocks)
+            dialects.count(sources, rf"{path}_blocks\.{level}\.attentions\.{layer}\.transformer_blocks\.\d+")
+            for layer in range(num_layers)
         )
 
     return UnetDepths(
-        down=[read_depths("down", level, num_layers) for level, num_layers in enumerate(layers)],
+        down=[count_transformer_blocks("down", level, num_layers) for level, num_layers in enumerate(layers)],
         # the up path goes through the levels in reverse and has one more block on each
-        up=[read_depths("up", level, num_layers + 1) for level, num_layers in enumerate(layers[::-1])],
+        up=[
+            count_transformer_blocks("up", level, num_layers + 1)
+            for level, num_layers in enumerate(layers[::-1])
+        ],
     )
 
 
 def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
     """Return U-Net settings of SDXL's additional conditions: pooled text state and image sizes."""
-    waves, remainder = divmod(width - pooled, SIZE_NUMBERS)
+    waves, remainder = divmod(width - pooled, NUM_SIZE_CONDITIONS)
     if remainder or waves < 2 or waves % 2:
-        raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")
+        raise broken(
+            f"label_emb takes {width} numbers, no pooled text of {pooled} and {NUM_SIZE_CONDITIONS} sizes"
+        )
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": waves,
@@ -241,7 +250,7 @@ VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
 
 VAE_GROUPS = 32  # number of groups in all group norms, as released
 CONFIG_CLASSES = {"AutoencoderKL"}
-GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
+EXPECTED_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
 
 # tensors that files of a VAE may contain in addition: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
@@ -266,7 +275,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
         CheckpointError: For any other file.
     """
     vae, sources = vae_sources(checkpoint)
-    other_network = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
+    other_network = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, EXPECTED_VAE)
     if (
         "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
         or "decoder.conv_in.weight" not in sources
@@ -280,7 +289,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
             f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
             f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
             f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
-            f"  Give {GIVE_VAE}.",
+            f"  Give {EXPECTED_VAE}.",
             checkpoint.path,
         )
     widths = tuple(
@@ -306,7 +315,10 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the VAE's part of a file, and the sources of its tensors by diffusers' names."""
+    """Return the tensors of a VAE in a file, and how to make each tensor that diffusers' AutoencoderKL has.
+
+    The file may be a whole checkpoint, and have names of LDM or of any version of diffusers.
+    """
     prefix = ""
     for vae_prefix in (VAE, "vae."):
         if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
@@ -314,12 +326,14 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
             break
     # others=("",): all tensors without this prefix belong to other networks
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
-    stored = plain_sources(vae)
-    names = map_vae_names_to_diffusers(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
-    # attention layers may also have the names of older versions of diffusers
-    sources = dialects.rename_sources(
-        stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)
-    )
+    stored_sources = plain_sources(vae)
+    num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")
+    diffusers_names = map_vae_names_to_diffusers(stored_sources, num_levels=num_levels)
+
+    def rename(name: str) -> str:
+        return dialects.translate_name(diffusers_names.get(name, name), _OLD_ATTENTION)
+
+    sources = dialects.rename_sources(stored_sources, rename)
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
             sources[name] = source.then(_as_matrix)
@@ -338,31 +352,30 @@ def band_convolutions(network: nn.Module, bands: int) -> None:
     """Make convolutions with kernels larger than 1x1 process the image in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-            module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]
+            module.forward = _BandedConv2d(module, bands)  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True, eq=False)
-class _Bands:
+class _BandedConv2d:
     """Compute a convolution in bands of rows to save memory."""
 
     conv: nn.Conv2d
-    maximum: int  # number of bands
+    num_bands: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C H W."""
         conv = self.conv
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
-        # number of rows of the result
-        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
-        if rows < 2 * self.maximum:  # too few: a band would have fewer than two rows
+        num_rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result
+        if num_rows < 2 * self.num_bands:  # too few: a band would have fewer than two rows
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
-        edges = [rows * band // self.maximum for band in range(self.maximum + 1)]
+        edges = [num_rows * band // self.num_bands for band in range(self.num_bands + 1)]
         for start, end in pairwise(edges):
             band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
-            if result is None:
-                result = convolved.new_empty((*convolved.shape[:2], rows, convolved.shape[3]))
+            if result is None:  # only now the channels, the dtype and the device of the result are known
+                result = convolved.new_empty((*convolved.shape[:2], num_rows, convolved.shape[3]))
                 if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
                     result = result.contiguous(memory_format=torch.channels_last)
             result[:, :, start:end] = convolved

@@ -29,8 +29,8 @@ from stable_diffusion.folders import open_part
 
 OPTION = "--control_net_models"
 PREFIX = "control_model."
-GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
-DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
+EXPECTED_FILE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
+DIFFERENCE_MARKER = "difference"  # a tensor of this name marks a file of differences
 CONTROL_ONLY_LAYERS = (
     "controlnet_"  # prefix of parts that a U-Net lacks; these are never stored as differences
 )
@@ -58,13 +58,13 @@ _UNET_DEFAULTS = {
     for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
     if parameter.default is not inspect.Parameter.empty
 }
-_HINT = "controlnet_cond_embedding"  # the convolutions that embed the guide image
-_BLOCKS = rf"{_HINT}\.blocks\.\d+"
+_HINT_EMBEDDING = "controlnet_cond_embedding"  # the convolutions that embed the guide image
+_HINT_BLOCKS = rf"{_HINT_EMBEDDING}\.blocks\.\d+"
 
 
 def load_control_net(
     path: Path,
-    unet: Mapping[str, Any],
+    unet_config: Mapping[str, Any],
     model_title: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -74,7 +74,7 @@ def load_control_net(
 
     Args:
         path: File or folder of the ControlNet.
-        unet: Configuration of diffusers' UNet2DConditionModel.
+        unet_config: Configuration of diffusers' UNet2DConditionModel.
         model_title: Name of the U-Net's model.
         device: Device of the run.
         dtype: Dtype of the weights.
@@ -95,9 +95,9 @@ def load_control_net(
         return weight.float() + base.get_parameter(name).to(weight.device, torch.float32)
 
     with opened as checkpoint:
-        plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet}, model_title)
+        plan = _read_control_net(path, checkpoint, {**_UNET_DEFAULTS, **unet_config}, model_title)
         network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
-        is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
+        is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE_MARKER for name in checkpoint.tensors)
         load_module(
             network,
             plan.checkpoint,
@@ -116,20 +116,21 @@ def _reject_similar(bare: Checkpoint) -> None:
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
-                f"{bare.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
+                f"{bare.path} is not a ControlNet; it looks like {what}.\n"
+                f"  Give {EXPECTED_FILE} to {OPTION}.",
                 bare.path,
             )
 
 
 def _read_control_net(
-    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], model_title: str
+    path: Path, checkpoint: Checkpoint, unet_config: Mapping[str, Any], model_title: str
 ) -> LoadPlan[dict[str, Any]]:
-    """Plan how to load a ControlNet from an open file.
+    """Infer the config of diffusers' ControlNetModel from a file, and plan how to load its tensors.
 
     Args:
         path: Path of the file or folder, as in the option.
         checkpoint: The opened checkpoint.
-        unet: Configuration of the U-Net.
+        unet_config: Configuration of the U-Net.
         model_title: Name of the U-Net's model.
     """
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
@@ -137,23 +138,25 @@ def _read_control_net(
     translate = ldm_to_diffusers_translator(bare.tensors)
     sources = {}
     for name, source in plain_sources(bare).items():
-        if name != DIFFERENCE:
+        if name != DIFFERENCE_MARKER:
             sources[_name_in_diffusers(name, translate)] = source
     has_middle = "controlnet_mid_block.weight" in sources
-    has_hint = f"{_HINT}.conv_in.weight" in sources
+    has_hint = f"{_HINT_EMBEDDING}.conv_in.weight" in sources
     if not has_middle or not has_hint:
-        raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
+        raise other_kind(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
     # published files number all convolutions of the guide image; diffusers calls the last one conv_out
-    if f"{_HINT}.conv_out.weight" not in sources:
-        last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
-        sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
-    config = _read_config(bare, sources, unet)
-    _compare(checkpoint, config, unet, model_title)
-    config |= _read_unseen(path)
-    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))  # a marker, no weight
+    if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
+        last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
+        sources = {
+            name.replace(last, f"{_HINT_EMBEDDING}.conv_out."): source for name, source in sources.items()
+        }
+    config = _read_config(bare, sources, unet_config)
+    _check_fits_unet(checkpoint, config, unet_config, model_title)
+    config |= _read_settings_without_tensors(path)
+    return LoadPlan(config, bare, sources, ignore=(DIFFERENCE_MARKER,))  # a marker, no weight
 
 
-def _read_unseen(path: Path) -> dict[str, Any]:
+def _read_settings_without_tensors(path: Path) -> dict[str, Any]:
     """Read settings that tensors do not show: the color order, and whether residuals are averaged.
 
     A diffusers folder has both in its config.json. For single files, residuals are averaged if the name
@@ -170,7 +173,7 @@ def _read_unseen(path: Path) -> dict[str, Any]:
 
 
 _RELEASED_NAMES = (
-    (r"input_hint_block\.0\.(\w+)", rf"{_HINT}.conv_in.\1"),
+    (r"input_hint_block\.0\.(\w+)", rf"{_HINT_EMBEDDING}.conv_in.\1"),
     (r"zero_convs\.(\d+)\.0\.(\w+)", r"controlnet_down_blocks.\1.\2"),
     (r"middle_block_out\.0\.(\w+)", r"controlnet_mid_block.\1"),
 )
@@ -184,7 +187,7 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
             return match.expand(template)
     match = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
     if match is not None:  # activations between the convolutions are numbered too
-        return f"{_HINT}.blocks.{int(match[1]) // 2 - 1}.{match[2]}"
+        return f"{_HINT_EMBEDDING}.blocks.{int(match[1]) // 2 - 1}.{match[2]}"
     return translate(name)
 
 
@@ -214,12 +217,12 @@ class _Levels:
 
 
 def _read_config(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet_config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
     unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
-        f"such network. Give {GIVE} to {OPTION}.",
+        f"such network. Give {EXPECTED_FILE} to {OPTION}.",
         checkpoint.path,
     )
     # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing
@@ -231,28 +234,28 @@ def _read_config(
     # diffusers has one number of layers for the last level and the middle block
     if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
         raise unknown_sizes
-    hint_blocks = count(sources, _BLOCKS)
+    hint_blocks = count(sources, _HINT_BLOCKS)
     pooled = {}  # conditions of SDXL: sizes and pooled text
     if "add_embedding.linear_1.weight" in sources:
         pooled = {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": unet.get("addition_time_embed_dim"),
+            "addition_time_embed_dim": unet_config.get("addition_time_embed_dim"),
             "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
         }
-    text_width = unet["cross_attention_dim"]
+    text_width = unet_config["cross_attention_dim"]
     if levels.transformers:
         text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    is_linear = unet["use_linear_projection"]  # a projection in the file decides by its shape instead
+    is_linear = unet_config["use_linear_projection"]  # a projection in the file decides by its shape instead
     projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
     if projection in sources:
         is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
     return {
         "in_channels": shape("conv_in.weight")[1],
-        "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
+        "conditioning_channels": shape(f"{_HINT_EMBEDDING}.conv_in.weight")[1],
         "conditioning_embedding_out_channels": (
-            shape(f"{_HINT}.conv_in.weight")[0],
+            shape(f"{_HINT_EMBEDDING}.conv_in.weight")[0],
             # in pairs: the second convolution of each pair changes the number of channels
-            *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
+            *(shape(f"{_HINT_EMBEDDING}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
         ),
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
@@ -264,7 +267,7 @@ def _read_config(
         "cross_attention_dim": text_width,
         "use_linear_projection": is_linear,
         **pooled,
-        **{name: unet[name] for name in _AS_UNET if name in unet},
+        **{name: unet_config[name] for name in _AS_UNET if name in unet_config},
     }
 
 
@@ -293,22 +296,22 @@ _AS_UNET = (
 _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
 
 
-def _compare(
-    checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], model_title: str
+def _check_fits_unet(
+    checkpoint: Checkpoint, config: Mapping[str, Any], unet_config: Mapping[str, Any], model_title: str
 ) -> None:
     """Raise CheckpointError if a ControlNet does not belong to a U-Net.
 
     Args:
         checkpoint: The opened checkpoint.
         config: Dimensions of the ControlNet.
-        unet: Configuration of the U-Net.
+        unet_config: Configuration of the U-Net.
         model_title: Name of the U-Net's model.
     """
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "
             f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, those "
-            f"of inpainting models are not. Give {GIVE} to {OPTION}.",
+            f"of inpainting models are not. Give {EXPECTED_FILE} to {OPTION}.",
             checkpoint.path,
         )
     sizes = {
@@ -320,7 +323,7 @@ def _compare(
     lines = ""
     for name, what in sizes.items():
         in_control_net = _list_values(config, name)
-        in_unet = _list_values(unet, name)
+        in_unet = _list_values(unet_config, name)
         if in_control_net != in_unet:
             theirs = _join_words(in_control_net)
             lines += f"\n  {what}: {theirs} in the ControlNet, {_join_words(in_unet)} in the model"

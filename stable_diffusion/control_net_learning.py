@@ -103,7 +103,7 @@ def make_control_net(
     checkpoints: bool,
     kind: ModelKind,
     unet: Any,
-    with_values: bool,
+    reads_weights: bool,
 ) -> TrainedControlNet:
     """Build a ControlNet for a U-Net: a copy of its first half, or one loaded from a file.
 
@@ -113,12 +113,12 @@ def make_control_net(
         checkpoints: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
-        with_values: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
+        reads_weights: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
     """
-    if path is None or not with_values:
+    if path is None or not reads_weights:
         network = copy_unet(unet)
     else:
         network = load_control_net(path, unet.config, kind.title, device=CPU, dtype=torch.float32, base=unet)

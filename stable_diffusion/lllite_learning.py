@@ -17,10 +17,10 @@ from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 from stable_diffusion.beside_unet import UnetControl
 from stable_diffusion.control_net_options import list_generation_command
 from stable_diffusion.lllite_modules import (
-    WHAT,
+    A_LLLITE,
     Lllite,
+    LlliteDimensions,
     LlliteModule,
-    LllitePart,
     find_layer,
     find_layer_path,
     plan_lllite,
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 class TrainedLllite(Lllite):
     """Trained LLLite modules, which change layer inputs in every U-Net call."""
 
-    def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
+    def __init__(self, parts: Mapping[str, LlliteDimensions], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
         self.multiplier = 1.0
         # for the current U-Net call, and for blocks that gradient checkpointing recomputes: control images,
@@ -67,7 +67,7 @@ class TrainedLllite(Lllite):
         """
         for name, module in self.named_children():
             assert isinstance(module, LlliteModule)
-            layer = find_layer(unet, name, part=module.part, path=path, option=WEIGHTS)
+            layer = find_layer(unet, name, dimensions=module.dimensions, path=path, option=WEIGHTS)
             layer.register_forward_pre_hook(partial(self._change_input, module))
         # called before each U-Net call with the control images
         unet.control = UnetControl(self.compute_residuals)  # type: ignore[assignment]
@@ -75,7 +75,7 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Set the control images for a U-Net call; return {}, as the call needs no more arguments."""
+        """Store a U-Net call's control images for the forward hooks; return no further arguments for it."""
         self.see(controls, strength)
         return {}
 
@@ -93,7 +93,7 @@ class TrainedLllite(Lllite):
         return x + (change if strength == 1 else strength * change), *others
 
 
-def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
+def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, reads_weights: bool) -> TrainedLllite:
     """Build LLLite modules for a U-Net and attach them to its layers.
 
     New modules have no effect at first: weight and bias of `up` are zero.
@@ -101,40 +101,43 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
     Args:
         options: Options of the run.
         unet: The U-Net.
-        with_values: Whether the values of --network_weights are read.
+        reads_weights: Whether the values of --network_weights are read.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
         OptionError: If the file has other sizes than the options.
     """
     path = options.network_weights
+    dropout = options.network_dropout or 0.0
     if path is None:
         width, rank = options.cond_emb_dim or WIDTH, options.network_dim or RANK
-        network = TrainedLllite(plan_lllite(unet, width, rank), options.network_dropout or 0.0)
+        network = TrainedLllite(plan_lllite(unet, width, rank), dropout)
         for module in network.children():
             assert isinstance(module, LlliteModule)
             nn.init.zeros_(module.up[0].weight)  # type: ignore[arg-type]
             nn.init.zeros_(module.up[0].bias)  # type: ignore[arg-type]
-        path = Path()  # only for messages about a file
-    else:
-        with open_checkpoint(path) as checkpoint:
-            plan = read_lllite(checkpoint, WEIGHTS)
-            _check_sizes(options, path, plan.config)
-            build = partial(TrainedLllite, dropout=options.network_dropout or 0.0)
-            if with_values:
-                network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=WHAT)
-            else:
-                network = build(plan.config)
+        network.attach_to(unet, Path())  # the path is only for messages about a file
+        return network
+    with open_checkpoint(path) as checkpoint:
+        plan = read_lllite(checkpoint, WEIGHTS)
+        _check_sizes(options, path, plan.config)
+        build = partial(TrainedLllite, dropout=dropout)
+        if reads_weights:
+            network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=A_LLLITE)
+        else:
+            network = build(plan.config)
     network.attach_to(unet, path)
     return network
 
 
-def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LllitePart]) -> None:
+def _check_sizes(
+    options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LlliteDimensions]
+) -> None:
     """Raise OptionError if the dimensions of LLLite modules in a file differ from the options."""
-    part = next(iter(parts.values()))
+    dimensions = next(iter(parts.values()))
     sizes = {
-        "network_dim": (options.network_dim, part.rank),
-        "cond_emb_dim": (options.cond_emb_dim, part.convolutions[-1][0]),
+        "network_dim": (options.network_dim, dimensions.rank),
+        "cond_emb_dim": (options.cond_emb_dim, dimensions.convolutions[-1][0]),
     }
     for name, (typed, stored) in sizes.items():
         if typed is not None and typed != stored:
@@ -166,8 +169,8 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
     if path is not None:
         # an unusable file is reported by the training's own check
         with contextlib.suppress(UserError, OSError), open_checkpoint(path) as checkpoint:
-            part = next(iter(read_lllite(checkpoint, WEIGHTS).config.values()))
-            return part.convolutions[-1][0], part.rank
+            dimensions = next(iter(read_lllite(checkpoint, WEIGHTS).config.values()))
+            return dimensions.convolutions[-1][0], dimensions.rank
     return options.cond_emb_dim or WIDTH, options.network_dim or RANK
 
 
@@ -178,7 +181,7 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
         return
     with open_checkpoint(require_file(path, WEIGHTS, "")) as checkpoint:
         plan = read_lllite(checkpoint, WEIGHTS)
-        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
         _check_sizes(options, path, plan.config)
         for name in plan.config:
             if find_layer_path(name) is None:

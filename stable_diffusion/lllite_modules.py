@@ -27,7 +27,7 @@ from stable_diffusion.names import SDXL as SDXL_NAMES
 
 PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
 _OTHER_PREFIX = "lllite_"  # prefix of files for other models than SDXL
-WHAT = "a ControlNet-LLLite for Stable Diffusion XL"
+A_LLLITE = "a ControlNet-LLLite for Stable Diffusion XL"
 # parts of the U-Net, by released name, that have modules; below, the layers of a transformer that have one
 _BLOCKS = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "input_blocks_8_1", "middle_block_1")
 _LAYERS = ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn2_to_q")
@@ -36,7 +36,7 @@ _STRIDES = {0: (4, 2), 1: (4, 4), 2: (4, 4, 2)}
 
 
 @dataclass(frozen=True)
-class LllitePart:
+class LlliteDimensions:
     """Dimensions of the LLLite module that modifies the input of one layer."""
 
     convolutions: tuple[tuple[int, int], ...]  # (channels, kernel and stride), one after the other
@@ -56,38 +56,40 @@ class LllitePart:
 class LlliteModule(nn.Module):
     """LLLite module that changes the input of one layer; attribute names are those in files."""
 
-    def __init__(self, part: LllitePart, dropout: float = 0.0) -> None:
+    def __init__(self, dimensions: LlliteDimensions, dropout: float = 0.0) -> None:
         super().__init__()
-        self.part = part
+        self.dimensions = dimensions
         layers: list[nn.Module] = []
         channels = 3
-        for width, stride in part.convolutions:
+        for width, stride in dimensions.convolutions:
             layers += [nn.Conv2d(channels, width, kernel_size=stride, stride=stride), nn.ReLU()]
             channels = width
         self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
-        self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
-        self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
+        self.down = nn.Sequential(self._make_layer(dimensions.width, dimensions.rank), nn.ReLU())
+        self.mid = nn.Sequential(self._make_layer(dimensions.rank + channels, dimensions.rank), nn.ReLU())
         self.dropout = nn.Dropout(dropout)  # dropout in training; files have none
-        self.up = nn.Sequential(self._make_layer(part.rank, part.width))
+        self.up = nn.Sequential(self._make_layer(dimensions.rank, dimensions.width))
 
     def _make_layer(self, width: int, out: int) -> nn.Module:
-        return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
+        return (
+            nn.Conv2d(width, out, kernel_size=1) if self.dimensions.is_convolution else nn.Linear(width, out)
+        )
 
     def embed(self, controls: Tensor) -> Tensor:
         """Embed control images B 3 H W in -1..1 in E channels: B L E, or B E h w for a convolution layer."""
         height, width = controls.shape[2:]
-        step = self.part.reduction
+        step = self.dimensions.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
         missing = (0, -width % step, 0, -height % step)
         if any(missing):
             controls = nn.functional.pad(controls, missing, mode="replicate")
         embedding = self.conditioning1(controls)
-        return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
+        return embedding if self.dimensions.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return the change that is added to the layer's input `x` for the control image embedded before."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
-        axis = 1 if self.part.is_convolution else 2
+        axis = 1 if self.dimensions.is_convolution else 2
         rows = embedding
         if len(x) != len(embedding):
             rows = embedding.repeat(len(x) // len(embedding), *(1,) * (embedding.ndim - 1))
@@ -97,13 +99,13 @@ class LlliteModule(nn.Module):
 class Lllite(nn.Module):
     """All LLLite modules of one file, by their names in the file."""
 
-    def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
+    def __init__(self, parts: Mapping[str, LlliteDimensions], dropout: float = 0.0) -> None:
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, LlliteModule(part, dropout))
 
 
-def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]:
+def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LlliteDimensions]:
     """Return the dimensions of all LLLite modules of a U-Net, by module name, in the order of its layers.
 
     Args:
@@ -111,26 +113,28 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
         width: Channels of the embedded control image, an even number.
         rank: Width to which inputs are projected.
     """
-    levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
-    parts = {}
+    num_levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
+    plan = {}
     for block in _BLOCKS:
         index = 0
-        # each block has an unknown number of transformer blocks: count until one is missing
-        while (path := find_layer_path(f"{PREFIX}{block}_transformer_blocks_{index}_attn1_to_q")) is not None:
+        # the number of transformer blocks is unknown: count until one is missing
+        while True:
+            transformer_block = f"{PREFIX}{block}_transformer_blocks_{index}"
+            path = find_layer_path(f"{transformer_block}_attn1_to_q")
             first = _get_layer(unet, path)
-            if first is None:
+            if path is None or first is None:
                 break
             path_parts = path.split(".")
             # the middle block has the resolution of the last level
-            level = int(path_parts[1]) if path_parts[0] == "down_blocks" else levels - 1
+            level = int(path_parts[1]) if path_parts[0] == "down_blocks" else num_levels - 1
             # (channels, stride) of each convolution: the last one has the full width
             *strides, last_stride = _STRIDES[level]
             convolutions = (*((width // 2, stride) for stride in strides), (width, last_stride))
             for leaf in _LAYERS:
-                name = f"{PREFIX}{block}_transformer_blocks_{index}_{leaf}"
-                parts[name] = LllitePart(convolutions, first.in_features, rank, is_convolution=False)
+                dimensions = LlliteDimensions(convolutions, first.in_features, rank, is_convolution=False)
+                plan[f"{transformer_block}_{leaf}"] = dimensions
             index += 1
-    return parts
+    return plan
 
 
 def find_layer_path(name: str) -> str | None:
@@ -152,13 +156,15 @@ def _input_width(layer: Any) -> int | None:
     return width
 
 
-def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option: str) -> nn.Module:
+def find_layer(
+    unet: nn.Module, name: str, dimensions: LlliteDimensions, path: Path, option: str
+) -> nn.Module:
     """Return the layer of a U-Net whose input an LLLite module modifies.
 
     Args:
         unet: The U-Net.
         name: Name of the module in the file.
-        part: Dimensions of the module.
+        dimensions: Dimensions of the module.
         path: Path of the file.
         option: Option that names the file.
 
@@ -167,19 +173,17 @@ def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option:
     """
     layer = _get_layer(unet, find_layer_path(name))
     width = _input_width(layer)
-    if width == part.width and isinstance(layer, nn.Conv2d) == part.is_convolution:
+    if width == dimensions.width and isinstance(layer, nn.Conv2d) == dimensions.is_convolution:
         return layer
-    mismatch = "has no such layer"
-    if width is not None:
-        mismatch = f"takes {width} there"
+    mismatch = "has no such layer" if width is None else f"takes {width} there"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
-        f"{part.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
+        f"{dimensions.width} channels, and the model {mismatch}. Give one for {SDXL.title} to {option}.",
         path,
     )
 
 
-def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LllitePart]]:
+def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LlliteDimensions]]:
     """Plan how to load a file of ControlNet-LLLite.
 
     Args:
@@ -198,13 +202,15 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
                 f"Give one for Stable Diffusion XL to {option}.",
                 checkpoint.path,
             )
-        raise other_kind(checkpoint, WHAT, option, "a file such as controllllite_v01032064e_sdxl_canny")
+        raise other_kind(checkpoint, A_LLLITE, option, "a file such as controllllite_v01032064e_sdxl_canny")
     return LoadPlan(
-        {name: _read_part(checkpoint, name) for name in sorted(names)}, checkpoint, plain_sources(checkpoint)
+        {name: _read_dimensions(checkpoint, name) for name in sorted(names)},
+        checkpoint,
+        plain_sources(checkpoint),
     )
 
 
-def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
+def _read_dimensions(checkpoint: Checkpoint, name: str) -> LlliteDimensions:
     """Read the dimensions of the module `name` from its tensors."""
     tensors = checkpoint.tensors
 
@@ -212,23 +218,23 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
         info = tensors.get(f"{name}.{ending}")
         if info is None or len(info.shape) not in axes or 0 in info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} is not {WHAT} as known: {name}.{ending} is missing or has another "
+                f"{checkpoint.path} is not {A_LLLITE} as known: {name}.{ending} is missing or has another "
                 "shape. Copy or download it again.",
                 checkpoint.path,
             )
         return info.shape
 
     start = f"{name}.conditioning1."
-    indices = []
+    convolution_indices = []
     for tensor_name in tensors:
         if tensor_name.startswith(start) and tensor_name.endswith(".weight"):
-            index_text = tensor_name.removeprefix(start).removesuffix(".weight")
-            if index_text.isdecimal():
-                indices.append(int(index_text))
+            index = tensor_name.removeprefix(start).removesuffix(".weight")
+            if index.isdecimal():
+                convolution_indices.append(int(index))
     kernels = []
-    for index in sorted(indices) or [0]:  # if there is none, the error names layer 0
-        channels, _, size, _ = shape(f"conditioning1.{index}.weight", (4,))
+    for number in sorted(convolution_indices) or [0]:  # if there is none, the error names layer 0
+        channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
         kernels.append((channels, size))
     down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel
     rank, in_features = down_shape[:2]
-    return LllitePart(tuple(kernels), in_features, rank, is_convolution=len(down_shape) == 4)
+    return LlliteDimensions(tuple(kernels), in_features, rank, is_convolution=len(down_shape) == 4)

@@ -16,8 +16,8 @@ from modules.errors import CheckpointError
 from stable_diffusion.contract import SDXL, Model, ModelKind, RequestedImage, UnetCall, UnetHook
 from stable_diffusion.control_net import BatchGuides, is_active
 from stable_diffusion.lllite_modules import (
+    A_LLLITE,
     PREFIX,
-    WHAT,
     Lllite,
     LlliteModule,
     find_layer,
@@ -54,7 +54,12 @@ class Lllites:
             for name, module in network.named_children():
                 assert isinstance(module, LlliteModule)
                 layers.append(
-                    (find_layer(model.unet, name, part=module.part, path=use.path, option=OPTION), module)
+                    (
+                        find_layer(
+                            model.unet, name, dimensions=module.dimensions, path=use.path, option=OPTION
+                        ),
+                        module,
+                    )
                 )
             self._layers.append(layers)
 
@@ -131,7 +136,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
             # compares, reads nothing
-            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=A_LLLITE)
             for name in plan.config:
                 if find_layer_path(name) is None:
                     raise CheckpointError(
@@ -153,7 +158,7 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     for use in options.uses:
         with open_checkpoint(use.path) as checkpoint:
             plan = read_lllite(checkpoint, OPTION)
-            network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, what=WHAT)
+            network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, what=A_LLLITE)
             networks.append(network)
         logger.info("ControlNet-LLLite %s: %d layers", use.path, len(list(networks[-1].children())))
     return Lllites(networks, options.uses, model)

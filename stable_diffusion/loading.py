@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from checkpoints.dialects import LoadPlan, load_planned
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import SUFFIXES, open_checkpoint
+from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
 from modules.devices import dtype_name
@@ -57,23 +58,47 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
-    # find the tokenizers and check all files
     dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
+    path = checkpoint_plan.path
+    text_plans = checkpoint_plan.text_encoders
     tokenizers = load_tokenizers(
-        options.tokenizer_cache_dir,
-        checkpoint_plan.path,
-        [plan.is_open_clip for plan in checkpoint_plan.text_encoders],
+        options.tokenizer_cache_dir, path, [plan.is_open_clip for plan in text_plans]
     )
-    for tokenizer, plan in zip(tokenizers, checkpoint_plan.text_encoders, strict=True):
-        check_vocabulary(tokenizer, plan.load_plan.config.vocabulary, checkpoint_plan.path)
-    parts = _make_networks(checkpoint_plan, dtype, vae_dtype)
-    _fill(parts, META)  # compares names and shapes; reads nothing
+    for tokenizer, plan in zip(tokenizers, text_plans, strict=True):
+        check_vocabulary(tokenizer, plan.load_plan.config.vocabulary, path)
+    networks = _make_networks(checkpoint_plan, dtype, vae_dtype)
+    _load_weights(networks, META)  # compares names and shapes; reads nothing
+    _log_checkpoint(checkpoint_plan, dtype, vae_dtype)
+    if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
+        logger.warning(
+            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
+            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
+        )
+    _load_weights(networks, device)
+    *text_networks, unet, vae = (loaded.network for loaded in networks)
+    _set_computation(options, unet, vae)
+    return Model(
+        kind=checkpoint_plan.kind,
+        path=path,
+        unet=unet,
+        vae=vae,
+        text_encoders=_join_text_encoders(checkpoint_plan, text_networks, tokenizers),
+        predicts_velocity=checkpoint_plan.model_type.predicts_velocity or options.v_parameterization,
+        zero_terminal_snr=checkpoint_plan.model_type.zero_terminal_snr,
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+    )
+
+
+def _log_checkpoint(checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
+    """Log the kind, the prediction type and the dtypes of a checkpoint that is loaded."""
     description = checkpoint_plan.kind.title
     if checkpoint_plan.unet.config.get("in_channels") == 9:  # 4 noisy, 4 of the masked image, 1 mask
         description += ", inpainting"
-    if checkpoint_plan.model_type.describe_prediction():
-        description += f", which {checkpoint_plan.model_type.describe_prediction()}"
+    if prediction := checkpoint_plan.model_type.describe_prediction():
+        description += f", which {prediction}"
     logger.info(
         "Loading %s: %s, as %s, VAE as %s",
         checkpoint_plan.path,
@@ -81,44 +106,28 @@ def load_checkpoint(options: ModelOptions, checkpoint_plan: CheckpointPlan, devi
         dtype_name(dtype),
         dtype_name(vae_dtype),
     )
-    if checkpoint_plan.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
-        logger.warning(
-            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
-            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
-        )
-    # read the weights
-    _fill(parts, device)
-    *texts, unet, vae = (network for network, *_ in parts)  # in the order of `_make_networks`
-    tower_parts = zip(
-        checkpoint_plan.text_encoders, texts, tokenizers, checkpoint_plan.kind.lora_prefixes, strict=True
-    )
-    text_encoders = tuple(
-        LoadedTextEncoder(
+
+
+def _join_text_encoders(
+    checkpoint_plan: CheckpointPlan, networks: Sequence[ClipText], tokenizers: Sequence[ClipWords]
+) -> tuple[LoadedTextEncoder, ...]:
+    """Return each text encoder with its tokenizer."""
+    kind = checkpoint_plan.kind
+    text_encoders = []
+    for plan, network, tokenizer, lora_prefix in zip(
+        checkpoint_plan.text_encoders, networks, tokenizers, kind.lora_prefixes, strict=True
+    ):
+        text_encoder = LoadedTextEncoder(
             network=network,
             tokenize=tokenizer.tokenize,
             bos_token_id=tokenizer.start,
             eos_token_id=tokenizer.end,
             pad_token_id=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1
-            if checkpoint_plan.kind is SD2
-            else 0,  # the last layer is never used, so not loaded
+            missing_layers=1 if kind is SD2 else 0,  # the last layer is never used, so not loaded
         )
-        for plan, network, tokenizer, lora_prefix in tower_parts
-    )
-    _set_computation(options, unet, vae)
-    return Model(
-        kind=checkpoint_plan.kind,
-        path=checkpoint_plan.path,
-        unet=unet,
-        vae=vae,
-        text_encoders=text_encoders,
-        predicts_velocity=checkpoint_plan.model_type.predicts_velocity or options.v_parameterization,
-        zero_terminal_snr=checkpoint_plan.model_type.zero_terminal_snr,
-        device=device,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-    )
+        text_encoders.append(text_encoder)
+    return tuple(text_encoders)
 
 
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
@@ -146,42 +155,50 @@ def plan_checkpoint(options: ModelOptions, files: ExitStack) -> CheckpointPlan:
         CheckpointError: If the files cannot be used.
     """
     path = find_checkpoint(options.ckpt)
-    if path.is_dir():
-        model_type = folders.read_folder_model_type(path)
-        check_kind_flags(options, model_type.kind)
-        has_config = (path / "scheduler" / "scheduler_config.json").is_file()
-        if options.v_parameterization and has_config and not model_type.predicts_velocity:
-            raise OptionError(
-                f"--v_parameterization: the scheduler/scheduler_config.json of {path} says that the model "
-                'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
-                "wrong"
-            )
-        texts = folders.read_folder_texts(path, model_type.kind, files)
-        unet = folders.read_folder_unet(path, files)
-        vae = read_chosen_vae(
-            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", model_type.kind, files
+    plan = _plan_folder(options, path, files) if path.is_dir() else _plan_single_file(options, path, files)
+    _check_together(plan)
+    return plan
+
+
+def _plan_folder(options: ModelOptions, path: Path, files: ExitStack) -> CheckpointPlan:
+    """Plan how to load a folder in diffusers' layout, and the VAE of --vae."""
+    model_type = folders.read_folder_model_type(path)
+    check_kind_flags(options, model_type.kind)
+    has_config = (path / "scheduler" / "scheduler_config.json").is_file()
+    if options.v_parameterization and has_config and not model_type.predicts_velocity:
+        raise OptionError(
+            f"--v_parameterization: the scheduler/scheduler_config.json of {path} says that the model "
+            'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
+            "wrong"
         )
+    text_encoders = folders.read_folder_texts(path, model_type.kind, files)
+    unet = folders.read_folder_unet(path, files)
+    if options.vae is None:
+        vae = read_chosen_vae(path / "vae", "--ckpt", model_type.kind, files)
     else:
-        checkpoint = files.enter_context(open_checkpoint(path))
-        model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
-        check_kind_flags(options, model_type.kind)
-        averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
-        if averages:
-            logger.info(
-                "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, averages
-            )
-        texts = read_texts(checkpoint, model_type.kind)
-        # "": all tensors with another prefix belong to other networks, and are left out
-        unet_part = checkpoint.without_prefix(UNET, others=("",))
-        unet = checkpoints.read_unet(unet_part, model_type.kind, _find_pooled_width(texts))
-        vae = (
-            checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
-            if options.vae is None
-            else read_chosen_vae(options.vae, "--vae", model_type.kind, files)
+        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, files)
+    return CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=text_encoders)
+
+
+def _plan_single_file(options: ModelOptions, path: Path, files: ExitStack) -> CheckpointPlan:
+    """Plan how to load a single-file checkpoint, and the VAE of --vae."""
+    checkpoint = files.enter_context(open_checkpoint(path))
+    model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
+    check_kind_flags(options, model_type.kind)
+    num_averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
+    if num_averages:
+        logger.info(
+            "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, num_averages
         )
-    checkpoint_plan = CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=texts)
-    _check_together(checkpoint_plan)
-    return checkpoint_plan
+    text_encoders = read_texts(checkpoint, model_type.kind)
+    # "": all tensors with another prefix belong to other networks, and are left out
+    unet_checkpoint = checkpoint.without_prefix(UNET, others=("",))
+    unet = checkpoints.read_unet(unet_checkpoint, model_type.kind, _find_pooled_width(text_encoders))
+    if options.vae is None:
+        vae = checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
+    else:
+        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, files)
+    return CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=text_encoders)
 
 
 def find_checkpoint(ckpt: Path) -> Path:
@@ -254,16 +271,15 @@ def _check_together(checkpoint_plan: CheckpointPlan) -> None:
     config = checkpoint_plan.unet.config
     path = checkpoint_plan.path
     channels = config.get("in_channels", 4)
-    if channels not in checkpoints.USES:
+    if channels not in checkpoints.UNET_INPUT_CHANNELS:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (images) and 9 "
             f"(inpainting) can be used.\n  Give {EXPECTED_FILE}.",
             path,
         )
     text_width = config.get("cross_attention_dim", 1280)
-    width = sum(
-        plan.load_plan.config.dim for plan in checkpoint_plan.text_encoders
-    )  # the encoders' states are concatenated
+    # the encoders' states are concatenated
+    width = sum(plan.load_plan.config.dim for plan in checkpoint_plan.text_encoders)
     if text_width != width:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes text states of {text_width} numbers, its text encoders give "
@@ -271,24 +287,30 @@ def _check_together(checkpoint_plan: CheckpointPlan) -> None:
             path,
         )
     if checkpoint_plan.kind is SDXL:
-        pooled = _find_pooled_width(checkpoint_plan.text_encoders)
-        needed = pooled + checkpoints.SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
-        pooled_width = config.get("projection_class_embeddings_input_dim")
-        if pooled_width != needed:
+        size_width = checkpoints.NUM_SIZE_CONDITIONS * (config.get("addition_time_embed_dim") or 0)
+        needed = _find_pooled_width(checkpoint_plan.text_encoders) + size_width
+        added_width = config.get("projection_class_embeddings_input_dim")
+        if added_width != needed:
             raise CheckpointError(
-                f"--ckpt {path}: its U-Net takes {pooled_width} numbers in addition to the text, its second "
-                f"text encoder and {checkpoints.SIZE_NUMBERS} sizes make {needed}. Parts of different models "
-                "were joined.",
+                f"--ckpt {path}: its U-Net takes {added_width} numbers in addition to the text, its second "
+                f"text encoder and {checkpoints.NUM_SIZE_CONDITIONS} sizes make {needed}. Parts of different "
+                "models were joined.",
                 path,
             )
 
 
-_Part = tuple[Any, LoadPlan[Any], torch.dtype, str]  # a network, how it is loaded, and its name in messages
+class _NetworkToLoad(NamedTuple):
+    """A network on the meta device, and how its weights are loaded."""
+
+    network: Any
+    plan: LoadPlan[Any]
+    dtype: torch.dtype
+    label: str  # in messages
 
 
 def _make_networks(
     checkpoint_plan: CheckpointPlan, dtype: torch.dtype, vae_dtype: torch.dtype
-) -> list[_Part]:
+) -> list[_NetworkToLoad]:
     """Build all networks on the meta device: text encoders, U-Net and VAE."""
     for plan in checkpoint_plan.text_encoders:
         check_activation(plan.load_plan.config, checkpoint_plan.path, "CLIP has quick_gelu or gelu")
@@ -301,20 +323,21 @@ def _make_networks(
         vae_class(), checkpoint_plan.vae.config, checkpoint_plan.vae.checkpoint.path
     )
     return [
-        *((*text, dtype, "the text encoder of --ckpt") for text in texts),
-        (unet, checkpoint_plan.unet, dtype, "the U-Net of --ckpt"),
-        (vae, checkpoint_plan.vae, vae_dtype, "the VAE"),
+        *(_NetworkToLoad(network, plan, dtype, "the text encoder of --ckpt") for network, plan in texts),
+        _NetworkToLoad(unet, checkpoint_plan.unet, dtype, "the U-Net of --ckpt"),
+        _NetworkToLoad(vae, checkpoint_plan.vae, vae_dtype, "the VAE"),
     ]
 
 
-def _fill(parts: Sequence[_Part], device: torch.device) -> None:
+def _load_weights(networks: Sequence[_NetworkToLoad], device: torch.device) -> None:
     """Load weights from the open files; on the meta device, compare only names and shapes."""
-    for network, plan, dtype, what in parts:
-        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=what)
+    for network, plan, dtype, label in networks:
+        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=label)
         filled.requires_grad_(False)
 
 
 def _keep(network: Any, _: Any) -> Any:
+    """Return the network that `load_planned` would otherwise build from the plan's configuration."""
     return network
 
 

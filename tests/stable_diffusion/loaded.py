@@ -111,7 +111,7 @@ class PlainMaker:
     error: type[BaseException] = RuntimeError
     batches: list[list[RequestedImage]] = field(default_factory=list)
     starts: list[SecondStageInput | None] = field(default_factory=list)
-    networks: None = None
+    loras: None = None
     vae_batch_size: None = None
 
     @property
