@@ -24,8 +24,8 @@ from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from protocols.loading import TensorSource
 from stable_diffusion.checkpoints import build_network, ldm_to_diffusers_translator
-from stable_diffusion.contract import SD1, SD2, SDXL
-from stable_diffusion.folders import open_part
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.folders import open_network_weights
 
 OPTION = "--control_net_models"
 PREFIX = "control_model."
@@ -85,7 +85,9 @@ def load_control_net(
             unexpected, of other shapes or damaged.
     """
     file = require_file(path, OPTION, "")
-    opened = open_part(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
+    opened = (
+        open_network_weights(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
+    )
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         """Add the U-Net's weight of the same name to a difference."""
@@ -192,19 +194,19 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Levels:
+class _LevelAttentions:
     """Module paths and attentions of a ControlNet's levels, the middle block last."""
 
     blocks: list[str]  # diffusers' module paths
-    attends: list[bool]
-    depths: list[int]  # transformer layers of each attention
+    has_attention: list[bool]
+    num_transformer_blocks: list[int]  # transformer layers of each attention
 
     @property
     def attentions(self) -> list[str]:
         """Module paths of the levels' attentions, without levels that have none."""
         return [
             f"{block}.attentions.0"
-            for block, has_attention in zip(self.blocks, self.attends, strict=True)
+            for block, has_attention in zip(self.blocks, self.has_attention, strict=True)
             if has_attention
         ]
 
@@ -212,7 +214,9 @@ class _Levels:
     def transformers(self) -> list[str]:
         """Module paths of the attentions that contain transformer blocks."""
         return [
-            f"{block}.attentions.0" for block, depth in zip(self.blocks, self.depths, strict=True) if depth
+            f"{block}.attentions.0"
+            for block, depth in zip(self.blocks, self.num_transformer_blocks, strict=True)
+            if depth
         ]
 
 
@@ -232,23 +236,9 @@ def _read_config(
         raise unknown_sizes
     levels = _read_levels(sources, [*down, "mid_block"])  # so index -1 is the middle block
     # diffusers has one number of layers for the last level and the middle block
-    if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
+    if levels.has_attention[-2] and levels.num_transformer_blocks[-2] != levels.num_transformer_blocks[-1]:
         raise unknown_sizes
     hint_blocks = count(sources, _HINT_BLOCKS)
-    pooled = {}  # conditions of SDXL: sizes and pooled text
-    if "add_embedding.linear_1.weight" in sources:
-        pooled = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": unet_config.get("addition_time_embed_dim"),
-            "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
-        }
-    text_width = unet_config["cross_attention_dim"]
-    if levels.transformers:
-        text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    is_linear = unet_config["use_linear_projection"]  # a projection in the file decides by its shape instead
-    projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
-    if projection in sources:
-        is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT_EMBEDDING}.conv_in.weight")[1],
@@ -260,34 +250,70 @@ def _read_config(
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
         "down_block_types": tuple(
-            "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in levels.attends[:-1]
+            "CrossAttnDownBlock2D" if has_attention else "DownBlock2D"
+            for has_attention in levels.has_attention[:-1]
         ),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if levels.attends[-1] else "UNetMidBlock2D",
-        "transformer_layers_per_block": (*levels.depths[:-2], levels.depths[-1]),
-        "cross_attention_dim": text_width,
-        "use_linear_projection": is_linear,
-        **pooled,
-        **{name: unet_config[name] for name in _AS_UNET if name in unet_config},
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if levels.has_attention[-1] else "UNetMidBlock2D",
+        "transformer_layers_per_block": (
+            *levels.num_transformer_blocks[:-2],
+            levels.num_transformer_blocks[-1],
+        ),
+        **_read_attention_settings(checkpoint, sources, levels, shape, unet_config),
+        **_read_pooled_settings(sources, shape, unet_config),
+        **{name: unet_config[name] for name in _COPIED_FROM_UNET if name in unet_config},
     }
 
 
-def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _Levels:
+def _read_attention_settings(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    levels: _LevelAttentions,
+    shape: Callable[..., tuple[int, ...]],
+    unet_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the settings of attentions, from the file or, if it has none, from the U-Net."""
+    text_width = unet_config["cross_attention_dim"]
+    if levels.transformers:
+        text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+    is_linear = unet_config["use_linear_projection"]
+    projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
+    if projection in sources:
+        is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
+    return {"cross_attention_dim": text_width, "use_linear_projection": is_linear}
+
+
+def _read_pooled_settings(
+    sources: Mapping[str, TensorSource],
+    shape: Callable[..., tuple[int, ...]],
+    unet_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the settings of SDXL's additional conditions, sizes and pooled text; {} for other models."""
+    if "add_embedding.linear_1.weight" not in sources:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": unet_config.get("addition_time_embed_dim"),
+        "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
+    }
+
+
+def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _LevelAttentions:
     """Read from the tensor names which levels of a ControlNet have attention, and its depth.
 
     Args:
         sources: Tensors by diffusers' name.
         blocks: Module paths of the levels, the middle one last.
     """
-    attends = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
+    has_attention = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
     # reduced SDXL ControlNets have attentions without transformer blocks, or no attention at all
     depths = [
         count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+") for block in blocks
     ]
-    return _Levels(blocks, attends, depths)
+    return _LevelAttentions(blocks, has_attention, depths)
 
 
 # settings copied from the U-Net, because tensors do not show them
-_AS_UNET = (
+_COPIED_FROM_UNET = (
     "attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps",
     "act_fn", "flip_sin_to_cos", "freq_shift",
 )  # fmt: skip
@@ -320,25 +346,28 @@ def _check_fits_unet(
         "layers_per_block": "layers of a level",
         "projection_class_embeddings_input_dim": "pooled text and sizes",
     }
-    lines = ""
-    for name, what in sizes.items():
+    differences = ""
+    for name, description in sizes.items():
         in_control_net = _list_values(config, name)
         in_unet = _list_values(unet_config, name)
         if in_control_net != in_unet:
-            theirs = _join_words(in_control_net)
-            lines += f"\n  {what}: {theirs} in the ControlNet, {_join_words(in_unet)} in the model"
-    if lines:
-        if config.get("addition_embed_type"):
-            kind = SDXL
-        elif config["use_linear_projection"]:
-            kind = SD2
-        else:
-            kind = SD1
+            differences += (
+                f"\n  {description}: {_join_words(in_control_net)} in the ControlNet, "
+                f"{_join_words(in_unet)} in the model"
+            )
+    if differences:
         raise CheckpointError(
-            f"{checkpoint.path} is a ControlNet for {kind.title}, but --ckpt is {model_title}:{lines}\n"
-            f"  Give a ControlNet for {model_title} to {OPTION}.",
+            f"{checkpoint.path} is a ControlNet for {_guess_kind(config).title}, but --ckpt is "
+            f"{model_title}:{differences}\n  Give a ControlNet for {model_title} to {OPTION}.",
             checkpoint.path,
         )
+
+
+def _guess_kind(config: Mapping[str, Any]) -> ModelKind:
+    """Return the kind of model that a ControlNet was made for."""
+    if config.get("addition_embed_type"):
+        return SDXL
+    return SD2 if config["use_linear_projection"] else SD1
 
 
 def _list_values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:

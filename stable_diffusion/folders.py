@@ -37,11 +37,16 @@ PATTERNS = (
     "*/*-of-*.safetensors",
 )
 # suffixes of weight files in order of preference: full precision first
-_ENDINGS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensors.index.fp16.json")
+_SAFETENSORS_ENDINGS = (
+    "safetensors",
+    "safetensors.index.json",
+    "fp16.safetensors",
+    "safetensors.index.fp16.json",
+)
 _OLD_ENDINGS = ("bin", "bin.index.json", "fp16.bin", "ckpt")
 _PREDICTIONS = {"epsilon": False, "v_prediction": True}
 # settings in which other models' U-Nets differ -> the only supported values
-_PLAIN = {
+_SUPPORTED_VALUES = {
     "encoder_hid_dim_type": (None,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
@@ -49,13 +54,13 @@ _PLAIN = {
     "time_cond_proj_dim": (None,),
 }
 # types of settings that are read here; diffusers' classes check the others
-_TYPES: Mapping[str, tuple[type, ...]] = {
+_SETTING_TYPES: Mapping[str, tuple[type, ...]] = {
     "in_channels": (int,),
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
 # noise schedule of all known models, under diffusers' names
-_NOISE: Mapping[str, Any] = {
+_SD_NOISE_SCHEDULE: Mapping[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -63,8 +68,12 @@ _NOISE: Mapping[str, Any] = {
     "trained_betas": None,
 }
 SAME_BETA = 1e-7
-MAX_SHOWN = 300  # characters of a setting in a message
-_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+MAX_QUOTED = 300  # characters of a setting in a message
+_LAYER_COUNT_SETTINGS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+)
 
 
 def read_folder_model_type(folder: Path) -> ModelType:
@@ -91,18 +100,16 @@ def read_folder_model_type(folder: Path) -> ModelType:
 
 def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
     """Raise CheckpointError if the noise schedule is not Stable Diffusion's, the only one supported."""
-    for name, default in _NOISE.items():
+    for name, default in _SD_NOISE_SCHEDULE.items():
         declared = schedule.get(name, default)
-        is_same = declared == default
-        if (
-            isinstance(default, float)
-            and isinstance(declared, (int, float))
-            and not isinstance(declared, bool)
-        ):
+        is_number = isinstance(declared, (int, float)) and not isinstance(declared, bool)
+        if isinstance(default, float) and is_number:
             is_same = abs(declared - default) < SAME_BETA  # never for NaN
+        else:
+            is_same = declared == default
         if not is_same:
             raise CheckpointError(
-                f"{file}: {name} is {shorten(str(declared), MAX_SHOWN)}; Stable Diffusion was trained with "
+                f"{file}: {name} is {shorten(str(declared), MAX_QUOTED)}; Stable Diffusion was trained with "
                 f"{'none' if default is None else default}, and no other noise is made here. Give another "
                 "model, or the settings that it was trained with.",
                 file,
@@ -116,19 +123,21 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
         folder: Folder of the checkpoint.
         files: Closes opened files.
     """
-    checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
+    checkpoint = files.enter_context(open_network_weights(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", unet_class())
-    _check_levels(config, folder / "unet" / "config.json")
-    layers = max(_find_largest(config.get(name)) for name in _COUNTED)
-    if layers > len(checkpoint.tensors):  # otherwise a wrong number could build a huge network
-        file = folder / "unet" / "config.json"
-        raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
-    for name, values in _PLAIN.items():
+    config_file = folder / "unet" / "config.json"
+    _check_levels(config, config_file)
+    most_layers = max(_find_largest_number(config.get(name)) for name in _LAYER_COUNT_SETTINGS)
+    if most_layers > len(checkpoint.tensors):  # otherwise a wrong number could build a huge network
+        raise CheckpointError(
+            f"{config_file}: it has more layers than its file has tensors. Copy it again.", config_file
+        )
+    for name, values in _SUPPORTED_VALUES.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
             lcm_hint = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
-                f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
+                f"{config_file}: {name} is {config[name]!r}, which no Stable Diffusion "
                 f"1.x, 2.x or XL has{lcm_hint}.\n  Give {EXPECTED_FILE}.",
                 folder,
             )
@@ -137,7 +146,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
 
 def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
     """Plan how to load the VAE of a folder with config.json and weights; `files` closes opened files."""
-    checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
+    checkpoint = files.enter_context(open_network_weights(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
         raise CheckpointError(
@@ -167,19 +176,19 @@ def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[
     """
     plans = []
     for index, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
-        checkpoint = files.enter_context(open_part(folder / name, ("model", "pytorch_model")))
+        checkpoint = files.enter_context(open_network_weights(folder / name, ("model", "pytorch_model")))
         is_open_clip = kind is SD2 or index == 1
         plans.append(read_folder_text(checkpoint, is_open_clip, is_projected=index == 1))
     return tuple(plans)
 
 
-def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
+def open_network_weights(folder: Path, stems: Collection[str]) -> Checkpoint:
     """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
 
     Raises:
         CheckpointError: If there are no weights, or if their file is incomplete, damaged or no model.
     """
-    for endings in (_ENDINGS, _OLD_ENDINGS):
+    for endings in (_SAFETENSORS_ENDINGS, _OLD_ENDINGS):
         for stem in stems:
             for ending in endings:
                 if (folder / f"{stem}.{ending}").is_file():
@@ -196,7 +205,7 @@ def _read_kind(folder: Path) -> ModelKind:
     """Return the kind of Stable Diffusion in a folder of diffusers, by its text encoders."""
     if not (folder / "unet").is_dir():
         raise CheckpointError(
-            f"--ckpt {folder} has no folder unet{_name_parts(folder)}.\n  Give {EXPECTED_FILE}.",
+            f"--ckpt {folder} has no folder unet{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
             folder,
         )
     if (folder / "text_encoder_2").is_dir():
@@ -212,21 +221,21 @@ def _read_kind(folder: Path) -> ModelKind:
     if not kind.startswith("clip"):
         raise CheckpointError(
             f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
-            f"CLIP{_name_parts(folder)}.\n  Give {EXPECTED_FILE}.",
+            f"CLIP{_quote_pipeline_class(folder)}.\n  Give {EXPECTED_FILE}.",
             folder,
         )
     # among the CLIPs in use only OpenAI's has this activation, which is also config.json's default
     return SD1 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
 
 
-def _name_parts(folder: Path) -> str:
+def _quote_pipeline_class(folder: Path) -> str:
     file = folder / "model_index.json"
     name = read_settings(file).get("_class_name") if file.is_file() else None
     return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
 
 
 def _read_config(folder: Path, network: Any) -> dict[str, Any]:
-    """Return the settings in a network's config.json that its class in diffusers accepts.
+    """Return the arguments of a network's class in diffusers, from its config.json and the class's defaults.
 
     Raises CheckpointError if the file cannot be read.
     """
@@ -238,16 +247,14 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
             f"  Give {EXPECTED_FILE}.",
             file,
         )
-    for name, kind in _TYPES.items():
+    for name, kind in _SETTING_TYPES.items():
         if name in config and not isinstance(config[name], kind):
             raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
     parameters = inspect.signature(network.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     declared = {name: value for name, value in config.items() if name in parameters}
-    settings = {
-        name: parameter.default for name, parameter in parameters.items() if name != "self"
-    } | declared
-    ignored = sorted(config.keys() - declared.keys())
-    ignored = [name for name in ignored if not name.startswith("_")]
+    settings = defaults | declared
+    ignored = [name for name in sorted(config.keys() - declared.keys()) if not name.startswith("_")]
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
     return settings
@@ -270,7 +277,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
         wrong = f"cross_attention_dim is {text_width!r}, no number"
     else:
         return
-    raise CheckpointError(f"{file}: {shorten(wrong, MAX_SHOWN)}. Copy the file again.", file)
+    raise CheckpointError(f"{file}: {shorten(wrong, MAX_QUOTED)}. Copy the file again.", file)
 
 
 def _are_counts(value: object, length: int) -> bool:
@@ -295,7 +302,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     return content
 
 
-def _find_largest(value: Any) -> float:
+def _find_largest_number(value: Any) -> float:
     if isinstance(value, list):
-        return max(map(_find_largest, value), default=0)
+        return max(map(_find_largest_number, value), default=0)
     return value if isinstance(value, int | float) else 0

@@ -199,7 +199,7 @@ class TrainingFiles:
         """Return the path of the file that holds the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
-        with folders.open_part(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
+        with folders.open_network_weights(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
             return checkpoint.path
 
     def load_unet(self, placement: Placement, spec: DitSpec) -> nn.Module:
