@@ -422,7 +422,7 @@ def module_lines(
         module: The module.
         options: Options of the run; `args` has all of them as attributes.
         pipe: The loaded `contract.Model`, whose `unet`, `vae` and `texts` are the networks.
-        networks: `loras.ChosenLoras`, or None.
+        networks: `loras.AdjustableLoras`, or None.
         random: Draws seeds.
         count_images: Returns the number of images so far in the round.
 
@@ -431,36 +431,48 @@ def module_lines(
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"
-
-    def failed(what: str, error: Exception) -> UserError:
-        return UserError(f"{name}: {what} failed: {type(error).__name__}: {error}. Correct the module")
-
     try:
         prompter = module.get_prompter(args, pipe, networks)
     except Exception as error:  # the module may run arbitrary code
-        raise failed("get_prompter", error) from error
+        raise _prompter_error(f"{name}: get_prompter", error) from error
     if not callable(prompter):
         raise UserError(f"{name}: get_prompter returned no function. Correct the module")
 
     def lines(round_seed: int | None) -> Iterator[Line]:
-        """Yield the prompts that the user's module returns, call by call, until it returns None."""
-        number = 0
-        for index in count():
-            try:
-                prompts = prompter(args, pipe, random, round_seed, index, count_images())
-            except Exception as error:  # the module may run arbitrary code
-                raise failed("the prompter", error) from error
-            if prompts is None:
-                return
-            # a string is a sequence of strings too: only lists and tuples are accepted
-            is_list = isinstance(prompts, (list, tuple))
-            if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-                raise UserError(
-                    f"{name}: the prompter returned {type(prompts).__name__}. Make it return a list of "
-                    "texts, or None at the end"
-                )
-            for text in prompts:
-                number += 1
-                yield Line(f"prompt {number}", text, num_images=1 if len(prompts) > 1 else None)
+        def call_prompter(index: int) -> Any:
+            return prompter(args, pipe, random, round_seed, index, count_images())
+
+        return _yield_prompts(call_prompter, name)
 
     return lines
+
+
+def _yield_prompts(call_prompter: Callable[[int], Any], name: str) -> Iterator[Line]:
+    """Yield the prompts that a user's prompter returns, call by call, until it returns None.
+
+    Args:
+        call_prompter: Calls the prompter, given the number of the call; it should return a list of prompts.
+        name: Name of the module in messages.
+    """
+    number = 0
+    for index in count():
+        try:
+            prompts = call_prompter(index)
+        except Exception as error:  # the module may run arbitrary code
+            raise _prompter_error(f"{name}: the prompter", error) from error
+        if prompts is None:
+            return
+        # a string is a sequence of strings too: only lists and tuples are accepted
+        is_list = isinstance(prompts, (list, tuple))
+        if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                f"{name}: the prompter returned {type(prompts).__name__}. Make it return a list of "
+                "texts, or None at the end"
+            )
+        for text in prompts:
+            number += 1
+            yield Line(f"prompt {number}", text, num_images=1 if len(prompts) > 1 else None)
+
+
+def _prompter_error(subject: str, error: Exception) -> UserError:
+    return UserError(f"{subject} failed: {type(error).__name__}: {error}. Correct the module")

@@ -315,7 +315,7 @@ OPTION = "--clip_vision_strength"
 FOLDER = "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"  # in --tokenizer_cache_dir
 REPOSITORY = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 RELEASE = f"the files config.json and model*.safetensors of {REPOSITORY}"
-_NAMES = (  # names of the file; the folder may also contain other models
+_FILE_NAMES = (  # names of the file; the folder may also contain other models
     "model.safetensors.index.json",
     "model.safetensors",
     "model.fp16.safetensors",
@@ -398,10 +398,10 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
             f"{OPTION}: {checkpoint} is {kind.title}, which has no pooled state to replace. Use it with "
             f"{SDXL.title}"
         )
-    return find_image_tower(checkpoint, tokenizer_cache_dir)
+    return find_image_encoder(checkpoint, tokenizer_cache_dir)
 
 
-def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
+def find_image_encoder(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
     """Find OpenCLIP bigG's image encoder: in --tokenizer_cache_dir, by the checkpoint, or in the hub's cache.
 
     If it is in none of these, it is downloaded.
@@ -414,14 +414,14 @@ def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path
         DownloadError: If the download fails.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    places = [folder / "image_encoder"]
+    candidates = [folder / "image_encoder"]
     if tokenizer_cache_dir is not None:
-        places.insert(0, tokenizer_cache_dir / FOLDER)
-    for candidate in places:
-        file = next((candidate / name for name in _NAMES if (candidate / name).is_file()), None)
-        if file is not None:
-            return file
-    missing = " or ".join(str(candidate) for candidate in places)
+        candidates.insert(0, tokenizer_cache_dir / FOLDER)
+    for candidate in candidates:
+        for name in _FILE_NAMES:
+            if (candidate / name).is_file():
+                return candidate / name
+    missing = " or ".join(str(candidate) for candidate in candidates)
     logger.info("%s: no image encoder in %s; taking %s of the hub (10 GB)", OPTION, missing, REPOSITORY)
     try:
         return find_model_folder(OPTION, REPOSITORY, _ON_HUB) / _ON_HUB[0]

@@ -22,7 +22,7 @@ from stable_diffusion.making import ImageGenerator
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
-from stable_diffusion.text import FOLDER, ImageVectors, find_image_tower
+from stable_diffusion.text import FOLDER, ImageVectors, find_image_encoder
 from tests.encoders.test_clip import noise, write_tower
 from tests.parity import stable_diffusion
 from tests.stable_diffusion.loaded import make_images, make_towers
@@ -276,12 +276,12 @@ def test_the_image_encoder_is_found_with_the_tokenizers_then_beside_the_checkpoi
     checkpoint = tmp_path / "models" / "sdxl.safetensors"
     beside, _ = write_tower(tmp_path / "models" / "image_encoder")
     file = beside / "model.safetensors"
-    assert find_image_tower(checkpoint, tmp_path / "cache") == file
-    assert find_image_tower(beside.parent, None) == file  # a diffusers folder
+    assert find_image_encoder(checkpoint, tmp_path / "cache") == file
+    assert find_image_encoder(beside.parent, None) == file  # a diffusers folder
     (tmp_path / "cache" / FOLDER).mkdir(parents=True)  # only a tokenizer
-    assert find_image_tower(checkpoint, tmp_path / "cache") == file
+    assert find_image_encoder(checkpoint, tmp_path / "cache") == file
     cached, _ = write_tower(tmp_path / "cache" / FOLDER)
-    assert find_image_tower(checkpoint, tmp_path / "cache") == cached / "model.safetensors"
+    assert find_image_encoder(checkpoint, tmp_path / "cache") == cached / "model.safetensors"
 
 
 def test_without_the_image_encoder_the_message_says_where_to_put_it(
@@ -289,7 +289,7 @@ def test_without_the_image_encoder_the_message_says_where_to_put_it(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     with pytest.raises(DownloadError, match="OpenCLIP's bigG, which is not in .*cache.*Put the files"):
-        find_image_tower(tmp_path / "sdxl.safetensors", tmp_path / "cache")
+        find_image_encoder(tmp_path / "sdxl.safetensors", tmp_path / "cache")
 
 
 def test_the_pictures_vector_times_the_strength_replaces_the_pooled_state(tmp_path: Path) -> None:
