@@ -55,13 +55,13 @@ def list_generation_command(
     sample: Mapping[str, Any],
     _: Sequence[str],
 ) -> list[str]:
-    """Return the command of gen_img.py that generates with a trained file, which no other script takes.
+    """Return the gen_img.py command line that generates with a trained ControlNet or LLLite, word by word.
 
     Args:
         options: Options of the run.
         flag: Option for the file.
         file: The trained file.
-        sample: Values of the sample, by the names of `Request`.
+        sample: Settings of the image, such as prompt, width and seed; missing ones are left out.
         _: Ignored; other kinds of networks need it.
     """
     arguments = {

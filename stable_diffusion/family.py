@@ -54,9 +54,9 @@ from stable_diffusion.inpainting import (
     INPAINTING,
     MASK_PATH,
     find_kept_source,
-    keep_image,
     make_inputs,
     read_image_and_mask,
+    set_image_to_repaint,
 )
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
@@ -337,7 +337,7 @@ class StableDiffusion(ModelOfImages):
     def keep_media(self, request: Request, who: str) -> Request:
         """Return a request with only its image for inpainting, or only its control image."""
         if self.inpaints:
-            return keep_image(request, super().keep_media, who)
+            return set_image_to_repaint(request, super().keep_media, who)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
             raise OptionError(
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "

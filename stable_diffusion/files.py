@@ -37,7 +37,7 @@ _KIND_BY_PREFIX = (
 )
 # prefixes of unsupported models that share some of these names -> what the model is and why it cannot be
 # used; the first match counts
-_OTHERS = (
+_UNSUPPORTED_BY_PREFIX = (
     ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is another network"),
     ("joint_blocks.", "the transformer of Stable Diffusion 3, which is another network"),
     ("model.diffusion_model.double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
@@ -85,11 +85,11 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
     other_model = _describe_other(names, kind)
     if other_model is not None:
         raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {EXPECTED_FILE}.", path)
-    missing = [
-        what
-        for what, start in (("U-Net", UNET), ("VAE", VAE))
-        if not any(name.startswith(start) for name in names)
-    ]
+    missing = []
+    if not _has_prefix(names, UNET):
+        missing.append("U-Net")
+    if not _has_prefix(names, VAE):
+        missing.append("VAE")
     if kind is None:
         missing.append("text encoder")
     if missing:
@@ -112,9 +112,13 @@ def read_model_type(path: Path, names: Collection[str], metadata: Mapping[str, s
             path,
             declared.unknown,
         )
-    velocity = declared.velocity is True  # None if the metadata do not say it
-    is_zero = ZTSNR in names or (velocity and declared.zero_terminal_snr)
-    return ModelType(kind, velocity, is_zero, recorded_in="its metadata" if velocity else "")
+    predicts_velocity = declared.velocity is True  # None if the metadata do not say it
+    return ModelType(
+        kind,
+        predicts_velocity,
+        zero_terminal_snr=ZTSNR in names or (predicts_velocity and declared.zero_terminal_snr),
+        recorded_in="its metadata" if predicts_velocity else "",
+    )
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
@@ -133,34 +137,34 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
 
 def identify(path: Path) -> str | None:
     """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
-    kind: ModelKind | None
     try:
         if path.is_dir():
-            description = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
+            if not (path / "unet" / "config.json").is_file():
+                return None
             # SD1 also stands for SD2, which has the same scripts
-            kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
-        else:
-            with open_checkpoint(path) as checkpoint:
-                kind = _find_kind(checkpoint.tensors)
-                other_model = _describe_other(checkpoint.tensors, kind)
-            description = None if kind is None or other_model is not None else f"{kind.title} checkpoint"
+            family = "sdxl" if (path / "text_encoder_2").is_dir() else "sd1"
+            return f"it is a Stable Diffusion folder. {describe_scripts(family)}"
+        with open_checkpoint(path) as checkpoint:
+            kind = _find_kind(checkpoint.tensors)
+            if kind is None or _describe_other(checkpoint.tensors, kind) is not None:
+                return None
     except (CheckpointError, OSError):
         return None
     family = "sdxl" if kind is SDXL else "sd1"
-    return None if description is None else f"it is a {description}. {describe_scripts(family)}"
+    return f"it is a {kind.title} checkpoint. {describe_scripts(family)}"
 
 
 def _find_kind(names: Iterable[str]) -> ModelKind | None:
     starts = {".".join(name.split(".")[:4]) + "." for name in names if not name.startswith((UNET, VAE))}
-    return next((kind for mark, kind in _KIND_BY_PREFIX if _has(starts, mark)), None)
+    return next((kind for prefix, kind in _KIND_BY_PREFIX if _has_prefix(starts, prefix)), None)
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
     """Return the kind of an unsupported model; None if the file may be supported."""
-    for mark, what in _OTHERS:
-        if _has(names, mark):
-            return what
-    if kind is None and _has(names, "conditioner.embedders.0.model."):
+    for prefix, description in _UNSUPPORTED_BY_PREFIX:
+        if _has_prefix(names, prefix):
+            return description
+    if kind is None and _has_prefix(names, "conditioner.embedders.0.model."):
         return _REFINER
     if kind is SD2 and f"{UNET}label_emb.0.0.weight" in names:
         return "Stable unCLIP, whose U-Net takes the embedding of a picture"
@@ -169,5 +173,5 @@ def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | Non
     return None
 
 
-def _has(names: Iterable[str], start: str) -> bool:
+def _has_prefix(names: Iterable[str], start: str) -> bool:
     return any(name.startswith(start) for name in names)

@@ -27,9 +27,9 @@ from stable_diffusion.starting import mask_pixels, read_picture, to_pixels
 INPAINTING = "inpainting"
 MASK_PATH = "mask_path"  # in `Request.extra`
 _OPTIONS = "--i2i_path; in lines of samples --img or --ci"
-AREA = 0.2  # fraction of the image that a randomly drawn mask covers
-CORNERS = 128
-HARMONICS = 4
+MASK_AREA = 0.2  # fraction of the image that a randomly drawn mask covers
+NUM_CORNERS = 128
+NUM_WAVES = 4
 WOBBLE = 0.5
 
 
@@ -52,24 +52,30 @@ def make_inputs(
     return torch.cat([small, latents * latent.scale])
 
 
-def keep_image(request: Request, keep: Callable[[Request, str], Request], who: str) -> Request:
-    """Return a request whose `image_path` is the image to repaint, without media that the model cannot use.
+def set_image_to_repaint(
+    request: Request, remove_unusable_media: Callable[[Request, str], Request], model_title: str
+) -> Request:
+    """Set a request's `image_path` to the image to repaint, and remove media that the model cannot use.
 
     The image is the source of image-to-image, else the input image, else the first control image.
 
     Args:
         request: The request.
-        keep: Removes all media that models of images do not take.
-        who: Name of the model, for messages.
+        remove_unusable_media: Removes all media that models of images do not take.
+        model_title: Name of the model, for messages.
 
     Raises:
         OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
     """
-    path, control_images = request.image_path, request.control_images
+    path = request.image_path
+    control_images = request.control_images
     if path is None and control_images:  # the first control image is the one to repaint
-        path, control_images = control_images[0], control_images[1:]
-    # without the image to repaint, which `keep` would remove
-    usable = keep(replace(request, image_path=None, control_images=control_images), who)
+        path = control_images[0]
+        control_images = control_images[1:]
+    # without the image to repaint, which `remove_unusable_media` would remove
+    usable = remove_unusable_media(
+        replace(request, image_path=None, control_images=control_images), model_title
+    )
     source = request.source
     if source is not None and source.option == IMAGE:
         path = source.path
@@ -85,10 +91,10 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
     return replace(usable, image_path=path)
 
 
-def _check_image(what: str, path: Path) -> None:
+def _check_image(label: str, path: Path) -> None:
     if not path.is_file():
-        raise OptionError(f"{what}: there is no file {path}.{explain_missing(path)} Correct the path")
-    check_opens(what, path, is_image=True)
+        raise OptionError(f"{label}: there is no file {path}.{explain_missing(path)} Correct the path")
+    check_opens(label, path, is_image=True)
 
 
 def find_kept_source(request: Request) -> Source | None:
@@ -128,17 +134,17 @@ def draw_wobbly_ellipse(height: int, width: int, rng: random.Random) -> Any:
     """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
     # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
     aspect_ratio = rng.uniform(0.6, 1.4)
-    horizontal_radius = math.sqrt(AREA * height * width / math.pi * aspect_ratio)
+    horizontal_radius = math.sqrt(MASK_AREA * height * width / math.pi * aspect_ratio)
     vertical_radius = horizontal_radius / aspect_ratio
     center_x = width * rng.uniform(0.25, 0.75)
     center_y = height * rng.uniform(0.25, 0.75)
     rotation = rng.uniform(0, 2 * math.pi)
     # amplitude and phase of each wave of the edge; wave k has k periods around the ellipse
-    waves = [(rng.uniform(-1, 1), rng.uniform(0, 2 * math.pi)) for _ in range(HARMONICS)]
+    waves = [(rng.uniform(-1, 1), rng.uniform(0, 2 * math.pi)) for _ in range(NUM_WAVES)]
     corners = []
-    for corner in range(CORNERS):
-        angle = 2 * math.pi * corner / CORNERS
-        radius = 1 + WOBBLE * _sum_waves(waves, angle) / HARMONICS
+    for corner in range(NUM_CORNERS):
+        angle = 2 * math.pi * corner / NUM_CORNERS
+        radius = 1 + WOBBLE * _sum_waves(waves, angle) / NUM_WAVES
         x = radius * horizontal_radius * math.cos(angle)
         y = radius * vertical_radius * math.sin(angle)
         rotated_x, rotated_y = _rotate(x, y, rotation)

@@ -335,55 +335,53 @@ class ImageVectors:
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength
-        self._tower: ClipVision | None = None
+        self._image_encoder: ClipVision | None = None
         self._vectors: dict[Path, Tensor] = {}
 
-    def replace_pooled(self, states: Sequence[TextState], pictures: Sequence[Path]) -> list[TextState]:
-        """Return the states of prompts with their pooled states replaced by vectors of images, one for each.
+    def replace_pooled(self, states: Sequence[TextState], paths: Sequence[Path]) -> list[TextState]:
+        """Replace the pooled state of each prompt by the CLIP embedding of an image (--clip_vision_strength).
 
         Each image is encoded alone, so its vector does not depend on others, and only once in a run.
 
         Raises:
             CheckpointError: If the image encoder's files are damaged or do not fit the model.
         """
-        new_paths = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
+        new_paths = [path for path in dict.fromkeys(paths) if path not in self._vectors]
         device = self._model.device
         if new_paths:
-            if self._tower is None:
-                self._tower = self._load_tower()
-            text_encoder = self._tower.to(device)
+            if self._image_encoder is None:
+                self._image_encoder = self._load_image_encoder()
+            image_encoder = self._image_encoder.to(device)
             for path in new_paths:
                 image = Image.fromarray(first_frame(path))
-                self._vectors[path] = text_encoder.encode([image])[0] * self._strength
+                self._vectors[path] = image_encoder.encode([image])[0] * self._strength
             if device.type != "cpu":
-                text_encoder.to("cpu")  # frees the device's memory for the U-Net
-        return [
-            replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
-        ]
+                image_encoder.to("cpu")  # frees the device's memory for the U-Net
+        return [replace(state, pooled=self._vectors[path]) for state, path in zip(states, paths, strict=True)]
 
-    def _load_tower(self) -> ClipVision:
+    def _load_image_encoder(self) -> ClipVision:
         """Load the image encoder, whose vectors replace the pooled states of the last text encoder.
 
         A pooled state is one vector for a whole prompt. Raises CheckpointError if the image encoder's vectors
         have another width.
         """
         model = self._model
-        text_encoder = load_clip_vision(
+        image_encoder = load_clip_vision(
             self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE
         )
         logger.info("CLIP vision conditioning: %s", self._path)
-        width = text_encoder.visual_projection.out_features
-        text = model.text_encoders[-1].network
-        pooled_width = text.embeddings.token_embedding.embedding_dim
-        if text.text_projection is not None:
-            pooled_width = text.text_projection.out_features
+        width = image_encoder.visual_projection.out_features
+        text_network = model.text_encoders[-1].network
+        pooled_width = text_network.embeddings.token_embedding.embedding_dim
+        if text_network.text_projection is not None:
+            pooled_width = text_network.text_projection.out_features
         if width != pooled_width:
             raise CheckpointError(
                 f"{OPTION}: the image encoder {self._path} makes vectors of {width} numbers, the pooled "
                 f"state of {model.path} has {pooled_width}. Give {RELEASE}.",
                 self._path,
             )
-        return text_encoder
+        return image_encoder
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:

@@ -139,23 +139,25 @@ class TrainingFiles:
         options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization)
         with ExitStack() as files:
             checkpoint_plan = loading.plan_checkpoint(options, files)
-            yield replace(checkpoint_plan, unet=self._fit_input(checkpoint_plan.unet))
+            yield replace(checkpoint_plan, unet=self._fit_input_channels(checkpoint_plan.unet))
 
-    def _fit_input(self, plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
+    def _fit_input_channels(self, plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
         """Return the U-Net's plan if its input channels suit the run, widened for inpainting where necessary.
 
         Raises:
             CheckpointError: If the run needs other input channels.
         """
-        inpaints = is_inpainting(plan.config)
-        if inpaints and self.unet_input is UnetInput.LATENTS:
+        is_for_inpainting = is_inpainting(plan.config)
+        if self.unet_input is UnetInput.ANY:
+            return plan
+        if self.unet_input is UnetInput.LATENTS and is_for_inpainting:
             raise CheckpointError(
                 f"--ckpt {self.path} is an inpainting checkpoint, whose U-Net also takes a mask and a masked "
                 "image: 9 channels instead of 4. Train it with --train_inpainting (LoRAs, textual inversion "
                 "and whole checkpoints), or give a checkpoint for images.",
                 self.path,
             )
-        if inpaints or self.unet_input in {UnetInput.ANY, UnetInput.LATENTS}:
+        if self.unet_input is UnetInput.LATENTS or is_for_inpainting:
             return plan
         if self.unet_input is UnetInput.INPAINTING:
             raise CheckpointError(
@@ -212,17 +214,19 @@ class TrainingFiles:
             plan = checkpoint_plan.unet
             unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
             unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
-            target = self.unet_dtype(placement)
-            what = checkpoint_plan.kind.title
-            if checkpoint_plan.model_type.describe_prediction():
-                what += f", which {checkpoint_plan.model_type.describe_prediction()}"
-            loading.logger.info("Loading %s: the U-Net of %s, as %s", self.path, what, dtype_name(target))
+            dtype = self.unet_dtype(placement)
+            description = checkpoint_plan.kind.title
+            if prediction := checkpoint_plan.model_type.describe_prediction():
+                description += f", which {prediction}"
+            loading.logger.info(
+                "Loading %s: the U-Net of %s, as %s", self.path, description, dtype_name(dtype)
+            )
             load_module(
                 unet,
                 plan.checkpoint,
                 plan.sources,
                 device=placement.device,
-                dtype=lambda *_: target,
+                dtype=lambda *_: dtype,
                 patch=placement.patch,
                 ignore=plan.ignore,
                 what="the U-Net of --ckpt",
