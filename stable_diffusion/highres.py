@@ -23,9 +23,9 @@ from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 # sees them). It gets images (`latents` is None), or latents (`imgs` is None) if its `support_latents()`
 # says so.
 OPTION = "--highres_fix_upscaler"
-OURS = "stable_diffusion.model_upscaler"
+BUILT_IN_UPSCALER = "stable_diffusion.model_upscaler"
 # modules of sd-scripts -> ours
-OTHER_NAMES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
+MODULE_ALIASES = {"tools.latent_upscaler": "stable_diffusion.latent_upscaler"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +103,12 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     Raises:
         OptionError: If the module cannot be used.
     """
-    hint = f" Or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
-    module = import_user_module(OPTION, OTHER_NAMES.get(name, name), OURS, hint)
+    hint = f" Or give {BUILT_IN_UPSCALER}, which takes SwinIR and ESRGAN files (model=FILE)."
+    module = import_user_module(OPTION, MODULE_ALIASES.get(name, name), BUILT_IN_UPSCALER, hint)
     if not callable(getattr(module, "create_upscaler", None)):
         raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")
     try:
-        upscaler = module.create_upscaler(**read_args(args or ""))
+        upscaler = module.create_upscaler(**parse_upscaler_args(args or ""))
         takes_latents = bool(upscaler.support_latents()) if hasattr(upscaler, "support_latents") else False
     except UserError:
         raise
@@ -122,7 +122,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     return UpscalingModule(name, upscaler, takes_latents)
 
 
-def read_args(text: str) -> dict[str, str]:
+def parse_upscaler_args(text: str) -> dict[str, str]:
     """Parse `key=value` pairs that are joined by `;`; raise OptionError if a pair has another form."""
     args = {}
     for part in filter(str.strip, text.split(";")):

@@ -90,7 +90,7 @@ class LatentUpscaler:
         batch_size: int,
         vae_batch_size: int,
     ) -> Tensor:
-        """Return the latents of the enlarged images, B 4 h w, in model space.
+        """Enlarge images, encode them with the VAE and refine the latents; return these, B 4 h w.
 
         The mean of the autoencoder's posterior is used, so the result is not random.
         """
@@ -102,15 +102,15 @@ class LatentUpscaler:
                 "2.x, and this model has others. Give stable_diffusion.model_upscaler with model=FILE, a "
                 "SwinIR or ESRGAN file"
             )
-        weight = next(vae.parameters())
+        vae_weight = next(vae.parameters())
         enlarged = [image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for image in imgs]
         pixels = torch.stack([torch.from_numpy(np.array(image)) for image in enlarged]).movedim(-1, 1)
         pixels = pixels.float() / 127.5 - 1
         encoded = [
-            vae.encode(batch.to(weight.device, weight.dtype)).latent_dist.mean.float()
+            vae.encode(batch.to(vae_weight.device, vae_weight.dtype)).latent_dist.mean.float()
             for batch in pixels.split(vae_batch_size)
         ]
-        refiner = self.refiner.to(weight.device)  # float32: it is small
+        refiner = self.refiner.to(vae_weight.device)  # float32: it is small
         refined = [refiner(batch) for batch in torch.cat(encoded).split(batch_size)]
         return torch.cat(refined) * LATENT_SCALE
 
@@ -129,16 +129,21 @@ def create_upscaler(**args: str) -> LatentUpscaler:
         near = explain_missing(path)
         raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
+    refiner.load_state_dict(_read_state(path, refiner), strict=False)
+    return LatentUpscaler(refiner.eval())
+
+
+def _read_state(path: Path, refiner: LatentRefiner) -> dict[str, Tensor]:
+    """Read the weights of a latent upscaler; raise CheckpointError for a file of another network."""
     state = {}
     with open_checkpoint(path) as checkpoint:
         for name, tensor in refiner.state_dict().items():
             info = checkpoint.tensors.get(name)
             # counts of batches, which only a training run needs, are not in every file
-            if name.endswith("num_batches_tracked"):
-                if info is not None:
-                    state[name] = checkpoint.read(name)
+            is_count = name.endswith("num_batches_tracked")
+            if is_count and info is None:
                 continue
-            if info is None or info.shape != tensor.shape:
+            if not is_count and (info is None or info.shape != tensor.shape):
                 raise CheckpointError(
                     f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a "
                     "SwinIR or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with "
@@ -146,5 +151,4 @@ def create_upscaler(**args: str) -> LatentUpscaler:
                     path,
                 )
             state[name] = checkpoint.read(name)
-    refiner.load_state_dict(state, strict=False)
-    return LatentUpscaler(refiner.eval())
+    return state

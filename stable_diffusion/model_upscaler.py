@@ -25,7 +25,7 @@ from postprocessing.options import UpscalerOptions
 from postprocessing.upscaling.files import check_file
 from postprocessing.upscaling.stage import make_upscaler
 
-KNOWN = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
+SETTING_NAMES = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
 ARGS = "--highres_fix_upscaler_args"
 
 
@@ -64,16 +64,17 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
     Raises OptionError for unknown settings, or CheckpointError for a file of another network.
     """
-    unknown = sorted(args.keys() - set(KNOWN))
+    unknown = sorted(args.keys() - set(SETTING_NAMES))
     if unknown or "model" not in args:
-        what = f"{unknown[0]} is not known; " if unknown else ""
-        further = ", ".join(KNOWN[1:])  # without `model`, which the message names first
+        problem = f"{unknown[0]} is not known; " if unknown else ""
+        further = ", ".join(SETTING_NAMES[1:])  # without `model`, which the message names first
         raise OptionError(
-            f"{ARGS}: {what}give model=FILE, a SwinIR or ESRGAN file, and where needed {further}, joined by ;"
+            f"{ARGS}: {problem}give model=FILE, a SwinIR or ESRGAN file, and where needed {further}, "
+            "joined by ;"
         )
     parser = _Parser(prog=ARGS)
     add_options(parser, UpscalerOptions)
-    options = read_options(UpscalerOptions, parser.parse_args(_as_words(args)))
+    options = read_options(UpscalerOptions, parser.parse_args(_as_argv(args)))
     if not options.network.model.exists():
         near = explain_missing(options.network.model)
         raise OptionError(f"{ARGS} model={args['model']}: no such file.{near} Give a SwinIR or ESRGAN file")
@@ -83,7 +84,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     return ModelUpscaler(options)
 
 
-def _as_words(args: Mapping[str, str]) -> list[str]:
+def _as_argv(args: Mapping[str, str]) -> list[str]:
     """Return `key=value` settings as command-line words."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):

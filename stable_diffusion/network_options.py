@@ -11,13 +11,13 @@ from modules.options import Options, option
 from networks.kinds.composing import BY_MODULE, OTHER_MODULES
 from networks.use_options import lora_rounding_option, multipliers_for
 
-NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
+UNSUPPORTED_MODULES = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
 # names that sd-scripts' users pass; all are treated alike, because the file shows its own kind
 KNOWN_MODULES = (
     *BY_MODULE,
     "networks.lora_fa",
     "networks.dylora",
-    *(name for name in OTHER_MODULES if name not in NOT_READ),
+    *(name for name in OTHER_MODULES if name not in UNSUPPORTED_MODULES),
     "lycoris",
     "lycoris.kohya",
 )
@@ -220,6 +220,22 @@ def _count_words(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
+def _check_network_module(name: str) -> None:
+    """Raise OptionError for a value of --network_module whose files cannot be read here."""
+    description = UNSUPPORTED_MODULES.get(name)
+    if description is not None:
+        advice = "--control_net_lllite_models takes it" if "LLLite" in description else "it is not supported"
+        raise OptionError(
+            f"--network_module {name} is for {description}: {advice}. Leave --network_module out"
+        )
+    if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
+        raise OptionError(
+            f"--network_module {name}: modules of others are not supported in gen_img.py. Leave "
+            f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
+            "recognized by their tensors"
+        )
+
+
 class AddedNetworkOptions(Options, title="LoRA and other networks"):
     """LoRAs and similar networks to add, in the order of --network_weights."""
 
@@ -265,32 +281,24 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     def __post_init__(self) -> None:
         """Raise OptionError for unsupported modules, and for more values than --network_weights has files."""
         for name in self.network_module or ():
-            what = NOT_READ.get(name)
-            if what is not None:
-                use = "--control_net_lllite_models takes it" if "LLLite" in what else "it is not supported"
-                raise OptionError(f"--network_module {name} is for {what}: {use}. Leave --network_module out")
-            if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
-                raise OptionError(
-                    f"--network_module {name}: modules of others are not supported in gen_img.py. Leave "
-                    f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
-                    "recognized by their tensors"
-                )
-        files = len(self.files)
-        modules = len(self.network_module or ())
-        if modules > 1 and modules != files:
+            _check_network_module(name)
+        num_files = len(self.files)
+        num_modules = len(self.network_module or ())
+        if num_modules > 1 and num_modules != num_files:
             raise OptionError(
-                f"--network_module has {modules} names for {files} files of --network_weights: give one for "
-                "each, or leave it out"
+                f"--network_module has {num_modules} names for {num_files} files of --network_weights: give "
+                "one for each, or leave it out"
             )
         for flag, values in (("--network_mul", self.network_mul), ("--network_args", self.network_args)):
-            if len(values or ()) > files:
+            if len(values or ()) > num_files:
                 raise OptionError(
-                    f"{flag} has {len(values or ())} values for {files} files of --network_weights: give at "
-                    "most one for each, in the same order"
+                    f"{flag} has {len(values or ())} values for {num_files} files of --network_weights: give "
+                    "at most one for each, in the same order"
                 )
-        if (self.network_merge_n_models or 0) > files:
+        if (self.network_merge_n_models or 0) > num_files:
             raise OptionError(
-                f"--network_merge_n_models {self.network_merge_n_models}: there are {files} --network_weights"
+                f"--network_merge_n_models {self.network_merge_n_models}: there are {num_files} "
+                "--network_weights"
             )
         multipliers_for(self.files, self.network_mul or (), "--network_mul")  # raises for invalid values
 

@@ -209,12 +209,19 @@ class GenImgOptions(Options, title="run"):
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available")
 
     def __post_init__(self) -> None:
-        """Raise OptionError for options that need others or exclude them."""
-        if self.text.clip_vision_strength is not None and self.prompts.image_path is None:
+        """Raise OptionError for options that need other options or exclude them."""
+        self._check_input_images()
+        self._check_control()
+        self._check_sampling()
+
+    def _check_input_images(self) -> None:
+        """Raise OptionError for options that need --image_path or --mask_path, or exclude them."""
+        has_images = self.prompts.image_path is not None
+        if self.text.clip_vision_strength is not None and not has_images:
             raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
-        if self.output.use_original_file_name and self.prompts.image_path is None:
+        if self.output.use_original_file_name and not has_images:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
-        if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:
+        if self.highres.highres_fix_scale is not None and has_images:
             raise OptionError(
                 "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
                 "picture. Leave one out"
@@ -223,6 +230,9 @@ class GenImgOptions(Options, title="run"):
             raise OptionError(
                 "--network_regional_mask_max_color_codes needs --mask_path, whose colors it explains"
             )
+
+    def _check_control(self) -> None:
+        """Raise OptionError for options of ControlNets, or of CLIP and VGG16, that do not work together."""
         check_control(
             self.control,
             self.prompts.guide_image_path,
@@ -239,17 +249,20 @@ class GenImgOptions(Options, title="run"):
                 f"--highres_fix_disable_control_net with {self.guides.image_option}: there are no "
                 "ControlNets to leave out. Leave it out"
             )
+
+    def _check_sampling(self) -> None:
+        """Raise OptionError for a number of steps or a Gradual Latent that the sampler does not support."""
+        sampler = self.sampling.sampler
         if self.highres.highres_fix_scale is not None:
             sampling_options.check_sampler_steps(
-                "--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps
+                "--highres_fix_steps", sampler, self.highres.highres_fix_steps
             )
         elif self.prompts.image_path is None:
-            sampling_options.check_sampler_steps("--steps", self.sampling.sampler, self.sampling.steps)
-        if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
-            "euler_a"
-        ):
+            sampling_options.check_sampler_steps("--steps", sampler, self.sampling.steps)
+        is_gradual = self.gradual_latent.gradual_latent_timesteps is not None
+        if is_gradual and not sampler.endswith("euler_a"):
             raise OptionError(
-                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works "
+                f"--gradual_latent_timesteps with --sampler {sampler}: Gradual Latent works "
                 "with --sampler euler_a only"
             )
 

@@ -16,7 +16,7 @@ from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion import latent_upscaler
 from stable_diffusion.contract import ImageSettings, RequestedImage, SecondStageInput, UnetCall
-from stable_diffusion.highres import load_upscaler, make_images, prepare_highres, read_args
+from stable_diffusion.highres import load_upscaler, make_images, parse_upscaler_args, prepare_highres
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
 from tests.stable_diffusion.loaded import PlainMaker, call_of, run_unet, unet_of
@@ -169,9 +169,9 @@ def test_upscaler_files_are_checked_before_anything_is_made(tmp_path: Path) -> N
 
 
 def test_arguments_of_upscalers() -> None:
-    assert read_args("weights=C:\\a b.pth; tile=5;;") == {"weights": "C:\\a b.pth", "tile": "5"}
+    assert parse_upscaler_args("weights=C:\\a b.pth; tile=5;;") == {"weights": "C:\\a b.pth", "tile": "5"}
     with pytest.raises(OptionError, match="write key=value"):
-        read_args("weights")
+        parse_upscaler_args("weights")
 
 
 @pytest.fixture(scope="module")
