@@ -42,8 +42,8 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """
     check_attention(options.model, device)
     lora_files = read_networks(options.networks) if options.networks.network_weights else []
-    with ExitStack() as files:
-        checkpoint_plan = plan_checkpoint(options.model, files)
+    with ExitStack() as exit_stack:
+        checkpoint_plan = plan_checkpoint(options.model, exit_stack)
         _check_networks(options, checkpoint_plan, lora_files)
         cross_attentions: Mapping[str, str] = {}  # name in XTI files -> module path
         if options.text.XTI_embeddings:

@@ -116,14 +116,14 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
+def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]:
     """Plan how to load the U-Net of a diffusers folder.
 
     Args:
         folder: Folder of the checkpoint.
-        files: Closes opened files.
+        exit_stack: Closes opened files.
     """
-    checkpoint = files.enter_context(open_network_weights(folder / "unet", ("diffusion_pytorch_model",)))
+    checkpoint = exit_stack.enter_context(open_network_weights(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", unet_class())
     config_file = folder / "unet" / "config.json"
     _check_levels(config, config_file)
@@ -144,9 +144,11 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     return LoadPlan(config, checkpoint, plain_sources(checkpoint))
 
 
-def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
-    """Plan how to load the VAE of a folder with config.json and weights; `files` closes opened files."""
-    checkpoint = files.enter_context(open_network_weights(folder, ("diffusion_pytorch_model",)))
+def read_folder_vae(
+    folder: Path, option: str, latent_scale: float, exit_stack: ExitStack
+) -> LoadPlan[VaeSizes]:
+    """Plan how to load the VAE of a folder with config.json and weights; `exit_stack` closes them."""
+    checkpoint = exit_stack.enter_context(open_network_weights(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
         raise CheckpointError(
@@ -166,17 +168,17 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
     return read_vae(checkpoint, option, latent_scale)
 
 
-def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:
+def read_folder_texts(folder: Path, kind: ModelKind, exit_stack: ExitStack) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a diffusers folder.
 
     Args:
         folder: Folder of the files.
         kind: Kind of the checkpoint.
-        files: Closes opened files.
+        exit_stack: Closes opened files.
     """
     plans = []
     for index, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
-        checkpoint = files.enter_context(open_network_weights(folder / name, ("model", "pytorch_model")))
+        checkpoint = exit_stack.enter_context(open_network_weights(folder / name, ("model", "pytorch_model")))
         is_open_clip = kind is SD2 or index == 1
         plans.append(read_folder_text(checkpoint, is_open_clip, is_projected=index == 1))
     return tuple(plans)

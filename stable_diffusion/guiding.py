@@ -182,9 +182,8 @@ class Guides:
 
         def guide(step: Step, predict: Predict, section: Section) -> Tensor:
             velocity = guidance(step, predict, section)
-            alpha = float(
-                sampler.schedule.alphas[sampler.first_index + step.index]
-            )  # factor of the clean latents
+            index = sampler.first_index + step.index
+            alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
             if alpha < MIN_SHARE:  # almost pure noise: the predicted image would be meaningless
                 return velocity
             gradient = self._compute_gradient(image_loss, passes, step, section)
@@ -292,21 +291,26 @@ def check_guides(options: GuideOptions) -> GuideOptions:
     vgg = options.vgg16_guidance_model
     if options.uses_clip:
         clip = clip or find_model_folder(CLIP.option, CLIP_REPOSITORY, ("config.json", "model.safetensors"))
-        with open_checkpoint(clip) as checkpoint:
-            width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
-            dim = read_clip_text(checkpoint, CLIP).config.dim
-            projection = checkpoint.tensors.get(_PROJECTION)
-            if projection is None or projection.shape != (width, dim):
-                raise CheckpointError(
-                    f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
-                    f"{dim}) is missing or of another size. Give {CLIP.release}.",
-                    checkpoint.path,
-                )
+        _check_clip(clip)
     if options.vgg16_guidance_scale:
         vgg = vgg or find_model_folder(OPTION, VGG_REPOSITORY, (VGG_FILE,)) / VGG_FILE
         # loaded on the meta device to check the file without reading weights
         load_vgg16(vgg, options.vgg16_guidance_layer, torch.device("meta"), torch.float32)
     return replace(options, clip_guidance_model=clip, vgg16_guidance_model=vgg)
+
+
+def _check_clip(path: Path) -> None:
+    """Raise CheckpointError if a file or folder is not a CLIP with text and image encoder, by its headers."""
+    with open_checkpoint(path) as checkpoint:
+        width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
+        dim = read_clip_text(checkpoint, CLIP).config.dim
+        projection = checkpoint.tensors.get(_PROJECTION)
+        if projection is None or projection.shape != (width, dim):
+            raise CheckpointError(
+                f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
+                f"{dim}) is missing or of another size. Give {CLIP.release}.",
+                checkpoint.path,
+            )
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:

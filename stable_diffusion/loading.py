@@ -143,24 +143,28 @@ def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
         checkpoints.band_convolutions(vae, options.vae_slices)
 
 
-def plan_checkpoint(options: ModelOptions, files: ExitStack) -> CheckpointPlan:
+def plan_checkpoint(options: ModelOptions, exit_stack: ExitStack) -> CheckpointPlan:
     """Find and open the files of --ckpt and --vae, and plan how their networks are loaded.
 
     Args:
         options: Options of the run.
-        files: Closes the files.
+        exit_stack: Closes the files.
 
     Raises:
         OptionError: If an option contradicts the files.
         CheckpointError: If the files cannot be used.
     """
     path = find_checkpoint(options.ckpt)
-    plan = _plan_folder(options, path, files) if path.is_dir() else _plan_single_file(options, path, files)
+    plan = (
+        _plan_folder(options, path, exit_stack)
+        if path.is_dir()
+        else _plan_single_file(options, path, exit_stack)
+    )
     _check_together(plan)
     return plan
 
 
-def _plan_folder(options: ModelOptions, path: Path, files: ExitStack) -> CheckpointPlan:
+def _plan_folder(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
     """Plan how to load a folder in diffusers' layout, and the VAE of --vae."""
     model_type = folders.read_folder_model_type(path)
     check_kind_flags(options, model_type.kind)
@@ -171,18 +175,18 @@ def _plan_folder(options: ModelOptions, path: Path, files: ExitStack) -> Checkpo
             'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
             "wrong"
         )
-    text_encoders = folders.read_folder_texts(path, model_type.kind, files)
-    unet = folders.read_folder_unet(path, files)
+    text_encoders = folders.read_folder_texts(path, model_type.kind, exit_stack)
+    unet = folders.read_folder_unet(path, exit_stack)
     if options.vae is None:
-        vae = read_chosen_vae(path / "vae", "--ckpt", model_type.kind, files)
+        vae = read_chosen_vae(path / "vae", "--ckpt", model_type.kind, exit_stack)
     else:
-        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, files)
+        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, exit_stack)
     return CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=text_encoders)
 
 
-def _plan_single_file(options: ModelOptions, path: Path, files: ExitStack) -> CheckpointPlan:
+def _plan_single_file(options: ModelOptions, path: Path, exit_stack: ExitStack) -> CheckpointPlan:
     """Plan how to load a single-file checkpoint, and the VAE of --vae."""
-    checkpoint = files.enter_context(open_checkpoint(path))
+    checkpoint = exit_stack.enter_context(open_checkpoint(path))
     model_type = read_model_type(path, checkpoint.tensors, checkpoint.metadata)
     check_kind_flags(options, model_type.kind)
     num_averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
@@ -197,7 +201,7 @@ def _plan_single_file(options: ModelOptions, path: Path, files: ExitStack) -> Ch
     if options.vae is None:
         vae = checkpoints.read_vae(checkpoint, "--ckpt", model_type.kind.latent_scale)
     else:
-        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, files)
+        vae = read_chosen_vae(options.vae, "--vae", model_type.kind, exit_stack)
     return CheckpointPlan(path, model_type, unet=unet, vae=vae, text_encoders=text_encoders)
 
 
@@ -234,7 +238,7 @@ def _require(path: Path, option: str, give: str) -> None:
 
 
 def read_chosen_vae(
-    path: Path, option: str, kind: ModelKind, files: ExitStack
+    path: Path, option: str, kind: ModelKind, exit_stack: ExitStack
 ) -> LoadPlan[checkpoints.VaeSizes]:
     """Plan how to load the VAE of --vae or of a folder.
 
@@ -242,7 +246,7 @@ def read_chosen_vae(
         path: File or folder of the VAE.
         option: Option that names the file, for messages.
         kind: Kind of the checkpoint.
-        files: Closes the opened files.
+        exit_stack: Closes the opened files.
 
     Raises:
         CheckpointError: If the VAE is missing or another network.
@@ -250,12 +254,12 @@ def read_chosen_vae(
     if option == "--ckpt" or path.is_dir():
         vae_subfolder = path / "vae"
         folder = vae_subfolder if not (path / "config.json").is_file() and vae_subfolder.is_dir() else path
-        return folders.read_folder_vae(folder, option, kind.latent_scale, files)
+        return folders.read_folder_vae(folder, option, kind.latent_scale, exit_stack)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
-        return read_chosen_vae(path, option, kind, files)
+        return read_chosen_vae(path, option, kind, exit_stack)
     _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")
-    checkpoint = files.enter_context(open_checkpoint(path))
+    checkpoint = exit_stack.enter_context(open_checkpoint(path))
     return checkpoints.read_vae(checkpoint, option, kind.latent_scale)
 
 

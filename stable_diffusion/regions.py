@@ -28,7 +28,9 @@ _CHANNELS = 3
 _DARK = 1e-4  # if the regions of a pixel sum to less, all parts have equal weights there
 
 
-def read_regions(path: Path, parts: int, width: int, height: int, num_colors: int | None = None) -> Tensor:
+def read_regions(
+    path: Path, num_parts: int, width: int, height: int, num_colors: int | None = None
+) -> Tensor:
     """Return the region of each part of a prompt: P height width, float32, 0..1.
 
     The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a color, and
@@ -36,7 +38,7 @@ def read_regions(path: Path, parts: int, width: int, height: int, num_colors: in
 
     Args:
         path: File of the mask.
-        parts: Number of parts of the prompt.
+        num_parts: Number of parts of the prompt.
         width: Width in pixels.
         height: Height in pixels.
         num_colors: If given, parts are marked by pure colors instead of channels, and this is the number of
@@ -52,8 +54,8 @@ def read_regions(path: Path, parts: int, width: int, height: int, num_colors: in
         pixels = pixels.resize((width, height), method)
     colors = np.asarray(pixels)
     codes = ((colors >= 128) * np.array([1, 2, 4])).sum(-1)  # H W
-    regions = torch.ones(parts, height, width)
-    for part in range(min(parts, num_colors or _CHANNELS)):
+    regions = torch.ones(num_parts, height, width)
+    for part in range(min(num_parts, num_colors or _CHANNELS)):
         if num_colors is None:
             region = colors[..., part] / np.float32(255)
         else:
@@ -105,12 +107,12 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     return TextState(context, mean.to(pooled[0].dtype))
 
 
-def check_regions(parts: int, loras: int, is_folded: bool) -> None:
+def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
     """Raise OptionError if parts of a prompt and LoRAs cannot be assigned to the regions of a mask.
 
     Args:
-        parts: Parts of the prompt.
-        loras: Number of LoRAs that are not folded in permanently.
+        num_parts: Number of parts of the prompt.
+        num_loras: Number of LoRAs that are not folded in permanently.
         is_folded: Whether LoRAs are folded in for each batch.
     """
     if is_folded:
@@ -118,11 +120,11 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
             "--network_pre_calc folds LoRAs into the weights, which are the same in all regions of "
             "--mask_path. Leave out one of them"
         )
-    if loras and loras != parts:
+    if num_loras and num_loras != num_parts:
         raise OptionError(
-            f"the prompt has {count_of(parts, 'part')} between AND, --network_weights "
-            f"{count_of(loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to part "
-            "2 and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, or "
+            f"the prompt has {count_of(num_parts, 'part')} between AND, --network_weights "
+            f"{count_of(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to "
+            "part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, or "
             "leave the mask out"
         )
 
@@ -156,11 +158,11 @@ class Regions:
                 into the weights.
             MediaError: If the mask cannot be read.
         """
-        parts = request.settings.num_parts
+        num_parts = request.settings.num_parts
         if request.mask is None:
-            return torch.ones(parts, 1, 1)
-        check_regions(parts, len(self._lora_layers), self._is_folded)
-        return read_regions(request.mask, parts, width=width, height=height, num_colors=self._num_colors)
+            return torch.ones(num_parts, 1, 1)
+        check_regions(num_parts, len(self._lora_layers), self._is_folded)
+        return read_regions(request.mask, num_parts, width=width, height=height, num_colors=self._num_colors)
 
     @contextlib.contextmanager
     def apply_to_batch(
@@ -233,12 +235,12 @@ class _Batch:
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
             rows = len(hidden_states)
-            parts = self.num_parts
-            context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
-            out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **settings)
+            num_parts = self.num_parts
+            context = encoder_hidden_states.unflatten(1, (num_parts, -1)).transpose(0, 1).flatten(0, 1)
+            out = attend(hidden_states.repeat(num_parts, 1, 1), encoder_hidden_states=context, **settings)
             weights = self._resize_masks(self._weights, self._find_spatial_size(hidden_states))  # B P h w
             weights = weights.flatten(2).transpose(0, 1).repeat(1, rows // weights.shape[0], 1)  # P R N
-            return (out.unflatten(0, (parts, rows)) * weights[..., None].to(out.dtype)).sum(0)
+            return (out.unflatten(0, (num_parts, rows)) * weights[..., None].to(out.dtype)).sum(0)
 
         return forward
 

@@ -289,7 +289,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
 def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
     """Generate the images of the prompt lines that the user's --from_module module yields."""
     request_builder = run.request_builder
-    lines_of_round = module_lines(
+    make_lines = module_lines(
         module,
         run.options,
         pipe=run.image_generator.model,
@@ -298,12 +298,12 @@ def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> l
         count_images=lambda: request_builder.num_images,
     )
 
-    def prompted() -> Iterator[Line]:
-        """Yield the lines of a round; an error in the user's prompt module ends the round."""
+    def yield_lines() -> Iterator[Line]:
+        """Yield the prompts of a round; an error in the user's module ends the round."""
         with failures.note_errors("the next prompt"):
-            yield from lines_of_round(request_builder.seeds.round_seed)
+            yield from make_lines(request_builder.seeds.round_seed)
 
-    return run.generate_all(_repeat_for_rounds(run, prompted), failures)
+    return run.generate_all(_repeat_for_rounds(run, yield_lines), failures)
 
 
 def _generate_from_lines(
@@ -338,7 +338,7 @@ def _generate_from_lines(
     return paths
 
 
-def _repeat_for_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+def _repeat_for_rounds(run: Run, make_lines: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; a round begins when its first line is requested."""
     prompts = run.options.prompts
     request_builder = run.request_builder
@@ -348,7 +348,7 @@ def _repeat_for_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -
         request_builder.num_images = 0
         if prompts.iter_same_seed:
             request_builder.seeds.begin_round()
-        lines = lines_of_round()
+        lines = make_lines()
         if prompts.shuffle_prompts:
             lines = list(lines)
             request_builder.seeds.random.shuffle(lines)
