@@ -124,8 +124,8 @@ def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
         raise OptionError(
             f"the prompt has {count_of(num_parts, 'part')} between AND, --network_weights "
             f"{count_of(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to "
-            "part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, "
-            "or leave the mask out"
+            "part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
+            "parts, or leave the mask out"
         )
 
 
