@@ -68,7 +68,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 
-def mark_table(table: DatasetTable) -> str | None:
+def fingerprint_table(table: DatasetTable) -> str | None:
     """Return a fingerprint of a table's settings and of the names in the folders that it reads.
 
     Returns None if a folder cannot be listed or has more than `MAX_FILES` entries.
@@ -88,7 +88,7 @@ def mark_table(table: DatasetTable) -> str | None:
     return _hash("\n".join(lines))
 
 
-def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
+def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
     """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
     set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
     # without `npz`, which contains sets, whose order in a text varies
@@ -147,10 +147,11 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
         if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
-        # marks are fingerprints: of the latent space, and of the table and the names in its folders
-        if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
+        if latents.latent_fingerprint != fingerprint_latents(table, latent):
             return None
-        if latents.mark != mark_table(table):  # last, because it lists folders
+        if latents.table_fingerprint != texts.table_fingerprint:
+            return None
+        if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None
         captions = _count_captions(table, texts.lines.values())
         if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
@@ -224,8 +225,8 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 class IndexPart(NamedTuple):
     """The lines of an index about the latents of a family, or about its texts."""
 
-    mark: str  # fingerprint of the table, from `mark_table`
-    space: str  # fingerprint of the latent space, from `mark_space`; "" for texts
+    table_fingerprint: str  # from `fingerprint_table`
+    latent_fingerprint: str  # from `fingerprint_latents`; "" for texts
     left_out: list[str]  # paths of the sources that have no latents
     lines: dict[str, dict[str, Any]]  # by name of the cache file, in the order of the index
 

@@ -50,7 +50,7 @@ RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
 # parts of a record's JSON text (`record_metadata`) that differ between the items of a table
-_ITEM_PARTS = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
+_CHECKSUMS_OR_FILES = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MAX_CHECKED = 1 << 16  # items to remember as unchanged: a few megabytes
 
 
@@ -141,26 +141,26 @@ def _clip_info(content: Any) -> ClipInfo:
     return ClipInfo(tuple(content["size"]), kept_frames, content["complete"], changes)
 
 
-def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the record of a latent cache into the text that a table's items share, and the item's files.
+def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
+    """Split the JSON of a latent cache's record into its settings, as text, and its source files, parsed.
 
-    The shared text is the record's JSON without checksums and files.
+    Items of a table often have equal settings, so their texts can be compared without parsing them.
 
     Returns:
-        The pieces of the shared text, and the files; None if the record is missing, damaged or cannot be
-        split.
+        The pieces of the JSON without checksums and files, and the files; None if the record is missing,
+        damaged or cannot be split.
     """
-    text = entry.metadata.get(RECORD_KEY, "")
-    # The pattern matches the checksums and then the list of files, which its group captures: text, None,
-    # text, list of files, text
-    pieces = _ITEM_PARTS.split(text)
-    if len(pieces) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
+    record_json = entry.metadata.get(RECORD_KEY, "")
+    # the pattern matches twice: the checksums, and the list of files, which is its only group
+    pieces = _CHECKSUMS_OR_FILES.split(record_json)
+    if len(pieces) != 5 or _crc(record_json) != entry.metadata.get(CHECK_KEY):
         return None
+    before_checksums, no_group, between, files_json, after_files = pieces
     try:
-        files = tuple(FileIdentity(**file) for file in json.loads(pieces.pop(3)))
+        files = tuple(FileIdentity(**file) for file in json.loads(files_json))
     except (ValueError, TypeError):
         return None
-    return pieces, files
+    return [before_checksums, no_group, between, after_files], files
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:

@@ -213,7 +213,7 @@ class Stores:
     names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
     # stores by table index, for tables whose entries are not where their cache_format says
     elsewhere: Mapping[int, StorePair] = field(default_factory=dict)
-    trusts: bool = False  # existing shared files count as valid without being read
+    trusts_shared_caches: bool = False  # existing shared files count as valid without being read
     skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder

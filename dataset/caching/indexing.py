@@ -14,7 +14,7 @@ from dataset.cache.index import (
     NAME,
     VERSION,
     IndexPart,
-    mark_space,
+    fingerprint_latents,
     read_parts,
     split_names,
 )
@@ -42,7 +42,7 @@ def write_index(
     part: str,
     tag: str,
     latent: LatentSpec,
-    mark: str | None,
+    table_fingerprint: str | None,
     valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
@@ -56,14 +56,18 @@ def write_index(
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        mark: Fingerprint of the table, taken before its sources were listed; None if there is none.
+        table_fingerprint: Fingerprint taken before the sources of the table were listed, or None.
         valid: Names of the cache files that this run made, or compared with their sources.
         left_out: Paths of the sources that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
     latent_files, text_files = split_names(store.names(), tag)
-    if mark is None or len(latent_files) + len(text_files) > MAX_FILES or not store.folder.is_dir():
+    if (
+        table_fingerprint is None
+        or len(latent_files) + len(text_files) > MAX_FILES
+        or not store.folder.is_dir()
+    ):
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
@@ -75,13 +79,13 @@ def write_index(
                     previous[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
         if part == LATENTS:
             lines = _list_latents(table, latent_files, tag, latent=latent, store=store)
-            space = mark_space(table, latent)
+            latent_fingerprint = fingerprint_latents(table, latent)
         else:
             lines = list(_list_texts(text_files, tag))
-            space = ""
+            latent_fingerprint = ""
         cached = {line["source"] for line in lines}
         paths = [left_out[stem] for stem in left_out.keys() - cached]
-        parts[tag, part] = IndexPart(mark, space, left_out=sorted(paths), lines={})
+        parts[tag, part] = IndexPart(table_fingerprint, latent_fingerprint, left_out=sorted(paths), lines={})
         for line in lines:
             name = line["file"]
             line["stamp"] = list(stamp_of(store.folder / name))
@@ -172,8 +176,8 @@ def _as_lines(parts: Mapping[tuple[str, str], IndexPart]) -> Iterator[str]:
             "version": VERSION,
             "tag": tag,
             "part": name,
-            "table": part.mark,
-            "space": part.space,
+            "table": part.table_fingerprint,
+            "space": part.latent_fingerprint,
             "left_out": part.left_out,
         }
         for line in (head, *part.lines.values()):

@@ -83,11 +83,11 @@ class CachingActor:
                     os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
                 self._begin()  # reads the dataset and sets `_work`
             work: Any = self._work
-            report = work.encode(work.pieces[index :: self._num_shards], None)
+            report = work.encode(work.work_items[index :: self._num_shards], None)
             work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)
-        counts = {"written": report.written, "kept": report.kept, "sources": report.share}
+        counts = {"written": report.written, "kept": report.reused, "sources": report.num_assigned}
         failures = json.dumps([str(failure) for failure in report.failures])
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 

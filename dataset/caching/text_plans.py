@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
-class Sight(NamedTuple):
+class VisibleMedia(NamedTuple):
     """What text encoders see in addition to captions and reference images."""
 
-    clip: bool = False  # whether they see the frames of the item
-    media: bool = False  # whether they see the reference media in the item's row (`ShownMedium`)
+    frames: bool = False  # whether they see the frames of the item
+    reference_media: bool = False  # whether they see the reference media in the item's row (`ShownMedium`)
 
 
-BLIND = Sight()
+CAPTIONS_ONLY = VisibleMedia()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,15 +50,17 @@ class CaptionFile:
     caption: str | None  # None: the source has no caption
     caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
-    pass_over: int = 0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    encoding_round: int = (
+        0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    )
     embeds: Path | None = None  # file with precomputed outputs of text encoders
     source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
     references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media
-    sight: "Sight" = BLIND
+    visible_media: "VisibleMedia" = CAPTIONS_ONLY
     # the following are set by `plan_texts`
-    missing: tuple[str, ...] = ()  # names of the encoders that must run, in order
-    in_part: bool = False  # valid outputs of some other encoders are only in the unfinished file
-    is_foreign: bool = False  # valid outputs have no record, because another program made them
+    encoders_to_run: tuple[str, ...] = ()  # names of the encoders that must run, in order
+    has_partial_outputs: bool = False  # valid outputs of some other encoders are only in the unfinished file
+    lacks_record: bool = False  # valid outputs have no record, because another program made them
 
 
 # (source, caption) -> caption whose positions in the image are converted to positions in the bucket
@@ -92,7 +94,10 @@ def caption_fitter(family: Caches) -> FitText | None:
 
 
 def list_caption_files(
-    sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND, fit: FitText | None = None
+    sources: Sequence[MediaSource],
+    tag: str,
+    visible_media: VisibleMedia = CAPTIONS_ONLY,
+    fit: FitText | None = None,
 ) -> list[CaptionFile]:
     """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
 
@@ -101,7 +106,7 @@ def list_caption_files(
     Args:
         sources: Sources with their captions.
         tag: The family's cache_tag.
-        sight: Which media text encoders see.
+        visible_media: Which media text encoders see.
         fit: Result of `caption_fitter`.
     """
     by_table: dict[int, list[MediaSource]] = {}
@@ -110,12 +115,18 @@ def list_caption_files(
     files: list[CaptionFile] = []
     with pause_collection():
         for table_sources in by_table.values():
-            files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
+            files += _files_of_table(
+                table_sources[0].table, table_sources, tag=tag, visible_media=visible_media, fit=fit
+            )
     return files
 
 
 def _files_of_table(
-    table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight, fit: FitText | None
+    table: DatasetTable,
+    sources: Sequence[MediaSource],
+    tag: str,
+    visible_media: VisibleMedia,
+    fit: FitText | None,
 ) -> list[CaptionFile]:
     """Return the texts of a table: first captions, additional ones, then the empty prompts.
 
@@ -126,8 +137,10 @@ def _files_of_table(
     additional: list[CaptionFile] = []
     empty: list[CaptionFile] = []
     for source in sources:
-        seen = _list_seen(source, sight)
-        for number, file in enumerate(_list_captions(source, seen, tag=tag, sight=sight, fit=fit)):
+        seen = _list_seen(source, visible_media)
+        for number, file in enumerate(
+            _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
+        ):
             if number == 0:
                 first.append(file)
             else:
@@ -141,7 +154,7 @@ def _files_of_table(
                 caption="",
                 caption_path=None,
                 settings={} if seen.source is None else _list_reference_settings(source),
-                pass_over=2,
+                encoding_round=2,
                 source=seen.source,
                 references=seen.files,
             )
@@ -153,7 +166,7 @@ def _files_of_table(
             name="the empty prompt",
             caption="",
             caption_path=None,
-            pass_over=2,
+            encoding_round=2,
         )
         empty.append(file)
     return [*first, *additional, *empty]
@@ -167,8 +180,8 @@ class _SeenMedia(NamedTuple):
     settings: Mapping[str, Any]  # settings of the captions' records that depend on these media
 
 
-def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
-    """Return the media of a source that text encoders see: reference images and what `sight` selects."""
+def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
+    """Return the media of a source that text encoders see: reference images and `visible_media`."""
     table = source.table
     seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
@@ -177,20 +190,20 @@ def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
         seen_source = source
         files = source.parts[1 : 1 + len(source.control)]  # the first part is the source itself
         settings |= _list_reference_settings(source)
-    if sight != BLIND:
+    if visible_media != CAPTIONS_ONLY:
         seen_source = source
-        files = (*files, *_list_seen_files(source, sight))
-        media = source.shown if sight.media else None
-        settings |= table.sight_settings(sight.clip, media, further_text=source.further_text)
+        files = (*files, *_list_seen_files(source, visible_media))
+        media = source.shown if visible_media.reference_media else None
+        settings |= table.sight_settings(visible_media.frames, media, further_text=source.further_text)
     return _SeenMedia(seen_source, files, settings)
 
 
 def _list_captions(
-    source: MediaSource, seen: _SeenMedia, tag: str, sight: Sight, fit: FitText | None
+    source: MediaSource, seen: _SeenMedia, tag: str, visible_media: VisibleMedia, fit: FitText | None
 ) -> Iterator[CaptionFile]:
     """Yield the cache file of each caption of a source, in order.
 
-    `seen` and `sight` say which files the text encoder sees with a caption; `fit` converts positions in a
+    `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in a
     caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
@@ -214,20 +227,22 @@ def _list_captions(
             caption=fitted,
             caption_path=source.caption_path,
             settings=caption_settings,
-            pass_over=1 if number else 0,  # further captions are encoded after all first ones
+            encoding_round=1 if number else 0,  # further captions are encoded after all first ones
             embeds=embeds,
             source=seen.source,
             references=seen.files,
-            sight=sight,
+            visible_media=visible_media,
         )
 
 
-def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
+def _list_seen_files(
+    source: MediaSource, visible_media: VisibleMedia
+) -> tuple[tuple[Path, Origin | None], ...]:
     """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
     files: list[tuple[Path, Origin | None]] = []
-    if sight.clip:
+    if visible_media.frames:
         files += source.parts[: 1 + len(source.control)]
-    if sight.media:
+    if visible_media.reference_media:
         for medium in source.shown:
             files += [(path, None) for path in (medium.path, medium.audio) if path is not None]
     return tuple(files)
@@ -300,42 +315,46 @@ def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
     """Compare all texts with their caches; return them with the encoders that still have to run."""
-    reads_values = stores.verify or len(files) < MANY
-    plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
+    verifies_tensors = stores.verify or len(files) < MANY
+    plan = partial(_plan, encoders=encoders, stores=stores, verifies_tensors=verifies_tensors)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
     with pause_collection():
         return list(map_ahead(files, plan, workers, bar))
 
 
-def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
+def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensors: bool) -> CaptionFile:
     """Return a text with the encoders that still have to run, from its finished and unfinished cache.
 
-    With `reads_values`, tensors are compared with their checksums, too.
+    With `verifies_tensors`, tensors are compared with their checksums, too.
     """
     store = stores.of_texts(file.table)
     # files of other programs count as valid without being read
-    if stores.trusts and store.is_shared and file.file_name in store:
+    if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
     # names of encoders with valid outputs in the finished file -> whether these have a record
-    _, finished = find(reads_values=reads_values)
+    _, finished = find(verifies_tensors=verifies_tensors)
     if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
-        return file if all(finished.values()) else replace(file, is_foreign=True)
+        return file if all(finished.values()) else replace(file, lacks_record=True)
     _, unfinished = find(in_part=True)
     # read again, because another process may have finished the file in the meantime
-    _, finished = find(reads_values=reads_values)
+    _, finished = find(verifies_tensors=verifies_tensors)
     not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
     missing = tuple(name for name in not_finished if name not in unfinished)
     return replace(
         file,
-        missing=missing,
-        in_part=len(missing) < len(not_finished),
-        is_foreign=not all(finished.values()),
+        encoders_to_run=missing,
+        has_partial_outputs=len(missing) < len(not_finished),
+        lacks_record=not all(finished.values()),
     )
 
 
 def find_outputs(
-    file: CaptionFile, encoders: Encoders, stores: Stores, in_part: bool = False, reads_values: bool = True
+    file: CaptionFile,
+    encoders: Encoders,
+    stores: Stores,
+    in_part: bool = False,
+    verifies_tensors: bool = True,
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Find the valid outputs in a text's cache.
 
@@ -345,7 +364,7 @@ def find_outputs(
         stores: Stores of the run.
         in_part: Whether to search the unfinished file. If any output in it is outdated, no outputs are
             returned, because merging the file would corrupt valid outputs.
-        reads_values: Whether to compare tensors with their checksums; else only the header is read.
+        verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
 
     Returns:
         The entry, or None if the file is missing or damaged; and for each encoder with valid outputs, whether
@@ -358,7 +377,7 @@ def find_outputs(
     has_record: dict[str, bool] = {}
     name = file.file_name + PART if in_part else file.file_name
     try:
-        entry = store.read(name, reads_values)
+        entry = store.read(name, verifies_tensors)
         records = text_records(entry)
     except CacheError as error:
         if name in store:
@@ -380,7 +399,7 @@ def find_outputs(
             logger.debug("%s: %s", store.folder / name, changed)
             continue
         try:
-            if reads_values:
+            if verifies_tensors:
                 verify_tensors(entry, record.crc32)
             has_record[encoder.name] = True
         except CacheError as error:

@@ -40,7 +40,7 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
-    Sight,
+    VisibleMedia,
     caption_fitter,
     distinct_texts,
     find_outputs,
@@ -70,7 +70,7 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
 class TextWork:
-    """Encode the texts of a dataset, in batches (`pieces`).
+    """Encode the texts of a dataset, in batches (`work_items`).
 
     An encoder is released when the next encoder is loaded, and the last one by `free`.
     """
@@ -108,8 +108,8 @@ class TextWork:
                 reject_changing(table, table.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
-        self.not_listed = listing.report  # failures of listing
-        self.full_tables = listing.complete_tables
+        self.listing_report = listing.report  # failures of listing
+        self.complete_tables = listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         log_warnings(find_caption_warnings(self._sources), NAMED)
@@ -122,11 +122,13 @@ class TextWork:
             require_form(mixed, family.cache_tag)
         encoders = list(family.text_encoders())
         abilities = [encoder.can for encoder in encoders]
-        self._sight = Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
+        self._visible_media = VisibleMedia(
+            any(can.see_clip for can in abilities), any(can.see_media for can in abilities)
+        )
         fit = caption_fitter(family) if family.can.fit_captions else None
-        files = list_caption_files(self._sources, family.cache_tag, self._sight, fit)
+        files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
         self._files = distinct_texts(files, stores)
-        self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
+        self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
         self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
@@ -135,8 +137,8 @@ class TextWork:
         # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
         self._failed: dict[str, Failure] = {}
 
-    def encode(self, pieces: Sequence[TextBatch], label: str | None) -> CacheReport:
-        """Encode the captions of `pieces` that have no valid cache entry, one encoder after the other.
+    def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
+        """Encode the captions of some batches that have no valid cache entry, one encoder after the other.
 
         An encoder is not loaded if all its outputs are cached. `label` names this share of the work; None
         means that no progress is shown.
@@ -149,31 +151,33 @@ class TextWork:
             captions = count_of(len(self._files), "caption")
             data = f"{self._config.path}, {captions}"
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
-        all_files = [file for batch in pieces for file in batch]
+        all_files = [file for batch in batches for file in batch]
         files = plan_texts(all_files, self._encoders, self.stores, self._workers)
-        remaining = iter(files)  # in the order of `pieces`, so that they form the same batches
-        batches = [tuple(itertools.islice(remaining, len(batch))) for batch in pieces]
+        remaining = iter(files)  # in the order of `batches`, so that they form the same batches
+        planned_batches = [tuple(itertools.islice(remaining, len(batch))) for batch in batches]
         self._failed.clear()
         for file in files:
-            if not file.missing:  # nothing to encode, but an earlier run may have left a `.part`
+            if not file.encoders_to_run:  # nothing to encode, but an earlier run may have left a `.part`
                 self._finish_part(file)
         for encoder, identity in self._encoders:
-            to_do = [file for file in files if encoder.name in file.missing]
+            to_do = [file for file in files if encoder.name in file.encoders_to_run]
             to_do = [file for file in to_do if file.file_name not in self._failed]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
-                self._encode(encoder, identity, batches=batches, to_do=to_do, shows=label is not None)
+                self._encode(encoder, identity, batches=planned_batches, to_do=to_do, shows=label is not None)
         num_failed = len(self._failed)
         # a text is written if outputs were encoded, or were only in its unfinished file
-        num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
+        num_written = (
+            sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files) - num_failed
+        )
         valid = [file for file in files if file.file_name not in self._failed]
         return CacheReport(
             written=num_written,
-            kept=len(files) - num_written - num_failed,
-            foreign=sum(file.is_foreign for file in files),
+            reused=len(files) - num_written - num_failed,
+            num_without_record=sum(file.lacks_record for file in files),
             failures=tuple(dict.fromkeys(self._failed.values())),  # several texts of a source: one failure
-            share=len(files),
-            total=len(self._files),
+            num_assigned=len(files),
+            num_total=len(self._files),
             valid=frozenset((file.table.index, file.file_name) for file in valid),
         )
 
@@ -184,10 +188,10 @@ class TextWork:
         removed.
         """
         part = file.file_name + PART
-        if file.in_part:  # an earlier run was stopped before it wrote the file
+        if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
             unfinished, encoders = self._find(file, in_part=True)
             self._finish(file, unfinished, encoders)
-        elif part in self._parts and not self.stores.trusts:
+        elif part in self._parts and not self.stores.trusts_shared_caches:
             self.stores.of_texts(file.table).remove(part)
 
     def remove_stale(
@@ -308,7 +312,7 @@ class TextWork:
         rules = self._family.references
         if rules is not None and rules.as_encoded:
             prompt = dataclasses.replace(prompt, frames=self._frames_of(source))
-        if self._sight.clip:
+        if self._visible_media.frames:
             prompt = self._show_item(prompt, source)
         return prompt
 
@@ -329,7 +333,7 @@ class TextWork:
         item = media.cut(span)
         controls = tuple(torch.from_numpy(control[0]) for control in item.control)  # first frames, H W C
         clip = torch.from_numpy(item.frames)
-        shown = source.shown if self._sight.media else ()
+        shown = source.shown if self._visible_media.reference_media else ()
         return dataclasses.replace(
             prompt,
             clip=clip,
@@ -451,7 +455,7 @@ class TextWork:
         part, encoders = self._find(file, in_part=True)  # outputs of the encoders before this one
         if part is not None:
             new = _join(part, new)
-        if encoder == file.missing[-1]:  # the last encoder that adds outputs
+        if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
             self._finish(file, new, {encoder, *encoders})
         else:
             store.write(file.file_name + PART, new.named, new.metadata)
@@ -497,7 +501,7 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
     `size` is the batch size; None means the batch_size of the table.
     """
     batches: list[TextBatch] = []
-    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
+    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.encoding_round)):
         texts = tuple(group)
         batch_size = size or texts[0].table.batch_size
         batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
