@@ -20,9 +20,9 @@ from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.text_encoder import (
     FileTextEncoder,
+    TemplatedPrompt,
     TextTokenizer,
     TokenizerSource,
-    Written,
     fill_rows,
     find_merges,
 )
@@ -158,15 +158,15 @@ class PooledClip(FileTextEncoder[ClipText]):
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.second is None else prompt.second
-        return Written(text, text, ())
+        return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError unless the tokenizer puts a text between a start and an end token."""
         ids_of_empty = tokenizer.read("").ids
-        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.number(CLIP_END):
+        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.token_to_id(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
             raise self.source.files.unreadable(tokenizer.file, why)
 
@@ -180,7 +180,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
         """Return each prompt's pooled state, C, and, if the family uses one, its mask, 77 int64."""
-        end = tokenizer.number(CLIP_END)
+        end = tokenizer.token_to_id(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
         # the pooled state is that of the first end token

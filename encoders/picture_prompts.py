@@ -67,15 +67,17 @@ class ImageUse:
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
     # returns hashes of `Prompt.frames` for caches, n 32 uint8; None: caches have no hashes
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
-    shown: int | None = None  # number of images that are used, from the first on; None: all
-    fewest: int = 3136  # minimum number of pixels; smaller images are enlarged
-    maximum: int = 12845056  # maximum number of pixels; larger images are shrunk
+    max_images: int | None = None  # number of images that are used, from the first on; None: all
+    min_pixels: int = 3136  # minimum number of pixels; smaller images are enlarged
+    max_pixels: int = 12845056  # maximum number of pixels; larger images are shrunk
     between: str = ""  # text between two images
-    always: bool = True  # load the tower together with the encoder; False: once a prompt has images
+    loads_tower_at_once: bool = (
+        True  # load the tower together with the encoder; False: once a prompt has images
+    )
 
-    def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
-        """Return the first `shown` images."""
-        return pictures[: self.shown]
+    def select(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
+        """Return the first `max_images` images."""
+        return pictures[: self.max_images]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
         """Return the text for an image in a prompt.
@@ -91,16 +93,16 @@ class ImageUse:
 
 
 @dataclass(frozen=True)
-class ReadImages:
+class PatchedImages:
     """The images of a prompt as input of the vision tower."""
 
     patches: Tensor  # of all images, P K float32
-    sides: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
+    token_grids: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
 
     @property
     def counts(self) -> list[int]:
         """Number of tokens of each image."""
-        return [rows * columns for rows, columns in self.sides]
+        return [rows * columns for rows, columns in self.token_grids]
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def read_images(
     pictures: Sequence[Tensor],
     use: ImageUse,
     colors: Mapping[str, Sequence[float]] | None = None,
-) -> ReadImages:
+) -> PatchedImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
     Args:
@@ -226,7 +228,7 @@ def read_images(
     processor_class = _import_processor()
     # no patches; each is a row of 3 colors x frames x pixels
     if not pictures:
-        return ReadImages(torch.zeros(0, 3 * frames * patch**2))
+        return PatchedImages(torch.zeros(0, 3 * frames * patch**2))
     for image in pictures:
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
@@ -238,15 +240,15 @@ def read_images(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
-        min_pixels=use.fewest,
-        max_pixels=use.maximum,
+        min_pixels=use.min_pixels,
+        max_pixels=use.max_pixels,
         **{**tower_colors, **(colors or {})},
     )
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
-    sides = []  # rows and columns of tokens, each of which stands for merge x merge patches
+    token_grids = []  # rows and columns of tokens, each of which stands for merge x merge patches
     for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
-        sides.append((int(patch_rows) // merge, int(patch_columns) // merge))
-    return ReadImages(inputs["pixel_values"], tuple(sides))
+        token_grids.append((int(patch_rows) // merge, int(patch_columns) // merge))
+    return PatchedImages(inputs["pixel_values"], tuple(token_grids))
 
 
 def _import_processor() -> Any:
@@ -261,52 +263,59 @@ def _import_processor() -> Any:
         return Qwen2VLImageProcessor
 
 
-class ImageTokens(NamedTuple):
+class PromptEmbeddings(NamedTuple):
     """Embeddings of prompts in which image features replace the placeholder tokens of images."""
 
-    tokens: Tensor  # embeddings, B L C
-    places: Tensor | None  # positions, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
-    added: list[Tensor]  # features to add to the outputs of the first layers, each B L C, 0 for text tokens
+    embeddings: Tensor  # B L C
+    position_ids: (
+        Tensor | None
+    )  # time, row and column of each token, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
+    # DeepStack: image features to add to the outputs of the first layers, each B L C, 0 for text tokens
+    layer_additions: list[Tensor]
 
 
 def embed_images(
-    tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadImages], token: int
-) -> ImageTokens:
-    """Replace the placeholder tokens of images by features of the vision tower.
+    vision_tower: nn.Module,
+    embeddings: Tensor,
+    ids: Tensor,
+    images: Sequence[PatchedImages],
+    placeholder: int,
+) -> PromptEmbeddings:
+    """Replace the embeddings of placeholder tokens by image features of the vision tower.
 
     Args:
-        tower: The vision tower.
-        tokens: Embeddings, B L C.
+        vision_tower: The vision tower.
+        embeddings: Embeddings of all tokens, B L C.
         ids: Token ids, B L, on the CPU.
-        pictures: Images of each prompt.
-        token: Id of the placeholder token.
+        images: Images of each prompt.
+        placeholder: Id of the placeholder token, which stands for one token of an image.
     """
-    # deep features: those of inner layers of the tower (DeepStack), for layers of the language model
-    features, deep_features = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
-    has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
+    prompts_with_images = [prompt for prompt in images if prompt.token_grids]
+    features, deep_features = _run_tower(vision_tower, prompts_with_images)
+    has_images = torch.tensor([bool(prompt.token_grids) for prompt in images])
     # in a prompt without images, a placeholder token is text that the user typed
     ids = ids.masked_fill(~has_images[:, None], -1)
-    positions = []
-    for row, prompt in zip(ids.tolist(), pictures, strict=True):
-        positions.append(place_tokens(row, prompt.sides, token))
-    is_image = (ids == token).to(tokens.device)[..., None]  # B L 1
-    added = []
+    position_ids = []
+    for prompt_ids, prompt in zip(ids.tolist(), images, strict=True):
+        position_ids.append(image_position_ids(prompt_ids, prompt.token_grids, placeholder))
+    is_image = (ids == placeholder).to(embeddings.device)[..., None]  # B L 1
+    layer_additions = []
     for deep in deep_features:
-        added.append(torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)))
-    return ImageTokens(
-        tokens=tokens.masked_scatter(is_image, features.to(tokens)),
-        places=torch.stack(positions, dim=1),
-        added=added,
+        layer_additions.append(torch.zeros_like(embeddings).masked_scatter(is_image, deep.to(embeddings)))
+    return PromptEmbeddings(
+        embeddings=embeddings.masked_scatter(is_image, features.to(embeddings)),
+        position_ids=torch.stack(position_ids, dim=1),
+        layer_additions=layer_additions,
     )
 
 
-def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
+def _run_tower(tower: nn.Module, prompts: Sequence[PatchedImages]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the features of all image tokens, and features to add after the first layers (DeepStack)."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
     grids = []  # frames, rows and columns of patches of each image
     for prompt in prompts:
-        for rows, columns in prompt.sides:
+        for rows, columns in prompt.token_grids:
             grids.append((1, rows * merge, columns * merge))
     patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
     output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
@@ -319,7 +328,7 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
     return output.pooler_output, getattr(output, "deepstack_features", None) or ()
 
 
-def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
+def image_position_ids(ids: Sequence[int], token_grids: Sequence[tuple[int, int]], token: int) -> Tensor:
     """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
     Each text token advances all three positions by one. The tokens of an image have the same time and form a
@@ -327,16 +336,16 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
 
     Args:
         ids: Token ids, L.
-        sides: For each image, its rows and columns of tokens.
+        token_grids: For each image, its rows and columns of tokens.
         token: Id of the placeholder token of images.
     """
-    remaining_sides = list(sides)
+    remaining_grids = list(token_grids)
     start = 0
     positions: list[Tensor] = []
     for is_image, group in groupby(ids, lambda number: number == token):
         num_tokens = len(list(group))
         while num_tokens and is_image:  # a run of placeholders may stand for several images
-            rows, columns = remaining_sides.pop(0)
+            rows, columns = remaining_grids.pop(0)
             same_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(same_time, torch.arange(rows), torch.arange(columns))
             positions.append(grid.T + start)

@@ -132,7 +132,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
         self.name = use.name
         self.keys = use.keys
-        self.takes_weights = use.states
+        self.weighted_states_key = use.states
         self.maximum = max_length
         self.dtype = dtype
         self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)

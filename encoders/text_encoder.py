@@ -29,7 +29,7 @@ from modules.limits import MAX_TOKENIZER_BYTES
 from protocols.data import Conditions, weigh_rows
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt, Spans
-from protocols.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
+from protocols.rules import CharSpan, CountTokens, TokenCount, kept_characters, token_weights
 from runtime.offload.block_swap import move_network
 from runtime.offload.host_memory import LoadedNetwork
 
@@ -45,13 +45,13 @@ class Tokens(NamedTuple):
     """Token ids of a text, and the characters that each token covers."""
 
     ids: list[int]
-    places: list[Place]  # character range of each token; None for tokens that the tokenizer adds
+    char_spans: list[CharSpan]  # character range of each token; None for tokens that the tokenizer adds
 
     def count_after(self, end: float = math.inf) -> int:
         """Return the number of tokens from character `end` on, including the end token."""
         number = 0
-        for place in reversed(self.places):
-            if place is not None and place[0] < end:
+        for span in reversed(self.char_spans):
+            if span is not None and span[0] < end:
                 break
             number += 1
         return number
@@ -65,7 +65,7 @@ class Tokens(NamedTuple):
         cut_start = maximum - num_after
         return Tokens(
             ids=self.ids[:cut_start] + self.ids[cut_end:],
-            places=self.places[:cut_start] + self.places[cut_end:],
+            char_spans=self.char_spans[:cut_start] + self.char_spans[cut_end:],
         )
 
 
@@ -74,7 +74,7 @@ class TextTokenizer:
     """Turn text of any length into tokens."""
 
     read: Callable[[str], Tokens]
-    number: Callable[[str], int | None]  # id of a token; None if there is no such token
+    token_to_id: Callable[[str], int | None]  # id of a token; None if there is no such token
     file: Path  # file of the tokenizer
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
@@ -92,7 +92,7 @@ class _WordReader:
         self.ids = [list(words[name]) for name in names]
         # tokenize any text, to see which tokens are added before and after it
         example = read("a")
-        num_before = example.places.index(next(place for place in example.places if place is not None))
+        num_before = example.char_spans.index(next(span for span in example.char_spans if span is not None))
         num_after = example.count_after()
         self.ids_before = example.ids[:num_before]
         self.ids_after = example.ids[len(example.ids) - num_after :]
@@ -103,30 +103,30 @@ class _WordReader:
         if not self.pattern.search(text):
             return self.read_plain(text)
         ids = list(self.ids_before)
-        places: list[Place] = [None] * len(self.ids_before)
+        char_spans: list[CharSpan] = [None] * len(self.ids_before)
         start = 0  # end of the previous word, in characters
         for match in self.pattern.finditer(text):
             assert match.lastindex is not None
             # no space before the word, because most tokens include the space in front of them
-            self._add(ids, places, text[start : match.start()].removesuffix(" "), start)
+            self._add(ids, char_spans, text[start : match.start()].removesuffix(" "), start)
             word_ids = self.ids[match.lastindex - 1]  # each word has its own group in the pattern
             ids += word_ids
-            places += [match.span()] * len(word_ids)
+            char_spans += [match.span()] * len(word_ids)
             start = match.end()
-        self._add(ids, places, text[start:], start)
+        self._add(ids, char_spans, text[start:], start)
         ids += self.ids_after
-        places += [None] * len(self.ids_after)
-        return Tokens(ids, places)
+        char_spans += [None] * len(self.ids_after)
+        return Tokens(ids, char_spans)
 
-    def _add(self, ids: list[int], places: list[Place], text: str, start: int) -> None:
+    def _add(self, ids: list[int], char_spans: list[CharSpan], text: str, start: int) -> None:
         """Append the tokens of the text between two words, whose first character is `start`."""
         if not text:
             return
         tokens = self.read_plain(text)
         inner = slice(len(self.ids_before), len(tokens.ids) - len(self.ids_after))
         ids += tokens.ids[inner]
-        for place in tokens.places[inner]:
-            places.append(None if place is None else (place[0] + start, place[1] + start))
+        for span in tokens.char_spans[inner]:
+            char_spans.append(None if span is None else (span[0] + start, span[1] + start))
 
 
 @dataclass(frozen=True)
@@ -224,11 +224,11 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            # places: the characters that each token stands for; None for special tokens
-            places: list[Place] = [None] * len(added_begin)
+            # char_spans: the characters that each token stands for; None for special tokens
+            char_spans: list[CharSpan] = [None] * len(added_begin)
             for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_special else span)
-            return Tokens([*added_begin, *encoded.ids], places)
+                char_spans.append(None if is_special else span)
+            return Tokens([*added_begin, *encoded.ids], char_spans)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
@@ -260,11 +260,11 @@ class TokenizerSource:
             lengths = [len(surface) for surface in surfaces]
             # edges: where each piece of the text begins, and where the last one ends
             edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
-            # places: the characters that each token stands for; None for begin and end tokens
-            places: list[Place] = [None] * len(added_begin)
-            places += itertools.pairwise(edges)
-            places += [None] * len(added_end)
-            return Tokens([*added_begin, *ids, *added_end], places)
+            # char_spans: the characters that each token stands for; None for begin and end tokens
+            char_spans: list[CharSpan] = [None] * len(added_begin)
+            char_spans += itertools.pairwise(edges)
+            char_spans += [None] * len(added_end)
+            return Tokens([*added_begin, *ids, *added_end], char_spans)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -328,15 +328,15 @@ def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class Written(NamedTuple):
+class TemplatedPrompt(NamedTuple):
     """A prompt in the template of its encoder."""
 
     text: str  # prompt with template
     prompt: str  # cleaned prompt without template
     spans: Spans  # weighted parts of `prompt`
     start: int = 0  # first character of the prompt in `text`
-    end: float = math.inf  # first character of `text` that is not cut off if the prompt is too long
-    uncounted: int = 0  # number of image tokens, which do not count towards the maximum
+    suffix_start: float = math.inf  # `text` from this character on is never cut off, however long the prompt
+    num_image_tokens: int = 0  # number of image tokens, which do not count towards the maximum
 
 
 class FileTextEncoder(ABC, Generic[Network]):
@@ -352,16 +352,18 @@ class FileTextEncoder(ABC, Generic[Network]):
     what: str = "the text encoder"  # name in the log
     source: TokenizerSource
     maximum: int  # longest prompt in tokens, not counting dropped template tokens
-    takes_weights: str = ""  # key of the states that prompt weights multiply; "": weights are not supported
+    weighted_states_key: str = (
+        ""  # key of the states that prompt weights multiply; "": weights are not supported
+    )
     pads_left: bool = False  # padding is on the left, up to `maximum`
-    logs_cuts: ClassVar[bool] = False  # whether each prompt that is too long is logged
+    logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
     words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
     learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
     # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
-    count_dropped: Callable[[TextTokenizer], int] | None = None
+    count_template_tokens: Callable[[TextTokenizer], int] | None = None
     # raises CheckpointError or warns if the tokenizer belongs to another model
     check_tokenizer: Callable[[TextTokenizer], None] | None = None
 
@@ -411,9 +413,9 @@ class FileTextEncoder(ABC, Generic[Network]):
                 identity[f"{name}_{setting}"] = value
         return identity
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the prompt in the template; by default, there is no template."""
-        return Written(prompt.text, prompt.text, prompt.spans)
+        return TemplatedPrompt(prompt.text, prompt.text, prompt.spans)
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
@@ -426,7 +428,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             # tokens are only counted, so any ids will do
             tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
         # template tokens before the prompt whose states are dropped
-        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
+        dropped = 0 if self.count_template_tokens is None else self.count_template_tokens(tokenizer)
         token_bytes = 0
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
             token_bytes = self.token_bytes
@@ -438,11 +440,11 @@ class FileTextEncoder(ABC, Generic[Network]):
             except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
-            num_after = tokens.count_after(written.end)
+            num_after = tokens.count_after(written.suffix_start)
             # only these tokens may be cut off, not the template and the end token after the prompt
-            cuttable = tokens.places[: len(tokens.places) - num_after]
+            cuttable = tokens.char_spans[: len(tokens.char_spans) - num_after]
             # characters of the prompt up to the end of each token
-            ends = [0 if place is None else place[1] - written.start for place in cuttable]
+            ends = [0 if span is None else span[1] - written.start for span in cuttable]
             length = len(written.prompt)
             max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
             characters = kept_characters(ends, max_read, length)
@@ -483,8 +485,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         with quiet():  # the tokenizer is logged when the encoder is loaded
             tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
-        # without the tokens that the tokenizer adds, which have no place in the text
-        return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
+        # without the tokens that the tokenizer adds, which have no span in the text
+        return [
+            number for number, span in zip(tokens.ids, tokens.char_spans, strict=True) if span is not None
+        ]
 
     @abstractmethod
     def load_network(self, device: torch.device) -> Network:
@@ -514,7 +518,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
 
     def encode_written(
-        self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
+        self, written: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
         """Encode prompts that are already in the template.
 
@@ -524,32 +528,32 @@ class FileTextEncoder(ABC, Generic[Network]):
             return []
         network, tokenizer = self._loaded.get()
         # tokens of the template, whose states are not part of the result
-        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
+        dropped = 0 if self.count_template_tokens is None else self.count_template_tokens(tokenizer)
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
-            # template and uncounted tokens (of images) are not limited
-            max_tokens = dropped + prompt.uncounted + self.maximum
-            cut_tokens.append(tokens.cut(max_tokens, prompt.end))
-        if self.logs_cuts:
-            self._log_cuts(written, all_tokens, cut_tokens)
+            # template and num_image_tokens tokens (of images) are not limited
+            max_tokens = dropped + prompt.num_image_tokens + self.maximum
+            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
+        if self.logs_truncation:
+            self._log_truncated(written, all_tokens, cut_tokens)
         rows = [tokens.ids for tokens in cut_tokens]
         num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
         check_ids(rows, num_rows, self.path, self.source.files.option)
         results = compute(network, tokenizer, rows, dropped)
-        if not self.takes_weights:
+        if not self.weighted_states_key:
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             # spans: parts of the prompt with a weight, such as (cat:1.2)
             if prompt.spans:
-                weights = weights_of(prompt, tokens.places[dropped:])
+                weights = weights_of(prompt, tokens.char_spans[dropped:])
                 conditions = self.weigh(conditions, weights)
             weighted.append(conditions)
         return weighted
 
-    def _log_cuts(
-        self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
+    def _log_truncated(
+        self, written: Sequence[TemplatedPrompt], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
     ) -> None:
         """Log each prompt that is too long."""
         for prompt, tokens, cut in zip(written, all_tokens, cut_tokens, strict=True):
@@ -566,23 +570,23 @@ class FileTextEncoder(ABC, Generic[Network]):
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:  # padding before the prompt has weight 1
             weights = [1.0] * (self.maximum - len(weights)) + [*weights]
-        states: Any = conditions[self.takes_weights]
+        states: Any = conditions[self.weighted_states_key]
         if isinstance(states, Tensor):
-            return {**conditions, self.takes_weights: weigh_rows(states, weights)}
+            return {**conditions, self.weighted_states_key: weigh_rows(states, weights)}
         # states of variable length are in a list
-        return {**conditions, self.takes_weights: [weigh_rows(rows, weights) for rows in states]}
+        return {**conditions, self.weighted_states_key: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
         """Release the network; the next `load` loads it again."""
         self._loaded.free()
 
 
-def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token; `places` has the character range of each token in the text."""
+def weights_of(written: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
+    """Return the weight of each token; `char_spans` has the character range of each token in the text."""
     start = written.start
     prompt_characters = range(start, start + len(written.prompt))
-    prompt_places: list[Place] = []
-    for span in places:
+    prompt_places: list[CharSpan] = []
+    for span in char_spans:
         is_of_prompt = span is not None and span[0] in prompt_characters
         prompt_places.append(span if is_of_prompt else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text

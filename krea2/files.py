@@ -45,11 +45,11 @@ MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # maximum area of a reference: f
 SHOWN = ImageUse(
     "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
     read=partial(read_within, area=SHOWN_AREA),
-    fewest=256 * 256,
+    min_pixels=256 * 256,
 )
 EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
 # of a generation, most of which show none
-MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
+MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, loads_tower_at_once=False))
 MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"

@@ -58,9 +58,9 @@ TEXT_USE = LanguageUse(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=shrink,
-        fewest=32 * 32,
-        maximum=SHOWN_PIXELS,
-        always=False,
+        min_pixels=32 * 32,
+        max_pixels=SHOWN_PIXELS,
+        loads_tower_at_once=False,
     ),
 )
 

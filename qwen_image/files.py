@@ -61,7 +61,7 @@ EDIT_USE = replace(
     "Generate a new image that meets the user's requirements while maintaining consistency with the original "
     "input where appropriate.<|im_end|>\n<|im_start|>user\n",
     dropped=64,
-    pictures=ImageUse(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), shown=1),
+    pictures=ImageUse(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )
 # it sees several, which prompts call by their numbers
 PLUS_USE = replace(

@@ -68,14 +68,14 @@ TEXT_USE = LanguageUse(
         read=read_shown,
         show=lay_on_white,
         hash_images=hash_images,
-        fewest=1,  # no limits: the images already have their final sizes
-        maximum=1 << 40,
+        min_pixels=1,  # no limits: the images already have their final sizes
+        max_pixels=1 << 40,
         between=" ",
-        always=False,
+        loads_tower_at_once=False,
     ),
-    slots_key=SLOTS,
-    sizes_key=SIZES,
-    hashes_key=SEEN_HASHES,
+    image_positions_key=SLOTS,
+    image_sizes_key=SIZES,
+    image_hashes_key=SEEN_HASHES,
 )
 MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
