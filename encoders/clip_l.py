@@ -177,20 +177,24 @@ class PooledClip(FileTextEncoder[ClipText]):
         return clip
 
     def compute(
-        self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: ClipText,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return each prompt's pooled state, C, and, if the family uses one, its mask, 77 int64."""
         end = tokenizer.token_to_id(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
-        ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
+        ids, masks = fill_rows(token_ids, CLIP_TOKENS, end)  # CLIP pads with its end token
         # the pooled state is that of the first end token
-        ends = torch.tensor([row.index(end) for row in rows])
+        ends = torch.tensor([prompt_ids.index(end) for prompt_ids in token_ids])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []
         for state, mask in zip(pooled, masks, strict=True):
-            conditions = {self.use.pooled: state.clone()}
-            if self.use.mask is not None:
-                conditions[self.use.mask] = mask.clone()
+            conditions = {self.use.pooled_key: state.clone()}
+            if self.use.mask_key is not None:
+                conditions[self.use.mask_key] = mask.clone()
             results.append(conditions)
         return results
 

@@ -212,15 +212,14 @@ class ClipText(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
-        # layers to run for the states
-        last = self.num_layers - layer + 1
+        num_layers_run = self.num_layers - layer + 1
         hidden = Hidden(self.embeddings(ids), None)
-        self._run(hidden, range(last))
+        self._run(hidden, range(num_layers_run))
         states = self.final_layer_norm(hidden.x) if final_norm else hidden.x
         if ends is None:
             return states, None
         # the pooled state is always that of the last layer
-        self._run(hidden, range(last, self.num_layers))
+        self._run(hidden, range(num_layers_run, self.num_layers))
         return states, self._pool(hidden.x, ends)
 
     def _run(self, hidden: Hidden, layers: Iterable[int]) -> None:

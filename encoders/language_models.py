@@ -282,19 +282,18 @@ def read_language_model(
     path = checkpoint.path
     layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
-    # marks: tensors (biases, norms) that tell the models apart
+    # tensors that only some models have, such as biases and norms, tell the models apart
     if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
-    wrong = CheckpointError(
+    wrong_sizes = CheckpointError(
         f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
         path,
     )
-    shape = shapes_of(network, sources, wrong)
-    # layers: only those before the last state that is used are loaded
+    shape = shapes_of(network, sources, wrong_sizes)
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
-    num_layers = _count_layers_before(states[-1], all_layers, path, model)
+    num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
     query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
@@ -308,26 +307,26 @@ def read_language_model(
         written=network.metadata.get(model.config_key),
     )
     if Q_NORM in model.distinguishing_tensors:  # the norm of queries has one value for each channel of a head
-        width = shape(f"{layer}{Q_NORM}", 1)[0]
+        head_dim = shape(f"{layer}{Q_NORM}", 1)[0]
     else:
-        width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
-    _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
+        head_dim = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_config_constants(
         path,
         config_json,
         model=model,
         num_layers=num_layers,
-        width=width,
+        width=head_dim,
         shapes=shapes,
     )
     config = LanguageConfig(
         vocabulary=vocabulary,
         dim=dim,
         ffn_dim=shape("layers.0.mlp.gate_proj.weight", 2)[0],
-        num_heads=query_rows // width,
-        num_kv_heads=key_rows // width,
-        head_width=width,
+        num_heads=query_rows // head_dim,
+        num_kv_heads=key_rows // head_dim,
+        head_width=head_dim,
         num_layers=num_layers,
         final_norm=not pre_norm and (final_norm or states[-1] == -1),
         theta=constants.theta,
@@ -360,14 +359,17 @@ def _check_heads(
 ) -> None:
     """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
     # the width must be even, because rotary embedding rotates pairs of channels
-    is_uneven = width < 2 or width % 2 or key_rows % width or query_rows % width
-    if not is_uneven:
-        heads = query_rows // width
-        kv_heads = key_rows // width
+    has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
+    is_valid = has_whole_heads
+    if has_whole_heads:
+        num_heads = max(1, query_rows // width)
+        num_kv_heads = max(1, key_rows // width)
         # grouped queries: each head of keys serves equally many heads of queries
-        is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
+        is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
-    if is_uneven or (Q_BIAS in model.distinguishing_tensors and query_rows != dim):
+    if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
+        is_valid = False
+    if not is_valid:
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
             f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",
@@ -616,16 +618,14 @@ def streamed_layers(
         form: Module of `checkpoints.stored` that quantizes the projections, or None.
         free_bytes: Free bytes on the device; None means enough for all layers.
     """
-
-    def loaded_size(name: str) -> int:
-        """Return the bytes of a weight on the device; only projections are quantized."""
-        is_projection = name.endswith("_proj.weight")
-        return loaded_bytes(plan, name, dtype, form if is_projection else None)
-
     config = plan.config
     if free_bytes is None or config.num_layers < 2:
         return 0, 0
-    layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
+    layer_bytes = 0
+    for name in plan.sources:
+        if name.startswith("layers.0."):
+            is_projection = name.endswith("_proj.weight")  # only projections are quantized
+            layer_bytes += loaded_bytes(plan, name, dtype, form if is_projection else None)
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - free_bytes  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)

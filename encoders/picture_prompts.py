@@ -131,38 +131,42 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     prefix = names[0].removesuffix(PATCHES)
     network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
     sources = plain_sources(network)
-    what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
-    # raised below, or by `_read_sizes`
-    wrong = CheckpointError(f"{path}: {what}", path)
-    sizes = _read_sizes(tower, network, sources, wrong)
+    other_tower = CheckpointError(
+        f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
+        path,
+    )
+    sizes = _read_sizes(tower, network, sources, error=other_tower)
     config_json = read_network_config(
         path, "vision_config", kind=tower.kind, dim=sizes["hidden_size"], defaults={}
     )
     shapes = {name: info.shape for name, info in network.tensors.items()}
     settings = tower.read(sizes, config_json, shapes)
     if settings is None:
-        raise wrong
+        raise other_tower
     return LoadPlan(VisionConfig(tower, {**sizes, **settings}), network, sources)
 
 
 def _read_sizes(
-    tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
+    tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], error: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
-    shape = shapes_of(network, sources, wrong)
-    dim, _, frames, patch, patch_width = shape(PATCHES, 5)
-    # first and last layer of the merger, which makes tokens of patches
-    merged_layer, out_layer = tower.merger
-    merged_dim = shape(merged_layer, 2)[1]  # channels of the patches that are merged into a token
-    out_dim = shape(out_layer, 2)[0]
-    merge = math.isqrt(merged_dim // dim)  # a token stands for merge x merge patches
-    if patch != patch_width or merge < 1 or merge**2 * dim != merged_dim:
-        raise wrong
+    """Return the settings of a tower that its tensors' shapes show, by the names in transformers.
+
+    Raises `error` if the shapes do not fit.
+    """
+    shape = shapes_of(network, sources, error)
+    dim, _, frames, patch_height, patch_width = shape(PATCHES, 5)
+    # the merger joins the channels of merge x merge patches, and projects them to one token
+    first_layer, last_layer = tower.merger
+    merged_dim = shape(first_layer, 2)[1]
+    out_dim = shape(last_layer, 2)[0]
+    merge = math.isqrt(merged_dim // dim)
+    if patch_height != patch_width or merge < 1 or merge**2 * dim != merged_dim:
+        raise error
     return {
         "depth": count(sources, r"blocks\.\d+"),
         "hidden_size": dim,
         "intermediate_size": shape(tower.feed, 2)[0],
-        "patch_size": patch,
+        "patch_size": patch_height,
         "temporal_patch_size": frames,
         "spatial_merge_size": merge,
         "out_hidden_size": out_dim,
@@ -222,13 +226,13 @@ def read_images(
     from PIL import Image
 
     config: Any = tower.config
-    merge = config.spatial_merge_size
-    patch = config.patch_size
-    frames = config.temporal_patch_size
+    merge = config.spatial_merge_size  # a token stands for merge x merge patches
+    patch_size = config.patch_size
+    frames_per_patch = config.temporal_patch_size
     processor_class = _import_processor()
-    # no patches; each is a row of 3 colors x frames x pixels
     if not pictures:
-        return PatchedImages(torch.zeros(0, 3 * frames * patch**2))
+        values_per_patch = 3 * frames_per_patch * patch_size**2  # of three colors
+        return PatchedImages(torch.zeros(0, values_per_patch))
     for image in pictures:
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
@@ -237,15 +241,15 @@ def read_images(
             )
     tower_colors: Any = tower.colors
     processor = processor_class(
-        patch_size=patch,
-        temporal_patch_size=frames,
+        patch_size=patch_size,
+        temporal_patch_size=frames_per_patch,
         merge_size=merge,
         min_pixels=use.min_pixels,
         max_pixels=use.max_pixels,
         **{**tower_colors, **(colors or {})},
     )
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
-    token_grids = []  # rows and columns of tokens, each of which stands for merge x merge patches
+    token_grids = []
     for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
         token_grids.append((int(patch_rows) // merge, int(patch_columns) // merge))
     return PatchedImages(inputs["pixel_values"], tuple(token_grids))
@@ -313,12 +317,12 @@ def _run_tower(tower: nn.Module, prompts: Sequence[PatchedImages]) -> tuple[Tens
     """Return the features of all image tokens, and features to add after the first layers (DeepStack)."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
-    grids = []  # frames, rows and columns of patches of each image
+    patch_grids = []  # frames, rows and columns of patches of each image
     for prompt in prompts:
         for rows, columns in prompt.token_grids:
-            grids.append((1, rows * merge, columns * merge))
+            patch_grids.append((1, rows * merge, columns * merge))
     patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
-    output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
+    output = tower(patches, grid_thw=torch.tensor(patch_grids, device=weight.device))
     if isinstance(output, tuple):  # transformers 4, a tower with DeepStack
         features, deep_features = output
         return features, deep_features or ()
@@ -340,18 +344,20 @@ def image_position_ids(ids: Sequence[int], token_grids: Sequence[tuple[int, int]
         token: Id of the placeholder token of images.
     """
     remaining_grids = list(token_grids)
-    start = 0
-    positions: list[Tensor] = []
-    for is_image, group in groupby(ids, lambda number: number == token):
-        num_tokens = len(list(group))
-        while num_tokens and is_image:  # a run of placeholders may stand for several images
+    next_position = 0
+    position_ids: list[Tensor] = []
+    for is_image, run in groupby(ids, lambda token_id: token_id == token):
+        num_tokens = len(list(run))
+        if not is_image:
+            text_positions = torch.arange(next_position, next_position + num_tokens)
+            position_ids.append(text_positions.expand(3, -1))
+            next_position += num_tokens
+            continue
+        while num_tokens:  # a run of placeholders may stand for several images
             rows, columns = remaining_grids.pop(0)
             same_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(same_time, torch.arange(rows), torch.arange(columns))
-            positions.append(grid.T + start)
-            start += max(rows, columns)
+            position_ids.append(grid.T + next_position)
+            next_position += max(rows, columns)
             num_tokens -= rows * columns
-        # text; empty after the placeholders of images
-        positions.append(torch.arange(start, start + num_tokens).expand(3, -1))
-        start += num_tokens
-    return torch.cat(positions, dim=1)
+    return torch.cat(position_ids, dim=1)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 CLIP = ClipUse(
     name="clipL",
-    pooled="clipL",
-    mask="clipL_mask",
+    pooled_key="clipL",
+    mask_key="clipL_mask",
     what="text encoder 2",
     option="--text_encoder2",
     release="the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors",

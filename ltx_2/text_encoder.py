@@ -35,7 +35,7 @@ from encoders.text_encoder import TemplatedPrompt, TextTokenizer, TokenizerSourc
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError
-from protocols.data import Conditions, weigh_rows
+from protocols.data import Conditions, weigh_tokens
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt
 
@@ -280,5 +280,5 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return the conditions with each text row scaled by its weight."""
         texts = {prompt_key(stream) for stream in self.streams}
         return {
-            name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()
+            name: weigh_tokens(rows, weights) if name in texts else rows for name, rows in conditions.items()
         }

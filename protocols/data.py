@@ -203,12 +203,12 @@ class Batch:
                     f"{remedy}."
                 )
 
-    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
-        """Raise CacheError if cached tensors come from a different encoder than the network was trained with.
+    def check_widths(self, widths: Mapping[str, int], network_path: Path, remedy: str) -> None:
+        """Raise CacheError if cached embeddings do not have the width that the network takes.
 
         Args:
             widths: Size of the last axis that the network expects, by tensor name.
-            taker: File of the network, for the message.
+            network_path: File of the network, for the message.
             remedy: Options to cache again with, for the message.
         """
         for name, expected in widths.items():
@@ -224,7 +224,7 @@ class Batch:
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, {taker} takes {expected}. Cache again with "
+                        f"{where} is {width} numbers wide, {network_path} takes {expected}. Cache again with "
                         f"{remedy}."
                     )
 
@@ -529,18 +529,19 @@ class SamplingDefaults:
     solvers: tuple[str, ...] = ()
 
 
-def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows of a prompt's embeddings by their weights; the other rows do not change.
+def weigh_tokens(embeddings: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply the embeddings of a prompt's first tokens by their weights; the others do not change.
 
-    The product is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
+    The product is computed in float32 and rounded once, so that tokens of weight 1 keep every bit.
 
     Args:
-        rows: Embeddings of one prompt, L C or L n C.
+        embeddings: Embeddings of one prompt's tokens, L C or L n C.
         weights: Weights of the prompt's tokens, at most L.
     """
-    assert isinstance(rows, Tensor)
-    weighted = rows.clone()
-    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
-    factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
-    weighted[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    assert isinstance(embeddings, Tensor)
+    num_weighted = len(weights)
+    factors = torch.tensor(weights, dtype=torch.float32, device=embeddings.device)
+    factors = factors.reshape(-1, *[1] * (embeddings.ndim - 1))
+    weighted = embeddings.clone()
+    weighted[:num_weighted] = (embeddings[:num_weighted].float() * factors).to(embeddings.dtype)
     return weighted

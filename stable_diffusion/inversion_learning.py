@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from encoders.clip_l import PooledClip
-from encoders.inversion import Inversion, WordTower, find_in_lora
+from encoders.inversion import Inversion, InvertedEncoder, find_in_lora
 from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
 from modules.option_values import option_words
@@ -74,7 +74,7 @@ def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
         return dict(zip(keys, learned_word.vectors, strict=True))
 
     towers = [  # one for each text encoder
-        WordTower(key, PooledClip.embedding, partial(_tokenize, files, number))
+        InvertedEncoder(key, PooledClip.embedding, partial(_tokenize, files, number))
         for number, key in enumerate(keys)
     ]
     return Inversion(word, towers, read_vectors).describe()
@@ -103,7 +103,9 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     # one text encoder, with separate vectors for each cross-attention
-    tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
+    tower = InvertedEncoder(
+        SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), layer_keys=tuple(layers)
+    )
     return Inversion(word, [tower], read_vectors).describe()
 
 

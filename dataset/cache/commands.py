@@ -87,9 +87,9 @@ def recall_options(
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
-        of_family = _read_families(folder).get(family, {})
+        commands = _read_families(folder).get(family, {})  # remembered commands by kind
         for kind in kinds:
-            command = of_family.get(kind)
+            command = commands.get(kind)
             if isinstance(command, dict):
                 recalled += _recall(command, "options", entry.options_record(kind))
                 if for_training:
@@ -107,11 +107,11 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
     options = command.get(key)
     if not isinstance(folder, str) or not isinstance(options, dict):
         return
-    for name, info in options.items():
-        if name not in accepted or not isinstance(info, dict):
+    for name, remembered in options.items():
+        if name not in accepted or not isinstance(remembered, dict):
             continue
         option = accepted[name]
-        value = info.get("value")
+        value = remembered.get("value")
         if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
             continue
         if option.choices and isinstance(value, str) and value not in option.choices:
@@ -122,9 +122,9 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
                 value = folder / value
             if not path_exists(value):
                 continue
-        flag = info.get("flag")
-        typed = flag if flag in option.flags else option.flags[-1]  # the last one is the public name
-        yield RepeatedOption(name, option.flags, typed, value)
+        flag = remembered.get("flag")
+        public_flag = option.flags[-1]
+        yield RepeatedOption(name, option.flags, flag if flag in option.flags else public_flag, value)
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -227,9 +227,9 @@ def run_caching(
 
         conclude(show_datasets(family, config, debug, workers_of(options)))
         return
-    noun, next_task = "sources", "cache the captions"
+    noun, next_step = "sources", "cache the captions"
     if kind == TEXTS:
-        noun, next_task = "captions", "check all before training"
+        noun, next_step = "captions", "check all before training"
     if options.check:
         from data_tools.report.check import check_script  # only with --check
 
@@ -247,17 +247,17 @@ def run_caching(
         following.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
-    memory = peak_in_words(select_device(options.device))
-    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
+    peak_memory = peak_in_words(select_device(options.device))
+    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", peak_memory)]
     if options.shard.num_shards is None:
-        heading = f"Next, {next_task}"
-        missing = missing_words(following.words)
-        if missing:
-            paths = "that path" if len(missing) == 1 else "those paths"
-            heading += f" (fill in {' and '.join(missing)}: this command does not know {paths})"
+        heading = f"Next, {next_step}"
+        unknown_paths = missing_words(following.words)
+        if unknown_paths:
+            pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
+            heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
         conclude(report, costs, [(heading, as_typed(following.words))])
         return
-    rows: list[Row] = [
+    shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),
         (
             "when all are done",
@@ -265,4 +265,4 @@ def run_caching(
             "is missing and removes what is stale",
         ),
     ]
-    conclude(report, [*rows, *costs])
+    conclude(report, [*shard_rows, *costs])

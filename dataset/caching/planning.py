@@ -54,7 +54,7 @@ from protocols.data import (
 )
 from protocols.rules import ShownMedium
 
-_AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
+_DECODING_VERSION = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # key in the options of a record: the cache file also has the latents of the mirrored image
 FLIP = "flip"
 
@@ -101,7 +101,7 @@ class LatentCacheSettings:
         if has_companions(source):
             options[records.CLOCK] = True
         if source.control:
-            options |= table.changed(REFERENCES)
+            options |= table.non_default_values(REFERENCES)
         if source.references and table.clip_references is not None:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
@@ -118,7 +118,9 @@ class LatentCacheSettings:
             options[LAYERS] = len(source.layers)
         if source.shown:
             options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
-        return options | table.changed(SECTIONS)  # keys about sections that are not at their defaults
+        return options | table.non_default_values(
+            SECTIONS
+        )  # keys about sections that are not at their defaults
 
     @property
     def stores_audio(self) -> bool:
@@ -250,7 +252,7 @@ class SourcePlanner:
         self._records: dict[str, records.LatentRecord | None] = {}
         # identities of parts of the source that were found unchanged, by index in `source_files`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version read the source differently, by that version (`LatentRecord.as_shown`)
+        # how an earlier version read the source differently, by that version (`LatentRecord.decoding_version`)
         self._reading_changes: dict[int, str | None] = {}
         # whether the plan relied on the source's header, whose frame count may be wrong
         self._relied_on_header = False
@@ -323,7 +325,7 @@ class SourcePlanner:
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
-        versions = {1 if version == "true" else int(version) for version in _AS_SHOWN.findall(joined)}
+        versions = {1 if version == "true" else int(version) for version in _DECODING_VERSION.findall(joined)}
         if versions == {AS_SHOWN}:
             return True
         # since version 1, only the reading of files with codes of color, order or orientation has changed
@@ -592,7 +594,7 @@ class SourcePlanner:
 
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
-        version = record.as_shown
+        version = record.decoding_version
         if version not in self._reading_changes:
             self._reading_changes[version] = reading_difference(
                 self.source, self.cache_settings.latent.keeps_alpha, version

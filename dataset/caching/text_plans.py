@@ -194,7 +194,9 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
         seen_source = source
         files = (*files, *_list_seen_files(source, visible_media))
         media = source.shown if visible_media.reference_media else None
-        settings |= table.sight_settings(visible_media.frames, media, further_text=source.further_text)
+        settings |= table.visible_media_settings(
+            visible_media.frames, media, further_text=source.further_text
+        )
     return _SeenMedia(seen_source, files, settings)
 
 
@@ -207,7 +209,7 @@ def _list_captions(
     caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
-    settings = {**source.table.changed(TEXTS), **seen.settings}
+    settings = {**source.table.non_default_values(TEXTS), **seen.settings}
     if len(captions) > 1:
         settings["captions"] = len(captions)
     for number, caption in enumerate(captions):
@@ -291,24 +293,24 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 
     Compares encoder, caption, settings and reference images.
     """
-    changed = (
+    changed_setting = (
         difference(record.encoder, identity)
         or difference({"caption": record.caption}, {"caption": file.caption})
         or difference(record.settings, file.settings)
     )
-    if changed is not None:
-        return changed
+    if changed_setting is not None:
+        return changed_setting
     recorded = record.references
     if len(recorded) != len(file.references):
         return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
-    for (path, origin), image in zip(file.references, recorded, strict=True):
+    for (path, origin), recorded_image in zip(file.references, recorded, strict=True):
         try:
-            if not is_unchanged(image, path, origin):
+            if not is_unchanged(recorded_image, path, origin):
                 return f"{path} changed since"
         except OSError as error:  # encoding the image will report the error
             return str(error)
     # the files are equal, but the version that cached them may have decoded them differently
-    return find_changed_reading(file.references, record.as_shown)
+    return find_changed_reading(file.references, record.decoding_version)
 
 
 def plan_texts(
@@ -332,21 +334,27 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
     if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
-    # names of encoders with valid outputs in the finished file -> whether these have a record
-    _, finished = find(verifies_tensors=verifies_tensors)
+    finished = find(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
     if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
         return file if all(finished.values()) else replace(file, lacks_record=True)
-    _, unfinished = find(in_part=True)
+    unfinished = find(in_part=True).has_record
     # read again, because another process may have finished the file in the meantime
-    _, finished = find(verifies_tensors=verifies_tensors)
+    finished = find(verifies_tensors=verifies_tensors).has_record
     not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
-    missing = tuple(name for name in not_finished if name not in unfinished)
+    encoders_to_run = tuple(name for name in not_finished if name not in unfinished)
     return replace(
         file,
-        encoders_to_run=missing,
-        has_partial_outputs=len(missing) < len(not_finished),
+        encoders_to_run=encoders_to_run,
+        has_partial_outputs=len(encoders_to_run) < len(not_finished),
         lacks_record=not all(finished.values()),
     )
+
+
+class ValidOutputs(NamedTuple):
+    """The valid outputs of text encoders in the cache of one text."""
+
+    entry: Entry | None  # None if the file is missing or damaged
+    has_record: Mapping[str, bool]  # for each encoder with valid outputs: whether these have a record
 
 
 def find_outputs(
@@ -355,8 +363,8 @@ def find_outputs(
     stores: Stores,
     in_part: bool = False,
     verifies_tensors: bool = True,
-) -> tuple[Entry | None, Mapping[str, bool]]:
-    """Find the valid outputs in a text's cache.
+) -> ValidOutputs:
+    """Find the outputs in a text's cache that do not have to be encoded again.
 
     Args:
         file: The text.
@@ -366,15 +374,12 @@ def find_outputs(
             returned, because merging the file would corrupt valid outputs.
         verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
 
-    Returns:
-        The entry, or None if the file is missing or damaged; and for each encoder with valid outputs, whether
-        these have a record.
-
     Raises:
         CacheError: If a file of another program does not fit this model.
     """
     store = stores.of_texts(file.table)
     has_record: dict[str, bool] = {}
+    accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name
     try:
         entry = store.read(name, verifies_tensors)
@@ -382,21 +387,19 @@ def find_outputs(
     except CacheError as error:
         if name in store:
             logger.warning("%s. It is made again.", error)
-        return None, has_record
+        return ValidOutputs(None, has_record)
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
             # a cache in another program's format needs no record, because that program writes none
-            needs_no_record = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
-            is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
-            if needs_no_record and is_same_caption and encoder.keys <= entry.keys:
-                if can_mark(encoder):  # then metadata tell which encoder made the outputs
-                    encoder.check_metadata(store.folder / name, entry.metadata)
+            needs_no_record = store.is_shared or accepts_no_record
+            path = store.folder / name
+            if needs_no_record and _is_valid_without_record(entry, encoder, file, path):
                 has_record[encoder.name] = False
             continue
-        changed = why_outdated(record, identity, file)
-        if changed is not None:
-            logger.debug("%s: %s", store.folder / name, changed)
+        outdated_reason = why_outdated(record, identity, file)
+        if outdated_reason is not None:
+            logger.debug("%s: %s", store.folder / name, outdated_reason)
             continue
         try:
             if verifies_tensors:
@@ -406,5 +409,18 @@ def find_outputs(
             logger.warning("%s. It is made again.", error)
     outdated = records.keys() - has_record.keys()
     if in_part and (outdated or not has_record):
-        return None, {}
-    return entry, has_record
+        return ValidOutputs(None, {})
+    return ValidOutputs(entry, has_record)
+
+
+def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
+    """Return whether an entry of another program has an encoder's outputs for the caption of a text.
+
+    Raises CacheError if its metadata show that another encoder made them.
+    """
+    is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
+    if not is_same_caption or not encoder.keys <= entry.keys:
+        return False
+    if can_mark(encoder):
+        encoder.check_metadata(path, entry.metadata)
+    return True

@@ -49,26 +49,26 @@ NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cach
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all errors that make tables unusable for a family."""
     errors = []
-    spec = audio_of(family)
-    learns_audio_alone = spec is not None and spec.is_alone
-    # by table index: tables with control media, sources with references or control masks, media of rows
-    with_control = {source.table.index for source in sources if source.control}
-    with_companions: dict[int, list[MediaSource]] = {}
-    row_media: dict[int, list[tuple[ShownMedium, ...]]] = {}
+    audio_spec = audio_of(family)
+    learns_audio_alone = audio_spec is not None and audio_spec.is_alone
+    # all by table index
+    tables_with_control = {source.table.index for source in sources if source.control}
+    sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
+    reference_media: dict[int, list[tuple[ShownMedium, ...]]] = {}  # of each row
     for source in sources:
         if source.table.shows_media:
-            row_media.setdefault(source.table.index, []).append(source.shown)
+            reference_media.setdefault(source.table.index, []).append(source.shown)
         if source.references or source.control_mask is not None:
-            with_companions.setdefault(source.table.index, []).append(source)
+            sources_with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
-        has_control = table.index in with_control
+        has_control = table.index in tables_with_control
         try:
             _check_table(
                 family,
                 table,
                 has_control,
-                companions=with_companions.get(table.index, ()),
-                shown=tuple(row_media.get(table.index, ())),
+                companions=sources_with_companions.get(table.index, ()),
+                reference_media=tuple(reference_media.get(table.index, ())),
             )
             if learns_audio_alone or table.is_of_audio:
                 _check_audio(table, learns_audio_alone)
@@ -86,7 +86,7 @@ def _check_table(
     table: DatasetTable,
     has_control: bool,
     companions: Sequence[MediaSource],
-    shown: tuple[tuple[ShownMedium, ...], ...],
+    reference_media: tuple[tuple[ShownMedium, ...], ...],
 ) -> None:
     """Raise DatasetError if a family cannot use a table.
 
@@ -95,7 +95,7 @@ def _check_table(
         table: Table of the dataset.
         has_control: Whether sources of the table have control media.
         companions: Sources of the table with references or control masks.
-        shown: Reference media of each row.
+        reference_media: Reference media of each row.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
@@ -105,7 +105,7 @@ def _check_table(
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
-    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, shown))
+    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, reference_media))
     if companions:
         from dataset.sources.companions import reject_companions  # few tables have companions
 
@@ -501,11 +501,11 @@ def _report_of(
         num_assigned: Number of sources of this process.
         num_total: Number of all sources.
     """
-    kept = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
-    dropped, shortened, resized, silent = [], [], [], []
+    reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
+    without_items, shortened, resized, silent = [], [], [], []
     for plan in finished:
         if plan.why_no_items is not None:
-            dropped.append(prefetch.Failure.of(plan.source, plan.why_no_items))
+            without_items.append(prefetch.Failure.of(plan.source, plan.why_no_items))
         if plan.too_short_for is not None:
             shortened.append(prefetch.Failure.of(plan.source, plan.too_short_for))
         if plan.size_changes:
@@ -517,13 +517,13 @@ def _report_of(
         reused=sum(len(plan.valid_files) for plan in finished),
         num_without_record=sum(plan.num_without_record for plan in finished),
         failures=tuple(failures),
-        dropped=tuple(dropped),
+        dropped=tuple(without_items),
         shortened=tuple(shortened),
         resized=tuple(resized),
         silent=tuple(silent),
         num_assigned=num_assigned,
         num_total=num_total,
-        valid=frozenset(kept | written),
+        valid=frozenset(reused | written),
     )
 
 

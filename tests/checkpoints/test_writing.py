@@ -23,7 +23,7 @@ from checkpoints.writing import stream_tensors
 from modules import atomic_write
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
-from protocols.data import weigh_rows
+from protocols.data import weigh_tokens
 from protocols.loading import TensorInfo
 from protocols.rules import CharSpan, token_weights
 from tests.tiny.wan_encoders import sentencepiece_model
@@ -271,9 +271,9 @@ def test_rows_of_weight_one_keep_every_bit(dtype: torch.dtype) -> None:
     expected = rows.clone()
     expected[1], expected[3] = (rows[1].float() * 1.4).to(dtype), rows[3] * -0.5
 
-    weighted_states_key = weigh_rows(rows, [1.0, 1.4, 1.0, -0.5])
+    weighted = weigh_tokens(rows, [1.0, 1.4, 1.0, -0.5])
 
-    assert weighted_states_key.dtype == dtype
-    assert torch.equal(weighted_states_key, expected)
-    stacked = weigh_rows(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
+    assert weighted.dtype == dtype
+    assert torch.equal(weighted, expected)
+    stacked = weigh_tokens(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
     assert torch.equal(stacked, expected.unflatten(-1, (2, 4)))

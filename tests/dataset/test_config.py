@@ -369,7 +369,7 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]
     boxes = [bucket_of(table, size, 16, image) for size in ((640, 480), (16, 48))]
-    return (cache_settings.record_options(source), taken, boxes), table.changed(TEXTS)
+    return (cache_settings.record_options(source), taken, boxes), table.non_default_values(TEXTS)
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name not in SOURCES])
