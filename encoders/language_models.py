@@ -580,30 +580,29 @@ def load_language_model(
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
         num_streamed, layer_bytes = streamed_layers(plan, dtype, form, free_bytes)
-        host = host_weights(SwapPlan(SPEC, num_streamed), device)
-        what = f"the language model ({model.option})"
+        streamed_weights = host_weights(SwapPlan(SPEC, num_streamed), device)
+        name_in_messages = f"the language model ({model.option})"
         if num_streamed:
             logger.info(
                 "%s does not fit on the device: "
                 "%d of its %d layers (%.1f GB) come from host memory each time",
-                what,
+                name_in_messages,
                 num_streamed,
                 plan.config.num_layers,
                 num_streamed * layer_bytes / 1e9,
             )
-        # suffixes of the names of weights that stay in float32
-        float32_names = model.keep_float32
+        float32_suffixes = model.keep_float32
         network = load_planned(
             plan,
             build_language_model,
             device=device,
-            dtype=lambda name, _: torch.float32 if name.endswith(float32_names) else dtype,
-            what=what,
+            dtype=lambda name, _: torch.float32 if name.endswith(float32_suffixes) else dtype,
+            what=name_in_messages,
             form=form,
-            host=host,
+            host=streamed_weights,
             blocks=blocks,
         )
-    swap_blocks(network, host, device)
+    swap_blocks(network, streamed_weights, device)
     return network
 
 

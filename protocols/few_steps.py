@@ -126,9 +126,8 @@ class FewSteps:
                 names.append((metadata[key], f"its {key} is {metadata[key]}"))
         for name, reason in names:
             snake_case_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
-            if self.undistilled_pattern and re.search(
-                self.undistilled_pattern, snake_case_name
-            ):  # names of undistilled models
+            undistilled = self.undistilled_pattern
+            if undistilled and re.search(undistilled, snake_case_name):
                 return Verdict(False, reason)
             # a model that was distilled only to take its guidance as a number does not count
             without_guidance_words = _GUIDED.sub("", _with_underscores(name))

@@ -173,7 +173,7 @@ class Catalog:
                 self.entries[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the rows of a shard.
+        """Add the entries of a finished SQLite shard.
 
         Raises:
             CacheError: If the disk, not the file, is at fault.

@@ -60,7 +60,7 @@ class _AudioJob(NamedTuple):
     """A clip with its cached items."""
 
     source: MediaSource
-    names: Sequence[cache_files.LatentName]
+    items: Sequence[cache_files.LatentName]
 
 
 class AudioWork:
@@ -111,17 +111,17 @@ class AudioWork:
             CheckpointError: If a network cannot be loaded.
             OutputError: If an entry cannot be written.
         """
-        items = self._items_of(latents)
+        items_by_clip = self._group_by_clip(latents)
         jobs: list[_AudioJob] = []
         for source in sources:
-            names = items.get((source.table.index, source.stem))
-            if names is not None:
-                jobs.append(_AudioJob(source, names))
+            items = items_by_clip.get((source.table.index, source.stem))
+            if items is not None:
+                jobs.append(_AudioJob(source, items))
         verifies = self._stores.verify or len(jobs) < MANY  # checksums of many files would take long
         ahead = read_ahead(
             jobs,
             source_of=lambda job: job.source,
-            work=lambda job: self._read(self.plan(job.source, job.names, verifies)),
+            work=lambda job: self._read(self.plan(job.source, job.items, verifies)),
             workers=workers,
             bar=Bar(len(jobs), "Audio", "clip", shows),
             decodes=True,
@@ -133,9 +133,9 @@ class AudioWork:
                 if isinstance(plan, Failure):
                     report = replace(report, failures=(*report.failures, plan))
                     continue
-                # files that are valid already, then those of the missing items
                 files = list(plan.valid_files)
-                for index, name in enumerate(plan.missing_items[: len(plan.samples)]):  # no samples: silent
+                items_with_audio = plan.missing_items[: len(plan.samples)]  # a silent clip has no samples
+                for index, name in enumerate(items_with_audio):
                     file = name.file_name(self._tag)
                     write(self._encode(file, name, index, plan))
                     files.append(file)
@@ -190,11 +190,11 @@ class AudioWork:
 
         `files` are the names of the latent caches.
         """
-        items = self._items_of(frozenset((source.table.index, file) for file in files))
-        names = items.get((source.table.index, source.stem), ())
-        return len(self.plan(source, names, self._stores.verify).valid_files)
+        items_by_clip = self._group_by_clip(frozenset((source.table.index, file) for file in files))
+        items = items_by_clip.get((source.table.index, source.stem), ())
+        return len(self.plan(source, items, self._stores.verify).valid_files)
 
-    def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
+    def _group_by_clip(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
         """Return the cached latents of each item, by index of the table and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
@@ -256,18 +256,21 @@ class AudioWork:
             return plan
         spans = [name.span for name in plan.missing_items if name.span is not None]
         try:
-            with fetch(plan.source) as here:
-                path = find_audio(here)
-                rate = kept_rate(here, self._family.defaults.fps)
-                samples = read_audios(path, spans, rate, self.spec)
-            references = self._read_references(plan.source, [frames / rate for _, frames in spans])
+            with fetch(plan.source) as local_source:
+                path = find_audio(local_source)
+                fps = kept_rate(local_source, self._family.defaults.fps)
+                samples = read_audios(path, spans, fps, self.spec)
+            seconds = [num_frames / fps for _, num_frames in spans]
+            references = self._read_references(plan.source, seconds)
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
-                asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
-                raise MediaError(f"{reason}; {asks}") from None
+                why_required = 'audio = "required" asks for it'
+                if self.spec.is_alone:
+                    why_required = "sound alone is learned"
+                raise MediaError(f"{reason}; {why_required}") from None
             return replace(plan, silence_reason=str(reason))
         files = tuple(itertools.starmap(records.identify, _source_files(plan.source)))
-        return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
+        return replace(plan, files=files, rate=fps, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
         """Return each item's reference audio, as long as the item; [] if the clip has no reference.

@@ -176,13 +176,8 @@ def encode(
         family: Family that encodes.
         encoders: The family's encoders; None if the items have precomputed moments.
     """
-    # precomputed moments: no encoder runs
     if items[0].moments:
-        moments_by_part = zip(*(item.moments for item in items), strict=True)
-        # moments of the clips and, for image-to-video models, of their first frames
-        moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
-        batch = data.MomentsBatch(moments, tuple(keys), *first_frame_moments)
-        return [[entry] for entry in family.latents_from_moments(batch)]
+        return _latents_from_moments(items, keys, family)
     assert encoders is not None
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
@@ -197,6 +192,17 @@ def encode(
         pairs = zip(entries, mirrored_entries, strict=True)
         with_mirrored.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
     return with_mirrored
+
+
+def _latents_from_moments(
+    items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches
+) -> list[list[data.CacheEntry]]:
+    """Return the entry of each item of a batch with precomputed moments; no encoder runs."""
+    moments_by_part = zip(*(item.moments for item in items), strict=True)
+    # moments of the clips and, for image-to-video models, of their first frames
+    moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
+    batch = data.MomentsBatch(moments, tuple(keys), *first_frame_moments)
+    return [[entry] for entry in family.latents_from_moments(batch)]
 
 
 def _encode_pair(

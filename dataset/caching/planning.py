@@ -141,16 +141,17 @@ class LatentCacheSettings:
     ) -> str | None:
         """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
         options = self.record_options(source, size=size, bucket=bucket, span=span)
-        recorded = dict(record.options)
+        recorded_options = dict(record.options)
         if FLIP not in options:
-            recorded.pop(FLIP, None)  # unused mirrored latents do no harm
-        # an early record: if the rates are equal, the current version selects the same frames
-        if records.CLOCK in options and records.CLOCK not in recorded and has_one_clock(source, self.fps):
-            recorded[records.CLOCK] = True
+            recorded_options.pop(FLIP, None)  # unused mirrored latents do no harm
+        is_early_record = records.CLOCK in options and records.CLOCK not in recorded_options
+        # if the rates are equal, the version that wrote the record selected the same frames
+        if is_early_record and has_one_clock(source, self.fps):
+            recorded_options[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder_identity)
         if self.audio is not None and self.audio.is_alone:
             changed = None  # the model learns audio alone: latents of images are only placeholders
-        return changed or records.options_difference(recorded, options, self.latent)
+        return changed or records.options_difference(recorded_options, options, self.latent)
 
 
 def _describe_shown(medium: ShownMedium) -> str:
@@ -243,16 +244,21 @@ class SourcePlanner:
         cache_settings: LatentCacheSettings,
         verifies_tensors: bool = True,
     ) -> None:
-        """Compare `source` with `existing`, its cache files; `verifies_tensors` also compares checksums."""
-        self.source, self.table = source, source.table
-        self.existing_files, self.cache_settings = existing, cache_settings
+        """Prepare to compare a source with its existing cache files; nothing is read yet.
+
+        `verifies_tensors` says whether tensors are compared with their checksums, too.
+        """
+        self.source = source
+        self.table = source.table
+        self.existing_files = existing
+        self.cache_settings = cache_settings
         self.store = cache_settings.stores.of(source.table)
         self.verifies_tensors = verifies_tensors
         self._headers: dict[str, Entry] = {}  # headers read so far, by file name
         self._records: dict[str, records.LatentRecord | None] = {}
         # identities of parts of the source that were found unchanged, by index in `source_files`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version read the source differently, by that version (`LatentRecord.decoding_version`)
+        # how an earlier version decoded the source differently, by `LatentRecord.decoding_version`
         self._reading_changes: dict[int, str | None] = {}
         # whether the plan relied on the source's header, whose frame count may be wrong
         self._relied_on_header = False

@@ -22,7 +22,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
-from protocols.family import Caches, TextEncoder, can_mark, fits_captions
+from protocols.family import Caches, FitsCaptions, TextEncoder, can_mark, fits_captions
 
 logger = logging.getLogger(__name__)
 
@@ -69,28 +69,25 @@ FITTED = "fitted"  # key in a record's settings, set if positions in the caption
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that converts positions in captions to the bucket.
+    """Return the function that converts positions in a source's caption to those in the resized image.
 
     Returns None if the family's captions contain no positions.
     """
     step = family.latent.pixel_step
-    if not fits_captions(family):
-        return None
-    fitting_family = family  # of the narrower type, also inside the function
+    return partial(_fit_caption, family, step) if fits_captions(family) else None
 
-    def fit(source: MediaSource, caption: str) -> str:
-        """Return a caption with its positions converted to those in the resized image, if it has any."""
-        if not fitting_family.names_places(caption):
-            return caption
-        try:
-            size = image_size(source.path)
-            bucket_fit = fit_of(source.table, size, step, source.path)
-            return fitting_family.fit_caption(caption, size, bucket_fit)
-        except (MediaError, OSError) as error:
-            logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
-            return caption
 
-    return fit
+def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
+    """Return a caption with its positions converted to those in the resized image, if it has any."""
+    if not family.names_places(caption):
+        return caption
+    try:
+        size = image_size(source.path)
+        bucket_fit = fit_of(source.table, size, step, source.path)
+        return family.fit_caption(caption, size, bucket_fit)
+    except (MediaError, OSError) as error:
+        logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
+        return caption
 
 
 def list_caption_files(

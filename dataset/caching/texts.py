@@ -298,7 +298,9 @@ class TextWork:
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see; `stack` keeps these media.
+        """Return the prompt of a text with the media that text encoders see.
+
+        `stack` keeps files of reference images until the caller closes it.
 
         Raises:
             MediaError: If the source cannot be used.
@@ -332,9 +334,8 @@ class TextWork:
             )
         (span,) = decoded.spans
         item = decoded.cut(span)
-        control_images = tuple(
-            torch.from_numpy(control[0]) for control in item.control
-        )  # first frames, H W C
+        first_frames = [control[0] for control in item.control]  # each H W C
+        control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
         return dataclasses.replace(
             prompt,
             clip=torch.from_numpy(item.frames),
@@ -376,7 +377,7 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Schedule the writing of one encoder's outputs for a caption.
+        """Make the record of one encoder's outputs for a caption, and write them in the background.
 
         Args:
             write: Runs a function in the background.
@@ -385,11 +386,11 @@ class TextWork:
             file: The text.
             conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
         """
-        named = {}
+        tensors = {}  # by name in the file
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
             require_finite(tensor, file.name, key)
-            named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+            tensors[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
         caption_file = None
         # without a caption file, the caption is the class_tokens of the table
         if file.caption_path is not None and path_exists(file.caption_path):
@@ -413,7 +414,7 @@ class TextWork:
             partial(
                 self._write,
                 file,
-                tensors=named,
+                tensors=tensors,
                 encoder=encoder.name,
                 record=record,
                 encoder_metadata=encoder_metadata,

@@ -236,9 +236,9 @@ class MediaWork:
                 others.log_results()
         # missing_spans is None for sources whose items are unknown until they are decoded
         to_do = [plan for plan in plans if plan.missing_spans is None or plan.missing_spans]
-        self._warn_of_media([plan.source for plan in to_do])
+        self._warn_about_media([plan.source for plan in to_do])
         if label is not None:
-            self._show(to_do, len(sources), label)
+            self._show_start(to_do, len(sources), label)
         incompatible_reasons = [
             plan.outdated_reason
             for plan in to_do
@@ -249,10 +249,10 @@ class MediaWork:
         finished = [plan for plan in plans if plan.missing_spans == ()]
         written: set[tuple[int, str]] = set()
         if to_do:
-            items = self._items(to_do, finished, failures, workers=workers, shows=shows)
+            items = self._decode_items(to_do, finished, failures, workers=workers, shows=shows)
             with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
                 for batch in latents.batches(items, self._options.batch_size):
-                    written |= self._write(batch, write)
+                    written |= self._encode_and_write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         outdated_reasons = [plan.outdated_reason for plan in finished if plan.outdated_reason is not None]
         if len(outdated_reasons) > len(incompatible_reasons):  # some have not been logged
@@ -261,7 +261,7 @@ class MediaWork:
                 len(outdated_reasons),
                 outdated_reasons[0],
             )
-        report = _report_of(
+        report = _make_report(
             finished, failures, written, num_assigned=len(sources), num_total=len(self.work_items)
         )
         if self._audio is None:
@@ -269,7 +269,7 @@ class MediaWork:
         audio_report = self._audio.encode(sources, report.valid, workers, shows)
         return prefetch.join_reports([report, audio_report])
 
-    def _warn_of_media(self, sources: Sequence[MediaSource]) -> None:
+    def _warn_about_media(self, sources: Sequence[MediaSource]) -> None:
         """Warn of sources whose frame rate, order of frames or colors may be wrong."""
         cache_settings = self._cache_settings
         warnings: list[Fault] = []
@@ -317,7 +317,7 @@ class MediaWork:
         if self._audio is not None:
             self._audio.free()
 
-    def _items(
+    def _decode_items(
         self,
         plans: Sequence[SourcePlan],
         finished: list[SourcePlan],
@@ -353,7 +353,7 @@ class MediaWork:
                     del items
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
+    def _encode_and_write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
         """Encode a batch and pass its files to `write`; return table index and name of each file.
 
         Files of sections that an item no longer has are removed afterwards.
@@ -361,23 +361,23 @@ class MediaWork:
         if self._encoders is None and not batch[0].moments:
             self.free()  # video and audio encoders are not loaded at the same time
             self._encoders = latents.load_encoders(self._family, self._device)
-        names = []
+        cache_names = []
         for item in batch:
             if item.source.table.kind == "image":
-                name = LatentName(item.source.stem, item.size)
+                cache_name = LatentName(item.source.stem, item.size)
             else:
-                name = LatentName(item.source.stem, item.bucket, item.spans[0])
-            names.append(name)
-        keys = [name.file_name(self._cache_settings.tag).removesuffix(SUFFIX) for name in names]
+                cache_name = LatentName(item.source.stem, item.bucket, item.spans[0])
+            cache_names.append(cache_name)
+        keys = [name.file_name(self._cache_settings.tag).removesuffix(SUFFIX) for name in cache_names]
         encoded = latents.encode(batch, keys, self._family, self._encoders)
         written: set[tuple[int, str]] = set()
-        for item, name, entries in zip(batch, names, encoded, strict=True):
-            files = self._write_item(item, name, entries, write)
+        for item, cache_name, entries in zip(batch, cache_names, encoded, strict=True):
+            files = self._schedule_writes(item, cache_name, entries, write)
             written |= {(item.source.table.index, file) for file in files}
-            self._remove_surplus(item, name, files, write)
+            self._schedule_removals(item, cache_name, files, write)
         return written
 
-    def _write_item(
+    def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
         """Schedule the writing of an item's files, one for each entry (section); return their names."""
@@ -421,7 +421,7 @@ class MediaWork:
             files.append(file)
         return files
 
-    def _remove_surplus(
+    def _schedule_removals(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
         """Schedule the removal of files for sections that an item no longer has.
@@ -439,7 +439,7 @@ class MediaWork:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
             write(partial(remove_caches, store, surplus, is_of_family))
 
-    def _show(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
+    def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show what is to be encoded, in the share of the work that `label` names."""
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
@@ -485,7 +485,7 @@ def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path
     return json.dumps(stamps, sort_keys=True)
 
 
-def _report_of(
+def _make_report(
     finished: Sequence[SourcePlan],
     failures: Sequence[prefetch.Failure],
     written: Set[tuple[int, str]],
