@@ -48,7 +48,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 
 @dataclass(frozen=True)
-class ClipUse:
+class ClipNaming:
     """A family's names for its CLIP-L in options, cache records and conditions. The defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
@@ -89,7 +89,7 @@ class ClipTextConfig:
 
 
 def read_clip_text(
-    checkpoint: Checkpoint, use: ClipUse, config_json: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, naming: ClipNaming, config_json: Mapping[str, Any] | None = None
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L.
 
@@ -97,7 +97,7 @@ def read_clip_text(
 
     Args:
         checkpoint: The opened file.
-        use: How the family uses the tower.
+        naming: The family's names for the encoder in options, records and conditions.
         config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
@@ -110,21 +110,21 @@ def read_clip_text(
         _OTHER_TENSORS,
     )
     if network is None:
-        raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
+        raise other_kind(checkpoint, "a CLIP text encoder", naming.option, naming.release)
     sources = plain_sources(network)
     if config_json is None:
         width = shapes_of(network, sources)("embeddings.token_embedding.weight")[-1]
         config_json = read_network_config(
             checkpoint.path, "text_config", kind="clip", dim=width, defaults=CLIP_DEFAULTS
         )
-    return plan_clip_text(network, sources, config_json, use)
+    return plan_clip_text(network, sources, config_json, naming)
 
 
 def plan_clip_text(
     network: Checkpoint,
     sources: Mapping[str, TensorSource],
     config_json: Mapping[str, Any],
-    use: ClipUse,
+    naming: ClipNaming,
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors have been located.
 
@@ -132,18 +132,20 @@ def plan_clip_text(
         network: The file with prefixes removed.
         sources: How each tensor is made, by our name.
         config_json: The network's settings; may be empty.
-        use: How the family uses the tower.
+        naming: The family's names for the encoder in options, records and conditions.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
     """
-    shape = shapes_of(network, sources, other_kind(network, "a CLIP text encoder", use.option, use.release))
+    shape = shapes_of(
+        network, sources, other_kind(network, "a CLIP text encoder", naming.option, naming.release)
+    )
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
-            f"{use.option}.",
+            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {naming.release} to "
+            f"{naming.option}.",
             network.path,
         )
     for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from checkpoints.model_files import inside
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
+from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipNaming, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.text_encoder import (
     FileTextEncoder,
@@ -113,7 +113,7 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 LORA_PREFIX = "lora_te1"  # prefix of names in LoRA files
-CLIP_L = ClipUse()
+CLIP_L = ClipNaming()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
@@ -132,31 +132,31 @@ class PooledClip(FileTextEncoder[ClipText]):
         path: Path,
         dtype: torch.dtype = torch.float16,
         tokenizer: Path | None = None,
-        use: ClipUse = CLIP_L,
+        naming: ClipNaming = CLIP_L,
     ) -> None:
         """Set up the encoder; files are read by `load`.
 
         Args:
-            path: File or folder of the model, or of a release that holds it in its subfolder `use.folder`.
+            path: File or folder of the model, or of a release that holds it in its subfolder `naming.folder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches the usual places.
-            use: How the family uses and names the encoder.
+            naming: The family's names for the encoder in options, records and conditions.
         """
-        super().__init__(inside(path, use.folder), tokenizer)
-        self.name = use.name
-        self.keys = use.keys
-        self.what = use.what
-        self.source = TokenizerSource(use.tokenizer, read_file=_read_clip)
-        self.use = use
+        super().__init__(inside(path, naming.folder), tokenizer)
+        self.name = naming.name
+        self.keys = naming.keys
+        self.what = naming.what
+        self.source = TokenizerSource(naming.tokenizer, read_file=_read_clip)
+        self.naming = naming
         self.dtype = dtype
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Entries of cache records: all that the vector depends on except the text."""
         with open_checkpoint(self.path) as checkpoint:
-            config = read_clip_text(checkpoint, self.use).config
+            config = read_clip_text(checkpoint, self.naming).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
-        return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
+        return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
@@ -172,7 +172,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     def load_network(self, device: torch.device) -> ClipText:
         """Load the text tower and log its file and dtype."""
-        clip = load_clip_text(self.path, device, self.dtype, self.use)
+        clip = load_clip_text(self.path, device, self.dtype, self.naming)
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return clip
 
@@ -192,9 +192,9 @@ class PooledClip(FileTextEncoder[ClipText]):
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []
         for state, mask in zip(pooled, masks, strict=True):
-            conditions = {self.use.pooled_key: state.clone()}
-            if self.use.mask_key is not None:
-                conditions[self.use.mask_key] = mask.clone()
+            conditions = {self.naming.pooled_key: state.clone()}
+            if self.naming.mask_key is not None:
+                conditions[self.naming.mask_key] = mask.clone()
             results.append(conditions)
         return results
 

@@ -22,8 +22,8 @@ from checkpoints.opening import open_checkpoint
 from encoders.clip_checkpoints import (
     MEAN,
     STD,
+    ClipNaming,
     ClipTextConfig,
-    ClipUse,
     ClipVisionConfig,
     read_clip_text,
     read_clip_vision,
@@ -232,16 +232,16 @@ class ClipText(nn.Module):
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
-def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
+def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming: ClipNaming) -> ClipText:
     """Load the text tower; fp8 weights are dequantized.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_clip_text(checkpoint, use)
+        plan = read_clip_text(checkpoint, naming)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
-        what = f"the CLIP text encoder ({use.option})"
+        what = f"the CLIP text encoder ({naming.option})"
         return load_planned(plan, ClipText, device=device, dtype=dtype, what=what)
 
 

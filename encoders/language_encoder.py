@@ -38,7 +38,7 @@ from encoders.language_models import (
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
-    ImageUse,
+    ImagePromptFormat,
     PatchedImages,
     PromptEmbeddings,
     embed_images,
@@ -174,13 +174,15 @@ class LanguageUse:
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     at_once: int = 8  # number of prompts in a batch; limits memory
-    pictures: ImageUse | None = None  # how images are put into a prompt; None: prompts have no images
+    pictures: ImagePromptFormat | None = (
+        None  # how images are put into a prompt; None: prompts have no images
+    )
     # Keys of the positions and sizes of images. If `image_positions_key` is set, the states of image tokens
     # are removed, and an image's position is the number of remaining states before it. Sizes are rows and
     # columns of patches, of which a token has 2 x 2. "": states of image tokens are not removed
     image_positions_key: str = ""
     image_sizes_key: str = ""
-    # key of the hashes of a dataset item's images (`ImageUse.hash_images`); "": no hashes
+    # key of the hashes of a dataset item's images (`ImagePromptFormat.hash_images`); "": no hashes
     image_hashes_key: str = ""
     record: str = ""  # prefix of the encoder's keys in cache records; "": `name`
 
@@ -568,14 +570,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """
         encoded = self._encode_prompts(prompts)
         image_hashes_key = self.use.image_hashes_key
-        image_use = self.use.pictures
-        if not image_hashes_key or image_use is None or image_use.hash_images is None:
+        image_format = self.use.pictures
+        if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
         # some families check that text encoder and transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
             if len(prompt.frames) == len(prompt.pictures):  # only prompts from a dataset have frames
-                hashes = image_use.hash_images(image_use.select(prompt.frames))
+                hashes = image_format.hash_images(image_format.select(prompt.frames))
                 conditions = {**conditions, image_hashes_key: [hashes]}
             with_hashes.append(conditions)
         return with_hashes
@@ -592,22 +594,22 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with their images in front of the text."""
-        use = self.use.pictures
-        if use is None or not any(prompt.pictures for prompt in prompts):
+        image_format = self.use.pictures
+        if image_format is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        images = _read_all_images(network.get_submodule("visual"), prompts, use)
-        token = self.find_token(tokenizer, use.token)
+        images = _read_all_images(network.get_submodule("visual"), prompts, image_format)
+        token = self.find_token(tokenizer, image_format.token)
         written: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             text = self.write(prompt)
             # a typed placeholder would be taken for an image
             if prompt_images.token_grids and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
-                    f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
+                    f"{image_format.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
                 )
-            written.append(_put_in_front(text, prompt_images, use))
+            written.append(_put_in_front(text, prompt_images, image_format))
         return self.encode_written(written, functools.partial(self.compute, images=images))
 
 
@@ -690,24 +692,30 @@ class LanguageModelFiles(TransformerFiles):
         read_once(self.language_model().path, _read_tower, self.text_use)
 
 
-def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[PatchedImages]:
+def _read_all_images(
+    tower: nn.Module, prompts: Sequence[Prompt], image_format: ImagePromptFormat
+) -> list[PatchedImages]:
     """Return the images of each prompt as input of the vision tower."""
     images = []
     for prompt in prompts:
         if prompt.frames:  # prompts of a dataset have decoded images
-            frames = [use.show(frame) for frame in use.select(prompt.frames)]
+            frames = [image_format.show(frame) for frame in image_format.select(prompt.frames)]
         else:
-            frames = [use.read(path, prompt.image_size) for path in use.select(prompt.pictures)]
-        images.append(read_images(tower, frames, use))
+            frames = [
+                image_format.read(path, prompt.image_size) for path in image_format.select(prompt.pictures)
+            ]
+        images.append(read_images(tower, frames, image_format))
     return images
 
 
-def _put_in_front(written: TemplatedPrompt, pictures: PatchedImages, use: ImageUse) -> TemplatedPrompt:
+def _put_in_front(
+    written: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+) -> TemplatedPrompt:
     """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):
-        inserted += use.write(number, num_tokens, total)
+        inserted += image_format.write(number, num_tokens, total)
     return written._replace(
         text=written.text[: written.start] + inserted + written.text[written.start :],
         start=written.start + len(inserted),

@@ -53,7 +53,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ImageUse:
+class ImagePromptFormat:
     """Texts and tokens with which a family inserts images into prompts."""
 
     # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
@@ -209,7 +209,7 @@ def load_vision_tower(
 def read_images(
     tower: nn.Module,
     pictures: Sequence[Tensor],
-    use: ImageUse,
+    prompt_format: ImagePromptFormat,
     colors: Mapping[str, Sequence[float]] | None = None,
 ) -> PatchedImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
@@ -217,7 +217,7 @@ def read_images(
     Args:
         tower: The vision tower.
         pictures: Images, each H W 3 uint8 RGB.
-        use: How the family puts images into prompts.
+        prompt_format: How the family puts images into prompts.
         colors: Replaces the mean and standard deviation of the tower (`VisionTower.colors`).
 
     Raises:
@@ -237,15 +237,15 @@ def read_images(
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
             raise MediaError(
-                f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
+                f"a picture of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
             )
     tower_colors: Any = tower.colors
     processor = processor_class(
         patch_size=patch_size,
         temporal_patch_size=frames_per_patch,
         merge_size=merge,
-        min_pixels=use.min_pixels,
-        max_pixels=use.max_pixels,
+        min_pixels=prompt_format.min_pixels,
+        max_pixels=prompt_format.max_pixels,
         **{**tower_colors, **(colors or {})},
     )
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")

@@ -72,7 +72,7 @@ T5_FILES = TokenizerFiles(
 
 
 @dataclass(frozen=True)
-class T5Use:
+class T5Naming:
     """A family's names for its T5 in cache records and conditions; the defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
@@ -93,7 +93,7 @@ class T5Use:
         return read_t5(checkpoint, self.kind).config.dim
 
 
-USE = T5Use()
+USE = T5Naming()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
@@ -114,7 +114,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         max_length: int = MAX_TOKENS,
         uses_mask: bool = False,
         form: str | None = None,
-        use: T5Use = USE,
+        naming: T5Naming = USE,
     ) -> None:
         """Set up the encoder; files are read by `load`.
 
@@ -125,19 +125,19 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             max_length: Number of tokens in each row (L), including the end token and padding.
             uses_mask: Whether padding is masked; otherwise tokens attend to padding too.
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
-            use: How the family uses and names the encoder.
+            naming: The family's names for the encoder in options, records and conditions.
         """
         # subfolders of a release that may hold the encoder
-        folders = [folder for folder in use.folders if (path / folder).is_dir()]
+        folders = [folder for folder in naming.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
-        self.name = use.name
-        self.keys = use.keys
-        self.weighted_states_key = use.states_key
+        self.name = naming.name
+        self.keys = naming.keys
+        self.weighted_states_key = naming.states_key
         self.maximum = max_length
         self.dtype = dtype
-        self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
+        self.source = TokenizerSource(naming.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
-        self.use = use
+        self.naming = naming
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -152,7 +152,9 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load the network; gradients can flow through its layers even if weights are in 8 bits."""
-        return load_t5(self.path, device, self.use.kind, dtype=self.dtype, form=self.form, blocks=self.blocks)
+        return load_t5(
+            self.path, device, self.naming.kind, dtype=self.dtype, form=self.form, blocks=self.blocks
+        )
 
     def compute(
         self,
@@ -174,9 +176,9 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             attention_mask = batch_masks if self.uses_mask else None
             states = network.encode_padded(torch.tensor(batch), attention_mask).cpu()
             for state, mask in zip(states, batch_masks, strict=True):
-                conditions = {self.use.states_key: state.clone()}
-                if self.use.mask_key is not None:
-                    conditions[self.use.mask_key] = mask.clone()
+                conditions = {self.naming.states_key: state.clone()}
+                if self.naming.mask_key is not None:
+                    conditions[self.naming.mask_key] = mask.clone()
                 results.append(conditions)
         return results
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import ImageUse
+from encoders.picture_prompts import ImagePromptFormat
 from encoders.text_encoder import TemplatedPrompt
 from fibo_2.captions import (
     INSTRUCTION,
@@ -53,7 +53,7 @@ TEXT_USE = LanguageUse(
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImageUse(
+    pictures=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
         read=read_shown,

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
+from encoders.clip_checkpoints import ClipNaming, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import LLAMA
@@ -23,7 +23,7 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-CLIP = ClipUse(
+CLIP = ClipNaming(
     name="clipL",
     pooled_key="clipL",
     mask_key="clipL_mask",

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from encoders.picture_prompts import ImageUse, PatchedImages
+from encoders.picture_prompts import ImagePromptFormat, PatchedImages
 from minimax_h3.options import FPS
 from minimax_h3.vision import Preprocessing, cut_clip, cut_image
 from modules.errors import MediaError
@@ -28,7 +28,9 @@ IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jso
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 PADS = (PAD, "<|video_pad|>")  # not allowed in prompts with images
-USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, loads_tower_at_once=False)
+USE = ImagePromptFormat(
+    text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, loads_tower_at_once=False
+)
 IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
 
@@ -88,7 +90,7 @@ class Presentation:
 
 
 def present(
-    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImageUse = USE
+    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImagePromptFormat = USE
 ) -> Presentation:
     """Return the text labels and image patches that present media to the text encoder, in order.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoders.picture_prompts import MAX_RATIO, ImageUse, PatchedImages, read_images
+from encoders.picture_prompts import MAX_RATIO, ImagePromptFormat, PatchedImages, read_images
 from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
@@ -118,7 +118,7 @@ def _make_error(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
 
 
-def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> PatchedImages:
+def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImagePromptFormat) -> PatchedImages:
     """Cut an image, H W 3 uint8, into patches; raise MediaError if its aspect ratio is too extreme."""
     use = replace(use, min_pixels=limits.fewest, max_pixels=limits.maximum)
     return read_images(tower, [picture], use, limits.colors)

@@ -21,7 +21,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import ImageUse
+from encoders.picture_prompts import ImagePromptFormat
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
@@ -63,7 +63,7 @@ TEXT_USE = LanguageUse(
     pre_norm=True,
     keeps_after=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImageUse(
+    pictures=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=lay_on_white,

@@ -17,8 +17,8 @@ from dataset.cache.records import (
     TextRecord,
     difference,
     options_difference,
+    size_and_mtime,
     source_folders,
-    stamp_of,
 )
 from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
@@ -135,7 +135,7 @@ def _find_caption_change(
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
         return
-    if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
+    if size_and_mtime(path)[1] <= checks.started_ns:  # an edit during the run is not an error
         yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dataset import cache_files
 from dataset.cache.latent_files import LatentFile
-from dataset.cache.records import stamp_of
+from dataset.cache.records import size_and_mtime
 from dataset.config_keys import IGNORE
 from dataset.table import DatasetTable
 from modules.errors import MediaError
@@ -108,7 +108,7 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
         ValueError: If the folder has more than MAX_FILES entries.
     """
     if not path.is_dir():
-        return [repr(stamp_of(path))]
+        return [repr(size_and_mtime(path))]
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if not only_files or entry.is_file()]
     if len(names) > MAX_FILES:
@@ -205,19 +205,22 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the checksums, by file, of the records whose sources have the size and time in the index."""
-    stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
+    """Return the cache files whose sources have not changed, each with the checksum of its record.
+
+    `lines` are lines of the index, one for each cache file, with the size and time of its sources.
+    """
+    current_stamps: dict[str, list[int] | None] = {}  # size and time by path; None: it cannot be read
     unchanged = {}
     for line in lines:
         if line["record"] is None:  # of unknown origin
             continue
         for path in line["sources"]:
-            if path not in stamps:
+            if path not in current_stamps:
                 try:
-                    stamps[path] = list(stamp_of(Path(path)))
+                    current_stamps[path] = list(size_and_mtime(Path(path)))
                 except (OSError, MediaError):
-                    stamps[path] = None
-        if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
+                    current_stamps[path] = None
+        if all(current_stamps[path] == stamp for path, stamp in line["sources"].items()):
             unchanged[str(line["file"])] = str(line["record"])
     return unchanged
 

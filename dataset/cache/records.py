@@ -252,7 +252,7 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
     `origin` is where the file was read from if it is not a file on disk; a file at an address is downloaded.
     """
-    size_bytes, mtime_ns = stamp_of(path, origin)
+    size_bytes, mtime_ns = size_and_mtime(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
@@ -267,7 +267,7 @@ def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = Non
     """
     if isinstance(origin, Remote) and not path.exists():
         return recorded.name == path.name  # the name includes a hash of the address
-    size_bytes, mtime_ns = stamp_of(path, origin)
+    size_bytes, mtime_ns = size_and_mtime(path, origin)
     if size_bytes != recorded.size_bytes:
         return False
     if mtime_ns == recorded.mtime_ns:
@@ -275,7 +275,7 @@ def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = Non
     return _content_hash(path, size_bytes, mtime_ns, origin) == recorded.sha256
 
 
-def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
+def size_and_mtime(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; for a folder, total size and latest time of its images.
 
     `origin` is the origin of a file inside a tar or table, which has the modification time of the container.
@@ -400,7 +400,7 @@ class CacheChecks:
             path = folder / file.name
             if not path.exists() or is_unchanged(file, path):
                 continue
-            _, mtime_ns = stamp_of(path)
+            _, mtime_ns = size_and_mtime(path)
             # a file that was edited during the run does not end it
             if mtime_ns <= self.started_ns:
                 return path

@@ -19,7 +19,7 @@ from dataset.cache.index import (
     split_names,
 )
 from dataset.cache.latent_files import depends_on_references, list_latent_files
-from dataset.cache.records import CHECK_KEY, latent_record, source_folders, stamp_of, text_records
+from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, source_folders, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
 from dataset.table import CLIP, MEDIA, DatasetTable
@@ -88,7 +88,7 @@ def write_index(
         parts[tag, part] = IndexPart(table_fingerprint, latent_fingerprint, left_out=uncached_paths, lines={})
         for line in lines:
             name = line["file"]
-            line["stamp"] = list(stamp_of(store.folder / name))
+            line["stamp"] = list(size_and_mtime(store.folder / name))
             previous_line = previous_lines.get(name)
             if name not in valid:  # for example, the cache of a deleted source: its origin is unknown
                 line |= {"record": None, "sources": {}}

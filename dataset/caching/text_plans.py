@@ -210,9 +210,9 @@ def _list_captions(
     if len(captions) > 1:
         settings["captions"] = len(captions)
     for number, caption in enumerate(captions):
-        embeds = None
+        precomputed = None
         if source.tensors is not None and number == 0:  # only first captions have precomputed embeddings
-            embeds = source.tensors.embeds
+            precomputed = source.tensors.embeds
         fitted = caption
         caption_settings = settings
         if fit is not None and caption is not None:
@@ -227,7 +227,7 @@ def _list_captions(
             caption_path=source.caption_path,
             settings=caption_settings,
             encoding_round=1 if number else 0,  # further captions are encoded after all first ones
-            embeds=embeds,
+            embeds=precomputed,
             source=seen.source,
             references=seen.files,
             visible_media=visible_media,

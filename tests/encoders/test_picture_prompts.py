@@ -16,7 +16,7 @@ from torch import Tensor
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
-    ImageUse,
+    ImagePromptFormat,
     image_position_ids,
     load_vision_tower,
     read_images,
@@ -39,7 +39,7 @@ from tests.tiny.language_models import (
 )
 
 CPU = torch.device("cpu")
-IMAGES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", max_pixels=200 * 200)
+IMAGES = ImagePromptFormat("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", max_pixels=200 * 200)
 USE = replace(QWEN_IMAGE, pictures=IMAGES)
 DEEP = replace(STACKED, states_key="vl_embed", pictures=IMAGES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
