@@ -308,7 +308,7 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
                     f"{table.name}: reference_audio_directory: this run takes no sound as reference. Leave "
                     "it out, or change the option that says which references are learned"
                 )
-            table = replace(table, reference_dropout_rate=audio.dropped_references)
+            table = replace(table, reference_dropout_rate=audio.reference_dropout_rate)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 

@@ -29,7 +29,7 @@ from dataset.table import DatasetConfig, DatasetTable
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class CompanionCounts(NamedTuple):
     num_references: int
     has_mask: bool
     has_reference_audio: bool
-    shown: tuple[ShownMedium, ...]  # reference media that its row names
+    shown: tuple[ReferenceMedium, ...]  # reference media that its row names
     further_text: str | None  # `FURTHER_TEXT` of its row
 
 

@@ -16,7 +16,7 @@ from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
 
 if TYPE_CHECKING:  # messages about mistyped options import this module, which must not load models
-    from protocols.rules import ReferenceRules, ShownMedium
+    from protocols.rules import ReferenceMedium, ReferenceRules
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)
@@ -396,7 +396,7 @@ class DatasetTable:
     def visible_media_settings(
         self,
         sees_frames: bool,
-        reference_media: "Iterable[ShownMedium] | None",
+        reference_media: "Iterable[ReferenceMedium] | None",
         further_text: str | None = None,
     ) -> dict[str, Any]:
         """Return the settings that decide which frames and reference media text encoders see, by name.

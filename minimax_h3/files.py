@@ -279,7 +279,7 @@ class H3Files(LanguageModelFiles):
             channels: int = settings["latent_channels"]
         except (OptionError, OSError):  # a training run from caches needs no VAE
             channels = len(AUDIO_MEAN)
-        return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
+        return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_in_latent_cache=True)
 
     def audio_identity(self) -> dict[str, str]:
         """Return what cached audio depends on besides the samples; the VAE is float32."""

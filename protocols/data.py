@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modules.devices import send
 from modules.errors import CacheError
 from modules.media.lengths import ClipLengths
-from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ShownMedium
+from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ReferenceMedium
 
 # Inputs of a network in addition to the noisy latents, by the tensor names of the caches (`t5`, `clip`,
 # `llama_vec`). A tensor has a batch dimension. If lengths differ per sample (T5), the value is a list with
@@ -44,7 +44,7 @@ REJECTED_LATENTS = "latents_worse"
 
 # latents of a clip's audio, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# the same inside the cache of a clip's latents (`AudioSpec.is_inside`); 1 if it is not just silence, else 0
+# the same inside the cache of a clip's latents (`AudioSpec.is_in_latent_cache`); 0 for silence, else 1
 INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
 # latents of the audio that a clip's audio is made after, next to SOUND; its T may differ
 REFERENCE_AUDIO = "reference_audio_latents"
@@ -257,7 +257,9 @@ class MediaTable:
     has_post: bool = True  # whether a black frame follows the control images
     flips: bool = False  # whether mirrored latents are cached too
     guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # `MediaBatch.shown` of each source; () if none has any
+    shown: tuple[
+        tuple[ReferenceMedium, ...], ...
+    ] = ()  # `MediaBatch.shown` of each source; () if none has any
 
 
 @dataclass(frozen=True)
@@ -276,10 +278,10 @@ class MediaBatch:
     # followed by guides
     references: tuple[Tensor, ...] = ()
     control_mask: Tensor | None = None  # B F H W uint8: 255 where pixels are generated
-    # audio of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros for silence
+    # audio of clips, for a family with `AudioSpec.is_in_latent_cache`: B C S float32, zeros for silence
     audio: Tensor | None = None
     heard: tuple[bool, ...] = ()  # whether each clip has audio
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # references of each item, from its row in a list
+    shown: tuple[tuple[ReferenceMedium, ...], ...] = ()  # references of each item, from its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
@@ -370,7 +372,7 @@ class MediaEncoders:
 
     vae: Any  # the family's own VAE class
     image_encoder: Any = None
-    audio: Any = None  # of a family with `AudioSpec.is_inside`, in caching
+    audio: Any = None  # of a family with `AudioSpec.is_in_latent_cache`, in caching
 
 
 @dataclass(frozen=True)
@@ -406,7 +408,7 @@ class LatentSpec:
     unsaid_fps: float | None = None
     clip: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
     tail: int = 1  # number of frames that follow the complete clips of a video
-    holds_audio: bool = False  # see `AudioSpec.is_inside`
+    holds_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
     # metadata (name, value of this run) that tell apart caches of the same name for different uses
     declared: tuple[tuple[str, str], ...] = ()
     has_size_conditions: bool = False  # whether batches have `SIZES`
@@ -492,9 +494,11 @@ class AudioSpec:
     is_alone: bool = False  # whether only the audio of clips is trained
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
     # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `IS_HEARD`
-    is_inside: bool = False
+    is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
-    dropped_references: float = 0.0  # fraction of training batches that leave these and other references out
+    reference_dropout_rate: float = (
+        0.0  # fraction of training batches that leave these and other references out
+    )
 
 
 @dataclass(frozen=True)

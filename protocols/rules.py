@@ -431,7 +431,7 @@ class ReferenceRules:
 
 
 @dataclass(frozen=True)
-class ShownMedium:
+class ReferenceMedium:
     """One reference of an item, from a row of a list (`references`): an image, a clip or separate audio."""
 
     kind: str  # "image", "video" or "audio"

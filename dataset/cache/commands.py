@@ -58,16 +58,17 @@ def remember_options(
     for option in repeat_given(family_options, typed):
         is_path = Path in accepted[option.name].types
         options[option.name] = {"flag": option.typed, "value": _as_json(option.value), "is_path": is_path}
-    # relative paths among the values are relative to the current folder
+    # "folder": relative paths among the values are relative to it
     command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
     if training:
         command["training"] = {flag.lstrip("-"): {"value": value} for flag, value in training.items()}
-    for folder in dict.fromkeys(table.cache_directory for table in config.datasets):
+    cache_folders = dict.fromkeys(table.cache_directory for table in config.datasets)  # each folder once
+    for folder in cache_folders:
         if not folder.is_dir():
             continue
-        content = _read_families(folder)
-        content.setdefault(family, {})[kind] = command
-        text = json.dumps({"version": VERSION, "families": content}, indent=1, sort_keys=True)
+        families = _read_families(folder)
+        families.setdefault(family, {})[kind] = command
+        text = json.dumps({"version": VERSION, "families": families}, indent=1, sort_keys=True)
         with contextlib.suppress(OutputError, OSError):
             write_text(folder / NAME, f"{text}\n")
 

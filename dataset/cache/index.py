@@ -55,7 +55,7 @@ _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder"
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
-    return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
+    return not audio.is_in_latent_cache and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:

@@ -52,7 +52,7 @@ from protocols.data import (
     LatentSpec,
     MediaTable,
 )
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 _DECODING_VERSION = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # key in the options of a record: the cache file also has the latents of the mirrored image
@@ -125,7 +125,7 @@ class LatentCacheSettings:
     @property
     def stores_audio(self) -> bool:
         """Whether caches of latents contain the audio of their clip."""
-        return self.audio is not None and self.audio.is_inside
+        return self.audio is not None and self.audio.is_in_latent_cache
 
     def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return all files that the caches of a source are made from."""
@@ -154,7 +154,7 @@ class LatentCacheSettings:
         return changed or records.options_difference(recorded_options, options, self.latent)
 
 
-def _describe_shown(medium: ShownMedium) -> str:
+def _describe_shown(medium: ReferenceMedium) -> str:
     """Describe a reference medium for a record; the text must not change, as it is compared."""
     if medium.kind != "video" or medium.audio is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind

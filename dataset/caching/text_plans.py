@@ -34,7 +34,7 @@ class VisibleMedia(NamedTuple):
     """What text encoders see in addition to captions and reference images."""
 
     frames: bool = False  # whether they see the frames of the item
-    reference_media: bool = False  # whether they see the reference media in the item's row (`ShownMedium`)
+    reference_media: bool = False  # whether they see the reference media in the item's row
 
 
 CAPTIONS_ONLY = VisibleMedia()
@@ -135,38 +135,41 @@ def _files_of_table(
     empty: list[CaptionFile] = []
     for source in sources:
         seen = _list_seen(source, visible_media)
-        for number, file in enumerate(
-            _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
-        ):
-            if number == 0:
-                first.append(file)
-            else:
-                additional.append(file)
-        # an empty prompt for this source, which the encoder sees with its reference images
+        captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
+        first.append(next(captions))
+        additional += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            file = CaptionFile(
-                table=table,
-                file_name=text_file_name(source.stem, tag, EMPTY),
-                name=f"the empty prompt of {source.stem}",
-                caption="",
-                caption_path=None,
-                settings={} if seen.source is None else _list_reference_settings(source),
-                encoding_round=2,
-                source=seen.source,
-                references=seen.files,
-            )
-            empty.append(file)
+            empty.append(_empty_prompt_of_source(source, seen, tag))
     if table.caches_empty_prompt and not table.texts_see_references:
-        file = CaptionFile(
-            table=table,
-            file_name=empty_text_name(tag),
-            name="the empty prompt",
-            caption="",
-            caption_path=None,
-            encoding_round=2,
-        )
-        empty.append(file)
+        empty.append(_empty_prompt_of_table(table, tag))
     return [*first, *additional, *empty]
+
+
+def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
+    """Return the empty prompt that text encoders see with the reference images of a source."""
+    return CaptionFile(
+        table=source.table,
+        file_name=text_file_name(source.stem, tag, EMPTY),
+        name=f"the empty prompt of {source.stem}",
+        caption="",
+        caption_path=None,
+        settings={} if seen.source is None else _list_reference_settings(source),
+        encoding_round=2,
+        source=seen.source,
+        references=seen.files,
+    )
+
+
+def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
+    """Return the empty prompt of all sources of a table."""
+    return CaptionFile(
+        table=table,
+        file_name=empty_text_name(tag),
+        name="the empty prompt",
+        caption="",
+        caption_path=None,
+        encoding_round=2,
+    )
 
 
 class _SeenMedia(NamedTuple):
@@ -269,12 +272,12 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
     Raises:
         DatasetError: If two texts with the same cache file have different captions.
     """
-    by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
+    first_texts: dict[tuple[Path | int, str], CaptionFile] = {}  # by store and name of the cache file
     for file in files:
         store = stores.of_texts(file.table)
         # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
-        first = by_entry.setdefault((owner, file.file_name), file)
+        first = first_texts.setdefault((owner, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
@@ -282,7 +285,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
                 "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
                 "_to_disk"
             )
-    return list(by_entry.values())
+    return list(first_texts.values())
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:

@@ -36,7 +36,7 @@ from modules.devices import free_memory
 from modules.errors import DatasetError
 from protocols.data import FPS, CacheEntry, MediaEncoders
 from protocols.family import Caches, audio_of, trains_audio
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 if TYPE_CHECKING:  # loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily
@@ -54,7 +54,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     # all by table index
     tables_with_control = {source.table.index for source in sources if source.control}
     sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
-    reference_media: dict[int, list[tuple[ShownMedium, ...]]] = {}  # of each row
+    reference_media: dict[int, list[tuple[ReferenceMedium, ...]]] = {}  # of each row
     for source in sources:
         if source.table.shows_media:
             reference_media.setdefault(source.table.index, []).append(source.shown)
@@ -86,7 +86,7 @@ def _check_table(
     table: DatasetTable,
     has_control: bool,
     companions: Sequence[MediaSource],
-    reference_media: tuple[tuple[ShownMedium, ...], ...],
+    reference_media: tuple[tuple[ReferenceMedium, ...], ...],
 ) -> None:
     """Raise DatasetError if a family cannot use a table.
 
