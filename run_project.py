@@ -4,7 +4,9 @@ import modules.interpreter  # noqa: F401
 from project.run_options import RunOptions
 from protocols.families import plain_script
 
-main = plain_script(__doc__, "project.running.run_project", RunOptions, going_on=lambda run: run.going_on)
+main = plain_script(
+    __doc__, "project.running.run_project", RunOptions, advice_after_interrupt=lambda run: run.going_on
+)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
         self.t5_max_tokens = t5_max_tokens
         self.keys = frozenset({STATES, MASK, IDS, WEIGHTS})
         self.variable_length = frozenset()
-        self.takes_weights = ""  # weights of words multiply the adapter's rows
+        self.weighted_states_key = ""  # weights of words multiply the adapter's rows
         self._read_t5: TextTokenizer | None = None
 
     @property
@@ -135,7 +135,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
             ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.spans:
                 mask = mask.float()
-                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.places))
+                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.char_spans))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

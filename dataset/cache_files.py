@@ -233,9 +233,9 @@ def tensor_name(
         channels, length, width = tensor.shape
         return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
     if key == "latents" or key.startswith("latents_"):
-        sizes = grid or tuple(tensor.shape[-3:])
-        sizes_text = as_shape(sizes if has_frames else sizes[1:])
-        return f"{key}_{sizes_text}_{dtype_name(tensor.dtype)}"
+        frames_height_width = grid or tuple(tensor.shape[-3:])
+        sizes = frames_height_width if has_frames else frames_height_width[1:]
+        return f"{key}_{as_shape(sizes)}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 
 

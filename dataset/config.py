@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
-KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
+KNOWN_KEYS = {*KEYS, *forms.OTHER_SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
 # keys that only tables with subsets have, and the end of the message about such a key elsewhere
 OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
@@ -91,72 +91,79 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
         tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
-            unused = sorted(set(typed_options(typed).values()))
-            if unused:
-                logger.warning(
-                    "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
-                )
+            _warn_unused_options(typed, path)
         tables = _read_tables(path, content, errors)
-    # what concerns several tables
     _check_cache_folders(tables, errors)
     if len(tables) > 1:
         tables = _share_folders(tables)
     if errors:
-        lines = [f"{path} cannot be used:", *errors[:MAX_LISTED]]
-        if len(errors) > MAX_LISTED:
-            lines.append(f"... and {len(errors) - MAX_LISTED} more")
-        hint = forms.other_trainers().hint_of(content)
-        if hint:
-            lines.append(hint)
-        raise DatasetError("\n  ".join(lines))
+        raise _make_config_error(path, content, errors)
     return DatasetConfig(path, tables)
 
 
-def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[DatasetTable, ...]:
-    """Return the tables of a file in our own layout. Errors are added to `problems`."""
-    general = forms.without_nulls(content.get("general"), "[general]", problems)
-    entries = _find_entries(content, problems)
+def _warn_unused_options(typed: SubsetOptions, path: Path) -> None:
+    """Warn about typed options for subsets, which a dataset file without subsets does not use."""
+    unused = sorted(set(typed_options(typed).values()))
+    if unused:
+        logger.warning("%s: ignored because the tables of %s have no subsets", ", ".join(unused), path)
+
+
+def _make_config_error(path: Path, content: Table, errors: Sequence[str]) -> DatasetError:
+    """Return the error that lists all errors of a dataset file, with a hint if another trainer made it."""
+    lines = [f"{path} cannot be used:", *errors[:MAX_LISTED]]
+    if len(errors) > MAX_LISTED:
+        lines.append(f"... and {len(errors) - MAX_LISTED} more")
+    hint = forms.other_trainers().hint_of(content)
+    if hint:
+        lines.append(hint)
+    return DatasetError("\n  ".join(lines))
+
+
+def _read_tables(path: Path, content: Table, errors: list[str]) -> tuple[DatasetTable, ...]:
+    """Return the tables of a file in our own layout. Errors are added to `errors`."""
+    general = forms.without_nulls(content.get("general"), "[general]", errors)
+    entries = _find_entries(content, errors)
     reason = "is allowed only in a [[datasets]] table; move it there"
-    misplaced = {name: reason for name, key in KEYS.items() if not key.in_general}
+    misplaced_reasons = {name: reason for name, key in KEYS.items() if not key.in_general}
     general = forms.read_keys(
         KEYS,
         general,
-        where="[general]",
-        problems=problems,
-        misplaced=misplaced,
-        names=forms.SPELLINGS,
-        of_other_layout=OF_SUBSETS,
+        table_label="[general]",
+        errors=errors,
+        misplaced_reasons=misplaced_reasons,
+        other_spellings=forms.OTHER_SPELLINGS,
+        other_layout_reasons=OF_SUBSETS,
     )
     tables = []
     for index, entry in enumerate(entries):
-        table = _read_table(path, index, entry=entry, general=general, problems=problems)
+        table = _read_table(path, index, entry=entry, general=general, errors=errors)
         if table is not None:
             tables.append(table)
     return tuple(tables)
 
 
-def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) -> None:
-    """Add a line for each folder that cannot hold the caches of its table."""
-    users: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
+def _check_cache_folders(tables: Sequence[DatasetTable], errors: list[str]) -> None:
+    """Add an error for each cache directory that is a file, is forbidden, or belongs to another table."""
+    first_tables: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
         folder = table.cache_directory
-        existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
-        if existing is not None and not existing.is_dir():
-            problems.append(
-                f"{table.place}: cache_directory = {folder}: {existing} is a file; name a "
+        nearest_existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+        if nearest_existing is not None and not nearest_existing.is_dir():
+            errors.append(
+                f"{table.place}: cache_directory = {folder}: {nearest_existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         if table.download_directory is not None or is_limited():
-            problems += _find_forbidden_folders(table)
+            errors += _find_forbidden_folders(table)
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
-            problems.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
-        first = users.setdefault(folder_id(folder), table)
+            errors.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
+        first = first_tables.setdefault(folder_id(folder), table)
         may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
             second = table.place.removeprefix("[[datasets]] ")
-            problems.append(
+            errors.append(
                 f"{first.place} and {second} share the cache directory {folder}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )
@@ -207,34 +214,34 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
     return tuple(changed)
 
 
-def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
-    """Move keys that stand above all tables into [general], a heading that some guides omit.
+def _with_keys_in_general(path: Path, content: Table, errors: list[str]) -> Table:
+    """Return the content of a dataset file with the keys above all tables moved into [general].
 
-    Errors about keys that may stand only in [[datasets]] are added to `problems`.
+    Some guides omit this heading. Errors about keys that may stand only in [[datasets]] go to `errors`.
     """
     general_keys = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
     general_keys |= {name for name, key in KEYS.items() if key.in_general}
-    general_keys |= {*OTHER_NAMES, *forms.SPELLINGS}
+    general_keys |= {*OTHER_NAMES, *forms.OTHER_SPELLINGS}
     general = content.get("general", {})
     moved: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    remaining: dict[str, Any] = {}
     for name, value in content.items():
         if name in KEYS and not KEYS[name].in_general:
-            problems.append(f"{name} is above all tables: write it below [[datasets]]")
+            errors.append(f"{name} is above all tables: write it below [[datasets]]")
         elif name in general_keys:
             moved[name] = value
         else:
-            others[name] = value
+            remaining[name] = value
     if not moved:
-        return others
+        return remaining
     if not isinstance(general, dict):  # nothing can be added to it; its reader reports the error
-        return {name: value for name, value in content.items() if name in others or name in moved}
+        return {name: value for name, value in content.items() if name in remaining or name in moved}
     # a key must not stand both above all tables and in [general]
     duplicates = [name for name in moved if name in general]
     if duplicates:
-        problems.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
+        errors.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
     logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
-    return {**others, "general": {**general, **moved}}
+    return {**remaining, "general": {**general, **moved}}
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
@@ -247,7 +254,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         DatasetError: If a table has layers, guides or references that the family does not use.
     """
     for table in config.datasets:
-        section_keys = table.changed(forms.SECTIONS)
+        section_keys = table.non_default_values(forms.SECTIONS)
         if section_keys and not (family.latent.in_sections or for_texts):
             keys = " and ".join(section_keys)
             logger.warning(
@@ -301,7 +308,7 @@ def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetCo
                     f"{table.name}: reference_audio_directory: this run takes no sound as reference. Leave "
                     "it out, or change the option that says which references are learned"
                 )
-            table = replace(table, reference_dropout_rate=audio.dropped_references)
+            table = replace(table, reference_dropout_rate=audio.reference_dropout_rate)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
 
@@ -351,23 +358,23 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
 
 
 def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
-    """Return a configuration whose control images follow a family's rules (`Family.references`).
+    """Check the keys about references; return the configuration with a family's rules for them.
 
     `hint` names the variant of the model that takes references of clips; error messages end with it.
 
     Raises:
         DatasetError: If a table has a key that the family does not use.
     """
-    flips = [table.name for table in config.datasets if table.augmentation.flip]
-    if rules is not None and rules.seen_by_text and flips:
+    flipped = [table.name for table in config.datasets if table.augmentation.flip]
+    if flipped and rules is not None and rules.seen_by_text:
         raise DatasetError(
-            f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
+            f"{flipped[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
             "Leave it out"
         )
     errors: list[str] = []
     for table in config.datasets:
         if table.reference_directory is not None or table.control_mask_directory is not None:
-            errors += _clip_reference_errors(table, rules, hint)
+            errors += _find_clip_reference_errors(table, rules, hint)
         if table.kind == "image" and (rules is None or rules.clips):
             errors += _find_image_reference_errors(table)
     if errors:
@@ -384,7 +391,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     return replace(config, datasets=tuple(tables))
 
 
-def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
+def _find_clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
     """Return an error line for each key about references of clips that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
@@ -412,7 +419,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
             f"{table.name}: reference_dropout_rate: this model takes no reference pictures that are left out "
             "at times. Leave it out"
         )
-    changed = table.changed(forms.REFERENCES)
+    changed = table.non_default_values(forms.REFERENCES)
     if changed:
         errors.append(
             f"{table.name}: {' and '.join(changed)}: this model fits control images to the size of their "
@@ -421,71 +428,71 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     return errors
 
 
-def _find_entries(content: Table, problems: list[str]) -> list[Any]:
-    """Return the entries of [[datasets]]; an error is added to `problems` if there are none."""
+def _find_entries(content: Table, errors: list[str]) -> list[Any]:
+    """Return the entries of [[datasets]]; an error is added to `errors` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
-        problems.append(
+        errors.append(
             "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
         )
         return [entries]  # so that errors in its keys are reported, too
     if isinstance(entries, list) and entries:
         return entries
     # an unknown top-level key such as [[dataset]] has been reported with a hint; one error is enough
-    is_misspelt = entries is None and any("Did you mean datasets?" in error for error in problems)
+    is_misspelt = entries is None and any("Did you mean datasets?" in error for error in errors)
     if not is_misspelt:
-        problems.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
+        errors.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
     return []
 
 
 def _read_table(
-    path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
+    path: Path, index: int, entry: Any, general: dict[str, Any], errors: list[str]
 ) -> DatasetTable | None:
-    """Read a table of a dataset file. If it is invalid, return None and add errors to `problems`."""
-    where = f"[[datasets]] {index + 1}"
-    num_problems_before = len(problems)
-    entry = forms.without_nulls(entry, where, problems)
-    source_key = _find_source(entry, where, problems)
+    """Read a table of a dataset file. If it is invalid, return None and add errors to `errors`."""
+    table_label = f"[[datasets]] {index + 1}"
+    num_errors_before = len(errors)
+    entry = forms.without_nulls(entry, table_label, errors)
+    source_key = _find_source(entry, table_label, errors)
     if source_key is None:
         return None
     is_of_audio = source_key in OF_AUDIO
     if is_of_audio:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
-    form = FORM_OF_SOURCE[media_key]
+    data_form = FORM_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
     values |= general
     values |= forms.read_keys(
         KEYS,
         entry,
-        where=where,
-        problems=problems,
-        misplaced=_find_misplaced_keys(media_key, kind),
-        names=forms.SPELLINGS,
-        of_other_layout=OF_SUBSETS,
+        table_label=table_label,
+        errors=errors,
+        misplaced_reasons=_find_misplaced_keys(media_key, kind),
+        other_spellings=forms.OTHER_SPELLINGS,
+        other_layout_reasons=OF_SUBSETS,
     )
-    unused = find_unused(entry) if entry.get("validation") else None
-    if unused is not None:
-        problems.append(f"{where}: {unused}")
+    validation_error = find_unused(entry) if entry.get("validation") else None
+    if validation_error is not None:
+        errors.append(f"{table_label}: {validation_error}")
     # an invalid value may come from [general], whose errors have been added before
-    if len(problems) > num_problems_before or any(value is forms.BAD for value in values.values()):
+    if len(errors) > num_errors_before or any(value is forms.INVALID for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
     # a data form with its own keys has its source there; otherwise the source is a field, such as `directory`
-    fields["own"] = None if form.keys is None else read_own_keys(form, media_key, values)
+    fields["own"] = None if data_form.keys is None else read_own_keys(data_form, media_key, values)
     fields |= {"directory": None, "is_of_audio": is_of_audio}
-    if form.keys is None:
-        fields[form.source] = values[media_key]
-    if not _fill_in_fields(form, fields, source_key, f"{path}, {where}", problems):
+    if data_form.keys is None:
+        fields[data_form.source] = values[media_key]
+    if not _fill_in_fields(data_form, fields, source_key, f"{path}, {table_label}", errors):
         return None
     return DatasetTable(path, index, kind, **fields)
 
 
-def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
+def _find_source(entry: dict[str, Any], table_label: str, errors: list[str]) -> str | None:
     """Return the key that names the source of a table's items, such as `image_directory`.
 
-    If there is not exactly one, returns None and adds an error to `problems`.
+    If there is not exactly one, returns None and adds an error to `errors`.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
@@ -494,23 +501,26 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
         return sources[0]
     if sources:
         names = " and ".join(sources)
-        problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
+        errors.append(f"{table_label}: {names} exclude each other; make a [[datasets]] table for each")
         return None
     # keys of other trainers without a counterpart explain more than the missing source
     unsupported = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
     if unsupported:
-        problems += [f"{where}: {line}" for line in unsupported]
+        errors += [f"{table_label}: {line}" for line in unsupported]
         return None
     hints = [did_you_mean(key, SOURCES) for key in entry if key not in KEYS]
     hint = next(filter(None, hints), "")
     names = ", ".join(SOURCES)
-    problems.append(f"{where}: the source of its items is missing; it needs one of {names}.{hint}")
+    errors.append(f"{table_label}: the source of its items is missing; it needs one of {names}.{hint}")
     return None
 
 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return why keys are not allowed in a table with this source, by key."""
-    misplaced = {}
+    """Return the keys that are not allowed in a table with this source, each with the reason.
+
+    `kind` is "image" or "video".
+    """
+    misplaced_reasons = {}
     for name in KEYS.keys() - KEYS_OF_SOURCE[source_key]:
         if name in SOURCES and kind in KEYS[name].kinds:
             continue  # two sources: reported by _find_source
@@ -519,10 +529,12 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
             if name in keys and kind in KEYS[source].kinds:
                 fitting_sources.append(source)
         if fitting_sources:
-            misplaced[name] = f"is for tables with {' or '.join(fitting_sources)}, not {source_key}"
+            misplaced_reasons[name] = f"is for tables with {' or '.join(fitting_sources)}, not {source_key}"
         else:
-            misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
-    return misplaced
+            misplaced_reasons[name] = (
+                f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
+            )
+    return misplaced_reasons
 
 
 def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
@@ -541,32 +553,32 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
 
 
 def _fill_in_fields(
-    form: DataForm, fields: dict[str, Any], source_key: str, where: str, problems: list[str]
+    data_form: DataForm, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
 ) -> bool:
-    """Fill in fields that depend on others; if fields conflict, add an error and return False.
+    """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 
     Args:
-        form: Form of the data, such as a folder or a list; some have keys of their own in `fields["own"]`.
+        data_form: Form of the data, such as a folder or a list; some have keys of their own, `fields["own"]`.
         fields: Fields of a table by name, which are changed.
         source_key: Key that names the data, for messages.
-        where: Path of the file, and name of the table after a comma.
-        problems: List to which the error is added.
+        table_label: Path of the file, and name of the table after a comma.
+        errors: List to which the error is added.
     """
-    folder = fields["directory"] if fields["own"] is None else fields["own"].folder
+    source_folder = fields["directory"] if fields["own"] is None else fields["own"].folder
     conflict = None
-    if not (fields["cache_directory"] or folder):
+    if not (fields["cache_directory"] or source_folder):
         conflict = f"cache_directory is required with {source_key}"
-    if conflict is None and form.has_dependent_keys:
-        conflict = form.find_conflict(fields)
+    if conflict is None and data_form.has_dependent_keys:
+        conflict = data_form.find_conflict(fields)
     if conflict is None:
         conflict = _find_conflict(fields)
     if conflict is not None:
-        table_name = where.rpartition(", ")[2]  # the message begins with the path already
-        problems.append(f"{table_name}: {conflict}")
+        table_name = table_label.rpartition(", ")[2]  # the message begins with the path already
+        errors.append(f"{table_name}: {conflict}")
         return False
-    if form.has_dependent_keys:
-        form.complete(fields, where)
-    fields["cache_directory"] = fields["cache_directory"] or folder
+    if data_form.has_dependent_keys:
+        data_form.complete(fields, table_label)
+    fields["cache_directory"] = fields["cache_directory"] or source_folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
@@ -578,7 +590,9 @@ def _fill_in_fields(
     )
     fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
-        logger.warning('%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', where)
+        logger.warning(
+            '%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', table_label
+        )
         fields["frame_extraction"] = "head"
     return True
 

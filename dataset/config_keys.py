@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import enum
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -40,24 +40,24 @@ MAX_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 milli
 RATES = (0.001, 1_000_000)  # frames a second
 
 
-class Unfit(Exception):
+class InvalidValue(Exception):
     """Raised for a value that is not allowed; the message, if any, gives the reason."""
 
 
-class Form(NamedTuple):
+class ValueType(NamedTuple):
     """Type of a key's value: a function that reads the value, and a description of allowed values."""
 
-    read: Callable[[Any], Any]  # converts a value of the file, or raises Unfit
+    read: Callable[[Any], Any]  # converts a value of the file, or raises InvalidValue
     allowed: str  # describes valid values, for messages
 
 
-def form_of(
+def value_type(
     kinds: type | tuple[type, ...],
     fits: Callable[[Any], bool],
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
-) -> Form:
-    """Make the `Form` of a key: it reads a value of the file, and describes the allowed ones.
+) -> ValueType:
+    """Return the type of a key's values, with a function that checks and converts a value of the file.
 
     Args:
         kinds: Python types of values in the file.
@@ -67,71 +67,71 @@ def form_of(
     """
 
     def read(value: Any) -> Any:
-        """Return the value in the type that tables store. Raises Unfit."""
+        """Return the value in the type that tables store. Raises InvalidValue."""
         is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
-            raise Unfit
+            raise InvalidValue
         return convert(value)
 
-    return Form(read, allowed)
+    return ValueType(read, allowed)
 
 
-def whole(minimum: int, maximum: int, allowed: str = "") -> Form:
+def whole(minimum: int, maximum: int, allowed: str = "") -> ValueType:
     """Make the type of whole numbers from `minimum` to `maximum`."""
     limit = f"{minimum} or more"
     if maximum < MAX_COUNT:
         limit += f", at most {maximum}"
-    return form_of(int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}")
+    return value_type(int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}")
 
 
-def number(fits: Callable[[float], bool], allowed: str) -> Form:
+def number(fits: Callable[[float], bool], allowed: str) -> ValueType:
     """Make the type of numbers that `fits` accepts; they are read as float."""
-    return form_of((int, float), fits, allowed, float)
+    return value_type((int, float), fits, allowed, float)
 
 
-def one_of(values: tuple[str, ...]) -> Form:
+def one_of(values: tuple[str, ...]) -> ValueType:
     """Make the type whose values are these words."""
     quoted = ", ".join(f'"{value}"' for value in values)
-    return form_of(str, lambda value: value in values, f"one of {quoted}")
+    return value_type(str, lambda value: value in values, f"one of {quoted}")
 
 
-def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
+def _list_of(form: ValueType, allowed: str, or_one: bool = False) -> ValueType:
     """Make the type of lists of at least one value.
 
     `or_one` allows a single value without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
-        """Return the list's values as a tuple. Raises Unfit."""
+        """Return the list's values as a tuple. Raises InvalidValue."""
         values = [value] if or_one and not isinstance(value, list) else value
         if not isinstance(values, list) or not values:
-            raise Unfit
+            raise InvalidValue
         return tuple(map(form.read, values))
 
-    return Form(read, allowed)
+    return ValueType(read, allowed)
 
 
 def _path(value: str) -> Path:
-    """Return the path in a value. Raises Unfit, with the reason, if the path cannot be used."""
+    """Return the path in a value. Raises InvalidValue, with the reason, if the path cannot be used."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
-        raise Unfit(str(error)) from None
+        raise InvalidValue(str(error)) from None
     if not paths.path_exists(path):
         reason = paths.explain_path(paths.without_quotes(value))
         if reason is not None:
-            raise Unfit(reason)
+            raise InvalidValue(reason)
     return path
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """Read a resolution: a side, or width and height. Raises Unfit."""
+    """Read a resolution: a side, or width and height. Raises InvalidValue."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
-        raise Unfit
+        raise InvalidValue
     width, height = map(SIDE.read, sides)
     if width * height > MAX_PIXELS:
-        raise Unfit
+        raise InvalidValue
     return width, height
 
 
@@ -160,7 +160,7 @@ def is_short(value: str) -> bool:
     return len(value) <= MAX_WORDS and not bad_character(value)
 
 
-YES_NO = form_of(bool, lambda _: True, "true or false, without quotes")
+YES_NO = value_type(bool, lambda _: True, "true or false, without quotes")
 COUNT = whole(1, MAX_COUNT)
 REPEATS = whole(1, MAX_REPEATS)
 SAMPLES = whole(1, MAX_SAMPLES)
@@ -186,7 +186,7 @@ RATE = number(
 TARGET_FPS = number(
     lambda value: RATES[0] <= value <= RATES[1], f"a number above 0, such as 25 ({RATES[0]} to {RATES[1]})"
 )
-SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RATE.allowed)
+SOURCE_FPS = ValueType(lambda value: AUTO if value == AUTO else RATE.read(value), RATE.allowed)
 
 
 def _is_region(value: list[Any]) -> bool:
@@ -197,39 +197,39 @@ def _is_region(value: list[Any]) -> bool:
     return bool(top < bottom and left < right)
 
 
-REGION = form_of(list, _is_region, "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]", tuple)
-SIZE = Form(
+REGION = value_type(list, _is_region, "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]", tuple)
+SIZE = ValueType(
     _size,
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
     f"together at most {MAX_PIXELS:,} pixels",
 )
 MODE, CACHE_FORMAT = one_of(MODES), one_of(CACHE_FORMATS)
 AUDIO = one_of((REQUIRED, IF_PRESENT, IGNORE))
-PATH = form_of(str, _is_text, "a path in quotes", _path)
-LIST_PATH = form_of(
+PATH = value_type(str, _is_text, "a path in quotes", _path)
+LIST_PATH = value_type(
     str,
     lambda value: _is_text(value) and not paths.is_address(value),
     "a path in quotes, not an address: download the list or table itself first",
     _path,
 )
 PATHS = _list_of(PATH, 'a list of paths in quotes, such as ["styles"]')
-COLUMN = form_of(str, _is_text, "the name of a column in quotes")
+COLUMN = value_type(str, _is_text, "the name of a column in quotes")
 TARS = _list_of(
-    form_of(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
+    value_type(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
 )
-EXTENSION = form_of(
+EXTENSION = value_type(
     str,
     lambda value: _is_text(value) and "." in value and not _is_unsafe_extension(value),
     'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
 # may be empty, to override [general]
-WORDS = form_of(
+WORDS = value_type(
     str,
     lambda value: is_short(value) and len(value.splitlines()) < 2,
     f"text in quotes, one line of at most {MAX_WORDS} characters",
     str.strip,
 )
-TEXT = form_of(str, is_short, f"text in quotes, at most {MAX_WORDS} characters")
+TEXT = value_type(str, is_short, f"text in quotes, at most {MAX_WORDS} characters")
 
 
 # --- keys of a [[datasets]] table
@@ -272,7 +272,7 @@ class TableKey:
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
-    form: Form
+    form: ValueType
     default: Any
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
@@ -281,7 +281,7 @@ class TableKey:
     rank: int = 0
 
 
-def key(form: Form, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
+def key(form: ValueType, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
     """Declare a dataclass field that is also a key of the same name in dataset files.
 
     `settings` are further fields of `TableKey`.
@@ -290,13 +290,13 @@ def key(form: Form, default: Any = None, *, stale: Stale, **settings: Any) -> An
     return dataclasses.field(default=default, metadata={"key": table_key})
 
 
-def of_kind(form: Form) -> Any:
+def of_kind(form: ValueType) -> Any:
     """Declare a dataclass field that the key `image_<name>` or `video_<name>` sets."""
     return dataclasses.field(default=None, metadata={"source": form})
 
 
 # spellings of other trainers -> our keys
-SPELLINGS: Mapping[str, str] = {
+OTHER_SPELLINGS: Mapping[str, str] = {
     "loss_mask_directory": "mask_directory",
     "loss_mask_use_alpha": "alpha_mask",
     "flux_kontext_no_resize_control": "no_resize_control",
@@ -340,7 +340,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a configuration without keys that have no effect here (UNNEEDED); log them."""
+    """Return the content of a dataset file without the keys in UNNEEDED, which are logged."""
     datasets = content.get("datasets")
     tables = [content.get("general")]
     if isinstance(datasets, list):
@@ -353,19 +353,19 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         return content
     for name in found:
         logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
-
-    def clean(table: Any) -> Any:
-        """Return a table without the removed keys."""
-        if not isinstance(table, dict):  # an error, which is reported later
-            return table
-        return {name: value for name, value in table.items() if name not in found}
-
-    changed = {}
+    cleaned = dict(content)
     if "general" in content:
-        changed["general"] = clean(content["general"])
+        cleaned["general"] = _without_keys(content["general"], found)
     if isinstance(datasets, list):
-        changed["datasets"] = [clean(table) for table in datasets]
-    return {**content, **changed}
+        cleaned["datasets"] = [_without_keys(table, found) for table in datasets]
+    return cleaned
+
+
+def _without_keys(table: Any, names: Container[str]) -> Any:
+    """Return a table without some keys; a value that is no table is an error, which is reported later."""
+    if not isinstance(table, dict):
+        return table
+    return {name: value for name, value in table.items() if name not in names}
 
 
 # --- reading keys, and explaining invalid ones
@@ -381,15 +381,15 @@ KINDS = {
 }
 
 
-class HasForm(Protocol):
-    """Protocol of a key in dataset files, of this program or of another one: its value has a `Form`."""
+class HasValueType(Protocol):
+    """Protocol of a key in dataset files, of this program or of another one: its value has a `ValueType`."""
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ValueType:
         """Type of the key's value."""
 
 
-BAD = object()  # in place of an invalid value, which has been reported
+INVALID = object()  # in place of an invalid value, which has been reported
 
 
 def parse_config(path: Path) -> dict[str, Any]:
@@ -445,67 +445,72 @@ def other_trainers() -> ModuleType:
     return module
 
 
-def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
+def without_nulls(table: Any, name: str, errors: list[str]) -> dict[str, Any]:
     """Return a table without the keys whose value is null (in JSON).
 
-    If `table` is neither a table nor None, an error is added to `problems`, and {} is returned.
+    If `table` is neither a table nor None, an error is added to `errors`, and {} is returned.
     """
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:
         if name == "[general]" and isinstance(table, list):
-            problems.append("[[general]] needs one pair of brackets: write [general]")
+            errors.append("[[general]] needs one pair of brackets: write [general]")
         else:
-            problems.append(f"{name} = {show(table)} is not a table of keys")
+            errors.append(f"{name} = {show(table)} is not a table of keys")
     return {}
 
 
 def read_keys(
-    keys: Mapping[str, HasForm],
+    keys: Mapping[str, HasValueType],
     table: Mapping[str, Any],
-    where: str,
-    problems: list[str],
-    misplaced: Mapping[str, str],
-    names: Mapping[str, str] | None = None,
+    table_label: str,
+    errors: list[str],
+    misplaced_reasons: Mapping[str, str],
+    other_spellings: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
-    of_other_layout: Mapping[str, str] | None = None,
+    other_layout_reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Read the keys of a table; return their values by name, and BAD for an invalid value.
+    """Check and convert the keys of a table of a dataset file; return their values by name.
+
+    An invalid value becomes INVALID.
 
     Args:
         keys: Keys that may be in the table, by name.
         table: The table.
-        where: Name of the table, for messages.
-        problems: List to which errors are added.
-        misplaced: Keys that only other tables may have, each with the end of its error message.
-        names: Names of keys by their other spellings.
-        ignored: Keys that are read elsewhere.
-        of_other_layout: Keys of tables in another layout, each with the end of its error message.
+        table_label: Name of the table, for messages.
+        errors: List to which errors are added.
+        misplaced_reasons: Keys that only other tables may have, each with the end of its error message.
+        other_spellings: Names of keys by their other spellings.
+        ignored: Keys that another function reads.
+        other_layout_reasons: Keys of tables in another layout, each with the end of its error message.
     """
-    layout_reasons = of_other_layout or {}
+    names_by_spelling = other_spellings or {}
+    reasons_of_layout = other_layout_reasons or {}
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # name of a key -> its spelling in the table
     for spelling, value in table.items():
-        name = (names or {}).get(spelling, spelling)
+        name = names_by_spelling.get(spelling, spelling)
         if spelling in ignored:
             continue
-        if name not in keys and name in layout_reasons:
-            problems.append(f"{where}: {spelling} = {show(value)} {layout_reasons[name]}")
+        if name not in keys and name in reasons_of_layout:
+            errors.append(f"{table_label}: {spelling} = {show(value)} {reasons_of_layout[name]}")
         elif name not in keys:
-            allowed = [key for key in keys if key not in misplaced]
-            problems.append(f"{where}: {unknown(spelling, value, [*ignored, *allowed])}")
-        elif name in misplaced:
-            problems.append(f"{where}: {spelling} = {show(value)} {misplaced[name]}")
+            allowed = [key for key in keys if key not in misplaced_reasons]
+            errors.append(f"{table_label}: {unknown(spelling, value, [*ignored, *allowed])}")
+        elif name in misplaced_reasons:
+            errors.append(f"{table_label}: {spelling} = {show(value)} {misplaced_reasons[name]}")
         elif spellings.setdefault(name, spelling) != spelling:
             both = [spellings[name], spelling]
             both.sort(key=lambda each: each == name)  # our own spelling last
-            problems.append(f"{where}: {' and '.join(both)} are the same key; leave out one")
+            errors.append(f"{table_label}: {' and '.join(both)} are the same key; leave out one")
         else:
             try:
                 values[name] = keys[name].form.read(value)
-            except Unfit as unfit:
-                values[name] = BAD
-                problems.append(f"{where}: {_explain(name, value, keys[name].form.allowed, str(unfit))}")
+            except InvalidValue as invalid:
+                values[name] = INVALID
+                errors.append(
+                    f"{table_label}: {_explain(name, value, keys[name].form.allowed, str(invalid))}"
+                )
     return values
 
 

@@ -25,14 +25,14 @@ def _log_warning(warning: str) -> None:
     logger.warning("%s", escape_control_codes(warning))
 
 
-def check_pairs(config: DatasetConfig, taker: str, warn: Callable[[str], None] = _log_warning) -> None:
+def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], None] = _log_warning) -> None:
     """Check the control images of all tables before anything is loaded.
 
     Tables whose images are not on this machine, because only caches were copied, are skipped.
 
     Args:
         config: The dataset.
-        taker: Name of the network that sees the control images, for messages.
+        network_name: Name of the network that sees the control images, for messages.
         warn: Is called with each warning.
 
     Raises:
@@ -43,7 +43,7 @@ def check_pairs(config: DatasetConfig, taker: str, warn: Callable[[str], None] =
         folder = table.control_directory
         if folder is None:
             raise DatasetError(
-                f"{table.name}: {taker} learns from pairs of a picture and its control picture. Give "
+                f"{table.name}: {network_name} learns from pairs of a picture and its control picture. Give "
                 "conditioning_data_dir, a folder of control pictures with the names of the pictures"
             )
         if table.directory is None or table.directory.is_dir():

@@ -27,23 +27,23 @@ _NEEDS: Mapping[str, str] = {
 
 def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
     """Warn about keys that have no effect because no subset has the keys they depend on."""
-    # what keys may depend on, and whether a table has it
-    is_met = {
+    # whether any subset fulfills each condition that keys may depend on
+    is_fulfilled = {
         _BUCKETS: any(table.enable_bucket for table in tables),
         _VARIES: any(table.changes.moves_parts for table in tables),
         "token_warmup_step": any(table.changes.warmup_step > 0 for table in tables),
         "is_reg = true": any(table.is_reg for table in tables),
     }
-    values: dict[str, list[Any]] = {}  # values of each key anywhere in the file
+    values_by_key: dict[str, list[Any]] = {}  # values of each key anywhere in the file
     for level in _levels_of(content):
         for name, value in level.items():
-            values.setdefault(name, []).append(value)
+            values_by_key.setdefault(name, []).append(value)
     idle = []
-    for name, needed in _NEEDS.items():
+    for name, condition in _NEEDS.items():
         default = SUBSET_KEYS[name].default
-        is_set = any(value != default for value in values.get(name, ()))
-        if is_set and not is_met[needed]:
-            idle.append(f"{name} (needs {needed})")
+        is_set = any(value != default for value in values_by_key.get(name, ()))
+        if is_set and not is_fulfilled[condition]:
+            idle.append(f"{name} (needs {condition})")
     if idle:
         logger.warning("%s: without effect: %s", path, ", ".join(idle))
 

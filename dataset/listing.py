@@ -29,7 +29,7 @@ from dataset.table import DatasetConfig, DatasetTable
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 logger = logging.getLogger(__name__)
 
@@ -110,16 +110,16 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
 
 def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
     """Add a fault for each duplicate stem, and for each stem that is too long for a cache's name."""
-    first: dict[str, MediaSource] = {}  # first source of each stem
-    sharing = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    repeated = f"rows of {table.name} repeat another one and would share a cache file; take them out"
+    first_by_stem: dict[str, MediaSource] = {}
+    shared_cache = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    repeated_row = f"rows of {table.name} repeat another one and would share a cache file; take them out"
     too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
     for source in sources:
-        earlier = first.setdefault(os.path.normcase(source.stem), source)
-        if earlier is not source and earlier.path == source.path:
-            faults.append(Fault(repeated, str(source.path), source.stem))
-        elif earlier is not source:
-            faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
+        first = first_by_stem.setdefault(os.path.normcase(source.stem), source)
+        if first is not source and first.path == source.path:
+            faults.append(Fault(repeated_row, str(source.path), source.stem))
+        elif first is not source:
+            faults.append(Fault(shared_cache, f"{first.path} and {source.path}", source.stem))
         # fast path: no character takes more than four bytes, so that the name need not be encoded
         if len(source.stem) * 4 <= MAX_OF_STEM:
             continue
@@ -136,7 +136,7 @@ class CompanionCounts(NamedTuple):
     num_references: int
     has_mask: bool
     has_reference_audio: bool
-    shown: tuple[ShownMedium, ...]  # reference media that its row names
+    shown: tuple[ReferenceMedium, ...]  # reference media that its row names
     further_text: str | None  # `FURTHER_TEXT` of its row
 
 
@@ -191,21 +191,21 @@ def find_all_sources(
         DatasetError: With the faults of all tables.
     """
     sources: list[MediaSource] = []
-    problems = []
+    table_errors = []
     for table in config.datasets:
-        errors: list[Fault] = []
+        faults: list[Fault] = []  # some end the run; files with other faults are skipped
         try:
-            sources += find_sources(table, captions, errors)
-            if errors:
-                raise_errors(errors)
+            sources += find_sources(table, captions, faults)
+            if faults:
+                raise_errors(faults)
         except DatasetError as error:
-            problems.append(str(error))
+            table_errors.append(str(error))
         if skipped is None:
-            warn_skipped(errors)
+            warn_skipped(faults)
         else:
-            skipped += [(table, fault) for fault in errors if not fault.ends_run]
-    if problems:
-        raise DatasetError("\n".join(problems))
+            skipped += [(table, fault) for fault in faults if not fault.ends_run]
+    if table_errors:
+        raise DatasetError("\n".join(table_errors))
     # warnings about files that were read in an old encoding, or not at all
     if any(source.caption_encoding is not None for source in sources):
         encoding_warnings = list_errors(find_encodings(sources), LISTED)
@@ -213,11 +213,10 @@ def find_all_sources(
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
-    lines = [folders.left_out_files(table) for table in config.datasets]
-    lines += folders.left_out_folders(config.datasets)
-    for line in lines:
-        if line:
-            logger.warning("%s", escape_control_codes(line))
+    warnings = [folders.left_out_files(table) for table in config.datasets]
+    warnings += folders.left_out_folders(config.datasets)
+    for warning in filter(None, warnings):
+        logger.warning("%s", escape_control_codes(warning))
     return sources
 
 
@@ -274,7 +273,7 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
     Text caching will reject them later. At most MAX_READ files are read.
     """
     missing: list[MediaSource] = []
-    bad: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}  # why each caption file cannot be used
     without_caption = [source for source in sources if source.caption is None]
     for source in without_caption[:MAX_READ]:
         path = source.caption_path
@@ -282,7 +281,7 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             caption = None if path is None else read_caption(path)
         except DatasetError as error:
             assert path is not None
-            bad[path] = str(error)
+            unreadable[path] = str(error)
             continue
         if caption is None and source.table.class_tokens is None:
             missing.append(source)
@@ -294,6 +293,9 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
-    if bad:
-        lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
-        logger.warning("%d captions cannot be used, which text caching rejects:\n  %s", len(bad), lines)
+    if unreadable:
+        explanations = explain_captions(list(unreadable), list(unreadable.values()))
+        lines = "\n  ".join(explanations[:LISTED])
+        logger.warning(
+            "%d captions cannot be used, which text caching rejects:\n  %s", len(unreadable), lines
+        )

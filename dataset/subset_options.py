@@ -20,14 +20,14 @@ KEPT = "|||"
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
-    """Read "1.5,4.0" or [1.5, 4.0] as two ascending numbers. Raises Unfit for other values."""
+    """Read "1.5,4.0" or [1.5, 4.0] as two ascending numbers. Raises InvalidValue for other values."""
     parts = value.split(",") if isinstance(value, str) else value
     try:
         low, high = (float(part) for part in parts)
     except (TypeError, ValueError):
-        raise forms.Unfit from None
+        raise forms.InvalidValue from None
     if not 0 < low <= high <= 1000:
-        raise forms.Unfit
+        raise forms.InvalidValue
     return low, high
 
 
@@ -39,7 +39,7 @@ SAME = "same"  # the table's field has the name of the key
 class SubsetKey(NamedTuple):
     """One key of the layout of sd-scripts."""
 
-    form: forms.Form  # type of its value
+    form: forms.ValueType  # type of its value
     default: Any
     place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
     # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
@@ -52,8 +52,8 @@ class SubsetKey(NamedTuple):
 
 # dataset files allow more values than the option
 _INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
-_SEPARATOR = forms.form_of(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
-_SEED = forms.form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
+_SEPARATOR = forms.value_type(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
+_SEED = forms.value_type(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
 _LOSS_WEIGHT = forms.number(
     lambda value: 0 <= value <= forms.MAX_WEIGHT, f"a number from 0 to {forms.MAX_WEIGHT}"
 )
@@ -61,8 +61,8 @@ _UNTIL = forms.number(lambda value: 0 <= value < 10**9, "a number of steps, or b
 _STRENGTH = forms.number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
-_ATTRIBUTES = forms.form_of(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
-FACES = forms.Form(
+_ATTRIBUTES = forms.value_type(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
+FACES = forms.ValueType(
     _two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces'
 )
 
@@ -221,7 +221,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         try:
             if self.face_crop_aug_range is not None:
                 FACES.read(self.face_crop_aug_range)
-        except forms.Unfit:
+        except forms.InvalidValue:
             raise OptionError(
                 f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
                 "as 2.0,4.0"

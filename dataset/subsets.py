@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.config_keys import BAD, read_keys, without_nulls
+from dataset.config_keys import INVALID, read_keys, without_nulls
 from dataset.forms.composing import SHARED_CACHES
 from dataset.forms.metadata import MetadataKeys
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
@@ -46,7 +46,7 @@ def read_folder_name(name: str) -> FolderName | None:
 
 
 def read_subsets(
-    path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, problems: list[str]
+    path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, errors: list[str]
 ) -> tuple[DatasetTable, ...]:
     """Return one table for each subset of a file, in order.
 
@@ -57,38 +57,36 @@ def read_subsets(
         path: Path of the dataset file.
         content: Its parsed content.
         typed: Values from the command line; None means the keys' defaults.
-        problems: Errors are added to this list.
+        errors: Errors are added to this list.
     """
     # from the weakest to the strongest: defaults, command line, [general], [[datasets]], subset
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
         _read_option_values(typed),
-        where="the command line",
-        problems=problems,
-        misplaced={},
-        names=OTHER_NAMES,
+        table_label="the command line",
+        errors=errors,
+        misplaced_reasons={},
+        other_spellings=OTHER_NAMES,
     )
     command_line_values = dict(defaults)  # before [general] replaces some
-    general = without_nulls(content.get("general"), "[general]", problems)
+    general = without_nulls(content.get("general"), "[general]", errors)
     entries = content.get("datasets")
     if not isinstance(entries, list):
-        problems.append(
-            "[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution"
-        )
+        errors.append("[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution")
         entries = [entries]
-    defaults |= _read_level(general, "[general]", problems, DATASET)
+    defaults |= _read_level(general, "[general]", errors, DATASET)
     is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
     all_values: list[Table] = []  # values of each subset without invalid keys
     for group, entry in enumerate(entries):
-        for subset in _subsets_of(entry, group, defaults, problems):
+        for subset in _subsets_of(entry, group, defaults, errors):
             values = subset.values
-            if any(value is BAD for value in values.values()):  # the error is already in `problems`
+            if any(value is INVALID for value in values.values()):  # the error is already in `errors`
                 continue
             all_values.append(values)
             contradictions = _find_contradictions(values, is_masked)
-            problems += [f"{subset.place}: {line}" for line in contradictions]
+            errors += [f"{subset.place}: {line}" for line in contradictions]
             if contradictions:
                 continue
             fields = _table_fields(values, subset.place, is_masked)
@@ -119,24 +117,22 @@ class _Subset:
     values: Table
 
 
-def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
+def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> Iterator[_Subset]:
     """Yield the subsets of [[datasets]] number `group`; `defaults` has the values of keys that it lacks."""
     place = f"[[datasets]] {group + 1}"
-    dataset = without_nulls(entry, place, problems)
+    dataset = without_nulls(entry, place, errors)
     subsets = dataset.get("subsets")
-    shared = {**defaults, **_read_level(dataset, place, problems, DATASET, ignored=("subsets",))}
+    shared = {**defaults, **_read_level(dataset, place, errors, DATASET, ignored=("subsets",))}
     if isinstance(subsets, dict):
-        problems.append(
-            f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]"
-        )
+        errors.append(f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]")
     elif not isinstance(subsets, list) or not subsets:
-        problems.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
+        errors.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
     else:
         for number, subset in enumerate(subsets):
-            where = f"{place}, subset {number + 1}"
-            declared = without_nulls(subset, where, problems)
-            values = {**shared, **_read_level(declared, where, problems, SUBSET)}
-            yield _Subset(number, where, values)
+            table_label = f"{place}, subset {number + 1}"
+            declared = without_nulls(subset, table_label, errors)
+            values = {**shared, **_read_level(declared, table_label, errors, SUBSET)}
+            yield _Subset(number, table_label, values)
 
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
@@ -168,11 +164,11 @@ def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
 
 
 def _read_level(
-    table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
+    table: Table, table_label: str, errors: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Read the keys of one table; `level` is SUBSET, or DATASET for [[datasets]] and [general]."""
     other_tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
-    misplaced = {
+    misplaced_reasons = {
         name: f"is for {other_tables}; move it there"
         for name, key in SUBSET_KEYS.items()
         if key.place not in (level, ANYWHERE)
@@ -180,22 +176,22 @@ def _read_level(
     return read_keys(
         SUBSET_KEYS,
         table,
-        where=where,
-        problems=problems,
-        misplaced=misplaced,
-        names=OTHER_NAMES,
+        table_label=table_label,
+        errors=errors,
+        misplaced_reasons=misplaced_reasons,
+        other_spellings=OTHER_NAMES,
         ignored=ignored,
     )
 
 
-def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
+def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str, Any]:
     """Return the fields of a `DatasetTable` from the values of a subset's keys."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are kept with the caches")
     by_record = _fields_by_record(values)
     # otherwise minimum and maximum have no effect, and nobody needs to know that they were rounded
     uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
-    buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=uses_limits)
+    buckets = _round_buckets(BucketRule(**by_record["buckets"]), table_label, warns=uses_limits)
     changes = CaptionChanges(**by_record["changes"])
     from_json = values["metadata_file"] is not None
     # with --masked_loss, the images in this folder are masks
@@ -234,7 +230,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
     return by_record
 
 
-def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
+def _round_buckets(rule: BucketRule, table_label: str, warns: bool) -> BucketRule:
     """Round the limits of a rule to multiples of its step; `warns` logs a warning if they change."""
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
@@ -242,7 +238,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
     if warns and (minimum, maximum) != (rule.minimum, rule.maximum):
         logger.warning(
             "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",
-            where,
+            table_label,
             minimum,
             maximum,
             step,

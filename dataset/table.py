@@ -16,7 +16,7 @@ from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
 
 if TYPE_CHECKING:  # messages about mistyped options import this module, which must not load models
-    from protocols.rules import ReferenceRules, ShownMedium
+    from protocols.rules import ReferenceMedium, ReferenceRules
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)
@@ -286,15 +286,15 @@ class DatasetTable:
 
     def __post_init__(self) -> None:
         """Set the fields that follow from others."""
-        place = f"[[datasets]] {self.index + 1}"
+        title = f"[[datasets]] {self.index + 1}"
         if self.group is not None and self.subset is not None:
-            place = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
-        limits = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
+            title = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
+        timestep_settings = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
         drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
         derived = {
-            "place": place,
+            "place": title,
             "batch_group": self.index if self.group is None else self.group,
-            "has_own_timesteps": limits != (None, None, None),
+            "has_own_timesteps": timestep_settings != (None, None, None),
             "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
             "holds": "sound" if self.is_of_audio else self.kind,
             "texts_see_references": self.references is not None and self.references.seen_by_text,
@@ -391,39 +391,46 @@ class DatasetTable:
         """
         if self.references is None or not self.references.as_encoded:
             return {}
-        return {"bucket": list(bucket), **self.changed(REFERENCES)}
+        return {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
 
-    def sight_settings(
-        self, sees_clip: bool, shown: "Iterable[ShownMedium] | None", further_text: str | None = None
+    def visible_media_settings(
+        self,
+        sees_frames: bool,
+        reference_media: "Iterable[ReferenceMedium] | None",
+        further_text: str | None = None,
     ) -> dict[str, Any]:
-        """Return the settings that change which frames and reference media text encoders see, by name.
+        """Return the settings that decide which frames and reference media text encoders see, by name.
 
-        The values can be written as JSON.
+        They are recorded in text caches, as JSON: embeddings are stale if a setting changes.
 
         Args:
-            sees_clip: Whether text encoders see the frames of the clip.
-            shown: Reference media in order; None if text encoders see none.
-            further_text: Additional text of the row for the encoders, used only with `shown`.
+            sees_frames: Whether text encoders see the frames of the clip.
+            reference_media: Reference media in order; None if text encoders see none.
+            further_text: Additional text of the row for the encoders, used only with `reference_media`.
         """
         settings: dict[str, Any] = {}
-        if sees_clip:
-            sizes = {"resolution": list(self.resolution), **self.changed(FRAMES), **self.changed(LATENTS)}
+        if sees_frames:
+            sizes = {
+                "resolution": list(self.resolution),
+                **self.non_default_values(FRAMES),
+                **self.non_default_values(LATENTS),
+            }
             settings[CLIP] = sizes
-        if shown is not None:
-            settings[MEDIA] = [[medium.kind, medium.is_silent] for medium in shown]
+        if reference_media is not None:
+            settings[MEDIA] = [[medium.kind, medium.is_silent] for medium in reference_media]
             if further_text is not None:
                 settings[FURTHER_TEXT.key] = further_text
         return settings
 
-    def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return the table's values that differ from their defaults, by key.
+    def non_default_values(self, stale: Stale) -> dict[str, Any]:
+        """Return the values of a group of keys that differ from their defaults, by key.
 
-        Only keys whose change makes stale what `stale` names, such as latents, are returned. The values can
+        `stale` selects the keys: those whose change makes, for example, cached latents stale. The values can
         be written as JSON; a folder becomes its name.
         """
         values = {}
         records: list[Any] = [self]
-        if self.own is not None:  # keys of the data form
+        if self.own is not None:  # keys that only tables of this data form have
             records.append(self.own)
         for record in records:
             for name, default in defaults_of(stale, record.__class__).items():
@@ -435,7 +442,7 @@ class DatasetTable:
     @property
     def learning_keys(self) -> dict[str, Any]:
         """Values that affect training and differ from their defaults, by key, for states and metadata."""
-        values = self.changed(LEARNING)
+        values = self.non_default_values(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
@@ -481,7 +488,7 @@ class DatasetTable:
                 is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
-        return entry | self.changed(SECTIONS) | self.learning_keys  # only keys that were set
+        return entry | self.non_default_values(SECTIONS) | self.learning_keys  # only keys that were set
 
 
 @dataclass(frozen=True)

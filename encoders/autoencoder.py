@@ -23,7 +23,7 @@ from checkpoints.encoders import ALL_IN_ONE, check_groups, declared_groups
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
-from encoders.tiles import Cut, compute_in_tiles, sample_posterior
+from encoders.tiles import AxisTiling, compute_in_tiles, sample_posterior
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import Compute, lay_out, layouts
@@ -80,7 +80,7 @@ def read_autoencoder(
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
-    # 1. bring diffusers' names to ours, and reject other models
+    # 1. translate diffusers' names to those of the released file, and reject other models
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
@@ -94,7 +94,7 @@ def read_autoencoder(
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
-    # 2. the channels of each level, and whether the norms' groups divide them
+    # 2. read the channels of each level, and check that the groups of the norms divide them
     widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
@@ -216,7 +216,7 @@ class ImageVae(nn.Module):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Return the network's means and log-variances, B 2Z 1 h w float32."""
-        return self.in_tiles(self._moments, pixels, unit_in=self.stride, unit_out=1, device=self.device)
+        return self.in_tiles(self._moments, pixels, pixels_in=self.stride, pixels_out=1, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -230,19 +230,19 @@ class ImageVae(nn.Module):
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """Return the decoded pixels without clamping them to -1..1."""
         return self.in_tiles(
-            self._pixels, latents, unit_in=1, unit_out=self.stride, device=torch.device("cpu")
+            self._pixels, latents, pixels_in=1, pixels_out=self.stride, device=torch.device("cpu")
         )
 
     def in_tiles(
-        self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
+        self, compute: Compute, x: Tensor, pixels_in: int, pixels_out: int, device: torch.device
     ) -> Tensor:
         """Apply `compute` to x, in tiles if x is larger than a tile.
 
         Args:
             compute: Function of an image, B C H W.
             x: B C 1 H W.
-            unit_in: Side of a latent pixel in pixels of `x`.
-            unit_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Side of a latent pixel in pixels of `x`.
+            pixels_out: Side of a latent pixel in pixels of the result.
             device: Device of the result if it is computed in tiles.
 
         Returns:
@@ -253,16 +253,16 @@ class ImageVae(nn.Module):
         """
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
-        check_clip(x, 1, unit_in)
+        check_clip(x, 1, pixels_in)
         image = x.squeeze(2)
         # no tiles: the whole picture at once
         if self.tile is None:
             return compute(image).unsqueeze(2)
         tile_size = self.tile // self.stride  # in latent pixels
-        if max(image.shape[-2:]) <= tile_size * unit_in:
+        if max(image.shape[-2:]) <= tile_size * pixels_in:
             return compute(image).unsqueeze(2)
-        cut = Cut(tile_size, unit_in, unit_out)
-        return compute_in_tiles(compute, image, cut, device).unsqueeze(2)
+        tiling = AxisTiling(tile_size, pixels_in, pixels_out)
+        return compute_in_tiles(compute, image, tiling, device).unsqueeze(2)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
@@ -297,20 +297,22 @@ class Autoencoder(ImageVae):
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
-        self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
+        self, compute: Compute, x: Tensor, pixels_in: int, pixels_out: int, device: torch.device
     ) -> Tensor:
         """Apply `compute` to the images of a batch one by one, in tiles if they are larger than a tile.
 
         Args:
             compute: Function of an image, 1 C H W.
             x: B C 1 H W.
-            unit_in: Side of a latent pixel in pixels of `x`.
-            unit_out: Side of a latent pixel in pixels of the result.
+            pixels_in: Side of a latent pixel in pixels of `x`.
+            pixels_out: Side of a latent pixel in pixels of the result.
             device: Device of results that are computed in tiles.
         """
         results = []
         for image in x.split(1):
-            result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)
+            result = super().in_tiles(
+                compute, image, pixels_in=pixels_in, pixels_out=pixels_out, device=device
+            )
             results.append(result)
         return torch.cat(results)
 

@@ -48,12 +48,12 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 
 @dataclass(frozen=True)
-class ClipUse:
+class ClipNaming:
     """A family's names for its CLIP-L in options, cache records and conditions. The defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
-    pooled: str = "l_pooled"  # key of the pooled state
-    mask: str | None = None  # key of the mask of real tokens; None: it is not returned
+    pooled_key: str = "l_pooled"  # key of the pooled state
+    mask_key: str | None = None  # key of the mask of real tokens; None: it is not returned
     what: str = "CLIP-L"  # in the log
     option: str = "--clip_l"
     release: str = "clip_l.safetensors, the folder text_encoder of FLUX.1 or clip-vit-large-patch14"
@@ -66,7 +66,7 @@ class ClipUse:
     @property
     def keys(self) -> frozenset[str]:
         """Names of the conditions that the encoder returns."""
-        return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
+        return frozenset({self.pooled_key} if self.mask_key is None else {self.pooled_key, self.mask_key})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
         """Return the number of channels of the pooled state, from the header of a file."""
@@ -89,7 +89,7 @@ class ClipTextConfig:
 
 
 def read_clip_text(
-    checkpoint: Checkpoint, use: ClipUse, config_json: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, naming: ClipNaming, config_json: Mapping[str, Any] | None = None
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L.
 
@@ -97,7 +97,7 @@ def read_clip_text(
 
     Args:
         checkpoint: The opened file.
-        use: How the family uses the tower.
+        naming: The family's names for the encoder in options, records and conditions.
         config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
@@ -110,21 +110,21 @@ def read_clip_text(
         _OTHER_TENSORS,
     )
     if network is None:
-        raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
+        raise other_kind(checkpoint, "a CLIP text encoder", naming.option, naming.release)
     sources = plain_sources(network)
     if config_json is None:
         width = shapes_of(network, sources)("embeddings.token_embedding.weight")[-1]
         config_json = read_network_config(
             checkpoint.path, "text_config", kind="clip", dim=width, defaults=CLIP_DEFAULTS
         )
-    return plan_clip_text(network, sources, config_json, use)
+    return plan_clip_text(network, sources, config_json, naming)
 
 
 def plan_clip_text(
     network: Checkpoint,
     sources: Mapping[str, TensorSource],
     config_json: Mapping[str, Any],
-    use: ClipUse,
+    naming: ClipNaming,
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors have been located.
 
@@ -132,18 +132,20 @@ def plan_clip_text(
         network: The file with prefixes removed.
         sources: How each tensor is made, by our name.
         config_json: The network's settings; may be empty.
-        use: How the family uses the tower.
+        naming: The family's names for the encoder in options, records and conditions.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
     """
-    shape = shapes_of(network, sources, other_kind(network, "a CLIP text encoder", use.option, use.release))
+    shape = shapes_of(
+        network, sources, other_kind(network, "a CLIP text encoder", naming.option, naming.release)
+    )
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
-            f"{use.option}.",
+            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {naming.release} to "
+            f"{naming.option}.",
             network.path,
         )
     for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below
@@ -206,21 +208,22 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         CheckpointError: If the file holds another model.
     """
     sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
-    needed = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}
-    if not needed <= sources.keys():
+    required = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}
+    if not required <= sources.keys():
         raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = shapes_of(checkpoint, sources)
-    patches = shape("embeddings.patch_embedding.weight")
+    patch_weight = shape("embeddings.patch_embedding.weight")
     num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without that of the class token
-    side = math.isqrt(max(num_positions, 0))  # patches along a side of the image
-    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != num_positions:
+    patches_per_side = math.isqrt(max(num_positions, 0))
+    is_rgb_kernel = len(patch_weight) == 4 and patch_weight[1] == 3
+    has_square_patches = is_rgb_kernel and patch_weight[2] == patch_weight[3]
+    if not has_square_patches or patches_per_side**2 != num_positions:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches ({list(patches)}) and {num_positions} places are no CLIP image "
-            f"encoder's. Give {release}.",
+            f"{checkpoint.path}: its patches ({list(patch_weight)}) and {num_positions} places are no CLIP "
+            f"image encoder's. Give {release}.",
             checkpoint.path,
         )
-    dim = patches[0]
-    patch = patches[2]
+    dim, _, patch_size, _ = patch_weight
     config_json = read_network_config(
         checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=VISION_DEFAULTS
     )
@@ -229,8 +232,8 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
         num_heads=dim // head_width(checkpoint.path, dim, config_json, VISION_HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
-        image_size=side * patch,
-        patch_size=patch,
+        image_size=patches_per_side * patch_size,
+        patch_size=patch_size,
         projection_dim=shape("visual_projection.weight")[0],
         activation=str(config_json.get("hidden_act", ClipVisionConfig.activation)),
         eps=float(config_json.get("layer_norm_eps", ClipVisionConfig.eps)),

@@ -16,13 +16,13 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from checkpoints.model_files import inside
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
+from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipNaming, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.text_encoder import (
     FileTextEncoder,
+    TemplatedPrompt,
     TextTokenizer,
     TokenizerSource,
-    Written,
     fill_rows,
     find_merges,
 )
@@ -113,7 +113,7 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 LORA_PREFIX = "lora_te1"  # prefix of names in LoRA files
-CLIP_L = ClipUse()
+CLIP_L = ClipNaming()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
@@ -132,65 +132,69 @@ class PooledClip(FileTextEncoder[ClipText]):
         path: Path,
         dtype: torch.dtype = torch.float16,
         tokenizer: Path | None = None,
-        use: ClipUse = CLIP_L,
+        naming: ClipNaming = CLIP_L,
     ) -> None:
         """Set up the encoder; files are read by `load`.
 
         Args:
-            path: File or folder of the model, or of a release that holds it in its subfolder `use.folder`.
+            path: File or folder of the model, or of a release that holds it in its subfolder `naming.folder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches the usual places.
-            use: How the family uses and names the encoder.
+            naming: The family's names for the encoder in options, records and conditions.
         """
-        super().__init__(inside(path, use.folder), tokenizer)
-        self.name = use.name
-        self.keys = use.keys
-        self.what = use.what
-        self.source = TokenizerSource(use.tokenizer, read_file=_read_clip)
-        self.use = use
+        super().__init__(inside(path, naming.folder), tokenizer)
+        self.name = naming.name
+        self.keys = naming.keys
+        self.what = naming.what
+        self.source = TokenizerSource(naming.tokenizer, read_file=_read_clip)
+        self.naming = naming
         self.dtype = dtype
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Entries of cache records: all that the vector depends on except the text."""
         with open_checkpoint(self.path) as checkpoint:
-            config = read_clip_text(checkpoint, self.use).config
+            config = read_clip_text(checkpoint, self.naming).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
-        return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
+        return self.identify(self.naming.name, config=settings, dtype=dtype_name(self.dtype))
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the second text, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.second is None else prompt.second
-        return Written(text, text, ())
+        return TemplatedPrompt(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError unless the tokenizer puts a text between a start and an end token."""
         ids_of_empty = tokenizer.read("").ids
-        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.number(CLIP_END):
+        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.token_to_id(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
             raise self.source.files.unreadable(tokenizer.file, why)
 
     def load_network(self, device: torch.device) -> ClipText:
         """Load the text tower and log its file and dtype."""
-        clip = load_clip_text(self.path, device, self.dtype, self.use)
+        clip = load_clip_text(self.path, device, self.dtype, self.naming)
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return clip
 
     def compute(
-        self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: ClipText,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return each prompt's pooled state, C, and, if the family uses one, its mask, 77 int64."""
-        end = tokenizer.number(CLIP_END)
+        end = tokenizer.token_to_id(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
-        ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
+        ids, masks = fill_rows(token_ids, CLIP_TOKENS, end)  # CLIP pads with its end token
         # the pooled state is that of the first end token
-        ends = torch.tensor([row.index(end) for row in rows])
+        ends = torch.tensor([prompt_ids.index(end) for prompt_ids in token_ids])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []
         for state, mask in zip(pooled, masks, strict=True):
-            conditions = {self.use.pooled: state.clone()}
-            if self.use.mask is not None:
-                conditions[self.use.mask] = mask.clone()
+            conditions = {self.naming.pooled_key: state.clone()}
+            if self.naming.mask_key is not None:
+                conditions[self.naming.mask_key] = mask.clone()
             results.append(conditions)
         return results
 

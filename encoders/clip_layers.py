@@ -22,8 +22,8 @@ from checkpoints.opening import open_checkpoint
 from encoders.clip_checkpoints import (
     MEAN,
     STD,
+    ClipNaming,
     ClipTextConfig,
-    ClipUse,
     ClipVisionConfig,
     read_clip_text,
     read_clip_vision,
@@ -212,15 +212,14 @@ class ClipText(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
-        # layers to run for the states
-        last = self.num_layers - layer + 1
+        num_layers_run = self.num_layers - layer + 1
         hidden = Hidden(self.embeddings(ids), None)
-        self._run(hidden, range(last))
+        self._run(hidden, range(num_layers_run))
         states = self.final_layer_norm(hidden.x) if final_norm else hidden.x
         if ends is None:
             return states, None
         # the pooled state is always that of the last layer
-        self._run(hidden, range(last, self.num_layers))
+        self._run(hidden, range(num_layers_run, self.num_layers))
         return states, self._pool(hidden.x, ends)
 
     def _run(self, hidden: Hidden, layers: Iterable[int]) -> None:
@@ -233,16 +232,16 @@ class ClipText(nn.Module):
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
-def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
+def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming: ClipNaming) -> ClipText:
     """Load the text tower; fp8 weights are dequantized.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_clip_text(checkpoint, use)
+        plan = read_clip_text(checkpoint, naming)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
-        what = f"the CLIP text encoder ({use.option})"
+        what = f"the CLIP text encoder ({naming.option})"
         return load_planned(plan, ClipText, device=device, dtype=dtype, what=what)
 
 

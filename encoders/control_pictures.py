@@ -37,18 +37,19 @@ MASK_PATH = "mask_path"  # key of the mask in a line of prompts
 CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is painted anew
 
 
-def check_controls(table: MediaTable, taker: str) -> MediaTable:
+def check_controls(table: MediaTable, network_name: str) -> MediaTable:
     """Check that a table has control images, and return it without them for checks that accept none.
 
-    `taker` names the network that takes the control images.
+    `network_name` names the network that takes the control images.
 
     Raises:
         DatasetError: If the table has no control images.
     """
     if not table.has_control:
         raise DatasetError(
-            f"{table.name}: {taker} learns from pairs of a picture and its control picture, and the table "
-            "has no control pictures. Give conditioning_data_dir, a folder of pictures of the same names."
+            f"{table.name}: {network_name} learns from pairs of a picture and its control picture, and the "
+            "table has no control pictures. Give conditioning_data_dir, a folder of pictures of the same "
+            "names."
         )
     return replace(table, has_control=False)
 
@@ -64,32 +65,33 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
             f"{media.table.name}: {len(media.control)} control pictures for one; one is seen. Leave one for "
             "each picture"
         )
-    controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")
-    joined = []
-    for (entry,), control in zip(entries, controls, strict=True):
-        joined.append([replace(entry, tensors={**entry.tensors, CONTROL_PIXELS: control.clone()})])
-    return joined
+    rgb_controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")
+    with_controls = []
+    for (entry,), control in zip(entries, rgb_controls, strict=True):  # an image has a single entry
+        tensors = {**entry.tensors, CONTROL_PIXELS: control.clone()}
+        with_controls.append([replace(entry, tensors=tensors)])
+    return with_controls
 
 
-def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
+def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -> dict[str, Tensor]:
     """Return the control images of a batch, B 3 H W uint8, as conditions.
 
     Args:
         batch: The batch.
         latents: Its latents, B C F h w.
         stride: Number of pixels along a side of a latent pixel.
-        taker: Name of the network that takes the control images, for messages.
+        network_name: Name of the network that takes the control images, for messages.
 
     Raises:
         CacheError: If control images are missing or differ in size from their images.
     """
-    batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
+    batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, network_name)
     controls = batch.tensor(CONTROL_PIXELS)
-    sides = tuple(stride * length for length in latents.shape[-2:])
-    if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != sides:
+    image_size = tuple(stride * length for length in latents.shape[-2:])
+    if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != image_size:
         raise CacheError(
             f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "
-            f"picture {as_shape(sides)}. Cache latents again."
+            f"picture {as_shape(image_size)}. Cache latents again."
         )
     return {CONTROL_PIXELS: controls}
 

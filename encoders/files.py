@@ -212,7 +212,7 @@ class OneTransformer:
         return tuple(word.text for word in self.files.words)
 
     def with_words(self, files: "WordsByFile", option: str) -> Self:
-        """Return a copy whose text encoders have the words of embedding files and of LoRAs with words.
+        """Return a copy whose text encoders know the textual-inversion words of embedding files and LoRAs.
 
         If several files have the same word, the first is used, with a warning.
 
@@ -220,15 +220,14 @@ class OneTransformer:
             files: Words with their vectors, by file.
             option: Option that names the files, for messages.
         """
-        # words are found regardless of case
-        words_by_text = {word.text.lower(): word for word in self.files.words}
-        for path, contents in files.items():
-            for text, content in contents.items():
-                word = ModelWord(text, content=content, source=path, option=option)
-                first = words_by_text.setdefault(text.lower(), word)
-                if first is not word:
-                    logger.warning("%s: the word %s of %s is used instead.", path, text, first.source)
-        return self._with_model_words([*words_by_text.values()])
+        known_words = {word.text.lower(): word for word in self.files.words}  # case does not matter
+        for path, vectors_by_word in files.items():
+            for text, vectors in vectors_by_word.items():
+                word = ModelWord(text, content=vectors, source=path, option=option)
+                known_word = known_words.setdefault(text.lower(), word)
+                if known_word is not word:
+                    logger.warning("%s: the word %s of %s is used instead.", path, text, known_word.source)
+        return self._with_model_words([*known_words.values()])
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
         """Return a copy whose text encoders have rows for a word to train."""

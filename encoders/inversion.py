@@ -78,7 +78,7 @@ class LearntRows(nn.Module):
                     self.word.text,
                     text,
                     mean_norm,
-                    self.word.flags.rate,
+                    self.word.option_names.rate,
                 )
             else:
                 logger.info(
@@ -117,19 +117,19 @@ def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -
 
 
 @dataclass(frozen=True)
-class WordTower:
+class InvertedEncoder:
     """Names and tokenizer of a text encoder, for textual inversion before the encoder is loaded."""
 
-    key: str  # key of its vectors in files
+    vector_key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings
     tokenize: Callable[[str], list[int]]  # without special tokens; [] if the text has no tokens
     # keys of separate vectors for several layers of the trained model, V C each; (): one set of vectors
-    names: tuple[str, ...] = ()
+    layer_keys: tuple[str, ...] = ()
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def vector_keys(self) -> tuple[str, ...]:
         """Keys of this encoder's vectors in files, one for each set of vectors."""
-        return self.names or (self.key,)
+        return self.layer_keys or (self.vector_key,)
 
 
 class Inversion:
@@ -138,27 +138,27 @@ class Inversion:
     def __init__(
         self,
         word: WordToLearn,
-        towers: Sequence[WordTower],
+        encoders: Sequence[InvertedEncoder],
         read_vectors: Callable[[Path, str], Mapping[str, Tensor] | None],
     ) -> None:
         """Set up an inversion; no file is read.
 
         Args:
             word: The word to learn.
-            towers: Names and tokenizers of the text encoders, in the order in which the model uses them.
+            encoders: Names and tokenizers of the text encoders, in the order in which the model uses them.
             read_vectors: Reads the vectors from an embedding file or from a LoRA with the word; returns them,
-                each V C, by the keys of the towers, or None for a LoRA without the word. The second argument
-                is the option that names the file.
+                each V C, by the keys of the encoders, or None for a LoRA without the word. The second
+                argument is the option that names the file.
         """
-        self.asked = word
-        self.towers = towers
+        self.word_options = word
+        self.encoders = encoders
         self.read_vectors = read_vectors
         self.word = NewWord(word.text, word.count)
 
     def describe(self) -> CustomNetwork:
         """Describe this inversion as a network that is trained next to a LoRA."""
         word = self.word
-        encoders = {1: "the text encoder", 2: "both text encoders"}[len(self.towers)]
+        encoders = {1: "the text encoder", 2: "both text encoders"}[len(self.encoders)]
         return CustomNetwork(
             label=CALLED,
             description=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
@@ -179,89 +179,100 @@ class Inversion:
             check_captions=self.check_captions,
         )
 
-    def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
+    def make(self, networks: nn.Module, with_values: bool) -> LearntRows:
         """Create the vectors of the word, and let the text encoders use them.
 
         Random vectors are drawn from torch's default generator.
 
         Args:
-            encoders: Networks of the text encoders, in the order of `towers`.
+            networks: Networks of the text encoders, in the order of `encoders`.
             with_values: Whether to initialize the vectors; otherwise they are zero.
 
         Raises:
             UserError: If the initial values cannot be read, or have another width than the token embeddings.
         """
-        # a tower is one text encoder (`WordTower`): here, its key in files -> its token embeddings
-        tables: dict[str, GrowingEmbedding] = {}
-        for network, tower in zip(encoders.children(), self.towers, strict=True):
-            table = network.get_submodule(tower.embedding.removesuffix(".weight"))
-            assert isinstance(table, GrowingEmbedding)
-            tables[tower.key] = table
-        if with_values:  # embeddings of the known tokens, from which initial values are taken
-            known_rows = {key: table.weight.detach().float().cpu() for key, table in tables.items()}
-            initial = self._make_initial(known_rows)
+        token_embeddings: dict[str, GrowingEmbedding] = {}  # by the encoder's key in files
+        for network, encoder in zip(networks.children(), self.encoders, strict=True):
+            embedding = network.get_submodule(encoder.embedding.removesuffix(".weight"))
+            assert isinstance(embedding, GrowingEmbedding)
+            token_embeddings[encoder.vector_key] = embedding
+        if with_values:
+            known_embeddings = {
+                key: embedding.weight.detach().float().cpu() for key, embedding in token_embeddings.items()
+            }
+            initial = self._make_initial(known_embeddings)
         else:
             initial = {}
-            for tower in self.towers:
-                for name in tower.keys:
-                    initial[name] = torch.zeros(self.word.count, tables[tower.key].embedding_dim)
-        rows = LearntRows(self.asked, initial)
-        for tower in self.towers:
-            table = tables[tower.key]
-            table.rows = partial(rows.join, tower.keys)  # the encoder reads the trained values in each pass
+            for encoder in self.encoders:
+                width = token_embeddings[encoder.vector_key].embedding_dim
+                for key in encoder.vector_keys:
+                    initial[key] = torch.zeros(self.word.count, width)
+        vectors = LearntRows(self.word_options, initial)
+        for encoder in self.encoders:
+            embedding = token_embeddings[encoder.vector_key]
+            embedding.rows = partial(vectors.join, encoder.vector_keys)  # read in each pass of the encoder
             if with_values:
                 # to compare the length of trained vectors with, in the log
-                norm = float(table.weight.detach().float().norm(dim=1).mean())
-                rows.mean_norms |= dict.fromkeys(tower.keys, norm)
-        return rows
+                mean_norm = float(embedding.weight.detach().float().norm(dim=1).mean())
+                vectors.mean_norms |= dict.fromkeys(encoder.vector_keys, mean_norm)
+        return vectors
 
-    def _make_initial(self, known_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _make_initial(self, known_embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the initial vectors, each V C, by their keys in embedding files.
 
         They come from a file, else from the initial word, else they are random.
 
         Args:
-            known_rows: Token embeddings of each text encoder (tower), by its key in embedding files.
+            known_embeddings: Token embeddings of each text encoder, by its key in embedding files.
         """
-        count = self.word.count
         from_file = self._read_weights()
         if from_file is not None:
-            self._check_widths(from_file, known_rows)
-            return {name: from_file[name].clone() for tower in self.towers for name in tower.keys}
+            self._check_widths(from_file, known_embeddings)
+            keys = [key for encoder in self.encoders for key in encoder.vector_keys]
+            return {key: from_file[key].clone() for key in keys}
         initial = {}
-        if self.asked.init_word is None:
-            for tower in self.towers:
-                table = known_rows[tower.key]
-                for name in tower.keys:
+        if self.word_options.init_word is None:
+            for encoder in self.encoders:
+                known = known_embeddings[encoder.vector_key]
+                for key in encoder.vector_keys:
                     # as spread as the embeddings of known tokens
-                    initial[name] = torch.randn(count, table.shape[1]) * table.std()
+                    initial[key] = torch.randn(self.word.count, known.shape[1]) * known.std()
             return initial
-        for encoder_index, tower in enumerate(self.towers, 1):
-            ids = self._read_init_word(tower)
-            if len(ids) != count:
-                logger.warning(
-                    "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
-                    self.asked.flags.init_word,
-                    self.asked.init_word,
-                    count_of(len(ids), "token"),
-                    encoder_index,
-                    self.asked.flags.count,
-                    count,
-                    "repeated" if len(ids) < count else "cut",
-                )
-            # as many ids as vectors: repeated from the start, or cut
-            repeated_ids = [ids[index % len(ids)] for index in range(count)]
-            vectors = known_rows[tower.key][repeated_ids]
-            initial |= {name: vectors.clone() for name in tower.keys}
+        for number, encoder in enumerate(self.encoders, start=1):
+            ids = self._read_init_word(encoder, number)
+            vectors = known_embeddings[encoder.vector_key][ids]
+            initial |= {key: vectors.clone() for key in encoder.vector_keys}
         return initial
 
-    def _read_init_word(self, tower: WordTower) -> list[int]:
+    def _read_init_word(self, encoder: InvertedEncoder, encoder_number: int) -> list[int]:
+        """Return a token id of the initial word for each vector; log a warning if the numbers differ.
+
+        `encoder_number` counts the text encoders from 1, for the warning.
+        """
+        ids = self._tokenize_init_word(encoder)
+        count = self.word.count
+        if len(ids) != count:
+            option_names = self.word_options.option_names
+            logger.warning(
+                "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
+                option_names.init_word,
+                self.word_options.init_word,
+                count_of(len(ids), "token"),
+                encoder_number,
+                option_names.count,
+                count,
+                "repeated" if len(ids) < count else "cut",
+            )
+        return [ids[index % len(ids)] for index in range(count)]  # repeated from the start, or cut
+
+    def _tokenize_init_word(self, encoder: InvertedEncoder) -> list[int]:
         """Return the token ids of the initial word; raise OptionError if a text encoder has none for it."""
-        ids = tower.tokenize(self.asked.init_word or "")
+        init_word = self.word_options.init_word or ""
+        ids = encoder.tokenize(init_word)
         if not ids:
             raise OptionError(
-                f"{self.asked.flags.init_word} {self.asked.init_word!r}: the text encoder has no token for "
-                "it. Give a known word, or leave it out for random vectors"
+                f"{self.word_options.option_names.init_word} {self.word_options.init_word!r}: the text "
+                "encoder has no token for it. Give a known word, or leave it out for random vectors"
             )
         return ids
 
@@ -271,70 +282,70 @@ class Inversion:
         Raises:
             CheckpointError: If the vectors of the file do not fit the text encoders or the options.
         """
-        flags = self.asked.flags
-        path = self.asked.weights or self.asked.lora
-        option = "--network_weights" if self.asked.weights is None else flags.weights
+        option_names = self.word_options.option_names
+        path = self.word_options.weights or self.word_options.lora
+        option = "--network_weights" if self.word_options.weights is None else option_names.weights
         if path is None:
             return None
         vectors = self.read_vectors(path, option)
         if vectors is None:
             return None
-        # a tower: one text encoder; its keys name its vectors in files
-        missing = [name for tower in self.towers for name in tower.keys if name not in vectors]
+        needed_keys = [key for encoder in self.encoders for key in encoder.vector_keys]
+        missing = [key for key in needed_keys if key not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
         num_stored = len(next(iter(vectors.values())))
         if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {count_of(num_stored, 'vector')}, {flags.count} is "
-                f"{self.word.count}. Give {flags.count} {num_stored}.",
+                f"{option} {path}: it has {count_of(num_stored, 'vector')}, {option_names.count} is "
+                f"{self.word.count}. Give {option_names.count} {num_stored}.",
                 path,
             )
         return vectors
 
-    def _check_widths(self, vectors: Mapping[str, Tensor], known_rows: Mapping[str, Tensor]) -> None:
+    def _check_widths(self, vectors: Mapping[str, Tensor], known_embeddings: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if vectors of a file do not have the width of their text encoder."""
-        for tower in self.towers:
-            width = vectors[tower.keys[0]].shape[1]
-            expected = known_rows[tower.key].shape[1]
+        for encoder in self.encoders:
+            width = vectors[encoder.vector_keys[0]].shape[1]
+            expected = known_embeddings[encoder.vector_key].shape[1]
             if width != expected:
-                path = self.asked.weights or self.asked.lora
+                path = self.word_options.weights or self.word_options.lora
                 raise CheckpointError(
-                    f"{path}: its vectors {tower.keys[0]} have {width} numbers, this text encoder takes "
-                    f"{expected}. Give a file that was made for this model.",
+                    f"{path}: its vectors {encoder.vector_keys[0]} have {width} numbers, this text encoder "
+                    f"takes {expected}. Give a file that was made for this model.",
                     path,
                 )
 
     def check(self) -> None:
         """Raise UserError if the word is already a token, or if its vectors cannot be initialized."""
-        for tower in self.towers:
-            if len(tower.tokenize(self.word.text)) == 1:
+        for encoder in self.encoders:
+            if len(encoder.tokenize(self.word.text)) == 1:
                 raise OptionError(
-                    f"{self.asked.flags.word} {self.word.text}: the text encoder knows this word already. "
-                    f"Give a new one, such as my-{self.word.text}"
+                    f"{self.word_options.option_names.word} {self.word.text}: the text encoder knows this "
+                    f"word already. Give a new one, such as my-{self.word.text}"
                 )
-            if self.asked.init_word is not None:
-                self._read_init_word(tower)
+            if self.word_options.init_word is not None:
+                self._tokenize_init_word(encoder)
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a warning about captions that lack the word; "" if all have it.
+        """Return a warning about the captions of a dataset that lack the new word; "" if all have it.
 
         Raises:
             DatasetError: If no caption has the word.
         """
-        # also matches the names of single vectors of the word
-        pattern = compile_words([*self.word.list_ids(0)])
+        names = self.word.list_ids(0)  # of the word, and of its single vectors, which count as the word
+        pattern = compile_words([*names])
         without = [caption for caption in captions if not pattern.search(caption)]
         word = self.word.text
         if len(without) == len(captions):
-            flags = self.asked.flags
+            option_names = self.word_options.option_names
             alternative = ""
-            if flags.without_captions:
-                alternative = f", or {flags.without_captions}, which needs no captions"
+            if option_names.without_captions:
+                alternative = f", or {option_names.without_captions}, which needs no captions"
             raise DatasetError(
-                f"{flags.word} {word}: no caption has this word, so that nothing would be learned. Write "
-                f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
+                f"{option_names.word} {word}: no caption has this word, so that nothing would be learned. "
+                f'Write it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
                 f"{alternative}"
             )
         if not without:
@@ -371,7 +382,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> Custo
         with quiet():  # `select_vectors` logs words that prompts may use
             return select_vectors(stored_word, word_encoders)
 
-    towers = []
+    inverted = []
     for encoder in word_encoders:
-        towers.append(WordTower(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word))
-    return Inversion(word, towers, read_vectors).describe()
+        inverted.append(InvertedEncoder(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word))
+    return Inversion(word, inverted, read_vectors).describe()

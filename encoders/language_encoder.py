@@ -38,9 +38,9 @@ from encoders.language_models import (
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
-    ImageTokens,
-    ImageUse,
-    ReadImages,
+    ImagePromptFormat,
+    PatchedImages,
+    PromptEmbeddings,
     embed_images,
     load_vision_tower,
     read_images,
@@ -48,9 +48,9 @@ from encoders.picture_prompts import (
 )
 from encoders.text_encoder import (
     FileTextEncoder,
+    TemplatedPrompt,
     TextTokenizer,
     TokenizerSource,
-    Written,
     check_ids,
     fill_rows,
     find_merges,
@@ -170,29 +170,33 @@ class LanguageUse:
     pad: str | None = None
     # If `pad` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
     # position 1, as in the version of transformers that models were trained with
-    pads_to: int = 0
+    pad_to_multiple_of: int = 0
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
     at_once: int = 8  # number of prompts in a batch; limits memory
-    pictures: ImageUse | None = None  # how images are put into a prompt; None: prompts have no images
-    # Keys of the positions and sizes of images. If `slots_key` is set, the states of image tokens are
-    # removed, and an image's position is the number of remaining states before it. Sizes are rows and columns
-    # of patches, of which a token has 2 x 2. "": states of image tokens are not removed
-    slots_key: str = ""
-    sizes_key: str = ""
-    # key of the hashes of a dataset item's images (`ImageUse.hash_images`); "": no hashes
-    hashes_key: str = ""
+    pictures: ImagePromptFormat | None = (
+        None  # how images are put into a prompt; None: prompts have no images
+    )
+    # Keys of the positions and sizes of images. If `image_positions_key` is set, the states of image tokens
+    # are removed, and an image's position is the number of remaining states before it. Sizes are rows and
+    # columns of patches, of which a token has 2 x 2. "": states of image tokens are not removed
+    image_positions_key: str = ""
+    image_sizes_key: str = ""
+    # key of the hashes of a dataset item's images (`ImagePromptFormat.hash_images`); "": no hashes
+    image_hashes_key: str = ""
     record: str = ""  # prefix of the encoder's keys in cache records; "": `name`
 
     @property
-    def numbers(self) -> tuple[int, ...]:
+    def state_indices(self) -> tuple[int, ...]:
         """Numbers of the hidden states that the encoder returns, stacked or concatenated."""
         return self.stacked or self.states
 
     @property
     def keys(self) -> frozenset[str]:
         """Names of the conditions that the encoder returns."""
-        return frozenset({self.states_key, self.mask_key, self.slots_key, self.sizes_key} - {""})
+        return frozenset(
+            {self.states_key, self.mask_key, self.image_positions_key, self.image_sizes_key} - {""}
+        )
 
     @property
     def template(self) -> str:
@@ -215,7 +219,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """Text encoder that returns a language model's hidden states for each token of a prompt."""
 
     can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
-    logs_cuts = True
+    logs_truncation = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
@@ -248,17 +252,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.word_keys = (use.model.word_key,)
         # without a padding token, or with padding to a multiple, prompts differ in length; otherwise all
         # are padded to `maximum` tokens
-        has_lengths = use.pad is None or use.pads_to > 0
+        has_lengths = use.pad is None or use.pad_to_multiple_of > 0
         # conditions whose length differs between prompts; a prompt has as many hashes as images
-        self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
+        self.variable_length = use.keys | {use.image_hashes_key} if has_lengths else frozenset()
         # key of the states that weights of words, such as (cat:1.2), multiply
-        self.takes_weights = use.states_key
+        self.weighted_states_key = use.states_key
         self.pads_left = use.pads_left
 
     @property
     def state(self) -> str | None:
         """Description of the hidden states that are used, for cache records."""
-        numbers = ", ".join(map(str, self.use.numbers)) or "all"
+        numbers = ", ".join(map(str, self.use.state_indices)) or "all"
         if self.use.pre_norm:
             return f"{numbers}, {PRE_NORM}"
         return f"{numbers}, normed" if self.use.final_norm else numbers
@@ -266,12 +270,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     @property
     def _config(self) -> LanguageConfig:
         with open_checkpoint(self.path) as checkpoint:
-            return read_language_model(checkpoint, self.use.model, self.use.numbers).config
+            return read_language_model(checkpoint, self.use.model, self.use.state_indices).config
 
     @property
     def token_bytes(self) -> int:
         """Size in bytes of the states of one token."""
-        return self._config.dim * len(self.use.numbers) * self.dtype.itemsize
+        return self._config.dim * len(self.use.state_indices) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -288,7 +292,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             transformers=version("transformers").partition(".")[0] if self.use.pre_norm else None,
         )
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         use = self.use
         text = prompt.text
@@ -297,21 +301,20 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             num_stripped = len(text) - len(text.lstrip())
             text = text.strip()
         text = text or use.blank  # what the family writes for an empty prompt
-        spans = []
-        for first, last, weight in prompt.spans:
-            # spans: the first and last character of each weighted part, and its weight
-            spans.append((first - num_stripped, last - num_stripped, weight))
+        weighted_spans = []
+        for first_character, last_character, weight in prompt.spans:
+            weighted_spans.append((first_character - num_stripped, last_character - num_stripped, weight))
         start = len(use.before)
-        return Written(
+        return TemplatedPrompt(
             text=f"{use.before}{text}{use.after}",
             prompt=text,
-            spans=tuple(spans),
+            spans=tuple(weighted_spans),
             start=start,
             # tokens from here on are kept if the prompt is too long
-            end=start + len(text) if use.keeps_after else math.inf,
+            suffix_start=start + len(text) if use.keeps_after else math.inf,
         )
 
-    def count_dropped(self, tokenizer: TextTokenizer) -> int:
+    def count_template_tokens(self, tokenizer: TextTokenizer) -> int:
         """Return the number of template tokens before the prompt whose states are dropped."""
         if self.use.dropped is not None:
             return self.use.dropped
@@ -342,38 +345,38 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
-        tower = None  # makes tokens of the language model from images
-        if use.pictures is not None and use.pictures.always:
-            tower = load_vision_tower(self.path, use.model, device, self.dtype)
-        room = None  # free bytes on the device; None: load all layers there
+        vision_tower = None
+        if use.pictures is not None and use.pictures.loads_tower_at_once:
+            vision_tower = load_vision_tower(self.path, use.model, device, self.dtype)
+        free_bytes = None  # free bytes on the device; None: load all layers there
         # backward passes need all layers on the device
         if device.type == "cuda" and blocks is None and not self.learns_word:
-            room = spare_bytes(device)
+            free_bytes = spare_bytes(device)
         network = load_language_model(
             self.path,
             use.model,
             device=device,
             dtype=self.dtype,
-            states=use.numbers,
+            states=use.state_indices,
             final_norm=use.final_norm,
             form=self.form,
-            room=room,
+            free_bytes=free_bytes,
             blocks=blocks,
             pre_norm=use.pre_norm,
         )
-        if tower is not None:
-            network.visual = tower
+        if vision_tower is not None:
+            network.visual = vision_tower
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return network
 
-    def waiting_bytes(self, room: int) -> int:
-        """Return the size of the layers that stay in host memory if the device has `room` free bytes."""
+    def waiting_bytes(self, free_bytes: int) -> int:
+        """Return the size of the layers that stay in host memory if `free_bytes` of the device are free."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
             use = self.use
-            plan = read_language_model(checkpoint, use.model, use.numbers, use.final_norm, use.pre_norm)
-            layers, size = streamed_layers(plan, self.dtype, self.form, room)
+            plan = read_language_model(checkpoint, use.model, use.state_indices, use.final_norm, use.pre_norm)
+            layers, size = streamed_layers(plan, self.dtype, self.form, free_bytes)
         return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
@@ -382,7 +385,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         Raises:
             CheckpointError: If the tokenizer does not have the token.
         """
-        number = tokenizer.number(token)
+        number = tokenizer.token_to_id(token)
         if number is None:
             raise self.source.files.unreadable(tokenizer.file, ValueError(f"it has no {token}"))
         return number
@@ -395,62 +398,78 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self,
         network: nn.Module,
         tokenizer: TextTokenizer,
-        rows: Sequence[list[int]],
-        dropped: int,
-        pictures: Sequence[ReadImages] = (),
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
+        images: Sequence[PatchedImages] = (),
     ) -> list[Conditions]:
-        """Return the conditions of each prompt: its states, and the mask of its tokens.
+        """Return the conditions of each prompt: its hidden states, and the mask of its tokens.
 
         Args:
             network: The language model.
             tokenizer: Its tokenizer.
-            rows: Token ids of each prompt with its template.
-            dropped: Number of template tokens at the start of each row whose states are left out.
-            pictures: Images of each prompt.
+            token_ids: Token ids of each prompt with its template.
+            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
+            images: Images of each prompt.
 
         Returns:
             The states of n layers are side by side in each token: T nC if prompts are padded to `maximum`.
             Otherwise a list of one tensor, L nC, where L counts the tokens of the prompt and of the template
             after it. Stacked states have n C, not nC.
         """
-        use = self.use
         pad = self.find_pad(tokenizer)
         vocabulary = len(network.get_parameter(self.embedding))
         # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
-        # pad each group of prompts, run the network, and take its states apart again
         results: list[Conditions] = []
-        for first in range(0, len(rows), use.at_once):
-            group = rows[first : first + use.at_once]
-            group_images = pictures[first : first + use.at_once]
-            ids, mask = fill_rows(group, self._select_length(group, dropped), pad, use.pads_left)
-            inputs = self._embed(network, tokenizer, ids, group_images, mask=mask)
-            states = language_states(
-                network,
-                inputs.tokens,
-                mask=mask.to(inputs.tokens.device),
-                states=use.numbers,
-                positions=inputs.places,
-                added=inputs.added,
-            )
-            if use.stacked:
-                states = states.unflatten(-1, (len(use.stacked), -1))
-            # the first `dropped` tokens belong to the template, not to the prompt
-            states = states[:, dropped:].cpu()
-            mask = mask[:, dropped:]
-            for index, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
-                # rows of this group are padded alike: cut each to the length that it has by itself
-                length = self._select_length([row], dropped) if use.pads_to else len(row)
-                conditions = self._make_conditions(row_states, row_mask, length - dropped)
-                # the family takes the states of image tokens apart from those of the text
-                if use.slots_key:
-                    sides = group_images[index].sides if group_images else ()
-                    conditions |= self._split_images(tokenizer, row_states, row[dropped:], sides)
+        batch_size = self.use.at_once
+        for first in range(0, len(token_ids), batch_size):
+            batch = token_ids[first : first + batch_size]
+            batch_images = images[first : first + batch_size]
+            padded_length = self._select_length(batch, num_template_tokens)
+            padded_ids, mask = fill_rows(batch, padded_length, pad, self.use.pads_left)
+            states = self._run_network(network, tokenizer, padded_ids, mask=mask, images=batch_images)
+            states = states[:, num_template_tokens:].cpu()
+            mask = mask[:, num_template_tokens:]
+            for index, ids in enumerate(batch):
+                # the batch is padded to one length: cut each prompt to the length that it has by itself
+                is_padded = self.use.pad_to_multiple_of > 0
+                length = self._select_length([ids], num_template_tokens) if is_padded else len(ids)
+                conditions = self._make_conditions(states[index], mask[index], length - num_template_tokens)
+                if self.use.image_positions_key:
+                    grids = batch_images[index].token_grids if batch_images else ()
+                    prompt_ids = ids[num_template_tokens:]
+                    conditions |= self._split_images(tokenizer, states[index], prompt_ids, grids)
                 results.append(conditions)
         return results
 
+    def _run_network(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        ids: Tensor,
+        mask: Tensor,
+        images: Sequence[PatchedImages],
+    ) -> Tensor:
+        """Return the states of padded token ids, B L: B L nC, or B L n C if the family stacks them."""
+        inputs = self._embed(network, tokenizer, ids, images, mask=mask)
+        states = language_states(
+            network,
+            inputs.embeddings,
+            mask=mask.to(inputs.embeddings.device),
+            states=self.use.state_indices,
+            position_ids=inputs.position_ids,
+            layer_additions=inputs.layer_additions,
+        )
+        if self.use.stacked:
+            states = states.unflatten(-1, (len(self.use.stacked), -1))
+        return states
+
     def _split_images(
-        self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
+        self,
+        tokenizer: TextTokenizer,
+        states: Tensor,
+        ids: Sequence[int],
+        token_grids: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor | list[Tensor]]:
         """Return the states of the text tokens, and the positions and sizes of the images, by key.
 
@@ -458,80 +477,81 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             tokenizer: The tokenizer.
             states: States of a prompt, L C, possibly followed by those of padding.
             ids: Token ids, L.
-            sides: For each image, its rows and columns of tokens.
+            token_grids: For each image, its rows and columns of tokens.
         """
         use = self.use
         assert use.pictures is not None
-        token = self.find_token(tokenizer, use.pictures.token) if sides else None
-        is_image = [number == token for number in ids]
+        placeholder = self.find_token(tokenizer, use.pictures.token) if token_grids else None
         # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
-        text_indices = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
-        # a slot: the number of text tokens in front of an image
-        slots = []
-        position = 0  # index of a token
-        num_text_tokens = 0  # text tokens before that position
-        for rows, columns in sides:
-            while not is_image[position]:
-                position += 1
+        text_indices = [index for index, token_id in enumerate(ids) if token_id != placeholder]
+        image_positions = []  # number of text tokens in front of each image
+        num_text_tokens = 0
+        token_index = 0
+        for rows, columns in token_grids:
+            while ids[token_index] != placeholder:
+                token_index += 1
                 num_text_tokens += 1
-            slots.append(num_text_tokens)
-            position += rows * columns
-        sizes = [(2 * rows, 2 * columns) for rows, columns in sides]  # a token stands for 2 x 2 patches
+            image_positions.append(num_text_tokens)
+            token_index += rows * columns
         separated: dict[str, Tensor | list[Tensor]] = {
-            use.states_key: [states.index_select(0, text_indices)],
-            use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
+            use.states_key: [states.index_select(0, torch.tensor(text_indices))],
+            use.image_positions_key: [torch.tensor(image_positions, dtype=torch.int64)],
         }
-        if use.sizes_key:
-            separated[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
+        if use.image_sizes_key:
+            patch_grids = [(2 * rows, 2 * columns) for rows, columns in token_grids]  # 2 x 2 patches a token
+            separated[use.image_sizes_key] = [torch.tensor(patch_grids, dtype=torch.int64).view(-1, 2)]
         return separated
 
-    def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
-        """Return the number of tokens that the prompts of a group are padded to, including dropped ones."""
+    def _select_length(self, token_ids: Sequence[list[int]], num_template_tokens: int) -> int:
+        """Return the number of tokens, including the template's, to which a batch's prompts are padded."""
         use = self.use
-        longest = max(map(len, rows))
+        longest = max(map(len, token_ids))
+        max_length = num_template_tokens + use.maximum
         if use.pad is None:
             return longest
-        if use.pads_to:
-            return min(math.ceil(longest / use.pads_to) * use.pads_to, dropped + use.maximum)
-        return dropped + use.maximum
+        if use.pad_to_multiple_of:
+            rounded_up = math.ceil(longest / use.pad_to_multiple_of) * use.pad_to_multiple_of
+            return min(rounded_up, max_length)
+        return max_length
 
     def _embed(
         self,
         network: nn.Module,
         tokenizer: TextTokenizer,
         ids: Tensor,
-        pictures: Sequence[ReadImages],
+        images: Sequence[PatchedImages],
         mask: Tensor,
-    ) -> ImageTokens:
+    ) -> PromptEmbeddings:
         """Return the embeddings of tokens, with image features in place of placeholder tokens.
 
         `ids` and `mask`, each B L, are on the CPU; the mask is 1 for real tokens.
         """
         use = self.use
-        embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
+        embedding = network.get_submodule(self.embedding.removesuffix(".weight"))
         device = network.get_parameter(self.embedding).device
-        tokens = embeddings(ids.to(device))
-        if any(prompt.sides for prompt in pictures):
+        token_embeddings = embedding(ids.to(device))
+        if any(prompt.token_grids for prompt in images):
             assert use.pictures is not None
-            # id of the placeholder token, which stands for one token of an image
-            token = self.find_token(tokenizer, use.pictures.token)
-            tower = network.get_submodule("visual")
-            return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
-        positions = None  # 0, 1, 2, ...
+            placeholder = self.find_token(tokenizer, use.pictures.token)
+            vision_tower = network.get_submodule("visual")
+            return embed_images(
+                vision_tower, token_embeddings, ids=ids, images=images, placeholder=placeholder
+            )
+        position_ids = None  # 0, 1, 2, ...
         if use.pad is None and use.pads_left:  # as if padding on the left filled the prompt up to `maximum`
-            positions = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
-        if use.pads_to:  # all padding has position 1
-            positions = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
-        return ImageTokens(tokens, positions, [])
+            position_ids = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
+        if use.pad_to_multiple_of:  # all padding has position 1
+            position_ids = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
+        return PromptEmbeddings(token_embeddings, position_ids, [])
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's states and mask by key.
 
         If prompts are padded to `maximum`, these are the tensors of all tokens. Otherwise they are those of
-        the first `length` tokens (including the padding of `pads_to`), each in a list.
+        the first `length` tokens (including the padding of `pad_to_multiple_of`), each in a list.
         """
         use = self.use
-        if use.pad is not None and not use.pads_to:
+        if use.pad is not None and not use.pad_to_multiple_of:
             return {use.states_key: states.clone(), **self._mask(mask)}
         conditions = {use.states_key: states[:length].clone(), **self._mask(mask[:length])}
         return {key: [tensor] for key, tensor in conditions.items()}
@@ -549,16 +569,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             CheckpointError: If the tokenizer has no placeholder token for images.
         """
         encoded = self._encode_prompts(prompts)
-        hashes_key = self.use.hashes_key
-        image_use = self.use.pictures
-        if not hashes_key or image_use is None or image_use.hash_images is None:
+        image_hashes_key = self.use.image_hashes_key
+        image_format = self.use.pictures
+        if not image_hashes_key or image_format is None or image_format.hash_images is None:
             return encoded
         # some families check that text encoder and transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
             if len(prompt.frames) == len(prompt.pictures):  # only prompts from a dataset have frames
-                hashes = image_use.hash_images(image_use.choose(prompt.frames))
-                conditions = {**conditions, hashes_key: [hashes]}
+                hashes = image_format.hash_images(image_format.select(prompt.frames))
+                conditions = {**conditions, image_hashes_key: [hashes]}
             with_hashes.append(conditions)
         return with_hashes
 
@@ -574,23 +594,23 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with their images in front of the text."""
-        use = self.use.pictures
-        if use is None or not any(prompt.pictures for prompt in prompts):
+        image_format = self.use.pictures
+        if image_format is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        images = _read_all_images(network.get_submodule("visual"), prompts, use)
-        token = self.find_token(tokenizer, use.token)
-        written: list[Written] = []
+        images = _read_all_images(network.get_submodule("visual"), prompts, image_format)
+        token = self.find_token(tokenizer, image_format.token)
+        written: list[TemplatedPrompt] = []
         for prompt, prompt_images in zip(prompts, images, strict=True):
             text = self.write(prompt)
             # a typed placeholder would be taken for an image
-            if prompt_images.sides and token in tokenizer.read(text.prompt).ids:
+            if prompt_images.token_grids and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
-                    f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
+                    f"{image_format.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
                 )
-            written.append(_put_in_front(text, prompt_images, use))
-        return self.encode_written(written, functools.partial(self.compute, pictures=images))
+            written.append(_put_in_front(text, prompt_images, image_format))
+        return self.encode_written(written, functools.partial(self.compute, images=images))
 
 
 @dataclass(frozen=True)
@@ -662,7 +682,7 @@ class LanguageModelFiles(TransformerFiles):
                 dit_width=None if config is None else config.text_dim,
                 give=model.files,
             )
-            if use.pictures is not None and use.pictures.always:
+            if use.pictures is not None and use.pictures.loads_tower_at_once:
                 self.check_tower()
         if self.text_encoder_tokenizer is not None:
             use.source.files.check_given(self.text_encoder_tokenizer)
@@ -672,34 +692,40 @@ class LanguageModelFiles(TransformerFiles):
         read_once(self.language_model().path, _read_tower, self.text_use)
 
 
-def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[ReadImages]:
+def _read_all_images(
+    tower: nn.Module, prompts: Sequence[Prompt], image_format: ImagePromptFormat
+) -> list[PatchedImages]:
     """Return the images of each prompt as input of the vision tower."""
     images = []
     for prompt in prompts:
         if prompt.frames:  # prompts of a dataset have decoded images
-            frames = [use.show(frame) for frame in use.choose(prompt.frames)]
+            frames = [image_format.show(frame) for frame in image_format.select(prompt.frames)]
         else:
-            frames = [use.read(path, prompt.image_size) for path in use.choose(prompt.pictures)]
-        images.append(read_images(tower, frames, use))
+            frames = [
+                image_format.read(path, prompt.image_size) for path in image_format.select(prompt.pictures)
+            ]
+        images.append(read_images(tower, frames, image_format))
     return images
 
 
-def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
+def _put_in_front(
+    written: TemplatedPrompt, pictures: PatchedImages, image_format: ImagePromptFormat
+) -> TemplatedPrompt:
     """Return the prompt with the placeholder tokens of its images before the text."""
     total = len(pictures.counts)
     inserted = ""
     for number, num_tokens in enumerate(pictures.counts, start=1):
-        inserted += use.write(number, num_tokens, total)
+        inserted += image_format.write(number, num_tokens, total)
     return written._replace(
         text=written.text[: written.start] + inserted + written.text[written.start :],
         start=written.start + len(inserted),
-        end=written.end + len(inserted),
-        uncounted=sum(pictures.counts),
+        suffix_start=written.suffix_start + len(inserted),
+        num_image_tokens=sum(pictures.counts),
     )
 
 
 def _measure_states(checkpoint: Checkpoint, use: LanguageUse) -> int:
-    config = read_language_model(checkpoint, use.model, use.numbers).config
+    config = read_language_model(checkpoint, use.model, use.state_indices).config
     if use.stacked:
         return config.dim
     states = use.states or all_states(config.num_layers)

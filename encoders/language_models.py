@@ -49,9 +49,9 @@ _PARTS = (
 )  # fmt: skip
 ALL_STATES: tuple[int, ...] = ()  # the embeddings and the states after each layer, the last one normalized
 # kinds of layers, as transformers calls them
-NEAR = "sliding_attention"  # local: attention to a window of previous tokens
-FAR = "full_attention"  # global: attention to all previous tokens
-RECURRENT = "linear_attention"
+SLIDING_ATTENTION = "sliding_attention"  # local: attention to a window of previous tokens
+FULL_ATTENTION = "full_attention"  # global: attention to all previous tokens
+LINEAR_ATTENTION = "linear_attention"
 # prefixes of tensors outside the text network: other parts of the model, and files such as a tokenizer that
 # are stored as bytes
 OTHER_TENSORS = (
@@ -74,7 +74,7 @@ class LanguageModel:
     what: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
     files: str  # names of suitable files, for messages
-    classes: str  # classes in transformers, without "Config" and "Model"
+    class_prefix: str  # classes in transformers, without "Config" and "Model"
     kind: str  # prefix of `model_type` in a config.json
     word_key: str  # key of its vectors in embedding files, as in ComfyUI
     defaults: Mapping[str, float]  # values of keys that a config.json leaves out
@@ -82,11 +82,11 @@ class LanguageModel:
     eps: float  # epsilon of the norms if there is no config.json
     head_width: int = 128  # if there is no config.json and the tensors do not show it
     # those of `_MARKS` that the first layer with attention has, and TOWER_POSITIONS if its files have them
-    marks: tuple[str, ...] = ()
+    distinguishing_tensors: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ("default",)  # types of rotary embedding that equal the default for text
     # how rotary frequencies are shared among time, rows and columns: sixteenths; (): thirds, with alternating
     # axes; None: the model has text only
-    grid_shares: tuple[int, int, int] | tuple[()] | None = None
+    mrope_sixteenths: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # encodes images in prompts
     skip_option: str = ""  # option that sets the number of layers after the state that is used
     # further keys of the configuration in transformers
@@ -97,10 +97,12 @@ class LanguageModel:
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
     config_key: str = ""  # metadata key under which its file may contain a config.json; "": none
-    since: str = ""  # first version of transformers with its classes; "": all supported versions have them
-    attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
-    rotated_share: float = 1.0  # fraction of a head's channels with rotary embedding
-    query_parts: int = 1  # 2: the query projection also has gates of the same size
+    min_transformers: str = (
+        ""  # first version of transformers with its classes; "": all supported versions have them
+    )
+    first_attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
+    partial_rotary_factor: float = 1.0  # fraction of a head's channels with rotary embedding
+    query_chunks: int = 1  # 2: the query projection also has gates of the same size
     keep_float32: tuple[str, ...] = ()  # suffixes of tensor names that stay in float32
 
 
@@ -111,7 +113,7 @@ LLAMA = LanguageModel(
         "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
         "llava_llama3_fp16.safetensors"
     ),
-    classes="Llama",
+    class_prefix="Llama",
     kind="llama",
     word_key="llama",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
@@ -123,15 +125,15 @@ QWEN25_VL = LanguageModel(
     what="the language model of Qwen2.5-VL",
     option="--text_encoder",
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
-    classes="Qwen2_5_VLText",
+    class_prefix="Qwen2_5_VLText",
     kind="qwen2",
     word_key="qwen25_7b",
     defaults={"hidden_size": 8192, "num_attention_heads": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
     theta=1e6,
     eps=1e-6,
-    marks=(Q_BIAS,),
+    distinguishing_tensors=(Q_BIAS,),
     rope_types=("default", "mrope"),
-    grid_shares=(4, 6, 6),
+    mrope_sixteenths=(4, 6, 6),
     tower=QWEN25_TOWER,
     settings={"use_sliding_window": False},
 )
@@ -139,28 +141,28 @@ QWEN3 = LanguageModel(
     what="a Qwen3 language model",
     option="--text_encoder",
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
-    classes="Qwen3",
+    class_prefix="Qwen3",
     kind="qwen3",
     word_key="qwen3_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     theta=1e6,
     eps=1e-6,
-    marks=(Q_NORM,),
+    distinguishing_tensors=(Q_NORM,),
     settings={"use_sliding_window": False},
 )
 QWEN3_VL = LanguageModel(
     what="the language model of Qwen3-VL",
     option="--text_encoder",
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
-    classes="Qwen3VLText",
+    class_prefix="Qwen3VLText",
     kind="qwen3_vl",
     word_key="qwen3vl_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6},
     theta=5e6,
     eps=1e-6,
-    marks=(Q_NORM, TOWER_POSITIONS),
+    distinguishing_tensors=(Q_NORM, TOWER_POSITIONS),
     rope_types=("default", "mrope"),
-    grid_shares=(6, 5, 5),
+    mrope_sixteenths=(6, 5, 5),
     tower=QWEN3_TOWER,
 )
 
@@ -187,7 +189,7 @@ def _read_delta_layers(
     kinds = []
     for index in range(num_layers):
         # other layers have attention to all tokens
-        kinds.append(RECURRENT if f"layers.{index}.{LINEAR}" in shapes else FAR)
+        kinds.append(LINEAR_ATTENTION if f"layers.{index}.{LINEAR}" in shapes else FULL_ATTENTION)
     return {
         "linear_num_value_heads": value_heads,
         "linear_value_head_dim": value_width,
@@ -202,23 +204,23 @@ QWEN35 = LanguageModel(
     what="the language model of Qwen3.5",
     option="--text_encoder",
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
-    classes="Qwen3_5Text",
+    class_prefix="Qwen3_5Text",
     kind="qwen3_5",
     word_key="qwen35_9b",
     defaults={"hidden_size": 4096, "num_attention_heads": 16, "rope_theta": 1e7, "rms_norm_eps": 1e-6},
     theta=1e7,
     eps=1e-6,
     head_width=256,
-    marks=(Q_NORM, LINEAR),
+    distinguishing_tensors=(Q_NORM, LINEAR),
     rope_types=("default", "mrope"),
     tower=QWEN35_TOWER,
     read_settings=_read_delta_layers,
-    rotated_share=0.25,
-    grid_shares=(),
-    attention_layer=3,
-    query_parts=2,
+    partial_rotary_factor=0.25,
+    mrope_sixteenths=(),
+    first_attention_layer=3,
+    query_chunks=2,
     keep_float32=("linear_attn.A_log", "linear_attn.dt_bias"),  # exponents, which 16 bits would round
-    since="5.3",
+    min_transformers="5.3",
 )
 
 
@@ -237,7 +239,7 @@ class LanguageConfig:
     theta: float = LLAMA.theta  # base of the rotary frequencies
     eps: float = LLAMA.eps
     model: LanguageModel = LLAMA
-    sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): from `grid_shares`
+    sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): from `mrope_sixteenths`
     settings: Mapping[str, Any] = field(default_factory=dict)  # from `LanguageModel.read_settings`
 
     @property
@@ -278,23 +280,22 @@ def read_language_model(
         CheckpointError: If the file contains another model or has too few layers.
     """
     path = checkpoint.path
-    layer = f"layers.{model.attention_layer}."  # prefix of a layer with attention
+    layer = f"layers.{model.first_attention_layer}."  # prefix of a layer with attention
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
-    # marks: tensors (biases, norms) that tell the models apart
-    if network is None or model.marks != _list_marks(network, checkpoint, layer):
+    # tensors that only some models have, such as biases and norms, tell the models apart
+    if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
-    wrong = CheckpointError(
+    wrong_sizes = CheckpointError(
         f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
         path,
     )
-    shape = shapes_of(network, sources, wrong)
-    # layers: only those before the last state that is used are loaded
+    shape = shapes_of(network, sources, wrong_sizes)
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
-    num_layers = _count_layers_before(states[-1], all_layers, path, model)
+    num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_parts
+    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_chunks
     key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
     # settings that the shapes do not show, from a config.json if there is one
     config_json = read_network_config(
@@ -305,27 +306,27 @@ def read_language_model(
         defaults=model.defaults,
         written=network.metadata.get(model.config_key),
     )
-    if Q_NORM in model.marks:  # the norm of queries has one value for each channel of a head
-        width = shape(f"{layer}{Q_NORM}", 1)[0]
+    if Q_NORM in model.distinguishing_tensors:  # the norm of queries has one value for each channel of a head
+        head_dim = shape(f"{layer}{Q_NORM}", 1)[0]
     else:
-        width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
-    _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
+        head_dim = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
+    _check_heads(path, head_dim, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_config_constants(
         path,
         config_json,
         model=model,
         num_layers=num_layers,
-        width=width,
+        width=head_dim,
         shapes=shapes,
     )
     config = LanguageConfig(
         vocabulary=vocabulary,
         dim=dim,
         ffn_dim=shape("layers.0.mlp.gate_proj.weight", 2)[0],
-        num_heads=query_rows // width,
-        num_kv_heads=key_rows // width,
-        head_width=width,
+        num_heads=query_rows // head_dim,
+        num_kv_heads=key_rows // head_dim,
+        head_width=head_dim,
         num_layers=num_layers,
         final_norm=not pre_norm and (final_norm or states[-1] == -1),
         theta=constants.theta,
@@ -358,14 +359,17 @@ def _check_heads(
 ) -> None:
     """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
     # the width must be even, because rotary embedding rotates pairs of channels
-    is_uneven = width < 2 or width % 2 or key_rows % width or query_rows % width
-    if not is_uneven:
-        heads = query_rows // width
-        kv_heads = key_rows // width
+    has_whole_heads = width >= 2 and width % 2 == 0 and key_rows % width == 0 and query_rows % width == 0
+    is_valid = has_whole_heads
+    if has_whole_heads:
+        num_heads = max(1, query_rows // width)
+        num_kv_heads = max(1, key_rows // width)
         # grouped queries: each head of keys serves equally many heads of queries
-        is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
+        is_valid = dim % num_heads == 0 and (query_rows // width) % num_kv_heads == 0
     # in Qwen2.5-VL, all heads together have the width of the model
-    if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
+    if Q_BIAS in model.distinguishing_tensors and query_rows != dim:
+        is_valid = False
+    if not is_valid:
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
             f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",
@@ -428,8 +432,8 @@ def _read_config_constants(
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
-        rotated = int(width * model.rotated_share)
-        sections = () if model.grid_shares is None else _read_sections(rope, rotated)
+        rotated = int(width * model.partial_rotary_factor)
+        sections = () if model.mrope_sixteenths is None else _read_sections(rope, rotated)
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
         settings = model.read_settings(config_json, num_layers, width, shapes)
@@ -472,8 +476,8 @@ class HostAngles(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
         """Return cosines and sines of the rotary embedding in the dtype of x, on its device.
 
-        `position_ids` are on the CPU. `layers` is NEAR or FAR if local and global layers have different
-        frequencies.
+        `position_ids` are on the CPU. `layers` is SLIDING_ATTENTION or FULL_ATTENTION if these layers have
+        different frequencies.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -503,13 +507,13 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     sections = _split_frequencies(config)
     if sections:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
-    if config.model.rotated_share != 1:
-        settings["rope_scaling"]["partial_rotary_factor"] = config.model.rotated_share
+    if config.model.partial_rotary_factor != 1:
+        settings["rope_scaling"]["partial_rotary_factor"] = config.model.partial_rotary_factor
     # the class of transformers, which older versions may lack
-    classes = config.model.classes
+    classes = config.model.class_prefix
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
-            f"{config.model.what} needs transformers {config.model.since} or later, not "
+            f"{config.model.what} needs transformers {config.model.min_transformers} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
     transformers_config = getattr(transformers, f"{classes}Config")(**settings)
@@ -527,15 +531,15 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:
     """Return the numbers of rotary frequencies for time, rows and columns; [] for a text-only model."""
-    if config.model.grid_shares is None:
+    if config.model.mrope_sixteenths is None:
         return []
     if config.sections:
         return list(config.sections)
-    frequencies = int(config.head_width * config.model.rotated_share) // 2
-    if not config.model.grid_shares:
+    frequencies = int(config.head_width * config.model.partial_rotary_factor) // 2
+    if not config.model.mrope_sixteenths:
         # thirds; the first axes get the remainder
         return [(frequencies + 2 - axis) // 3 for axis in range(3)]
-    time_share, row_share, _ = config.model.grid_shares  # in sixteenths
+    time_share, row_share, _ = config.model.mrope_sixteenths  # in sixteenths
     times = frequencies * time_share // 16
     rows = frequencies * row_share // 16
     return [times, rows, frequencies - times - rows]
@@ -549,7 +553,7 @@ def load_language_model(
     states: Sequence[int] = (-1,),
     final_norm: bool = False,
     form: str | None = None,
-    room: int | None = None,
+    free_bytes: int | None = None,
     blocks: BlockPlace | None = None,
     pre_norm: bool = False,
 ) -> nn.Module:
@@ -565,8 +569,8 @@ def load_language_model(
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.
-        room: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied to the
-            device before it runs. None means that all layers fit.
+        free_bytes: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied
+            to the device before it runs. None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
@@ -575,36 +579,35 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, room)
-        host = host_weights(SwapPlan(SPEC, num_streamed), device)
-        what = f"the language model ({model.option})"
+        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, free_bytes)
+        streamed_weights = host_weights(SwapPlan(SPEC, num_streamed), device)
+        name_in_messages = f"the language model ({model.option})"
         if num_streamed:
             logger.info(
                 "%s does not fit on the device: "
                 "%d of its %d layers (%.1f GB) come from host memory each time",
-                what,
+                name_in_messages,
                 num_streamed,
                 plan.config.num_layers,
                 num_streamed * layer_bytes / 1e9,
             )
-        # suffixes of the names of weights that stay in float32
-        float32_names = model.keep_float32
+        float32_suffixes = model.keep_float32
         network = load_planned(
             plan,
             build_language_model,
             device=device,
-            dtype=lambda name, _: torch.float32 if name.endswith(float32_names) else dtype,
-            what=what,
+            dtype=lambda name, _: torch.float32 if name.endswith(float32_suffixes) else dtype,
+            what=name_in_messages,
             form=form,
-            host=host,
+            host=streamed_weights,
             blocks=blocks,
         )
-    swap_blocks(network, host, device)
+    swap_blocks(network, streamed_weights, device)
     return network
 
 
 def streamed_layers(
-    plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
+    plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, free_bytes: int | None
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
@@ -612,19 +615,17 @@ def streamed_layers(
         plan: The plan of the language model.
         dtype: Dtype of weights that are not quantized.
         form: Module of `checkpoints.stored` that quantizes the projections, or None.
-        room: Free bytes on the device; None means enough for all layers.
+        free_bytes: Free bytes on the device; None means enough for all layers.
     """
-
-    def loaded_size(name: str) -> int:
-        """Return the bytes of a weight on the device; only projections are quantized."""
-        is_projection = name.endswith("_proj.weight")
-        return loaded_bytes(plan, name, dtype, form if is_projection else None)
-
     config = plan.config
-    if room is None or config.num_layers < 2:
+    if free_bytes is None or config.num_layers < 2:
         return 0, 0
-    layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
+    layer_bytes = 0
+    for name in plan.sources:
+        if name.startswith("layers.0."):
+            is_projection = name.endswith("_proj.weight")  # only projections are quantized
+            layer_bytes += loaded_bytes(plan, name, dtype, form if is_projection else None)
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
-    excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room  # bytes that do not fit
+    excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - free_bytes  # bytes that do not fit
     num_streamed = max(math.ceil(excess / layer_bytes), 0)
     return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.language_models import FAR, NEAR, RECURRENT, all_states
+from encoders.language_models import FULL_ATTENTION, LINEAR_ATTENTION, SLIDING_ATTENTION, all_states
 
 
 def language_states(
     network: nn.Module,
-    tokens: Tensor,
+    embeddings: Tensor,
     mask: Tensor,
     states: Sequence[int] = (-1,),
-    positions: Tensor | None = None,
-    added: Sequence[Tensor] = (),
+    position_ids: Tensor | None = None,
+    layer_additions: Sequence[Tensor] = (),
 ) -> Tensor:
     """Run the layers and return hidden states, concatenated along channels: B L nC.
 
@@ -25,63 +25,65 @@ def language_states(
 
     Args:
         network: The language model.
-        tokens: Embeddings, B L C.
+        embeddings: Embeddings of the tokens, B L C.
         mask: 1 for real tokens, B L.
-        states: Numbers of the states to return, ascending, with which the network was loaded: the number of
+        states: Indices of the states to return, ascending, with which the network was loaded: the number of
             layers before the state, or -1 for the last state after the final norm; () for all.
-        positions: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
-        added: Image features, each B L C. The n-th is added to the output of the n-th layer, after the state
-            of that layer was collected (DeepStack).
+        position_ids: Time, row and column of each token, 3 B L on the CPU; None for 0, 1, 2, ...
+        layer_additions: Image features, each B L C. The n-th is added to the output of the n-th layer, after
+            the state of that layer was collected (DeepStack).
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))
-    positions = torch.arange(tokens.shape[1])[None] if positions is None else positions
-    masks = _make_attention_masks(network.config, tokens, mask)
+    if position_ids is None:
+        position_ids = torch.arange(embeddings.shape[1])[None]
+    masks = _make_attention_masks(network.config, embeddings, mask)
     # state 0 is the embeddings, state n the output of layer n, and the last one is the network's output
-    earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
+    collected = [embeddings] if states[0] == 0 and len(states) > 1 else []
     hooks = []
-    for state in states[len(earlier_states) : -1]:  # the last state is the output below
-        append_state = functools.partial(_append_output, earlier_states)
+    for state in states[len(collected) : -1]:  # the last state is the output below
+        append_state = functools.partial(_append_output, collected)
         hooks.append(layers[state - 1].register_forward_hook(append_state))
     # the last state is collected before image features are added to it, unless it is the network's output
     changed_layers = layers if states[-1] == -1 else layers[:-1]
-    for layer, addend in zip(changed_layers, added, strict=False):  # only the first layers have an addend
-        hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addend)))
+    # strict=False: only the first layers have an addition
+    for layer, addition in zip(changed_layers, layer_additions, strict=False):
+        hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addition)))
     try:
         output = network(
-            inputs_embeds=tokens,
-            attention_mask=masks if len(masks) > 1 else masks[FAR],
-            position_ids=positions,
+            inputs_embeds=embeddings,
+            attention_mask=masks if len(masks) > 1 else masks[FULL_ATTENTION],
+            position_ids=position_ids,
             use_cache=False,
         )
     finally:
         for hook in hooks:
             hook.remove()
     last: Tensor = output.last_hidden_state
-    return torch.cat([*earlier_states, last], dim=-1) if earlier_states else last
+    return torch.cat([*collected, last], dim=-1) if collected else last
 
 
-def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
+def _make_attention_masks(config: Any, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """Return the attention masks by kind of layer.
 
-    FAR (global) and NEAR (local) layers take masks of queries by keys, B 1 L L. RECURRENT layers take the
-    padding mask B L, or None if all tokens are real. `tokens` is B L C, `mask` is B L.
+    Layers of full and of sliding attention take masks of queries by keys, B 1 L L. Layers of linear attention
+    take the padding mask B L, or None if all tokens are real. `embeddings` is B L C, `mask` is B L.
     """
-    length = tokens.shape[1]
+    length = embeddings.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    masks = {FAR: causal & mask.bool()[:, None, None, :]}
+    masks = {FULL_ATTENTION: causal & mask.bool()[:, None, None, :]}
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ()
-    if window is not None and NEAR in kinds:
+    if window is not None and SLIDING_ATTENTION in kinds:
         # a token attends to itself and to the `window - 1` tokens before it
-        masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
+        masks[SLIDING_ATTENTION] = masks[FULL_ATTENTION] & torch.ones_like(causal).triu(1 - int(window))
     if config._attn_implementation == "eager":  # this implementation adds the mask to the attention scores
-        lowest = torch.finfo(tokens.dtype).min
+        lowest = torch.finfo(embeddings.dtype).min
         for kind, attended in masks.items():
-            masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, lowest)
-    if RECURRENT not in kinds:
+            masks[kind] = embeddings.new_zeros(attended.shape).masked_fill(~attended, lowest)
+    if LINEAR_ATTENTION not in kinds:
         return dict(masks)
-    return {**masks, RECURRENT: None if bool(mask.all()) else mask.bool()}
+    return {**masks, LINEAR_ATTENTION: None if bool(mask.all()) else mask.bool()}
 
 
 # Forward hooks. In transformers 4, the output of a layer is a tuple that begins with its states

@@ -149,32 +149,31 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
     """
     assert word.content is not None
-    table = word.content.get(TABLE)  # some files nest their vectors in a table with this name
-    tensors = list_tensors(table if isinstance(table, Mapping) else word.content)
-    vectors_by_key: dict[str, Tensor] = {}
+    nested = word.content.get(TABLE)  # some files nest their vectors in a table with this name
+    tensors = list_tensors(nested if isinstance(nested, Mapping) else word.content)
+    vectors_by_encoder: dict[str, Tensor] = {}  # by the first key of each encoder; others are aliases
     for encoder in encoders:
-        # a file may name the vectors of an encoder by any of its keys
-        key = next((key for key in encoder.word_keys if key in tensors), None)
-        if key is not None:
-            vectors_by_key[encoder.word_keys[0]] = tensors[key]
-    if not vectors_by_key and len(tensors) == len(encoders) == 1:
+        key_in_file = next((key for key in encoder.word_keys if key in tensors), None)
+        if key_in_file is not None:
+            vectors_by_encoder[encoder.word_keys[0]] = tensors[key_in_file]
+    if not vectors_by_encoder and len(tensors) == len(encoders) == 1:
         # with one text encoder and one tensor, the name of the tensor does not matter
-        vectors_by_key[encoders[0].word_keys[0]] = next(iter(tensors.values()))
-    if not vectors_by_key:
+        vectors_by_encoder[encoders[0].word_keys[0]] = next(iter(tensors.values()))
+    if not vectors_by_encoder:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
             f"{word.option} {word.source} has no vectors of {word.text} for this model: "
             f"{describe_content(word.content)}. Its text encoders take {keys}.",
             word.source,
         )
-    rows = to_rows(word.source, word.option, vectors_by_key)
+    rows = to_rows(word.source, word.option, vectors_by_encoder)  # each V C
     if len({len(vectors) for vectors in rows.values()}) > 1:
         raise reject_embedding(
             word.source, word.option, "it has unequal numbers of vectors for the text encoders"
         )
-    count = len(next(iter(rows.values())))
-    parts = "" if len(rows) == len(encoders) else f", for {' and '.join(rows)} alone"
-    logger.info("%s: %s (%s%s)", word.source, word.text, count_of(count, "vector"), parts)
+    num_vectors = len(next(iter(rows.values())))
+    covered = "" if len(rows) == len(encoders) else f", for {' and '.join(rows)} alone"
+    logger.info("%s: %s (%s%s)", word.source, word.text, count_of(num_vectors, "vector"), covered)
     return rows
 
 
@@ -214,24 +213,25 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
     Raises:
         CheckpointError: If vectors of a file have another width than the token embeddings.
     """
-    parent, _, name = embedding.removesuffix(".weight").rpartition(".")
-    module = network.get_submodule(parent)
-    table = module.get_submodule(name)
-    assert isinstance(table, nn.Embedding)
+    parent_name, _, child_name = embedding.removesuffix(".weight").rpartition(".")
+    parent = network.get_submodule(parent_name)
+    token_embeddings = parent.get_submodule(child_name)
+    assert isinstance(token_embeddings, nn.Embedding)
+    expected_width = token_embeddings.embedding_dim
     for word in words:
-        # a word to train has no vectors yet, so that nothing can be wrong
-        width = table.embedding_dim if word.vectors is None else word.vectors.shape[1]
-        if width != table.embedding_dim:
+        # a word to train has no vectors yet
+        width = expected_width if word.vectors is None else word.vectors.shape[1]
+        if width != expected_width:
             raise CheckpointError(
                 f"{word.option} {word.source}: the vectors of {word.word.text} have {width} numbers, this "
-                f"text encoder takes {table.embedding_dim}. Give a file that was made for this model.",
+                f"text encoder takes {expected_width}. Give a file that was made for this model.",
                 word.source,
             )
-    grown = GrowingEmbedding(table, sum(word.word.count for word in words))
-    from_files = [word.vectors for word in words if word.vectors is not None]
-    if from_files:  # otherwise `encoders.inversion` sets the rows
-        grown.rows = partial(torch.cat, from_files)
-    setattr(module, name, grown)
+    grown = GrowingEmbedding(token_embeddings, sum(word.word.count for word in words))
+    vectors = [word.vectors for word in words if word.vectors is not None]
+    if vectors:  # otherwise `encoders.inversion` sets the rows
+        grown.rows = partial(torch.cat, vectors)
+    setattr(parent, child_name, grown)
     return name_ids([word.word for word in words], grown.known)
 
 

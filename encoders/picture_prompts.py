@@ -53,7 +53,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ImageUse:
+class ImagePromptFormat:
     """Texts and tokens with which a family inserts images into prompts."""
 
     # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
@@ -67,15 +67,17 @@ class ImageUse:
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
     # returns hashes of `Prompt.frames` for caches, n 32 uint8; None: caches have no hashes
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
-    shown: int | None = None  # number of images that are used, from the first on; None: all
-    fewest: int = 3136  # minimum number of pixels; smaller images are enlarged
-    maximum: int = 12845056  # maximum number of pixels; larger images are shrunk
+    max_images: int | None = None  # number of images that are used, from the first on; None: all
+    min_pixels: int = 3136  # minimum number of pixels; smaller images are enlarged
+    max_pixels: int = 12845056  # maximum number of pixels; larger images are shrunk
     between: str = ""  # text between two images
-    always: bool = True  # load the tower together with the encoder; False: once a prompt has images
+    loads_tower_at_once: bool = (
+        True  # load the tower together with the encoder; False: once a prompt has images
+    )
 
-    def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
-        """Return the first `shown` images."""
-        return pictures[: self.shown]
+    def select(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
+        """Return the first `max_images` images."""
+        return pictures[: self.max_images]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
         """Return the text for an image in a prompt.
@@ -91,16 +93,16 @@ class ImageUse:
 
 
 @dataclass(frozen=True)
-class ReadImages:
+class PatchedImages:
     """The images of a prompt as input of the vision tower."""
 
     patches: Tensor  # of all images, P K float32
-    sides: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
+    token_grids: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
 
     @property
     def counts(self) -> list[int]:
         """Number of tokens of each image."""
-        return [rows * columns for rows, columns in self.sides]
+        return [rows * columns for rows, columns in self.token_grids]
 
 
 @dataclass(frozen=True)
@@ -129,38 +131,42 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     prefix = names[0].removesuffix(PATCHES)
     network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
     sources = plain_sources(network)
-    what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
-    # raised below, or by `_read_sizes`
-    wrong = CheckpointError(f"{path}: {what}", path)
-    sizes = _read_sizes(tower, network, sources, wrong)
+    other_tower = CheckpointError(
+        f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
+        path,
+    )
+    sizes = _read_sizes(tower, network, sources, error=other_tower)
     config_json = read_network_config(
         path, "vision_config", kind=tower.kind, dim=sizes["hidden_size"], defaults={}
     )
     shapes = {name: info.shape for name, info in network.tensors.items()}
     settings = tower.read(sizes, config_json, shapes)
     if settings is None:
-        raise wrong
+        raise other_tower
     return LoadPlan(VisionConfig(tower, {**sizes, **settings}), network, sources)
 
 
 def _read_sizes(
-    tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
+    tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], error: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
-    shape = shapes_of(network, sources, wrong)
-    dim, _, frames, patch, patch_width = shape(PATCHES, 5)
-    # first and last layer of the merger, which makes tokens of patches
-    merged_layer, out_layer = tower.merger
-    merged_dim = shape(merged_layer, 2)[1]  # channels of the patches that are merged into a token
-    out_dim = shape(out_layer, 2)[0]
-    merge = math.isqrt(merged_dim // dim)  # a token stands for merge x merge patches
-    if patch != patch_width or merge < 1 or merge**2 * dim != merged_dim:
-        raise wrong
+    """Return the settings of a tower that its tensors' shapes show, by the names in transformers.
+
+    Raises `error` if the shapes do not fit.
+    """
+    shape = shapes_of(network, sources, error)
+    dim, _, frames, patch_height, patch_width = shape(PATCHES, 5)
+    # the merger joins the channels of merge x merge patches, and projects them to one token
+    first_layer, last_layer = tower.merger
+    merged_dim = shape(first_layer, 2)[1]
+    out_dim = shape(last_layer, 2)[0]
+    merge = math.isqrt(merged_dim // dim)
+    if patch_height != patch_width or merge < 1 or merge**2 * dim != merged_dim:
+        raise error
     return {
         "depth": count(sources, r"blocks\.\d+"),
         "hidden_size": dim,
         "intermediate_size": shape(tower.feed, 2)[0],
-        "patch_size": patch,
+        "patch_size": patch_height,
         "temporal_patch_size": frames,
         "spatial_merge_size": merge,
         "out_hidden_size": out_dim,
@@ -203,15 +209,15 @@ def load_vision_tower(
 def read_images(
     tower: nn.Module,
     pictures: Sequence[Tensor],
-    use: ImageUse,
+    prompt_format: ImagePromptFormat,
     colors: Mapping[str, Sequence[float]] | None = None,
-) -> ReadImages:
+) -> PatchedImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
     Args:
         tower: The vision tower.
         pictures: Images, each H W 3 uint8 RGB.
-        use: How the family puts images into prompts.
+        prompt_format: How the family puts images into prompts.
         colors: Replaces the mean and standard deviation of the tower (`VisionTower.colors`).
 
     Raises:
@@ -220,33 +226,33 @@ def read_images(
     from PIL import Image
 
     config: Any = tower.config
-    merge = config.spatial_merge_size
-    patch = config.patch_size
-    frames = config.temporal_patch_size
+    merge = config.spatial_merge_size  # a token stands for merge x merge patches
+    patch_size = config.patch_size
+    frames_per_patch = config.temporal_patch_size
     processor_class = _import_processor()
-    # no patches; each is a row of 3 colors x frames x pixels
     if not pictures:
-        return ReadImages(torch.zeros(0, 3 * frames * patch**2))
+        values_per_patch = 3 * frames_per_patch * patch_size**2  # of three colors
+        return PatchedImages(torch.zeros(0, values_per_patch))
     for image in pictures:
         height, width = image.shape[:2]
         if max(height, width) > MAX_RATIO * min(height, width):
             raise MediaError(
-                f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
+                f"a picture of {width}x{height} is too long and narrow for {prompt_format.token}. Crop it."
             )
     tower_colors: Any = tower.colors
     processor = processor_class(
-        patch_size=patch,
-        temporal_patch_size=frames,
+        patch_size=patch_size,
+        temporal_patch_size=frames_per_patch,
         merge_size=merge,
-        min_pixels=use.fewest,
-        max_pixels=use.maximum,
+        min_pixels=prompt_format.min_pixels,
+        max_pixels=prompt_format.max_pixels,
         **{**tower_colors, **(colors or {})},
     )
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
-    sides = []  # rows and columns of tokens, each of which stands for merge x merge patches
+    token_grids = []
     for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
-        sides.append((int(patch_rows) // merge, int(patch_columns) // merge))
-    return ReadImages(inputs["pixel_values"], tuple(sides))
+        token_grids.append((int(patch_rows) // merge, int(patch_columns) // merge))
+    return PatchedImages(inputs["pixel_values"], tuple(token_grids))
 
 
 def _import_processor() -> Any:
@@ -261,55 +267,62 @@ def _import_processor() -> Any:
         return Qwen2VLImageProcessor
 
 
-class ImageTokens(NamedTuple):
+class PromptEmbeddings(NamedTuple):
     """Embeddings of prompts in which image features replace the placeholder tokens of images."""
 
-    tokens: Tensor  # embeddings, B L C
-    places: Tensor | None  # positions, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
-    added: list[Tensor]  # features to add to the outputs of the first layers, each B L C, 0 for text tokens
+    embeddings: Tensor  # B L C
+    position_ids: (
+        Tensor | None
+    )  # time, row and column of each token, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
+    # DeepStack: image features to add to the outputs of the first layers, each B L C, 0 for text tokens
+    layer_additions: list[Tensor]
 
 
 def embed_images(
-    tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadImages], token: int
-) -> ImageTokens:
-    """Replace the placeholder tokens of images by features of the vision tower.
+    vision_tower: nn.Module,
+    embeddings: Tensor,
+    ids: Tensor,
+    images: Sequence[PatchedImages],
+    placeholder: int,
+) -> PromptEmbeddings:
+    """Replace the embeddings of placeholder tokens by image features of the vision tower.
 
     Args:
-        tower: The vision tower.
-        tokens: Embeddings, B L C.
+        vision_tower: The vision tower.
+        embeddings: Embeddings of all tokens, B L C.
         ids: Token ids, B L, on the CPU.
-        pictures: Images of each prompt.
-        token: Id of the placeholder token.
+        images: Images of each prompt.
+        placeholder: Id of the placeholder token, which stands for one token of an image.
     """
-    # deep features: those of inner layers of the tower (DeepStack), for layers of the language model
-    features, deep_features = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
-    has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
+    prompts_with_images = [prompt for prompt in images if prompt.token_grids]
+    features, deep_features = _run_tower(vision_tower, prompts_with_images)
+    has_images = torch.tensor([bool(prompt.token_grids) for prompt in images])
     # in a prompt without images, a placeholder token is text that the user typed
     ids = ids.masked_fill(~has_images[:, None], -1)
-    positions = []
-    for row, prompt in zip(ids.tolist(), pictures, strict=True):
-        positions.append(place_tokens(row, prompt.sides, token))
-    is_image = (ids == token).to(tokens.device)[..., None]  # B L 1
-    added = []
+    position_ids = []
+    for prompt_ids, prompt in zip(ids.tolist(), images, strict=True):
+        position_ids.append(image_position_ids(prompt_ids, prompt.token_grids, placeholder))
+    is_image = (ids == placeholder).to(embeddings.device)[..., None]  # B L 1
+    layer_additions = []
     for deep in deep_features:
-        added.append(torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)))
-    return ImageTokens(
-        tokens=tokens.masked_scatter(is_image, features.to(tokens)),
-        places=torch.stack(positions, dim=1),
-        added=added,
+        layer_additions.append(torch.zeros_like(embeddings).masked_scatter(is_image, deep.to(embeddings)))
+    return PromptEmbeddings(
+        embeddings=embeddings.masked_scatter(is_image, features.to(embeddings)),
+        position_ids=torch.stack(position_ids, dim=1),
+        layer_additions=layer_additions,
     )
 
 
-def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
+def _run_tower(tower: nn.Module, prompts: Sequence[PatchedImages]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the features of all image tokens, and features to add after the first layers (DeepStack)."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
-    grids = []  # frames, rows and columns of patches of each image
+    patch_grids = []  # frames, rows and columns of patches of each image
     for prompt in prompts:
-        for rows, columns in prompt.sides:
-            grids.append((1, rows * merge, columns * merge))
+        for rows, columns in prompt.token_grids:
+            patch_grids.append((1, rows * merge, columns * merge))
     patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
-    output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
+    output = tower(patches, grid_thw=torch.tensor(patch_grids, device=weight.device))
     if isinstance(output, tuple):  # transformers 4, a tower with DeepStack
         features, deep_features = output
         return features, deep_features or ()
@@ -319,7 +332,7 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
     return output.pooler_output, getattr(output, "deepstack_features", None) or ()
 
 
-def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
+def image_position_ids(ids: Sequence[int], token_grids: Sequence[tuple[int, int]], token: int) -> Tensor:
     """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
     Each text token advances all three positions by one. The tokens of an image have the same time and form a
@@ -327,22 +340,24 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
 
     Args:
         ids: Token ids, L.
-        sides: For each image, its rows and columns of tokens.
+        token_grids: For each image, its rows and columns of tokens.
         token: Id of the placeholder token of images.
     """
-    remaining_sides = list(sides)
-    start = 0
-    positions: list[Tensor] = []
-    for is_image, group in groupby(ids, lambda number: number == token):
-        num_tokens = len(list(group))
-        while num_tokens and is_image:  # a run of placeholders may stand for several images
-            rows, columns = remaining_sides.pop(0)
+    remaining_grids = list(token_grids)
+    next_position = 0
+    position_ids: list[Tensor] = []
+    for is_image, run in groupby(ids, lambda token_id: token_id == token):
+        num_tokens = len(list(run))
+        if not is_image:
+            text_positions = torch.arange(next_position, next_position + num_tokens)
+            position_ids.append(text_positions.expand(3, -1))
+            next_position += num_tokens
+            continue
+        while num_tokens:  # a run of placeholders may stand for several images
+            rows, columns = remaining_grids.pop(0)
             same_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(same_time, torch.arange(rows), torch.arange(columns))
-            positions.append(grid.T + start)
-            start += max(rows, columns)
+            position_ids.append(grid.T + next_position)
+            next_position += max(rows, columns)
             num_tokens -= rows * columns
-        # text; empty after the placeholders of images
-        positions.append(torch.arange(start, start + num_tokens).expand(3, -1))
-        start += num_tokens
-    return torch.cat(positions, dim=1)
+    return torch.cat(position_ids, dim=1)

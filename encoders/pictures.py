@@ -102,12 +102,11 @@ def encode_images(
     """
     entries = []
     for part in media.split_for(device):  # a CPU encodes items one by one
-        latents = {"latents": encode(part.frames)}
-        # reference images are the control images of the batch
-        for number, frames in enumerate(part.control):
-            latents[f"{CONTROL}_{number}"] = encode(frames)
+        batch_latents = {"latents": encode(part.frames)}
+        for number, reference_frames in enumerate(part.control):  # control images are the references
+            batch_latents[f"{CONTROL}_{number}"] = encode(reference_frames)
         for index in range(len(part.frames)):
-            tensors = {name: images[index].clone() for name, images in latents.items()}
+            tensors = {name: latents[index].clone() for name, latents in batch_latents.items()}
             entries.append([CacheEntry(tensors)])
     return entries
 
@@ -270,24 +269,24 @@ class ModelOfImages(OneTransformer):
         shift = flow_shift if request.flow_shift is None else request.flow_shift
         return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
-    def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that the model does not take; `who` names the model in messages.
+    def keep_media(self, request: Request, model_name: str) -> Request:
+        """Return the request without media that the model does not take, with warnings that name the model.
 
         Raises:
             OptionError: If the model takes reference images, but those of the request cannot be used.
         """
-        rules = self.references
-        takes = {**NO_MEDIA, "control_images": rules is not None}
-        request = keep_usable_media(request, takes, f"{who} does not take it")
+        rules = self.references  # None: the model takes no reference images
+        is_usable = {**NO_MEDIA, "control_images": rules is not None}  # by field of the request
+        request = keep_usable_media(request, is_usable, f"{model_name} does not take it")
         if rules is not None and rules.edits and not request.control_images:
             logger.warning(
                 "%s edits pictures, and %r names none (--control_image_path, --ci in a prompt line): it is "
                 "made from the text alone",
-                who,
+                model_name,
                 shorten(request.prompt, 60),
             )
         if rules is not None and request.control_images:
-            _check_references(request.control_images, rules, who)
+            _check_references(request.control_images, rules, model_name)
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -347,20 +346,19 @@ class ModelOfImages(OneTransformer):
         yield from decoded if self.vae_of_clips else (decoded,)
 
 
-def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
+def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: str) -> None:
     """Raise OptionError if there are too many reference images, or if one is too small."""
     from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"
     if len(paths) > rules.maximum:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {who} takes {rules.maximum} at most. Leave out "
-            + " ".join(map(str, paths[rules.maximum :]))
+            f"{option}: {len(paths)} reference pictures, {model_name} takes {rules.maximum} at most. "
+            f"Leave out {' '.join(map(str, paths[rules.maximum :]))}"
         )
     for path in paths:
         width, height = image_size(path)
-        # sides are multiples of this step: less would leave nothing
-        if min(width, height) < rules.step:
+        if min(width, height) < rules.step:  # the image would be cropped to multiples of the step: to nothing
             raise OptionError(
                 f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
                 f"{rules.step}. Give a larger picture."

@@ -72,12 +72,12 @@ T5_FILES = TokenizerFiles(
 
 
 @dataclass(frozen=True)
-class T5Use:
+class T5Naming:
     """A family's names for its T5 in cache records and conditions; the defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
-    states: str = "t5_out"  # key of the states, L C
-    mask: str | None = "t5_attn_mask"  # key of the mask, L int64; None: it is not returned
+    states_key: str = "t5_out"  # key of the states, L C
+    mask_key: str | None = "t5_attn_mask"  # key of the mask, L int64; None: it is not returned
     kind: T5Kind = T5_XXL
     # folders of the encoder in a release; the first that exists is used
     folders: tuple[str, ...] = ("text_encoder_2", "text_encoder")
@@ -86,14 +86,14 @@ class T5Use:
     @property
     def keys(self) -> frozenset[str]:
         """Names of the conditions that the encoder returns."""
-        return frozenset({self.states} if self.mask is None else {self.states, self.mask})
+        return frozenset({self.states_key} if self.mask_key is None else {self.states_key, self.mask_key})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
         """Return the number of channels of a state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
-USE = T5Use()
+USE = T5Naming()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
@@ -114,7 +114,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         max_length: int = MAX_TOKENS,
         uses_mask: bool = False,
         form: str | None = None,
-        use: T5Use = USE,
+        naming: T5Naming = USE,
     ) -> None:
         """Set up the encoder; files are read by `load`.
 
@@ -125,19 +125,19 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             max_length: Number of tokens in each row (L), including the end token and padding.
             uses_mask: Whether padding is masked; otherwise tokens attend to padding too.
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
-            use: How the family uses and names the encoder.
+            naming: The family's names for the encoder in options, records and conditions.
         """
         # subfolders of a release that may hold the encoder
-        folders = [folder for folder in use.folders if (path / folder).is_dir()]
+        folders = [folder for folder in naming.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
-        self.name = use.name
-        self.keys = use.keys
-        self.takes_weights = use.states
+        self.name = naming.name
+        self.keys = naming.keys
+        self.weighted_states_key = naming.states_key
         self.maximum = max_length
         self.dtype = dtype
-        self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
+        self.source = TokenizerSource(naming.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
-        self.use = use
+        self.naming = naming
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -152,27 +152,33 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load the network; gradients can flow through its layers even if weights are in 8 bits."""
-        return load_t5(self.path, device, self.use.kind, dtype=self.dtype, form=self.form, blocks=self.blocks)
+        return load_t5(
+            self.path, device, self.naming.kind, dtype=self.dtype, form=self.form, blocks=self.blocks
+        )
 
     def compute(
-        self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: T5Network,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return each prompt's states L C and its mask: L int64, 1 for tokens including the end token.
 
-        `dropped` is not used, because T5 has no template before the prompt.
+        `num_template_tokens` is not used, because T5 has no template before the prompt.
         """
-        ids, masks = fill_rows(rows, self.maximum, PAD)
+        ids, masks = fill_rows(token_ids, self.maximum, PAD)
         results: list[Conditions] = []
-        start = 0  # index of the group's first prompt
-        # a few prompts at a time, to limit memory
-        for group in in_groups(ids.tolist()):
-            group_masks = masks[start : start + len(group)]
-            start += len(group)
-            states = network.encode_padded(torch.tensor(group), group_masks if self.uses_mask else None).cpu()
-            for state, mask in zip(states, group_masks, strict=True):
-                conditions = {self.use.states: state.clone()}
-                if self.use.mask is not None:
-                    conditions[self.use.mask] = mask.clone()
+        num_encoded = 0
+        for batch in in_groups(ids.tolist()):  # a few prompts at a time, to limit memory
+            batch_masks = masks[num_encoded : num_encoded + len(batch)]
+            num_encoded += len(batch)
+            attention_mask = batch_masks if self.uses_mask else None
+            states = network.encode_padded(torch.tensor(batch), attention_mask).cpu()
+            for state, mask in zip(states, batch_masks, strict=True):
+                conditions = {self.naming.states_key: state.clone()}
+                if self.naming.mask_key is not None:
+                    conditions[self.naming.mask_key] = mask.clone()
                 results.append(conditions)
         return results
 

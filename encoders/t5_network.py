@@ -106,16 +106,16 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
     # reject other models, T5 for umT5 and the reverse, and the first version of T5
-    layers = count(sources, r"blocks\.\d+", checkpoint.path)
+    num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise other_kind(checkpoint, kind.what, kind.option, kind.release)
-    has_own_tables = "blocks.1.pos_embedding.embedding.weight" in sources
-    if layers > 1 and has_own_tables != kind.has_own_tables:
-        kind_in_file = "a T5 encoder, not an umT5: only its first block has"
-        if has_own_tables:
-            kind_in_file = "an umT5 encoder, not a T5: each of its blocks has"
+    is_umt5 = "blocks.1.pos_embedding.embedding.weight" in sources  # each block has a table of positions
+    if num_layers > 1 and is_umt5 != kind.has_own_tables:
+        found_kind = "a T5 encoder, not an umT5: only its first block has"
+        if is_umt5:
+            found_kind = "an umT5 encoder, not a T5: each of its blocks has"
         raise CheckpointError(
-            f"{checkpoint.path} is {kind_in_file} a table of relative positions. Give {kind.release} to "
+            f"{checkpoint.path} is {found_kind} a table of relative positions. Give {kind.release} to "
             f"{kind.option}.",
             checkpoint.path,
         )
@@ -125,7 +125,6 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
             f"{kind.release} to {kind.option}.",
             checkpoint.path,
         )
-    # the shapes show all dimensions
     shape = shapes_of(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
@@ -142,7 +141,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         attention_dim=attention_dim,
         ffn_dim=ffn_dim,
         num_heads=heads,
-        num_layers=layers,
+        num_layers=num_layers,
         num_buckets=buckets,
         shares_positions=not kind.has_own_tables,
     )
@@ -247,9 +246,10 @@ class T5Block(nn.Module):
                 "fc2": nn.Linear(config.ffn_dim, config.dim, bias=False),
             }
         )
-        # T5's position bias: a number for each head and bucket of distances
-        table = nn.Embedding(config.num_buckets, config.num_heads) if has_table else None
-        self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
+        self.pos_embedding: nn.ModuleDict | None = None
+        if has_table:  # T5's position bias: a number for each head and bucket of distances
+            bias_embedding = nn.Embedding(config.num_buckets, config.num_heads)
+            self.pos_embedding = nn.ModuleDict({"embedding": bias_embedding})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
         """Return the tokens after the block, L C as the input.
@@ -257,14 +257,15 @@ class T5Block(nn.Module):
         A block with a position table computes the bias of attention, which the following blocks use too.
         """
         if self.pos_embedding is not None:
-            table = self.pos_embedding["embedding"]
+            bias_embedding = self.pos_embedding["embedding"]
             length = max(tokens.lengths)
-            weight = table.get_parameter("weight")
-            # T5 learns a bias for each bucket of similar distances
-            buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
-            by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
+            weight = bias_embedding.get_parameter("weight")
+            # T5 learns a bias for each bucket of similar distances between query and key
+            distances = torch.arange(1 - length, length)
+            buckets = relative_bucket(distances, len(weight))
+            bias_by_distance = bias_embedding(send_ahead(buckets, weight.device)).T  # N 2n-1
             # the n keys of query i are at the distances from -i on, which is window n-1-i: hence the flip
-            tokens.bias = by_distance.unfold(1, length, 1).flip(1)
+            tokens.bias = bias_by_distance.unfold(1, length, 1).flip(1)
         assert tokens.bias is not None
         x = _clamp_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
         h = self.norm2(x)

@@ -26,10 +26,10 @@ from encoders.new_words import EncoderWord, compile_words, grow_table, name_ids
 from modules.console import quiet
 from modules.errors import CaptionError, CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
-from protocols.data import Conditions, weigh_rows
+from protocols.data import Conditions, weigh_tokens
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt, Spans
-from protocols.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
+from protocols.rules import CharSpan, CountTokens, TokenCount, kept_characters, token_weights
 from runtime.offload.block_swap import move_network
 from runtime.offload.host_memory import LoadedNetwork
 
@@ -45,13 +45,13 @@ class Tokens(NamedTuple):
     """Token ids of a text, and the characters that each token covers."""
 
     ids: list[int]
-    places: list[Place]  # character range of each token; None for tokens that the tokenizer adds
+    char_spans: list[CharSpan]  # character range of each token; None for tokens that the tokenizer adds
 
     def count_after(self, end: float = math.inf) -> int:
         """Return the number of tokens from character `end` on, including the end token."""
         number = 0
-        for place in reversed(self.places):
-            if place is not None and place[0] < end:
+        for span in reversed(self.char_spans):
+            if span is not None and span[0] < end:
                 break
             number += 1
         return number
@@ -65,7 +65,7 @@ class Tokens(NamedTuple):
         cut_start = maximum - num_after
         return Tokens(
             ids=self.ids[:cut_start] + self.ids[cut_end:],
-            places=self.places[:cut_start] + self.places[cut_end:],
+            char_spans=self.char_spans[:cut_start] + self.char_spans[cut_end:],
         )
 
 
@@ -74,7 +74,7 @@ class TextTokenizer:
     """Turn text of any length into tokens."""
 
     read: Callable[[str], Tokens]
-    number: Callable[[str], int | None]  # id of a token; None if there is no such token
+    token_to_id: Callable[[str], int | None]  # id of a token; None if there is no such token
     file: Path  # file of the tokenizer
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
@@ -87,46 +87,47 @@ class _WordReader:
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
         names = sorted(words, key=len, reverse=True)  # longest first: a word may be a prefix of another
-        self.read_plain = read
-        self.pattern = compile_words(names)
-        self.ids = [list(words[name]) for name in names]
+        self.tokenize_text = read  # the tokenizer, for text without additional words
+        self.word_pattern = compile_words(names)  # with a group for each word
+        self.ids_of_words = [list(words[name]) for name in names]  # in the order of the pattern's groups
         # tokenize any text, to see which tokens are added before and after it
         example = read("a")
-        num_before = example.places.index(next(place for place in example.places if place is not None))
+        num_before = example.char_spans.index(next(span for span in example.char_spans if span is not None))
         num_after = example.count_after()
         self.ids_before = example.ids[:num_before]
         self.ids_after = example.ids[len(example.ids) - num_after :]
 
     def __call__(self, text: str) -> Tokens:
-        """Return the tokens of a text; known words (`pattern`) get their own ids, other text is tokenized."""
-        # no additional word in the text
-        if not self.pattern.search(text):
-            return self.read_plain(text)
+        """Return the tokens of a text: additional words get their own ids, text between them is tokenized."""
+        if not self.word_pattern.search(text):
+            return self.tokenize_text(text)
         ids = list(self.ids_before)
-        places: list[Place] = [None] * len(self.ids_before)
-        start = 0  # end of the previous word, in characters
-        for match in self.pattern.finditer(text):
+        char_spans: list[CharSpan] = [None] * len(self.ids_before)
+        previous_end = 0  # end of the previous word, in characters
+        for match in self.word_pattern.finditer(text):
             assert match.lastindex is not None
-            # no space before the word, because most tokens include the space in front of them
-            self._add(ids, places, text[start : match.start()].removesuffix(" "), start)
-            word_ids = self.ids[match.lastindex - 1]  # each word has its own group in the pattern
-            ids += word_ids
-            places += [match.span()] * len(word_ids)
-            start = match.end()
-        self._add(ids, places, text[start:], start)
-        ids += self.ids_after
-        places += [None] * len(self.ids_after)
-        return Tokens(ids, places)
+            # without the space before the word, because most tokens include the space in front of them
+            text_before_word = text[previous_end : match.start()].removesuffix(" ")
+            tokens = self._tokenize_between(text_before_word, previous_end)
+            word_ids = self.ids_of_words[match.lastindex - 1]
+            ids += [*tokens.ids, *word_ids]
+            char_spans += [*tokens.char_spans, *[match.span()] * len(word_ids)]
+            previous_end = match.end()
+        tokens = self._tokenize_between(text[previous_end:], previous_end)
+        ids += [*tokens.ids, *self.ids_after]
+        char_spans += [*tokens.char_spans, *[None] * len(self.ids_after)]
+        return Tokens(ids, char_spans)
 
-    def _add(self, ids: list[int], places: list[Place], text: str, start: int) -> None:
-        """Append the tokens of the text between two words, whose first character is `start`."""
+    def _tokenize_between(self, text: str, start: int) -> Tokens:
+        """Return the tokens of a part of a text, from its character `start`, without special tokens."""
         if not text:
-            return
-        tokens = self.read_plain(text)
+            return Tokens([], [])
+        tokens = self.tokenize_text(text)
         inner = slice(len(self.ids_before), len(tokens.ids) - len(self.ids_after))
-        ids += tokens.ids[inner]
-        for place in tokens.places[inner]:
-            places.append(None if place is None else (place[0] + start, place[1] + start))
+        char_spans: list[CharSpan] = []
+        for span in tokens.char_spans[inner]:
+            char_spans.append(None if span is None else (span[0] + start, span[1] + start))
+        return Tokens(tokens.ids[inner], char_spans)
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,11 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            # places: the characters that each token stands for; None for special tokens
-            places: list[Place] = [None] * len(added_begin)
+            # char_spans: the characters that each token stands for; None for special tokens
+            char_spans: list[CharSpan] = [None] * len(added_begin)
             for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_special else span)
-            return Tokens([*added_begin, *encoded.ids], places)
+                char_spans.append(None if is_special else span)
+            return Tokens([*added_begin, *encoded.ids], char_spans)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
@@ -260,11 +261,11 @@ class TokenizerSource:
             lengths = [len(surface) for surface in surfaces]
             # edges: where each piece of the text begins, and where the last one ends
             edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
-            # places: the characters that each token stands for; None for begin and end tokens
-            places: list[Place] = [None] * len(added_begin)
-            places += itertools.pairwise(edges)
-            places += [None] * len(added_end)
-            return Tokens([*added_begin, *ids, *added_end], places)
+            # char_spans: the characters that each token stands for; None for begin and end tokens
+            char_spans: list[CharSpan] = [None] * len(added_begin)
+            char_spans += itertools.pairwise(edges)
+            char_spans += [None] * len(added_end)
+            return Tokens([*added_begin, *ids, *added_end], char_spans)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -328,15 +329,15 @@ def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class Written(NamedTuple):
+class TemplatedPrompt(NamedTuple):
     """A prompt in the template of its encoder."""
 
     text: str  # prompt with template
     prompt: str  # cleaned prompt without template
     spans: Spans  # weighted parts of `prompt`
     start: int = 0  # first character of the prompt in `text`
-    end: float = math.inf  # first character of `text` that is not cut off if the prompt is too long
-    uncounted: int = 0  # number of image tokens, which do not count towards the maximum
+    suffix_start: float = math.inf  # `text` from this character on is never cut off, however long the prompt
+    num_image_tokens: int = 0  # number of image tokens, which do not count towards the maximum
 
 
 class FileTextEncoder(ABC, Generic[Network]):
@@ -352,16 +353,18 @@ class FileTextEncoder(ABC, Generic[Network]):
     what: str = "the text encoder"  # name in the log
     source: TokenizerSource
     maximum: int  # longest prompt in tokens, not counting dropped template tokens
-    takes_weights: str = ""  # key of the states that prompt weights multiply; "": weights are not supported
+    weighted_states_key: str = (
+        ""  # key of the states that prompt weights multiply; "": weights are not supported
+    )
     pads_left: bool = False  # padding is on the left, up to `maximum`
-    logs_cuts: ClassVar[bool] = False  # whether each prompt that is too long is logged
+    logs_truncation: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
     words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
     learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
     # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
-    count_dropped: Callable[[TextTokenizer], int] | None = None
+    count_template_tokens: Callable[[TextTokenizer], int] | None = None
     # raises CheckpointError or warns if the tokenizer belongs to another model
     check_tokenizer: Callable[[TextTokenizer], None] | None = None
 
@@ -411,9 +414,9 @@ class FileTextEncoder(ABC, Generic[Network]):
                 identity[f"{name}_{setting}"] = value
         return identity
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the prompt in the template; by default, there is no template."""
-        return Written(prompt.text, prompt.text, prompt.spans)
+        return TemplatedPrompt(prompt.text, prompt.text, prompt.spans)
 
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
@@ -425,8 +428,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         if self.words:
             # tokens are only counted, so any ids will do
             tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
-        # template tokens before the prompt whose states are dropped
-        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
+        count_template_tokens = self.count_template_tokens
+        num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
         token_bytes = 0
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
             token_bytes = self.token_bytes
@@ -438,23 +441,23 @@ class FileTextEncoder(ABC, Generic[Network]):
             except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
-            num_after = tokens.count_after(written.end)
-            # only these tokens may be cut off, not the template and the end token after the prompt
-            cuttable = tokens.places[: len(tokens.places) - num_after]
-            # characters of the prompt up to the end of each token
-            ends = [0 if place is None else place[1] - written.start for place in cuttable]
+            # a prompt that is too long loses its last tokens, but not the template and end token after it
+            num_suffix_tokens = tokens.count_after(written.suffix_start)
+            spans_before_suffix = tokens.char_spans[: len(tokens.char_spans) - num_suffix_tokens]
+            # for each of these tokens: how many characters of the prompt end with it
+            ends = [0 if span is None else span[1] - written.start for span in spans_before_suffix]
             length = len(written.prompt)
-            max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
-            characters = kept_characters(ends, max_read, length)
-            counted = max(len(tokens.ids) - dropped, 0)
+            max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
+            characters_read = kept_characters(ends, max_tokens_read, length)
+            num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches hold the states of these tokens; encoders of fixed length pad to `maximum`
-            stored = min(counted, self.maximum) if self.variable_length else self.maximum
+            num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
                 written.prompt,
-                tokens=counted,
+                tokens=num_tokens,
                 limit=self.maximum,
-                num_read=min(max(characters, 0), length),
-                size_bytes=stored * token_bytes,
+                num_read=min(max(characters_read, 0), length),
+                size_bytes=num_stored * token_bytes,
             )
 
         return count
@@ -483,8 +486,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         with quiet():  # the tokenizer is logged when the encoder is loaded
             tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
-        # without the tokens that the tokenizer adds, which have no place in the text
-        return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
+        # without the tokens that the tokenizer adds, which have no span in the text
+        return [
+            number for number, span in zip(tokens.ids, tokens.char_spans, strict=True) if span is not None
+        ]
 
     @abstractmethod
     def load_network(self, device: torch.device) -> Network:
@@ -492,15 +497,19 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @abstractmethod
     def compute(
-        self, network: Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+        self,
+        network: Network,
+        tokenizer: TextTokenizer,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
     ) -> list[Conditions]:
         """Return the conditions of each prompt, on the CPU.
 
         Args:
             network: The loaded network.
             tokenizer: The loaded tokenizer.
-            rows: Token ids of each prompt.
-            dropped: Number of template tokens at the start of each row whose states are left out.
+            token_ids: Token ids of each prompt with its template.
+            num_template_tokens: Number of template tokens before each prompt, whose states are left out.
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -514,7 +523,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
 
     def encode_written(
-        self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
+        self, written: Sequence[TemplatedPrompt], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
         """Encode prompts that are already in the template.
 
@@ -523,33 +532,33 @@ class FileTextEncoder(ABC, Generic[Network]):
         if not written:
             return []
         network, tokenizer = self._loaded.get()
-        # tokens of the template, whose states are not part of the result
-        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
+        # tokens of the template before the prompt, whose states are not part of the result
+        count_template_tokens = self.count_template_tokens
+        num_template_tokens = 0 if count_template_tokens is None else count_template_tokens(tokenizer)
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
-            # template and uncounted tokens (of images) are not limited
-            max_tokens = dropped + prompt.uncounted + self.maximum
-            cut_tokens.append(tokens.cut(max_tokens, prompt.end))
-        if self.logs_cuts:
-            self._log_cuts(written, all_tokens, cut_tokens)
-        rows = [tokens.ids for tokens in cut_tokens]
-        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
-        check_ids(rows, num_rows, self.path, self.source.files.option)
-        results = compute(network, tokenizer, rows, dropped)
-        if not self.takes_weights:
+            # only the tokens of the prompt's own text are limited
+            max_tokens = num_template_tokens + prompt.num_image_tokens + self.maximum
+            cut_tokens.append(tokens.cut(max_tokens, prompt.suffix_start))
+        if self.logs_truncation:
+            self._log_truncated(written, all_tokens, cut_tokens)
+        token_ids = [tokens.ids for tokens in cut_tokens]
+        vocabulary = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        check_ids(token_ids, vocabulary, self.path, self.source.files.option)
+        results = compute(network, tokenizer, token_ids, num_template_tokens)
+        if not self.weighted_states_key:  # the family does not support weights such as (cat:1.2)
             return results
         weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
-            # spans: parts of the prompt with a weight, such as (cat:1.2)
-            if prompt.spans:
-                weights = weights_of(prompt, tokens.places[dropped:])
+            if prompt.spans:  # parts of the prompt that have a weight
+                weights = weights_of(prompt, tokens.char_spans[num_template_tokens:])
                 conditions = self.weigh(conditions, weights)
             weighted.append(conditions)
         return weighted
 
-    def _log_cuts(
-        self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
+    def _log_truncated(
+        self, written: Sequence[TemplatedPrompt], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
     ) -> None:
         """Log each prompt that is too long."""
         for prompt, tokens, cut in zip(written, all_tokens, cut_tokens, strict=True):
@@ -566,25 +575,25 @@ class FileTextEncoder(ABC, Generic[Network]):
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:  # padding before the prompt has weight 1
             weights = [1.0] * (self.maximum - len(weights)) + [*weights]
-        states: Any = conditions[self.takes_weights]
+        states: Any = conditions[self.weighted_states_key]
         if isinstance(states, Tensor):
-            return {**conditions, self.takes_weights: weigh_rows(states, weights)}
+            return {**conditions, self.weighted_states_key: weigh_tokens(states, weights)}
         # states of variable length are in a list
-        return {**conditions, self.takes_weights: [weigh_rows(rows, weights) for rows in states]}
+        return {**conditions, self.weighted_states_key: [weigh_tokens(rows, weights) for rows in states]}
 
     def free(self) -> None:
         """Release the network; the next `load` loads it again."""
         self._loaded.free()
 
 
-def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token; `places` has the character range of each token in the text."""
+def weights_of(written: TemplatedPrompt, char_spans: Sequence[CharSpan]) -> list[float]:
+    """Return the weight of each token; `char_spans` has the character range of each token in the text."""
     start = written.start
     prompt_characters = range(start, start + len(written.prompt))
-    prompt_places: list[Place] = []
-    for span in places:
+    prompt_spans: list[CharSpan] = []
+    for span in char_spans:
         is_of_prompt = span is not None and span[0] in prompt_characters
-        prompt_places.append(span if is_of_prompt else None)  # tokens of the template have weight 1
+        prompt_spans.append(span if is_of_prompt else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text
     spans = [(first + start, last + start, weight) for first, last, weight in written.spans]
-    return token_weights(written.text, prompt_places, spans)
+    return token_weights(written.text, prompt_spans, spans)

@@ -4,7 +4,7 @@ There are two ways to tile:
 - `compute_in_tiles` and `compute_in_spans` tile as the released VAE of HunyuanVideo does (`enable_tiling`). A
   tile begins every three quarters of a tile, even if the last one is very short. In the overlap, a tile fades
   in over the tile above it, then over the tile to its left.
-- `tiles` cuts an axis into tiles of equal size, and their weighted results are added.
+- `split_into_tiles` cuts an axis into tiles of equal size, and their weighted results are added.
 
 Sizes are in units that input and output share: latent frames or latent pixels. A unit is a number of frames
 or pixels in the input, and another number in the output.
@@ -23,71 +23,76 @@ from modules.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How an axis is cut into overlapping tiles; a unit is a latent pixel or a latent frame."""
+class AxisTiling:
+    """How an axis is split into overlapping tiles; sizes and starts count latent pixels or latent frames."""
 
-    size: int  # units of a tile
-    unit_in: int  # frames or pixels of a unit in the input
-    unit_out: int  # frames or pixels of a unit in the output
+    size: int  # length of a tile
+    pixels_in: int  # pixels or frames of the input for each latent pixel or frame
+    pixels_out: int  # pixels or frames of the output for each latent pixel or frame
 
     @property
     def stride(self) -> int:
         """Distance between the starts of neighboring tiles; a quarter of a tile overlaps the next one."""
         return int(self.size * 0.75)
 
-    def pick(self, start: int) -> slice:
+    def input_slice(self, start: int) -> slice:
         """Return the slice of the input's axis for the tile that begins at latent pixel or frame `start`."""
-        return slice(start * self.unit_in, (start + self.size) * self.unit_in)
+        return slice(start * self.pixels_in, (start + self.size) * self.pixels_in)
 
 
-def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
-    """Apply `compute` to x, ... H W, tile by tile in height and width.
+def compute_in_tiles(compute: Compute, x: Tensor, tiling: AxisTiling, device: torch.device) -> Tensor:
+    """Apply `compute` to x, ... H W, tile by tile; tiles overlap and fade into each other.
+
+    1. Compute a tile; blend its top with the tile above, and its left with the tile to its left.
+    2. Keep its bottom and its right, which the next tiles overlap.
+    3. Write the rest into the result.
 
     Returns ... H' W', float32, on `device`.
     """
-    height = x.shape[-2] // cut.unit_in
-    width = x.shape[-1] // cut.unit_in
-    step = cut.stride * cut.unit_out  # distance between tiles in the output; the rest of a tile overlaps
+    height = x.shape[-2] // tiling.pixels_in  # in latent pixels, as `top` and `left`
+    width = x.shape[-1] // tiling.pixels_in
+    step = tiling.stride * tiling.pixels_out  # distance between tiles in the output; the rest overlaps
     out = torch.empty(0)  # allocated once the first tile shows its channels
-    above: dict[int, Tensor] = {}  # left edge -> this tile's first rows as the tile above computed them
-    for top in range(0, height, cut.stride):
-        on_left = torch.empty(0)  # this tile's first columns as the tile to its left computed them
-        for left in range(0, width, cut.stride):
-            tile = compute_piece(compute, x[..., cut.pick(top), cut.pick(left)]).float()
+    bottoms: dict[int, Tensor] = {}  # overlapping rows of the tiles above, by `left`
+    for top in range(0, height, tiling.stride):
+        right = torch.empty(0)  # overlapping columns of the previous tile
+        for left in range(0, width, tiling.stride):
+            tile_input = x[..., tiling.input_slice(top), tiling.input_slice(left)]
+            tile = compute_piece(compute, tile_input).float()
             if top:
-                _fade_in(tile, above[left], -2)
+                _fade_in(tile, bottoms[left], -2)
             if left:
-                _fade_in(tile, on_left, -1)
-            above[left] = tile[..., step:, :].clone()
-            on_left = tile[..., step:].clone()
+                _fade_in(tile, right, -1)
+            bottoms[left] = tile[..., step:, :].clone()
+            right = tile[..., step:].clone()
             if not top and not left:
-                shape = (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out)
+                shape = (*tile.shape[:-2], height * tiling.pixels_out, width * tiling.pixels_out)
                 out = torch.empty(shape, device=device)
             tile = tile[..., :step, :step]
-            remaining = out[..., top * cut.unit_out :, left * cut.unit_out :]
-            remaining[..., : tile.shape[-2], : tile.shape[-1]] = tile
-            del tile  # freed before the next one is computed
+            out_from_here = out[..., top * tiling.pixels_out :, left * tiling.pixels_out :]
+            out_from_here[..., : tile.shape[-2], : tile.shape[-1]] = tile
+            del tile, tile_input  # freed before the next tile is computed
     return out
 
 
-def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
+def compute_in_spans(compute: Compute, x: Tensor, tiling: AxisTiling) -> Iterator[Tensor]:
     """Apply `compute` to x, B C F H W, in spans of frames.
 
     Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat the first frame of a clip as a
     unit of its own. So each later span begins with the frame before it, whose result is dropped.
     """
-    num_units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
-    overlap = torch.empty(0)  # the end of the previous span, which this span computes again
-    for start in range(0, num_units, cut.stride):
+    num_latent_frames = (x.shape[2] - 1) // tiling.pixels_in  # without the first frame
+    previous_end = torch.empty(0)  # frames of the previous span that this span computes again
+    for start in range(0, num_latent_frames, tiling.stride):
         # `+ 1`: with the frame before the span, or the clip's first frame
-        span = compute(x[:, :, start * cut.unit_in : (start + cut.size) * cut.unit_in + 1])
+        last = (start + tiling.size) * tiling.pixels_in + 1
+        span = compute(x[:, :, start * tiling.pixels_in : last])
         if start:
             span = span[:, :, 1:]
-            # axis 2: the frames
-            _fade_in(span, overlap, 2)
+            _fade_in(span, previous_end, axis=2)
         num_first = 0 if start else 1  # only the first span still has the single first frame
-        end = cut.stride * cut.unit_out + num_first
-        overlap = span[:, :, end:].clone()
+        end = tiling.stride * tiling.pixels_out + num_first
+        previous_end = span[:, :, end:].clone()
         yield span[:, :, :end]
         del span  # freed before the next one is computed
 
@@ -115,18 +120,18 @@ class Tile:
     before: int  # overlap with the previous tile
     after: int  # overlap with the next tile
 
-    def pick(self, unit: int) -> slice:
-        """Return the slice of this tile along an axis with `unit` pixels per latent pixel."""
-        return slice(self.start * unit, (self.start + self.size) * unit)
+    def pixel_slice(self, pixels_per_latent: int) -> slice:
+        """Return the slice of this tile along an axis with so many pixels per latent pixel."""
+        return slice(self.start * pixels_per_latent, (self.start + self.size) * pixels_per_latent)
 
-    def weights(self, unit: int) -> Tensor:
+    def weights(self, pixels_per_latent: int) -> Tensor:
         """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
 
         The weights of overlapping tiles sum to 1.
         """
-        length = self.size * unit
-        rise = self.before * unit
-        fall = self.after * unit
+        length = self.size * pixels_per_latent
+        rise = self.before * pixels_per_latent
+        fall = self.after * pixels_per_latent
         weights = torch.ones(length)
         weights[:rise] = _make_ramp(rise)
         weights[length - fall :] = _make_ramp(fall).flip(0)
@@ -137,8 +142,8 @@ def _make_ramp(length: int) -> Tensor:
     return (torch.arange(length) + 0.5) / length
 
 
-def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Cover `size` latent pixels with equal tiles of at most `largest`.
+def split_into_tiles(size: int, largest: int) -> tuple[Tile, ...]:
+    """Cover an axis of `size` latent pixels with equal tiles of at most `largest`.
 
     Neighbors overlap by about a quarter of `largest`, and by at least one latent pixel if a tile has two or
     more.
@@ -146,25 +151,23 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
     if size <= largest:
         return (Tile(0, size, before=0, after=0),)
     min_overlap = max(largest // OVERLAP, min(largest - 1, 1))
-    # `count` tiles cover count * length - (count - 1) * overlap
-    # the fewest tiles that cover the size, and then their smallest equal length
-    count = ceil((size - min_overlap) / (largest - min_overlap))
-    length = ceil((size + (count - 1) * min_overlap) / count)
-    # spread evenly from 0 to size - length
-    starts = [(size - length) * index // (count - 1) for index in range(count)]
-    # overlap before each tile, and 0 after the last one
-    overlaps = [0, *(first + length - second for first, second in pairwise(starts)), 0]
-    result = []
-    for index, start in enumerate(starts):
-        result.append(Tile(start, length, before=overlaps[index], after=overlaps[index + 1]))
-    return tuple(result)
+    # n tiles cover n * length - (n - 1) * overlap: take the fewest tiles, and then their smallest length
+    num_tiles = ceil((size - min_overlap) / (largest - min_overlap))
+    length = ceil((size + (num_tiles - 1) * min_overlap) / num_tiles)
+    last_start = size - length
+    starts = [last_start * index // (num_tiles - 1) for index in range(num_tiles)]  # spread evenly
+    overlaps = [start + length - next_start for start, next_start in pairwise(starts)]
+    tiles = []
+    for start, before, after in zip(starts, [0, *overlaps], [*overlaps, 0], strict=True):
+        tiles.append(Tile(start, length, before=before, after=after))
+    return tuple(tiles)
 
 
 def add_in_tiles(
     compute: Callable[[Tensor], Iterable[Tensor]],
     x: Tensor,
-    cuts: tuple[Sequence[Tile], Sequence[Tile]],
-    units: tuple[int, int],
+    tiles: tuple[Sequence[Tile], Sequence[Tile]],
+    pixels_per_latent: tuple[int, int],
     out: Tensor,
 ) -> None:
     """Compute all tiles of an input and add their weighted results to `out`.
@@ -172,22 +175,22 @@ def add_in_tiles(
     Args:
         compute: Returns the frames of a tile in order, in one or several pieces.
         x: Input, B C F H W.
-        cuts: Tiles of the height and of the width.
-        units: Side of a latent pixel in pixels of `x` and in pixels of `out`.
+        tiles: Tiles of the height and of the width.
+        pixels_per_latent: Side of a latent pixel in pixels of `x` and in pixels of `out`.
         out: Output, B C' F' H' W', filled with zeros.
     """
-    unit_in, unit_out = units
-    rows, columns = cuts
-    for row in rows:
-        for column in columns:
-            tile = x[..., row.pick(unit_in), column.pick(unit_in)]
-            region = out[..., row.pick(unit_out), column.pick(unit_out)]
+    pixels_in, pixels_out = pixels_per_latent
+    row_tiles, column_tiles = tiles
+    for row in row_tiles:
+        for column in column_tiles:
+            tile_input = x[..., row.pixel_slice(pixels_in), column.pixel_slice(pixels_in)]
+            tile_output = out[..., row.pixel_slice(pixels_out), column.pixel_slice(pixels_out)]
             # tiles overlap: their weights fade out towards the edges and add up to 1
-            weights = (row.weights(unit_out)[:, None] * column.weights(unit_out)).to(out.device)
+            weights = (row.weights(pixels_out)[:, None] * column.weights(pixels_out)).to(out.device)
             start = 0
-            for piece in compute(tile):
+            for piece in compute(tile_input):  # some frames of the tile
                 end = start + piece.shape[2]
-                frames = region[:, :, start:end]
+                frames = tile_output[:, :, start:end]
                 frames += piece.to(out.device, out.dtype) * weights
                 start = end
 
@@ -195,28 +198,28 @@ def add_in_tiles(
 def decode_in_tiles(
     decode: Callable[[Tensor], Iterator[Tensor]],
     latents: Tensor,
-    cuts: tuple[Sequence[Tile], Sequence[Tile]],
+    tiles: tuple[Sequence[Tile], Sequence[Tile]],
     stride: tuple[int, int, int],
 ) -> Iterator[Tensor]:
-    """Yield pixels, B 3 F H W, in playing order.
+    """Decode latents tile by tile; yield groups of frames, B 3 F H W, in playing order.
 
     If there are several tiles, all pixels are collected in host memory first.
 
     Args:
         decode: Returns the frames of a tile in order, in one or several pieces.
         latents: B Z f h w.
-        cuts: Tiles of the height and of the width.
+        tiles: Tiles of the height and of the width.
         stride: Size of a latent pixel: frames, height, width.
     """
-    if all(len(cut) == 1 for cut in cuts):
+    if all(len(axis_tiles) == 1 for axis_tiles in tiles):
         yield from decode(latents)
         return
-    frames_per_latent, side, _ = stride
+    frames_per_latent, pixels_per_latent, _ = stride
     batch, _, latent_frames, height, width = latents.shape
     # the first latent frame is a single frame of the clip
     frame_counts = [1] + [frames_per_latent] * (latent_frames - 1)
-    pixels = torch.zeros(batch, 3, sum(frame_counts), height * side, width * side)
-    add_in_tiles(decode, latents, cuts, units=(1, side), out=pixels)
+    pixels = torch.zeros(batch, 3, sum(frame_counts), height * pixels_per_latent, width * pixels_per_latent)
+    add_in_tiles(decode, latents, tiles, pixels_per_latent=(1, pixels_per_latent), out=pixels)
     yield from pixels.split(frame_counts, dim=2)
 
 

@@ -77,15 +77,14 @@ def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Ma
     num_positions = _count_positions(shapes)
     num_mergers = count(shapes, r"deepstack_merger_list\.\d+")
     heads = config_json.get("num_heads", HEADS)
-    # the inner layers whose features are used
+    # indices of the inner layers whose features are used
     deep_layers = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(num_layers))
     if not isinstance(deep_layers, list) or not _are_sizes(heads, *deep_layers):
         return None
     if not _divides_heads(sizes["hidden_size"], heads) or num_positions is None:
         return None
-    # each exists, none is repeated
-    are_layers = len({*deep_layers} & {*range(num_layers)}) == len(deep_layers)
-    if not are_layers or len(deep_layers) != num_mergers:
+    existing_layers = {*deep_layers} & {*range(num_layers)}  # fewer if an index is repeated or too large
+    if len(existing_layers) != len(deep_layers) or len(deep_layers) != num_mergers:
         return None
     return {
         "num_heads": heads,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import ImageUse
-from encoders.text_encoder import Written
+from encoders.picture_prompts import ImagePromptFormat
+from encoders.text_encoder import TemplatedPrompt
 from fibo_2.captions import (
     INSTRUCTION,
     TEXTS,
@@ -53,14 +53,14 @@ TEXT_USE = LanguageUse(
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImageUse(
+    pictures=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
         read=read_shown,
         show=shrink,
-        fewest=3136,
-        maximum=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
-        always=False,
+        min_pixels=3136,
+        max_pixels=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
+        loads_tower_at_once=False,
     ),
 )
 
@@ -74,7 +74,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self._has_warned = False  # whether a warning about texts that are not drawn has been logged
         self._told_errors: set[str] = set()  # in keys of captions
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a caption or prompt as JSON into the template; a negative prompt is not turned into JSON.
 
         Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
@@ -91,7 +91,9 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
         start = written.start
         return written._replace(
-            text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
+            text=f"{written.text[:start]}{{{written.text[start:]}",
+            start=start + 1,
+            suffix_start=written.suffix_start + 1,
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

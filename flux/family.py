@@ -99,7 +99,7 @@ class Flux(ModelOfImages):
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
         also="there",
         adapter=f"{UNDOING}, for schnell that of ostris/FLUX.1-schnell-training-adapter",
-        words="flash",
+        distilled_words="flash",
     )
 
     def why_few_steps(self) -> str | None:

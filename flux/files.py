@@ -232,7 +232,7 @@ class FluxFiles(AutoencoderFiles):
             max_length=self.t5_tokens,
             uses_mask=self.uses_mask,
             form=self.t5_form,
-            use=self.t5_use,
+            naming=self.t5_use,
         )
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 

@@ -70,8 +70,8 @@ class Flux2(pictures.ModelOfImages):
         base="klein-base-4b or klein-base-9b (with its file)",
         also="klein",
         targets=(GUIDED, make_transfer_target("klein-base", "flux-2-klein-base.safetensors")),
-        words="klein",
-        unless="base",
+        distilled_words="klein",
+        undistilled_pattern="base",
     )
 
     def why_few_steps(self) -> str | None:

@@ -51,7 +51,7 @@ FLUX_3_USE = LanguageUse(
     after=_AFTER,
     states=(4, 8, 12, 16, 20, 24, 28, 32),
     pad="<|endoftext|>",
-    pads_to=PAD,
+    pad_to_multiple_of=PAD,
     at_once=1,  # as released
 )
 

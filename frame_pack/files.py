@@ -29,7 +29,7 @@ from modules.errors import CheckpointError, OptionError
 from protocols.data import Conditions
 from protocols.requests import Prompt
 
-FRAMEPACK_CLIP = replace(CLIP, pooled="clip_l_pooler", mask=None)
+FRAMEPACK_CLIP = replace(CLIP, pooled_key="clip_l_pooler", mask_key=None)
 TEXT_ROWS = 512  # number of rows of the language model's states; those after the prompt are zero
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
+from encoders.clip_checkpoints import ClipNaming, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import LLAMA
@@ -23,10 +23,10 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-CLIP = ClipUse(
+CLIP = ClipNaming(
     name="clipL",
-    pooled="clipL",
-    mask="clipL_mask",
+    pooled_key="clipL",
+    mask_key="clipL_mask",
     what="text encoder 2",
     option="--text_encoder2",
     release="the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors",
@@ -154,7 +154,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
         super().check_tokenizer(tokenizer)
         if self.use.dropped is None:
             message = "system prompt: %s (%d tokens before the prompt, which are cut off)"
-            logger.info(message, self.template.system, self.count_dropped(tokenizer))
+            logger.info(message, self.template.system, self.count_template_tokens(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
         """Return an id to pad rows with; any id will do, because padding is masked."""
@@ -170,7 +170,7 @@ def find_pad(tokenizer: TextTokenizer) -> int:
         pad_token = None  # the file is optional
     name = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
     candidates = (name, "<pad>", "<|end_of_text|>")
-    ids = (tokenizer.number(token) for token in candidates if isinstance(token, str))
+    ids = (tokenizer.token_to_id(token) for token in candidates if isinstance(token, str))
     return next((pad_id for pad_id in ids if pad_id is not None), 0)
 
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, posterior_generator, sample_posterior
+from encoders.tiles import (
+    AxisTiling,
+    compute_in_spans,
+    compute_in_tiles,
+    posterior_generator,
+    sample_posterior,
+)
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.devices import dtype_name
@@ -114,9 +120,9 @@ class HunyuanVae(nn.Module):
         )
         moments = torch.empty(shape, device=self.device)
         # a latent frame is made from FRAMES frames, and tiles are cut between latent frames
-        cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
+        tiling = AxisTiling(self.tiling.frames // FRAMES, FRAMES, 1)
         start = 0
-        for span in compute_in_spans(self._encode, pixels, cut):
+        for span in compute_in_spans(self._encode, pixels, tiling):
             stop = start + span.shape[2]
             moments[:, :, start:stop] = span
             start = stop
@@ -137,7 +143,9 @@ class HunyuanVae(nn.Module):
         if self.tiling is None or latents.shape[2] <= self.tiling.frames // FRAMES:
             yield from _in_playing_order(self._decode(latents))
             return
-        for span in compute_in_spans(self._decode, latents, Cut(self.tiling.frames // FRAMES, 1, FRAMES)):
+        for span in compute_in_spans(
+            self._decode, latents, AxisTiling(self.tiling.frames // FRAMES, 1, FRAMES)
+        ):
             yield from _in_playing_order(span)
             del span  # free it before the next one is computed
 
@@ -146,7 +154,7 @@ class HunyuanVae(nn.Module):
         if self.tiling is None or max(pixels.shape[-2:]) <= self.tiling.edge:
             return self._moments(pixels)
         return compute_in_tiles(
-            self._moments, pixels, Cut(self.tiling.edge // PIXELS, PIXELS, 1), self.device
+            self._moments, pixels, AxisTiling(self.tiling.edge // PIXELS, PIXELS, 1), self.device
         )
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -154,7 +162,7 @@ class HunyuanVae(nn.Module):
         if self.tiling is None or max(latents.shape[-2:]) <= self.tiling.edge // PIXELS:
             return self._pixels(latents)
         return compute_in_tiles(
-            self._pixels, latents, Cut(self.tiling.edge // PIXELS, 1, PIXELS), torch.device("cpu")
+            self._pixels, latents, AxisTiling(self.tiling.edge // PIXELS, 1, PIXELS), torch.device("cpu")
         )
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -195,7 +203,7 @@ def load_vae(
         chunk_size: Number of frames that a layer computes at a time; None for as many as fit into 2**26
             values.
         tile: Edge of a tile in pixels, rounded down to a multiple of 8; turns tiling on.
-        tiling: Cut clips into tiles as the released VAE does.
+        tiling: AxisTiling clips into tiles as the released VAE does.
         tile_frames: Length of a tile in frames, a multiple of 16.
 
     Raises:

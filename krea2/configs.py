@@ -18,7 +18,7 @@ FEW_STEPS = FewSteps(
     also="Turbo",
     adapter="the file of ostris/krea2_turbo_training_adapter",
     targets=(GUIDED, make_transfer_target("raw", "raw.safetensors")),
-    unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
+    undistilled_pattern=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 PATCH = 2  # latent pixels along each side of a token
 STATES = tuple(range(2, 36, 3))  # layers of Qwen3-VL before each state that is read

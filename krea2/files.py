@@ -17,7 +17,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import ImageUse, read_within
+from encoders.picture_prompts import ImagePromptFormat, read_within
 from krea2.configs import FEW_STEPS, PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
@@ -42,14 +42,14 @@ KREA_2_USE = replace(
     stacked=STATES,
 )
 MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # maximum area of a reference: for the VAE, and in a prompt
-SHOWN = ImageUse(
+SHOWN = ImagePromptFormat(
     "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
     read=partial(read_within, area=SHOWN_AREA),
-    fewest=256 * 256,
+    min_pixels=256 * 256,
 )
 EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
 # of a generation, most of which show none
-MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
+MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, loads_tower_at_once=False))
 MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"

@@ -154,7 +154,7 @@ class Ltx2(Ltx2Media):
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
     strategy: ReferenceStrategy = STRATEGIES[AUTO]
     audio_references: AudioReferenceRules = AudioReferenceRules()
-    dropped_references: float = 0.0  # fraction of training batches without their references
+    reference_dropout_rate: float = 0.0  # fraction of training batches without their references
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True, guide=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -178,7 +178,9 @@ class Ltx2(Ltx2Media):
         if audio is None:
             return None
         return replace(
-            audio, takes_references=self.strategy.takes_audio, dropped_references=self.dropped_references
+            audio,
+            takes_references=self.strategy.takes_audio,
+            reference_dropout_rate=self.reference_dropout_rate,
         )
 
     @property
@@ -870,7 +872,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         references=_resolve_training_references(options) if takes_images else None,
         strategy=strategy,
         audio_references=make_audio_rules(options.audio_references),
-        dropped_references=1 - options.ic_lora_ref_probability,
+        reference_dropout_rate=1 - options.ic_lora_ref_probability,
     )
 
 

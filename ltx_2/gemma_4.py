@@ -12,7 +12,14 @@ from typing import Any
 from checkpoints.encoders import read_config_json
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint
-from encoders.language_models import FAR, FEED_NORM, NEAR, Q_NORM, SCALAR, LanguageModel
+from encoders.language_models import (
+    FEED_NORM,
+    FULL_ATTENTION,
+    Q_NORM,
+    SCALAR,
+    SLIDING_ATTENTION,
+    LanguageModel,
+)
 from ltx_2.model_options import OF_GEMMA_4
 from ltx_2.text_encoder import GEMMA_USE, NEAR_THETA, THETA, TOKENIZER_FILES, WINDOW
 from modules.errors import CheckpointError
@@ -33,11 +40,11 @@ def read_settings(
     """
     layers = _list_layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}
-    full = rope.get(FAR) or {}
-    sliding = rope.get(NEAR) or {}
+    full = rope.get(FULL_ATTENTION) or {}
+    sliding = rope.get(SLIDING_ATTENTION) or {}
     theta = float(full.get("rope_theta", THETA))
     sliding_theta = float(sliding.get("rope_theta", NEAR_THETA))
-    rotated_share = float(full.get("partial_rotary_factor", 0.25))
+    partial_rotary_factor = float(full.get("partial_rotary_factor", 0.25))
     window = int(settings.get("sliding_window", WINDOW))
     has_kinds = (
         full.get("rope_type", "proportional") == "proportional"
@@ -47,11 +54,13 @@ def read_settings(
     if not has_kinds or not are_finite:
         raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
     layer_types = settings.get("layer_types")
-    if not 0 < rotated_share <= 1 or layers != list(layer_types or layers)[:num_layers]:
-        raise ValueError(f"partial_rotary_factor {rotated_share}, layer_types {layer_types} for {layers}")
-    if layers[-1] != FAR:
+    if not 0 < partial_rotary_factor <= 1 or layers != list(layer_types or layers)[:num_layers]:
+        raise ValueError(
+            f"partial_rotary_factor {partial_rotary_factor}, layer_types {layer_types} for {layers}"
+        )
+    if layers[-1] != FULL_ATTENTION:
         raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
-    full_layer = f"layers.{layers.index(FAR)}.self_attn"
+    full_layer = f"layers.{layers.index(FULL_ATTENTION)}.self_attn"
     (width,) = shapes.get(f"{full_layer}.q_norm.weight", (0,))
     rows = shapes.get(f"{full_layer}.k_proj.weight", (0,))[0]
     if width < 2 or rows < width or rows % width:
@@ -59,7 +68,7 @@ def read_settings(
     sliding_rope = {"rope_type": "default", "rope_theta": sliding_theta}
     full_rope = {
         "rope_type": "proportional",
-        "partial_rotary_factor": rotated_share,
+        "partial_rotary_factor": partial_rotary_factor,
         "rope_theta": theta,
     }
     return {
@@ -68,7 +77,7 @@ def read_settings(
         "num_global_key_value_heads": rows // width,
         "attention_k_eq_v": True,
         "sliding_window": window,
-        "rope_parameters": {NEAR: sliding_rope, FAR: full_rope},
+        "rope_parameters": {SLIDING_ATTENTION: sliding_rope, FULL_ATTENTION: full_rope},
     }
 
 
@@ -77,7 +86,7 @@ def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) ->
     layers = []
     for number in range(num_layers):
         has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
-        layers.append(NEAR if has_values else FAR)
+        layers.append(SLIDING_ATTENTION if has_values else FULL_ATTENTION)
     return layers
 
 
@@ -85,16 +94,16 @@ GEMMA_4 = LanguageModel(
     what="a Gemma 4 language model",
     option=OPTION,
     files=f"{FILE}, or the folder of a release in diffusers' layout to --gemma_root",
-    classes="Gemma4UnifiedText",
+    class_prefix="Gemma4UnifiedText",
     kind="gemma4",
     word_key="gemma4",
     defaults={"hidden_size": 2304, "num_attention_heads": 8, "rms_norm_eps": 1e-6},
     theta=THETA,
     eps=1e-6,
-    marks=(Q_NORM, FEED_NORM, SCALAR),
+    distinguishing_tensors=(Q_NORM, FEED_NORM, SCALAR),
     read_settings=read_settings,
     config_key=CONFIG,
-    since="5.15",
+    min_transformers="5.15",
 )
 # recorded under the same name as Gemma 3, so that a comparison notices texts of another release
 GEMMA_4_USE = replace(

@@ -22,27 +22,27 @@ from checkpoints.tokenizers import TokenizerFiles
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import (
     ALL_STATES,
-    FAR,
     FEED_NORM,
-    NEAR,
+    FULL_ATTENTION,
     Q_NORM,
+    SLIDING_ATTENTION,
     LanguageModel,
     all_states,
     read_language_model,
 )
-from encoders.picture_prompts import ReadImages
-from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
+from encoders.picture_prompts import PatchedImages
+from encoders.text_encoder import TemplatedPrompt, TextTokenizer, TokenizerSource
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError
-from protocols.data import Conditions, weigh_rows
+from protocols.data import Conditions, weigh_tokens
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt
 
 # settings of the 12B model, for a file without config.json
-STRETCH = 8.0  # positions of FAR layers are divided by it
-WINDOW = 1024  # tokens that NEAR layers look back
-PATTERN = 6  # every sixth layer is FAR
+STRETCH = 8.0  # positions of FULL_ATTENTION layers are divided by it
+WINDOW = 1024  # tokens that SLIDING_ATTENTION layers look back
+PATTERN = 6  # every sixth layer is FULL_ATTENTION
 THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 
 
@@ -54,8 +54,8 @@ def read_settings(
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for invalid values.
     """
     rope = settings.get("rope_parameters") or {}
-    full = rope.get(FAR) or {}
-    sliding = rope.get(NEAR) or {}
+    full = rope.get(FULL_ATTENTION) or {}
+    sliding = rope.get(SLIDING_ATTENTION) or {}
     old_scaling = settings.get("rope_scaling") or {}
     scaling = full if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -89,12 +89,15 @@ def read_settings(
 
 
 def _list_layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:
-    """Return each layer's attention kind; by default, every `pattern`-th layer is FAR."""
+    """Return each layer's attention kind; by default, every `pattern`-th layer is FULL_ATTENTION."""
     layers = settings.get("layer_types")
     if not layers:
-        layers = [FAR if number % pattern == 0 else NEAR for number in range(1, num_layers + 1)]
+        layers = [
+            FULL_ATTENTION if number % pattern == 0 else SLIDING_ATTENTION
+            for number in range(1, num_layers + 1)
+        ]
     layers = [str(layer) for layer in layers][:num_layers]
-    if len(layers) < num_layers or not {FAR, NEAR} >= set(layers):
+    if len(layers) < num_layers or not {FULL_ATTENTION, SLIDING_ATTENTION} >= set(layers):
         raise ValueError(f"layer_types {layers} of {num_layers} layers")
     return layers
 
@@ -106,7 +109,7 @@ GEMMA_3 = LanguageModel(
         "the folder of google/gemma-3-12b-it-qat-q4_0-unquantized, or one file of the model to "
         "--gemma_safetensors and its folder"
     ),
-    classes="Gemma3Text",
+    class_prefix="Gemma3Text",
     kind="gemma3",
     word_key="gemma3_12b",
     # defaults that transformers does not write
@@ -119,7 +122,7 @@ GEMMA_3 = LanguageModel(
     },
     theta=THETA,
     eps=1e-6,
-    marks=(Q_NORM, FEED_NORM),
+    distinguishing_tensors=(Q_NORM, FEED_NORM),
     rope_types=("default", "linear"),
     read_settings=read_settings,
 )
@@ -188,7 +191,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         self.streams = tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
-        self.takes_weights = prompt_key(self.streams[0])
+        self.weighted_states_key = prompt_key(self.streams[0])
         self.pads_left = False  # in the connectors' output a prompt's own rows come first
 
     @property
@@ -220,12 +223,12 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         num_weights = sum(weight.numel() for weight in connectors.parameters())
         return num_weights * self.dtype.itemsize
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Strip white space from a prompt, and shift its weighted spans to match."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
         spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans)
-        return Written(text, text, spans)
+        return TemplatedPrompt(text, text, spans)
 
     def load_network(self, device: torch.device) -> nn.Module:
         """Load the connectors, then Gemma into the remaining memory."""
@@ -254,7 +257,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         tokenizer: TextTokenizer,
         rows: Sequence[list[int]],
         dropped: int,
-        pictures: Sequence[ReadImages] = (),
+        images: Sequence[PatchedImages] = (),
     ) -> list[Conditions]:
         """Return each stream's connector output, 1024 states, for each row of token ids, and a mask of ones.
 
@@ -277,5 +280,5 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return the conditions with each text row scaled by its weight."""
         texts = {prompt_key(stream) for stream in self.streams}
         return {
-            name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()
+            name: weigh_tokens(rows, weights) if name in texts else rows for name, rows in conditions.items()
         }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, tiles
+from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, split_into_tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae_blocks import ClipMemory, VideoVaeConfig, VideoVaeDecoder, VideoVaeEncoder
 from modules.devices import dtype_name
@@ -99,7 +99,7 @@ class LtxVideoVae(nn.Module):
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
         edge = size if self.tile is None else self.tile // self.config.stride[1]
-        return tiles(size, max(MIN_TILE, edge))
+        return split_into_tiles(size, max(MIN_TILE, edge))
 
     def _means(self, pixels: Tensor) -> Iterator[Tensor]:
         """Yield the posterior mean of each latent frame, B Z 1 h w float32."""

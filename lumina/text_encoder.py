@@ -18,7 +18,7 @@ from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
 from encoders import language_models
 from encoders.language_states import language_states
-from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
+from encoders.text_encoder import FileTextEncoder, TemplatedPrompt, TextTokenizer, TokenizerSource, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.options import DEFAULT_TOKENS
 from modules.devices import dtype_name
@@ -50,7 +50,7 @@ GEMMA_2 = language_models.LanguageModel(
     what="a Gemma 2 language model",
     option=GEMMA_OPTION,
     files=GEMMA_NAMES,
-    classes="Gemma2",
+    class_prefix="Gemma2",
     kind="gemma2",
     word_key="gemma2_2b",
     # defaults of transformers, which it does not write
@@ -58,7 +58,7 @@ GEMMA_2 = language_models.LanguageModel(
     theta=10000.0,
     eps=1e-6,
     head_width=256,
-    marks=(language_models.FEED_NORM,),
+    distinguishing_tensors=(language_models.FEED_NORM,),
     # attention is spelled out, as soft-capping needs; every other layer looks back so many tokens
     settings={"attn_implementation": "eager", "attn_logit_softcapping": 50.0, "sliding_window": 4096},
     read_settings=read_settings,
@@ -107,9 +107,9 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"
     source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
-    takes_weights = "hidden_state"
+    weighted_states_key = "hidden_state"
     word_keys = ("gemma2_2b",)
-    logs_cuts = True
+    logs_truncation = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
@@ -149,15 +149,15 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         )
         return {**identity, "system_prompt": self.system_prompt}
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Put the system prompt before the prompt; negative prompts get none unless the options say so."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
-        return Written(before + prompt.text, prompt.text, prompt.spans, len(before))
+        return TemplatedPrompt(before + prompt.text, prompt.text, prompt.spans, len(before))
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has no begin token."""
-        if tokenizer.number(BEGIN) is None:
+        if tokenizer.token_to_id(BEGIN) is None:
             raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:

@@ -29,10 +29,10 @@ from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.media.pixels import byte_clips
 from modules.media.samples import track_info
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 
-def reference_of(medium: ShownMedium) -> H3Reference:
+def reference_of(medium: ReferenceMedium) -> H3Reference:
     """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
 
     Raises MediaError if the file of a clip cannot be read.
@@ -44,7 +44,7 @@ def reference_of(medium: ShownMedium) -> H3Reference:
     return H3Reference(medium.kind, medium.path, audio)
 
 
-def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
+def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
     """Raise DatasetError if a dataset row has no references, or some that the model cannot use.
 
     Args:
@@ -105,7 +105,7 @@ class ReferenceSizes:
 def encode_references(
     vae: H3VideoVae,
     audio_vae: H3AudioVae,
-    shown: tuple[ShownMedium, ...],
+    shown: tuple[ReferenceMedium, ...],
     frames: int,
     sizes: ReferenceSizes,
 ) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from modules.errors import MediaError, UserError
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # values of --teacher_conditions
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # values of --text_cache_dtype
@@ -156,7 +156,7 @@ class H3CachingEncoder(H3TextEncoder):
             )
         return self._show_references(prompt.media, len(prompt.clip))
 
-    def _show_references(self, media: Sequence[ShownMedium], frames: int) -> tuple[Shown, ...]:
+    def _show_references(self, media: Sequence[ReferenceMedium], frames: int) -> tuple[Shown, ...]:
         """Return the references of a dataset row as they are presented for a clip of `frames` frames."""
         sizes = ReferenceSizes(*self.edges, LATENT.pixel_step)
         references = [reference_of(medium) for medium in media]

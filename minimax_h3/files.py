@@ -102,7 +102,7 @@ class H3TextEncoder(LanguageModelEncoder):
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer belongs to another model."""
-        missing = [token for token in OWN_TOKENS if tokenizer.number(token) is None]
+        missing = [token for token in OWN_TOKENS if tokenizer.token_to_id(token) is None]
         if missing:
             raise CheckpointError(
                 f"{tokenizer.file} is not the tokenizer of MiniMax-H3: it has no {' '.join(missing)}. Give "
@@ -137,7 +137,7 @@ class H3TextEncoder(LanguageModelEncoder):
         self.load_tower(network.get_parameter(self.embedding).device)
         shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
         tokens = tokenizer.read(prompt.text)
-        pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
+        pads = [pad for pad in PADS if tokenizer.token_to_id(pad) in tokens.ids]
         # a typed placeholder would be replaced by an image
         if pads:
             raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
@@ -152,11 +152,13 @@ class H3TextEncoder(LanguageModelEncoder):
             )
         num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
         check_ids([ids], num_rows, self.path, self.source.files.option)
-        (conditions,) = self.compute(network, tokenizer, rows=[ids], dropped=0, pictures=[shown.pictures])
+        (conditions,) = self.compute(
+            network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[shown.pictures]
+        )
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.spans:
             return conditions
-        weights = weights_of(self.write(prompt), tokens.places)
+        weights = weights_of(self.write(prompt), tokens.char_spans)
         return self.weigh(conditions, [1.0] * in_front + weights)
 
     def _list_tokens(
@@ -277,7 +279,7 @@ class H3Files(LanguageModelFiles):
             channels: int = settings["latent_channels"]
         except (OptionError, OSError):  # a training run from caches needs no VAE
             channels = len(AUDIO_MEAN)
-        return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
+        return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_in_latent_cache=True)
 
     def audio_identity(self) -> dict[str, str]:
         """Return what cached audio depends on besides the samples; the VAE is float32."""

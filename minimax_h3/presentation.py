@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from encoders.picture_prompts import ImageUse, ReadImages
+from encoders.picture_prompts import ImagePromptFormat, PatchedImages
 from minimax_h3.options import FPS
 from minimax_h3.vision import Preprocessing, cut_clip, cut_image
 from modules.errors import MediaError
@@ -28,7 +28,9 @@ IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jso
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 PADS = (PAD, "<|video_pad|>")  # not allowed in prompts with images
-USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
+USE = ImagePromptFormat(
+    text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, loads_tower_at_once=False
+)
 IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
 
@@ -84,11 +86,11 @@ class Presentation:
     """Texts and image patches that precede a prompt in the text encoder."""
 
     pieces: tuple[PresentedPiece, ...]
-    pictures: ReadImages  # images of the vision blocks, in order
+    pictures: PatchedImages  # images of the vision blocks, in order
 
 
 def present(
-    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImageUse = USE
+    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImagePromptFormat = USE
 ) -> Presentation:
     """Return the text labels and image patches that present media to the text encoder, in order.
 
@@ -97,7 +99,7 @@ def present(
     Raises MediaError if an image cannot be shown, or a clip has too few frames.
     """
     pieces: list[PresentedPiece] = []
-    cuts: list[ReadImages] = []
+    cuts: list[PatchedImages] = []
     counts = dict.fromkeys(LABELS, 0)
 
     def label(kind: str) -> PresentedPiece:
@@ -121,9 +123,9 @@ def present(
             for second, tokens in zip(seconds, cut.counts, strict=True):
                 pieces += [PresentedPiece(f"<{second:.1f} seconds>"), PresentedPiece(tokens=tokens)]
             cuts.append(cut)
-    patch_grids = tuple(side for cut in cuts for side in cut.sides)
+    patch_grids = tuple(side for cut in cuts for side in cut.token_grids)
     patches = torch.cat([cut.patches for cut in cuts]) if cuts else torch.zeros(0)
-    return Presentation(tuple(pieces), ReadImages(patches, patch_grids))
+    return Presentation(tuple(pieces), PatchedImages(patches, patch_grids))
 
 
 def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

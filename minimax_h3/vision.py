@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoders.picture_prompts import MAX_RATIO, ImageUse, ReadImages, read_images
+from encoders.picture_prompts import MAX_RATIO, ImagePromptFormat, PatchedImages, read_images
 from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
@@ -118,13 +118,13 @@ def _make_error(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
 
 
-def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
+def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImagePromptFormat) -> PatchedImages:
     """Cut an image, H W 3 uint8, into patches; raise MediaError if its aspect ratio is too extreme."""
-    use = replace(use, fewest=limits.fewest, maximum=limits.maximum)
+    use = replace(use, min_pixels=limits.fewest, max_pixels=limits.maximum)
     return read_images(tower, [picture], use, limits.colors)
 
 
-def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
+def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> PatchedImages:
     """Cut a clip, F H W 3 uint8, into the vision tower's patches, which cover two frames each.
 
     Each pair counts as an image: its tokens follow its time in the prompt. The last frame may be repeated.
@@ -157,7 +157,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
     )
     num_images = len(normalized) // patch_frames
     sides = (height // step, width // step)
-    return ReadImages(patches, (sides,) * num_images)
+    return PatchedImages(patches, (sides,) * num_images)
 
 
 def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:

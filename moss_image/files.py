@@ -18,7 +18,7 @@ from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN35
-from encoders.picture_prompts import ImageUse
+from encoders.picture_prompts import ImagePromptFormat
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.configs import AXES, MossImageConfig
@@ -54,13 +54,13 @@ TEXT_USE = LanguageUse(
     after=f"{_AFTER}<think>\n",
     strips=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImageUse(
+    pictures=ImagePromptFormat(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=shrink,
-        fewest=32 * 32,
-        maximum=SHOWN_PIXELS,
-        always=False,
+        min_pixels=32 * 32,
+        max_pixels=SHOWN_PIXELS,
+        loads_tower_at_once=False,
     ),
 )
 

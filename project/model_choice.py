@@ -93,7 +93,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     with contextlib.suppress(UserError):
         audio = audio_of(family)
         hears = audio is not None
-        pairs_audios = audio is not None and audio.is_inside
+        pairs_audios = audio is not None and audio.is_in_latent_cache
     return ModelInfo(
         references=references,
         needs_reference=needs_image(model) and references > 0,

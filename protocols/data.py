@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modules.devices import send
 from modules.errors import CacheError
 from modules.media.lengths import ClipLengths
-from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ShownMedium
+from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ReferenceMedium
 
 # Inputs of a network in addition to the noisy latents, by the tensor names of the caches (`t5`, `clip`,
 # `llama_vec`). A tensor has a batch dimension. If lengths differ per sample (T5), the value is a list with
@@ -44,7 +44,7 @@ REJECTED_LATENTS = "latents_worse"
 
 # latents of a clip's audio, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# the same inside the cache of a clip's latents (`AudioSpec.is_inside`); 1 if it is not just silence, else 0
+# the same inside the cache of a clip's latents (`AudioSpec.is_in_latent_cache`); 0 for silence, else 1
 INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
 # latents of the audio that a clip's audio is made after, next to SOUND; its T may differ
 REFERENCE_AUDIO = "reference_audio_latents"
@@ -203,12 +203,12 @@ class Batch:
                     f"{remedy}."
                 )
 
-    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
-        """Raise CacheError if cached tensors come from a different encoder than the network was trained with.
+    def check_widths(self, widths: Mapping[str, int], network_path: Path, remedy: str) -> None:
+        """Raise CacheError if cached embeddings do not have the width that the network takes.
 
         Args:
             widths: Size of the last axis that the network expects, by tensor name.
-            taker: File of the network, for the message.
+            network_path: File of the network, for the message.
             remedy: Options to cache again with, for the message.
         """
         for name, expected in widths.items():
@@ -224,7 +224,7 @@ class Batch:
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, {taker} takes {expected}. Cache again with "
+                        f"{where} is {width} numbers wide, {network_path} takes {expected}. Cache again with "
                         f"{remedy}."
                     )
 
@@ -257,7 +257,9 @@ class MediaTable:
     has_post: bool = True  # whether a black frame follows the control images
     flips: bool = False  # whether mirrored latents are cached too
     guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # `MediaBatch.shown` of each source; () if none has any
+    shown: tuple[
+        tuple[ReferenceMedium, ...], ...
+    ] = ()  # `MediaBatch.shown` of each source; () if none has any
 
 
 @dataclass(frozen=True)
@@ -276,10 +278,10 @@ class MediaBatch:
     # followed by guides
     references: tuple[Tensor, ...] = ()
     control_mask: Tensor | None = None  # B F H W uint8: 255 where pixels are generated
-    # audio of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros for silence
+    # audio of clips, for a family with `AudioSpec.is_in_latent_cache`: B C S float32, zeros for silence
     audio: Tensor | None = None
     heard: tuple[bool, ...] = ()  # whether each clip has audio
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # references of each item, from its row in a list
+    shown: tuple[tuple[ReferenceMedium, ...], ...] = ()  # references of each item, from its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
@@ -370,7 +372,7 @@ class MediaEncoders:
 
     vae: Any  # the family's own VAE class
     image_encoder: Any = None
-    audio: Any = None  # of a family with `AudioSpec.is_inside`, in caching
+    audio: Any = None  # of a family with `AudioSpec.is_in_latent_cache`, in caching
 
 
 @dataclass(frozen=True)
@@ -406,7 +408,7 @@ class LatentSpec:
     unsaid_fps: float | None = None
     clip: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
     tail: int = 1  # number of frames that follow the complete clips of a video
-    holds_audio: bool = False  # see `AudioSpec.is_inside`
+    holds_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
     # metadata (name, value of this run) that tell apart caches of the same name for different uses
     declared: tuple[tuple[str, str], ...] = ()
     has_size_conditions: bool = False  # whether batches have `SIZES`
@@ -492,9 +494,11 @@ class AudioSpec:
     is_alone: bool = False  # whether only the audio of clips is trained
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
     # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `IS_HEARD`
-    is_inside: bool = False
+    is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
-    dropped_references: float = 0.0  # fraction of training batches that leave these and other references out
+    reference_dropout_rate: float = (
+        0.0  # fraction of training batches that leave these and other references out
+    )
 
 
 @dataclass(frozen=True)
@@ -529,18 +533,19 @@ class SamplingDefaults:
     solvers: tuple[str, ...] = ()
 
 
-def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows of a prompt's embeddings by their weights; the other rows do not change.
+def weigh_tokens(embeddings: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply the embeddings of a prompt's first tokens by their weights; the others do not change.
 
-    The product is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
+    The product is computed in float32 and rounded once, so that tokens of weight 1 keep every bit.
 
     Args:
-        rows: Embeddings of one prompt, L C or L n C.
+        embeddings: Embeddings of one prompt's tokens, L C or L n C.
         weights: Weights of the prompt's tokens, at most L.
     """
-    assert isinstance(rows, Tensor)
-    weighted = rows.clone()
-    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
-    factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
-    weighted[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    assert isinstance(embeddings, Tensor)
+    num_weighted = len(weights)
+    factors = torch.tensor(weights, dtype=torch.float32, device=embeddings.device)
+    factors = factors.reshape(-1, *[1] * (embeddings.ndim - 1))
+    weighted = embeddings.clone()
+    weighted[:num_weighted] = (embeddings[:num_weighted].float() * factors).to(embeddings.dtype)
     return weighted

@@ -354,9 +354,9 @@ def plain_script(
     *records: type[Options],
     without: Collection[str] = (),
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
-    going_on: Callable[[Any], str] = lambda options: "",
+    advice_after_interrupt: Callable[[Any], str] = lambda options: "",
 ) -> Script:
-    """Return the script that reads options and passes the first record to a function.
+    """Return the main function of a script: it reads options, and passes the first record to a function.
 
     Args:
         about: Docstring of the script.
@@ -365,16 +365,16 @@ def plain_script(
         records: Option records to read.
         without: Public names of options to leave out; their records hold the default.
         prepare: Makes the function's arguments from the first record.
-        going_on: Returns the advice to print after Ctrl-C.
+        advice_after_interrupt: Returns the advice to print after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
-        options, *_ = parse_options(about, argv, *records, without=without)  # the first record
-        arguments = prepare(options)
+        first_record, *_ = parse_options(about, argv, *records, without=without)
+        arguments = prepare(first_record)
         try:
             _find_function(work)(*arguments)
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
+            raise KeyboardInterrupt(f"{stop} {advice_after_interrupt(first_record)}".strip()) from None
 
     return Script(run_tool)
 

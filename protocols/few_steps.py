@@ -72,9 +72,9 @@ class FewSteps:
     lost: str = "them"
     cost: str = "it needs more steps, and guidance, for equal quality"
     is_certain: bool = False  # of all files of the family, whatever they are called
-    words: str = ""  # regular expression of further words in names
+    distilled_words: str = ""  # regular expression of further words in names
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
-    unless: str = ""
+    undistilled_pattern: str = ""
 
     @property
     def instead(self) -> str:
@@ -111,30 +111,32 @@ class FewSteps:
         Returns:
             The verdict; None if no name is conclusive.
         """
-        words = "|".join(filter(None, (_WORDS, self.words)))
-        distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
-        # names that may reveal distillation, nearest first, each with a phrase about its origin
+        words = "|".join(filter(None, (_WORDS, self.distilled_words)))
+        distilled_pattern = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
+        # names that may reveal distillation, nearest first, each with a phrase for messages
         path = path.absolute()
-        name = _FILE_ENDING.sub("", path.name)
-        names = [(name, f"its name is {name}")]
-        if _PLAIN.fullmatch(name.lower()):  # says nothing of the model
+        file_name = _FILE_ENDING.sub("", path.name)
+        names = [(file_name, f"its name is {file_name}")]
+        is_generic_name = _PLAIN.fullmatch(file_name.lower()) is not None  # such as "model"
+        if is_generic_name:
             for folder in path.parents[:_FOLDERS]:
                 names.append((folder.name, f"its folder is {folder}"))
         for key in _TITLES:
             if key in metadata:
                 names.append((metadata[key], f"its {key} is {metadata[key]}"))
-        for name, where in names:
-            split_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))  # CamelCase too
-            # `unless` is a pattern of the names of models that are not distilled
-            if self.unless and re.search(self.unless, split_name):
-                return Verdict(False, where)
+        for name, reason in names:
+            snake_case_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
+            undistilled = self.undistilled_pattern
+            if undistilled and re.search(undistilled, snake_case_name):
+                return Verdict(False, reason)
             # a model that was distilled only to take its guidance as a number does not count
             without_guidance_words = _GUIDED.sub("", _with_underscores(name))
             # "de-distilled" contains "distilled": such words are removed before the search
-            if distilled.search(_UNDONE.sub("", without_guidance_words)):
-                return Verdict(True, where)
-            if _UNDONE.search(without_guidance_words):
-                return Verdict(False, where)
+            without_undone_words = _UNDONE.sub("", without_guidance_words)
+            if distilled_pattern.search(without_undone_words):
+                return Verdict(True, reason)
+            if without_undone_words != without_guidance_words:  # "de-distilled" and the like
+                return Verdict(False, reason)
         return None
 
 

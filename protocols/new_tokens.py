@@ -11,7 +11,7 @@ STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them 
 
 
 @dataclass(frozen=True)
-class WordFlags:
+class WordOptionNames:
     """The options of a script that describe a new word, as the user types them."""
 
     word: str
@@ -28,7 +28,7 @@ class WordToLearn:
 
     text: str
     count: int  # of its vectors
-    flags: WordFlags
+    option_names: WordOptionNames
     init_word: str | None = None  # known words, whose vectors it begins with; None: random vectors
     weights: Path | None = None  # a file of the word; it comes before `lora` and `init_word`
     lora: Path | None = None  # that learning continues from; it may bring the word

@@ -223,9 +223,10 @@ def settle(
     default_negative: str | None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
-    """Resolve a request for a family that makes its videos in one section.
+    """Replace everything that a request leaves open by a family's defaults.
 
-    The embedded guidance is dropped if the model has no input for it.
+    It is for families that generate a video in one section. The embedded guidance is dropped if the model
+    has no input for it.
 
     Args:
         request: The request.
@@ -240,18 +241,19 @@ def settle(
     width, height, frames = size
     shared_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     scale_by_expert = {**defaults.expert_guidance, **request.expert_guidance}
-    scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
-    for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
+    guidance_scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
+    unknown_experts = request.expert_guidance.keys() - {expert.name for expert in experts}
+    for name in unknown_experts:
         logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
     negative = default_negative if request.negative_prompt is None else request.negative_prompt
-    if negative is None and any(scale != 1 for scale in scales):
+    if negative is None and any(scale != 1 for scale in guidance_scales):
         logger.warning(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
         )
-        scales = (1.0,) * len(scales)
-    embedded = defaults.embedded_guidance
-    if embedded is not None and request.embedded_guidance is not None:
-        embedded = request.embedded_guidance
+        guidance_scales = (1.0,) * len(guidance_scales)
+    embedded_guidance = defaults.embedded_guidance  # None: the model has no input for it
+    if embedded_guidance is not None and request.embedded_guidance is not None:
+        embedded_guidance = request.embedded_guidance
     prompts = Prompts(
         Prompt(request.prompt, second=request.second_prompt),
         Prompt(negative or ""),
@@ -269,8 +271,8 @@ def settle(
         fps=request.fps or defaults.fps,
         solver=request.solver or defaults.solver,
         flow_shift=flow_shift,
-        guidance_scale=scales,
-        embedded_guidance=embedded,
+        guidance_scale=guidance_scales,
+        embedded_guidance=embedded_guidance,
     )
 
 
@@ -285,24 +287,25 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
     Raises:
         OptionError: If a usable file or folder does not exist or cannot be read.
     """
-    for name, is_usable in usable.items():
-        media = getattr(request, name)
+    for field_name, is_usable in usable.items():
+        media = getattr(request, field_name)
         if not media:
             continue
-        option = _OPTIONS.get(name, name)
-        has_several = isinstance(media, tuple)
-        paths = media if has_several else (media,)
+        option = _OPTIONS.get(field_name, field_name)
+        is_list = isinstance(media, tuple)
+        paths = media if is_list else (media,)
         if not is_usable:
             logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
-            unset: dict[str, Any] = {name: () if has_several else None}
-            request = replace(request, **unset)
+            without_media: dict[str, Any] = {field_name: () if is_list else None}
+            request = replace(request, **without_media)
             continue
         for path in paths:
             if not path.exists():
                 raise OptionError(
                     f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
                 )
-            check_opens(option, path, is_image=name != "control_path")  # a control is a clip or a folder
+            is_image = field_name != "control_path"  # control media are a clip or a folder of images
+            check_opens(option, path, is_image)
     return request
 
 
@@ -393,8 +396,8 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     width, height, frames = size
     step = latent.pixel_step
     num_pixels = width * height * frames
-    has_patches = not width % step and not height % step and min(width, height) >= step
-    if has_patches and num_pixels <= MAX_PIXELS:
+    is_multiple = width % step == 0 and height % step == 0 and min(width, height) >= step
+    if is_multiple and num_pixels <= MAX_PIXELS:
         return
     option = "--image_size" if latent.is_of_images else "--video_size"
     if num_pixels > MAX_PIXELS:
@@ -402,10 +405,11 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
             f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
             f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
         )
-    near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))
+    nearest_height = max(step, round(height / step) * step)
+    nearest_width = max(step, round(width / step) * step)
     raise OptionError(
         f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
-        f"{near_height} {near_width}"
+        f"{nearest_height} {nearest_width}"
     )
 
 
@@ -440,22 +444,24 @@ def full_frames(frames: int, latent: LatentSpec) -> int:
 def check_values(request: Request) -> None:
     """Raise OptionError for invalid Unicode in texts and for numbers outside of the supported ranges."""
     _check_texts(request)
-    *_, max_scale = VALUES["guidance_scale"]
-    for name, scale in request.expert_guidance.items():
-        if not abs(scale) <= max_scale:
-            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {max_scale}")
-    for name, (option, character, maximum) in COUNTS.items():
+    _, _, max_guidance_scale = VALUES["guidance_scale"]
+    for expert, scale in request.expert_guidance.items():
+        if not abs(scale) <= max_guidance_scale:
+            raise OptionError(
+                f"--guidance_scale_{expert} {scale:g}: give a number of at most {max_guidance_scale}"
+            )
+    for name, (option, prompt_flag, maximum) in COUNTS.items():
         count = getattr(request, name)
         if count is not None and not 1 <= count <= maximum:
             raise OptionError(
-                f"{option} {show_number(count)} (--{character} in a prompt line): give a number from 1 to "
+                f"{option} {show_number(count)} (--{prompt_flag} in a prompt line): give a number from 1 to "
                 f"{maximum}"
             )
-    for name, (option, character, maximum) in VALUES.items():
+    for name, (option, prompt_flag, maximum) in VALUES.items():
         value = getattr(request, name)
         if value is not None and not abs(value) <= maximum:  # nan too
             raise OptionError(
-                f"{option} {value:g} (--{character} in a prompt line): give a number of at most {maximum}"
+                f"{option} {value:g} (--{prompt_flag} in a prompt line): give a number of at most {maximum}"
             )
     if request.flow_shift is not None and request.flow_shift <= 0:
         raise OptionError(

@@ -305,7 +305,7 @@ class TokenCount:
 
 
 # start and end of a token in a text, in characters; None for special tokens, which are not in the text
-Place = tuple[int, int] | None
+CharSpan = tuple[int, int] | None
 
 CountTokens = Callable[[str], TokenCount]
 
@@ -321,7 +321,9 @@ def kept_characters(ends: Sequence[int], maximum: int, length: int) -> int:
     return length if len(ends) <= maximum else max(ends[:maximum], default=0)
 
 
-def token_weights(text: str, tokens: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
+def token_weights(
+    text: str, tokens: Sequence[CharSpan], spans: Sequence[tuple[int, int, float]]
+) -> list[float]:
     """Return the weight of each token: the weight of the span that contains its first character, else 1.
 
     Blanks at the start of a token are ignored.
@@ -429,7 +431,7 @@ class ReferenceRules:
 
 
 @dataclass(frozen=True)
-class ShownMedium:
+class ReferenceMedium:
     """One reference of an item, from a row of a list (`references`): an image, a clip or separate audio."""
 
     kind: str  # "image", "video" or "audio"

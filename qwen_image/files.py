@@ -18,7 +18,7 @@ from checkpoints.opening import Checkpoint
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, read_qwen_tokenizer
 from encoders.language_models import QWEN25_VL
-from encoders.picture_prompts import ImageUse
+from encoders.picture_prompts import ImagePromptFormat
 from encoders.text_encoder import TokenizerSource
 from modules.errors import CheckpointError
 from protocols.rules import ModelRelease, ReferenceRules
@@ -61,12 +61,12 @@ EDIT_USE = replace(
     "Generate a new image that meets the user's requirements while maintaining consistency with the original "
     "input where appropriate.<|im_end|>\n<|im_start|>user\n",
     dropped=64,
-    pictures=ImageUse(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), shown=1),
+    pictures=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )
 # it sees several, which prompts call by their numbers
 PLUS_USE = replace(
     EDIT_USE,
-    pictures=ImageUse("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),
+    pictures=ImagePromptFormat("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),
 )
 
 

@@ -21,7 +21,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import ImageUse
+from encoders.picture_prompts import ImagePromptFormat
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
@@ -63,19 +63,19 @@ TEXT_USE = LanguageUse(
     pre_norm=True,
     keeps_after=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=ImageUse(
+    pictures=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=lay_on_white,
         hash_images=hash_images,
-        fewest=1,  # no limits: the images already have their final sizes
-        maximum=1 << 40,
+        min_pixels=1,  # no limits: the images already have their final sizes
+        max_pixels=1 << 40,
         between=" ",
-        always=False,
+        loads_tower_at_once=False,
     ),
-    slots_key=SLOTS,
-    sizes_key=SIZES,
-    hashes_key=SEEN_HASHES,
+    image_positions_key=SLOTS,
+    image_sizes_key=SIZES,
+    image_hashes_key=SEEN_HASHES,
 )
 MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"

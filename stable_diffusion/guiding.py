@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss, normalize
 from checkpoints.dialects import LoadPlan, load_planned, other_kind
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
+from encoders.clip_checkpoints import ClipNaming, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.errors import CheckpointError, OptionError
@@ -119,7 +119,7 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
 
 
 CLIP_REPOSITORY = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-CLIP = ClipUse(
+CLIP = ClipNaming(
     what="CLIP (guidance)",
     option="--clip_guidance_model",
     release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",

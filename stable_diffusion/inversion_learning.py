@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from encoders.clip_l import PooledClip
-from encoders.inversion import Inversion, WordTower, find_in_lora
+from encoders.inversion import Inversion, InvertedEncoder, find_in_lora
 from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
 from modules.option_values import option_words
@@ -82,7 +82,7 @@ def describe_inversion(word: WordToLearn, files: TrainingFiles) -> CustomNetwork
         return dict(zip(keys, learned_word.vectors, strict=True))
 
     text_encoders = [
-        WordTower(key, PooledClip.embedding, partial(_tokenize, files, index))
+        InvertedEncoder(key, PooledClip.embedding, partial(_tokenize, files, index))
         for index, key in enumerate(keys)
     ]
     return Inversion(word, text_encoders, read_start_vectors).describe()
@@ -114,8 +114,8 @@ def describe_extended_inversion(
         return dict(zip(layers, learned_word.vectors[0].chunk(len(layers)), strict=True))
 
     # one text encoder, with separate vectors for each cross-attention
-    text_encoder = WordTower(
-        SD_TENSOR_NAME, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers)
+    text_encoder = InvertedEncoder(
+        SD_TENSOR_NAME, PooledClip.embedding, partial(_tokenize, files, 0), layer_keys=tuple(layers)
     )
     return Inversion(word, [text_encoder], read_start_vectors).describe()
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import FREE, IDENTITY, Options, option
-from protocols.new_tokens import MAX_VECTORS, WordFlags, WordToLearn, find_error
+from protocols.new_tokens import MAX_VECTORS, WordOptionNames, WordToLearn, find_error
 
-FLAGS = WordFlags(
+FLAGS = WordOptionNames(
     word="--token_string",
     count="--num_vectors_per_token",
     init_word="--init_word",

@@ -13,8 +13,8 @@ from torch import Tensor
 from checkpoints.dialects import LoadPlan
 from checkpoints.opening import Checkpoint, plain_sources
 from encoders.clip_checkpoints import (
+    ClipNaming,
     ClipTextConfig,
-    ClipUse,
     clip_tokenizer_files,
     plan_clip_text,
     read_clip_text,
@@ -33,7 +33,7 @@ SD2_TEXT = "cond_stage_model.model."
 # OpenCLIP's ViT-H has 24 layers, of which SD 2.x was trained with the first 23
 SD2_LAYERS = 23
 
-USE = ClipUse(
+USE = ClipNaming(
     option="--ckpt",
     release=f"{EXPECTED_FILE}",
     what="CLIP",

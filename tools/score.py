@@ -21,7 +21,7 @@ main = plain_script(
     score_run,
     ScoreOptions,
     prepare=lambda options: (options, load_tag_probabilities),
-    going_on=lambda options: "What was computed is kept: type the same command to continue.",
+    advice_after_interrupt=lambda options: "What was computed is kept: type the same command to continue.",
 )
 
 

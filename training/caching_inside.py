@@ -171,7 +171,7 @@ def _fill(
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
-    stores = replace(stores, trusts=options.skip_cache_check)
+    stores = replace(stores, trusts_shared_caches=options.skip_cache_check)
 
     def fill_tables(
         tables: Sequence[DatasetTable], cache: Callable[..., Any], batch_size: int | None
@@ -181,7 +181,8 @@ def _fill(
             dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
         )
         report = cache(family, DatasetConfig(config.path, tuple(tables)), caching, stores)
-        conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
+        # no warning: files of other programs are expected here
+        conclude(replace(report, num_without_record=0))
 
     with_latents = [plan.table for plan in plans if plan.latents.is_made]
     if with_latents:

@@ -470,7 +470,7 @@ def _find_items(
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
-        hears = audio is not None and not audio.is_inside
+        hears = audio is not None and not audio.is_in_latent_cache
         compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
     return items
 

@@ -250,7 +250,7 @@ class TrainingRun:
         self.parameters = self.model.trainable.parameters
         experts, audio = plan.family.experts, audio_of(plan.family)
         self.of_audio = frozenset()  # parameters of modules that only sound goes through
-        if audio is not None and not audio.is_inside:
+        if audio is not None and not audio.is_in_latent_cache:
             names = self.model.trainable.names
             self.of_audio = frozenset(parameter for parameter, name in names.items() if audio.modules in name)
         self.parts = ()

@@ -14,7 +14,14 @@ import torch
 
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.t5_network import T5Kind, T5Network, load_t5
-from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
+from encoders.text_encoder import (
+    END,
+    FileTextEncoder,
+    TemplatedPrompt,
+    TextTokenizer,
+    TokenizerSource,
+    in_groups,
+)
 from modules.errors import InstallationError
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
@@ -96,7 +103,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     what = "umT5"
     source = TOKENIZER
     maximum = MAX_TOKENS
-    takes_weights = "t5"
+    weighted_states_key = "t5"
     embedding = "token_embedding.weight"
     word_keys = ("umt5xxl",)
     blocks: BlockPlace | None = None  # splits the network over processes
@@ -106,10 +113,10 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
         """Everything that the outputs depend on: the file, the tokenizer, and the form of the weights."""
         return self.identify("t5", weights=self.form)
 
-    def write(self, prompt: Prompt) -> Written:
+    def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Return the cleaned prompt with the positions of its weighted parts, which cleaning may shift."""
         text, spans = clean_spans(prompt.text, prompt.spans)
-        return Written(text, text, spans)
+        return TemplatedPrompt(text, text, spans)
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load umT5 in the requested form; with `blocks`, only this process's part of its blocks."""

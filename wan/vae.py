@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from encoders.tiles import add_in_tiles, decode_in_tiles, tiles
+from encoders.tiles import add_in_tiles, decode_in_tiles, split_into_tiles
 from modules.devices import dtype_name, numbers_on
 from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip
@@ -76,14 +76,18 @@ class WanVae(nn.Module):
         tile_edge = max(1, self.tile // stride)  # in latent pixels
         if max(latent_height, latent_width) <= tile_edge:
             return self._encode(pixels, as_moments)
-        grid = (tiles(latent_height, tile_edge), tiles(latent_width, tile_edge))
+        grid = (split_into_tiles(latent_height, tile_edge), split_into_tiles(latent_width, tile_edge))
         # conv1 takes the 2Z channels of moments, conv2 the Z channels of latents
         channels = (self.conv1 if as_moments else self.conv2).in_channels
         latents = torch.zeros(
             (batch, channels, latent_frames, latent_height, latent_width), device=self.device
         )
         add_in_tiles(
-            lambda tile: [self._encode(tile, as_moments)], pixels, cuts=grid, units=(stride, 1), out=latents
+            lambda tile: [self._encode(tile, as_moments)],
+            pixels,
+            tiles=grid,
+            pixels_per_latent=(stride, 1),
+            out=latents,
         )
         return latents
 
@@ -107,7 +111,10 @@ class WanVae(nn.Module):
         if self.tile is not None:
             stride = RELEASES[self.config.latent_channels].stride
             tile_edge = max(1, self.tile // stride[1])  # in latent pixels
-            grid = (tiles(latents.shape[-2], tile_edge), tiles(latents.shape[-1], tile_edge))
+            grid = (
+                split_into_tiles(latents.shape[-2], tile_edge),
+                split_into_tiles(latents.shape[-1], tile_edge),
+            )
             chunks = decode_in_tiles(self._decode, latents, grid, stride)
         for chunk in chunks:
             yield chunk.clamp_(-1, 1) if clamps else chunk

@@ -115,7 +115,7 @@ class ZImage(ModelOfImages):
         also="Turbo",
         adapter="the file of ostris/zimage_turbo_training_adapter",
         targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
-        words="zit",
+        distilled_words="zit",
     )
     can: ClassVar = Abilities(tell_few_steps=True, tell_nodes=True)
     cache_tag: str = field(default="zi", init=False)

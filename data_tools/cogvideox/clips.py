@@ -307,7 +307,7 @@ def prepare_clips(
         batches = fill_batches(
             clips(),
             group_of=lambda pair: pair[1].shape,
-            max_of=lambda _: settings.batch_size,
+            batch_size_of=lambda _: settings.batch_size,
             bytes_of=lambda pair: pair[1].nbytes,
             max_bytes=MAX_WAITING,
         )

@@ -104,7 +104,7 @@ def check_audio(
         """Return what a clip's audio is, and how many of its audio caches are valid."""
         try:
             audio = listen(plan.source)
-            num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.kept)
+            num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
         except (MediaError, OSError) as error:
             return Failure.of(plan.source, error)
         return audio, num_valid
@@ -126,7 +126,7 @@ def check_audio(
         if audio.track is not None:
             tracks.append(audio.track)
             total_valid += num_valid
-            total_missing += len(plan.items) - num_valid
+            total_missing += len(plan.item_sizes) - num_valid
         if audio.silent is not None:
             findings_of_silence.append(Fault("have no sound", audio.silent, stem))
         if audio.remark is not None:

@@ -37,7 +37,7 @@ from dataset.cache.form import list_format_errors, list_shard_errors
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
 from dataset.caching.audio import AudioWork, HearingFamily
-from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
+from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner, plan_all
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
@@ -179,7 +179,7 @@ def check_caching(
         counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
     identified = _identify(family, scope)  # the encoders' files, which caches were made with
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
-    recipe = _make_recipe(family, identified.media, stores, scope)
+    cache_settings = _make_cache_settings(family, identified.media, stores, scope)
     folders = TableFolders(config)
 
     def check_table(table: DatasetTable) -> TableFindings:
@@ -187,7 +187,7 @@ def check_caching(
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
-            _check_media(findings, family, recipe, workers, with_latents=scope.latents)
+            _check_media(findings, family, cache_settings, workers, with_latents=scope.latents)
         if scope.texts:
             # an encoder that has captions to encode must be usable
             unencoded = _check_text_caches(findings, family, identified.texts, stores)
@@ -221,7 +221,9 @@ def check_caching(
     )
 
 
-def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
+def _make_cache_settings(
+    family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope
+) -> LatentCacheSettings:
     """Return the settings with which caching would encode latents, to compare existing caches with them.
 
     `identity` names the encoders and their files.
@@ -234,14 +236,14 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
             return None
         return family.sections_of(table, frames)
 
-    return Recipe(
+    return LatentCacheSettings(
         tag=family.cache_tag,
-        encoder=identity,
+        encoder_identity=identity,
         latent=family.latent,
         fps=family.defaults.fps,
-        sections=sections,
+        count_sections=sections,
         stores=stores,
-        has_rates=family.can.rate,
+        stores_frame_rate=family.can.rate,
         audio=audio_of(family),
     )
 
@@ -289,7 +291,7 @@ def _check_text_caches(
     """Report valid and missing caches per text encoder; return the encoders that have captions to encode."""
     captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
     plans = plan_texts(captions, encoders, stores)
-    missing = Counter(name for plan in plans for name in plan.missing)
+    missing = Counter(name for plan in plans for name in plan.encoders_to_run)
     for encoder, _ in encoders:
         num_missing = missing[encoder.name]
         num_valid = len(captions) - num_missing
@@ -312,22 +314,30 @@ def _check_objects(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_media(
-    findings: TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
+    findings: TableFindings,
+    family: Caches,
+    cache_settings: LatentCacheSettings,
+    workers: int,
+    with_latents: bool,
 ) -> None:
     """Check the media of a table against the model and their latent caches."""
     try:
-        check_resolution(findings.table, recipe.latent.pixel_step)
+        check_resolution(findings.table, cache_settings.latent.pixel_step)
         if with_latents:
             _check_family(findings, family)
-        plans = _check_sources(findings, recipe, workers)
+        plans = _check_sources(findings, cache_settings, workers)
         # some families cache audio in files of its own; otherwise the caches of latents contain it
-        has_audio_caches = trains_audio(family) and not recipe.keeps_audio
-        if recipe.encoder and has_audio_caches and is_heard(findings.table):
-            _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
+        has_audio_caches = trains_audio(family) and not cache_settings.stores_audio
+        if cache_settings.encoder_identity and has_audio_caches and is_heard(findings.table):
+            _check_table_audio(
+                findings, cast(HearingFamily, family), plans, cache_settings=cache_settings, workers=workers
+            )
     except DatasetError as error:
         findings.unusable(error)
     findings.faults += find_wrong_rates(findings.sources)
-    findings.remarks += find_media_warnings(findings.sources, recipe.latent, recipe.fps, recipe.has_rates)
+    findings.remarks += find_media_warnings(
+        findings.sources, cache_settings.latent, cache_settings.fps, cache_settings.stores_frame_rate
+    )
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
@@ -346,24 +356,30 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_table_audio(
-    findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
+    findings: TableFindings,
+    family: HearingFamily,
+    plans: Sequence[SourcePlan],
+    cache_settings: LatentCacheSettings,
+    workers: int,
 ) -> None:
     """Check the audio of a table's clips, and add the results to `findings`.
 
     `plans` say how the latents of the clips are cached.
     """
     table = findings.table
-    work = AudioWork(family, [table], recipe.stores, torch.device("cpu"))
+    work = AudioWork(family, [table], cache_settings.stores, torch.device("cpu"))
     audio = check_audio(table, plans, work, workers)
     findings.caches += audio.lines
     findings.faults += audio.faults
     findings.remarks += audio.remarks
 
 
-def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
+def _check_sources(
+    findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
+) -> list[SourcePlan]:
     """Check the media files of a table, and return their caching plans."""
     table = findings.table
-    plans, unreadable = _plan_sources(findings, recipe, workers)
+    plans, unreadable = _plan_sources(findings, cache_settings, workers)
     unreadable += find_unusable_layers(plans, workers)
     _count_items(findings, plans, workers)
     findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
@@ -375,40 +391,44 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
     if num_masked:
         counts = f"{num_masked} of {len(findings.sources)}"
         findings.caches.append(f"{counts} have a mask; the others are learned whole")
-        check_masks(findings, plans, recipe.latent, workers)
-    if recipe.encoder:  # empty: latents are not checked
+        check_masks(findings, plans, cache_settings.latent, workers)
+    if cache_settings.encoder_identity:  # empty: latents are not checked
         findings.caches.append(_count_caches(plans))
     return plans
 
 
 def _count_caches(plans: Sequence[SourcePlan]) -> str:
     """Return a line with the numbers of valid and of missing latent caches."""
-    num_valid = sum(len(plan.kept) for plan in plans)
-    num_missing = sum(len(plan.missing or ()) for plan in plans)
+    num_valid = sum(len(plan.valid_files) for plan in plans)
+    num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
     needs = count_words(num_missing, "items need encoding")
     return f"caches: {num_valid} files are valid, {needs}"
 
 
 def _plan_sources(
-    findings: TableFindings, recipe: Recipe, workers: int
+    findings: TableFindings, cache_settings: LatentCacheSettings, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
-    existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)  # names of cached latents
-    planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
+    existing = LatentNames(
+        cache_settings.stores.of(table), cache_settings.tag, table.kind
+    )  # names of cached latents
+    planned, unreadable = plan_all(findings.sources, {table.index: existing}, cache_settings, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
         """Decode a source, and complete its caching plan."""
         source = plan.source
-        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.lengths)
-        planning = Planning(source, existing.of(source.stem), recipe)
-        compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
+        media = decode_source(
+            source, cache_settings.fps, cache_settings.latent.pixel_step, cache_settings.latent.lengths
+        )
+        planner = SourcePlanner(source, existing.of(source.stem), cache_settings)
+        compared = planner.compare(media.size, media.spans, len(media.frames), media.reason)
         changes = () if media.clip is None else media.clip.size_changes
         return replace(compared, size_changes=changes)
 
     # `missing` is None if the items of a source are not known without decoding it
-    plans = [plan for plan in planned if plan.missing is not None]
-    unknown = [plan for plan in planned if plan.missing is None]
+    plans = [plan for plan in planned if plan.missing_spans is not None]
+    unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(
         unknown,
         source_of=lambda plan: plan.source,
@@ -439,15 +459,15 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
             continue
         # items of a batch must have references of equal sizes
         sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
-        for item in plan.items:
+        for item in plan.item_sizes:
             findings.add_items([plan.source.stem], (*item, *sides))
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
     """Return the size of each reference image of a source, from the headers."""
-    if not plan.items:
+    if not plan.item_sizes:
         return ()
-    width, height = plan.items[0][:2]
+    width, height = plan.item_sizes[0][:2]
     try:
         return reference_buckets(plan.source, (width, height))
     except MediaError as error:
@@ -457,8 +477,8 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
 def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
     """Add a warning for each media file that yields too few items or whose frames change size."""
     remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
-        ("give no item", lambda plan: plan.reason),
-        ("give no item of some lengths", lambda plan: plan.short),
+        ("give no item", lambda plan: plan.why_no_items),
+        ("give no item of some lengths", lambda plan: plan.too_short_for),
         (SIZE_CHANGES, lambda plan: "; ".join(plan.size_changes) or None),
     ]
     for kind, describe in remarks:

@@ -18,7 +18,7 @@ from data_tools.report.numbers import Numbers
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
-from dataset.caching.planning import Recipe, SourcePlan, plan_all
+from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
 from dataset.caching.text_plans import FITTED, CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote
@@ -181,20 +181,20 @@ def _compare_media(
     sections = _count_sections(caches)
     # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
-    recipe = Recipe(
+    cache_settings = LatentCacheSettings(
         tag=tag,
-        encoder={} if record is None else record.encoder,
+        encoder_identity={} if record is None else record.encoder,
         latent=replace(latent, in_sections=bool(sections)),
         fps=float(options.get("fps") or fps),
-        sections=lambda _, frames: sections.get(frames),
+        count_sections=lambda _, frames: sections.get(frames),
         stores=stores,
-        has_rates=bool(options.get("frame_rate")),
+        stores_frame_rate=bool(options.get("frame_rate")),
     )
     existing = LatentNames(store, tag, table.kind)
     plans, failures = plan_all(
         findings.sources,
         {table.index: existing},
-        recipe,
+        cache_settings,
         workers=workers,
         show_progress=False,
     )
@@ -221,18 +221,18 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     `plan` lists the items of the source whose caches are missing, and those whose caches are kept as valid.
     `has_files` says that cache files with the source's stem exist, valid or not.
     """
-    if plan.outdated is not None:
-        return STALE, plan.outdated
+    if plan.outdated_reason is not None:
+        return STALE, plan.outdated_reason
     # nothing is valid; `missing` is None if the source's items are not known
-    if plan.missing is None or (plan.missing and not plan.kept):
+    if plan.missing_spans is None or (plan.missing_spans and not plan.valid_files):
         if has_files:
             return STALE, "not of this file, or of other settings"
         return MISSING, ""
-    if plan.missing:
-        return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
-    if plan.foreign:  # valid files that have no record
+    if plan.missing_spans:
+        return MISSING, f"{len(plan.missing_spans)} of {len(plan.item_sizes)} items"
+    if plan.num_without_record:  # valid files that have no record
         return VALID, "made by another program, without a record of its source"
-    return VALID, plan.reason or ""
+    return VALID, plan.why_no_items or ""
 
 
 def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
@@ -308,10 +308,10 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return MISSING, ""
     if not records:
         return UNKNOWN, "made by another program, without a record of its caption"
-    if not plan.missing:
-        return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
+    if not plan.encoders_to_run:
+        return VALID, "made by another program, of the same caption" if plan.lacks_record else ""
     # the first encoder whose embeddings have to be computed again
-    encoder = plan.missing[0]
+    encoder = plan.encoders_to_run[0]
     try:
         record = text_records(store.read(plan.file_name, is_full=False)).get(encoder)
     except CacheError as error:

@@ -50,7 +50,7 @@ def check_masks(
 
     At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """
-    masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
+    masked = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
     local = [plan for plan in masked if not plan.source.origins]  # origins: addresses of remote files
     step = math.ceil(len(local) / LOOKED_AT) or 1
     sampled = local[::step]
@@ -75,7 +75,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
-    width, height, *_ = plan.items[0]  # the bucket of the source's first item
+    width, height, *_ = plan.item_sizes[0]  # the bucket of the source's first item
     resize = functools.partial(reading.resize_cover, bucket=(width, height))
     try:
         size = reading.frame_size(source.path)

@@ -17,8 +17,8 @@ from dataset.cache.records import (
     TextRecord,
     difference,
     options_difference,
+    size_and_mtime,
     source_folders,
-    stamp_of,
 )
 from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
@@ -101,7 +101,7 @@ def text_errors(
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
-    settings = {**defaults, **table.changed(TEXTS), "captions": item.captions}
+    settings = {**defaults, **table.non_default_values(TEXTS), "captions": item.captions}
     if any(record.references for record in records.values()):
         # the text encoder saw reference images, so the keys that change their look count as well
         settings |= table.seen_settings(item.bucket[:2])
@@ -135,7 +135,7 @@ def _find_caption_change(
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
         return
-    if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
+    if size_and_mtime(path)[1] <= checks.started_ns:  # an edit during the run is not an error
         yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
@@ -149,8 +149,8 @@ def _current_sight(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str,
     sees_clip = CLIP in recorded
     if companions is not None:
         further_text = companions.further_text
-        return item.table.sight_settings(sees_clip, companions.shown, further_text=further_text)
-    settings = item.table.sight_settings(sees_clip, shown=None)
+        return item.table.visible_media_settings(sees_clip, companions.shown, further_text=further_text)
+    settings = item.table.visible_media_settings(sees_clip, reference_media=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
 
@@ -272,13 +272,13 @@ def _key_errors(
     `options` are the options in the cache's record.
     """
     sections = _recorded(options, SECTIONS)
-    changed = options_difference(sections, table.changed(SECTIONS), latent)
+    changed = options_difference(sections, table.non_default_values(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
         recorded = _recorded(options, REFERENCES)
-        changed = difference(defaults | recorded, defaults | table.changed(REFERENCES))
+        changed = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
         if changed is not None:
             yield f"{changed} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:

@@ -111,7 +111,7 @@ def find_items(
         )
     if audio is not None and audio.is_alone:
         listing.needs_audio = "sound alone is learned"
-    has_own_caches = audio is not None and not audio.is_inside
+    has_own_caches = audio is not None and not audio.is_in_latent_cache
     # audio that is encoded while training is unknown here, so nothing can be said of it
     if has_own_caches and listing.items and not live and not any(item.has_sound for item in listing.items):
         listing.silent = audio

@@ -391,7 +391,7 @@ class _Reader:
         """Return the encoder and the program version that made a cache of latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
-        is_older = is_video and record.as_shown < AS_SHOWN
+        is_older = is_video and record.decoding_version < AS_SHOWN
         return data.MadeBy(
             path=path,
             part=part,
@@ -399,7 +399,7 @@ class _Reader:
             # records of early versions lack CLOCK: these timed companions apart from the clip
             own_clocks=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
-            as_shown=record.as_shown if is_older else None,
+            as_shown=record.decoding_version if is_older else None,
         )
 
 

@@ -202,7 +202,7 @@ def _compare_reading(
     At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 
     Args:
-        items: Pairs of an item and the version of reading clips (`LatentRecord.as_shown`) in its record.
+        items: Pairs of an item and the `LatentRecord.decoding_version` in its record.
         keeps_alpha: `LatentSpec.keeps_alpha` of the family.
         commands: Commands that cache again, for the warning.
     """

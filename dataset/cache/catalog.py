@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.cache.old_shards import OldRow, read_old_shard
+from dataset.cache.old_shards import ShardRow, read_old_shard
 from dataset.sources.media_source import SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, check_space, explain_errors, flush_folder
 from modules.errors import CacheError, OutputError
@@ -47,11 +47,11 @@ _UNAVAILABLE = (
 )
 
 
-class CatalogRow(NamedTuple):
+class EntryRow(NamedTuple):
     """Shard and position at which the current entry of a name is stored."""
 
     shard: str
-    place: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
+    position: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
     generation: int
     size: int | None  # None: the entry was removed
     crc32: int
@@ -119,22 +119,24 @@ class Catalog:
 
         Raises CacheError if a shard cannot be read.
         """
-        self.shards = list_shards(folder)
-        self.damaged: set[str] = set()  # shards that were cut or changed: none of their entries is used
-        self.faults: list[str] = []  # messages about shards that cannot be used
+        self.shard_sizes = list_shards(folder)
+        self.damaged_shards: set[str] = (
+            set()
+        )  # shards that were cut or changed: none of their entries is used
+        self.problems: list[str] = []  # messages about shards that cannot be used
         # total size of all rows by SQLite shard, including those of replaced entries
-        self.bytes: dict[str, int] = {}
-        self.rows: dict[str, CatalogRow] = {}  # by name
-        for name in self.shards:
+        self.stored_bytes: dict[str, int] = {}
+        self.entries: dict[str, EntryRow] = {}  # by name
+        for name in self.shard_sizes:
             path = folder / name
             try:
                 if writer is not None and path == writer.path:
-                    self._add(name, _rows_in(writer.rows))
+                    self._add(name, _rows_in(writer.connection))
                 elif path.suffix == ".writing":  # the shard of another process, or of a killed one
-                    self.faults.append(f"{path} has no end: caching was stopped, or is still running")
+                    self.problems.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
                     self._add(name, read_old_shard(path))
-                    del self.bytes[name]  # only SQLite shards are counted
+                    del self.stored_bytes[name]  # only SQLite shards are counted
                 else:
                     self._read_shard(path)
             except FileNotFoundError:  # merged meanwhile: the new shard has its entries
@@ -142,35 +144,36 @@ class Catalog:
             except OSError as error:
                 raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
             except (sqlite3.Error, tarfile.HeaderError):
-                self.damaged.add(name)
-        self.faults += [
-            f"{folder / name} is damaged: it was cut, or its bytes were changed" for name in self.damaged
+                self.damaged_shards.add(name)
+        self.problems += [
+            f"{folder / name} is damaged: it was cut, or its bytes were changed"
+            for name in self.damaged_shards
         ]
 
     def names(self) -> list[str]:
         """Return the names of all entries that have not been removed."""
-        return [name for name, row in self.rows.items() if row.size is not None]
+        return [name for name, row in self.entries.items() if row.size is not None]
 
-    def entry_bytes(self) -> dict[str, int]:
+    def count_live_bytes(self) -> dict[str, int]:
         """Return the bytes of the current entries of each shard, by the shard's name."""
-        sizes = dict.fromkeys(self.shards, 0)
-        for row in self.rows.values():
+        sizes = dict.fromkeys(self.shard_sizes, 0)
+        for row in self.entries.values():
             sizes[row.shard] += row.size or 0
         return sizes
 
-    def _add(self, shard: str, rows: Sequence[OldRow]) -> None:
+    def _add(self, shard: str, rows: Sequence[ShardRow]) -> None:
         """Add the rows of a shard; of several rows for a name, the latest counts."""
-        self.bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
-        for encoded, place, generation, size, crc32 in rows:
-            row = CatalogRow(shard, place, generation, size=size, crc32=crc32)
-            name = encoded.decode("utf-8", "surrogateescape")
-            old = self.rows.setdefault(name, row)
+        self.stored_bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
+        for encoded_name, position, generation, size, crc32 in rows:
+            row = EntryRow(shard, position, generation, size=size, crc32=crc32)
+            name = encoded_name.decode("utf-8", "surrogateescape")
+            old = self.entries.setdefault(name, row)
             # the later generation counts; of equal ones, the row that is not a removal
             if (row.generation, row.crc32) > (old.generation, old.crc32):
-                self.rows[name] = row
+                self.entries[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the rows of a shard.
+        """Add the entries of a finished SQLite shard.
 
         Raises:
             CacheError: If the disk, not the file, is at fault.
@@ -181,7 +184,7 @@ class Catalog:
                 _limit_steps(connection, path.stat().st_size)
                 ((version,),) = connection.execute("PRAGMA user_version")
                 if version > FORMAT:
-                    self.faults.append(
+                    self.problems.append(
                         f"{path} is of a later version of this program. It is left alone: move it out of the "
                         "folder, or use that version"
                     )
@@ -198,7 +201,7 @@ class Catalog:
             raise
 
 
-def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
+def _rows_in(connection: sqlite3.Connection) -> list[ShardRow]:
     """Read name, row number (`place`), generation, size and checksum of each entry of a shard.
 
     Raises:
@@ -255,14 +258,14 @@ class ShardWriter:
     def __init__(self, folder: Path) -> None:
         """Create a shard with a new name in a folder, and lock it."""
         self.size = 0  # bytes written so far
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # three attempts with locks, then one for volumes that have no locks
             for parameters in ("", "", "", "?nolock=1"):
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:
-                    self.rows = _begin(f"{self.path.absolute().as_uri()}{parameters}")
+                    self.connection = _begin(f"{self.path.absolute().as_uri()}{parameters}")
                 except sqlite3.OperationalError:
                     if parameters:
                         raise
@@ -270,10 +273,10 @@ class ShardWriter:
                 if self.path.exists():
                     break
                 # another process took the new file, not yet locked, for a killed writer's, and renamed it
-                self.rows.close()
+                self.connection.close()
             flush_folder(folder)
 
-    def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
+    def put(self, name: bytes, generation: int, data: bytes | None) -> EntryRow:
         """Write a row, replacing an earlier one; `data` None marks the entry as removed."""
         size: int | None = None
         crc32 = REMOVED_CRC32
@@ -281,27 +284,29 @@ class ShardWriter:
             size = len(data)
             crc32 = zlib.crc32(data)
         check_space(self.path, size or 0)
-        with explain_sqlite(self.path), self.rows:
-            self.rows.execute("BEGIN")
+        with explain_sqlite(self.path), self.connection:
+            self.connection.execute("BEGIN")
             if generation:  # 0 is a new entry
-                self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
+                self.connection.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
             # NULL: SQLite chooses the key, which is the row's place
-            cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
+            cursor = self.connection.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert cursor.lastrowid is not None
-        return CatalogRow(
-            shard=self.path.name, place=cursor.lastrowid, generation=generation, size=size, crc32=crc32
+        return EntryRow(
+            shard=self.path.name, position=cursor.lastrowid, generation=generation, size=size, crc32=crc32
         )
 
     def finish(self) -> None:
         """Make sure that all rows survive, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
-                self.rows.execute("PRAGMA journal_mode = DELETE")  # moves the write-ahead log into the file
+                self.connection.execute(
+                    "PRAGMA journal_mode = DELETE"
+                )  # moves the write-ahead log into the file
             finally:
-                self.rows.close()
-            _give_final_name(self.path)
+                self.connection.close()
+            _rename_finished(self.path)
 
 
 def _begin(uri: str) -> sqlite3.Connection:
@@ -322,7 +327,7 @@ def _begin(uri: str) -> sqlite3.Connection:
     return connection
 
 
-def _give_final_name(path: Path) -> None:
+def _rename_finished(path: Path) -> None:
     """Rename a finished shard, so that all processes may read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
@@ -333,7 +338,7 @@ def _give_final_name(path: Path) -> None:
     flush_folder(path.parent)
 
 
-def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
+def finish_abandoned_shards(folder: Path, own_shard: Path | None = None) -> None:
     """Finish the shards of killed writers, and leave the shards of writers that may still run.
 
     Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
@@ -352,7 +357,7 @@ def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
                     continue
                 is_empty = _recover(path, "&nolock=1")  # a volume without locks
             if not is_empty:
-                _give_final_name(path)
+                _rename_finished(path)
     # journals of writers that were killed before their shard had any content
     for path in folder.glob("cache-*.writing-*"):
         shard_name = path.name.rpartition("-")[0]

@@ -58,16 +58,17 @@ def remember_options(
     for option in repeat_given(family_options, typed):
         is_path = Path in accepted[option.name].types
         options[option.name] = {"flag": option.typed, "value": _as_json(option.value), "is_path": is_path}
-    # relative paths among the values are relative to the current folder
+    # "folder": relative paths among the values are relative to it
     command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
     if training:
         command["training"] = {flag.lstrip("-"): {"value": value} for flag, value in training.items()}
-    for folder in dict.fromkeys(table.cache_directory for table in config.datasets):
+    cache_folders = dict.fromkeys(table.cache_directory for table in config.datasets)  # each folder once
+    for folder in cache_folders:
         if not folder.is_dir():
             continue
-        content = _read_families(folder)
-        content.setdefault(family, {})[kind] = command
-        text = json.dumps({"version": VERSION, "families": content}, indent=1, sort_keys=True)
+        families = _read_families(folder)
+        families.setdefault(family, {})[kind] = command
+        text = json.dumps({"version": VERSION, "families": families}, indent=1, sort_keys=True)
         with contextlib.suppress(OutputError, OSError):
             write_text(folder / NAME, f"{text}\n")
 
@@ -87,9 +88,9 @@ def recall_options(
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
-        of_family = _read_families(folder).get(family, {})
+        commands = _read_families(folder).get(family, {})  # remembered commands by kind
         for kind in kinds:
-            command = of_family.get(kind)
+            command = commands.get(kind)
             if isinstance(command, dict):
                 recalled += _recall(command, "options", entry.options_record(kind))
                 if for_training:
@@ -107,11 +108,11 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
     options = command.get(key)
     if not isinstance(folder, str) or not isinstance(options, dict):
         return
-    for name, info in options.items():
-        if name not in accepted or not isinstance(info, dict):
+    for name, remembered in options.items():
+        if name not in accepted or not isinstance(remembered, dict):
             continue
         option = accepted[name]
-        value = info.get("value")
+        value = remembered.get("value")
         if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
             continue
         if option.choices and isinstance(value, str) and value not in option.choices:
@@ -122,9 +123,9 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
                 value = folder / value
             if not path_exists(value):
                 continue
-        flag = info.get("flag")
-        typed = flag if flag in option.flags else option.flags[-1]  # the last one is the public name
-        yield RepeatedOption(name, option.flags, typed, value)
+        flag = remembered.get("flag")
+        public_flag = option.flags[-1]
+        yield RepeatedOption(name, option.flags, flag if flag in option.flags else public_flag, value)
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -34,6 +34,7 @@ class Converted(NamedTuple):
     copied: int  # number of entries
     unchanged: int  # number of entries that were in the new format already
     size_bytes: int  # total size of the copied entries
+    errors: tuple[str, ...]  # messages about entries that cannot be read
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
@@ -83,13 +84,11 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         CacheError: If a file is damaged; then no file is removed.
         OutputError: If a shard cannot be written.
     """
-    # copy; with `dry_run` only count
     names = list(list_single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
-    errors: list[str] = []
-    converted = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=errors)
-    if errors:
-        raise CacheError("\n  ".join(errors))
+    converted = _copy(names, files, target=shards, entry_noun="file", dry_run=dry_run)
+    if converted.errors:
+        raise CacheError("\n  ".join(converted.errors))
     if not dry_run:
         shards.close()  # finishes the last shard
         merge_shards(folder, with_tars=True)
@@ -119,19 +118,15 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if folder.is_dir():
             remove_leftovers(folder, cache_files.is_cache_name, older_seconds=0)
     names = sorted(filter(cache_files.is_safe_name, shards.names()))
-    damaged = [] if dry_run else shard_errors(folder)
+    unreadable_shards = [] if dry_run else shard_errors(folder)
     converted = _copy(
-        names,
-        shards,
-        target=SingleFiles(folder),
-        what="entry of the shard",
-        dry_run=dry_run,
-        damaged=damaged,
+        names, shards, target=SingleFiles(folder), entry_noun="entry of the shard", dry_run=dry_run
     )
-    if damaged:
+    errors = [*unreadable_shards, *converted.errors]
+    if errors:
         raise CacheError(
-            f"{folder}: {len(damaged)} faults in the shards, which are kept; {converted.copied} entries are "
-            f"whole. The first: {damaged[0]}.\n"
+            f"{folder}: {len(errors)} faults in the shards, which are kept; {converted.copied} entries are "
+            f"whole. The first: {errors[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
@@ -152,11 +147,11 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
         raise CacheError(
             f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
         )
-    busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
+    busy = next((name for name in catalog.shard_sizes if name.endswith(".writing")), None)
     if busy is not None:
         raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
     with explain_errors(folder):
-        for name in (*OLD_INDEXES, *catalog.shards):
+        for name in (*OLD_INDEXES, *catalog.shard_sizes):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -164,7 +159,7 @@ ByteStore = SingleFiles | ShardStore
 
 
 def _copy(
-    names: Sequence[str], source: ByteStore, target: ByteStore, what: str, dry_run: bool, damaged: list[str]
+    names: Sequence[str], source: ByteStore, target: ByteStore, entry_noun: str, dry_run: bool
 ) -> Converted:
     """Copy entries that the target store lacks or has with other contents; count them and their bytes.
 
@@ -172,16 +167,16 @@ def _copy(
         names: Names of the entries.
         source: Store to read.
         target: Store to write.
-        what: What a message calls an entry of the source.
+        entry_noun: What a message calls an entry of the source.
         dry_run: Whether to count only.
-        damaged: List to which a message is added for each entry that cannot be read.
     """
     copied = unchanged = size_bytes = 0
+    errors: list[str] = []
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):
         try:
             data = source.read_bytes(name)
         except CacheError as error:
-            damaged.append(str(error))
+            errors.append(str(error))
             continue
         if name in target:
             with contextlib.suppress(CacheError):  # a damaged entry of the target is replaced
@@ -190,12 +185,14 @@ def _copy(
                     continue
             if not dry_run:
                 path = target.folder / name
-                logger.warning("%s is in both forms, with other contents: the %s replaces it", path, what)
+                logger.warning(
+                    "%s is in both forms, with other contents: the %s replaces it", path, entry_noun
+                )
         copied += 1
         size_bytes += len(data)
         if not dry_run:
             target.write_bytes(name, data)
-    return Converted(copied, unchanged, size_bytes)
+    return Converted(copied, unchanged, size_bytes, tuple(errors))
 
 
 def _require_equal(names: Sequence[str], folder: Path) -> None:

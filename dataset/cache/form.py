@@ -48,21 +48,22 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
         return _is_of(name, tag, table.kind)
 
     folder = table.cache_directory
-    target = table.cache_format
+    expected_format = table.cache_format
     shards = ShardStore(folder) if list_shards(folder) else None
-    first = None  # the first cache that is only in the other format
-    if target == "shards":
+    misplaced = None  # the first cache that is only in the other format
+    if expected_format == "shards":
         single_names = list_single_files(folder, is_of_table)
-        first = next((name for name in single_names if shards is None or name not in shards), None)
+        misplaced = next((name for name in single_names if shards is None or name not in shards), None)
     elif shards is not None:
         names_in_shards = filter(is_of_table, shards.names())
-        first = next((name for name in names_in_shards if not (folder / name).exists()), None)
-    if first is not None:
+        misplaced = next((name for name in names_in_shards if not (folder / name).exists()), None)
+    if misplaced is not None:
         command = ["python", "tools/convert_cache.py"]
-        command += ["--dataset_config", str(table.config_path), "--to", target]
-        where = "a file of its own" if target == "shards" else "a shard"
+        command += ["--dataset_config", str(table.config_path), "--to", expected_format]
+        found_in = "a file of its own" if expected_format == "shards" else "a shard"
         yield (
-            f'{table.name}: cache_format = "{target}", but in {folder} {first} is in {where}.\n'
+            f'{table.name}: cache_format = "{expected_format}", but in {folder} {misplaced} is in '
+            f"{found_in}.\n"
             f"  Convert what is there: {as_typed(command)}"
         )
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dataset import cache_files
 from dataset.cache.latent_files import LatentFile
-from dataset.cache.records import stamp_of
+from dataset.cache.records import size_and_mtime
 from dataset.config_keys import IGNORE
 from dataset.table import DatasetTable
 from modules.errors import MediaError
@@ -55,7 +55,7 @@ _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder"
 
 def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
-    return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
+    return not audio.is_in_latent_cache and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
@@ -68,7 +68,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 
-def mark_table(table: DatasetTable) -> str | None:
+def fingerprint_table(table: DatasetTable) -> str | None:
     """Return a fingerprint of a table's settings and of the names in the folders that it reads.
 
     Returns None if a folder cannot be listed or has more than `MAX_FILES` entries.
@@ -88,7 +88,7 @@ def mark_table(table: DatasetTable) -> str | None:
     return _hash("\n".join(lines))
 
 
-def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
+def fingerprint_latents(table: DatasetTable, latent: LatentSpec) -> str:
     """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
     set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
     # without `npz`, which contains sets, whose order in a text varies
@@ -108,7 +108,7 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
         ValueError: If the folder has more than MAX_FILES entries.
     """
     if not path.is_dir():
-        return [repr(stamp_of(path))]
+        return [repr(size_and_mtime(path))]
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if not only_files or entry.is_file()]
     if len(names) > MAX_FILES:
@@ -147,10 +147,11 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
         if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
-        # marks are fingerprints: of the latent space, and of the table and the names in its folders
-        if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
+        if latents.latent_fingerprint != fingerprint_latents(table, latent):
             return None
-        if latents.mark != mark_table(table):  # last, because it lists folders
+        if latents.table_fingerprint != texts.table_fingerprint:
+            return None
+        if latents.table_fingerprint != fingerprint_table(table):  # last, because it lists folders
             return None
         captions = _count_captions(table, texts.lines.values())
         if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
@@ -204,19 +205,22 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the checksums, by file, of the records whose sources have the size and time in the index."""
-    stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
+    """Return the cache files whose sources have not changed, each with the checksum of its record.
+
+    `lines` are lines of the index, one for each cache file, with the size and time of its sources.
+    """
+    current_stamps: dict[str, list[int] | None] = {}  # size and time by path; None: it cannot be read
     unchanged = {}
     for line in lines:
         if line["record"] is None:  # of unknown origin
             continue
         for path in line["sources"]:
-            if path not in stamps:
+            if path not in current_stamps:
                 try:
-                    stamps[path] = list(stamp_of(Path(path)))
+                    current_stamps[path] = list(size_and_mtime(Path(path)))
                 except (OSError, MediaError):
-                    stamps[path] = None
-        if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
+                    current_stamps[path] = None
+        if all(current_stamps[path] == stamp for path, stamp in line["sources"].items()):
             unchanged[str(line["file"])] = str(line["record"])
     return unchanged
 
@@ -224,8 +228,8 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 class IndexPart(NamedTuple):
     """The lines of an index about the latents of a family, or about its texts."""
 
-    mark: str  # fingerprint of the table, from `mark_table`
-    space: str  # fingerprint of the latent space, from `mark_space`; "" for texts
+    table_fingerprint: str  # from `fingerprint_table`
+    latent_fingerprint: str  # from `fingerprint_latents`; "" for texts
     left_out: list[str]  # paths of the sources that have no latents
     lines: dict[str, dict[str, Any]]  # by name of the cache file, in the order of the index
 

@@ -54,22 +54,22 @@ def list_latent_files(
     num_sections: Counter[tuple[str, LatentName]] = Counter()
     if table.kind == "video":
         num_sections = _count_sections(files, tag)
-    # by id of the parsed ending, because `latent_names` yields one object for all names with equal endings
+    # bucket by id of the parsed ending: `latent_names` yields one object for all names with equal endings
     buckets: dict[int, tuple[int, ...]] = {}
-    known_sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once, to save memory
-    for name, stem, ending in cache_files.latent_names(files, tag, table.kind):
+    shared_tuples: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for equal sizes, to save memory
+    for file_name, stem, ending in cache_files.latent_names(files, tag, table.kind):
         bucket = buckets.get(id(ending))
         if bucket is None:
-            bucket = _find_bucket(table, ending, latent, table.cache_directory / name)
+            bucket = _find_bucket(table, ending, latent, table.cache_directory / file_name)
             buckets[id(ending)] = bucket
-        parts = 1
+        num_files = 1
         if num_sections:  # 0 for a clip without sections, which is in one file
-            parts = num_sections[stem, replace(ending, section=None)] or 1
-        references: tuple[int, ...] = ()
+            num_files = num_sections[stem, replace(ending, section=None)] or 1
+        sizes: tuple[int, ...] = ()
         if reads_references:
-            references = reference_sizes(store, name)
-            references = known_sizes.setdefault(references, references)
-        yield LatentFile(name, stem, bucket, parts, references)
+            sizes = reference_sizes(store, file_name)
+            sizes = shared_tuples.setdefault(sizes, sizes)
+        yield LatentFile(file_name, stem, bucket, parts=num_files, references=sizes)
 
 
 def depends_on_references(table: DatasetTable) -> bool:

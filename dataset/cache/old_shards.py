@@ -20,10 +20,10 @@ _MAX_COMMENT = 1 << 16
 
 # a row of a shard, from a tar as from SQLite: name; offset of the bytes in the tar, or key of the row in
 # SQLite; generation; number of bytes, None if the entry was removed; CRC-32 of the bytes
-OldRow = tuple[bytes, int, int, int | None, int]
+ShardRow = tuple[bytes, int, int, int | None, int]
 
 
-def read_old_shard(path: Path) -> list[OldRow]:
+def read_old_shard(path: Path) -> list[ShardRow]:
     """Return the rows of a shard of earlier versions, which is a tar.
 
     A row is name, position, generation (higher replaces lower), size and checksum of an entry. A pax header
@@ -34,7 +34,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
         tarfile.HeaderError: If the tar is damaged.
         OSError: If the tar cannot be read.
     """
-    rows: list[OldRow] = []
+    rows: list[ShardRow] = []
     size = path.stat().st_size
     comment: re.Match[bytes] | None = None  # of the entry that follows
     with path.open("rb") as file:

@@ -50,7 +50,7 @@ RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
 # parts of a record's JSON text (`record_metadata`) that differ between the items of a table
-_ITEM_PARTS = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
+_CHECKSUMS_OR_FILES = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
 MAX_CHECKED = 1 << 16  # items to remember as unchanged: a few megabytes
 
 
@@ -70,7 +70,7 @@ class LatentRecord:
     clip: ClipInfo | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
-    as_shown: int = AS_SHOWN  # version of reading frames (orientation, order, colors)
+    decoding_version: int = AS_SHOWN  # version of reading frames (orientation, order, colors); JSON: as_shown
 
 
 @dataclass(frozen=True)
@@ -84,27 +84,31 @@ class TextRecord:
     # keys of the table about captions, and the number of captions; default values are left out
     settings: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with the caption
-    as_shown: int = 0  # version of reading these images; 0: early versions, or no images
+    decoding_version: int = 0  # version of reading these images; 0: early versions, or no images
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata entries for a record of latents, or for records of texts by encoder name."""
+    """Return the metadata of a cache file: the record of latents, or of texts by encoder, as JSON."""
     content: dict[str, Any] = {"version": VERSION}
+    # fields that early versions did not have are left out if they are empty
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
-        # left out if empty, as in early versions
+        latents["as_shown"] = latents.pop("decoding_version")
         if record.clip is not None and not record.clip.size_changes:
             del latents["clip"]["size_changes"]
         content["latents"] = latents
     else:
-        content["texts"] = {}
-        for name, text_record in record.items():
-            texts = content["texts"][name] = dataclasses.asdict(text_record)
-            for key in ("settings", "references", "as_shown"):  # left out if empty, as in early versions
-                if not texts[key]:
-                    del texts[key]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
+        texts: dict[str, Any] = {}
+        for encoder, text_record in record.items():
+            fields = dataclasses.asdict(text_record)
+            fields["as_shown"] = fields.pop("decoding_version")
+            for key in ("settings", "references", "as_shown"):
+                if not fields[key]:
+                    del fields[key]
+            texts[encoder] = fields
+        content["texts"] = texts
+    record_json = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return {RECORD_KEY: record_json, CHECK_KEY: _crc(record_json)}
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
@@ -114,7 +118,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
         CacheError: If the record is damaged.
     """
     record = None
-    with _content(entry, "latents") as data:  # raises CacheError for a damaged record
+    with _read_record(entry, "latents") as data:  # raises CacheError for a damaged record
         if data is not None:
             clip = None if data["clip"] is None else _clip_info(data["clip"])
             record = LatentRecord(
@@ -124,7 +128,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
                 clip=clip,
                 parts=int(data["parts"]),
                 crc32=dict(data.get("crc32", {})),
-                as_shown=int(data.get("as_shown", 0)),
+                decoding_version=int(data.get("as_shown", 0)),
             )
     return record
 
@@ -141,26 +145,26 @@ def _clip_info(content: Any) -> ClipInfo:
     return ClipInfo(tuple(content["size"]), kept_frames, content["complete"], changes)
 
 
-def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the record of a latent cache into the text that a table's items share, and the item's files.
+def split_record(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
+    """Split the JSON of a latent cache's record into its settings, as text, and its source files, parsed.
 
-    The shared text is the record's JSON without checksums and files.
+    Items of a table often have equal settings, so their texts can be compared without parsing them.
 
     Returns:
-        The pieces of the shared text, and the files; None if the record is missing, damaged or cannot be
-        split.
+        The pieces of the JSON without checksums and files, and the files; None if the record is missing,
+        damaged or cannot be split.
     """
-    text = entry.metadata.get(RECORD_KEY, "")
-    # The pattern matches the checksums and then the list of files, which its group captures: text, None,
-    # text, list of files, text
-    pieces = _ITEM_PARTS.split(text)
-    if len(pieces) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
+    record_json = entry.metadata.get(RECORD_KEY, "")
+    # the pattern matches twice: the checksums, and the list of files, which is its only group
+    pieces = _CHECKSUMS_OR_FILES.split(record_json)
+    if len(pieces) != 5 or _crc(record_json) != entry.metadata.get(CHECK_KEY):
         return None
+    before_checksums, no_group, between, files_json, after_files = pieces
     try:
-        files = tuple(FileIdentity(**file) for file in json.loads(pieces.pop(3)))
+        files = tuple(FileIdentity(**file) for file in json.loads(files_json))
     except (ValueError, TypeError):
         return None
-    return pieces, files
+    return [before_checksums, no_group, between, after_files], files
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
@@ -170,7 +174,7 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
         CacheError: If the records are damaged.
     """
     records: dict[str, TextRecord] = {}
-    with _content(entry, "texts") as data:
+    with _read_record(entry, "texts") as data:
         for name, content in (data or {}).items():
             file = content.get("file")
             records[name] = TextRecord(
@@ -180,35 +184,36 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
                 crc32=dict(content.get("crc32", {})),
                 settings=dict(content.get("settings", {})),
                 references=tuple(FileIdentity(**image) for image in content.get("references", ())),
-                as_shown=int(content.get("as_shown", 0)),
+                decoding_version=int(content.get("as_shown", 0)),
             )
     return records
 
 
 def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents.
+    """Return the folder of each file in a record of latents, which has only the names of the files.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
     references, guides, rejected item, audio, layers. The options of the record say how many there are of
     each kind, except for control media, which are the rest.
     """
-    companions: list[Path | None] = []
-    if record.options.get("mask") == FROM_FILE:
-        companions.append(table.mask_directory)
-    if CONTROL_MASK in record.options:
-        companions.append(table.control_mask_directory)
+    options = record.options
+    after_controls: list[Path | None] = []
+    if options.get("mask") == FROM_FILE:
+        after_controls.append(table.mask_directory)
+    if CONTROL_MASK in options:
+        after_controls.append(table.control_mask_directory)
     # the number of references is followed by factors of their sizes
-    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
-    companions += [table.reference_directory] * num_references
-    if NUM_GUIDES in record.options:
-        companions += [guide.directory for guide in table.guides]
-    if REJECTED in record.options:
-        companions.append(table.worse_directory)
-    if record.options.get(AUDIO_FILE) and record.options.get("audio") != IGNORE:
-        companions.append(table.audio_directory or table.directory)
-    layers = [table.directory] * record.options.get(LAYERS, 0)
-    num_controls = len(record.files) - 1 - len(companions) - len(layers)  # 1: the item itself
-    return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
+    num_references = options.get(CLIP_REFERENCES, [0])[0]
+    after_controls += [table.reference_directory] * num_references
+    if NUM_GUIDES in options:
+        after_controls += [guide.directory for guide in table.guides]
+    if REJECTED in options:
+        after_controls.append(table.worse_directory)
+    if options.get(AUDIO_FILE) and options.get("audio") != IGNORE:
+        after_controls.append(table.audio_directory or table.directory)
+    after_controls += [table.directory] * options.get(LAYERS, 0)
+    num_controls = len(record.files) - 1 - len(after_controls)  # 1: the item itself
+    return [table.directory, *[table.control_directory] * num_controls, *after_controls]
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -247,12 +252,12 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
     `origin` is where the file was read from if it is not a file on disk; a file at an address is downloaded.
     """
-    size_bytes, mtime_ns = stamp_of(path, origin)
+    size_bytes, mtime_ns = size_and_mtime(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
-def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
-    """Return whether a file is unchanged; its content is read only if its time alone differs.
+def is_unchanged(recorded: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
+    """Return whether a file equals the recorded one; its content is read only if its time alone differs.
 
     If a download was removed, a source with the same address counts as unchanged and is not downloaded again.
 
@@ -261,14 +266,16 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
         MediaError: If a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
-        return then.name == path.name  # the name includes a hash of the address
-    size_bytes, mtime_ns = stamp_of(path, origin)
-    if size_bytes != then.size_bytes:
+        return recorded.name == path.name  # the name includes a hash of the address
+    size_bytes, mtime_ns = size_and_mtime(path, origin)
+    if size_bytes != recorded.size_bytes:
         return False
-    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns, origin) == then.sha256
+    if mtime_ns == recorded.mtime_ns:
+        return True
+    return _content_hash(path, size_bytes, mtime_ns, origin) == recorded.sha256
 
 
-def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
+def size_and_mtime(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; for a folder, total size and latest time of its images.
 
     `origin` is the origin of a file inside a tar or table, which has the modification time of the container.
@@ -293,37 +300,37 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
     """Return SHA-256 of a file, or of the names and hashes of a folder's images.
 
-    Size and time are only part of this function's cache key.
+    `size_bytes` and `mtime_ns` are only keys of the cache: a changed file is read again.
     """
     digest = hashlib.sha256()
-    if origin is not None and not isinstance(origin, Remote):
+    if origin is not None and not isinstance(origin, Remote):  # the file is inside a tar or a table
         for piece in origin.pieces():
             digest.update(piece)
         return digest.hexdigest()
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    for part in folder_images(path):
-        with part.open("rb") as file:
-            hash_of_part = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{part.name}\0{hash_of_part}\n".encode(errors="surrogatepass"))
+    for image in folder_images(path):
+        with image.open("rb") as file:
+            image_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{image.name}\0{image_hash}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _content(entry: Entry, key: str) -> Iterator[Any]:
+def _read_record(entry: Entry, key: str) -> Iterator[Any]:
     """Yield the value of a key ("latents" or "texts") in an entry's record; None if there is no record.
 
-    Errors in the `with` block that show a damaged record become CacheError.
+    It is a context manager, because errors in its `with` block show a damaged record: they become CacheError.
     """
-    text = entry.metadata.get(RECORD_KEY)
-    if text is None:
+    record_json = entry.metadata.get(RECORD_KEY)
+    if record_json is None:
         yield None
         return
-    if _crc(text) != entry.metadata.get(CHECK_KEY):
+    if _crc(record_json) != entry.metadata.get(CHECK_KEY):
         raise CacheError(f"{entry.path}: damaged, its record does not match its checksum")
     try:
-        content = parse_json(text)
+        content = parse_json(record_json)
         if content["version"] != VERSION:
             raise CacheError(
                 f"{entry.path}: its record has version {content['version']}, this program knows version "
@@ -393,7 +400,7 @@ class CacheChecks:
             path = folder / file.name
             if not path.exists() or is_unchanged(file, path):
                 continue
-            _, mtime_ns = stamp_of(path)
+            _, mtime_ns = size_and_mtime(path)
             # a file that was edited during the run does not end it
             if mtime_ns <= self.started_ns:
                 return path

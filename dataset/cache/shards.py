@@ -21,11 +21,11 @@ from torch import Tensor
 from checkpoints.writing import safetensors_bytes
 from dataset.cache.catalog import (
     Catalog,
-    CatalogRow,
+    EntryRow,
     ShardWriter,
-    adopt_shards,
     encode_name,
     explain_sqlite,
+    finish_abandoned_shards,
     list_shards,
     open_shard,
 )
@@ -74,7 +74,7 @@ class ShardStore:
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            row = self._read_catalog().rows.get(name)
+            row = self._read_catalog().entries.get(name)
             return row is not None and row.size is not None
 
     def read(self, name: str, is_full: bool = True) -> Entry:
@@ -87,16 +87,16 @@ class ShardStore:
         if is_full:
             return unpack(path, self.read_bytes(name))
 
-        def read_header(row: CatalogRow) -> Entry:
+        def read_header(row: EntryRow) -> Entry:
             """Read the beginning of the entry's blob; from a tar, all bytes of the entry."""
             connection = self._open(row.shard)
             if connection is None:  # a tar
                 data = _read_row(connection, self.folder, row)
                 return unpack_header(path, len(data), io.BytesIO(data).read)
-            with connection.blobopen("entries", "data", row.place, readonly=True) as blob:
+            with connection.blobopen("entries", "data", row.position, readonly=True) as blob:
                 return unpack_header(path, len(blob), blob.read)
 
-        return self._with_row(name, read_header)
+        return self._read_with_retry(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of an entry, which are those of a safetensors file.
@@ -104,7 +104,7 @@ class ShardStore:
         Raises:
             CacheError: If the entry is missing or damaged.
         """
-        return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
+        return self._read_with_retry(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write tensors as the bytes of a safetensors file, into this process's shard."""
@@ -119,16 +119,16 @@ class ShardStore:
         with self._lock:
             catalog = self._read_catalog()
             if self._writer is not None:
-                is_old = self._writer.began + SHARD_SECONDS < time.monotonic()
+                is_old = self._writer.start_time + SHARD_SECONDS < time.monotonic()
                 if self._writer.size >= self._shard_bytes or is_old:
                     self._finish()
                     catalog = self._read_catalog()
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
-            old = catalog.rows.get(name)
+            replaced = catalog.entries.get(name)
             # of several rows of an entry, the one of the highest generation counts
-            generation = 0 if old is None else old.generation + 1
-            catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
+            generation = 0 if replaced is None else replaced.generation + 1
+            catalog.entries[name] = self._writer.put(encode_name(name), generation, data)
 
     def remove(self, name: str) -> None:
         """Mark an entry as removed; its bytes are freed when shards are rewritten."""
@@ -156,59 +156,61 @@ class ShardStore:
         writer = self._writer
         if writer is not None:
             self._writer = None
-            self._forget()  # the catalog has the shard under its unfinished name
+            self._discard_catalog()  # the catalog has the shard under its unfinished name
             writer.finish()
 
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
-        """Return the catalog: which entry is in which shard; with `is_new`, including new ones of others."""
+        """Return the catalog, which says in which shard each entry is.
+
+        With `is_new`, it includes shards that other processes have finished since it was read.
+        """
         if self._process != os.getpid():
             # A forked process must not close its parent's connections: they are kept, but not used
             self._inherited = self._writer, self._opened, self._catalog
             self._process = os.getpid()
             self._writer = None
-            self._forget()
+            self._discard_catalog()
         if is_new or self._catalog is None:
             # shards that killed processes left unfinished are used, too, but not the one that is written here
             own_shard = None if self._writer is None else self._writer.path
-            adopt_shards(self.folder, own_shard)
+            finish_abandoned_shards(self.folder, own_shard)
         if is_new and self._catalog is not None:
             shards = list_shards(self.folder)
-            if _finished(shards) != _finished(self._catalog.shards):
-                self._forget()
+            if _finished(shards) != _finished(self._catalog.shard_sizes):
+                self._discard_catalog()
         if self._catalog is None:
             self._catalog = Catalog(self.folder, self._writer)
         return self._catalog
 
-    def _forget(self) -> None:
+    def _discard_catalog(self) -> None:
         """Discard the catalog and the opened shards, because shards have changed."""
         self._catalog = None
         self._opened = {}
 
-    def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
-        """Call `read` with the row of an entry.
+    def _read_with_retry(self, name: str, read: Callable[[EntryRow], T]) -> T:
+        """Return `read` of an entry's row; if it fails, list the shards again and try once more.
 
-        If that fails, the shards are listed again and it is called once more, because another process may
-        have merged them.
+        Another process may have merged the shards since they were listed.
         """
-        for is_last_attempt in (False, True):
+        try:
+            return self._read_entry(name, read)
+        except CacheError:
             with self._lock:
-                row = self._read_catalog().rows.get(name)
-            if row is None or row.size is None:
-                error = CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
-            else:
-                try:
-                    return read(row)
-                except CacheError as failure:
-                    error = failure
-                except (sqlite3.Error, OSError) as failure:
-                    error = CacheError(f"{self.folder / name}: cannot be read from {row.shard} ({failure})")
-            if is_last_attempt:
-                raise error
-            with self._lock:
-                self._forget()
-        raise AssertionError("unreachable")
+                self._discard_catalog()
+        return self._read_entry(name, read)
+
+    def _read_entry(self, name: str, read: Callable[[EntryRow], T]) -> T:
+        """Return `read` of an entry's row; raise CacheError if the entry is missing or cannot be read."""
+        with self._lock:
+            row = self._read_catalog().entries.get(name)
+        if row is None or row.size is None:
+            raise CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
+        try:
+            return read(row)
+        except (sqlite3.Error, OSError) as error:
+            raise CacheError(f"{self.folder / name}: cannot be read from {row.shard} ({error})") from None
 
     def _open(self, shard: str) -> sqlite3.Connection | None:
         """Open a shard; None for a tar. A shard stays open while another thread reads from it."""
@@ -216,7 +218,7 @@ class ShardStore:
             if shard.endswith(".tar"):
                 return None
             if self._writer is not None and shard == self._writer.path.name:
-                return self._writer.rows
+                return self._writer.connection
             if shard not in self._opened:
                 if len(self._opened) >= MAX_OPEN:
                     oldest = next(iter(self._opened))
@@ -230,7 +232,7 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in shards.items() if not name.endswith(".writing")}
 
 
-def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
+def _read_row(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes:
     """Return the bytes of an entry.
 
     `connection` is that of its shard; None for a tar.
@@ -242,10 +244,10 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogR
     """
     if connection is None:
         with (folder / row.shard).open("rb") as file:
-            file.seek(row.place)
+            file.seek(row.position)
             data = file.read(row.size)
     else:
-        selected = connection.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
+        selected = connection.execute("SELECT data FROM entries WHERE place = ?", (row.position,)).fetchone()
         data = b"" if selected is None else selected[0]  # the checksum of b"" does not match
         if not isinstance(data, bytes):  # SQLite columns take any type
             data = b""
@@ -260,7 +262,7 @@ def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogR
 
 def shard_errors(folder: Path) -> list[str]:
     """Return a line for each shard of a folder that cannot be read."""
-    return Catalog(folder).faults
+    return Catalog(folder).problems
 
 
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
@@ -276,22 +278,21 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         return
     with explain_sqlite(folder), only_one(folder / LOCK):
         remove_leftovers(folder, lambda name: OF_SHARDS.fullmatch(name) is not None)
-        adopt_shards(folder)
+        finish_abandoned_shards(folder)
         for name in OLD_INDEXES:
             (folder / name).unlink(missing_ok=True)
         catalog = Catalog(folder)
-        sizes = catalog.entry_bytes()
-
-        # the fraction SMALL of a full shard is the limit
-        small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
-        untidy = set(catalog.damaged)
-        for name, size in catalog.bytes.items():
-            if sizes[name] < size * (1 - MAX_HOLES):  # too much space is taken by replaced entries
-                untidy.add(name)
+        live_bytes = catalog.count_live_bytes()
+        max_small_bytes = shard_bytes * SMALL
+        small = {name for name in catalog.stored_bytes if catalog.shard_sizes[name] < max_small_bytes}
+        to_rewrite = set(catalog.damaged_shards)
+        for name, stored_bytes in catalog.stored_bytes.items():
+            if live_bytes[name] < stored_bytes * (1 - MAX_HOLES):  # replaced entries take too much space
+                to_rewrite.add(name)
         if with_tars:
-            untidy |= {name for name in catalog.shards if name.endswith(".tar")}
-        if len(small) > 1 or untidy:  # a single small shard is the last one of a run
-            _rewrite(folder, catalog, small | untidy, shard_bytes)
+            to_rewrite |= {name for name in catalog.shard_sizes if name.endswith(".tar")}
+        if len(small) > 1 or to_rewrite:  # a single small shard is the last one of a run
+            _rewrite(folder, catalog, small | to_rewrite, shard_bytes)
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
@@ -300,24 +301,20 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
     because another shard of the folder may still have the entry.
     """
-    sizes = catalog.entry_bytes()
-    opened: dict[str, sqlite3.Connection] = {}
+    live_bytes = catalog.count_live_bytes()
     # the name of the file is unimportant, only its disk counts
-    check_space(folder / "cache", sum(sizes[name] for name in shards))
+    check_space(folder / "cache", sum(live_bytes[name] for name in shards))
+    entries = [(name, row) for name, row in sorted(catalog.entries.items()) if row.shard in shards]
+    connections: dict[str, sqlite3.Connection] = {}  # of the old shards
     writer: ShardWriter | None = None
     try:
-        for name, row in sorted(catalog.rows.items()):
-            if row.shard not in shards:  # it stays as it is
-                continue
-            if not row.shard.endswith(".tar") and row.shard not in opened:
-                opened[row.shard] = open_shard(folder / row.shard)
+        for name, row in entries:
+            if not row.shard.endswith(".tar") and row.shard not in connections:
+                connections[row.shard] = open_shard(folder / row.shard)
             try:
-                data = None if row.size is None else _read_row(opened.get(row.shard), folder, row)
-            except (CacheError, sqlite3.DatabaseError) as error:
+                data = _read_to_copy(connections.get(row.shard), folder, row)
+            except CacheError as error:
                 path = folder / row.shard
-                # an error of the volume, not of the content: the shard may be intact
-                if isinstance(error, sqlite3.OperationalError):
-                    raise OutputError(f"{path} cannot be read: {error}. Run this again") from error
                 logger.warning("%s: an entry is damaged; cache again to replace it (%s)", path, error)
                 continue
             if writer is not None and writer.size >= shard_bytes:
@@ -329,12 +326,29 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
             writer.finish()
     except BaseException:
         if writer is not None:
-            writer.rows.close()
+            writer.connection.close()
             writer.path.unlink(missing_ok=True)  # a finished shard has another path and stays
         raise
     finally:
-        for connection in opened.values():
+        for connection in connections.values():
             connection.close()
     for shard in shards:
         with contextlib.suppress(PermissionError):  # Windows: someone reads it
             (folder / shard).unlink(missing_ok=True)
+
+
+def _read_to_copy(connection: sqlite3.Connection | None, folder: Path, row: EntryRow) -> bytes | None:
+    """Return the bytes of an entry; None if it was removed.
+
+    Raises:
+        CacheError: If the entry is damaged.
+        OutputError: If the volume, not the content, is at fault: the shard may be intact.
+    """
+    if row.size is None:
+        return None
+    try:
+        return _read_row(connection, folder, row)
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"{folder / row.shard} cannot be read: {error}. Run this again") from error
+    except sqlite3.DatabaseError as error:
+        raise CacheError(str(error)) from error

@@ -213,7 +213,7 @@ class Stores:
     names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
     # stores by table index, for tables whose entries are not where their cache_format says
     elsewhere: Mapping[int, StorePair] = field(default_factory=dict)
-    trusts: bool = False  # existing shared files count as valid without being read
+    trusts_shared_caches: bool = False  # existing shared files count as valid without being read
     skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
@@ -277,11 +277,11 @@ class LatentNames:
 
     def not_in(self, names: Container[str], except_of: Container[str]) -> list[str]:
         """Return the files that are not among `names`, sorted by stem; stems in `except_of` are skipped."""
-        others = []
+        files_with_stem = []
         for stem, files in self._files.items():
             if stem not in except_of:
-                others += [(stem, file) for file in files if file not in names]
-        return [file for _, file in sorted(others)]
+                files_with_stem += [(stem, file) for file in files if file not in names]
+        return [file for _, file in sorted(files_with_stem)]
 
 
 ExistingNames = Mapping[int, LatentNames]  # by table index
@@ -299,7 +299,7 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
     """
     if store.is_shared:
         return 0
-    count = 0
+    num_removed = 0
     for name in names:
         try:
             is_removable = is_cache(store.read(name, is_full=False))
@@ -313,5 +313,5 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
                 )
         if is_removable:
             store.remove(name)
-            count += 1
-    return count
+            num_removed += 1
+    return num_removed

@@ -45,22 +45,22 @@ class AudioPlan:
     """Audio entries of one clip that are valid or missing, with the decoded audio of the missing ones."""
 
     source: MediaSource
-    kept: tuple[str, ...]  # names of valid files
-    foreign: int  # number of valid files without a record
-    missing: tuple[cache_files.LatentName, ...]  # items without a valid file
+    valid_files: tuple[str, ...]  # names of valid files
+    num_without_record: int  # number of valid files without a record
+    missing_items: tuple[cache_files.LatentName, ...]  # items without a valid file
     # the following are set when the audio has been read
     files: tuple[FileIdentity, ...] = ()  # files that the audio was read from
     rate: float = 0.0  # frames of the clip per second
     samples: tuple[Tensor, ...] = ()  # audio of each missing item, channels S
     references: tuple[Tensor, ...] = ()  # reference audio of each missing item, channels S; () without one
-    silent: str | None = None  # why the clip has no audio
+    silence_reason: str | None = None  # why the clip has no audio
 
 
 class _AudioJob(NamedTuple):
     """A clip with its cached items."""
 
     source: MediaSource
-    names: Sequence[cache_files.LatentName]
+    items: Sequence[cache_files.LatentName]
 
 
 class AudioWork:
@@ -111,17 +111,17 @@ class AudioWork:
             CheckpointError: If a network cannot be loaded.
             OutputError: If an entry cannot be written.
         """
-        items = self._items_of(latents)
+        items_by_clip = self._group_by_clip(latents)
         jobs: list[_AudioJob] = []
         for source in sources:
-            names = items.get((source.table.index, source.stem))
-            if names is not None:
-                jobs.append(_AudioJob(source, names))
+            items = items_by_clip.get((source.table.index, source.stem))
+            if items is not None:
+                jobs.append(_AudioJob(source, items))
         verifies = self._stores.verify or len(jobs) < MANY  # checksums of many files would take long
         ahead = read_ahead(
             jobs,
             source_of=lambda job: job.source,
-            work=lambda job: self._read(self.plan(job.source, job.names, verifies)),
+            work=lambda job: self._read(self.plan(job.source, job.items, verifies)),
             workers=workers,
             bar=Bar(len(jobs), "Audio", "clip", shows),
             decodes=True,
@@ -133,9 +133,9 @@ class AudioWork:
                 if isinstance(plan, Failure):
                     report = replace(report, failures=(*report.failures, plan))
                     continue
-                # files that are valid already, then those of the missing items
-                files = list(plan.kept)
-                for index, name in enumerate(plan.missing[: len(plan.samples)]):  # no samples: silent
+                files = list(plan.valid_files)
+                items_with_audio = plan.missing_items[: len(plan.samples)]  # a silent clip has no samples
+                for index, name in enumerate(items_with_audio):
                     file = name.file_name(self._tag)
                     write(self._encode(file, name, index, plan))
                     files.append(file)
@@ -166,34 +166,35 @@ class AudioWork:
 
         With `audio = "ignore"`, existing entries are kept, and none counts as missing.
         """
-        existing = self._existing[source.table.index].of(source.stem)
-        valid: list[str] = []
-        foreign = 0
-        missing: list[cache_files.LatentName] = []
-        for name in names:
-            file = name.file_name(self._tag)
-            if source.table.audio == IGNORE:
-                if file in existing:
-                    valid.append(file)
-                continue
+        files_by_item = {name: name.file_name(self._tag) for name in names}
+        if source.table.audio == IGNORE:
+            existing = self._existing[source.table.index].of(source.stem)
+            kept_files = tuple(file for file in files_by_item.values() if file in existing)
+            return AudioPlan(source, kept_files, num_without_record=0, missing_items=())
+        valid_files: list[str] = []
+        num_without_record = 0
+        missing_items: list[cache_files.LatentName] = []
+        for name, file in files_by_item.items():
             try:
-                if not self._check(file, source, name, verifies):  # valid, without a record
-                    foreign += 1
-                valid.append(file)
+                has_record = self._check(file, source, name, verifies)
             except CacheError:
-                missing.append(name)
-        return AudioPlan(source, tuple(valid), foreign, tuple(missing))
+                missing_items.append(name)
+                continue
+            valid_files.append(file)
+            if not has_record:
+                num_without_record += 1
+        return AudioPlan(source, tuple(valid_files), num_without_record, tuple(missing_items))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
         """Return how many of a clip's latent caches have a valid audio entry.
 
         `files` are the names of the latent caches.
         """
-        items = self._items_of(frozenset((source.table.index, file) for file in files))
-        names = items.get((source.table.index, source.stem), ())
-        return len(self.plan(source, names, self._stores.verify).kept)
+        items_by_clip = self._group_by_clip(frozenset((source.table.index, file) for file in files))
+        items = items_by_clip.get((source.table.index, source.stem), ())
+        return len(self.plan(source, items, self._stores.verify).valid_files)
 
-    def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
+    def _group_by_clip(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
         """Return the cached latents of each item, by index of the table and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
@@ -206,10 +207,10 @@ class AudioWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check that an entry is valid; return whether it has a record.
+        """Check that an item's cached audio is what this run would write; return whether it has a record.
 
         Raises:
-            CacheError: If the entry has to be made again.
+            CacheError: If the audio has to be encoded again.
         """
         entry = self._stores.of(source.table).read(file, is_full=verifies)
         record = records.latent_record(entry)
@@ -222,12 +223,12 @@ class AudioWork:
             difference = records.difference(record.options, self._options(source, name))
         if difference is not None:
             raise CacheError(f"{file}: {difference}")
-        parts = _parts(source)
-        if len(parts) != len(record.files):
+        source_files = _source_files(source)
+        if len(source_files) != len(record.files):
             raise CacheError(
-                f"{file}: it was made from {len(record.files)} files, now there are {len(parts)}"
+                f"{file}: it was made from {len(record.files)} files, now there are {len(source_files)}"
             )
-        for identity, (path, origin) in zip(record.files, parts, strict=True):
+        for identity, (path, origin) in zip(record.files, source_files, strict=True):
             if not records.is_unchanged(identity, path, origin):
                 raise CacheError(f"{file}: its clip or its audio changed since")
         if verifies:
@@ -251,22 +252,25 @@ class AudioWork:
             MediaError: If the audio cannot be read, or is missing but required.
             OSError: If a file cannot be opened.
         """
-        if not plan.missing:
+        if not plan.missing_items:
             return plan
-        spans = [name.span for name in plan.missing if name.span is not None]
+        spans = [name.span for name in plan.missing_items if name.span is not None]
         try:
-            with fetch(plan.source) as here:
-                path = find_audio(here)
-                rate = kept_rate(here, self._family.defaults.fps)
-                samples = read_audios(path, spans, rate, self.spec)
-            references = self._read_references(plan.source, [frames / rate for _, frames in spans])
+            with fetch(plan.source) as local_source:
+                path = find_audio(local_source)
+                fps = kept_rate(local_source, self._family.defaults.fps)
+                samples = read_audios(path, spans, fps, self.spec)
+            seconds = [num_frames / fps for _, num_frames in spans]
+            references = self._read_references(plan.source, seconds)
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
-                asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
-                raise MediaError(f"{reason}; {asks}") from None
-            return replace(plan, silent=str(reason))
-        files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
-        return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
+                why_required = 'audio = "required" asks for it'
+                if self.spec.is_alone:
+                    why_required = "sound alone is learned"
+                raise MediaError(f"{reason}; {why_required}") from None
+            return replace(plan, silence_reason=str(reason))
+        files = tuple(itertools.starmap(records.identify, _source_files(plan.source)))
+        return replace(plan, files=files, rate=fps, samples=tuple(samples), references=tuple(references))
 
     def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
         """Return each item's reference audio, as long as the item; [] if the clip has no reference.
@@ -323,17 +327,17 @@ class AudioWork:
 
 def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
     """Return the report with the numbers of a clip's files, and with the clip if it has no audio."""
-    silent = () if plan.silent is None else (Failure.of(plan.source, plan.silent),)
+    silent = () if plan.silence_reason is None else (Failure.of(plan.source, plan.silence_reason),)
     return replace(
         report,
         written=report.written + len(plan.samples),
-        kept=report.kept + len(plan.kept),
-        foreign=report.foreign + plan.foreign,
+        reused=report.reused + len(plan.valid_files),
+        num_without_record=report.num_without_record + plan.num_without_record,
         silent=report.silent + silent,
     )
 
 
-def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
+def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:
     """Return the files that cached audio depends on.
 
     These are the clip (for its rate), and separate files of its audio and of the reference for its audio.

@@ -14,12 +14,12 @@ from dataset.cache.index import (
     NAME,
     VERSION,
     IndexPart,
-    mark_space,
+    fingerprint_latents,
     read_parts,
     split_names,
 )
 from dataset.cache.latent_files import depends_on_references, list_latent_files
-from dataset.cache.records import CHECK_KEY, latent_record, source_folders, stamp_of, text_records
+from dataset.cache.records import CHECK_KEY, latent_record, size_and_mtime, source_folders, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
 from dataset.table import CLIP, MEDIA, DatasetTable
@@ -42,7 +42,7 @@ def write_index(
     part: str,
     tag: str,
     latent: LatentSpec,
-    mark: str | None,
+    table_fingerprint: str | None,
     valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
@@ -56,40 +56,44 @@ def write_index(
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        mark: Fingerprint of the table, taken before its sources were listed; None if there is none.
+        table_fingerprint: Fingerprint taken before the sources of the table were listed, or None.
         valid: Names of the cache files that this run made, or compared with their sources.
         left_out: Paths of the sources that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
     latent_files, text_files = split_names(store.names(), tag)
-    if mark is None or len(latent_files) + len(text_files) > MAX_FILES or not store.folder.is_dir():
+    if (
+        table_fingerprint is None
+        or len(latent_files) + len(text_files) > MAX_FILES
+        or not store.folder.is_dir()
+    ):
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
-        previous: dict[str, _IndexedFile] = {}
+        previous_lines: dict[str, _IndexedFile] = {}
         with contextlib.suppress(*DAMAGES):  # then all lines are made anew
             parts = read_parts(store.folder)
             for name, line in parts[tag, part].lines.items():
                 if line["record"] is not None:
-                    previous[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
+                    previous_lines[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
         if part == LATENTS:
             lines = _list_latents(table, latent_files, tag, latent=latent, store=store)
-            space = mark_space(table, latent)
+            latent_fingerprint = fingerprint_latents(table, latent)
         else:
             lines = list(_list_texts(text_files, tag))
-            space = ""
-        cached = {line["source"] for line in lines}
-        paths = [left_out[stem] for stem in left_out.keys() - cached]
-        parts[tag, part] = IndexPart(mark, space, left_out=sorted(paths), lines={})
+            latent_fingerprint = ""
+        cached_stems = {line["source"] for line in lines}
+        uncached_paths = sorted(left_out[stem] for stem in left_out.keys() - cached_stems)
+        parts[tag, part] = IndexPart(table_fingerprint, latent_fingerprint, left_out=uncached_paths, lines={})
         for line in lines:
             name = line["file"]
-            line["stamp"] = list(stamp_of(store.folder / name))
-            indexed = previous.get(name)
+            line["stamp"] = list(size_and_mtime(store.folder / name))
+            previous_line = previous_lines.get(name)
             if name not in valid:  # for example, the cache of a deleted source: its origin is unknown
                 line |= {"record": None, "sources": {}}
-            elif indexed is not None and indexed.stamp == line["stamp"]:  # its record is not read again
-                line |= {"record": indexed.record, "sources": indexed.sources}
+            elif previous_line is not None and previous_line.stamp == line["stamp"]:  # an unchanged file
+                line |= {"record": previous_line.record, "sources": previous_line.sources}
             else:
                 line |= _describe_origin(table, store, name, part)
             parts[tag, part].lines[name] = line
@@ -141,25 +145,26 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
     These are the checksum of its record, and size and time of the files that it was made from. If they are
     unknown, training compares the cache itself. `part` is LATENTS or TEXTS.
     """
-    unknown: dict[str, Any] = {"record": None, "sources": {}}
-    made_from: list[tuple[Path | None, FileIdentity]] = []
+    unknown_origin: dict[str, Any] = {"record": None, "sources": {}}
+    source_files: list[tuple[Path | None, FileIdentity]] = []  # folder and identity of each file
     try:
         entry = store.read(file, is_full=False)
         if part == LATENTS:
             record = latent_record(entry)
             if record is not None:
                 # not strict: records of early versions have no files
-                made_from += zip(source_folders(table, record), record.files, strict=False)
+                source_files += zip(source_folders(table, record), record.files, strict=False)
         else:
-            for text in text_records(entry).values():
-                if text.references or {CLIP, MEDIA} & text.settings.keys():
-                    return unknown  # its encoder saw images, too, whose folders are not known here
-                if text.file is not None:
-                    made_from.append((table.directory, text.file))
+            for text_record in text_records(entry).values():
+                saw_media = bool({CLIP, MEDIA} & text_record.settings.keys())
+                if text_record.references or saw_media:  # their folders are not known here
+                    return unknown_origin
+                if text_record.file is not None:
+                    source_files.append((table.directory, text_record.file))
     except CacheError:
-        return unknown
+        return unknown_origin
     sources = {}
-    for folder, identity in made_from:
+    for folder, identity in source_files:
         if folder is not None:
             sources[str(folder / identity.name)] = [identity.size_bytes, identity.mtime_ns]
     return {"record": entry.metadata.get(CHECK_KEY), "sources": sources}
@@ -172,8 +177,8 @@ def _as_lines(parts: Mapping[tuple[str, str], IndexPart]) -> Iterator[str]:
             "version": VERSION,
             "tag": tag,
             "part": name,
-            "table": part.mark,
-            "space": part.space,
+            "table": part.table_fingerprint,
+            "space": part.latent_fingerprint,
             "left_out": part.left_out,
         }
         for line in (head, *part.lines.values()):

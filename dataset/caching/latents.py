@@ -15,7 +15,7 @@ from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
 from dataset.cache.store import LatentNames
 from dataset.cache_files import CacheStore
-from dataset.caching.planning import Planning, Recipe, SourcePlan
+from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
 from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
@@ -34,7 +34,7 @@ SMALLEST_SIDE = 8  # pixels; less than one latent in either direction cannot be 
 
 
 def decode(
-    plan: SourcePlan, existing: LatentNames, recipe: Recipe
+    plan: SourcePlan, existing: LatentNames, cache_settings: LatentCacheSettings
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
     """Read the frames of a source, or its moments; return its completed plan and its missing items.
 
@@ -45,22 +45,22 @@ def decode(
         DatasetError: If the resolution does not fit the model.
         OSError: If a file cannot be opened.
     """
-    source, latent = plan.source, recipe.latent
+    source, latent = plan.source, cache_settings.latent
     rate: float | None = None
     if source.tensors is not None:
         from dataset.caching.precomputed import decode_moments  # few tables have moments
 
         media = decode_moments(source, latent)
-        if recipe.has_rates:
-            rate = kept_rate(source, recipe.fps)
+        if cache_settings.stores_frame_rate:
+            rate = kept_rate(source, cache_settings.fps)
     else:
         with fetch(source) as local:
             check_memory(local)
-            if recipe.has_rates:
-                rate = kept_rate(local, recipe.fps)
+            if cache_settings.stores_frame_rate:
+                rate = kept_rate(local, cache_settings.fps)
             media = decode_source(
                 local,
-                recipe.fps,
+                cache_settings.fps,
                 latent.pixel_step,
                 latent.lengths,
                 keeps_alpha=latent.keeps_alpha,
@@ -73,21 +73,26 @@ def decode(
                 f"{SMALLEST_SIDE}"
             )
     # compare again, now that the items are known
-    if plan.missing is None:  # the items were unknown until the source was decoded
-        planning = Planning(source, existing.of(source.stem), recipe)
-        plan = planning.compare(media.size, media.spans, len(media.frames), media.reason)
+    if plan.missing_spans is None:  # the items were unknown until the source was decoded
+        planner = SourcePlanner(source, existing.of(source.stem), cache_settings)
+        plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
     if media.clip is not None:
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
-    missing = plan.missing or ()
+    missing = plan.missing_spans or ()
     audios: SpanAudios | None = None
-    if recipe.keeps_audio and recipe.audio is not None and missing and source.table.kind == "video":
+    if (
+        cache_settings.stores_audio
+        and cache_settings.audio is not None
+        and missing
+        and source.table.kind == "video"
+    ):
         from dataset.sources.audio import audios_of  # only of families with audio
 
         with fetch(source) as local:
-            audios = audios_of(local, missing, recipe.fps, recipe.audio)
-        plan = dataclasses.replace(plan, silent=audios.silent)
+            audios = audios_of(local, missing, cache_settings.fps, cache_settings.audio)
+        plan = dataclasses.replace(plan, silence_reason=audios.silent)
     # identities of the source files, for the record
-    files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
     items: Iterable[DecodedMedia] = map(media.cut, missing)
     if audios is not None:
@@ -113,7 +118,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
     return fill_batches(
         items,
         group_of=lambda item: item.group,
-        max_of=lambda item: size or item.source.table.batch_size,
+        batch_size_of=lambda item: size or item.source.table.batch_size,
         bytes_of=lambda item: item.size_bytes,
         max_bytes=PARTIAL_BYTES,
     )
@@ -171,13 +176,8 @@ def encode(
         family: Family that encodes.
         encoders: The family's encoders; None if the items have precomputed moments.
     """
-    # precomputed moments: no encoder runs
     if items[0].moments:
-        moments_by_part = zip(*(item.moments for item in items), strict=True)
-        # moments of the clips and, for image-to-video models, of their first frames
-        moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
-        batch = data.MomentsBatch(moments, tuple(keys), *first_frame_moments)
-        return [[entry] for entry in family.latents_from_moments(batch)]
+        return _latents_from_moments(items, keys, family)
     assert encoders is not None
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
@@ -192,6 +192,17 @@ def encode(
         pairs = zip(entries, mirrored_entries, strict=True)
         with_mirrored.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
     return with_mirrored
+
+
+def _latents_from_moments(
+    items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches
+) -> list[list[data.CacheEntry]]:
+    """Return the entry of each item of a batch with precomputed moments; no encoder runs."""
+    moments_by_part = zip(*(item.moments for item in items), strict=True)
+    # moments of the clips and, for image-to-video models, of their first frames
+    moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
+    batch = data.MomentsBatch(moments, tuple(keys), *first_frame_moments)
+    return [[entry] for entry in family.latents_from_moments(batch)]
 
 
 def _encode_pair(

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dataset.cache import index
-from dataset.cache.index import is_indexed, mark_table
+from dataset.cache.index import fingerprint_table, is_indexed
 from dataset.cache.store import Stores
 from dataset.caching.indexing import write_index
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
@@ -144,23 +144,23 @@ def cache(
         make_work = getattr(import_own(module_name), class_name)
         work = make_work(family, config, options, device=share.device, stores=stores)
         is_main = share.rank == 0
-        pieces = work.pieces
+        work_items = work.work_items
         label = ""  # shown with the progress if this is not all of the work
         if shard.num_shards is not None:
-            pieces = pieces[shard.shard_index :: shard.num_shards]
+            work_items = work_items[shard.shard_index :: shard.num_shards]
             label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
         if share.count > 1:
             label += f", process {share.rank + 1} of {share.count}"
         try:
             # only the main process shows progress
-            own_report = work.encode(pieces[share.rank :: share.count], label if is_main else None)
+            own_report = work.encode(work_items[share.rank :: share.count], label if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)
-        report = join_reports([*share.gather(own_report), work.not_listed])
+        report = join_reports([*share.gather(own_report), work.listing_report])
         removed = 0
         if is_main and shard.num_shards is None:  # one shard does not know the valid files of the others
-            for table in work.full_tables:
+            for table in work.complete_tables:
                 failed = {failure.stem for failure in report.failures if failure.table == table.index}
                 removed += work.remove_stale(table, report.valid, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
@@ -175,11 +175,11 @@ def _write_indexes(
     family: Caches,
     config: DatasetConfig,
     report: CacheReport,
-    marks: Mapping[int, str | None],
+    fingerprints: Mapping[int, str | None],
 ) -> None:
     """Write the results of a run into the index of each table, from which training lists the caches.
 
-    `marks` are the fingerprints of the tables, by table index.
+    `fingerprints` are the fingerprints of the tables, by table index.
     """
     for table in config.datasets:
         if not is_indexed(table, audio_of(family)):
@@ -194,7 +194,7 @@ def _write_indexes(
             part=index.TEXTS if kind == TEXTS else index.LATENTS,
             tag=family.cache_tag,
             latent=family.latent,
-            mark=marks[table.index],
+            table_fingerprint=fingerprints[table.index],
             valid={name for table_index, name in report.valid if table_index == table.index},
             left_out=left_out,
         )
@@ -227,9 +227,9 @@ def run_caching(
 
         conclude(show_datasets(family, config, debug, workers_of(options)))
         return
-    noun, next_task = "sources", "cache the captions"
+    noun, next_step = "sources", "cache the captions"
     if kind == TEXTS:
-        noun, next_task = "captions", "check all before training"
+        noun, next_step = "captions", "check all before training"
     if options.check:
         from data_tools.report.check import check_script  # only with --check
 
@@ -238,7 +238,7 @@ def run_caching(
         leave_cudnn_out(select_device(options.device))
     started = time.monotonic()
     # taken before sources are listed: if files are added in the meantime, the index does not count as valid
-    marks = {table.index: mark_table(table) for table in config.datasets}
+    fingerprints = {table.index: fingerprint_table(table) for table in config.datasets}
     try:
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
@@ -246,23 +246,23 @@ def run_caching(
     if report.is_main:  # one of several processes writes for all
         following.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
-            _write_indexes(kind, family, config=config, report=report, marks=marks)
-    memory = peak_in_words(select_device(options.device))
-    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
+            _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
+    peak_memory = peak_in_words(select_device(options.device))
+    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", peak_memory)]
     if options.shard.num_shards is None:
-        heading = f"Next, {next_task}"
-        missing = missing_words(following.words)
-        if missing:
-            paths = "that path" if len(missing) == 1 else "those paths"
-            heading += f" (fill in {' and '.join(missing)}: this command does not know {paths})"
+        heading = f"Next, {next_step}"
+        unknown_paths = missing_words(following.words)
+        if unknown_paths:
+            pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
+            heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
         conclude(report, costs, [(heading, as_typed(following.words))])
         return
-    rows: list[Row] = [
-        ("this shard", f"{report.share} of {report.total} {noun}"),
+    shard_rows: list[Row] = [
+        ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),
         (
             "when all are done",
             "run this command once without --num_shards and --shard_index: it checks everything, makes what "
             "is missing and removes what is stale",
         ),
     ]
-    conclude(report, [*rows, *costs])
+    conclude(report, [*shard_rows, *costs])

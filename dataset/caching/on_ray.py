@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
@@ -45,7 +45,7 @@ class CachingActor:
     def __init__(
         self,
         main: Main,
-        words: Sequence[str],
+        argv: Sequence[str],
         is_latents: bool,
         num_shards: int,
         threads: int,
@@ -55,14 +55,14 @@ class CachingActor:
 
         Args:
             main: `main` of a caching script.
-            words: Arguments of the script.
+            argv: Arguments of the script.
             is_latents: Whether latents are cached, not texts.
             num_shards: Number of shards of the work.
             threads: Number of threads that read ahead, unless the arguments set it.
             folder: Folder in which the command was typed; the actor's process changes to it.
         """
-        # `main` reads the arguments, and calls `_make` with what it has made instead of caching
-        self._begin = partial(main, words, self._make)
+        # reads the arguments and the dataset, then calls `_make`, which sets `_work`, instead of caching
+        self._read_dataset = partial(main, argv, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
         self._threads, self._folder = threads, folder
         self._work: MediaWork | TextWork | None = None
@@ -81,13 +81,13 @@ class CachingActor:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
                     os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
-                self._begin()  # reads the dataset and sets `_work`
+                self._read_dataset()  # sets `_work`
             work: Any = self._work
-            report = work.encode(work.pieces[index :: self._num_shards], None)
+            report = work.encode(work.work_items[index :: self._num_shards], None)
             work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)
-        counts = {"written": report.written, "kept": report.kept, "sources": report.share}
+        counts = {"written": report.written, "kept": report.reused, "sources": report.num_assigned}
         failures = json.dumps([str(failure) for failure in report.failures])
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
@@ -126,45 +126,78 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise DatasetError(f"the Ray cluster {options.address or 'of this machine'}: {error}") from error
     try:
-        available = ray.cluster_resources()
-        gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
-        # how many actors, and what each needs
-        if gpus is None:
-            gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
-        default_actors = 1
-        if gpus:  # as many as the cluster has GPUs for
-            default_actors = max(1, int(available.get("GPU", 0) / gpus))
-        num_actors = options.num_actors or default_actors
-        for name, needed in (("GPU", num_actors * gpus), ("CPU", num_actors * cpus)):
-            if needed > available.get(name, 0):  # Ray would wait for them forever
-                raise DatasetError(
-                    f"{num_actors} actors need {needed:g} {name}s, the cluster has "
-                    f"{available.get(name, 0):g}. Give a smaller --num_actors or --{name.lower()}s_per_actor."
-                )
-        # each shard of texts loads all text encoders, so an actor gets only one
-        shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
-        num_shards = options.num_shards or num_actors * shards_per_actor
-        logger.info("%d actors cache %d shards", num_actors, num_shards)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        # one block for each shard: tasks that split blocks would wait for the cores that the actors occupy
-        shards = ray.data.from_items(
-            [{"shard_index": index} for index in range(num_shards)], override_num_blocks=num_shards
-        )
-        results = shards.map_batches(
-            CachingActor,
-            batch_size=1,
-            concurrency=num_actors,
-            num_cpus=cpus,
-            num_gpus=gpus or None,
-            fn_constructor_args=(main, arguments, options.is_latents, num_shards, cpus, str(Path.cwd())),
-        )
-        rows = []
-        for row in results.iter_rows():
-            rows.append(row)
-            logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), num_shards)
+        actors = _plan_actors(options, ray.cluster_resources())
+        rows = _cache_shards(ray, main, arguments, options, actors)
     finally:
         ray.shutdown()
     conclude_shards(sorted(rows, key=lambda row: int(row["shard_index"])), options)
+
+
+class ActorPlan(NamedTuple):
+    """How many actors cache how many shards, and which devices each actor needs."""
+
+    num_actors: int
+    num_shards: int
+    gpus_per_actor: float
+    cpus_per_actor: int
+
+
+def _plan_actors(options: RayOptions, available: Mapping[str, float]) -> ActorPlan:
+    """Decide how many actors and shards to use on a cluster with these resources, "GPU" and "CPU".
+
+    Raises DatasetError if the cluster has too few, because Ray would wait for them forever.
+    """
+    gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
+    default_actors = 1
+    if gpus:  # as many as the cluster has GPUs for
+        default_actors = max(1, int(available.get("GPU", 0) / gpus))
+    num_actors = options.num_actors or default_actors
+    for name, needed in (("GPU", num_actors * gpus), ("CPU", num_actors * cpus)):
+        if needed > available.get(name, 0):
+            raise DatasetError(
+                f"{num_actors} actors need {needed:g} {name}s, the cluster has "
+                f"{available.get(name, 0):g}. Give a smaller --num_actors or --{name.lower()}s_per_actor."
+            )
+    # each shard of texts loads all text encoders, so an actor gets only one
+    shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
+    num_shards = options.num_shards or num_actors * shards_per_actor
+    return ActorPlan(num_actors, num_shards, gpus, cpus)
+
+
+def _cache_shards(
+    ray: Any, main: Main, arguments: Sequence[str], options: RayOptions, actors: ActorPlan
+) -> list[Mapping[str, Any]]:
+    """Let the actors cache all shards; return their results, one row for each shard (`CachingActor`)."""
+    num_shards = actors.num_shards
+    logger.info("%d actors cache %d shards", actors.num_actors, num_shards)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # one block for each shard: tasks that split blocks would wait for the cores that the actors occupy
+    shards = ray.data.from_items(
+        [{"shard_index": index} for index in range(num_shards)], override_num_blocks=num_shards
+    )
+    actor_arguments = (
+        main,
+        arguments,
+        options.is_latents,
+        num_shards,
+        actors.cpus_per_actor,
+        str(Path.cwd()),
+    )
+    results = shards.map_batches(
+        CachingActor,
+        batch_size=1,
+        concurrency=actors.num_actors,
+        num_cpus=actors.cpus_per_actor,
+        num_gpus=actors.gpus_per_actor or None,
+        fn_constructor_args=actor_arguments,
+    )
+    rows = []
+    for row in results.iter_rows():
+        rows.append(row)
+        logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), num_shards)
+    return rows
 
 
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:

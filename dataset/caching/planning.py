@@ -52,33 +52,33 @@ from protocols.data import (
     LatentSpec,
     MediaTable,
 )
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
-_AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
+_DECODING_VERSION = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # key in the options of a record: the cache file also has the latents of the mirrored image
 FLIP = "flip"
 
 
-class OtherKind(CacheError):
+class IncompatibleCache(CacheError):
     """Raised if a cache was made with another encoder, with other options or by another program."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LatentCacheSettings:
     """Settings of a run, other than sources and tables, on which cached latents depend."""
 
     tag: str  # the family's cache_tag
-    encoder: Mapping[str, str]  # Family.media_identity
+    encoder_identity: Mapping[str, str]  # Family.media_identity
     latent: LatentSpec
     fps: float  # the family's frame rate
-    sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
+    count_sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
-    # items of sources whose caches were found valid, by `Planning._make_shape_key`
-    valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    has_rates: bool = False  # each cache file records its frame rate (`Abilities.rate`)
+    # items of sources whose caches were found valid, by `SourcePlanner._make_shape_key`
+    valid_sizes_by_shape: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    stores_frame_rate: bool = False  # each cache file records its frame rate (`Abilities.rate`)
     audio: AudioSpec | None = None  # None: the family has no audio
 
-    def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
+    def record_options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the settings that an item's latents depend on, by their names in its record.
 
         Most settings that do not apply are left out. `sizes` are the size, bucket and span of the item.
@@ -96,12 +96,12 @@ class Recipe:
             options["moments"] = True
         if table.augmentation.flip:
             options[FLIP] = True
-        if self.has_rates:
+        if self.stores_frame_rate:
             options["frame_rate"] = True
         if has_companions(source):
             options[records.CLOCK] = True
         if source.control:
-            options |= table.changed(REFERENCES)
+            options |= table.non_default_values(REFERENCES)
         if source.references and table.clip_references is not None:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
@@ -110,7 +110,7 @@ class Recipe:
             options[NUM_GUIDES] = len(source.guides)
         if source.rejected is not None:
             options[REJECTED] = True
-        if self.keeps_audio and table.kind == "video":
+        if self.stores_audio and table.kind == "video":
             options[AUDIO_FILE] = source.audio is not None
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
@@ -118,40 +118,43 @@ class Recipe:
             options[LAYERS] = len(source.layers)
         if source.shown:
             options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
-        return options | table.changed(SECTIONS)  # keys about sections that are not at their defaults
+        return options | table.non_default_values(
+            SECTIONS
+        )  # keys about sections that are not at their defaults
 
     @property
-    def keeps_audio(self) -> bool:
+    def stores_audio(self) -> bool:
         """Whether caches of latents contain the audio of their clip."""
-        return self.audio is not None and self.audio.is_inside
+        return self.audio is not None and self.audio.is_in_latent_cache
 
-    def parts_of(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
+    def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return all files that the caches of a source are made from."""
         parts = list(source.parts)
-        if source.audio is not None and self.keeps_audio and source.table.audio != IGNORE:
+        if source.audio is not None and self.stores_audio and source.table.audio != IGNORE:
             parts.append(source.audio)
         for medium in source.shown:
             parts += [(path, None) for path in (medium.path, medium.audio) if path is not None]
         return tuple(parts)
 
-    def difference(
+    def describe_difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
-        options = self.options(source, size=size, bucket=bucket, span=span)
-        recorded = dict(record.options)
+        options = self.record_options(source, size=size, bucket=bucket, span=span)
+        recorded_options = dict(record.options)
         if FLIP not in options:
-            recorded.pop(FLIP, None)  # unused mirrored latents do no harm
-        # an early record: if the rates are equal, the current version selects the same frames
-        if records.CLOCK in options and records.CLOCK not in recorded and has_one_clock(source, self.fps):
-            recorded[records.CLOCK] = True
-        changed = records.difference(record.encoder, self.encoder)
+            recorded_options.pop(FLIP, None)  # unused mirrored latents do no harm
+        is_early_record = records.CLOCK in options and records.CLOCK not in recorded_options
+        # if the rates are equal, the version that wrote the record selected the same frames
+        if is_early_record and has_one_clock(source, self.fps):
+            recorded_options[records.CLOCK] = True
+        changed = records.difference(record.encoder, self.encoder_identity)
         if self.audio is not None and self.audio.is_alone:
             changed = None  # the model learns audio alone: latents of images are only placeholders
-        return changed or records.options_difference(recorded, options, self.latent)
+        return changed or records.options_difference(recorded_options, options, self.latent)
 
 
-def _describe_shown(medium: ShownMedium) -> str:
+def _describe_shown(medium: ReferenceMedium) -> str:
     """Describe a reference medium for a record; the text must not change, as it is compared."""
     if medium.kind != "video" or medium.audio is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
@@ -163,23 +166,25 @@ class SourcePlan:
     """Caches that one source still needs, those that are valid, and messages about it."""
 
     source: MediaSource
-    kept: frozenset[str]  # names of valid files
-    foreign: int  # number of valid files without a record
-    missing: tuple[Span, ...] | None  # what to encode; None: unknown before decoding
-    # width, height and, for videos, frames of each training item; empty if `missing` is None
-    items: tuple[tuple[int, ...], ...] = ()
-    reason: str | None = None  # why the source gives no items
-    short: str | None = None  # the target_frames that the clip is too short for, if it gives other items
-    outdated: str | None = None  # why an existing file is replaced
-    is_other: bool = False  # whether an existing file raised OtherKind
+    valid_files: frozenset[str]  # names of valid files
+    num_without_record: int  # number of valid files without a record
+    missing_spans: tuple[Span, ...] | None  # what to encode; None: unknown before decoding
+    # width, height and, for videos, frames of each training item; empty if `missing_spans` is None
+    item_sizes: tuple[tuple[int, ...], ...] = ()
+    why_no_items: str | None = None  # why the source gives no items
+    too_short_for: str | None = (
+        None  # the target_frames that the clip is too short for, if it gives other items
+    )
+    outdated_reason: str | None = None  # why an existing file is replaced
+    is_incompatible: bool = False  # whether an existing file raised IncompatibleCache
     size_changes: tuple[str, ...] = ()  # `ClipInfo.size_changes`
-    silent: str | None = None  # why the clip is cached with silent audio
+    silence_reason: str | None = None  # why the clip is cached with silent audio
 
 
 def plan_all(
     sources: Sequence[MediaSource],
     existing: ExistingNames,
-    recipe: Recipe,
+    cache_settings: LatentCacheSettings,
     workers: int,
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
@@ -188,16 +193,18 @@ def plan_all(
     Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
     settings and shapes count as equal.
     """
-    reads_values = recipe.stores.verify or len(sources) < MANY  # reading many would take long
+    verifies_tensors = cache_settings.stores.verify or len(sources) < MANY  # reading many would take long
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         """Plan a source, or return why it cannot be read."""
         try:
-            planning = Planning(source, existing[source.table.index].of(source.stem), recipe, reads_values)
+            planner = SourcePlanner(
+                source, existing[source.table.index].of(source.stem), cache_settings, verifies_tensors
+            )
             # if all files are read, or none, nothing is saved by comparing shapes
-            if reads_values or recipe.stores.trusts:
-                return planning.plan()
-            return planning.plan_by_shape()
+            if verifies_tensors or cache_settings.stores.trusts_shared_caches:
+                return planner.plan()
+            return planner.plan_by_shape()
         except (MediaError, OSError) as error:
             return Failure.of(source, error)
 
@@ -213,60 +220,75 @@ def plan_all(
 class _Comparison:
     """Intermediate results of comparing a source with its cache files."""
 
-    valid: set[str] = field(default_factory=set)  # names of files
-    foreign: int = 0  # number of valid files without a record
-    missing: list[Span] = field(default_factory=list)
-    outdated: str | None = None
-    is_other: bool = False  # an existing file raised OtherKind
+    valid_files: set[str] = field(default_factory=set)  # names of files
+    num_without_record: int = 0  # number of valid files without a record
+    missing_spans: list[Span] = field(default_factory=list)
+    outdated_reason: str | None = None
+    is_incompatible: bool = False  # an existing file raised IncompatibleCache
 
     def add_outdated(self, error: CacheError) -> None:
-        """Remember why a file is replaced: the first reason, unless a later one is an OtherKind."""
-        is_other = isinstance(error, OtherKind)
-        if self.outdated is None or is_other:
-            self.outdated = str(error)
-        self.is_other = self.is_other or is_other
+        """Remember why a file is replaced: the first reason, unless a later one is an IncompatibleCache."""
+        is_incompatible = isinstance(error, IncompatibleCache)
+        if self.outdated_reason is None or is_incompatible:
+            self.outdated_reason = str(error)
+        self.is_incompatible = self.is_incompatible or is_incompatible
 
 
-class Planning:
+class SourcePlanner:
     """Comparison of one source with its existing cache files."""
 
     def __init__(
-        self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool = True
+        self,
+        source: MediaSource,
+        existing: Names,
+        cache_settings: LatentCacheSettings,
+        verifies_tensors: bool = True,
     ) -> None:
-        """Compare `source` with `existing`, its cache files; `reads_values` also compares checksums."""
-        self.source, self.table = source, source.table
-        self.existing, self.recipe = existing, recipe
-        self.store = recipe.stores.of(source.table)
-        self.reads_values = reads_values
+        """Prepare to compare a source with its existing cache files; nothing is read yet.
+
+        `verifies_tensors` says whether tensors are compared with their checksums, too.
+        """
+        self.source = source
+        self.table = source.table
+        self.existing_files = existing
+        self.cache_settings = cache_settings
+        self.store = cache_settings.stores.of(source.table)
+        self.verifies_tensors = verifies_tensors
         self._headers: dict[str, Entry] = {}  # headers read so far, by file name
         self._records: dict[str, records.LatentRecord | None] = {}
-        # identities of parts of the source that were found unchanged, by index in `parts_of`
+        # identities of parts of the source that were found unchanged, by index in `source_files`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version read the source differently, by that version (`LatentRecord.as_shown`)
+        # how an earlier version decoded the source differently, by `LatentRecord.decoding_version`
         self._reading_changes: dict[int, str | None] = {}
         # whether the plan relied on the source's header, whose frame count may be wrong
-        self._by_header = False
+        self._relied_on_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Compare the source with its cache files like `plan`, but faster.
+        """Return the same as `plan`, but reuse the result of an earlier source whose caches are alike.
 
         Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
         """
-        shape = self._make_shape_key()
-        valid = self.recipe.valid
-        if shape in valid:
-            return self._make_valid_plan(valid[shape])
+        shape_key = self._make_shape_key()
+        known_sizes = self.cache_settings.valid_sizes_by_shape  # shared by all sources of the run
+        if shape_key in known_sizes:
+            return self._make_valid_plan(known_sizes[shape_key])
         plan = self.plan()
-        is_valid = plan == self._make_valid_plan(plan.items)  # nothing is missing or outdated
-        if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
-            valid[shape] = plan.items
+        nothing_to_encode = plan == self._make_valid_plan(plan.item_sizes)
+        is_reliable = nothing_to_encode and not self._relied_on_header
+        if shape_key is not None and is_reliable and len(known_sizes) < MANY:
+            known_sizes[shape_key] = plan.item_sizes
         return plan
 
-    def _make_valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
+    def _make_valid_plan(self, item_sizes: tuple[tuple[int, ...], ...]) -> SourcePlan:
         """Return the plan of a source whose caches are all valid and have records."""
-        names = frozenset(self.existing)
-        return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
+        return SourcePlan(
+            source=self.source,
+            valid_files=frozenset(self.existing_files),
+            num_without_record=0,
+            missing_spans=(),
+            item_sizes=item_sizes,
+        )
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
         """Return a key that is equal for sources with equal plans; None if a source file may have changed.
@@ -284,32 +306,32 @@ class Planning:
             len(source.layers),
             source.tensors is None,
         ]
-        for file in self.existing:
+        for file in self.existing_files:
             try:
-                record = records.shared_part(self._read_header(file))
+                record = records.split_record(self._read_header(file))
             except CacheError:
                 return None
             if record is None:
                 return None
-            shared_texts, files = record
-            if self._find_change(files) is not None:
+            settings_texts, source_files = record  # pieces of the record's JSON, and the files it names
+            if self._find_change(source_files) is not None:
                 return None
-            if has_companions(source) and not any(records.CLOCK in text for text in shared_texts if text):
+            if has_companions(source) and not any(records.CLOCK in text for text in settings_texts if text):
                 return None  # an early record, without the clock: `plan` compares the companions' headers
-            if not self._is_as_shown(shared_texts):
+            if not self._would_decode_alike(settings_texts):
                 return None  # from an earlier version: the result depends on the images
-            ending = file[len(source.stem) :]
-            shape += (ending, *shared_texts)
+            name_after_stem = file[len(source.stem) :]
+            shape += (name_after_stem, *settings_texts)
         return tuple(shape)
 
-    def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
+    def _would_decode_alike(self, record_texts: Sequence[str]) -> bool:
         """Return whether the source would be decoded to the same pixels now as when its cache was made.
 
         `record_texts` are pieces of the record's JSON.
         """
         joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
-        versions = {1 if version == "true" else int(version) for version in _AS_SHOWN.findall(joined)}
+        versions = {1 if version == "true" else int(version) for version in _DECODING_VERSION.findall(joined)}
         if versions == {AS_SHOWN}:
             return True
         # since version 1, only the reading of files with codes of color, order or orientation has changed
@@ -318,45 +340,46 @@ class Planning:
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing`, the spans to encode, is None if they are unknown until the source is decoded.
+        `missing_spans`, the spans to encode, is None if they are unknown until the source is decoded.
 
         Raises:
             MediaError: If the header of the source cannot be read.
         """
-        table, latent, recipe = self.table, self.recipe.latent, self.recipe
-        unknown = SourcePlan(self.source, kept=frozenset(), foreign=0, missing=None)
+        table = self.table
+        latent = self.cache_settings.latent
+        unknown = SourcePlan(self.source, valid_files=frozenset(), num_without_record=0, missing_spans=None)
         if table.kind == "image":
             size = self._read_image_size()
             if size is None:
                 return unknown
             return self.compare(size, [(0, self.source.num_images)])  # one span of all images (layers)
-        clip = self._read_recorded_clip() if self.existing else None
+        clip = self._read_recorded_clip() if self.existing_files else None
         if self.source.tensors is not None:
             from dataset.sources.moments import full_span, measure_source  # few tables have moments
 
             clip = clip or measure_source(self.source, latent)
             return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
-            # decoding may have stopped early, but only after enough frames for this run
-            enough = frames_wanted(table)
-            if clip.complete or (enough is not None and clip.kept_frames >= enough):
+            # if decoding stopped early, the recorded frames must be enough for this run's spans
+            needed_frames = frames_wanted(table)
+            if clip.complete or (needed_frames is not None and clip.kept_frames >= needed_frames):
                 return self._compare_clip(clip)
-        if self.existing and recipe.stores.skip_existing:
-            # skip_existing trusts files without a record, so that only the header can be compared; it may be
-            # wrong about the number of frames, so it counts only if it agrees with the existing files
-            self._by_header = True
-            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.lengths)
+        if self.existing_files and self.cache_settings.stores.skip_existing:
+            # skip_existing accepts files without a record. The video's header may be wrong about the number
+            # of frames, so it counts only if it agrees with the existing files
+            self._relied_on_header = True
+            header = plan_source(self.source, self.cache_settings.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(header.size, header.spans)
-                if plan.kept == self.existing.keys() and not plan.missing:
+                if plan.valid_files == self.existing_files.keys() and not plan.missing_spans:
                     return plan
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
         """Return the recorded size and frame count of the decoded source; None if it has changed since."""
-        options = self.recipe.options(self.source)
+        options = self.cache_settings.record_options(self.source)
         recorded: list[ClipInfo] = []
-        for file in self.existing:
+        for file in self.existing_files:
             record = self._record_of(file)
             if record is None or record.clip is None:
                 continue
@@ -374,12 +397,12 @@ class Planning:
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
         """Compare a clip's caches with the spans that follow from its recorded size and number of frames."""
         table = self.table
-        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
-        reason = None
+        clip_spans = spans(table, clip.kept_frames, self.cache_settings.latent.lengths)
+        why_no_items = None
         if not clip_spans:
             targets = ", ".join(map(str, table.target_frames))
-            reason = f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
-        plan = self.compare(clip.size, clip_spans, clip.kept_frames, reason)
+            why_no_items = f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
+        plan = self.compare(clip.size, clip_spans, clip.kept_frames, why_no_items)
         return replace(plan, size_changes=clip.size_changes)
 
     def compare(
@@ -387,63 +410,52 @@ class Planning:
         size: Size,
         source_spans: Sequence[Span],
         kept_frames: int | None = None,
-        reason: str | None = None,
+        why_no_items: str | None = None,
     ) -> SourcePlan:
-        """Return the plan of a source whose size and spans are known.
+        """Compare the cache files of a source with those to write for its spans; return which are missing.
 
         Args:
             size: Width and height of the source.
-            source_spans: Spans of the source, one for each item.
+            source_spans: First frame and number of frames of each training item of the source.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
-            reason: Why there is no span.
+            why_no_items: Why there is no span, if there is none.
         """
-        table, recipe = self.table, self.recipe
-        bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
-        # the files of each item, in the order of their sections
-        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
-        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
-            by_item.setdefault((name.size, name.span), {})[file] = name
-        # caches of other programs may lack control images, so that files of items with control are read
-        trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
+        table, cache_settings = self.table, self.cache_settings
+        bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
+        # file names contain the size and span of an item: the original size of an image, a clip's bucket size
+        files_by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
+        for file, name in sorted(self.existing_files.items(), key=lambda pair: pair[1].section or 0):
+            files_by_item.setdefault((name.size, name.span), {})[file] = name
         comparison = _Comparison()
-        items: list[tuple[int, ...]] = []
+        item_sizes: list[tuple[int, ...]] = []
         for span in source_spans:
             _, num_frames = span
-            num_sections = recipe.sections(media_table(table), num_frames)
-            items += self._trained_sizes(bucket, span, num_sections)
-            # names of images have the original size, those of clips the bucket
+            num_sections = cache_settings.count_sections(media_table(table), num_frames)
+            item_sizes += self._trained_sizes(bucket, span, num_sections)
             item = (size, None) if table.kind == "image" else (bucket, span)
-            files = by_item.get(item, {})
+            files = files_by_item.get(item, {})
             if not files:
-                comparison.missing.append(span)
+                comparison.missing_spans.append(span)
                 continue
             try:
-                num_foreign = 0
-                if trusts:  # files of other programs count as valid without being read
-                    num_foreign = len(files)
-                else:
-                    self._check_sections(files, num_sections)
-                    for file in files:
-                        if not self._check_file(file, files, size, bucket=bucket, span=span):
-                            num_foreign += 1
-                comparison.foreign += num_foreign
-                comparison.valid |= set(files)
+                comparison.num_without_record += self._check_item(files, num_sections, size, bucket, span)
+                comparison.valid_files |= set(files)
             except CacheError as error:
-                comparison.missing.append(span)
+                comparison.missing_spans.append(span)
                 comparison.add_outdated(error)
         short = None  # a warning: the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
             short = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
             source=self.source,
-            kept=frozenset(comparison.valid),
-            foreign=comparison.foreign,
-            missing=tuple(comparison.missing),
-            items=tuple(items),
-            reason=reason,
-            short=short,
-            outdated=comparison.outdated,
-            is_other=comparison.is_other,
+            valid_files=frozenset(comparison.valid_files),
+            num_without_record=comparison.num_without_record,
+            missing_spans=tuple(comparison.missing_spans),
+            item_sizes=tuple(item_sizes),
+            why_no_items=why_no_items,
+            too_short_for=short,
+            outdated_reason=comparison.outdated_reason,
+            is_incompatible=comparison.is_incompatible,
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
@@ -454,8 +466,23 @@ class Planning:
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
+            num_frames = records.section_frames(self.table.fp_latent_window_size, self.cache_settings.latent)
         return [(*bucket, num_frames)] * (num_sections or 1)
+
+    def _check_item(
+        self, files: Names, num_sections: int | None, size: Size, bucket: Size, span: Span
+    ) -> int:
+        """Check all files of an item; return how many have no record.
+
+        Raises CacheError if the item has to be encoded again.
+        """
+        # caches of other programs may lack control images, so that files of items with control are read
+        is_trusted = self.cache_settings.stores.trusts_shared_caches and self.store.is_shared
+        if is_trusted and not self.source.control:
+            return len(files)
+        self._check_sections(files, num_sections)
+        have_records = [self._check_file(file, files, size, bucket=bucket, span=span) for file in files]
+        return have_records.count(False)
 
     def _check_sections(self, files: Names, num_sections: int | None) -> None:
         """Raise CacheError unless the files of an item are exactly its sections, in order."""
@@ -482,66 +509,72 @@ class Planning:
         """
         path = self.table.cache_directory / file
         entry: Entry | None = None  # with tensors, if these are checked; else only the header is read
-        if self.reads_values:
+        if self.verifies_tensors:
             header = entry = self.store.read(file)
             record = records.latent_record(header)
         else:
             header = self._read_header(file)
             record = self._record(file)
         if record is None:  # another program wrote the file
-            self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
+            self._check_unrecorded(path, header, name=files[file], bucket=bucket, span=span)
             return False
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
-        changed = self.recipe.difference(record, self.source, size=size, bucket=bucket, span=span)
-        if changed is not None:
-            raise OtherKind(f"{path}: {changed}")
-        changed = self._find_reading_change(record) or self._find_change(record.files)
-        if changed is not None:
-            raise CacheError(f"{path}: {changed}")
+        difference = self.cache_settings.describe_difference(
+            record, self.source, size=size, bucket=bucket, span=span
+        )
+        if difference is not None:
+            raise IncompatibleCache(f"{path}: {difference}")
+        source_change = self._find_reading_change(record) or self._find_change(record.files)
+        if source_change is not None:
+            raise CacheError(f"{path}: {source_change}")
         if entry is not None:
             records.verify_tensors(entry, record.crc32)
         return True
 
-    def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
-        """Raise OtherKind if the header of a file without a record shows that the file does not fit."""
-        self._check_foreign_tensors(path, header)
-        for key, value in self.recipe.latent.declared:  # metadata that the family's files always have
+    def _check_unrecorded(
+        self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span
+    ) -> None:
+        """Raise IncompatibleCache if the header of a file without a record does not fit."""
+        self._check_unrecorded_tensors(path, header)
+        for key, value in self.cache_settings.latent.declared:  # metadata that the family's files always have
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"
-                raise OtherKind(f"{path}: {made_for}, this run has {value}")
-        if not (self.recipe.stores.skip_existing or self.store.is_shared):
-            raise OtherKind(f"{path}: it has no record of what it was made from")
+                raise IncompatibleCache(f"{path}: {made_for}, this run has {value}")
+        if not (self.cache_settings.stores.skip_existing or self.store.is_shared):
+            raise IncompatibleCache(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
             stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
-            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
+            raise IncompatibleCache(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
-    def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
-        """Raise OtherKind if a cache file without a record lacks a tensor that this run needs.
+    def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
+        """Raise IncompatibleCache if a cache file without a record lacks a tensor that this run needs.
 
         Such a file was written by another program or an older version.
         """
-        recipe, is_shared = self.recipe, self.store.is_shared  # shared: other programs write such caches too
+        is_shared = self.store.is_shared  # other programs write caches of this format, too
+        latent = self.cache_settings.latent
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
-            raise OtherKind(f"{path}: it has no mask of the loss")
+            raise IncompatibleCache(f"{path}: it has no mask of the loss")
         # with preferences, each image is compared with a worse one, which is rejected
         if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
-            raise OtherKind(f"{path}: it has no latents of its worse one")
-        if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
-            raise OtherKind(f"{path}: it does not say how many frames make a second")
+            raise IncompatibleCache(f"{path}: it has no latents of its worse one")
+        needs_frame_rate = self.cache_settings.stores_frame_rate and latent.unsaid_fps is None
+        if needs_frame_rate and FPS not in header.keys:
+            raise IncompatibleCache(f"{path}: it does not say how many frames make a second")
         # control images are reference images of an edit if the table has such; otherwise they guide the image
         references = self.source.control if self.table.references is not None else ()
         if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-            raise OtherKind(f"{path}: it has no latents of its {len(references)} reference images")
+            raise IncompatibleCache(f"{path}: it has no latents of its {len(references)} reference images")
         sees_control = self.source.control and not references
         has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
         if is_shared and sees_control and not has_control:
-            raise OtherKind(f"{path}: it has no control picture")
-        needed = (INNER_AUDIO, IS_HEARD) if recipe.latent.holds_audio else ()
-        for key in needed:
+            raise IncompatibleCache(f"{path}: it has no control picture")
+        needed_keys = (INNER_AUDIO, IS_HEARD) if latent.holds_audio else ()
+        for key in needed_keys:
             if key not in header.keys:
-                raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")
+                raise IncompatibleCache(f"{path}: it has no {key}, which this model needs with every clip")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of the latents of an item, or of its section."""
@@ -550,8 +583,8 @@ class Planning:
         if self.table.multiple_target:
             num_frames = 1  # musubi-tuner writes 1 into tensor names, although the tensors have all layers
         if name.section is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
-        return self.recipe.latent.shape(num_frames, height, width)[2:]
+            num_frames = records.section_frames(self.table.fp_latent_window_size, self.cache_settings.latent)
+        return self.cache_settings.latent.shape(num_frames, height, width)[2:]
 
     def _read_header(self, file: str) -> Entry:
         """Read the header of a cache file once."""
@@ -567,16 +600,16 @@ class Planning:
 
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
-        mark = record.as_shown
-        if mark not in self._reading_changes:
-            self._reading_changes[mark] = reading_difference(
-                self.source, self.recipe.latent.keeps_alpha, mark
+        version = record.decoding_version
+        if version not in self._reading_changes:
+            self._reading_changes[version] = reading_difference(
+                self.source, self.cache_settings.latent.keeps_alpha, version
             )
-        return self._reading_changes[mark]
+        return self._reading_changes[version]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
         """Describe which source files have changed since a cache was made; None if all are unchanged."""
-        parts = self.recipe.parts_of(self.source)
+        parts = self.cache_settings.source_files(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
         changed = []
@@ -586,12 +619,12 @@ class Planning:
         return f"{', '.join(changed)} changed since" if changed else None
 
     def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
-        """Return whether a file of the source, by its index in `parts_of`, is as it was recorded.
+        """Return whether a file of the source, by its index in `source_files`, is as it was recorded.
 
         A file that was found unchanged is not checked again.
         """
         if self._unchanged.get(index) != identity:
-            path, origin = self.recipe.parts_of(self.source)[index]
+            path, origin = self.cache_settings.source_files(self.source)[index]
             if not records.is_unchanged(identity, path, origin):
                 return False
             self._unchanged[index] = identity
@@ -612,13 +645,15 @@ class Planning:
         Raises:
             MediaError: If the header of the image cannot be read.
         """
-        # if all caches are read anyway, or none is, the image itself is opened
-        if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
+        must_be_fetched = bool(self.source.origins)
+        # if all caches are read anyway, or none is, nothing is saved by reading the size from a cache
+        reads_no_records = self.cache_settings.stores.trusts_shared_caches
+        if (self.verifies_tensors or reads_no_records) and not must_be_fetched:
             return image_size(self.source.path)
-        for file, name in self.existing.items():
+        for file, name in self.existing_files.items():
             record = self._record_of(file)
             if record is None or not record.files or record.options.get("size") != [*name.size]:
                 continue
-            if self._is_unchanged(0, record.files[0]):
+            if self._is_unchanged(0, record.files[0]):  # the first file of a record is the image itself
                 return name.size
-        return None if self.source.origins else image_size(self.source.path)
+        return None if must_be_fetched else image_size(self.source.path)

@@ -55,12 +55,12 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     if family.moments.with_image:
         _require_image_moments(with_tensors)
         return list(sources)
-    changed = []
+    without_first_frames = []
     for source in sources:
         if source.tensors is not None:
             source = dataclasses.replace(source, tensors=source.tensors.without_image())
-        changed.append(source)
-    return changed
+        without_first_frames.append(source)
+    return without_first_frames
 
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
@@ -174,19 +174,19 @@ def submit_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Pass the precomputed outputs of an encoder to `submit`; return the texts that must be encoded."""
+    """Write the precomputed outputs of an encoder with `submit`; return the texts that must be encoded."""
     to_encode = []
-    errors: list[str] = []  # outputs that exist but cannot be used
+    errors: list[str] = []  # why outputs that exist cannot be used
     for file in files:
-        conditions = None
+        precomputed = None
         try:
-            conditions = read_embeds(file, encoder, identity)
-        except _UnfitEmbeds as problem:
-            errors.append(f"{file.embeds}: {problem}")
-        if conditions is None:
+            precomputed = read_embeds(file, encoder, identity)
+        except _UnfitEmbeds as reason:
+            errors.append(f"{file.embeds}: {reason}")
+        if precomputed is None:
             to_encode.append(file)
         else:
-            submit(file, conditions)
+            submit(file, precomputed)
     if len(to_encode) < len(files) or errors:
         logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(to_encode))
     if errors:

@@ -57,16 +57,16 @@ class CacheReport:
     """Results of a caching run; counts are numbers of cache files."""
 
     written: int = 0
-    kept: int = 0  # valid files that existed before
-    foreign: int = 0  # valid files of another program, which have no record
+    reused: int = 0  # valid files that existed before
+    num_without_record: int = 0  # valid files of another program, which have no record
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
     silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
-    share: int = 0  # number of sources or captions in the share of this run
-    total: int = 0  # number of all sources or captions
+    num_assigned: int = 0  # number of sources or captions in the share of this run
+    num_total: int = 0  # number of all sources or captions
     is_main: bool = True  # whether this process shows the results
     # table index and name of each valid entry
     valid: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
@@ -92,8 +92,8 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Merge reports about parts of the sources; failures are sorted by path."""
-    fields: dict[str, Any] = {"total": max((report.total for report in reports), default=0)}
-    for name in ("written", "kept", "foreign", "share"):
+    fields: dict[str, Any] = {"num_total": max((report.num_total for report in reports), default=0)}
+    for name in ("written", "reused", "num_without_record", "num_assigned"):
         fields[name] = sum(getattr(report, name) for report in reports)
     for name in ("failures", "dropped", "shortened", "resized", "silent"):
         failures = [failure for report in reports for failure in getattr(report, name)]
@@ -131,24 +131,24 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         _log_clips(report.resized, f"clips {SIZE_CHANGES}", level=logging.WARNING)
     if report.silent:
         _log_clips(report.silent, "clips have no sound: only their pictures are learned", level=logging.INFO)
-    if report.foreign:
+    if report.num_without_record:
         logger.warning(
             "%s by another program: only the size could be compared (--skip_existing)",
-            count_words(report.foreign, "files were made"),
+            count_words(report.num_without_record, "files were made"),
         )
-    has_files = report.written or report.kept
-    is_partial = report.share < report.total  # a shard without files is a normal result
+    has_files = report.written or report.reused
+    is_partial = report.num_assigned < report.num_total  # a shard without files is a normal result
     if has_files or report.removed or is_partial:
-        files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
+        files = f"{report.written} written, {report.reused} kept, {report.removed} removed"
         shown_commands = () if report.failures else commands  # failures have to be repaired first
         show_box("Caching is finished", [("cache files", files), *rows], shown_commands)
     if report.failures:
         failed = failure_error(report.failures, "sources")
         failed.exit_code = exit_code
         raise failed
-    if report.dropped and not has_files and report.share == report.total:
+    if report.dropped and not has_files and report.num_assigned == report.num_total:
         raise DatasetError(
-            f"not one of the {report.total} sources gives an item to train on: the lines above say why. "
+            f"not one of the {report.num_total} sources gives an item to train on: the lines above say why. "
             "Lower target_frames, or use longer clips"
         )
 
@@ -288,7 +288,7 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
 def fill_batches(
     items: Iterable[T],
     group_of: Callable[[T], object],
-    max_of: Callable[[T], int],
+    batch_size_of: Callable[[T], int],
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
@@ -297,7 +297,7 @@ def fill_batches(
     Args:
         items: Items of any group.
         group_of: Returns the group of an item.
-        max_of: Returns the batch size for an item.
+        batch_size_of: Returns the batch size for an item.
         bytes_of: Returns the size of an item.
         max_bytes: Limit for all waiting items together; beyond it, the largest group is yielded early.
 
@@ -306,10 +306,11 @@ def fill_batches(
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
-        group, maximum = group_of(item), max_of(item)
+        group = group_of(item)
+        batch_size = batch_size_of(item)
         waiting.setdefault(group, []).append(item)
         del item  # frees its frames before waiting for the next source
-        if len(waiting[group]) >= maximum:
+        if len(waiting[group]) >= batch_size:
             yield waiting.pop(group)
         sizes = {group: sum(map(bytes_of, members)) for group, members in waiting.items()}
         if sum(sizes.values()) > max_bytes:
@@ -363,7 +364,7 @@ def read_ahead(
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:
-    """Estimate the bytes of a source's decoded frames.
+    """Estimate the bytes of all frames that are decoded for a source, including control media and masks.
 
     The header is read only if the table uses the whole clip.
     """
@@ -374,11 +375,10 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     if not num_frames:  # the table uses the whole clip
         num_frames = _estimate_frames(source)
     width, height = table.resolution
-    clips = (
-        1 + len(source.control) + len(source.references) + (source.rejected is not None) + len(source.layers)
-    )
+    num_rejected = 0 if source.rejected is None else 1
+    num_clips = 1 + len(source.control) + len(source.references) + num_rejected + len(source.layers)
     num_masks = (source.mask_from is not None) + (source.control_mask is not None)
-    channels = 3 * clips + num_masks  # clips have three channels, masks one
+    channels = 3 * num_clips + num_masks  # RGB clips, masks of one channel
     return int(num_frames) * width * height * channels
 
 

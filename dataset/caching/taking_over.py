@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, parse_latent_name
-from dataset.caching.planning import Planning, Recipe, SourcePlan
+from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
 from modules.console import count_of
 from modules.errors import CacheError
 from protocols.family import Caches
@@ -25,17 +25,17 @@ _SIZES_OF_REFERENCES = "its reference pictures were cached in the sizes that the
 class OtherCaches:
     """The latent caches of other models in a run's folders, to copy if they have the same autoencoder."""
 
-    def __init__(self, family: Caches, recipe: Recipe) -> None:
-        self._family, self._recipe = family, recipe
+    def __init__(self, family: Caches, cache_settings: LatentCacheSettings) -> None:
+        self._family, self._cache_settings = family, cache_settings
         # latent caches by table index, then by the cache_tag of the other model
         self._by_table: dict[int, dict[str, LatentNames]] = {}
         self._num_copied: Counter[str] = Counter()  # by name of the other model
         self._rejected: dict[str, str] = {}  # file -> why it cannot be copied
         self._makers: set[str] = set()  # models that made the rejected files
         # whether a rejected file was made by another autoencoder, or with other options
-        self._is_made_otherwise = False
+        self._has_incompatible = False
 
-    def take_source(self, plan: SourcePlan) -> SourcePlan:
+    def copy_for_source(self, plan: SourcePlan) -> SourcePlan:
         """Copy usable latents of another model for a source without valid caches, under this model's names.
 
         Returns the plan of the source, which is finished if latents were found.
@@ -46,10 +46,10 @@ class OtherCaches:
         source = plan.source
         if source.table.kind != "image" or source.tensors is not None:
             return plan
-        store = self._recipe.stores.of(source.table)
-        rejected: dict[str, str] = {}  # counts only if no other model's latents are usable
-        is_made_otherwise = False
-        for tag, names in self._list_others(plan, self._recipe.stores).items():
+        store = self._cache_settings.stores.of(source.table)
+        rejected: dict[str, str] = {}  # why the latents of each model are unusable, by their first file
+        has_incompatible = False
+        for tag, names in self._list_others(plan, self._cache_settings.stores).items():
             existing = names.of(source.stem)
             first_file = next(iter(existing), None)
             if first_file is None or not self._has_our_channels(store, first_file):
@@ -57,23 +57,22 @@ class OtherCaches:
             if source.control:  # models resize reference images differently
                 rejected[first_file] = _SIZES_OF_REFERENCES
                 continue
-            compared = Planning(source, existing, self._recipe).plan()
-            # () and not None, which means unknown
-            if compared.kept and compared.missing == () and not compared.foreign:
-                files = [self._copy(store, name, tag) for name in sorted(compared.kept)]
-                return replace(compared, kept=frozenset(files))
+            their_plan = SourcePlanner(source, existing, self._cache_settings).plan()
+            nothing_to_encode = their_plan.missing_spans == ()
+            if their_plan.valid_files and nothing_to_encode and not their_plan.num_without_record:
+                files = [self._copy(store, name, tag) for name in sorted(their_plan.valid_files)]
+                return replace(their_plan, valid_files=frozenset(files))
             no_record = f"{first_file}: it has no record of what it was made from"
-            rejected[first_file] = compared.outdated or no_record
-            is_made_otherwise = is_made_otherwise or compared.is_other
+            rejected[first_file] = their_plan.outdated_reason or no_record
+            has_incompatible = has_incompatible or their_plan.is_incompatible
+        # no model has usable latents for this source
         self._rejected |= rejected
-        self._is_made_otherwise = self._is_made_otherwise or is_made_otherwise
+        self._has_incompatible = self._has_incompatible or has_incompatible
         self._makers |= {self._read_maker(store, file) for file in rejected}
         return plan
 
-    def report(self, shows: bool) -> None:
-        """Log how many caches were copied, and why others could not be; nothing unless `shows` is true."""
-        if not shows:
-            return
+    def log_results(self) -> None:
+        """Log how many caches of other models were copied, and why others could not be."""
         for maker, count in sorted(self._num_copied.items()):
             logger.info(
                 "%s: the latents that %s has cached with the same autoencoder are taken over, and nothing is "
@@ -90,7 +89,7 @@ class OtherCaches:
                 count_of(len(self._rejected), "picture"),
                 " and ".join(sorted(self._makers)),
                 next(iter(self._rejected.values())),
-                remedy if self._is_made_otherwise else "",
+                remedy if self._has_incompatible else "",
             )
 
     def _list_others(self, plan: SourcePlan, stores: Stores) -> dict[str, LatentNames]:
@@ -99,7 +98,7 @@ class OtherCaches:
         if table.index not in self._by_table:
             store = stores.of(table)
             found = (_TAG.search(name) for name in store.names())
-            tags = sorted({match[1] for match in found if match is not None} - {self._recipe.tag})
+            tags = sorted({match[1] for match in found if match is not None} - {self._cache_settings.tag})
             self._by_table[table.index] = {tag: LatentNames(store, tag, table.kind) for tag in tags}
         return self._by_table[table.index]
 
@@ -110,7 +109,7 @@ class OtherCaches:
         except CacheError:
             return False
         channels = {shape[0] for name, shape in header.shapes.items() if name.startswith("latents_")}
-        return channels == {self._recipe.latent.channels}
+        return channels == {self._cache_settings.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
         """Return the name of the program that made a cache file."""
@@ -121,7 +120,7 @@ class OtherCaches:
         name = parse_latent_name(file, tag, "image")
         assert name is not None  # `LatentNames` lists only names that can be parsed
         entry = store.read(file)
-        new_file = name.file_name(self._recipe.tag)
+        new_file = name.file_name(self._cache_settings.tag)
         store.write(new_file, entry.named, {**entry.metadata, "architecture": self._family.name})
         self._num_copied[entry.metadata.get("architecture", "another program")] += 1
         return new_file

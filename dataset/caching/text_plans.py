@@ -22,7 +22,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
-from protocols.family import Caches, TextEncoder, can_mark, fits_captions
+from protocols.family import Caches, FitsCaptions, TextEncoder, can_mark, fits_captions
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
-class Sight(NamedTuple):
+class VisibleMedia(NamedTuple):
     """What text encoders see in addition to captions and reference images."""
 
-    clip: bool = False  # whether they see the frames of the item
-    media: bool = False  # whether they see the reference media in the item's row (`ShownMedium`)
+    frames: bool = False  # whether they see the frames of the item
+    reference_media: bool = False  # whether they see the reference media in the item's row
 
 
-BLIND = Sight()
+CAPTIONS_ONLY = VisibleMedia()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,15 +50,17 @@ class CaptionFile:
     caption: str | None  # None: the source has no caption
     caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
-    pass_over: int = 0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    encoding_round: int = (
+        0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
+    )
     embeds: Path | None = None  # file with precomputed outputs of text encoders
     source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
     references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media
-    sight: "Sight" = BLIND
+    visible_media: "VisibleMedia" = CAPTIONS_ONLY
     # the following are set by `plan_texts`
-    missing: tuple[str, ...] = ()  # names of the encoders that must run, in order
-    in_part: bool = False  # valid outputs of some other encoders are only in the unfinished file
-    is_foreign: bool = False  # valid outputs have no record, because another program made them
+    encoders_to_run: tuple[str, ...] = ()  # names of the encoders that must run, in order
+    has_partial_outputs: bool = False  # valid outputs of some other encoders are only in the unfinished file
+    lacks_record: bool = False  # valid outputs have no record, because another program made them
 
 
 # (source, caption) -> caption whose positions in the image are converted to positions in the bucket
@@ -67,32 +69,32 @@ FITTED = "fitted"  # key in a record's settings, set if positions in the caption
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that converts positions in captions to the bucket.
+    """Return the function that converts positions in a source's caption to those in the resized image.
 
     Returns None if the family's captions contain no positions.
     """
     step = family.latent.pixel_step
-    if not fits_captions(family):
-        return None
-    fitting_family = family  # of the narrower type, also inside the function
+    return partial(_fit_caption, family, step) if fits_captions(family) else None
 
-    def fit(source: MediaSource, caption: str) -> str:
-        """Return a caption with its positions converted to those in the resized image, if it has any."""
-        if not fitting_family.names_places(caption):
-            return caption
-        try:
-            size = image_size(source.path)
-            bucket_fit = fit_of(source.table, size, step, source.path)
-            return fitting_family.fit_caption(caption, size, bucket_fit)
-        except (MediaError, OSError) as error:
-            logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
-            return caption
 
-    return fit
+def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
+    """Return a caption with its positions converted to those in the resized image, if it has any."""
+    if not family.names_places(caption):
+        return caption
+    try:
+        size = image_size(source.path)
+        bucket_fit = fit_of(source.table, size, step, source.path)
+        return family.fit_caption(caption, size, bucket_fit)
+    except (MediaError, OSError) as error:
+        logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
+        return caption
 
 
 def list_caption_files(
-    sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND, fit: FitText | None = None
+    sources: Sequence[MediaSource],
+    tag: str,
+    visible_media: VisibleMedia = CAPTIONS_ONLY,
+    fit: FitText | None = None,
 ) -> list[CaptionFile]:
     """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
 
@@ -101,7 +103,7 @@ def list_caption_files(
     Args:
         sources: Sources with their captions.
         tag: The family's cache_tag.
-        sight: Which media text encoders see.
+        visible_media: Which media text encoders see.
         fit: Result of `caption_fitter`.
     """
     by_table: dict[int, list[MediaSource]] = {}
@@ -110,12 +112,18 @@ def list_caption_files(
     files: list[CaptionFile] = []
     with pause_collection():
         for table_sources in by_table.values():
-            files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
+            files += _files_of_table(
+                table_sources[0].table, table_sources, tag=tag, visible_media=visible_media, fit=fit
+            )
     return files
 
 
 def _files_of_table(
-    table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight, fit: FitText | None
+    table: DatasetTable,
+    sources: Sequence[MediaSource],
+    tag: str,
+    visible_media: VisibleMedia,
+    fit: FitText | None,
 ) -> list[CaptionFile]:
     """Return the texts of a table: first captions, additional ones, then the empty prompts.
 
@@ -126,37 +134,42 @@ def _files_of_table(
     additional: list[CaptionFile] = []
     empty: list[CaptionFile] = []
     for source in sources:
-        seen = _list_seen(source, sight)
-        for number, file in enumerate(_list_captions(source, seen, tag=tag, sight=sight, fit=fit)):
-            if number == 0:
-                first.append(file)
-            else:
-                additional.append(file)
-        # an empty prompt for this source, which the encoder sees with its reference images
+        seen = _list_seen(source, visible_media)
+        captions = _list_captions(source, seen, tag=tag, visible_media=visible_media, fit=fit)
+        first.append(next(captions))
+        additional += captions
         if table.caches_empty_prompt and table.texts_see_references:
-            file = CaptionFile(
-                table=table,
-                file_name=text_file_name(source.stem, tag, EMPTY),
-                name=f"the empty prompt of {source.stem}",
-                caption="",
-                caption_path=None,
-                settings={} if seen.source is None else _list_reference_settings(source),
-                pass_over=2,
-                source=seen.source,
-                references=seen.files,
-            )
-            empty.append(file)
+            empty.append(_empty_prompt_of_source(source, seen, tag))
     if table.caches_empty_prompt and not table.texts_see_references:
-        file = CaptionFile(
-            table=table,
-            file_name=empty_text_name(tag),
-            name="the empty prompt",
-            caption="",
-            caption_path=None,
-            pass_over=2,
-        )
-        empty.append(file)
+        empty.append(_empty_prompt_of_table(table, tag))
     return [*first, *additional, *empty]
+
+
+def _empty_prompt_of_source(source: MediaSource, seen: "_SeenMedia", tag: str) -> CaptionFile:
+    """Return the empty prompt that text encoders see with the reference images of a source."""
+    return CaptionFile(
+        table=source.table,
+        file_name=text_file_name(source.stem, tag, EMPTY),
+        name=f"the empty prompt of {source.stem}",
+        caption="",
+        caption_path=None,
+        settings={} if seen.source is None else _list_reference_settings(source),
+        encoding_round=2,
+        source=seen.source,
+        references=seen.files,
+    )
+
+
+def _empty_prompt_of_table(table: DatasetTable, tag: str) -> CaptionFile:
+    """Return the empty prompt of all sources of a table."""
+    return CaptionFile(
+        table=table,
+        file_name=empty_text_name(tag),
+        name="the empty prompt",
+        caption="",
+        caption_path=None,
+        encoding_round=2,
+    )
 
 
 class _SeenMedia(NamedTuple):
@@ -167,8 +180,8 @@ class _SeenMedia(NamedTuple):
     settings: Mapping[str, Any]  # settings of the captions' records that depend on these media
 
 
-def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
-    """Return the media of a source that text encoders see: reference images and what `sight` selects."""
+def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
+    """Return the media of a source that text encoders see: reference images and `visible_media`."""
     table = source.table
     seen_source = None  # stays None if the encoders see no media
     files: tuple[tuple[Path, Origin | None], ...] = ()
@@ -177,30 +190,32 @@ def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
         seen_source = source
         files = source.parts[1 : 1 + len(source.control)]  # the first part is the source itself
         settings |= _list_reference_settings(source)
-    if sight != BLIND:
+    if visible_media != CAPTIONS_ONLY:
         seen_source = source
-        files = (*files, *_list_seen_files(source, sight))
-        media = source.shown if sight.media else None
-        settings |= table.sight_settings(sight.clip, media, further_text=source.further_text)
+        files = (*files, *_list_seen_files(source, visible_media))
+        media = source.shown if visible_media.reference_media else None
+        settings |= table.visible_media_settings(
+            visible_media.frames, media, further_text=source.further_text
+        )
     return _SeenMedia(seen_source, files, settings)
 
 
 def _list_captions(
-    source: MediaSource, seen: _SeenMedia, tag: str, sight: Sight, fit: FitText | None
+    source: MediaSource, seen: _SeenMedia, tag: str, visible_media: VisibleMedia, fit: FitText | None
 ) -> Iterator[CaptionFile]:
     """Yield the cache file of each caption of a source, in order.
 
-    `seen` and `sight` say which files the text encoder sees with a caption; `fit` converts positions in a
+    `seen` and `visible_media` say which files the encoder sees with a caption; `fit` converts positions in a
     caption to the resized image.
     """
     captions = (source.caption, *source.more_captions)
-    settings = {**source.table.changed(TEXTS), **seen.settings}
+    settings = {**source.table.non_default_values(TEXTS), **seen.settings}
     if len(captions) > 1:
         settings["captions"] = len(captions)
     for number, caption in enumerate(captions):
-        embeds = None
+        precomputed = None
         if source.tensors is not None and number == 0:  # only first captions have precomputed embeddings
-            embeds = source.tensors.embeds
+            precomputed = source.tensors.embeds
         fitted = caption
         caption_settings = settings
         if fit is not None and caption is not None:
@@ -214,20 +229,22 @@ def _list_captions(
             caption=fitted,
             caption_path=source.caption_path,
             settings=caption_settings,
-            pass_over=1 if number else 0,  # further captions are encoded after all first ones
-            embeds=embeds,
+            encoding_round=1 if number else 0,  # further captions are encoded after all first ones
+            embeds=precomputed,
             source=seen.source,
             references=seen.files,
-            sight=sight,
+            visible_media=visible_media,
         )
 
 
-def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
+def _list_seen_files(
+    source: MediaSource, visible_media: VisibleMedia
+) -> tuple[tuple[Path, Origin | None], ...]:
     """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
     files: list[tuple[Path, Origin | None]] = []
-    if sight.clip:
+    if visible_media.frames:
         files += source.parts[: 1 + len(source.control)]
-    if sight.media:
+    if visible_media.reference_media:
         for medium in source.shown:
             files += [(path, None) for path in (medium.path, medium.audio) if path is not None]
     return tuple(files)
@@ -255,12 +272,12 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
     Raises:
         DatasetError: If two texts with the same cache file have different captions.
     """
-    by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
+    first_texts: dict[tuple[Path | int, str], CaptionFile] = {}  # by store and name of the cache file
     for file in files:
         store = stores.of_texts(file.table)
         # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
-        first = by_entry.setdefault((owner, file.file_name), file)
+        first = first_texts.setdefault((owner, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
@@ -268,7 +285,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
                 "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
                 "_to_disk"
             )
-    return list(by_entry.values())
+    return list(first_texts.values())
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
@@ -276,68 +293,78 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 
     Compares encoder, caption, settings and reference images.
     """
-    changed = (
+    changed_setting = (
         difference(record.encoder, identity)
         or difference({"caption": record.caption}, {"caption": file.caption})
         or difference(record.settings, file.settings)
     )
-    if changed is not None:
-        return changed
+    if changed_setting is not None:
+        return changed_setting
     recorded = record.references
     if len(recorded) != len(file.references):
         return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
-    for (path, origin), image in zip(file.references, recorded, strict=True):
+    for (path, origin), recorded_image in zip(file.references, recorded, strict=True):
         try:
-            if not is_unchanged(image, path, origin):
+            if not is_unchanged(recorded_image, path, origin):
                 return f"{path} changed since"
         except OSError as error:  # encoding the image will report the error
             return str(error)
     # the files are equal, but the version that cached them may have decoded them differently
-    return find_changed_reading(file.references, record.as_shown)
+    return find_changed_reading(file.references, record.decoding_version)
 
 
 def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
     """Compare all texts with their caches; return them with the encoders that still have to run."""
-    reads_values = stores.verify or len(files) < MANY
-    plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
+    verifies_tensors = stores.verify or len(files) < MANY
+    plan = partial(_plan, encoders=encoders, stores=stores, verifies_tensors=verifies_tensors)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
     with pause_collection():
         return list(map_ahead(files, plan, workers, bar))
 
 
-def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
+def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensors: bool) -> CaptionFile:
     """Return a text with the encoders that still have to run, from its finished and unfinished cache.
 
-    With `reads_values`, tensors are compared with their checksums, too.
+    With `verifies_tensors`, tensors are compared with their checksums, too.
     """
     store = stores.of_texts(file.table)
     # files of other programs count as valid without being read
-    if stores.trusts and store.is_shared and file.file_name in store:
+    if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
-    # names of encoders with valid outputs in the finished file -> whether these have a record
-    _, finished = find(reads_values=reads_values)
+    finished = find(verifies_tensors=verifies_tensors).has_record  # encoders with valid outputs
     if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
-        return file if all(finished.values()) else replace(file, is_foreign=True)
-    _, unfinished = find(in_part=True)
+        return file if all(finished.values()) else replace(file, lacks_record=True)
+    unfinished = find(in_part=True).has_record
     # read again, because another process may have finished the file in the meantime
-    _, finished = find(reads_values=reads_values)
+    finished = find(verifies_tensors=verifies_tensors).has_record
     not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
-    missing = tuple(name for name in not_finished if name not in unfinished)
+    encoders_to_run = tuple(name for name in not_finished if name not in unfinished)
     return replace(
         file,
-        missing=missing,
-        in_part=len(missing) < len(not_finished),
-        is_foreign=not all(finished.values()),
+        encoders_to_run=encoders_to_run,
+        has_partial_outputs=len(encoders_to_run) < len(not_finished),
+        lacks_record=not all(finished.values()),
     )
 
 
+class ValidOutputs(NamedTuple):
+    """The valid outputs of text encoders in the cache of one text."""
+
+    entry: Entry | None  # None if the file is missing or damaged
+    has_record: Mapping[str, bool]  # for each encoder with valid outputs: whether these have a record
+
+
 def find_outputs(
-    file: CaptionFile, encoders: Encoders, stores: Stores, in_part: bool = False, reads_values: bool = True
-) -> tuple[Entry | None, Mapping[str, bool]]:
-    """Find the valid outputs in a text's cache.
+    file: CaptionFile,
+    encoders: Encoders,
+    stores: Stores,
+    in_part: bool = False,
+    verifies_tensors: bool = True,
+) -> ValidOutputs:
+    """Find the outputs in a text's cache that do not have to be encoded again.
 
     Args:
         file: The text.
@@ -345,47 +372,55 @@ def find_outputs(
         stores: Stores of the run.
         in_part: Whether to search the unfinished file. If any output in it is outdated, no outputs are
             returned, because merging the file would corrupt valid outputs.
-        reads_values: Whether to compare tensors with their checksums; else only the header is read.
-
-    Returns:
-        The entry, or None if the file is missing or damaged; and for each encoder with valid outputs, whether
-        these have a record.
+        verifies_tensors: Whether to compare tensors with their checksums; else only the header is read.
 
     Raises:
         CacheError: If a file of another program does not fit this model.
     """
     store = stores.of_texts(file.table)
     has_record: dict[str, bool] = {}
+    accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name
     try:
-        entry = store.read(name, reads_values)
+        entry = store.read(name, verifies_tensors)
         records = text_records(entry)
     except CacheError as error:
         if name in store:
             logger.warning("%s. It is made again.", error)
-        return None, has_record
+        return ValidOutputs(None, has_record)
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
             # a cache in another program's format needs no record, because that program writes none
-            needs_no_record = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
-            is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
-            if needs_no_record and is_same_caption and encoder.keys <= entry.keys:
-                if can_mark(encoder):  # then metadata tell which encoder made the outputs
-                    encoder.check_metadata(store.folder / name, entry.metadata)
+            needs_no_record = store.is_shared or accepts_no_record
+            path = store.folder / name
+            if needs_no_record and _is_valid_without_record(entry, encoder, file, path):
                 has_record[encoder.name] = False
             continue
-        changed = why_outdated(record, identity, file)
-        if changed is not None:
-            logger.debug("%s: %s", store.folder / name, changed)
+        outdated_reason = why_outdated(record, identity, file)
+        if outdated_reason is not None:
+            logger.debug("%s: %s", store.folder / name, outdated_reason)
             continue
         try:
-            if reads_values:
+            if verifies_tensors:
                 verify_tensors(entry, record.crc32)
             has_record[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
     outdated = records.keys() - has_record.keys()
     if in_part and (outdated or not has_record):
-        return None, {}
-    return entry, has_record
+        return ValidOutputs(None, {})
+    return ValidOutputs(entry, has_record)
+
+
+def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
+    """Return whether an entry of another program has an encoder's outputs for the caption of a text.
+
+    Raises CacheError if its metadata show that another encoder made them.
+    """
+    is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
+    if not is_same_caption or not encoder.keys <= entry.keys:
+        return False
+    if can_mark(encoder):
+        encoder.check_metadata(path, entry.metadata)
+    return True

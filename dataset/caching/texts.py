@@ -40,7 +40,7 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
-    Sight,
+    VisibleMedia,
     caption_fitter,
     distinct_texts,
     find_outputs,
@@ -70,7 +70,7 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
 class TextWork:
-    """Encode the texts of a dataset, in batches (`pieces`).
+    """Encode the texts of a dataset, in batches (`work_items`).
 
     An encoder is released when the next encoder is loaded, and the last one by `free`.
     """
@@ -108,8 +108,8 @@ class TextWork:
                 reject_changing(table, table.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
-        self.not_listed = listing.report  # failures of listing
-        self.full_tables = listing.complete_tables
+        self.listing_report = listing.report  # failures of listing
+        self.complete_tables = listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         log_warnings(find_caption_warnings(self._sources), NAMED)
@@ -122,21 +122,23 @@ class TextWork:
             require_form(mixed, family.cache_tag)
         encoders = list(family.text_encoders())
         abilities = [encoder.can for encoder in encoders]
-        self._sight = Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
+        self._visible_media = VisibleMedia(
+            any(can.see_clip for can in abilities), any(can.see_media for can in abilities)
+        )
         fit = caption_fitter(family) if family.can.fit_captions else None
-        files = list_caption_files(self._sources, family.cache_tag, self._sight, fit)
+        files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
         self._files = distinct_texts(files, stores)
-        self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
+        self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
-        self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
+        self._find_outputs = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
-        self._loaded: TextEncoder | None = None
+        self._loaded_encoder: TextEncoder | None = None
         # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
-        self._failed: dict[str, Failure] = {}
+        self._failures_by_file: dict[str, Failure] = {}
 
-    def encode(self, pieces: Sequence[TextBatch], label: str | None) -> CacheReport:
-        """Encode the captions of `pieces` that have no valid cache entry, one encoder after the other.
+    def encode(self, batches: Sequence[TextBatch], label: str | None) -> CacheReport:
+        """Encode the captions of some batches that have no valid cache entry, one encoder after the other.
 
         An encoder is not loaded if all its outputs are cached. `label` names this share of the work; None
         means that no progress is shown.
@@ -149,45 +151,51 @@ class TextWork:
             captions = count_of(len(self._files), "caption")
             data = f"{self._config.path}, {captions}"
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
-        all_files = [file for batch in pieces for file in batch]
+        all_files = [file for batch in batches for file in batch]
         files = plan_texts(all_files, self._encoders, self.stores, self._workers)
-        remaining = iter(files)  # in the order of `pieces`, so that they form the same batches
-        batches = [tuple(itertools.islice(remaining, len(batch))) for batch in pieces]
-        self._failed.clear()
+        remaining = iter(files)  # in the order of `batches`, so that they form the same batches
+        planned_batches = [tuple(itertools.islice(remaining, len(batch))) for batch in batches]
+        self._failures_by_file.clear()
         for file in files:
-            if not file.missing:  # nothing to encode, but an earlier run may have left a `.part`
-                self._finish_part(file)
+            if not file.encoders_to_run:  # nothing to encode, but an earlier run may have left a `.part`
+                self._complete_from_part(file)
         for encoder, identity in self._encoders:
-            to_do = [file for file in files if encoder.name in file.missing]
-            to_do = [file for file in to_do if file.file_name not in self._failed]
+            to_do = [file for file in files if encoder.name in file.encoders_to_run]
+            to_do = [file for file in to_do if file.file_name not in self._failures_by_file]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
-                self._encode(encoder, identity, batches=batches, to_do=to_do, shows=label is not None)
-        num_failed = len(self._failed)
+                self._run_encoder(
+                    encoder, identity, batches=planned_batches, to_do=to_do, shows=label is not None
+                )
+        num_failed = len(self._failures_by_file)
         # a text is written if outputs were encoded, or were only in its unfinished file
-        num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
-        valid = [file for file in files if file.file_name not in self._failed]
+        num_written = (
+            sum(bool(file.encoders_to_run or file.has_partial_outputs) for file in files) - num_failed
+        )
+        valid = [file for file in files if file.file_name not in self._failures_by_file]
         return CacheReport(
             written=num_written,
-            kept=len(files) - num_written - num_failed,
-            foreign=sum(file.is_foreign for file in files),
-            failures=tuple(dict.fromkeys(self._failed.values())),  # several texts of a source: one failure
-            share=len(files),
-            total=len(self._files),
+            reused=len(files) - num_written - num_failed,
+            num_without_record=sum(file.lacks_record for file in files),
+            failures=tuple(
+                dict.fromkeys(self._failures_by_file.values())
+            ),  # several texts of a source: one failure
+            num_assigned=len(files),
+            num_total=len(self._files),
             valid=frozenset((file.table.index, file.file_name) for file in valid),
         )
 
-    def _finish_part(self, file: CaptionFile) -> None:
+    def _complete_from_part(self, file: CaptionFile) -> None:
         """Finish the cache of a text for which all encoders have run.
 
         If some outputs are only in the `.part`, the file is written from it; a `.part` that is not needed is
         removed.
         """
         part = file.file_name + PART
-        if file.in_part:  # an earlier run was stopped before it wrote the file
-            unfinished, encoders = self._find(file, in_part=True)
-            self._finish(file, unfinished, encoders)
-        elif part in self._parts and not self.stores.trusts:
+        if file.has_partial_outputs:  # an earlier run was stopped before it wrote the file
+            unfinished, encoders = self._find_outputs(file, in_part=True)
+            self._write_complete(file, unfinished, encoders)
+        elif part in self._parts and not self.stores.trusts_shared_caches:
             self.stores.of_texts(file.table).remove(part)
 
     def remove_stale(
@@ -222,11 +230,11 @@ class TextWork:
 
     def free(self) -> None:
         """Release the encoder if one is loaded."""
-        if self._loaded is not None:
-            self._loaded.free()
-            self._loaded = None
+        if self._loaded_encoder is not None:
+            self._loaded_encoder.free()
+            self._loaded_encoder = None
 
-    def _encode(
+    def _run_encoder(
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
@@ -240,7 +248,7 @@ class TextWork:
         the batch. A resumed run therefore writes the same files as an uninterrupted run.
         """
         with write_behind() as write:
-            submit = partial(self._submit, write, encoder, identity)
+            submit = partial(self._schedule_write, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
                 # imported here, because few tables have precomputed embeddings
                 from dataset.caching.precomputed import submit_embeds
@@ -248,9 +256,11 @@ class TextWork:
                 to_do = submit_embeds(to_do, encoder, identity, submit)
                 if not to_do:
                     return
-            if self._loaded is not encoder:
+            if self._loaded_encoder is not encoder:
                 self.free()
-                self._loaded = encoder  # set before loading, so that `free` also works after a failure
+                self._loaded_encoder = (
+                    encoder  # set before loading, so that `free` also works after a failure
+                )
                 encoder.load(self._device)
             captions = [(file.caption_path or file.name, file.caption or "") for file in to_do]
             warn_cut_captions(encoder, captions)
@@ -266,7 +276,7 @@ class TextWork:
                     bar.update(len(incomplete.intersection(batch)))
 
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
-        """Return the texts of a batch with their outputs.
+        """Run an encoder on a batch of texts; return each text with its outputs.
 
         If a reference image or a text cannot be used, the texts are encoded one by one, and only the invalid
         text becomes a failure.
@@ -281,19 +291,16 @@ class TextWork:
                 one_by_one = [self._encode_batch(encoder, [file]) for file in batch]
                 return [*itertools.chain.from_iterable(one_by_one)]
             (file,) = batch
-            if isinstance(error, CaptionError):
-                path = file.caption_path or Path(file.name)
-                self._failed[file.file_name] = Failure(path, str(error), file.table.index, file.name)
-                return []
-            if file.source is None:  # not an error of the dataset
+            failure = _describe_failure(file, error)
+            if failure is None:  # not an error of the dataset
                 raise
-            if file.source.table.references is not None:
-                error = explain_reference(file.source, error)
-            self._failed[file.file_name] = Failure.of(file.source, error)
+            self._failures_by_file[file.file_name] = failure
             return []
 
     def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
-        """Return the prompt of a text with the media that text encoders see; `stack` keeps these media.
+        """Return the prompt of a text with the media that text encoders see.
+
+        `stack` keeps files of reference images until the caller closes it.
 
         Raises:
             MediaError: If the source cannot be used.
@@ -307,38 +314,37 @@ class TextWork:
         prompt = Prompt(file.caption or "", pictures=references)
         rules = self._family.references
         if rules is not None and rules.as_encoded:
-            prompt = dataclasses.replace(prompt, frames=self._frames_of(source))
-        if self._sight.clip:
-            prompt = self._show_item(prompt, source)
+            prompt = dataclasses.replace(prompt, frames=self._decode_references(source))
+        if self._visible_media.frames:
+            prompt = self._add_media(prompt, source)
         return prompt
 
-    def _show_item(self, prompt: Prompt, source: MediaSource) -> Prompt:
+    def _add_media(self, prompt: Prompt, source: MediaSource) -> Prompt:
         """Return the prompt with the frames, control images and reference media of a source.
 
         Raises:
             MediaError: If the source cannot be used, or has several items, which would share a text cache.
         """
-        media = self._decode(source)
-        if len(media.spans) != 1:
-            problem = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
+        decoded = self._decode(source)
+        if len(decoded.spans) != 1:
+            problem = f"{len(decoded.spans)} items are cut out of it" if decoded.spans else decoded.reason
             raise MediaError(
                 f"{source.path}: {problem}, and the text encoder sees the frames of one with its caption. "
                 'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
             )
-        (span,) = media.spans
-        item = media.cut(span)
-        controls = tuple(torch.from_numpy(control[0]) for control in item.control)  # first frames, H W C
-        clip = torch.from_numpy(item.frames)
-        shown = source.shown if self._sight.media else ()
+        (span,) = decoded.spans
+        item = decoded.cut(span)
+        first_frames = [control[0] for control in item.control]  # each H W C
+        control_images = tuple(torch.from_numpy(frame) for frame in first_frames)
         return dataclasses.replace(
             prompt,
-            clip=clip,
-            frames=prompt.frames or controls,  # set already if encoders see references at encoded size
-            media=shown,
+            clip=torch.from_numpy(item.frames),
+            frames=prompt.frames or control_images,  # set already if encoders see references at encoded size
+            media=source.shown if self._visible_media.reference_media else (),
             further_text=source.further_text,
         )
 
-    def _frames_of(self, source: MediaSource) -> tuple[Tensor, ...]:
+    def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
         """Return a source's reference images as the VAE encodes them, each H W C.
 
         Raises:
@@ -363,7 +369,7 @@ class TextWork:
             has_alpha=latent.has_alpha,
         )
 
-    def _submit(
+    def _schedule_write(
         self,
         write: Write,
         encoder: TextEncoder,
@@ -371,7 +377,7 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Schedule the writing of one encoder's outputs for a caption.
+        """Make the record of one encoder's outputs for a caption, and write them in the background.
 
         Args:
             write: Runs a function in the background.
@@ -380,11 +386,11 @@ class TextWork:
             file: The text.
             conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
         """
-        named = {}
+        tensors = {}  # by name in the file
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
             require_finite(tensor, file.name, key)
-            named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+            tensors[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
         caption_file = None
         # without a caption file, the caption is the class_tokens of the table
         if file.caption_path is not None and path_exists(file.caption_path):
@@ -397,7 +403,9 @@ class TextWork:
             crc32={},  # filled in by `_write`
             settings=file.settings,
             references=references,
-            as_shown=AS_SHOWN if references else 0,  # 0: no image was decoded, so its reading cannot change
+            decoding_version=AS_SHOWN
+            if references
+            else 0,  # 0: no image was decoded, so its reading cannot change
         )
         encoder_metadata: Mapping[str, str] = {}
         if can_mark(encoder):
@@ -406,7 +414,7 @@ class TextWork:
             partial(
                 self._write,
                 file,
-                tensors=named,
+                tensors=tensors,
                 encoder=encoder.name,
                 record=record,
                 encoder_metadata=encoder_metadata,
@@ -446,17 +454,17 @@ class TextWork:
             **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
-        # the unfinished file is read before the finished one (in `_finish`), because another process may
-        # finish it in between
-        part, encoders = self._find(file, in_part=True)  # outputs of the encoders before this one
+        # the unfinished file is read before the finished one (in `_write_complete`), because another process
+        # may finish it in between
+        part, encoders = self._find_outputs(file, in_part=True)  # outputs of the encoders before this one
         if part is not None:
-            new = _join(part, new)
-        if encoder == file.missing[-1]:  # the last encoder that adds outputs
-            self._finish(file, new, {encoder, *encoders})
+            new = _merge_entries(part, new)
+        if encoder == file.encoders_to_run[-1]:  # the last encoder that adds outputs
+            self._write_complete(file, new, {encoder, *encoders})
         else:
             store.write(file.file_name + PART, new.named, new.metadata)
 
-    def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
+    def _write_complete(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Merge an entry into the existing file, if any; write the file, then remove its `.part`.
 
         `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with a
@@ -468,19 +476,20 @@ class TextWork:
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
-        old, valid = self._find(file)  # the finished file, and the encoders whose outputs in it are valid
-        if old is not None:
+        existing, encoders_in_file = self._find_outputs(file)
+        if existing is not None:
             caption = file.caption or ""
-            old_caption = old.metadata.get("caption1", caption)
+            old_caption = existing.metadata.get("caption1", caption)
             if old_caption != caption:
                 logger.warning(
                     "%s: the caption was %r, now it is %r; it is replaced", path, old_caption, caption
                 )
-            new = old if new is None else _join(old, new)
+            new = existing if new is None else _merge_entries(existing, new)
         if new is None:  # another process has just finished the text and removed its `.part`
             return
-        complete = {*encoders, *valid}
-        lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in complete]
+        encoders_with_outputs = {*encoders, *encoders_in_file}
+        all_encoders = [encoder.name for encoder, _ in self._encoders]
+        lost = [name for name in all_encoders if name not in encoders_with_outputs]
         if lost:
             raise CacheError(
                 f"{path}: while it was made, another run with other captions or encoders removed or replaced "
@@ -491,31 +500,43 @@ class TextWork:
         store.remove(file.file_name + PART)  # last: another process may need it until then
 
 
+def _describe_failure(file: CaptionFile, error: MediaError | CaptionError) -> Failure | None:
+    """Return the failure of a text that cannot be encoded; None if no file of the dataset is at fault."""
+    if isinstance(error, CaptionError):
+        path = file.caption_path or Path(file.name)
+        return Failure(path, str(error), file.table.index, file.name)
+    if file.source is None:
+        return None
+    if file.source.table.references is not None:
+        return Failure.of(file.source, explain_reference(file.source, error))
+    return Failure.of(file.source, error)
+
+
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
     """Group consecutive texts of one table and kind into batches.
 
     `size` is the batch size; None means the batch_size of the table.
     """
     batches: list[TextBatch] = []
-    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
+    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.encoding_round)):
         texts = tuple(group)
         batch_size = size or texts[0].table.batch_size
         batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     return batches
 
 
-def _join(old: Entry, new: Entry) -> Entry:
-    """Merge two entries; `new` takes precedence for tensors and metadata that both have.
+def _merge_entries(old: Entry, new: Entry) -> Entry:
+    """Add the tensors and metadata of `new` to those of `old`, and replace what both have.
 
     If an encoder has a record in both entries, all its tensors in `old` are dropped, even if `new` has no
     tensor of that name.
     """
     old_records = text_records(old)
     new_records = text_records(new)
-    replaced = set(new.keys)  # keys whose tensors in `old` are dropped
+    replaced_keys = set(new.keys)
     for encoder in old_records.keys() & new_records.keys():
-        replaced |= {tensor_key(name) for name in old_records[encoder].crc32}
-    only_old = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in replaced}
+        replaced_keys |= {tensor_key(name) for name in old_records[encoder].crc32}
+    tensors = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in replaced_keys}
+    tensors |= new.named
     records = record_metadata({**old_records, **new_records})
-    metadata = {**old.metadata, **new.metadata, **records}
-    return Entry.of(new.path, metadata, {**only_old, **new.named})
+    return Entry.of(new.path, {**old.metadata, **new.metadata, **records}, tensors)

@@ -19,7 +19,7 @@ from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
 from dataset.cache_files import SUFFIX, LatentName, is_latent_cache
 from dataset.caching import latents, prefetch
-from dataset.caching.planning import Recipe, SourcePlan, plan_all
+from dataset.caching.planning import LatentCacheSettings, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.listing import warn_captions, warn_unused
@@ -36,7 +36,7 @@ from modules.devices import free_memory
 from modules.errors import DatasetError
 from protocols.data import FPS, CacheEntry, MediaEncoders
 from protocols.family import Caches, audio_of, trains_audio
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 if TYPE_CHECKING:  # loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily
@@ -49,26 +49,26 @@ NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cach
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all errors that make tables unusable for a family."""
     errors = []
-    spec = audio_of(family)
-    learns_audio_alone = spec is not None and spec.is_alone
-    # by table index: tables with control media, sources with references or control masks, media of rows
-    with_control = {source.table.index for source in sources if source.control}
-    with_companions: dict[int, list[MediaSource]] = {}
-    row_media: dict[int, list[tuple[ShownMedium, ...]]] = {}
+    audio_spec = audio_of(family)
+    learns_audio_alone = audio_spec is not None and audio_spec.is_alone
+    # all by table index
+    tables_with_control = {source.table.index for source in sources if source.control}
+    sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
+    reference_media: dict[int, list[tuple[ReferenceMedium, ...]]] = {}  # of each row
     for source in sources:
         if source.table.shows_media:
-            row_media.setdefault(source.table.index, []).append(source.shown)
+            reference_media.setdefault(source.table.index, []).append(source.shown)
         if source.references or source.control_mask is not None:
-            with_companions.setdefault(source.table.index, []).append(source)
+            sources_with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
-        has_control = table.index in with_control
+        has_control = table.index in tables_with_control
         try:
             _check_table(
                 family,
                 table,
                 has_control,
-                companions=with_companions.get(table.index, ()),
-                shown=tuple(row_media.get(table.index, ())),
+                companions=sources_with_companions.get(table.index, ()),
+                reference_media=tuple(reference_media.get(table.index, ())),
             )
             if learns_audio_alone or table.is_of_audio:
                 _check_audio(table, learns_audio_alone)
@@ -86,7 +86,7 @@ def _check_table(
     table: DatasetTable,
     has_control: bool,
     companions: Sequence[MediaSource],
-    shown: tuple[tuple[ShownMedium, ...], ...],
+    reference_media: tuple[tuple[ReferenceMedium, ...], ...],
 ) -> None:
     """Raise DatasetError if a family cannot use a table.
 
@@ -95,7 +95,7 @@ def _check_table(
         table: Table of the dataset.
         has_control: Whether sources of the table have control media.
         companions: Sources of the table with references or control masks.
-        shown: Reference media of each row.
+        reference_media: Reference media of each row.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
@@ -105,7 +105,7 @@ def _check_table(
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
-    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, shown))
+    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, reference_media))
     if companions:
         from dataset.sources.companions import reject_companions  # few tables have companions
 
@@ -184,31 +184,31 @@ class MediaWork:
                 before_loading=self.free,
             )
         listing = prefetch.list_sources(config, captions=False)
-        self.not_listed = listing.report
-        self.full_tables = listing.complete_tables
-        self.pieces: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
+        self.listing_report = listing.report
+        self.complete_tables = listing.complete_tables
+        self.work_items: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
         own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
-        self._recipe = Recipe(
+        self._cache_settings = LatentCacheSettings(
             tag=family.cache_tag,
-            encoder=family.media_identity,
+            encoder_identity=family.media_identity,
             latent=family.latent,
             fps=family.defaults.fps,
-            sections=family.sections_of,
+            count_sections=family.sections_of,
             stores=stores,
-            has_rates=family.can.rate,
+            stores_frame_rate=family.can.rate,
             audio=audio_of(family),
         )
         self._family, self._config = family, config
         self._options, self._device = options, device
         self._encoders: MediaEncoders | None = None
 
-    def encode(self, pieces: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
-        """Encode the items of `pieces` that have no valid cache entry.
+    def encode(self, sources: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
+        """Encode the items of `sources` that have no valid cache entry.
 
         A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
         this share of the work; None means that no progress is shown.
@@ -220,9 +220,9 @@ class MediaWork:
         workers = prefetch.workers_of(self._options)
         shows = label is not None
         plans, failures = plan_all(
-            pieces,
+            sources,
             existing=self._existing,
-            recipe=self._recipe,
+            cache_settings=self._cache_settings,
             workers=workers,
             show_progress=shows,
         )
@@ -230,46 +230,55 @@ class MediaWork:
         if self._family.latent.shares_caches:
             from dataset.caching.taking_over import OtherCaches  # few models share caches
 
-            others = OtherCaches(self._family, self._recipe)
-            plans = [plan if plan.missing == () else others.take_source(plan) for plan in plans]
-            others.report(shows)
-        # missing is None for sources whose items are unknown until they are decoded
-        to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        self._warn_of_media([plan.source for plan in to_do])
+            others = OtherCaches(self._family, self._cache_settings)
+            plans = [plan if plan.missing_spans == () else others.copy_for_source(plan) for plan in plans]
+            if shows:
+                others.log_results()
+        # missing_spans is None for sources whose items are unknown until they are decoded
+        to_do = [plan for plan in plans if plan.missing_spans is None or plan.missing_spans]
+        self._warn_about_media([plan.source for plan in to_do])
         if label is not None:
-            self._show(to_do, len(pieces), label)
-        of_other_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
-        if of_other_kind and shows:
-            _warn_of_outdated(of_other_kind)
-        finished = [plan for plan in plans if plan.missing == ()]
+            self._show_start(to_do, len(sources), label)
+        incompatible_reasons = [
+            plan.outdated_reason
+            for plan in to_do
+            if plan.outdated_reason is not None and plan.is_incompatible
+        ]
+        if incompatible_reasons and shows:
+            _warn_of_outdated(incompatible_reasons)
+        finished = [plan for plan in plans if plan.missing_spans == ()]
         written: set[tuple[int, str]] = set()
         if to_do:
-            items = self._items(to_do, finished, failures, workers=workers, shows=shows)
+            items = self._decode_items(to_do, finished, failures, workers=workers, shows=shows)
             with prefetch.write_behind() as write, contextlib.closing(items), torch.no_grad():
                 for batch in latents.batches(items, self._options.batch_size):
-                    written |= self._write(batch, write)
+                    written |= self._encode_and_write(batch, write)
                     del batch  # frees its frames before waiting for the next source
-        reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if len(reasons) > len(of_other_kind):  # not all reasons have been logged: explain the extra work
+        outdated_reasons = [plan.outdated_reason for plan in finished if plan.outdated_reason is not None]
+        if len(outdated_reasons) > len(incompatible_reasons):  # some have not been logged
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
-                len(reasons),
-                reasons[0],
+                len(outdated_reasons),
+                outdated_reasons[0],
             )
-        report = _report_of(finished, failures, written, share=len(pieces), total=len(self.pieces))
+        report = _make_report(
+            finished, failures, written, num_assigned=len(sources), num_total=len(self.work_items)
+        )
         if self._audio is None:
             return report
-        audio_report = self._audio.encode(pieces, report.valid, workers, shows)
+        audio_report = self._audio.encode(sources, report.valid, workers, shows)
         return prefetch.join_reports([report, audio_report])
 
-    def _warn_of_media(self, sources: Sequence[MediaSource]) -> None:
+    def _warn_about_media(self, sources: Sequence[MediaSource]) -> None:
         """Warn of sources whose frame rate, order of frames or colors may be wrong."""
-        recipe = self._recipe
+        cache_settings = self._cache_settings
         warnings: list[Fault] = []
         # with a number as source_fps, the rate is not taken from the files and may differ from theirs
         if any(table.declared_fps is not None for table in self._config.datasets):
             warnings += find_wrong_rates(sources)
-        warnings += find_media_warnings(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        warnings += find_media_warnings(
+            sources, cache_settings.latent, cache_settings.fps, cache_settings.stores_frame_rate
+        )
         log_warnings(warnings, LISTED)
 
     def remove_stale(
@@ -308,7 +317,7 @@ class MediaWork:
         if self._audio is not None:
             self._audio.free()
 
-    def _items(
+    def _decode_items(
         self,
         plans: Sequence[SourcePlan],
         finished: list[SourcePlan],
@@ -323,7 +332,7 @@ class MediaWork:
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
             """Decode the media of a plan."""
-            return latents.decode(plan, self._existing[plan.source.table.index], self._recipe)
+            return latents.decode(plan, self._existing[plan.source.table.index], self._cache_settings)
 
         ahead = prefetch.read_ahead(
             plans,
@@ -344,7 +353,7 @@ class MediaWork:
                     del items
                 del result  # frees its frames before waiting for the next source
 
-    def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
+    def _encode_and_write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
         """Encode a batch and pass its files to `write`; return table index and name of each file.
 
         Files of sections that an item no longer has are removed afterwards.
@@ -352,29 +361,31 @@ class MediaWork:
         if self._encoders is None and not batch[0].moments:
             self.free()  # video and audio encoders are not loaded at the same time
             self._encoders = latents.load_encoders(self._family, self._device)
-        names = []
+        cache_names = []
         for item in batch:
             if item.source.table.kind == "image":
-                name = LatentName(item.source.stem, item.size)
+                cache_name = LatentName(item.source.stem, item.size)
             else:
-                name = LatentName(item.source.stem, item.bucket, item.spans[0])
-            names.append(name)
-        keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]
+                cache_name = LatentName(item.source.stem, item.bucket, item.spans[0])
+            cache_names.append(cache_name)
+        keys = [name.file_name(self._cache_settings.tag).removesuffix(SUFFIX) for name in cache_names]
         encoded = latents.encode(batch, keys, self._family, self._encoders)
         written: set[tuple[int, str]] = set()
-        for item, name, entries in zip(batch, names, encoded, strict=True):
-            files = self._write_item(item, name, entries, write)
+        for item, cache_name, entries in zip(batch, cache_names, encoded, strict=True):
+            files = self._schedule_writes(item, cache_name, entries, write)
             written |= {(item.source.table.index, file) for file in files}
-            self._remove_surplus(item, name, files, write)
+            self._schedule_removals(item, cache_name, files, write)
         return written
 
-    def _write_item(
+    def _schedule_writes(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
         """Schedule the writing of an item's files, one for each entry (section); return their names."""
-        options = self._recipe.options(item.source, size=item.size, bucket=item.bucket, span=item.spans[0])
+        options = self._cache_settings.record_options(
+            item.source, size=item.size, bucket=item.bucket, span=item.spans[0]
+        )
         record = LatentRecord(
-            encoder=self._recipe.encoder,
+            encoder=self._cache_settings.encoder_identity,
             options=options,
             files=item.files,
             clip=item.clip,
@@ -390,12 +401,12 @@ class MediaWork:
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
         if self._family.latent.declared:  # other programs that read these caches require them
-            parts = self._recipe.parts_of(item.source)
+            parts = self._cache_settings.source_files(item.source)
             fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
         store = self.stores.of(item.source.table)
         files = []
         for entry in entries:
-            file = dataclasses.replace(name, section=entry.section).file_name(self._recipe.tag)
+            file = dataclasses.replace(name, section=entry.section).file_name(self._cache_settings.tag)
             tensors = latents.name_tensors(item, entry, self._family.latent)
             write_file = partial(
                 latents.write_entry,
@@ -410,7 +421,7 @@ class MediaWork:
             files.append(file)
         return files
 
-    def _remove_surplus(
+    def _schedule_removals(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
         """Schedule the removal of files for sections that an item no longer has.
@@ -428,7 +439,7 @@ class MediaWork:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
             write(partial(remove_caches, store, surplus, is_of_family))
 
-    def _show(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
+    def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show what is to be encoded, in the share of the work that `label` names."""
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
@@ -441,9 +452,9 @@ class MediaWork:
 
     def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
-        sizes = [size for plan in plans for size in plan.items]  # width, height, and of clips frames
-        # `missing` is None until the size of a source is known
-        num_with_sizes = sum(plan.missing is not None for plan in plans)
+        sizes = [size for plan in plans for size in plan.item_sizes]  # width, height, and of clips frames
+        # `missing_spans` is None until the size of a source is known
+        num_with_sizes = sum(plan.missing_spans is not None for plan in plans)
         if not sizes:
             return None
         latent = self._family.latent
@@ -474,12 +485,12 @@ def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path
     return json.dumps(stamps, sort_keys=True)
 
 
-def _report_of(
+def _make_report(
     finished: Sequence[SourcePlan],
     failures: Sequence[prefetch.Failure],
     written: Set[tuple[int, str]],
-    share: int,
-    total: int,
+    num_assigned: int,
+    num_total: int,
 ) -> prefetch.CacheReport:
     """Return the report about the sources that this process has handled.
 
@@ -487,32 +498,32 @@ def _report_of(
         finished: Plans whose items are known.
         failures: Sources that could not be read.
         written: Table index and name of each written file.
-        share: Number of sources of this process.
-        total: Number of all sources.
+        num_assigned: Number of sources of this process.
+        num_total: Number of all sources.
     """
-    kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-    dropped, shortened, resized, silent = [], [], [], []
+    reused = {(plan.source.table.index, name) for plan in finished for name in plan.valid_files}
+    without_items, shortened, resized, silent = [], [], [], []
     for plan in finished:
-        if plan.reason is not None:
-            dropped.append(prefetch.Failure.of(plan.source, plan.reason))
-        if plan.short is not None:
-            shortened.append(prefetch.Failure.of(plan.source, plan.short))
+        if plan.why_no_items is not None:
+            without_items.append(prefetch.Failure.of(plan.source, plan.why_no_items))
+        if plan.too_short_for is not None:
+            shortened.append(prefetch.Failure.of(plan.source, plan.too_short_for))
         if plan.size_changes:
             resized.append(prefetch.Failure.of(plan.source, "; ".join(plan.size_changes)))
-        if plan.silent is not None:
-            silent.append(prefetch.Failure.of(plan.source, plan.silent))
+        if plan.silence_reason is not None:
+            silent.append(prefetch.Failure.of(plan.source, plan.silence_reason))
     return prefetch.CacheReport(
         written=len(written),
-        kept=sum(len(plan.kept) for plan in finished),
-        foreign=sum(plan.foreign for plan in finished),
+        reused=sum(len(plan.valid_files) for plan in finished),
+        num_without_record=sum(plan.num_without_record for plan in finished),
         failures=tuple(failures),
-        dropped=tuple(dropped),
+        dropped=tuple(without_items),
         shortened=tuple(shortened),
         resized=tuple(resized),
         silent=tuple(silent),
-        share=share,
-        total=total,
-        valid=frozenset(kept | written),
+        num_assigned=num_assigned,
+        num_total=num_total,
+        valid=frozenset(reused | written),
     )
 
 

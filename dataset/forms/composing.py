@@ -19,7 +19,7 @@ from modules.errors import DatasetError
 def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
     # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
-    kind_keys: list[tuple[str, forms.Form, DataForm]] = []
+    kind_keys: list[tuple[str, forms.ValueType, DataForm]] = []
     # keys that are spelled alike for all kinds
     common_keys: dict[str, tuple[TableKey, DataForm]] = {}
     for form in FORMS:

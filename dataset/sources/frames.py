@@ -30,7 +30,7 @@ from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.opening import open_video
 from modules.media.reading import Frame, MaskLook, read_mask
 from protocols.data import KEYFRAME_LATENTS, LATENT_GUIDE, MediaTable
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 Span = tuple[int, int]  # index of the first frame, and number of frames, counted in kept frames
 
@@ -98,7 +98,7 @@ def media_table(
     has_control: bool = False,
     has_references: bool = False,
     has_guides: bool = False,
-    shown: tuple[tuple[ShownMedium, ...], ...] = (),
+    shown: tuple[tuple[ReferenceMedium, ...], ...] = (),
 ) -> MediaTable:
     """Return the properties of a table that families check.
 

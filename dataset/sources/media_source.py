@@ -18,7 +18,7 @@ from dataset.table import FROM_ALPHA, FROM_FILE, DatasetTable
 from modules.console import count_words
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 # keys in the options of a latent record
 CLIP_REFERENCES = "references"  # number of references, followed by `ReferenceRules.factors`
@@ -123,7 +123,7 @@ class MediaSource:
     caption_encoding: str | None = None  # encoding of its caption file, if that is not UTF-8
     # the rejected item of a preference pair: an image, clip or folder of images of the same size
     rejected: Path | None = None
-    shown: tuple[ShownMedium, ...] = ()  # reference media that its row names, on disk
+    shown: tuple[ReferenceMedium, ...] = ()  # reference media that its row names, on disk
     further_text: str | None = None  # `FURTHER_TEXT` of its row
     layers: tuple[Path, ...] = ()  # layers of an image, from back to front
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from modules.errors import DatasetError
 from modules.paths import expand_path, is_address
-from protocols.rules import ShownMedium
+from protocols.rules import ReferenceMedium
 
 KINDS = ("image", "video", "audio")
 KEYS = {"type", "path", "audio_path"}
 MAX_SHOWN = 80  # characters of a value in a message
 
 
-def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
+def read_shown(value: Any, file: Path, where: str) -> tuple[ReferenceMedium, ...]:
     """Parse the references of a row.
 
     A relative path is looked up in the working folder, then in the folder of the list.
@@ -40,7 +40,7 @@ def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
     )
 
 
-def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMedium:
+def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ReferenceMedium:
     """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
@@ -52,8 +52,8 @@ def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMediu
         raise DatasetError(f"{where}: audio_path is for references of type video. Leave it out")
     path = _locate(entry.get("path"), file, f"{where}: path")
     if entry.get("audio_path") is None:
-        return ShownMedium(kind, path, is_silent="audio_path" in entry)
-    return ShownMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{where}: audio_path"))
+        return ReferenceMedium(kind, path, is_silent="audio_path" in entry)
+    return ReferenceMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{where}: audio_path"))
 
 
 def _locate(text: Any, file: Path, where: str) -> Path:

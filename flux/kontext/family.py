@@ -39,15 +39,15 @@ LATENTS_AGAIN = "flux_kontext_cache_latents.py"
 TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"
 CLIP = replace(
     CLIP_L,
-    pooled="clip_l_pooler",
+    pooled_key="clip_l_pooler",
     what="text encoder 2",
     option="--text_encoder2",
     tokenizer=replace(CLIP_L.tokenizer, option="--text_encoder2_tokenizer"),
 )
 T5 = replace(
     USE,
-    states="t5_vec",
-    mask=None,
+    states_key="t5_vec",
+    mask_key=None,
     kind=replace(USE.kind, option="--text_encoder1"),
     tokenizer=replace(USE.tokenizer, option="--text_encoder1_tokenizer"),
 )
@@ -154,7 +154,7 @@ class Kontext(Flux):
         """Return a batch's conditions: text, guidance (B) and, for edits, a reference."""
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
-        widths = {T5.states: config.text_dim, CLIP.pooled: config.pooled_dim}
+        widths = {T5.states_key: config.text_dim, CLIP.pooled_key: config.pooled_dim}
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
         texts: dict[str, Tensor | list[Tensor]] = {name: batch.tensor(name) for name in self.text_keys}
         texts[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
@@ -162,7 +162,7 @@ class Kontext(Flux):
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
-        return {"t5": T5.states, "pooled": CLIP.pooled}
+        return {"t5": T5.states_key, "pooled": CLIP.pooled_key}
 
     # generation
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dataset.config import KEYS
-from dataset.config_keys import Unfit
+from dataset.config_keys import InvalidValue
 from dataset.subset_options import SUBSET_KEYS
 from modules.mistyped import find_our_option
 from modules.options import info_of
@@ -38,7 +38,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
                 _leave_rejected(project, key, value, script.refused[key])
             else:
                 _note_unknown(project, key, value, known_names)
-        except Unfit as error:
+        except InvalidValue as error:
             allowed = SUBSET_KEYS[key].form.allowed
             project.leave_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
@@ -53,7 +53,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 
 
 def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Adopt a dataset.toml key unchanged. Raises Unfit or ValueError if its value is not possible."""
+    """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
     project.data[key] = fact.form.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)

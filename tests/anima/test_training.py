@@ -222,12 +222,12 @@ def test_the_end_of_a_long_text_stays_and_an_empty_one_has_it_alone(files: TinyA
 
 
 def test_weights_of_words_are_those_of_t5s_tokens(files: TinyAnima) -> None:
-    plain, takes_weights = encode(files, Prompt("a red square"), Prompt("a red square", ((2, 5, 1.5),)))
-    assert takes_weights["prompt_embeds"].equal(plain["prompt_embeds"])
+    plain, weighted = encode(files, Prompt("a red square"), Prompt("a red square", ((2, 5, 1.5),)))
+    assert weighted["prompt_embeds"].equal(plain["prompt_embeds"])
     count = int(plain["t5_attn_mask"].sum())
-    assert set(takes_weights["t5_attn_mask"][:count].tolist()) == {1.0, 1.5}
-    assert takes_weights["t5_attn_mask"][count - 1] == 1  # the end
-    assert not takes_weights["t5_attn_mask"][count:].any()
+    assert set(weighted["t5_attn_mask"][:count].tolist()) == {1.0, 1.5}
+    assert weighted["t5_attn_mask"][count - 1] == 1  # the end
+    assert not weighted["t5_attn_mask"][count:].any()
 
 
 def test_a_text_encoder_of_another_size_is_refused(files: TinyAnima) -> None:

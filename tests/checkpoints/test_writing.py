@@ -23,9 +23,9 @@ from checkpoints.writing import stream_tensors
 from modules import atomic_write
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
-from protocols.data import weigh_rows
+from protocols.data import weigh_tokens
 from protocols.loading import TensorInfo
-from protocols.rules import Place, token_weights
+from protocols.rules import CharSpan, token_weights
 from tests.tiny.wan_encoders import sentencepiece_model
 
 TENSORS = {
@@ -260,7 +260,7 @@ SPANS = ((2, 5, 2.0), (7, 14, 0.5))
         (None, 1.0),
     ],
 )
-def test_a_token_belongs_where_its_first_character_is(place: Place, weight: float) -> None:
+def test_a_token_belongs_where_its_first_character_is(place: CharSpan, weight: float) -> None:
     assert token_weights(TEXT, [place], SPANS) == [weight]
     assert token_weights(TEXT, [place], ()) == [1.0]
 
@@ -271,9 +271,9 @@ def test_rows_of_weight_one_keep_every_bit(dtype: torch.dtype) -> None:
     expected = rows.clone()
     expected[1], expected[3] = (rows[1].float() * 1.4).to(dtype), rows[3] * -0.5
 
-    takes_weights = weigh_rows(rows, [1.0, 1.4, 1.0, -0.5])
+    weighted = weigh_tokens(rows, [1.0, 1.4, 1.0, -0.5])
 
-    assert takes_weights.dtype == dtype
-    assert torch.equal(takes_weights, expected)
-    stacked = weigh_rows(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
+    assert weighted.dtype == dtype
+    assert torch.equal(weighted, expected)
+    stacked = weigh_tokens(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
     assert torch.equal(stacked, expected.unflatten(-1, (2, 4)))

@@ -164,7 +164,7 @@ def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: P
     own = make_set(tmp_path / "clips")
     with pytest.raises(CacheError, match="made from a file of audio_directory"):
         read_batch(find(own).items[:1], PLAIN)
-    assert (cache(own).written, cache(own).kept) == (3, 6)
+    assert (cache(own).written, cache(own).reused) == (3, 6)
     shutil.copy(tmp_path / "ton ä/a.wav", tmp_path / "ton ä/a.flac")
     with pytest.raises(DatasetError, match="sound of the same clip. Keep one"):
         cache(config)
@@ -236,7 +236,7 @@ def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) 
     config = make_set(clips)
     cache(config)
     report = cache(config, family)  # latents of another VAE only hold a place
-    assert (report.written, report.kept) == (0, 3)
+    assert (report.written, report.reused) == (0, 3)
     assert [str(one) for one in report.failures] == [
         f"{clips / 'quiet.mp4'}: it has no track of sound; sound alone is learned"
     ]
@@ -259,7 +259,7 @@ def test_caches_of_sound_change_their_form_with_the_others(tmp_path: Path) -> No
 
     assert not list((tmp_path / "cache").glob("*.safetensors"))
     shards = make_set(tmp_path, cache_format="shards")
-    assert (cache(shards).kept, cache(shards).written) == (2, 0)
+    assert (cache(shards).reused, cache(shards).written) == (2, 0)
     with pytest.raises(DatasetError, match="Convert what is there"):
         cache(config)
     shards_to_files(tmp_path / "cache")
@@ -278,7 +278,7 @@ def test_each_half_is_made_again_only_for_its_own_reasons(tmp_path: Path) -> Non
         """Frames and sound that were encoded, entries that were kept and removed."""
         family = hearing(**changes)
         report = cache(config, family)
-        return sum(map(len, family.seen)), len(family.heard), report.kept, report.removed
+        return sum(map(len, family.seen)), len(family.heard), report.reused, report.removed
 
     assert again(audio=None) == (2, 0, 0, 0)  # a run without sound
     assert again() == (0, 2, 2, 0)  # turning it on encodes sound alone
@@ -314,7 +314,7 @@ def test_damaged_entries_are_made_again_and_foreign_ones_unless_they_are_asked_f
     assert cache(config).written == 1
     assert read_batch(find(config).items, PLAIN).tensors[HAS_AUDIO].tolist() == [True]
     write_tensors(path, read_entry(path).named, {"architecture": "toy"})
-    assert cache(config, skip_existing=True).foreign == 1
+    assert cache(config, skip_existing=True).num_without_record == 1
     assert cache(config).written == 1
 
 
@@ -419,7 +419,7 @@ def test_shards_and_actors_together_give_the_sound_of_a_single_run(tmp_path: Pat
     assert sum(len(report.silent) for report in reports) == 2
     for one in (shared, by_actor):
         report = cache(one)
-        assert (report.written, report.kept, report.removed) == (0, 8, 0)
+        assert (report.written, report.reused, report.removed) == (0, 8, 0)
 
 
 def test_sound_that_is_cached_leaves_the_encoders_of_pictures_loaded(tmp_path: Path) -> None:

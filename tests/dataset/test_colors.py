@@ -65,12 +65,12 @@ def age(folder: Path, as_shown: int = False) -> None:
         if path.stem.endswith("_te"):
             texts = text_records(entry).items()
             changed = record_metadata(
-                {name: dataclasses.replace(one, as_shown=as_shown) for name, one in texts}
+                {name: dataclasses.replace(one, decoding_version=as_shown) for name, one in texts}
             )
         else:
             latents = latent_record(entry)
             assert latents is not None
-            changed = record_metadata(dataclasses.replace(latents, as_shown=as_shown))
+            changed = record_metadata(dataclasses.replace(latents, decoding_version=as_shown))
         write_tensors(path, entry.named, {**entry.metadata, **changed})
 
 

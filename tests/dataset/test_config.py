@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dataset.cache.store import Stores
-from dataset.caching.planning import Recipe
+from dataset.caching.planning import LatentCacheSettings
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
 from dataset.forms.cogvideox_lists import CogVideoXTensors
@@ -365,11 +365,11 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     image = Path("a.png")
     layers = (image,) if table.multiple_target else ()
     source = MediaSource(image, "a", None, None, (image,), table, mask=mask, tensors=tensors, layers=layers)
-    recipe = Recipe("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
+    cache_settings = LatentCacheSettings("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]
     boxes = [bucket_of(table, size, 16, image) for size in ((640, 480), (16, 48))]
-    return (recipe.options(source), taken, boxes), table.changed(TEXTS)
+    return (cache_settings.record_options(source), taken, boxes), table.non_default_values(TEXTS)
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name not in SOURCES])

@@ -166,7 +166,7 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
     pq.write_table(pa.Table.from_pylist(changed), tmp_path / "urls.parquet")
     asked, family = len(site.asked), ToyFamily()
 
-    assert cache_media(family, config, options()).kept == 3
+    assert cache_media(family, config, options()).reused == 3
     assert check_caching(family, config, 1, False).exit_code == 0
     assert cache_texts(family, config, options()).written == 1
 
@@ -192,7 +192,7 @@ def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path
     ):
         config = config_of(tmp_path, name, keys)
         assert cache_media(ToyFamily(), config, options()).written == 1
-        assert cache_media(ToyFamily(), config, options()).kept == 1
+        assert cache_media(ToyFamily(), config, options()).reused == 1
         cache_texts(ToyFamily(), config, options())
         (item,) = require_items(find_items(config, "toy", LATENT))
         assert {"latents", "latents_control", LOSS_MASK} <= read_batch([item], LATENT).tensors.keys()

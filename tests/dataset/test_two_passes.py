@@ -95,7 +95,7 @@ def assert_whole(config: DatasetConfig, folder: Path) -> None:
         entry = read_entry(cache(folder) / name)
         assert set(entry.tensors) == KEYS
     family = two()
-    assert cache_texts(family, config, options()).kept == 2
+    assert cache_texts(family, config, options()).reused == 2
     assert calls(family) == [[], []]
     assert [encoder.loaded for encoder in family.text] == [0, 0]
 
@@ -113,7 +113,7 @@ def test_the_first_pass_leaves_an_unfinished_file_that_the_next_run_finishes(tmp
     assert names(tmp_path) == [FILES[0], PARTS[1]]  # the first source was through both
     again = two()
     report = cache_texts(again, config, options())
-    assert (report.written, report.kept) == (1, 1)
+    assert (report.written, report.reused) == (1, 1)
     assert calls(again) == [[], ["clip number 1"]]
     assert again.text[0].loaded == 0
     assert_whole(config, tmp_path)

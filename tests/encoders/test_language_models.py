@@ -102,9 +102,9 @@ def expected(
     """The joined states of the whole network, rows padded as the encoder's, and the masks."""
     use, tokenizer = encoder.use, encoder._loaded.get()[1]
     rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
-    dropped = encoder.count_dropped(tokenizer)
+    dropped = encoder.count_template_tokens(tokenizer)
     length = max(map(len, rows)) if use.pad is None else dropped + use.maximum
-    pad = tokenizer.number(use.pad) if use.pad else 0
+    pad = tokenizer.token_to_id(use.pad) if use.pad else 0
     found = []
     for row in rows:
         row = row[:length]
@@ -307,7 +307,7 @@ def test_both_forms_of_qwens_tokenizer_give_its_tokens(form: str, tmp_path: Path
     ours, theirs = SOURCE.load(folder, tmp_path, "test"), tiny_tokenizer()
     for text in (*PROMPTS, f"{BEFORE}Ⅷ ﬁ e\u0301 1234 <|image_pad|><think>{AFTER}"):
         assert ours.read(text).ids == theirs.encode(text, add_special_tokens=False).ids
-    assert ours.number("</think>") == theirs.token_to_id("</think>")
+    assert ours.token_to_id("</think>") == theirs.token_to_id("</think>")
 
 
 def test_a_damaged_vocabulary_is_one_message(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
-    ImageUse,
+    ImagePromptFormat,
+    image_position_ids,
     load_vision_tower,
-    place_tokens,
     read_images,
     read_rgb,
     read_within,
@@ -39,7 +39,7 @@ from tests.tiny.language_models import (
 )
 
 CPU = torch.device("cpu")
-IMAGES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", maximum=200 * 200)
+IMAGES = ImagePromptFormat("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", max_pixels=200 * 200)
 USE = replace(QWEN_IMAGE, pictures=IMAGES)
 DEEP = replace(STACKED, states_key="vl_embed", pictures=IMAGES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
@@ -59,7 +59,7 @@ def processor(use: LanguageUse) -> Any:
 
     gray = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     own = gray if use.model is QWEN3_VL else {}
-    return Qwen2VLImageProcessorPil(min_pixels=IMAGES.fewest, max_pixels=IMAGES.maximum, **own)
+    return Qwen2VLImageProcessorPil(min_pixels=IMAGES.min_pixels, max_pixels=IMAGES.max_pixels, **own)
 
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
@@ -72,10 +72,13 @@ def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list
         counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
         text = "".join(IMAGES.write(index, count) for index, count in enumerate(counts, 1))
     ids = torch.tensor([tokenizer.read(f"{use.before}{text}{prompt}{use.after}").ids])
-    kinds = (ids == tokenizer.number("<|image_pad|>")).int()
+    kinds = (ids == tokenizer.token_to_id("<|image_pad|>")).int()
     with torch.no_grad():
         found = model(input_ids=ids, mm_token_type_ids=kinds, output_hidden_states=True, **inputs)
-    states = [found.hidden_states[index][0, encoder.count_dropped(tokenizer) :] for index in use.numbers]
+    states = [
+        found.hidden_states[index][0, encoder.count_template_tokens(tokenizer) :]
+        for index in use.state_indices
+    ]
     return torch.stack(states, 1) if use.stacked else states[0]
 
 
@@ -178,11 +181,11 @@ def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncod
     ours = read_images(encoder.network.get_submodule("visual"), shown, IMAGES)
     theirs = processor(encoder.use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
     assert torch.equal(ours.patches, theirs["pixel_values"])
-    assert (2 * torch.tensor(ours.sides)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()
+    assert (2 * torch.tensor(ours.token_grids)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()
 
 
 def test_words_behind_a_picture_stand_behind_its_longer_side() -> None:
-    found = place_tokens([5, 9, 9, 9, 9, 9, 9, 9, 9, 5, 5], [(2, 3), (2, 1)], token=9)
+    found = image_position_ids([5, 9, 9, 9, 9, 9, 9, 9, 9, 5, 5], [(2, 3), (2, 1)], token=9)
     assert found.tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4, 4, 6, 7],
         [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7],
@@ -212,7 +215,7 @@ def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures
 
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
-    half = replace(IMAGES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), shown=1)
+    half = replace(IMAGES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), max_images=1)
     encoder = load(tmp_path, model, replace(use_of(model), pictures=half))
     shown = pictures((180, 120), (90, 60))
     (ours,) = encode(encoder, ("a rabbit", shown))

@@ -129,12 +129,12 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
         plain, same = encoded(encoder, text, Prompt(text, ((0, len(text), 1.0),)))
         assert all(torch.equal(plain[name], same[name]) for name in plain)
     prompts = TEXT, Prompt(TEXT, (SUN,)), Prompt(TEXT, ((0, len(TEXT), 2.0),))
-    plain, takes_weights, all_of_it = encoded(encoder, *prompts)
-    if not encoder.takes_weights:
-        assert all(torch.equal(plain[name], takes_weights[name]) for name in plain)
+    plain, weighted_states_key, all_of_it = encoded(encoder, *prompts)
+    if not encoder.weighted_states_key:
+        assert all(torch.equal(plain[name], weighted_states_key[name]) for name in plain)
         return
     states = next(name for name, value in plain.items() if value.is_floating_point())
-    rows, sun, full = (one[states] for one in (plain, takes_weights, all_of_it))
+    rows, sun, full = (one[states] for one in (plain, weighted_states_key, all_of_it))
     changed = (sun != rows).any(dim=1)
     assert torch.equal(sun[changed], rows[changed] * 1.5)
     doubled = (full != rows).any(dim=1)

@@ -59,9 +59,9 @@ def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(
     scripts: dict[str, Script], kind: str, tmp_path: Path
 ) -> None:
     make, typed = scripts[kind].one, ("--prompt", "a (red:3) car")
-    takes_weights = make(tmp_path / "weighed", *ONE, *typed, "--prompt_weighting")
-    assert not torch.equal(takes_weights, make(tmp_path / "plain", *ONE, "--prompt", "a red car"))
-    assert not torch.equal(takes_weights, make(tmp_path / "text", *ONE, *typed))  # marks are text
+    weighted = make(tmp_path / "weighed", *ONE, *typed, "--prompt_weighting")
+    assert not torch.equal(weighted, make(tmp_path / "plain", *ONE, "--prompt", "a red car"))
+    assert not torch.equal(weighted, make(tmp_path / "text", *ONE, *typed))  # marks are text
     said = said_in(tmp_path / "weighed")
     assert (said["bt_prompt"], said["bt_prompt_weighting"]) == ("a (red:3) car", "True")
     assert "bt_prompt_weighting" not in said_in(tmp_path / "plain")

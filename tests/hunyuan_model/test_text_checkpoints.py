@@ -93,7 +93,7 @@ def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: st
 def test_published_clips_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
     network = fit(
         write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)),
-        partial(read_clip_text, use=CLIP),
+        partial(read_clip_text, naming=CLIP),
         ClipText,
     )
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == 123060480
@@ -191,12 +191,12 @@ def test_the_configuration_of_another_model_is_not_used(tmp_path: Path, other: d
 
 def test_clips_configuration_counts_too(tmp_path: Path) -> None:
     path = save(tmp_path / "clip.safetensors", clip_text_layouts(clip_text_tensors())["text"])
-    assert read_config(path, partial(read_clip_text, use=CLIP)) == clip_text_config()
+    assert read_config(path, partial(read_clip_text, naming=CLIP)) == clip_text_config()
     told = clip_config_json()
     assert isinstance(told["text_config"], dict)
     told["text_config"] |= {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
     write_config(tmp_path, told)
-    config = read_config(path, partial(read_clip_text, use=CLIP))
+    config = read_config(path, partial(read_clip_text, naming=CLIP))
     assert (config.num_heads, config.activation, config.eps, config.vocabulary) == (
         4,
         "gelu",

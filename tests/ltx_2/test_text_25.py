@@ -222,7 +222,7 @@ def test_an_old_transformers_is_named(gemma: Any, tmp_path: Path) -> None:
     file = files_in(tmp_path, gemma).connectors
     assert file is not None
     with open_checkpoint(file) as opened:  # "Absent": as in a version that has no such classes
-        plan = read_language_model(opened, replace(GEMMA_4, classes="Absent"), ALL_STATES)
+        plan = read_language_model(opened, replace(GEMMA_4, class_prefix="Absent"), ALL_STATES)
     with pytest.raises(OptionError, match=r"Gemma 4 language model needs transformers 5\.15 or later"):
         build_language_model(plan.config)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.model_files import read_once
-from encoders.tiles import tiles
+from encoders.tiles import split_into_tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
 from modules.errors import CheckpointError
@@ -139,12 +139,12 @@ def test_tiles_are_added_by_their_weights(tmp_path: Path) -> None:
     ours, theirs = made(tmp_path, official("2.3"), tile=96), tiny("2.3")
     pixels, latents = clip_of(9, 160, 64), torch.randn(1, 16, 2, 5, 2)
     means, decoded = torch.zeros(1, 16, 2, 5, 2), torch.zeros(1, 3, 9, 160, 64)
-    for row in tiles(5, 3):
-        means[..., row.pick(1), :] += (
-            their_means(theirs, pixels[..., row.pick(32), :]) * row.weights(1)[:, None]
+    for row in split_into_tiles(5, 3):
+        means[..., row.pixel_slice(1), :] += (
+            their_means(theirs, pixels[..., row.pixel_slice(32), :]) * row.weights(1)[:, None]
         )
-        decoded[..., row.pick(32), :] += (
-            their_pixels(theirs, latents[..., row.pick(1), :]) * row.weights(32)[:, None]
+        decoded[..., row.pixel_slice(32), :] += (
+            their_pixels(theirs, latents[..., row.pixel_slice(1), :]) * row.weights(32)[:, None]
         )
     torch.testing.assert_close(ours.encode(pixels), means, rtol=0, atol=EXACT)
     torch.testing.assert_close(joined(ours.decode(latents, clamps=False)), decoded, rtol=0, atol=EXACT)

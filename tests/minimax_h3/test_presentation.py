@@ -177,10 +177,10 @@ def test_equal_pictures_are_equal_prompts() -> None:
 
 def test_weights_count_for_the_prompt_alone(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(256, 256)])
-    plain, takes_weights = encoder.encode(
+    plain, weighted_states_key = encoder.encode(
         [Prompt("a cat", presented=presented), Prompt("a cat", ((2, 5, 2.0),), presented=presented)]
     )
-    changed = (plain[KEY][0] != takes_weights[KEY][0]).any(dim=1)
+    changed = (plain[KEY][0] != weighted_states_key[KEY][0]).any(dim=1)
     assert changed.any()
     assert not changed[: int((plain[TAGS][0] == 0).nonzero().max()) + 1].any()
-    assert numpy.isfinite(takes_weights[KEY][0].numpy()).all()
+    assert numpy.isfinite(weighted_states_key[KEY][0].numpy()).all()

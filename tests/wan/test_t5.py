@@ -113,16 +113,16 @@ def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
     )
     for text in (TEXT, "", "日本語 and 😀 in the hills", LONG):
         for tokenizer in (json, pieces):
-            assert len(tokenizer(text).places) == len(tokenizer(text).ids)
-            assert tokenizer(text).places[-1] is None
-    assert json(TEXT).places == pieces(TEXT).places
+            assert len(tokenizer(text).char_spans) == len(tokenizer(text).ids)
+            assert tokenizer(text).char_spans[-1] is None
+    assert json(TEXT).char_spans == pieces(TEXT).char_spans
 
 
 def test_characters_that_sentencepiece_joins_keep_their_places(folder: Path) -> None:
     """Its own rules make two letters of the one that joins f and i."""
     tokenizer = TOKENIZER.load(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE, "umT5").read
     text = "the ﬁne rabbit"
-    places = [place for place in tokenizer(text).places if place is not None]
+    places = [place for place in tokenizer(text).char_spans if place is not None]
     assert "".join(text[start:end] for start, end in places) == text
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, is_given, option, option_name
-from protocols.new_tokens import MAX_VECTORS, WordFlags, WordToLearn, find_error
+from protocols.new_tokens import MAX_VECTORS, WordOptionNames, WordToLearn, find_error
 from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
 from training.learning_options import LARGEST_RATE
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # LoRA options that are allowed with --embedding_only: no LoRA is added to text encoders anyway
 TRUE_ALONE = {"network_train_unet_only"}
 ALONE = "textual inversion"  # network module in the metadata of files without a LoRA
-FLAGS = WordFlags(
+FLAGS = WordOptionNames(
     word="--train_embedding",
     count="--embedding_vectors",
     init_word="--embedding_init_word",

@@ -17,7 +17,7 @@ from dataset.batches.finding import FoundItems, find_items, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
-from dataset.cache.index import NAME, TEXTS, mark_table
+from dataset.cache.index import NAME, TEXTS, fingerprint_table
 from dataset.cache.store import Stores
 from dataset.caching.indexing import write_index
 from dataset.caching.loop import LATENTS, NextCommand, run_caching
@@ -285,7 +285,7 @@ def test_parts_written_at_the_same_time_are_both_there(tmp_path: Path) -> None:
 
     def write(part: str) -> None:
         for _ in range(5):
-            write_index(table, part, "toy", LATENT, mark_table(table), right, {})
+            write_index(table, part, "toy", LATENT, fingerprint_table(table), right, {})
 
     threads = [threading.Thread(target=write, args=[part]) for part in ("latents", TEXTS)]
     for thread in threads:

@@ -308,7 +308,7 @@ def test_trusted_files_are_not_opened(folder: Path) -> None:
         (folder / name).write_bytes(b"damaged")
     (folder / "pic 1_0040x0040_toy.npz").unlink()
     family = NpzFamily()
-    stores = Stores(npz_names(family), trusts=True)
+    stores = Stores(npz_names(family), trusts_shared_caches=True)
 
     assert cache_media(family, make_config(folder), options(), stores).written == 1
     assert cache_texts(family, make_config(folder), options(), stores).written == 0

@@ -144,7 +144,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, cache: Callable[..., Any])
     data[-1] ^= 4  # one bit of the last value
     second.write_bytes(data)
     assert cache(ToyFamily(), config, options()).written == 2
-    assert cache(ToyFamily(), config, options()).kept == 2
+    assert cache(ToyFamily(), config, options()).reused == 2
 
 
 @pytest.mark.parametrize("form", ["files", "shards"])
@@ -154,15 +154,15 @@ def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
     monkeypatch.setattr(planning, "MANY", 2)
     monkeypatch.setattr(text_plans, "MANY", 2)
     seen: list[str] = []  # whose latents were compared key by key
-    compare = planning.Planning.plan
+    compare = planning.SourcePlanner.plan
     monkeypatch.setattr(
-        planning.Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
+        planning.SourcePlanner, "plan", lambda self: seen.append(self.source.stem) or compare(self)
     )
 
     def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int, int]:
         seen.clear()
         report = half(dataclasses.replace(family, seen=[]), config, options(num_workers=1))
-        return report.written, report.kept, len(seen)
+        return report.written, report.reused, len(seen)
 
     config, family = make_config(tmp_path, clips=(9, 9, 9, 9), cache_format=form), ToyFamily()
     assert cached(config, family) == (4, 0, 4)
@@ -208,7 +208,7 @@ def test_of_thousands_of_clips_each_is_asked_for_its_frames_if_caches_do_not_say
     longer = change(config, target_frames=(9, 13))
     report = cache_media(ToyFamily(), longer, options(num_workers=1, skip_existing=True))
 
-    assert (report.written, report.kept) == (1, 3)
+    assert (report.written, report.reused) == (1, 3)
 
 
 @pytest.mark.parametrize("frames", [10**12, "9"])
@@ -239,7 +239,7 @@ def test_skip_existing_keeps_files_of_other_programs_whose_size_or_caption_is_ri
 
     for half in (cache_media, cache_texts):
         report = half(ToyFamily(), config, options(skip_existing=True))
-        assert (report.kept, report.foreign, report.written) == (1, 1, 1)
+        assert (report.reused, report.num_without_record, report.written) == (1, 1, 1)
         assert half(ToyFamily(), config, options()).written == 1  # without the option it has no record
 
 

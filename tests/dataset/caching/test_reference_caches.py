@@ -69,10 +69,10 @@ def test_caches_of_other_programs_need_their_references(tmp_path: Path) -> None:
 
     report, family = cache(read_set(tmp_path), skip_existing=True)
 
-    assert ([key[0] for keys in family.seen for key in keys], report.foreign) == (["a"], 1)
+    assert ([key[0] for keys in family.seen for key in keys], report.num_without_record) == (["a"], 1)
     strip(next((tmp_path / "cache").glob("a_*")), keeps_references=True)
     report, family = cache(read_set(tmp_path), skip_existing=True)
-    assert (family.seen, report.foreign) == ([], 2)
+    assert (family.seen, report.num_without_record) == ([], 2)
 
 
 def strip(path: Path, keeps_references: bool) -> None:

@@ -140,13 +140,13 @@ def test_a_bad_reference_costs_its_text_only(tmp_path: Path) -> None:
     report, texts, _ = cache_seen(tmp_path, encoders=("t5", "t6"), batch_size=3)
 
     assert sorted(values(tmp_path)) == ["a_toy_te.safetensors", "c_toy_te.safetensors"]
-    assert (report.written, report.kept) == (2, 0)
+    assert (report.written, report.reused) == (2, 0)
     (failure,) = report.failures
     assert str(path) in failure.reason
     assert "a reference picture of b.png cannot be used" in failure.reason
     make_image(path, SIZE)
     report, _, _ = cache_seen(tmp_path, encoders=("t5", "t6"), batch_size=3)
-    assert (report.written, report.kept, report.failures) == (1, 2, ())
+    assert (report.written, report.reused, report.failures) == (1, 2, ())
 
 
 def test_mirroring_is_refused_if_texts_see_references(tmp_path: Path) -> None:

@@ -94,12 +94,12 @@ def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, coun
     texts = [cache_texts(family(), shared, options(shard=shard(i, count))) for i in range(count)]
 
     assert entries(shared) == entries(full)
-    assert sum(one.share for one in media) == len(CLIPS)
-    assert sum(one.share for one in texts) == len(CLIPS) + 1  # and the empty prompt
-    assert all(one.total == len(CLIPS) for one in media)
+    assert sum(one.num_assigned for one in media) == len(CLIPS)
+    assert sum(one.num_assigned for one in texts) == len(CLIPS) + 1  # and the empty prompt
+    assert all(one.num_total == len(CLIPS) for one in media)
     for report in (cache_media(family(), shared, options()), cache_texts(family(), shared, options())):
         assert report.written == report.removed == 0
-        assert report.kept
+        assert report.reused
     if form == "shards":  # the last runs have put the files in order too
         assert len(contents(tmp_path / "shared")) == len(contents(tmp_path / "whole")) == 1
 
@@ -209,7 +209,7 @@ def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
             run_and_kill(lambda _, config=config: cache(config) and None, chance.uniform(0.02, 0.8))
         there = entries(config) if config.datasets[0].cache_directory.is_dir() else {}
         media = cache_media(two(), config, options())
-        assert media.kept >= sum("_te." not in name for name in there)
+        assert media.reused >= sum("_te." not in name for name in there)
         cache_texts(two(), config, options())
         assert entries(config) == expected
         assert len(contents(config.datasets[0].cache_directory)) == 1

@@ -138,7 +138,7 @@ def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form:
         assert entries(config) == entries(undisturbed)
         assert other.end() == 0
     assert entries(config) == entries(undisturbed)
-    assert cache_texts(two(), config, options()).kept == 2
+    assert cache_texts(two(), config, options()).reused == 2
     assert len(contents(tmp_path / "cache")) == len(contents(tmp_path / "undisturbed"))
 
 

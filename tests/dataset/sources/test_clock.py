@@ -109,7 +109,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     told = "control clips or masks differ from their clips in number of frames"
     assert (told in caplog.text) == remarks
     assert (told in "\n".join(check_caching(family, config, 1, False).lines)) == remarks
-    assert cache_media(family, config, options()).kept == 1
+    assert cache_media(family, config, options()).reused == 1
     (path,) = (tmp_path / "cache").iterdir()
     entry = read_entry(path)
     record = latent_record(entry)
@@ -129,4 +129,4 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
 
     report = cache_media(family, config, options())
 
-    assert (report.written, report.kept) == ((1, 0) if changes else (0, 1))
+    assert (report.written, report.reused) == ((1, 0) if changes else (0, 1))
