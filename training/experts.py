@@ -184,7 +184,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         return list_adapter_warnings(family, options)
     # an embedding or a network with control images leaves the transformer alone
     changes_transformer = options.network is not None or options.full_dit is not None
-    if options.features.keeps_steps or not (changes_transformer and knows_few_steps(family)):
+    if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
     why = family.why_few_steps()
     if why is None:

@@ -193,7 +193,7 @@ def make_run(
         rule,
         targets=features.on.target,
         passes=features.on.passes,
-        has_own_pass=features.has_own_pass,
+        replaces_default_pass=features.replaces_default_pass,
         learning_pass=features.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
@@ -225,8 +225,8 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
-        kept_attributes=frozenset(plan.features.kept_attributes),
+        always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
+        base_target_attributes=frozenset(plan.features.base_target_attributes),
         targets=plan.features.on.validation,
     )
 

@@ -32,7 +32,7 @@ from training.processes import fill_missing_gradients, largest_of_processes, sum
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.targets.passes import Streams, loss_passes
+from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
@@ -319,7 +319,7 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 
 def _propagate(
     run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
-) -> tuple[Tensor, Streams]:
+) -> tuple[Tensor, StreamErrors]:
     """Run a micro-batch forward and backward through an expert to accumulate its gradients.
 
     Args:
@@ -338,7 +338,7 @@ def _propagate(
     if noisy_batch.batch.network_multiplier != 1:
         strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
     total: Tensor | None = None
-    streams: Streams = ()
+    streams: StreamErrors = ()
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor

@@ -141,7 +141,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    for read in (*features.read_captions, *learner.read_captions):
+    for read in (*features.caption_checks, *learner.caption_checks):
         _add_words(read, result.tables)
     if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)

@@ -164,8 +164,8 @@ def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
 
     network = cast(LearnsEmbeddings, run.family).word_network(word)
     if has_file:
-        run.files_beside.append(word.text)
-    run.read_captions.append(network.check_captions)
+        run.extra_file_suffixes.append(word.text)
+    run.caption_checks.append(network.check_captions)
     run.info.for_loading |= network.values
     run.on.beside.append(partial(make_word_rows, word, network, has_file))
 
@@ -223,7 +223,7 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
             options.train_embedding,
             options.train_embedding,
         )
-    run.in_place_of_lora = partial(_describe_alone, options.word())
+    run.make_network_instead_of_lora = partial(_describe_alone, options.word())
 
 
 def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:

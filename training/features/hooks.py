@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
-    from training.targets.passes import Streams, TargetComparison, TrainingPasses
+    from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
     from training.trainable import Trainable
 
 T = TypeVar("T")
@@ -398,7 +398,7 @@ MakeAuxiliaryLearner = Callable[["Mapping[str, nn.Module]", int, bool], Auxiliar
 OnMedia = Callable[
     ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
 ]
-MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
+MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[StreamErrors]"]
 
 
 @dataclass(frozen=True)
@@ -466,14 +466,18 @@ class RunFeatures:
     )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
-    keeps_steps: bool = False
+    keeps_few_step_ability: bool = False
     view: str = ""  # additional conditions of passes, as `Batch.view`
-    masks_taken_by: str = ""  # option that uses the masks of tables as inputs instead of loss weights
+    mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
-    read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    files_beside: list[str] = field(default_factory=list)  # suffixes of the names of additional saved files
-    kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
+    caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
+    extra_file_suffixes: list[str] = field(
+        default_factory=list
+    )  # suffixes of the names of additional saved files
+    base_target_attributes: set[str] = field(
+        default_factory=set
+    )  # see `samples_with_base_target` in targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
@@ -482,7 +486,7 @@ class RunFeatures:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    in_place_of_lora: "Callable[[Described], CustomNetwork] | None" = None
+    make_network_instead_of_lora: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None
@@ -492,27 +496,27 @@ class RunFeatures:
     on: Hooks = field(default_factory=Hooks)
 
     @property
-    def has_own_pass(self) -> bool:
+    def replaces_default_pass(self) -> bool:
         """Return whether functions of `on.passes`, if any, replace the usual pass with gradients."""
-        return bool(self.on.passes) and any(target.alone for target in self.targets)
+        return bool(self.on.passes) and any(target.reason_to_exclude_others for target in self.targets)
 
     @property
-    def joins_streams(self) -> bool:
+    def has_joint_audio_loss(self) -> bool:
         """Return whether passes have a single loss for images and audio."""
-        return any(target.joins_streams for target in self.targets)
+        return any(target.has_joint_audio_loss for target in self.targets)
 
-    def count_passes(self) -> StepPasses:
+    def count_passes(self) -> PassCounts:
         """Return the numbers of passes that a micro-batch needs with all targets of the run."""
-        passes = StepPasses()
+        passes = PassCounts()
         for target in self.targets:
             passes = passes.plus(target.passes)
         return passes
 
     def describe_targets(self) -> list[str]:
         """Describe the targets: a line for each, a line on their passes, and the lines in `info`."""
-        lines = [target.words for target in self.targets]
+        lines = [target.description for target in self.targets]
         if self.targets:
             passes = self.count_passes()
-            if passes != StepPasses():
-                lines.append(f"passes in a step: {passes.words}")
+            if passes != PassCounts():
+                lines.append(f"passes in a step: {passes.description}")
         return [*lines, *self.info.targets]

@@ -159,7 +159,7 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     subset = run.options.subset
     masks_weigh = subset is not None and subset.masked_loss
     if not masks_weigh:
-        run.masks_taken_by = SWITCH  # masks of tables become inputs of the model, and weight no loss
+        run.mask_input_option = SWITCH  # masks of tables become inputs of the model, and weight no loss
     has_masks = not masks_weigh and any(table.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"

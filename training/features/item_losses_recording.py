@@ -37,7 +37,7 @@ from training.reports.item_losses import (
 )
 from training.reports.sections import images_path, items_path
 from training.steps import Progress
-from training.targets.passes import Streams, TargetComparison, TrainingPasses, levels_of
+from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, noise_fractions_of
 
 if TYPE_CHECKING:
     from training.features.hooks import PlannedRun
@@ -155,11 +155,11 @@ class ItemLossRecorder:
 
     def _measure(
         self,
-        measure: Callable[[Tensor, Tensor, "NoisyBatch"], Streams],
+        measure: Callable[[Tensor, Tensor, "NoisyBatch"], StreamErrors],
         output: Tensor,
         target: Tensor,
         noisy_batch: "NoisyBatch",
-    ) -> Streams:
+    ) -> StreamErrors:
         """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)
         if self._process is None or self._is_lost:
@@ -167,7 +167,7 @@ class ItemLossRecorder:
         losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
         if losses.is_cuda:
             losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
-        keys, levels = noisy_batch.batch.keys, levels_of(noisy_batch)
+        keys, levels = noisy_batch.batch.keys, noise_fractions_of(noisy_batch)
         step = self.progress.step + 1
         self._count += 1
         self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))

@@ -23,7 +23,7 @@ from modules.errors import OptionError
 from training.features.contract import NO_DATASET, Feature, given_values
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from dataset.table import DatasetConfig
@@ -126,14 +126,14 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     run.targets.append(
         StepTarget(
             option=f"--prompts_file {path}",
-            words=f"prompts of {path}: {len(pairs)} pairs",
+            description=f"prompts of {path}: {len(pairs)} pairs",
             # all without gradients: on average half of the denoising steps with two passes each for guidance,
             # which makes `max_denoising_steps`, and three for the target
-            passes=StepPasses(with_gradients=0, without=options.max_denoising_steps + 3),
-            alone="LECO learns from its prompts alone",
+            passes=PassCounts(with_gradients=0, without_gradients=options.max_denoising_steps + 3),
+            reason_to_exclude_others="LECO learns from its prompts alone",
         )
     )
-    run.keeps_steps = True
+    run.keeps_few_step_ability = True
     run.remembers.append(LecoProgress)
     preview = json.dumps([asdict(pair) for pair in pairs[:PREVIEWED]], ensure_ascii=False)
     run.info.in_files |= given_values(options) | {

@@ -19,7 +19,7 @@ from training.features.encoded_captions import EncodedCaptions, encode_captions
 from training.features.leco_file import LecoPair
 from training.features.leco_options import LecoOptions
 from training.loss import NoisyBatch
-from training.targets.passes import Streams, TrainingPasses, measure_plainly
+from training.targets.passes import StreamErrors, TrainingPasses, measure_errors
 
 TRAINED_STEPS = 1000
 RESOLUTION_STEP = 64
@@ -107,7 +107,7 @@ def leco_passes(
     at_strength: Callable[[float], AbstractContextManager[None]],
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
-) -> Iterator[Streams]:
+) -> Iterator[StreamErrors]:
     """Yield the error of one pair: |f(target) - (b(neutral) +- g (b(positive) - b(opposite)))|^2.
 
     b is the base model, and f the model with the LoRA at the pair's strength; + enhances, - erases. Both get
@@ -122,14 +122,14 @@ def leco_passes(
     sizes = _draw_sizes(pair, height, width, generator)
     step = PairStep(target, pair, passes, sizes, noisy_batch)
     with at_strength(pair.multiplier):
-        passes.restart(noisy_batch)
+        passes.reset_network_seed(noisy_batch)
         with torch.set_grad_enabled(target.options.leco_walk_gradients):
             x = step.make_latents(num_done, height, width)
     # the timestep at which so many of the steps have been done
     time = TRAINED_STEPS - 1 - num_done * TRAINED_STEPS // num_steps
     goal = step.make_goal(x, time)
     with at_strength(pair.multiplier):
-        passes.restart(noisy_batch)
+        passes.reset_network_seed(noisy_batch)
         yield step.measure(x, time, goal)
 
 
@@ -179,7 +179,7 @@ class PairStep:
             opposite = self.predict(self.pair.unconditional, x, time)
         return neutral + self.pair.sign * self.pair.guidance_scale * (positive - opposite)
 
-    def measure(self, x: Tensor, time: int, goal: Tensor) -> Streams:
+    def measure(self, x: Tensor, time: int, goal: Tensor) -> StreamErrors:
         """Return how far the network's prediction for prompt `target` is from `goal`.
 
         Errors are multiplied by the pair's weight and the factor of the noise level.
@@ -198,7 +198,7 @@ class PairStep:
             self.noisy_batch, noise=x, sigmas=self._noise.table[time] * numbers, timesteps=time * numbers
         )
         factor = self._noise.loss_factors[time] if self._noise.loss_factors else 1.0
-        errors = measure_plainly(self.passes, output, goal, seen)
+        errors = measure_errors(self.passes, output, goal, seen)
         return tuple(self.pair.weight * factor * error for error in errors)
 
 

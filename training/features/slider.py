@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
-from training.features.contract import AT_NETWORK, KEPT, Feature, FeatureOptions, given_values
+from training.features.contract import AT_NETWORK, PRESERVE_OUTPUT, Feature, FeatureOptions, given_values
 from training.features.slider_file import SliderFile, read_sliders
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from training.data.live import LiveTexts
@@ -47,9 +47,11 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
     A slider learns from the captions of its own file, at its own strengths.
     """
     for table in run.tables:
-        if KEPT in table.attributes:  # samples of the table would learn the base model's prediction
+        if (
+            PRESERVE_OUTPUT in table.attributes
+        ):  # samples of the table would learn the base model's prediction
             raise OptionError(
-                f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
+                f"{table.name}: {PRESERVE_OUTPUT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
@@ -97,12 +99,14 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
     target = StepTarget(
         option=f"--slider {path}",
-        words=f"captions of {path} at strength 1 and -1",
-        passes=StepPasses(with_gradients=3, without=4) if file.has_anchors else StepPasses(1, without=3),
-        alone="a slider learns from its captions alone",
+        description=f"captions of {path} at strength 1 and -1",
+        passes=PassCounts(with_gradients=3, without_gradients=4)
+        if file.has_anchors
+        else PassCounts(1, without_gradients=3),
+        reason_to_exclude_others="a slider learns from its captions alone",
     )
     run.targets.append(target)
-    run.keeps_steps = True  # a slider does not undo a distillation for few steps
+    run.keeps_few_step_ability = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
     run.on.plan.append(partial(_encode, run, file))

@@ -15,7 +15,7 @@ from training.data.live import stack_texts
 from training.features.encoded_captions import encode_captions
 from training.features.slider_file import Slider, SliderFile
 from training.loss import NoisyBatch
-from training.targets.passes import Streams, TrainingPasses, measure_plainly
+from training.targets.passes import StreamErrors, TrainingPasses, measure_errors
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def slider_passes(
     at_strength: Callable[[float], AbstractContextManager[None]],
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
-) -> Iterator[Streams]:
+) -> Iterator[StreamErrors]:
     """Yield the errors of each pass with gradients: for strengths 1 and -1, neutral caption, then anchor.
 
     The anchor is a caption for which the slider must change nothing.
@@ -63,8 +63,10 @@ def slider_passes(
         return replace(noisy_batch, batch=target.tell(noisy_batch.batch, caption, noisy_batch.noise.device))
 
     neutral = with_caption(slider.neutral)
-    base_neutral = passes.base(neutral)
-    direction = passes.base(with_caption(slider.positive)) - passes.base(with_caption(slider.negative))
+    base_neutral = passes.predict_base_model(neutral)
+    direction = passes.predict_base_model(with_caption(slider.positive)) - passes.predict_base_model(
+        with_caption(slider.negative)
+    )
     anchor = anchor_target = None
     anchor_caption = slider.anchor
     anchor_weight = slider.weight * slider.anchor_weight
@@ -73,17 +75,17 @@ def slider_passes(
         anchor_caption, anchor_weight = slider.neutral, 0.0
     if anchor_caption is not None:
         anchor = with_caption(anchor_caption)
-        anchor_target = passes.base(anchor)
+        anchor_target = passes.predict_base_model(anchor)
     for strength in (1.0, -1.0):
         with at_strength(strength):
-            passes.restart(noisy_batch)
+            passes.reset_network_seed(noisy_batch)
             guided = base_neutral + strength * target.file.guidance * direction
-            errors = measure_plainly(passes, passes.learning(neutral), guided, neutral)
+            errors = measure_errors(passes, passes.predict_with_gradients(neutral), guided, neutral)
             yield tuple(0.5 * slider.weight * error for error in errors)
             if anchor is None or anchor_target is None:
                 continue
-            passes.restart(noisy_batch)
-            errors = measure_plainly(passes, passes.learning(anchor), anchor_target, anchor)
+            passes.reset_network_seed(noisy_batch)
+            errors = measure_errors(passes, passes.predict_with_gradients(anchor), anchor_target, anchor)
             yield tuple(anchor_weight * error for error in errors)
 
 

@@ -226,7 +226,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network=find_learner(family, options.network, options.features.in_place_of_lora).label,
+        network=find_learner(family, options.network, options.features.make_network_instead_of_lora).label,
     )
 
 

@@ -109,10 +109,10 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
-            kept_attributes=frozenset(features.kept_attributes),
+            base_target_attributes=frozenset(features.base_target_attributes),
             targets=features.on.target,
             passes=features.on.passes,
-            has_own_pass=features.has_own_pass,
+            replaces_default_pass=features.replaces_default_pass,
             in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
             learning_pass=self.learning_pass,
         )
@@ -332,7 +332,7 @@ def _make_learning_groups(
 
     The arguments 0 are seeds, which do not matter where tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
