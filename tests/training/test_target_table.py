@@ -36,7 +36,7 @@ from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, teach_as_base
 from training.features.tread import TreadOptions, check_tread
-from training.features.tread_runner import Route, routed
+from training.features.tread_runner import Route, bypassing_blocks
 from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
@@ -221,7 +221,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         rule = replace(rule, passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
-        rule = replace(rule, learning_pass=[lambda dit, _, seed: routed(dit, route)])
+        rule = replace(rule, learning_pass=[lambda dit, _, seed: bypassing_blocks(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))

@@ -13,7 +13,7 @@ from protocols.rules import Expert
 from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
 from training.data.timesteps import draw, fractions_of_uniform
-from training.features.show_timesteps_drawing import timestep_statistics
+from training.features.show_timesteps_drawing import count_timesteps
 from training.features.teacher_balance import FocusBalance, find_balance
 from training.noise_options import SAMPLERS
 
@@ -138,7 +138,7 @@ def test_wrong_values_of_the_focus_are_explained(words: str, message: str) -> No
 
 
 def test_the_picture_of_the_draws_shows_the_focus() -> None:
-    counts, _ = timestep_statistics(options("--timestep_focus 0.5 --timestep_focus_range 100 200"), 1, 10)
+    counts, _ = count_timesteps(options("--timestep_focus 0.5 --timestep_focus_range 100 200"), 1, 10)
 
     assert float(counts[100:200].sum() / counts.sum()) == pytest.approx(0.55, abs=0.01)
 

@@ -461,9 +461,8 @@ class RunFeatures:
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
-    needs: set[str] = field(
-        default_factory=set
-    )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
+    # additional parts of batches, and predictions, that passes need: EMPTY_PROMPT, REJECTED_ONES, ...
+    needs: set[str] = field(default_factory=set)
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
     keeps_few_step_ability: bool = False
@@ -472,12 +471,9 @@ class RunFeatures:
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    extra_file_suffixes: list[str] = field(
-        default_factory=list
-    )  # suffixes of the names of additional saved files
-    base_target_attributes: set[str] = field(
-        default_factory=set
-    )  # see `samples_with_base_target` in targets/passes.py
+    extra_file_suffixes: list[str] = field(default_factory=list)  # of the names of additional saved files
+    # attributes of tables whose samples have the base model's prediction as their target
+    base_target_attributes: set[str] = field(default_factory=set)
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not

@@ -53,7 +53,7 @@ def _not_begun() -> Progress:
     return Progress(0, 0, 0.0)
 
 
-def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
+def start_losses_file(folder: Path, name: str, process: int, session: int, step: int) -> None:
     """Create the loss file of a process, or truncate this run's file to the lines up to `step`.
 
     Raises OutputError if the file cannot be written.
@@ -66,7 +66,7 @@ def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -
                 file.write(_as_line(draw))
 
 
-def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
+def append_losses(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
     """Add lines to the file of a process. Raises OutputError if they cannot be written."""
     append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
 
@@ -103,14 +103,14 @@ class ItemLossRecorder:
     now: Callable[[], float] = time.monotonic
     _process: int | None = None  # None: not in a run, such as when memory is predicted
     _tables: Sequence[DatasetTable] = ()
-    _tag: str = ""
+    _cache_tag: str = ""
     _total_steps: int = 0
-    _waiting: list[ArrivingLosses] = field(default_factory=list)
-    _draws: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
+    _arriving: list[ArrivingLosses] = field(default_factory=list)
+    _unwritten_losses: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
     _written: float = 0.0
     _has_images: bool = False
     _count: int = 0  # number of recorded micro-batches
-    _is_lost: bool = False  # whether recording has stopped after an error
+    _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
         """Take the data that recording needs from the plan of a run, and return this recorder for its logs.
@@ -125,21 +125,21 @@ class ItemLossRecorder:
             )
         self.progress = plan.progress
         self._tables = plan.config.datasets
-        self._tag = plan.family.cache_tag
+        self._cache_tag = plan.family.cache_tag
         self._total_steps = plan.steps.total_steps
         self._process = plan.accelerator.process_index
         return self
 
     def __enter__(self) -> "ItemLossRecorder":
-        self._attempt(self._begin)
+        self._run_or_stop_recording(self._begin)
         self._written = self.now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        read = functools.partial(self._advance, self.progress.step)
-        self._attempt(read, self._write, self._write_images)
+        read = functools.partial(self._collect_losses, self.progress.step)
+        self._run_or_stop_recording(read, self._write, self._write_images)
         self._process = None
-        if not self._count and self.progress.step > 0 and not self._is_lost:
+        if not self._count and self.progress.step > 0 and not self._has_failed:
             logger.warning(
                 "--item_losses recorded nothing: what this run learns is not one picture at a time."
             )
@@ -162,7 +162,7 @@ class ItemLossRecorder:
     ) -> StreamErrors:
         """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)
-        if self._process is None or self._is_lost:
+        if self._process is None or self._has_failed:
             return errors
         losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
         if losses.is_cuda:
@@ -170,16 +170,16 @@ class ItemLossRecorder:
         keys, levels = noisy_batch.batch.keys, noise_fractions_of(noisy_batch)
         step = self.progress.step + 1
         self._count += 1
-        self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
+        self._arriving.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
         # the run reads the values of each step one step later, so those of two steps ago are on the host
-        self._attempt(functools.partial(self._advance, step - 2))
+        self._run_or_stop_recording(functools.partial(self._collect_losses, step - 2))
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Write the item losses up to `step`, whose copies from the device are complete by then."""
-        self._attempt(functools.partial(self._advance, step))
+        self._run_or_stop_recording(functools.partial(self._collect_losses, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
-            self._attempt(self._write, self._write_images)
+            self._run_or_stop_recording(self._write, self._write_images)
 
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
@@ -189,7 +189,7 @@ class ItemLossRecorder:
     def _begin(self) -> None:
         """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process is not None
-        keep_draws(
+        start_losses_file(
             self.folder,
             self.name,
             process=self._process,
@@ -197,23 +197,23 @@ class ItemLossRecorder:
             step=self.progress.step,
         )
 
-    def _advance(self, step: int) -> None:
+    def _collect_losses(self, step: int) -> None:
         """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
-        while self._waiting and self._waiting[0].step <= step:
-            waiting = self._waiting.pop(0)
+        while self._arriving and self._arriving[0].step <= step:
+            waiting = self._arriving.pop(0)
             losses = waiting.losses.tolist()
             for key, level, loss in zip(waiting.keys, waiting.levels, losses, strict=True):
                 if math.isfinite(loss):
-                    self._draws.append(ItemDraw(waiting.step, waiting.number, key, level, loss))
+                    self._unwritten_losses.append(ItemDraw(waiting.step, waiting.number, key, level, loss))
         if self.now() - self._written >= WRITE_SECONDS:
             self._write()
 
     def _write(self) -> None:
         """Write the waiting lines. Raises OutputError if they cannot be written."""
-        draws, self._draws = self._draws, []
+        draws, self._unwritten_losses = self._unwritten_losses, []
         self._written = self.now()
         if draws and self._process is not None:
-            append_draws(self.folder, self.name, self._process, draws)
+            append_losses(self.folder, self.name, self._process, draws)
 
     def _write_images(self) -> None:
         """Write thumbnails of the items shown on the page, once per run and in the first process only."""
@@ -223,23 +223,23 @@ class ItemLossRecorder:
         keys = [item.key for item in select_shown(compare_items(read_draws(self.folder, self.name)))]
         images: dict[str, ItemImage] = {}
         for table in self._tables:
-            images |= _draw_items(table, self._tag, keys)
+            images |= make_thumbnails(table, self._cache_tag, keys)
         write_images(self.folder, self.name, images)
 
-    def _attempt(self, *works: Callable[[], None]) -> None:
+    def _run_or_stop_recording(self, *works: Callable[[], None]) -> None:
         """Run these functions; if one fails, log a warning and stop recording."""
-        if self._is_lost:
+        if self._has_failed:
             return
         try:
             for work in works:
                 work()
         except Exception as error:  # an error of a disk or device must not end the training
-            self._is_lost = True
-            self._waiting.clear()
+            self._has_failed = True
+            self._arriving.clear()
             logger.warning("--item_losses records no more, the training continues: %s", error)
 
 
-def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
+def make_thumbnails(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
     """Return thumbnails of the items of a table, by their keys, for those that can be read."""
     # an item's key is the name of its cache; items of one source, such as clips of a video, share its stem
     by_stem: dict[str, list[str]] = {}
@@ -269,8 +269,8 @@ def _read_first_frame(source: MediaSource) -> Frame:
     """
     if any(isinstance(origin, Remote) for origin in source.origins[:1]) and not source.path.exists():
         raise MediaError(f"{source.path} is not downloaded")
-    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
-    with fetch(alone) as fetched:
+    media_only = replace(source, control=(), mask=None, origins=source.origins[:1])
+    with fetch(media_only) as fetched:
         if source.table.kind == "image":
             return read_image(fetched.path)
         return next(video_frames(fetched.path))

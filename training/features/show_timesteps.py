@@ -41,7 +41,7 @@ def _show(
         noise=family.noise,
         experts=family.experts,
         tables=read_tables(),
-        is_weighted=options.weighted_by != NOTHING,
+        uses_loss_weights=options.weighted_by != NOTHING,
     )
 
 

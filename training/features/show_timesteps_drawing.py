@@ -31,7 +31,7 @@ def show_timesteps(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
     tables: Sequence[DatasetTable] = (),
-    is_weighted: bool = True,
+    uses_loss_weights: bool = True,
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
@@ -44,7 +44,7 @@ def show_timesteps(
         experts: Experts of the model.
         tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
             shown.
-        is_weighted: Whether the run weights the loss by its noise level.
+        uses_loss_weights: Whether the run weights the loss by its noise level.
 
     Raises:
         OutputError: If the image cannot be written.
@@ -56,16 +56,18 @@ def show_timesteps(
     counts_by_label: dict[str, Tensor] = {}
     fractions_by_label: dict[str, str] = {}
     for label, times in by_label.items():
-        counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
+        counts, weights = count_timesteps(times, seed, noise=noise, experts=experts)
         counts_by_label[label] = counts
         fractions_by_label[label] = describe_fractions(counts, experts)
-    if not is_weighted:
+    if not uses_loss_weights:
         weights = torch.ones_like(weights)
     if kind == "console":
         for label, counts in counts_by_label.items():
             title = f"{label}: timesteps drawn" if label else "timesteps drawn"
-            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{fractions_by_label[label]}"))
-        sys.stdout.write(f"loss weights\n{bars(weights)}\n")
+            sys.stdout.write(
+                escape_control_codes(f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}")
+            )
+        sys.stdout.write(f"loss weights\n{draw_text_bars(weights)}\n")
         return
     path = folder / "timesteps.png"
     write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
@@ -90,7 +92,7 @@ def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
     return "".join(lines)
 
 
-def timestep_statistics(
+def count_timesteps(
     options: TimestepOptions,
     seed: int,
     num_batches: int = 100,
@@ -123,7 +125,7 @@ def timestep_statistics(
     return counts, loss_weights(options, Timesteps(levels, timesteps, levels)).double()
 
 
-def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
+def draw_text_bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     """Draw a bar chart as text: a bar for the mean of each of `lines` ranges, at most `width` long."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FACTOR = 1_000_000.0  # beyond any spike
 TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; the largest one among the processes counts
-NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
+OUTCOME_NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
 WINDOW = 100  # number of norms of taken steps in the median
-LEAST = 20  # number of norms that are needed before a step can be a spike
+MIN_NORMS = 20  # number of norms that are needed before a step can be a spike
 MAX_SPIKES = 20  # after so many spikes in a row, their size is accepted as normal
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in the error without the option
 
@@ -94,7 +94,7 @@ class Skipping:
 
         factor = self.options.skip_spikes
         norms = self.progress.norms.get(kind, [])
-        if factor is None or len(norms) < LEAST:
+        if factor is None or len(norms) < MIN_NORMS:
             return None
         return factor * median(norms)
 
@@ -115,11 +115,11 @@ class Skipping:
             del norms[:-WINDOW]
             return False
         count = progress.spikes_in_a_row.get(kind, 0) + 1
-        is_level = count >= MAX_SPIKES
-        progress.spikes_in_a_row[kind] = 0 if is_level else count
-        if is_level:
+        is_new_level = count >= MAX_SPIKES
+        progress.spikes_in_a_row[kind] = 0 if is_new_level else count
+        if is_new_level:
             progress.norms[kind] = []
-        return is_level
+        return is_new_level
 
 
 def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
@@ -158,7 +158,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
         reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
         items = ", ".join(dict.fromkeys(keys))
         logger.warning("Step %d is skipped: %s Its items: %s", number, reason, items)
-    return NAMES[outcome]
+    return OUTCOME_NAMES[outcome]
 
 
 def describe_skip(

@@ -73,20 +73,20 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
     logger.info("The captions of the dataset are not used: --slider %s has its own.", path)
 
 
-def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions before the transformer is loaded, and replace the clip's pass by slider passes."""
+def _prepare_passes(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
+    """Encode the captions before the transformer is loaded; add the slider's passes once it is loaded."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
-    def learn(model: "HookedModel") -> None:
+    def add_passes(model: "HookedModel") -> None:
         run.on.passes.append(partial(slider_passes, target, model.trainable.at_strength))
 
-    run.on.after_load.append(learn)
+    run.on.after_load.append(add_passes)
 
 
 def _join(run: "RunFeatures", options: SliderOptions) -> None:
-    """Let a run learn a slider: at strength 1 toward one caption, at -1 toward its opposite."""
+    """Register --slider: a run learns to move toward one caption at strength 1, and away from it at -1."""
     path = options.path
     if run.options.is_fused:
         raise OptionError(
@@ -95,8 +95,8 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
-    # In addition to the usual pass, two captions at two strengths, or one, are 3 passes or 1 with gradients.
-    # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
+    # beyond the usual pass: with gradients neutral (and anchor) at two strengths, less the usual one; without
+    # gradients the base model for positive, negative and neutral (and anchor)
     target = StepTarget(
         option=f"--slider {path}",
         description=f"captions of {path} at strength 1 and -1",
@@ -109,7 +109,7 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     run.keeps_few_step_ability = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
-    run.on.plan.append(partial(_encode, run, file))
+    run.on.plan.append(partial(_prepare_passes, run, file))
 
 
 SLIDER = Feature(

@@ -30,7 +30,7 @@ class SliderTarget:
         """Return the slider that micro-batch `number` trains: the sliders alternate."""
         return self.file.sliders[number % len(self.file.sliders)]
 
-    def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
+    def with_caption(self, batch: Batch, caption: str, device: torch.device) -> Batch:
         """Return the batch with `caption`, and its text encoder outputs, in place of each caption."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
@@ -48,19 +48,22 @@ def slider_passes(
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
 ) -> Iterator[StreamErrors]:
-    """Yield the errors of each pass with gradients: for strengths 1 and -1, neutral caption, then anchor.
+    """Yield the errors of each pass with gradients: at strength 1, then at -1.
 
-    The anchor is a caption for which the slider must change nothing.
+    b is the base model, and f the network at a strength, G the guidance:
 
-    With d = b(positive) - b(negative) of the base model, G the guidance and f the network at a strength:
-    1/2 |f(neutral) - (b(neutral) + strength * G * d)|^2 + anchor_weight * |f(anchor) - b(anchor)|^2, times
-    the slider's weight. The strength remains set until the caller has computed the gradients, because
-    checkpointed blocks run their forward pass again.
+    1. 1/2 |f(neutral) - (b(neutral) + strength * G * (b(positive) - b(negative)))|^2 * weight
+    2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption for which
+       the slider must change nothing.
+
+    The strength remains set until the caller has computed the gradients, because checkpointed blocks run
+    their forward pass again.
     """
     slider = target.slider_of(noisy_batch.number)
 
     def with_caption(caption: str) -> NoisyBatch:
-        return replace(noisy_batch, batch=target.tell(noisy_batch.batch, caption, noisy_batch.noise.device))
+        batch = target.with_caption(noisy_batch.batch, caption, noisy_batch.noise.device)
+        return replace(noisy_batch, batch=batch)
 
     neutral = with_caption(slider.neutral)
     base_neutral = passes.predict_base_model(neutral)
@@ -95,6 +98,6 @@ def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> Sl
     Raises:
         OptionError: If a text encoder is not given.
     """
-    texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.texts))
+    texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.captions))
     captions = encode_captions(family, texts, device)
     return SliderTarget(file, captions.encoded, captions.variable_length)

@@ -86,7 +86,7 @@ def _describe(options: TreadOptions) -> str:
     return f"{share} of the tokens pass by the blocks {first} to {last}, in passes with gradients"
 
 
-def pass_by(
+def bypass_blocks(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
     """Return the context in which a part of the tokens skips the middle blocks of the DiT.
@@ -98,11 +98,11 @@ def pass_by(
         seed: Seed of the run.
     """
     from training.features.tread_routes import select_kept_tokens
-    from training.features.tread_runner import Route, routed  # torch: only with --tread
+    from training.features.tread_runner import Route, bypassing_blocks  # torch: only with --tread
 
     first, last = options.tread_blocks
     select = partial(select_kept_tokens, noisy_batch, drop_rate=options.share, seed=seed)
-    return routed(dit, Route(first, last, select))
+    return bypassing_blocks(dit, Route(first, last, select))
 
 
 def _register(run: "RunFeatures", options: TreadOptions) -> None:
@@ -121,7 +121,7 @@ def _register(run: "RunFeatures", options: TreadOptions) -> None:
     run.info.targets.append(_describe(options))
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(check_tread, options))
-    run.on.learning_pass.append(partial(pass_by, options))
+    run.on.learning_pass.append(partial(bypass_blocks, options))
 
 
 TREAD = Feature(

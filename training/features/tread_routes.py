@@ -26,15 +26,15 @@ def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate
         seed: Seed of the run.
     """
     with disable_modes():
-        return _choose(noisy_batch, grid, drop_rate, seed)
+        return _draw_kept_tokens(noisy_batch, grid, drop_rate, seed)
 
 
-def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
+def _draw_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
     """Return ascending indices, B K, of the tokens to process: all required tokens and random others."""
     sizes = (*(1,) * (3 - len(grid)), *grid)
-    needed = _find_needed(noisy_batch, sizes)  # B L
+    needed = _find_required_tokens(noisy_batch, sizes)  # B L
     length = needed.shape[1]
-    given = _given_tokens(noisy_batch, sizes)
+    given = _count_clean_tokens(noisy_batch, sizes)
     min_free = length - int(needed.sum(1).max())
     num_left_out = min(round(drop_rate * (length - given)), min_free)
     generator = torch.Generator().manual_seed(derive_seed(seed, "tread", noisy_batch.number))
@@ -43,13 +43,13 @@ def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, se
     return kept.sort(dim=1).values
 
 
-def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
+def _count_clean_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
     frames, rows, columns = sizes
     num_latent_frames = noisy_batch.noise.shape[2]
     return ceil_div(noisy_batch.given_frames * frames, num_latent_frames) * rows * columns
 
 
-def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
+def _find_required_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
     """Return a mask of the tokens that always pass through the blocks, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
     weights = mask_weights(noisy_batch.batch, noisy_batch.noise)
@@ -58,5 +58,5 @@ def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
         counts = (weights > 0).float().expand(-1, -1, latent_frames, -1, -1)
         masked = adaptive_max_pool3d(counts, sizes).flatten(1).bool().cpu()
         needed |= masked & (masked.float().mean(1, keepdim=True) < 0.5)
-    needed[:, : _given_tokens(noisy_batch, sizes)] = True
+    needed[:, : _count_clean_tokens(noisy_batch, sizes)] = True
     return needed

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 MAX_PROMPTS = 8
-_END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
+_CARD_END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
 SETTINGS = {  # settings of a run in the text: key of the metadata -> words
     "ss_network_module": "network",
     "ss_network_dim": "rank",
@@ -56,7 +56,7 @@ HUB_LICENSES = {
     "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m",
 }
 # fmt: on
-OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
+TABLE_KEYS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 
 def write_card(
@@ -95,7 +95,7 @@ def write_card(
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
-        lines += ["", "## Use", "", _as_block(f"{_say_files(name, files)} --lora_multiplier 1.0")]
+        lines += ["", "## Use", "", _as_block(f"{_lora_arguments(name, files)} --lora_multiplier 1.0")]
     settings = _list_settings(metadata, tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
@@ -103,7 +103,7 @@ def write_card(
     lines += ["", "## License", "", f"{_escape(licence)}. License of the base model: {release.license_url}"]
     front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
-    return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+    return f"{text}<!-- reelsmith card {_run_id(name)} {_digest(text)} -->\n"
 
 
 def card_of(run: PublishedRun, path: Path) -> str | None:
@@ -121,7 +121,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
     )
 
 
-def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
+def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
     """Return the command-line options that load the files of a model card.
 
     `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
@@ -141,14 +141,14 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
         if text not in ("None", "", "{}"):
             lines.append(f"{name}: {text}")
     for table in tables:
-        info = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
+        info = (f"{key} {table[key]}" for key in TABLE_KEYS if table.get(key) is not None)
         lines.append(f"data: {', '.join(info)}")
     return lines
 
 
-def may_replace(existing: str, card: str) -> bool:
+def can_replace_card(existing: str, card: str) -> bool:
     """Return whether a model card may be replaced: this run wrote it, and nobody has edited it since."""
-    old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
+    old, new = (_CARD_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
 
@@ -215,7 +215,7 @@ def _one_line(text: str) -> str:
     return " ".join(escape_control_codes(text).split())
 
 
-def _key(name: str) -> str:
+def _run_id(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
@@ -223,7 +223,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def hub() -> Any:
+def import_hub_client() -> Any:
     """Import and return `huggingface_hub`.
 
     Raises:
@@ -255,7 +255,9 @@ class Uploads:
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
-    _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
+    _card_failures: list[str] = field(
+        default_factory=list
+    )  # once there is a reason, no more cards are uploaded
 
     def for_run(self, run: PublishedRun) -> "Uploads":
         """Return a copy of this object that also uploads the model card of a run."""
@@ -283,17 +285,17 @@ class Uploads:
     def _upload(self, path: Path, card: str | None) -> None:
         """Upload a file or a folder, and its model card; failures are logged and do not end the run."""
         options, repo = self.options, self.options.huggingface_repo_id
-        where = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
+        repository = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
         target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
         is_private = options.huggingface_repo_visibility != "public"
         try:
-            self.api.create_repo(**where, private=is_private, exist_ok=True)
+            self.api.create_repo(**repository, private=is_private, exist_ok=True)
             if path.is_dir():
-                self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
+                self.api.upload_folder(**repository, folder_path=str(path), path_in_repo=target)
             else:
-                self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
+                self.api.upload_file(**repository, path_or_fileobj=str(path), path_in_repo=target)
             logger.info("Uploaded %s to %s", path.name, repo)
-            if card is not None and where["repo_type"] == "model":
+            if card is not None and repository["repo_type"] == "model":
                 self._upload_card(card)
         except Exception as error:  # whatever it is, the file is saved and training continues
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
@@ -301,21 +303,23 @@ class Uploads:
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards or self._rejections:  # sent before, or one was kept or failed
+        if card in self._sent_cards or self._card_failures:  # sent before, or one was kept or failed
             return
         self._sent_cards.add(card)
-        where = {"repo_id": repo, "repo_type": "model"}
+        repository = {"repo_id": repo, "repo_type": "model"}
         try:
-            if self.api.file_exists(filename=CARD, **where):
-                existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
-                if not may_replace(existing, card):
+            if self.api.file_exists(filename=CARD, **repository):
+                existing = Path(self.api.hf_hub_download(filename=CARD, **repository)).read_text(
+                    encoding="utf-8"
+                )
+                if not can_replace_card(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
-                    self._rejections.append(CARD)
+                    self._card_failures.append(CARD)
                     return
-            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
+            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repository)
         except Exception as error:  # the files are saved, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
-            self._rejections.append(str(error))
+            self._card_failures.append(str(error))
             return
         logger.info("Uploaded the model card to %s", repo)
 
@@ -326,7 +330,7 @@ def make_uploads(options: UploadOptions, make_api: Callable[..., Any] | None = N
     Raises:
         OptionError: If the client library is missing.
     """
-    return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
+    return Uploads(options, (make_api or import_hub_client().HfApi)(token=options.huggingface_token))
 
 
 def download_state(
@@ -351,7 +355,7 @@ def download_state(
             f"--resume {address}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
         )
     repo, path = "/".join(parts[:2]), "/".join(parts[2:])
-    fetch = download or hub().snapshot_download
+    fetch = download or import_hub_client().snapshot_download
     try:
         fetched = fetch(
             repo_id=repo,

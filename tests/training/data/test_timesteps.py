@@ -31,7 +31,7 @@ from training.data.timesteps import (
     takes_normal,
     times_at,
 )
-from training.features.show_timesteps_drawing import bars, show_timesteps, timestep_statistics
+from training.features.show_timesteps_drawing import count_timesteps, draw_text_bars, show_timesteps
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 
 GOLDEN, _ = read_case("timestep_sampling")
@@ -286,7 +286,7 @@ def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_las
 
 def test_statistics_count_every_draw_once() -> None:
     made = options("--weighting_scheme sigma_sqrt")
-    counts, weights = timestep_statistics(made, seed=0, num_batches=3, batch_size=100)
+    counts, weights = count_timesteps(made, seed=0, num_batches=3, batch_size=100)
 
     assert float(counts.sum()) == 300
     assert counts.shape == weights.shape == (1000,)
@@ -299,7 +299,7 @@ def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 82
     assert max(line.count("#") for line in lines) == 64
-    assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
+    assert draw_text_bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
 
 
 def test_experts_are_named_with_their_share_of_the_draws(
