@@ -77,7 +77,9 @@ def test_gradients_of_a_batch_are_those_of_its_samples(tiny: TinyDit) -> None:
     full = dit(**inputs)
     assert output.shape == full.shape
     assert not torch.allclose(output, full)
-    everything = replace(HALF, choose=lambda grid: torch.arange(torch.Size(grid).numel()).expand(BATCH, -1))
+    everything = replace(
+        HALF, select_tokens=lambda grid: torch.arange(torch.Size(grid).numel()).expand(BATCH, -1)
+    )
     with bypassing_blocks(dit, everything):
         assert torch.equal(dit(**inputs), full)
     output.square().mean().backward()

@@ -40,7 +40,7 @@ class EarlyStoppingProgress:
 def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo") -> str:
     """Return why the run ends after a validation with this loss; "" if it continues.
 
-    The step of the lowest loss is added to the metadata of files, in `info`.
+    If it ends, the metadata of files in `info` gets the step of the lowest loss.
     """
     progress = run.progress.of(EarlyStoppingProgress)
     if loss < progress.lowest_loss:

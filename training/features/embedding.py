@@ -201,13 +201,13 @@ def _list_explicit_options(record: Options | None) -> list[str]:
 
 
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Let a run learn the vectors of a word alone (--embedding_only), in place of a LoRA.
+    """Register --embedding_only: the vectors of a word are trained in place of a LoRA.
 
-    Options of a LoRA are rejected, except those in TRUE_ALONE, which hold for the word too.
+    Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which hold for the word too.
     """
     name = run.options.saving.output_name
-    lora_options = [*_list_explicit_options(run.options.network), *_list_explicit_options(run.options.parts)]
-    lora_options = [option for option in lora_options if option not in OPTIONS_ALLOWED_ALONE]
+    explicit = [*_list_explicit_options(run.options.network), *_list_explicit_options(run.options.parts)]
+    lora_options = [option for option in explicit if option not in OPTIONS_ALLOWED_ALONE]
     if run.options.by_expert.lora_per_expert:
         lora_options.append("lora_per_expert")
     if lora_options:
@@ -227,14 +227,13 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
 
 
 def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
-    text = options.train_embedding
-    assert text is not None  # the feature is on
-    error = find_error(text)
+    """Register --train_embedding: a run learns the vectors of a new word, with a LoRA or alone."""
+    assert options.train_embedding is not None  # the feature is on
+    error = find_error(options.train_embedding)
     if error:
-        raise OptionError(f"--train_embedding {text!r} {error}")
-    caching = run.options.caching
-    if caching is not None and caching.caches_texts:
+        raise OptionError(f"--train_embedding {options.train_embedding!r} {error}")
+    caches_texts = run.options.caching is not None and run.options.caching.caches_texts
+    if caches_texts:
         raise OptionError(
             "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
             "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"

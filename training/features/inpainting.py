@@ -91,7 +91,7 @@ def add_inputs(
 
     Args:
         options: Options of the run.
-        masks_weight_loss: Whether masks of the dataset weight the loss; otherwise they mark the part to repaint.
+        masks_weight_loss: Whether masks of the dataset weight the loss; else they mark what to repaint.
         family: The model family.
         encoders: The loaded VAE.
         image: The image, cropped and mirrored.
@@ -109,22 +109,22 @@ def add_inputs(
     from training.data.feed import seed_generator
 
     assert _can_inpaint(family)  # `_prepare` has checked this
-    generator = random.Random(derive_seed("inpainting", key))
-    changed = dict(tensors)
-    covers_all = generator.random() < options.inpainting_full_mask_rate
+    rng = random.Random(derive_seed("inpainting", key))
+    repaints_all = rng.random() < options.inpainting_full_mask_rate
+    kept_tensors = dict(tensors)
     weights_loss = masks_weight_loss or image.source.table.alpha_mask
-    if image.mask is not None and not weights_loss:
-        del changed[LOSS_MASK]
+    if image.mask is not None and not weights_loss:  # the dataset's mask is the part to repaint
+        del kept_tensors[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
         _, height, width, _ = image.frames.shape
-        mask = draw_mask(height, width, generator)
-    if covers_all:
+        mask = draw_mask(height, width, rng)
+    if repaints_all:
         mask[:] = True
     # frames 1 H W C -> a batch of one clip, 1 C 1 H W -> pixels 1 C H W
     pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
-    of_posterior = seed_generator("posterior", f"{key} masked")
-    return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
+    posterior_generator = seed_generator("posterior", f"{key} masked")
+    return kept_tensors | family.encode_masked(encoders, pixels, torch.from_numpy(mask), posterior_generator)
 
 
 def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
@@ -148,7 +148,7 @@ def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
 
 
 def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
-    """Let a run learn to fill masked parts of images, which are encoded in each step."""
+    """Register --train_inpainting: a run learns to repaint masked parts of images, encoded each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
@@ -159,7 +159,7 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     subset = run.options.subset
     masks_weight_loss = subset is not None and subset.masked_loss
     if not masks_weight_loss:
-        run.mask_input_option = SWITCH  # masks of tables become inputs of the model, and weight no loss
+        run.mask_input_option = SWITCH
     has_masks = not masks_weight_loss and any(table.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"

@@ -58,10 +58,11 @@ def start_losses_file(folder: Path, name: str, process: int, session: int, step:
 
     Raises OutputError if the file cannot be written.
     """
-    own = items_path(folder, name, process)
-    with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+    path = items_path(folder, name, process)
+    continues_file = step > 0 and path.is_file()
+    with atomic_path(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
-        for draw in read_draws_of_file(own, session) if step and own.is_file() else ():
+        for draw in read_draws_of_file(path, session) if continues_file else ():
             if draw.step <= step:
                 file.write(_as_line(draw))
 
@@ -113,7 +114,7 @@ class ItemLossRecorder:
     _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take the data that recording needs from the plan of a run, and return this recorder for its logs.
+        """Return this recorder with the data of a planned run; as a hook of `on.recorders`.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -147,13 +148,13 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Make the first comparison, which compares with the clip, record its errors."""
+        """Wrap the first comparison, that with the clip, so that its errors are recorded when measured."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
-        return [replace(clip, measure=functools.partial(self._measure, clip.measure)), *others]
+        return [replace(clip, measure=functools.partial(self._measure_and_record, clip.measure)), *others]
 
-    def _measure(
+    def _measure_and_record(
         self,
         measure: Callable[[Tensor, Tensor, "NoisyBatch"], StreamErrors],
         output: Tensor,
@@ -164,13 +165,20 @@ class ItemLossRecorder:
         errors = measure(output, target, noisy_batch)
         if self._process is None or self._has_failed:
             return errors
-        losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
-        if losses.is_cuda:
-            losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
-        keys, levels = noisy_batch.batch.keys, noise_fractions_of(noisy_batch)
+        image_losses = errors[0].detach()
+        if image_losses.is_cuda:
+            pinned = empty_pinned(image_losses.shape, image_losses.dtype)
+            image_losses = pinned.copy_(image_losses, non_blocking=True)
         step = self.progress.step + 1
         self._count += 1
-        self._arriving.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
+        arriving = ArrivingLosses(
+            step=step,
+            number=noisy_batch.number,
+            keys=noisy_batch.batch.keys,
+            levels=noise_fractions_of(noisy_batch),
+            losses=image_losses,
+        )
+        self._arriving.append(arriving)
         # the run reads the values of each step one step later, so those of two steps ago are on the host
         self._run_or_stop_recording(functools.partial(self._collect_losses, step - 2))
         return errors
@@ -200,11 +208,11 @@ class ItemLossRecorder:
     def _collect_losses(self, step: int) -> None:
         """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
         while self._arriving and self._arriving[0].step <= step:
-            waiting = self._arriving.pop(0)
-            losses = waiting.losses.tolist()
-            for key, level, loss in zip(waiting.keys, waiting.levels, losses, strict=True):
+            arrived = self._arriving.pop(0)
+            losses = arrived.losses.tolist()
+            for key, level, loss in zip(arrived.keys, arrived.levels, losses, strict=True):
                 if math.isfinite(loss):
-                    self._unwritten_losses.append(ItemDraw(waiting.step, waiting.number, key, level, loss))
+                    self._unwritten_losses.append(ItemDraw(arrived.step, arrived.number, key, level, loss))
         if self.now() - self._written >= WRITE_SECONDS:
             self._write()
 
@@ -239,27 +247,38 @@ class ItemLossRecorder:
             logger.warning("--item_losses records no more, the training continues: %s", error)
 
 
-def make_thumbnails(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
-    """Return thumbnails of the items of a table, by their keys, for those that can be read."""
-    # an item's key is the name of its cache; items of one source, such as clips of a video, share its stem
-    by_stem: dict[str, list[str]] = {}
-    for key in keys:
-        name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)
-        if name is not None:
-            by_stem.setdefault(name.stem, []).append(key)
-    if not by_stem or table.is_of_audio:
+def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
+    """Return thumbnails of items of a dataset table by key, without those whose image cannot be read.
+
+    Args:
+        table: The dataset table.
+        cache_tag: The family's tag in names of cache files.
+        keys: Keys of the items, which are the names of their cache files; items of other tables are ignored.
+    """
+    keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
+    if not keys_by_stem or table.is_of_audio:
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training run from caches may have no images
         sources = find_sources(table, captions=False, faults=errors)
-    images: dict[str, ItemImage] = {}
+    thumbnails: dict[str, ItemImage] = {}
     for source in sources:
-        if source.stem in by_stem:
+        if source.stem in keys_by_stem:
             with contextlib.suppress(UserError, OSError, StopIteration):
-                image = ItemImage.of(source.path.name, _read_first_frame(source))
-                images |= dict.fromkeys(by_stem[source.stem], image)
-    return images
+                thumbnail = ItemImage.of(source.path.name, _read_first_frame(source))
+                thumbnails |= dict.fromkeys(keys_by_stem[source.stem], thumbnail)
+    return thumbnails
+
+
+def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return the keys by the stem of their source file: clips of one video have several keys."""
+    keys_by_stem: dict[str, list[str]] = {}
+    for key in keys:
+        name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)
+        if name is not None:
+            keys_by_stem.setdefault(name.stem, []).append(key)
+    return keys_by_stem
 
 
 def _read_first_frame(source: MediaSource) -> Frame:

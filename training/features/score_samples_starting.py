@@ -48,7 +48,8 @@ class SampleScorer:
 
         If the user interrupts the run without waiting for its regular end, nothing is scored.
         """
-        if kind is not None and not issubclass(kind, Exception):
+        is_interrupted = kind is not None and not issubclass(kind, Exception)
+        if is_interrupted:
             return
         if self._process is not None:
             self._wait_for_process()
@@ -76,7 +77,7 @@ class SampleScorer:
             self._start_process()
 
     def _start_process(self) -> None:
-        """Start the process that scores the samples so far; a failure ends scoring, not the training."""
+        """Start tools/score.py on the samples so far; if it cannot start, no samples are scored any more."""
         self._has_unscored_samples = False
         if self._has_failed:
             return

@@ -49,14 +49,17 @@ def show_timesteps(
     Raises:
         OutputError: If the image cannot be written.
     """
-    by_label = {"": options}
-    grouped = group_tables(options, tables)
-    if grouped:
-        by_label = {", ".join(table.name for table in group): times for times, group in grouped.items()}
+    options_by_label = {"": options}
+    tables_by_options = group_tables(options, tables)
+    if tables_by_options:
+        options_by_label = {
+            ", ".join(table.name for table in group): group_options
+            for group_options, group in tables_by_options.items()
+        }
     counts_by_label: dict[str, Tensor] = {}
     fractions_by_label: dict[str, str] = {}
-    for label, times in by_label.items():
-        counts, weights = count_timesteps(times, seed, noise=noise, experts=experts)
+    for label, group_options in options_by_label.items():
+        counts, weights = count_timesteps(group_options, seed, noise=noise, experts=experts)
         counts_by_label[label] = counts
         fractions_by_label[label] = describe_fractions(counts, experts)
     if not uses_loss_weights:
@@ -136,11 +139,13 @@ def draw_text_bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     )
 
 
-def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
-    """Return a PNG that shows how many draws fall on each timestep, and the loss weight of each.
+def draw_statistics(
+    counts_by_label: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()
+) -> bytes:
+    """Return a PNG: a diagram of the drawn timesteps for each group of tables, and one of the loss weights.
 
     Args:
-        drawn: Counts of the draws, by the tables that they belong to; "" for all tables.
+        counts_by_label: Number of draws of each timestep, by the title of the diagram.
         weights: Loss weight of each timestep.
         boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """
@@ -148,15 +153,16 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
-    rows = []
-    for title, counts in drawn.items():
+    diagrams = []
+    for title, counts in counts_by_label.items():
         fractions = 100 * counts / counts.sum()
         # sums over ten timesteps each, drawn as steps
         by_tens = fractions.view(-1, 10).sum(1).repeat_interleave(10)
-        rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
-    rows.append((weights, "loss weight", ""))
-    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
-    for axes, (values, label, title) in zip(figure.subplots(len(rows), 1, sharex=True), rows, strict=True):
+        diagrams.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
+    diagrams.append((weights, "loss weight", ""))
+    figure = Figure(figsize=(10, 3.5 * len(diagrams)), layout="constrained")
+    all_axes = figure.subplots(len(diagrams), 1, sharex=True)
+    for axes, (values, label, title) in zip(all_axes, diagrams, strict=True):
         axes.set_title(title)
         axes.fill_between(range(NUM_TIMESTEPS), values.tolist(), step="mid", alpha=0.7)
         axes.set_ylabel(label)

@@ -85,25 +85,24 @@ class _TokenBypass:
             hidden.x = x.scatter(1, _expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
 
     def _take_out_tokens(self, hidden: Hidden) -> None:
-        """Keep only some of the clip's tokens for the routed blocks, and all tokens for after them.
+        """Replace the tokens in `hidden` by those that the routed blocks process; remember all tokens.
 
-        `hidden` is changed in place. Nothing happens if the route leaves no token out.
+        The route selects among the tokens of the clip; all others, such as text tokens, are kept.
         """
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
-        selected = self._route.select_tokens(grid)
-        start = tokens.first_image
-        num_tokens = torch.Size(grid).numel()
-        num_left_out = num_tokens - selected.shape[1]
-        if not num_left_out:
+        selected = self._route.select_tokens(grid)  # indices from the clip's first token on
+        num_clip_tokens = torch.Size(grid).numel()
+        num_dropped = num_clip_tokens - selected.shape[1]
+        if not num_dropped:
             return
-        # keep all tokens before and after those of the clip, such as text tokens
+        clip_start = tokens.first_image
+        clip_end = clip_start + num_clip_tokens
         all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
-        # B N; the indices of the selected tokens count from the clip's first token
-        index_ranges = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
-        self._kept_indices = torch.cat(index_ranges, dim=1).to(x.device)
-        self._all_tokens = x, tokens  # all tokens, into which the kept ones return after the routed blocks
-        hidden.tokens = tokens.select(self._kept_indices, num_left_out)
+        kept_indices = [all_indices[:, :clip_start], selected + clip_start, all_indices[:, clip_end:]]
+        self._kept_indices = torch.cat(kept_indices, dim=1).to(x.device)
+        self._all_tokens = x, tokens
+        hidden.tokens = tokens.select(self._kept_indices, num_dropped)
         hidden.x = x.gather(1, _expand_indices(self._kept_indices, x))
 
 

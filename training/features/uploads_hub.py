@@ -67,9 +67,9 @@ def write_card(
     prompts: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
 ) -> str:
-    """Return the text of README.md.
+    """Return the text of a model card for the hub, README.md: YAML front matter, then Markdown.
 
-    User texts are escaped, so that none can end the front matter, a block or the comment.
+    User texts are escaped, so that none can end the front matter, a block or the comment at the end.
 
     Args:
         name: Value of --output_name.
@@ -80,30 +80,36 @@ def write_card(
         files: Files of one save by the name of their expert; the key is "" for a file for all of them.
     """
     model_spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
-    base = release.repositories[0]
+    dataset_tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
+    trigger_words = _list_trigger_words(dataset_tables)
+    base_model = release.repositories[0]
     kind = "LoRA" if is_lora else "model"
     lines = [
         f"# {_escape(model_spec.get('title', name))}",
         "",
-        f"A {kind} for [{base}](https://huggingface.co/{base}), trained with Reelsmith.",
+        f"A {kind} for [{base_model}](https://huggingface.co/{base_model}), trained with Reelsmith.",
     ]
     if model_spec.get("description"):
         lines += ["", _escape(model_spec["description"])]
-    tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
-    trigger_words = (table.get("trigger_word") for table in tables)
-    words = list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
-    if words:
-        lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
+    if trigger_words:
+        lines += ["", f"Words that it was taught: {_escape(', '.join(trigger_words))}"]
     if is_lora:
         lines += ["", "## Use", "", _as_block(f"{_lora_arguments(name, files)} --lora_multiplier 1.0")]
-    settings = _list_settings(metadata, tables)
+    settings = _list_settings(metadata, dataset_tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = model_spec.get("license", release.licence)
     lines += ["", "## License", "", f"{_escape(licence)}. License of the base model: {release.license_url}"]
-    front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, words=words)
+    front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, trigger_words=trigger_words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
+    # the digest shows later whether a user has edited the card
     return f"{text}<!-- reelsmith card {_run_id(name)} {_digest(text)} -->\n"
+
+
+def _list_trigger_words(dataset_tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the trigger words of dataset tables, each once and without blank ones."""
+    trigger_words = (table.get("trigger_word") for table in dataset_tables)
+    return list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
 
 
 def card_of(run: PublishedRun, path: Path) -> str | None:
@@ -126,11 +132,11 @@ def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
 
     `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
     """
-    words = []
-    for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
-        flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
-        words.append(f"{flag} {path.name}")
-    return " ".join(words)
+    arguments = []
+    for expert, path in (files or {"": Path(f"{name}.safetensors")}).items():
+        flag = f"--lora_weight_{HIGH_NOISE}" if expert == HIGH_NOISE else "--lora_weight"
+        arguments.append(f"{flag} {path.name}")
+    return " ".join(arguments)
 
 
 def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -157,7 +163,7 @@ def _front_matter(
     release: ModelRelease,
     prompts: Sequence[str],
     spec: Mapping[str, str],
-    words: Sequence[str],
+    trigger_words: Sequence[str],
 ) -> str:
     """Return the YAML header of a model card, which the hub reads.
 
@@ -166,25 +172,26 @@ def _front_matter(
         release: The released model.
         prompts: Prompts of the samples, which the hub shows.
         spec: Metadata of the trained file (`modelspec.*`), by name without prefix.
-        words: Words that the model was taught.
+        trigger_words: Trigger words of the dataset.
     """
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
     license_key = licence.strip().lower()
-    other_key = release.license_key if licence == release.licence else "other"
+    if license_key not in HUB_LICENSES:
+        license_key = release.license_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "license": license_key if license_key in HUB_LICENSES else other_key,
+        "license": license_key,
     }
-    if values["license"] == "other":
+    if license_key == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
         if licence == release.licence:
             values["license_link"] = release.license_url
-    if words:
-        values["instance_prompt"] = ", ".join(words)
+    if trigger_words:
+        values["instance_prompt"] = ", ".join(trigger_words)
     if prompts:
         values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
     # ASCII, because readers of YAML disagree about which characters end a line
@@ -255,9 +262,7 @@ class Uploads:
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
-    _card_failures: list[str] = field(
-        default_factory=list
-    )  # once there is a reason, no more cards are uploaded
+    _card_failures: list[str] = field(default_factory=list)  # why no more cards are uploaded
 
     def for_run(self, run: PublishedRun) -> "Uploads":
         """Return a copy of this object that also uploads the model card of a run."""
@@ -303,7 +308,7 @@ class Uploads:
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards or self._card_failures:  # sent before, or one was kept or failed
+        if card in self._sent_cards or self._card_failures:
             return
         self._sent_cards.add(card)
         repository = {"repo_id": repo, "repo_type": "model"}
@@ -349,15 +354,15 @@ def download_state(
     """
     name, _, revision_and_type = address.partition(":")  # revision and type may be left out
     revision, _, repo_type = revision_and_type.partition(":")
-    parts = name.strip("/").split("/")
-    if len(parts) < 3:
+    owner_repo_path = name.strip("/").split("/")
+    if len(owner_repo_path) < 3:
         raise OptionError(
             f"--resume {address}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
         )
-    repo, path = "/".join(parts[:2]), "/".join(parts[2:])
-    fetch = download or import_hub_client().snapshot_download
+    repo, path = "/".join(owner_repo_path[:2]), "/".join(owner_repo_path[2:])
+    snapshot_download = download or import_hub_client().snapshot_download
     try:
-        fetched = fetch(
+        local_folder = snapshot_download(
             repo_id=repo,
             repo_type=repo_type or "model",
             revision=revision or None,
@@ -367,7 +372,7 @@ def download_state(
         )
     except Exception as error:  # the client raises many kinds: network, rights, names
         raise OptionError(f"--resume {address}: cannot be downloaded from the hub: {error}") from error
-    state = Path(fetched) / path
+    state = Path(local_folder) / path
     if not state.is_dir():
         raise OptionError(
             f"--resume {address}: {repo} has no folder {path}"
