@@ -27,7 +27,7 @@ from protocols.rules import ONE_EXPERT, Expert
 from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
-from training.data.timesteps import levels_reached
+from training.data.timesteps import find_level_range
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -280,7 +280,7 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
         return None
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
-    lowest, highest = levels_reached(times, family.noise)
+    lowest, highest = find_level_range(times, family.noise)
     fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]
     return fitting[0] if fitting else None
 

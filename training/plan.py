@@ -35,7 +35,7 @@ from training.checks import (
 )
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.data.table_times import check_times, list_times, times_by_group
+from training.data.table_times import check_timesteps, list_timestep_options, timestep_options_by_group
 from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
@@ -203,7 +203,7 @@ def make_plan(
         log_experts(
             family,
             options,
-            list_times(options.timesteps, config.datasets),
+            list_timestep_options(options.timesteps, config.datasets),
             samples_with_others=others.sampling is not None,
         )
     frozen = options.frozen
@@ -233,7 +233,7 @@ def make_plan(
         validation=validation,
         order=order,
         steps=steps,
-        table_times=times_by_group(options.timesteps, config.datasets),
+        table_times=timestep_options_by_group(options.timesteps, config.datasets),
         sources=sources,
         texts=texts,
         changes={},
@@ -408,7 +408,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
     # the empty prompt is cached like a caption, unless the model comes with its encoded form
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
-    check_times(options.timesteps, config.datasets, family)
+    check_timesteps(options.timesteps, config.datasets, family)
     return for_family(learner.check_data(config, PRESERVE_OUTPUT), family)
 
 

@@ -14,7 +14,7 @@ from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from runtime.offload.block_swap import resolve_all
 from runtime.offload.sharding import as_split
-from training.data.table_times import list_times
+from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
@@ -42,7 +42,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
     # several experts are trained, or one of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
-    times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
+    times = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
     # "" is the part of a model without experts; all other parts are embeddings
     of_transformers = {"", *(expert.name for expert in plan.family.experts)}

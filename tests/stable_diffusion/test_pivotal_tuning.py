@@ -66,7 +66,9 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     texts.load(CPU)
     assert texts.networks == {}
     of_word = base.word_network(word)
-    rows = make_word_vectors(word, of_word, False, texts.networks_with_new_word, seed=3, with_values=True)
+    rows = make_word_vectors(
+        word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
+    )
     learner = find_learner(family, NetworkOptions.usual())
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)

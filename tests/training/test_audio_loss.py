@@ -188,7 +188,7 @@ def test_shifted_logit_normal_has_the_quantiles_of_its_formula(is_stretched: boo
     spec = NoiseSpec(tokens=count_tokens, shifted_logit=rule)
     for shape, mu in (((1, 2, 3, 2, 2), 0.95), ((1, 2, 4, 3), 2.05)):
         generator = torch.Generator().manual_seed(1)
-        sigmas = draw(options, count, generator, noise=spec, shape=shape).sigmas
+        sigmas = draw(options, count, generator, noise_spec=spec, shape=shape).sigmas
         numbers = torch.Generator().manual_seed(2)
         expected = torch.sigmoid(torch.randn(count, generator=numbers, dtype=torch.float64) + mu)
         if is_stretched:

@@ -42,7 +42,7 @@ def test_the_focus_is_a_mixture_with_the_draws_of_every_sampler(sampler: str) ->
 
     def levels(more: str) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        return draw(options(words + more), 100_000, generator, noise=noise, shape=shape).sigmas
+        return draw(options(words + more), 100_000, generator, noise_spec=noise, shape=shape).sigmas
 
     default, focused = levels(""), levels(" --timestep_focus 0.3 --timestep_focus_range 200 450")
     for low, high in ((0.0, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.0)):
@@ -73,7 +73,7 @@ def test_each_of_two_experts_gets_its_levels_with_a_focus() -> None:
 def test_a_model_with_a_table_of_levels_counts_places_in_it() -> None:
     noise = NoiseSpec(table=tuple(float(place) for place in range(1000)))
     made = options("--timestep_sampling uniform --timestep_focus 0.999 --timestep_focus_range 300 301")
-    times = draw(made, 50, torch.Generator().manual_seed(1), noise=noise)
+    times = draw(made, 50, torch.Generator().manual_seed(1), noise_spec=noise)
 
     assert (times.timesteps == 300).sum() >= 48
 

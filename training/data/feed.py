@@ -288,7 +288,7 @@ class Randomness:
         """Return the weight of each sample's loss, B."""
         weights = torch.ones(len(batch))
         if self.weighted_by != NOTHING:
-            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
+            weights = loss_weights(self.timesteps, times, exact_sigmas=self.weighted_by == SIGMA)
         if self.noise.loss_factors:
             weights = weights * torch.tensor(self.noise.loss_factors)[times.timesteps.long()]
         return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
@@ -313,7 +313,7 @@ class Randomness:
             generator,
             seed=self.seed,
             first_sample=first_sample,
-            noise=self.noise,
+            noise_spec=self.noise,
             shape=shape,
             experts=self.experts,
         )

@@ -15,7 +15,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.seeds import derive_seed
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import ONE_EXPERT, Expert
-from training.data.table_times import group_tables
+from training.data.table_times import group_tables_by_timesteps
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
@@ -28,7 +28,7 @@ def show_timesteps(
     kind: str,
     seed: int = 0,
     folder: Path = Path(),
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
     tables: Sequence[DatasetTable] = (),
     uses_loss_weights: bool = True,
@@ -40,7 +40,7 @@ def show_timesteps(
         kind: "console" to print, "image" to draw.
         seed: Seed of the run.
         folder: Folder for the image.
-        noise: How the family numbers its timesteps.
+        noise_spec: How the family numbers its timesteps.
         experts: Experts of the model.
         tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
             shown.
@@ -50,7 +50,7 @@ def show_timesteps(
         OutputError: If the image cannot be written.
     """
     options_by_label = {"": options}
-    tables_by_options = group_tables(options, tables)
+    tables_by_options = group_tables_by_timesteps(options, tables)
     if tables_by_options:
         options_by_label = {
             ", ".join(table.name for table in group): group_options
@@ -59,7 +59,7 @@ def show_timesteps(
     counts_by_label: dict[str, Tensor] = {}
     fractions_by_label: dict[str, str] = {}
     for label, group_options in options_by_label.items():
-        counts, weights = count_timesteps(group_options, seed, noise=noise, experts=experts)
+        counts, weights = count_timesteps(group_options, seed, noise_spec=noise_spec, experts=experts)
         counts_by_label[label] = counts
         fractions_by_label[label] = describe_fractions(counts, experts)
     if not uses_loss_weights:
@@ -100,7 +100,7 @@ def count_timesteps(
     seed: int,
     num_batches: int = 100,
     batch_size: int = 1000,
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
     """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
@@ -114,12 +114,12 @@ def count_timesteps(
             torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number)),
             seed=seed,
             first_sample=number * batch_size,
-            noise=noise,
+            noise_spec=noise_spec,
             shape=SHOWN_LATENTS,
             experts=lowest_expert,
         )
         # for a model with a table of noise levels, a timestep is an index into the table
-        fractions = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
+        fractions = times.timesteps / NUM_TIMESTEPS if noise_spec.table else times.levels
         # in float32, 0.7 is 0.69999999
         index = (fractions.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)

@@ -37,7 +37,7 @@ def find_balance(
     low: float,
     high: float,
     *,
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     flow_shift: float = 1.0,
     expert: Expert = ONE_EXPERT[0],
 ) -> FocusBalance:
@@ -52,14 +52,16 @@ def find_balance(
         options: Options of the run.
         low: Lower end of the band, in thousandths of noise of the sample as it is trained.
         high: Upper end of the band, in the same unit.
-        noise: Noise conventions of the family.
+        noise_spec: Noise conventions of the family.
         flow_shift: Shift for sampling timesteps, which may depend on the size of the batch.
         expert: Expert whose noise levels are trained, if not all are.
     """
     focus = options.timestep_focus
     if focus is None:
         return NO_FOCUS
-    unfocused = _count_unfocused_draws(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
+    unfocused = _count_unfocused_draws(
+        options, low, high, noise_spec=noise_spec, flow_shift=flow_shift, expert=expert
+    )
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
     in_focus_range = _DrawFractions(
         in_band=_fraction_of_focus_range(options, max(low, lowest), min(high, highest)),
@@ -87,11 +89,17 @@ class _DrawFractions:
 
 
 def _count_unfocused_draws(
-    options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
+    options: TimestepOptions,
+    low: float,
+    high: float,
+    *,
+    noise_spec: NoiseSpec,
+    flow_shift: float,
+    expert: Expert,
 ) -> _DrawFractions:
     """Return the fractions of draws in the band and in the expert's range without --timestep_focus."""
-    fractions = sample_fractions(options, spread_evenly(), noise, flow_shift)
-    levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise, ONE_EXPERT[0])]
+    fractions = sample_fractions(options, spread_evenly(), noise_spec, flow_shift)
+    levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise_spec, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)
     return _DrawFractions(in_band=_mean(is_inside), trained=_mean(is_trained))

@@ -178,7 +178,7 @@ def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyB
     balance = find_balance(
         drawn.timesteps,
         *band,
-        noise=drawn.noise,
+        noise_spec=drawn.noise,
         flow_shift=find_shift(drawn.timesteps, drawn.noise, noisy_batch.noise.shape),
         expert=drawn.experts[noisy_batch.expert],
     )

@@ -18,7 +18,7 @@ from tests.training.test_experts import BOTH
 from tests.training.test_resume import train_in_two_processes
 from training.checks import list_unused_options
 from training.data.feed import Feed
-from training.data.table_times import times_by_group
+from training.data.table_times import timestep_options_by_group
 from training.learner import FULL_MODEL
 from training.plan import read_config
 from training.run import prepare_run, train_network
@@ -350,7 +350,12 @@ def test_without_keys_nothing_is_counted_for_a_table(tmp_path: Path) -> None:
     write_tables(tmp_path, "", "validation = true")
     options = toy.toy_options(tmp_path, *UNIFORM)
 
-    assert times_by_group(options.timesteps, read_config(options, toy.ToyFamily(), FULL_MODEL).datasets) == {}
+    assert (
+        timestep_options_by_group(
+            options.timesteps, read_config(options, toy.ToyFamily(), FULL_MODEL).datasets
+        )
+        == {}
+    )
 
 
 def test_every_distribution_of_a_dataset_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
