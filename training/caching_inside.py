@@ -154,8 +154,8 @@ def prepare_sources(
         SameEncoders(commands),
         stores=stores,
         tables=tables,
-        media=encoder,
-        stays=stays,
+        image_encoder=encoder,
+        must_stay_in_process=stays,
     )
 
 
@@ -393,7 +393,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     texts = None if needs_none else _select_live_texts(family, options, config)
     if texts is None:
         return None
-    return replace(texts, adds_empty=EMPTY_PROMPT in options.features.needs)
+    return replace(texts, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
 
 
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
@@ -427,7 +427,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
             encoders,
             learning,
             [encoder.lora_prefix for encoder in trainable_encoders],
-            taught=word_encoders,
+            word_encoders=word_encoders,
         )
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):

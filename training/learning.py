@@ -28,7 +28,7 @@ from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_place
 from training import experts
-from training.data.feed import Feed, Randomness
+from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import AuxiliaryLearner, MergedLoras
 from training.loss import LossRule
@@ -236,29 +236,29 @@ def _make_feed(model: TrainedModel) -> Feed:
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     features = plan.features
-    randomness = Randomness(
+    noise_sampler = NoiseSampler(
         options.timesteps,
         plan.progress.seed,
-        noise=family.noise,
+        noise_spec=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        on_noise=tuple(features.on.noise),
+        perturbations=tuple(features.on.noise),
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
-        on_batch=tuple(features.on.batch),
-        sentences=plan.learner.sentences,
+        batch_hooks=tuple(features.on.batch),
+        caption_choices=plan.learner.sentences,
         view=features.view,
     )
     return Feed(
         order=plan.order,
         sources=plan.sources,
-        randomness=randomness,
+        noise_sampler=noise_sampler,
         plan=plan.steps,
         # the processes that share one clip (`peers` of them) read the same micro-batches
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
+        reads_undropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
         reads_empty=EMPTY_PROMPT in features.needs,
         table_times=plan.table_times,
         reads_rejected=REJECTED_ONES in features.needs,
@@ -526,9 +526,15 @@ class Learners:
         if parts is None:
             return rate, None, None
         text_rates = None
-        if texts is not None and texts.learning:
-            by_encoder = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning]
+        if texts is not None and texts.learning_encoders:
+            by_encoder = dict(
+                zip(
+                    texts.trainable_prefixes,
+                    parts.text_rates(len(texts.trainable_prefixes), rate),
+                    strict=True,
+                )
+            )
+            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning_encoders]
         return rate, parts.unet_lr, text_rates
 
 

@@ -179,7 +179,7 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     keys = [(run.progress.epoch, index) for index in group]
     reached = run.parameters
     if trainable.by_expert:
-        experts = sorted({run.feed.expert_of(key) for key in keys})
+        experts = sorted({run.feed.find_expert(key) for key in keys})
         reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
     if run.of_audio and not any(map(run.feed.has_sound, keys)):
         reached = [parameter for parameter in reached if parameter not in run.of_audio]
@@ -230,7 +230,7 @@ def _find_kind(run: TrainingRun, group: range) -> str:
     experts = run.family.experts
     words = []
     if len(experts) > 1:
-        words += sorted({experts[run.feed.expert_of(key)].name for key in keys})
+        words += sorted({experts[run.feed.find_expert(key)].name for key in keys})
     if run.of_audio and any(map(run.feed.has_sound, keys)):
         words.append(AUDIO_STREAM)
     return " ".join(words)
@@ -365,7 +365,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
     if len(run.family.experts) == 1:
         return [expert]
     indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
-    return sorted({run.feed.expert_of((run.progress.epoch, index)) for index in indexes})
+    return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
 
 
 def _add_parts(

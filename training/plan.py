@@ -170,7 +170,7 @@ def make_plan(
         texts = find_live_texts(family, options, config)
     for check_texts in features.on.texts:
         check_texts(texts)
-    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
+    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning_encoders)
     # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
         family,

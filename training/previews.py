@@ -285,7 +285,7 @@ def _read_for_plan(
     if not all(plan.can_be_planned for plan in plans):
         switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
         scripts = f"{commands.latents}\n  {commands.text}"
-        if texts is not None and texts.changing:  # their outputs cannot be cached
+        if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
             switches = "--cache_latents_to_disk"
             scripts = commands.latents
         raise OptionError(

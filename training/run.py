@@ -244,6 +244,8 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         together=plan.steps.works_together,
         blocks=make_block_place(options.speed, accelerator.device),
     )
-    if plan.texts and plan.texts.changing:  # encoders that learn: prompts are encoded anew for each sample
-        return replace(sampler, renew=plan.texts.renew)
+    if (
+        plan.texts and plan.texts.trained_encoders
+    ):  # encoders that learn: prompts are encoded anew for each sample
+        return replace(sampler, encode_again=plan.texts.encode_again)
     return sampler

@@ -91,7 +91,7 @@ class PromptSource:
         return indices if self.together else indices[self.process :: self.processes]
 
 
-Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
+EncodeAgain = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
 def draw_local_seed() -> int:
@@ -113,7 +113,7 @@ class Sampler:
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
     # encodes texts again with the trained text encoders; None if no text encoder is trained
-    renew: Renew | None = None
+    encode_again: EncodeAgain | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = draw_local_seed
     writes: bool = True  # False: another process writes the files, and this one only helps to generate
@@ -186,9 +186,9 @@ class Sampler:
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.renew is not None:  # text encoders are trained: encode the prompts anew
+        if self.encode_again is not None:  # text encoders are trained: encode the prompts anew
             with autocast():
-                prompts = self.renew(sample.texts, prompts)
+                prompts = self.encode_again(sample.texts, prompts)
         with (
             preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
             _show_steps(title, prepared, check=check, note=note, preview_section=preview_section) as (

@@ -62,7 +62,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     for lora in (network, twin):
         lora.attach()
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, TowerEncoder)]
-    texts = LiveTexts(encoders, taught=encoders)
+    texts = LiveTexts(encoders, word_encoders=encoders)
     texts.load(CPU)
     assert texts.networks == {}
     of_word = base.word_network(word)

@@ -15,7 +15,7 @@ from protocols.family import FLOW, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
 from protocols.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import LATENT, ToyFamily
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.teacher_errors import Split
@@ -64,7 +64,9 @@ AS_DEFAULT = AudioLearning()
 
 def drawn(batch: Batch, learning: AudioLearning = AS_DEFAULT) -> NoisyBatch:
     timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
-    return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add(batch, 3, 0)
+    return NoiseSampler(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add_noise(
+        batch, 3, 0
+    )
 
 
 def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.runs import make_project
 from tests.training import toy
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.features.skip import (
     BAD,
     FATAL,
@@ -72,7 +72,7 @@ def train_by_hand(folder: Path, steps: int, decide: Decide) -> tuple[dict[str, T
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)  # --lr_scheduler linear
         batch = read_batch(order.epoch(step // 5)[step % 5], toy.LATENT)
-        drawn = Randomness(options.timesteps, 3).add(batch, step, step)
+        drawn = NoiseSampler(options.timesteps, 3).add_noise(batch, step, step)
         latents = batch.tensor("latents") * toy.LATENT.scale
         noisy = add_noise(latents, drawn.noise, drawn.sigmas)
         velocity = dit(noisy, drawn.timesteps, batch.tensors["letters"])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
-    from training.data.feed import BatchSources, Randomness
+    from training.data.feed import BatchSources, NoiseSampler
     from training.data.live import LiveTexts
     from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
@@ -389,7 +389,7 @@ class Storage(Protocol):
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
-OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
+OnBatch = Callable[["NoiseSampler", "NoisyBatch"], "NoisyBatch"]
 LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # arguments after the encoders: the seed of the run, and whether the vectors get initial values
@@ -430,8 +430,8 @@ class Hooks:
     # given the shape of latents, the seed of the run and the number of the micro-batch, return additional
     # noise of the input, which is not to be predicted
     noise: list[OnNoise] = field(default_factory=list)
-    # given a `Randomness` and a drawn micro-batch, return the micro-batch to use instead. These functions are
-    # also sent to data loader workers
+    # given a `NoiseSampler` and a drawn micro-batch, return the micro-batch to use instead. These functions
+    # are also sent to data loader workers
     batch: list[OnBatch] = field(default_factory=list)
     # given the passes of a step, its batch and the comparisons of the prediction (first that with the clip),
     # return the comparisons to use instead

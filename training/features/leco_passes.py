@@ -13,7 +13,7 @@ from modules.seeds import derive_seed
 from networks.rank_masks import set_levels
 from protocols.data import SIZES, Conditions
 from protocols.family import Family, NoiseSpec, Trains
-from training.data.feed import Randomness, seed_generator
+from training.data.feed import NoiseSampler, seed_generator
 from training.data.live import stack_texts
 from training.features.encoded_captions import EncodedCaptions, encode_captions
 from training.features.leco_file import LecoPair
@@ -99,7 +99,7 @@ def encode_pairs(
     return LecoTarget(options, pairs, captions, family.latent.has_size_conditions)
 
 
-def weigh_equally(_: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
+def weigh_equally(_: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch with loss weights of 1, because the passes draw other noise levels."""
     return replace(noisy_batch, weights=torch.ones_like(noisy_batch.weights))
 

@@ -64,8 +64,8 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
 
 def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
     """Raise OptionError if text encoders are trained, because a slider's captions are encoded only once."""
-    if texts is not None and texts.changing:
-        names = " and ".join(encoder.name for encoder in texts.changing)
+    if texts is not None and texts.trained_encoders:
+        names = " and ".join(encoder.name for encoder in texts.trained_encoders)
         raise OptionError(
             f"--slider {path}: its captions are encoded before the training, and here {names} "
             "learns. Train the transformer alone (--network_train_unet_only)"

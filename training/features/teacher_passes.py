@@ -11,7 +11,7 @@ from modules.devices import numbers_on
 from protocols.data import FIRST_FRAME
 from protocols.family import Trains
 from protocols.steps import clean_fraction
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.data.timesteps import find_shift
 from training.features.hooks import RunFeatures
 from training.features.teacher_balance import find_balance
@@ -173,13 +173,13 @@ class TeacherComparison:
         )
 
 
-def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
+def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Note in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
-        noise_spec=drawn.noise,
-        flow_shift=find_shift(drawn.timesteps, drawn.noise, noisy_batch.noise.shape),
+        noise_spec=drawn.noise_spec,
+        flow_shift=find_shift(drawn.timesteps, drawn.noise_spec, noisy_batch.noise.shape),
         expert=drawn.experts[noisy_batch.expert],
     )
     return replace(noisy_batch, notes={**noisy_batch.notes, BALANCE: balance.outside})

@@ -188,7 +188,7 @@ def experts_by_table(folder: Path, *words: object, family: Any = BOTH) -> dict[i
     with prepare_run(family, options) as run:
         for epoch in range(6):
             for index, items in enumerate(run.feed.order.epoch(epoch)):
-                expert = run.feed.expert_of((epoch, index))
+                expert = run.feed.find_expert((epoch, index))
                 assert expert == run.feed.read((epoch, index)).expert
                 experts.setdefault(items[0].table.index, set()).add(expert)
     return experts
