@@ -34,7 +34,12 @@ from training.features.hooks import AuxiliaryLearner, MergedLoras
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import arrange_weights, check_rates, find_averaging, make_optimizer
+from training.optimizers.optimizer import (
+    arrange_weights,
+    check_rates,
+    find_averaging_optimizer,
+    make_optimizer,
+)
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -92,7 +97,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     trainable = learners.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
-    averaging = find_averaging(optimizer)
+    averaging = find_averaging_optimizer(optimizer)
     if averaging is not None:
         averaging.train()  # a schedule-free optimizer refuses steps before this call
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
@@ -548,30 +553,30 @@ def _make_stepping(
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
     gathers = bool(split) and not stepping.is_elementwise(kind)
-    alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
+    parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
         if stepping.can_step_one_parameter(kind):
-            alone = stepping.ParameterSteps(
+            parameter_steps = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )
         else:  # the other options have been refused for such an optimizer
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
-    if alone is None or not options.is_fused:
+    if parameter_steps is None or not options.is_fused:
         return stepping.StepAfterBackward(
             optimizer,
             trainable.parameters,
             max_norm,
             scaler,
             networks=trainable.all_networks,
-            alone=alone,
-            split=split,
+            parameter_steps=parameter_steps,
+            split_weights=split,
         )
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return stepping.FusedBackward(alone, trainable.parameters, max_norm)
+    return stepping.FusedBackward(parameter_steps, trainable.parameters, max_norm)

@@ -18,7 +18,7 @@ from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
-    finished_weights,
+    averaged_weights,
     optimizer_state,
     restore_foreign_optimizer,
     restore_optimizer,
@@ -126,7 +126,7 @@ class _ModelWriter:
         model = self.model
         resolve_all(model.dits.networks)
         written = model.trainable.writes[part]
-        with finished_weights(model.optimizer, model.trainable.parameters):
+        with averaged_weights(model.optimizer, model.trainable.parameters):
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
     def write_average(self, part: str, path: Path) -> None:
@@ -256,20 +256,21 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if model.average is not None:
         model.average.begin()  # the state has no average: start again from the restored weights
     family = model.plan.family
-    from training.optimizers.foreign import renumber  # only for states of another program
+    from training.optimizers.foreign import RenumberingError, renumber  # only for states of another program
 
-    renumbered = renumber(
-        saved.optimizer,
-        [group["params"] for group in model.optimizer.param_groups],
-        model.trainable.names,
-        version=family.metadata.get("base_model_version", family.name),
-        ordered=list(saved.network) if saved.is_ordered else (),
-    )
-    restored = "weights and optimizer are restored"
-    if isinstance(renumbered, str):
-        restored = f"the weights alone are restored, not the state of the optimizer: {renumbered}"
+    try:
+        renumbered = renumber(
+            saved.optimizer,
+            [group["params"] for group in model.optimizer.param_groups],
+            model.trainable.names,
+            version=family.metadata.get("base_model_version", family.name),
+            tensor_order=list(saved.network) if saved.is_ordered else (),
+        )
+    except RenumberingError as error:
+        restored = f"the weights alone are restored, not the state of the optimizer: {error}"
     else:
         restore_foreign_optimizer(model.optimizer, renumbered, model.plan.accelerator.device)
+        restored = "weights and optimizer are restored"
     logger.warning(
         "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
         "learning-rate schedule start from 0.",
