@@ -581,7 +581,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                     run.autocast,
                     mark=run.progress.sample_pending,
                     check=check,
-                    note=run.reporter.log_activity,
+                    show_progress=run.reporter.log_activity,
                 )
     except SamplingStopped:
         return False
