@@ -48,16 +48,13 @@ class Trackers:
         """Start the trackers, and watch for errors in their threads."""
         options = self.options
         arguments = tracker_arguments(options)
-        folder = None
+        folder = None  # for the files of TensorBoard and aim
         if options.logging_dir is not None:
             folder = str(options.logging_dir / f"{options.log_prefix or ''}{self.start_time:%Y%m%d%H%M%S}")
             self.accelerator.project_configuration.set_directories(folder)
         self.accelerator.log_with = filter_trackers([*options.trackers], folder)
-        if (
-            self.accelerator.is_main_process
-            and "wandb" in options.trackers
-            and options.wandb_api_key is not None
-        ):
+        has_wandb_key = "wandb" in options.trackers and options.wandb_api_key is not None
+        if self.accelerator.is_main_process and has_wandb_key:
             import wandb  # optional; `check_trackers` has found it
 
             wandb.login(key=options.wandb_api_key)

@@ -106,12 +106,11 @@ def loss_passes(
     their state between two passes.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    for more_passes in rule.passes:
-        for errors in more_passes(passes, noisy_batch):
+    for run_extra_passes in rule.passes:
+        for errors in run_extra_passes(passes, noisy_batch):
             yield _weigh_losses(errors, noisy_batch)
-    if rule.replaces_default_pass:  # a feature's pass above replaces the usual one
-        return
-    yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
+    if not rule.replaces_default_pass:
+        yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
 
 def _weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors:
@@ -160,16 +159,15 @@ def measure_streams(
 
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
-    """Return the errors of one forward pass: the weighted sum of its errors to the clip and other targets."""
-    target = velocity_of(passes, noisy_batch)
+    """Return the weighted sum of the errors of one forward pass against the velocity and other targets."""
+    velocity = velocity_of(passes, noisy_batch)
     if not passes.rule.targets:
         output = passes.predict_with_gradients(noisy_batch)
-        return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
-    with_clip = TargetComparison(target, functools.partial(measure_errors, passes), noisy_batch, weight=1.0)
-    comparisons = [with_clip]
-    # each feature adds comparisons to the list, or replaces those before
-    for compare in passes.rule.targets:
-        comparisons = compare(passes, noisy_batch, comparisons)
+        return sample_errors(passes.family.noise, output - velocity, noisy_batch, passes.rule)
+    measure = functools.partial(measure_errors, passes)
+    comparisons = [TargetComparison(velocity, measure, noisy_batch, weight=1.0)]
+    for change_comparisons in passes.rule.targets:
+        comparisons = change_comparisons(passes, noisy_batch, comparisons)
     output = passes.predict_with_gradients(noisy_batch)
     errors: StreamErrors = ()
     for comparison in comparisons:
