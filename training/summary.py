@@ -284,8 +284,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
     rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
-    can_skip_steps = bool(run.features.on.before_step)
-    if can_skip_steps:
+    if run.features.on.before_step:  # features that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
         rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
@@ -300,14 +299,16 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     rows += [("other tools", kind.elsewhere) for kind in network_kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
+    # the last command starts this run again
     file = find_usable_file(run_history, names.folder, names.name)
-    *commands, _command_to_train_again = following.commands(file, is_finished=True)
+    *commands, _ = following.commands(file, is_finished=True)
     is_windows = sys.platform == "win32"
     following_rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    feature_commands = run.features.info.commands.items()
-    following_rows += [(heading, as_typed(arguments)) for heading, arguments in feature_commands]
+    following_rows += [
+        (heading, as_typed(arguments)) for heading, arguments in run.features.info.commands.items()
+    ]
     show_box(f"{names.name} is trained", rows, following_rows)
 
 

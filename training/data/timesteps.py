@@ -138,10 +138,10 @@ def _select_expert(
     noise_spec: NoiseSpec,
     flow_shift: float,
 ) -> int:
-    """Return the index of the expert that trains at a noise level; of another one if that gets no draws.
+    """Return the index of the expert that runs at a noise level.
 
-    An expert gets no draws if the timestep options of the table leave it less than one of NUM_SCANNED_DRAWS,
-    which is too few to fill a batch.
+    If the timestep options leave this expert less than one of NUM_SCANNED_DRAWS, which is too few to fill a
+    batch, the first expert with more draws is returned instead.
     """
     index = expert_at(level, experts)
     indices_with_draws = [

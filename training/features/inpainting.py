@@ -108,7 +108,7 @@ def add_inputs(
     from protocols.data import LOSS_MASK
     from training.data.feed import seed_generator
 
-    assert _can_inpaint(family)  # `_prepare` has checked this
+    assert _can_inpaint(family)  # `_use_inpainting_variant` has checked this
     rng = random.Random(derive_seed("inpainting", key))
     repaints_all = rng.random() < options.inpainting_full_mask_rate
     kept_tensors = dict(tensors)

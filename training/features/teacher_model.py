@@ -81,10 +81,9 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
-        """Load the teacher, or use the trained model itself, and let `teaching` predict with it.
+        """Set the teacher of `teaching`: the transformer of --teacher_dit, or the trained transformer itself.
 
-        Without --teacher_dit, the teacher is the trained DiT with the LoRAs of --teacher_lora instead of its
-        own.
+        Both have the LoRAs of --teacher_lora; the trained one teaches without its own LoRA.
         """
         if self.options.teacher_dit is None:
             teacher = TeacherModel(

@@ -358,8 +358,8 @@ def averaged_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
 def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
     """Return the state of an optimizer by parameter name instead of number; tensors are not copied.
 
-    The result has the settings of the groups, the tensors of each parameter, and, as `on_host`, the keys
-    whose tensors are on the CPU, so that `restore_optimizer` leaves them there.
+    Its entries are `groups`, the settings of the parameter groups; `states`, the tensors and values of each
+    parameter; and `on_host`, the keys of tensors on the CPU, where `restore_optimizer` leaves step counters.
 
     Args:
         optimizer: The optimizer.

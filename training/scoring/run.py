@@ -326,25 +326,25 @@ def _find_histories(folder: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
-class FoundDataset(NamedTuple):
+class TrainingDataset(NamedTuple):
     """The dataset file with the training images of a run, or None, and a note if it is missing."""
 
     path: Path | None
     notes: Sequence[ScoreNote] = ()
 
 
-def _find_dataset(options: ScoreOptions, run: ScoredRun) -> FoundDataset:
+def _find_dataset(options: ScoreOptions, run: ScoredRun) -> TrainingDataset:
     """Return the dataset file of --dataset_config, or the one that the run was trained on."""
     if options.dataset_config is not None:
-        return FoundDataset(options.dataset_config)
+        return TrainingDataset(options.dataset_config)
     start = run.run_history.start
     typed_path = None if start is None else dict(start.changed).get("dataset_config")
     if start is None or typed_path is None:
-        return FoundDataset(None, [ScoreNote("no_dataset")])
+        return TrainingDataset(None, [ScoreNote("no_dataset")])
     for folder in (Path(), Path(start.working_folder)):
         if (folder / typed_path).is_file():
-            return FoundDataset(folder / typed_path)
-    return FoundDataset(None, [ScoreNote("dataset_gone", {"path": typed_path})])
+            return TrainingDataset(folder / typed_path)
+    return TrainingDataset(None, [ScoreNote("dataset_gone", {"path": typed_path})])
 
 
 def _list_prompts(rows: Sequence[tuple[SampleRow, Mapping[int, Path]]]) -> list[str]:
