@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +233,7 @@ class Sampler:
             if prepared.shown is not None:
                 pixels = map(prepared.shown.of, pixels)
             frames = frames_of(pixels)
-            metadata: Mapping[str, str] = {}
-            if self.has_metadata:
-                metadata = output_metadata(
-                    prepared,
-                    family.metadata,
-                    settings={"sampled_from": model},
-                    device=self.session.device.type,
-                    experts=family.experts,
-                )
+            metadata = self._make_metadata(prepared, model)
             is_audio_alone = latents.shape[2] == 0
             if is_audio_alone and track is not None:
                 path = self.folder / f"{stem}.wav"
@@ -257,6 +250,19 @@ class Sampler:
                 tags = as_tags(metadata)
                 write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
         return path
+
+    def _make_metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
+        """Return the metadata of a sample made with the weights `model`; empty if the files get none."""
+        if not self.has_metadata:
+            return {}
+        family = self.session.family
+        return output_metadata(
+            prepared,
+            family.metadata,
+            settings={"sampled_from": model},
+            device=self.session.device.type,
+            experts=family.experts,
+        )
 
 
 @contextmanager
@@ -479,19 +485,6 @@ def parse_requests(
         OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
             as one without an image for an image-to-video model; all of them are listed.
     """
-
-    def prepare(numbered_entry: tuple[int, Mapping[str, Any]]) -> Prepared:
-        number, entry = numbered_entry
-        try:
-            request = sample_request(entry, family)
-            warn_of_embeddings(family, request)
-            prepared = family.prepare(request)
-            warn_of_low_scales(prepared)
-        except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
-            prompt = shorten(str(entry.get("prompt", "")), 100)
-            raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
-        return prepared
-
     entries = parse_sample_prompts(text, prompt_file)
     try:
         family.check_files(media=True)
@@ -500,7 +493,26 @@ def parse_requests(
             f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
         ) from None
     with each_warning_once():
-        return entries, read_all(enumerate(entries, 1), prepare)
+        return entries, read_all(enumerate(entries, 1), partial(_prepare_entry, family, prompt_file))
+
+
+def _prepare_entry(
+    family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
+) -> Prepared:
+    """Return the request of an entry, given with its number for messages; warn of unusual values.
+
+    Raises OptionError if the family cannot generate it.
+    """
+    number, entry = numbered_entry
+    try:
+        request = sample_request(entry, family)
+        warn_of_embeddings(family, request)
+        prepared = family.prepare(request)
+        warn_of_low_scales(prepared)
+    except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
+        prompt = shorten(str(entry.get("prompt", "")), 100)
+        raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
+    return prepared
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
@@ -513,24 +525,16 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """
     default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
-
-    def path(key: str) -> Path | None:
-        return to_path(key, str(values[key])) if values.get(key) else None
-
-    def number(key: str) -> float | None:
-        return None if key not in values else float(values[key])
-
-    controls = values.get("control_image_path") or []
-    if isinstance(controls, str):
-        controls = [controls]
-    scale = number("cfg_scale")
+    control_paths = values.get("control_image_path") or []
+    if isinstance(control_paths, str):
+        control_paths = [control_paths]
+    guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    takes_reference_size = default.sized_by_references and bool(controls)
-    sides: list[int | None] = []
-    for key, default_side in (("width", default.width), ("height", default.height)):
-        missing = None if takes_reference_size else default_side  # None: the size of the first reference
-        sides.append(int(values[key]) if key in values else missing)
-    width, height = sides
+    # without a size, some models take that of the first reference image: None
+    takes_reference_size = default.sized_by_references and bool(control_paths)
+    default_width, default_height = (None, None) if takes_reference_size else (default.width, default.height)
+    width = int(values["width"]) if "width" in values else default_width
+    height = int(values["height"]) if "height" in values else default_height
     frames = int(values.get("frame_count", default.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
@@ -539,19 +543,19 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         height=height,
         frames=frames,
         steps=values.get("sample_steps"),
-        guidance_scale=scale,
-        expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
-        embedded_guidance=number("guidance_scale"),
-        flow_shift=None if default.flow_shift is None else number("discrete_flow_shift"),
+        guidance_scale=guidance_scale,
+        expert_guidance={} if guidance_scale is None else dict.fromkeys(expert_names, guidance_scale),
+        embedded_guidance=_read_number(values, "guidance_scale"),
+        flow_shift=None if default.flow_shift is None else _read_number(values, "discrete_flow_shift"),
         solver=_select_solver(values, default.solvers),
-        fps=number("fps"),
+        fps=_read_number(values, "fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
         cfg_schedule=values.get("cfg_schedule") or None,
-        image_path=path("image_path"),
-        end_image_path=path("end_image_path"),
-        control_path=path("control_video_path"),
-        control_images=tuple(to_path("control_image_path", str(image)) for image in controls),
+        image_path=_read_path(values, "image_path"),
+        end_image_path=_read_path(values, "end_image_path"),
+        control_path=_read_path(values, "control_video_path"),
+        control_images=tuple(to_path("control_image_path", str(path)) for path in control_paths),
         extra={
             setting.key: _as_text(values[setting.key])
             for setting in OF_SOME_MODELS.values()
@@ -560,6 +564,14 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     )
     check_values(request)
     return _with_fitted_size(request, (width, height, frames), family.latent)
+
+
+def _read_path(values: Mapping[str, Any], key: str) -> Path | None:
+    return to_path(key, str(values[key])) if values.get(key) else None
+
+
+def _read_number(values: Mapping[str, Any], key: str) -> float | None:
+    return float(values[key]) if key in values else None
 
 
 def _as_text(value: Any) -> str:

@@ -97,12 +97,13 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     file = read_sliders(path)
     # beyond the usual pass: with gradients neutral (and anchor) at two strengths, less the usual one; without
     # gradients the base model for positive, negative and neutral (and anchor)
+    passes = PassCounts(with_gradients=1, without_gradients=3)
+    if file.has_anchors:
+        passes = PassCounts(with_gradients=3, without_gradients=4)
     target = StepTarget(
         option=f"--slider {path}",
         description=f"captions of {path} at strength 1 and -1",
-        passes=PassCounts(with_gradients=3, without_gradients=4)
-        if file.has_anchors
-        else PassCounts(1, without_gradients=3),
+        passes=passes,
         reason_to_exclude_others="a slider learns from its captions alone",
     )
     run.targets.append(target)

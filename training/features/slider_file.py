@@ -77,7 +77,7 @@ def _reject_unknown(location: str, table: Mapping[str, Any], known: Sequence[str
 
 
 def _read_slider(location: str, table: Mapping[str, Any]) -> Slider:
-    """Read one table of [[sliders]]; `place` names it in messages."""
+    """Read one table of [[sliders]]; `location` names it in messages."""
     _reject_unknown(location, table, KEYS)
     for key in (*CAPTION_KEYS, "anchor"):
         text = table.get(key)

@@ -107,7 +107,10 @@ def _renumber_in_order(
 ) -> dict[str, Any] | None:
     """Return another program's state with our parameter numbers; None if groups or shapes differ.
 
-    `position_of` is the sort key of a parameter in the assumed order of that program.
+    1. Sort our groups, and the parameters in each, by `position_of`: the order that program is assumed to
+       use.
+    2. Assign its moments to our parameters one by one in this order.
+    3. Take its settings of each group, such as learning rates.
     """
     their_groups = state["param_groups"]
     # indices of our groups in their order
@@ -118,8 +121,9 @@ def _renumber_in_order(
         return None
     parameters = [parameter for group in groups for parameter in group]
     our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    their_group_by_index = dict(zip(order, their_groups, strict=True))
     moments_by_number: dict[int, Any] = {}
-    for their_group, index in zip(their_groups, order, strict=True):
+    for index, their_group in their_group_by_index.items():
         our_parameters = sorted(groups[index], key=position_of)
         for their_number, parameter in zip(their_group["params"], our_parameters, strict=True):
             moments = state["state"].get(their_number)
@@ -131,7 +135,7 @@ def _renumber_in_order(
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_groups[order.index(index)])  # learning rate, betas and other settings
+        settings = dict(their_group_by_index[index])  # learning rate, betas and other settings
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}
