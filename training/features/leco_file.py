@@ -198,9 +198,9 @@ def _read_slider(
     resolutions = values.get("resolutions")
     if resolutions is not None and not (isinstance(resolutions, list) and resolutions):
         raise OptionError(f"{location}: resolutions = {resolutions!r} is no list. Write [512, 768]")
-    sides = [_read_resolution(location, value) for value in resolutions or [values.get("resolution", 512)]]
+    sizes = [_read_resolution(location, value) for value in resolutions or [values.get("resolution", 512)]]
     strength = _read_number(location, values, "multiplier", signed=True)
-    for neutral, (height, width) in product(neutrals, sides):
+    for neutral, (height, width) in product(neutrals, sizes):
         shared = _read_shared_fields(location, values, height == width)
         # a slider is trained at positive and at negative strength, each toward one of its ends
         for direction in _pair_directions(positive, negative):

@@ -126,7 +126,7 @@ class Skipping:
 
 
 def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
-    """Return the reason why a step is skipped, a name of `NAMES`, and log it; "" if the step is taken.
+    """Return why a step is skipped, a name of `OUTCOME_NAMES`, and log it; "" if the step is taken.
 
     All processes call this and get the same answer.
 

@@ -42,14 +42,12 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for dataset tables that set what the network learns or its strength.
+    """Raise OptionError for dataset tables whose samples keep the base model's output, or have a strength.
 
     A slider learns from the captions of its own file, at its own strengths.
     """
     for table in run.tables:
-        if (
-            PRESERVE_OUTPUT in table.attributes
-        ):  # samples of the table would learn the base model's prediction
+        if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
                 f"{table.name}: {PRESERVE_OUTPUT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "

@@ -290,38 +290,38 @@ class Uploads:
     def _upload(self, path: Path, card: str | None) -> None:
         """Upload a file or a folder, and its model card; failures are logged and do not end the run."""
         options, repo = self.options, self.options.huggingface_repo_id
-        repository = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
+        repo_arguments = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
         target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
         is_private = options.huggingface_repo_visibility != "public"
         try:
-            self.api.create_repo(**repository, private=is_private, exist_ok=True)
+            self.api.create_repo(**repo_arguments, private=is_private, exist_ok=True)
             if path.is_dir():
-                self.api.upload_folder(**repository, folder_path=str(path), path_in_repo=target)
+                self.api.upload_folder(**repo_arguments, folder_path=str(path), path_in_repo=target)
             else:
-                self.api.upload_file(**repository, path_or_fileobj=str(path), path_in_repo=target)
+                self.api.upload_file(**repo_arguments, path_or_fileobj=str(path), path_in_repo=target)
             logger.info("Uploaded %s to %s", path.name, repo)
-            if card is not None and repository["repo_type"] == "model":
+            if card is not None and repo_arguments["repo_type"] == "model":
                 self._upload_card(card)
         except Exception as error:  # whatever it is, the file is saved and training continues
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:
-        """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
+        """Upload the model card, unless the repository has a card that must be kept (`can_replace_card`)."""
         repo = self.options.huggingface_repo_id
         if card in self._sent_cards or self._card_failures:
             return
         self._sent_cards.add(card)
-        repository = {"repo_id": repo, "repo_type": "model"}
+        repo_arguments = {"repo_id": repo, "repo_type": "model"}
         try:
-            if self.api.file_exists(filename=CARD, **repository):
-                existing = Path(self.api.hf_hub_download(filename=CARD, **repository)).read_text(
+            if self.api.file_exists(filename=CARD, **repo_arguments):
+                existing = Path(self.api.hf_hub_download(filename=CARD, **repo_arguments)).read_text(
                     encoding="utf-8"
                 )
                 if not can_replace_card(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
                     self._card_failures.append(CARD)
                     return
-            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repository)
+            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repo_arguments)
         except Exception as error:  # the files are saved, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
             self._card_failures.append(str(error))

@@ -321,6 +321,12 @@ class ComfyGraph:
             checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
             models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
         vae: Link = [self.add_node("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]
+        text_encoders = self._add_loras(models, text_encoders)
+        models = [self._patch("model", link, model.patches(prepared)) for link in models]
+        return models, self._patch("clip", text_encoders, model.text_patches), vae
+
+    def _add_loras(self, models: list[Link], text_encoders: Link) -> Link:
+        """Add the nodes that load the LoRAs; update `models`, and return the link to the text encoders."""
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}
@@ -331,8 +337,7 @@ class ComfyGraph:
                     inputs["strength_clip"] = lora.strength
                     node = self.add_node("LoraLoader", model=models[index], clip=text_encoders, **inputs)
                     models[index], text_encoders = [node, 0], [node, 1]
-        models = [self._patch("model", link, model.patches(prepared)) for link in models]
-        return models, self._patch("clip", text_encoders, model.text_patches), vae
+        return text_encoders
 
     def _load_texts(self) -> str:
         """Add the node that loads the text encoders, whose type depends on their number; return its ID."""

@@ -80,7 +80,10 @@ def make_optimizer(
     rate: float | None = options.learning_rate
     # transformers' Adafactor can find its own rate, and then rejects a given one
     if optimizer_class.__name__ == "Adafactor" and optimizer_class.__module__.startswith("transformers"):
-        arguments, rate = _select_adafactor_arguments(options, arguments, groups)
+        arguments, rate = _select_adafactor_arguments(options, arguments)
+        if rate is None:
+            for group in groups:
+                group.pop("lr", None)
     elif optimizer_class.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     if arguments:
@@ -284,12 +287,9 @@ def find_averaging_optimizer(optimizer: Optimizer) -> Any:
 
 
 def _select_adafactor_arguments(
-    options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
+    options: OptimizerOptions, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], float | None]:
-    """Return Adafactor's arguments and learning rate.
-
-    If Adafactor finds its own rate, the returned rate is None and `groups` lose theirs.
-    """
+    """Return Adafactor's arguments and learning rate; the rate is None if Adafactor finds its own."""
     arguments = {"relative_step": True, **arguments}
     if arguments.get("warmup_init") and not arguments["relative_step"]:
         logger.warning("Adafactor: relative_step is set to True because warmup_init=True needs it.")
@@ -299,8 +299,6 @@ def _select_adafactor_arguments(
             "Adafactor finds its own learning rate: --learning_rate and --lr_scheduler are ignored "
             "(relative_step=True)."
         )
-        for group in groups:
-            group.pop("lr", None)
         return arguments, None
     if options.max_grad_norm != 0:
         logger.warning(
@@ -463,12 +461,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        # if the program numbers its parameters differently, a parameter now has another weight's moments
-        for parameter, moments in optimizer.state.items():
-            for name in MOMENT_NAMES & moments.keys():
-                if moments[name].shape != parameter.shape:
-                    shapes = list(moments[name].shape), list(parameter.shape)
-                    raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
+        _require_shapes_of_moments(optimizer)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
@@ -479,6 +472,15 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.dim():  # scalars, such as `step`, stay where they are
                 moments[name] = value.to(device)
+
+
+def _require_shapes_of_moments(optimizer: Optimizer) -> None:
+    """Raise ValueError if moments have another shape than their parameter: those of another weight."""
+    for parameter, moments in optimizer.state.items():
+        for name in MOMENT_NAMES & moments.keys():
+            if moments[name].shape != parameter.shape:
+                shapes = list(moments[name].shape), list(parameter.shape)
+                raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,10 +180,10 @@ def _move_state_to_host(
         if not _is_moment(value):
             continue
         host_tensor = host_tensors.get(name)
-        fits = (
-            host_tensor is not None and host_tensor.shape == value.shape and host_tensor.dtype == value.dtype
-        )
-        state[name] = host_tensor.copy_(value) if host_tensor is not None and fits else value.cpu()
+        if host_tensor is None or host_tensor.shape != value.shape or host_tensor.dtype != value.dtype:
+            state[name] = value.cpu()
+        else:
+            state[name] = host_tensor.copy_(value)
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
