@@ -65,12 +65,7 @@ def show_timesteps(
     if not uses_loss_weights:
         weights = torch.ones_like(weights)
     if kind == "console":
-        for label, counts in counts_by_label.items():
-            title = f"{label}: timesteps drawn" if label else "timesteps drawn"
-            sys.stdout.write(
-                escape_control_codes(f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}")
-            )
-        sys.stdout.write(f"loss weights\n{draw_text_bars(weights)}\n")
+        _print_statistics(counts_by_label, fractions_by_label, weights)
         return
     path = folder / "timesteps.png"
     write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
@@ -79,6 +74,17 @@ def show_timesteps(
     for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
+
+
+def _print_statistics(
+    counts_by_label: Mapping[str, Tensor], fractions_by_label: Mapping[str, str], weights: Tensor
+) -> None:
+    """Print bar charts of the drawn timesteps of each label, and of the loss weights."""
+    for label, counts in counts_by_label.items():
+        title = f"{label}: timesteps drawn" if label else "timesteps drawn"
+        text = f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}"
+        sys.stdout.write(escape_control_codes(text))
+    sys.stdout.write(f"loss weights\n{draw_text_bars(weights)}\n")
 
 
 def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
