@@ -114,7 +114,7 @@ def start(path: Path) -> None:
     from dataset.config import load_dataset_config
     from tests.dataset.toy_family import LATENT
     from tests.training.toy import toy_options
-    from training.data.feed import BatchSources, Feed, Randomness
+    from training.data.feed import BatchSources, Feed, NoiseSampler
     from training.planning.memory import largest_batch
     from training.resuming import epoch_digest
     from training.steps import StepPlan
@@ -126,8 +126,8 @@ def start(path: Path) -> None:
     plan = StepPlan(order.num_batches, processes=1, accumulation=1, total_steps=order.num_batches)
     epoch_digest(order)
     largest_batch(training)
-    randomness = Randomness(toy_options(path.parent).timesteps, 0)
-    feed = Feed(order, BatchSources(LATENT), randomness, plan, process=0, workers=2)
+    noise_sampler = NoiseSampler(toy_options(path.parent).timesteps, 0)
+    feed = Feed(order, BatchSources(LATENT), noise_sampler, plan, process=0, workers=2)
     micro_batches = feed.start(0, 0)
     assert next(micro_batches).number == 0
     micro_batches.close()

@@ -33,7 +33,7 @@ from runtime.network_setup import swapped_weights
 from runtime.planning.memory_plan import workspace
 from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
-from training.optimizers.optimizer import find_averaging, make_optimizer
+from training.optimizers.optimizer import find_averaging_optimizer, make_optimizer
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
 from training.targets.passes import training_loss
@@ -79,7 +79,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     parameters = list(network.parameters())  # clipped at each step
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)
-    if (averaging := find_averaging(optimizer)) is not None:
+    if (averaging := find_averaging_optimizer(optimizer)) is not None:
         averaging.train()
     autocast, batch = autocast_of(options, device), batch.to(device)
     losses: list[Tensor] = []

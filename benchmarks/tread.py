@@ -21,7 +21,7 @@ from torch import nn  # noqa: E402
 from networks.adapter import make_network  # noqa: E402
 from networks.options import NetworkOptions  # noqa: E402
 from runtime.offload.checkpointing import checkpoint_blocks  # noqa: E402
-from training.features.tread_runner import Route, routed  # noqa: E402
+from training.features.tread_runner import Route, bypassing_blocks  # noqa: E402
 from wan.configs import WanConfig  # noqa: E402
 from wan.model import WanModel  # noqa: E402
 
@@ -80,7 +80,7 @@ def time_step(dit: WanModel, network: nn.Module, is_routed: bool) -> float:
     text = torch.randn(1, TEXT, CONFIG.text_dim)
     start = time.process_time()
     if is_routed:
-        with routed(dit, Route(1, -2, draw_half)):
+        with bypassing_blocks(dit, Route(1, -2, draw_half)):
             output = dit(noisy, torch.tensor([500.0]), text)
     else:
         output = dit(noisy, torch.tensor([500.0]), text)

@@ -154,8 +154,8 @@ def prepare_sources(
         SameEncoders(commands),
         stores=stores,
         tables=tables,
-        media=encoder,
-        stays=stays,
+        image_encoder=encoder,
+        must_stay_in_process=stays,
     )
 
 
@@ -394,7 +394,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     texts = None if needs_none else _select_live_texts(family, options, config)
     if texts is None:
         return None
-    return replace(texts, adds_empty=EMPTY_PROMPT in options.features.needs)
+    return replace(texts, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
 
 
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
@@ -428,7 +428,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
             encoders,
             learning,
             [encoder.lora_prefix for encoder in trainable_encoders],
-            taught=word_encoders,
+            word_encoders=word_encoders,
         )
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
@@ -513,7 +513,7 @@ def _overrides_text_cache(
 
 def _may_learn(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
-    trains_lora = options.network is not None and options.features.in_place_of_lora is None
+    trains_lora = options.network is not None and options.features.make_network_instead_of_lora is None
     return options.parts is not None and options.parts.trains_texts and trains_lora
 
 

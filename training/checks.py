@@ -28,7 +28,7 @@ from protocols.family import Family, LearningEncoder
 from protocols.full_model import LearningParts, trains_checkpoint
 from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
-from training.data.table_times import list_replaced
+from training.data.table_times import explain_ignored_options
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
 from training.learner import Learner
 from training.learning_options import FIND_RATE
@@ -393,7 +393,7 @@ def list_unused_options(
         parts: Parts of a full checkpoint that are trained.
     """
     shifts_table = shifts_table and options.timesteps.timestep_sampling == "sigma"
-    reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
+    reasons = explain_ignored_options(options.timesteps, tables, validates_between=options.is_for_images)
     if not options.is_for_images:  # image trainers have defaults for both options
         if options.timesteps.timestep_sampling != "shift" and not shifts_table:
             reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"

@@ -27,7 +27,7 @@ from protocols.rules import ONE_EXPERT, Expert
 from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
-from training.data.timesteps import levels_reached
+from training.data.timesteps import find_level_range
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -184,7 +184,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
         return list_adapter_warnings(family, options)
     # an embedding or a network with control images leaves the transformer alone
     changes_transformer = options.network is not None or options.full_dit is not None
-    if options.features.keeps_steps or not (changes_transformer and knows_few_steps(family)):
+    if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
     why = family.why_few_steps()
     if why is None:
@@ -280,7 +280,7 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
         return None
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
-    lowest, highest = levels_reached(times, family.noise)
+    lowest, highest = find_level_range(times, family.noise)
     fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]
     return fitting[0] if fitting else None
 

@@ -66,7 +66,7 @@ class Learner:
     # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
     # dataset to train on. Raises DatasetError
     check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, kept: config
-    read_captions: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
+    caption_checks: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
     sentences: Sequence[str] = ()  # replace the captions
     start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
     # see `MadeNetwork.generate`; None: the model's own script generates with it
@@ -81,19 +81,19 @@ FULL_MODEL = Learner(
 def find_learner(
     family: Trains,
     network: NetworkOptions | None,
-    in_place_of_lora: Callable[[Described], CustomNetwork] | None = None,
+    make_network_instead_of_lora: Callable[[Described], CustomNetwork] | None = None,
 ) -> Learner:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: Returns the network that a feature trains instead of a LoRA; None without one.
+        make_network_instead_of_lora: Returns the network that a feature trains instead of a LoRA, if any.
     """
     if network is None:
         return FULL_MODEL
-    if in_place_of_lora is not None:
-        return replace(_describe_custom_network(in_place_of_lora(family)), is_embedding=True)
+    if make_network_instead_of_lora is not None:
+        return replace(_describe_custom_network(make_network_instead_of_lora(family)), is_embedding=True)
     custom = custom_network_of(family) if family.can.make_network else None
     if custom is not None:
         return _describe_custom_network(custom)
@@ -121,7 +121,7 @@ def _describe_custom_network(custom: CustomNetwork) -> Learner:
         write=custom.write,
         check=custom.check,
         check_data=partial(_check_data, custom),
-        read_captions=(custom.check_captions,) if reads_captions else (),
+        caption_checks=(custom.check_captions,) if reads_captions else (),
         sentences=custom.sentences,
         start_option=custom.start_option,
         generate=custom.generate,

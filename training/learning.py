@@ -28,13 +28,18 @@ from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from runtime.run_blocks import stage_files_of
 from runtime.ways.composing import finish_network, make_block_place
 from training import experts
-from training.data.feed import Feed, Randomness
+from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import AuxiliaryLearner, MergedLoras
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import arrange_weights, check_rates, find_averaging, make_optimizer
+from training.optimizers.optimizer import (
+    arrange_weights,
+    check_rates,
+    find_averaging_optimizer,
+    make_optimizer,
+)
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -92,7 +97,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     trainable = learners.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
-    averaging = find_averaging(optimizer)
+    averaging = find_averaging_optimizer(optimizer)
     if averaging is not None:
         averaging.train()  # a schedule-free optimizer refuses steps before this call
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
@@ -193,7 +198,7 @@ def make_run(
         rule,
         targets=features.on.target,
         passes=features.on.passes,
-        has_own_pass=features.has_own_pass,
+        replaces_default_pass=features.replaces_default_pass,
         learning_pass=features.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
@@ -225,8 +230,8 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
-        kept_attributes=frozenset(plan.features.kept_attributes),
+        always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
+        base_target_attributes=frozenset(plan.features.base_target_attributes),
         targets=plan.features.on.validation,
     )
 
@@ -236,29 +241,29 @@ def _make_feed(model: TrainedModel) -> Feed:
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     features = plan.features
-    randomness = Randomness(
+    noise_sampler = NoiseSampler(
         options.timesteps,
         plan.progress.seed,
-        noise=family.noise,
+        noise_spec=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        on_noise=tuple(features.on.noise),
+        perturbations=tuple(features.on.noise),
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
-        on_batch=tuple(features.on.batch),
-        sentences=plan.learner.sentences,
+        batch_hooks=tuple(features.on.batch),
+        caption_choices=plan.learner.sentences,
         view=features.view,
     )
     return Feed(
         order=plan.order,
         sources=plan.sources,
-        randomness=randomness,
+        noise_sampler=noise_sampler,
         plan=plan.steps,
         # the processes that share one clip (`peers` of them) read the same micro-batches
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
+        reads_undropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
         reads_empty=EMPTY_PROMPT in features.needs,
         table_times=plan.table_times,
         reads_rejected=REJECTED_ONES in features.needs,
@@ -526,9 +531,15 @@ class Learners:
         if parts is None:
             return rate, None, None
         text_rates = None
-        if texts is not None and texts.learning:
-            by_encoder = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning]
+        if texts is not None and texts.learning_encoders:
+            by_encoder = dict(
+                zip(
+                    texts.trainable_prefixes,
+                    parts.text_rates(len(texts.trainable_prefixes), rate),
+                    strict=True,
+                )
+            )
+            text_rates = [by_encoder[encoder.lora_prefix] for encoder in texts.learning_encoders]
         return rate, parts.unet_lr, text_rates
 
 
@@ -542,30 +553,30 @@ def _make_stepping(
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
     gathers = bool(split) and not stepping.is_elementwise(kind)
-    alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
+    parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
         if stepping.can_step_one_parameter(kind):
-            alone = stepping.ParameterSteps(
+            parameter_steps = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )
         else:  # the other options have been refused for such an optimizer
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
             )
-    if alone is None or not options.is_fused:
+    if parameter_steps is None or not options.is_fused:
         return stepping.StepAfterBackward(
             optimizer,
             trainable.parameters,
             max_norm,
             scaler,
             networks=trainable.all_networks,
-            alone=alone,
-            split=split,
+            parameter_steps=parameter_steps,
+            split_weights=split,
         )
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return stepping.FusedBackward(alone, trainable.parameters, max_norm)
+    return stepping.FusedBackward(parameter_steps, trainable.parameters, max_norm)

@@ -32,7 +32,7 @@ from training.processes import fill_missing_gradients, largest_of_processes, sum
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.targets.passes import Streams, loss_passes
+from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
@@ -179,7 +179,7 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     keys = [(run.progress.epoch, index) for index in group]
     reached = run.parameters
     if trainable.by_expert:
-        experts = sorted({run.feed.expert_of(key) for key in keys})
+        experts = sorted({run.feed.find_expert(key) for key in keys})
         reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
     if run.of_audio and not any(map(run.feed.has_sound, keys)):
         reached = [parameter for parameter in reached if parameter not in run.of_audio]
@@ -230,7 +230,7 @@ def _find_kind(run: TrainingRun, group: range) -> str:
     experts = run.family.experts
     words = []
     if len(experts) > 1:
-        words += sorted({experts[run.feed.expert_of(key)].name for key in keys})
+        words += sorted({experts[run.feed.find_expert(key)].name for key in keys})
     if run.of_audio and any(map(run.feed.has_sound, keys)):
         words.append(AUDIO_STREAM)
     return " ".join(words)
@@ -319,7 +319,7 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 
 def _propagate(
     run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
-) -> tuple[Tensor, Streams]:
+) -> tuple[Tensor, StreamErrors]:
     """Run a micro-batch forward and backward through an expert to accumulate its gradients.
 
     Args:
@@ -338,7 +338,7 @@ def _propagate(
     if noisy_batch.batch.network_multiplier != 1:
         strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
     total: Tensor | None = None
-    streams: Streams = ()
+    streams: StreamErrors = ()
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
@@ -365,7 +365,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
     if len(run.family.experts) == 1:
         return [expert]
     indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
-    return sorted({run.feed.expert_of((run.progress.epoch, index)) for index in indexes})
+    return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
 
 
 def _add_parts(
@@ -581,7 +581,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                     run.autocast,
                     mark=run.progress.sample_pending,
                     check=check,
-                    note=run.reporter.log_activity,
+                    show_progress=run.reporter.log_activity,
                 )
     except SamplingStopped:
         return False

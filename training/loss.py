@@ -116,15 +116,17 @@ class LossRule:
     prediction: str = RAW  # how the output is compared with the velocity
     # returns a context in which the DiT is the base model, without the trained network; None if not needed
     as_base: Autocast | None = None
-    always_as_base: bool = False  # run the base model for every batch, so that all processes run equal passes
+    always_runs_base_model: bool = (
+        False  # run the base model for every batch, so that all processes run equal passes
+    )
     # attributes that mark tables whose samples keep the base model's prediction as target
-    kept_attributes: frozenset[str] = frozenset()
+    base_target_attributes: frozenset[str] = frozenset()
     # functions of `targets.passes.TrainingPasses`, a batch and its comparisons (first that with the clip);
     # they return the comparisons to use instead
     targets: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
     # functions of the same passes and a batch: additional passes with gradients, which yield their errors
     passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
-    has_own_pass: bool = False  # `passes` replace the usual pass
+    replaces_default_pass: bool = False  # `passes` replace the usual pass
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # functions of the DiT, a batch and `seed` that return the context of a pass with gradients
     learning_pass: Sequence[Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]] = ()

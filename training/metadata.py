@@ -16,7 +16,7 @@ from modules.atomic_write import make_storable
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
 from protocols.family import Family
-from training.data.table_times import list_times
+from training.data.table_times import list_timestep_options
 from training.image_metadata import image_values
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
@@ -198,7 +198,7 @@ def file_metadata(
         "preprocessor": texts.preprocessor,
         "is_negative_embedding": texts.is_negative_embedding,
     }
-    all_times = list_times(times, tables)
+    all_times = list_timestep_options(times, tables)
     if any(table_times.has_window for table_times in all_times):
         lowest = min(table_times.lowest for table_times in all_times)
         highest = max(table_times.highest for table_times in all_times)

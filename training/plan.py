@@ -35,10 +35,10 @@ from training.checks import (
 )
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.data.table_times import check_times, list_times, times_by_group
+from training.data.table_times import check_timesteps, list_timestep_options, timestep_options_by_group
 from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
-from training.features.contract import EMPTY_PROMPT, KEPT, LIVE_TEXTS, REJECTED_ONES
+from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS, PRESERVE_OUTPUT, REJECTED_ONES
 from training.features.hooks import RunFeatures
 from training.learner import Learner
 from training.noise_options import TimestepOptions
@@ -120,7 +120,7 @@ def _name_files(family: Family, options: TrainingOptions, features: RunFeatures)
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     full_dit = options.full_dit
     ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
-    return Names(*options.saving.place, parts, ending, tuple(features.files_beside))
+    return Names(*options.saving.place, parts, ending, tuple(features.extra_file_suffixes))
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
@@ -170,7 +170,7 @@ def make_plan(
         texts = find_live_texts(family, options, config)
     for check_texts in features.on.texts:
         check_texts(texts)
-    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
+    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning_encoders)
     # the data: its sources, items, their order, and the steps that follow from it
     sources = _find_sources(
         family,
@@ -203,7 +203,7 @@ def make_plan(
         log_experts(
             family,
             options,
-            list_times(options.timesteps, config.datasets),
+            list_timestep_options(options.timesteps, config.datasets),
             samples_with_others=others.sampling is not None,
         )
     frozen = options.frozen
@@ -233,7 +233,7 @@ def make_plan(
         validation=validation,
         order=order,
         steps=steps,
-        table_times=times_by_group(options.timesteps, config.datasets),
+        table_times=timestep_options_by_group(options.timesteps, config.datasets),
         sources=sources,
         texts=texts,
         changes={},
@@ -264,7 +264,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 
 def _check_items(features: RunFeatures, learner: Learner, training: Sequence[TrainingItem]) -> None:
     """Warn of captions that lack a word to learn, and of rejected items that this run does not use."""
-    for read in (*features.read_captions, *learner.read_captions):
+    for read in (*features.caption_checks, *learner.caption_checks):
         from training.token_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
@@ -408,8 +408,8 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
     # the empty prompt is cached like a caption, unless the model comes with its encoded form
     if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
-    check_times(options.timesteps, config.datasets, family)
-    return for_family(learner.check_data(config, KEPT), family)
+    check_timesteps(options.timesteps, config.datasets, family)
+    return for_family(learner.check_data(config, PRESERVE_OUTPUT), family)
 
 
 def _find_items(

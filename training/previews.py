@@ -141,7 +141,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    for read in (*features.read_captions, *learner.read_captions):
+    for read in (*features.caption_checks, *learner.caption_checks):
         _add_words(read, result.tables)
     if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)
@@ -285,7 +285,7 @@ def _read_for_plan(
     if not all(plan.can_be_planned for plan in plans):
         switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
         scripts = f"{commands.latents}\n  {commands.text}"
-        if texts is not None and texts.changing:  # their outputs cannot be cached
+        if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
             switches = "--cache_latents_to_disk"
             scripts = commands.latents
         raise OptionError(

@@ -69,7 +69,7 @@ def train_network(
     """
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
@@ -116,7 +116,7 @@ def prepare_run(
         UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.features)
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         # `processes` watches the other processes of the run; None if there are none
@@ -244,6 +244,8 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         together=plan.steps.works_together,
         blocks=make_block_place(options.speed, accelerator.device),
     )
-    if plan.texts and plan.texts.changing:  # encoders that learn: prompts are encoded anew for each sample
-        return replace(sampler, renew=plan.texts.renew)
+    if (
+        plan.texts and plan.texts.trained_encoders
+    ):  # encoders that learn: prompts are encoded anew for each sample
+        return replace(sampler, encode_again=plan.texts.encode_again)
     return sampler

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class PromptSource:
         return indices if self.together else indices[self.process :: self.processes]
 
 
-Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
+EncodeAgain = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
 def draw_local_seed() -> int:
@@ -113,7 +114,7 @@ class Sampler:
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
     # encodes texts again with the trained text encoders; None if no text encoder is trained
-    renew: Renew | None = None
+    encode_again: EncodeAgain | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = draw_local_seed
     writes: bool = True  # False: another process writes the files, and this one only helps to generate
@@ -126,42 +127,43 @@ class Sampler:
 
     def make(
         self,
-        dit_of: DitOf,
+        get_dit: DitOf,
         autocast: Autocast,
         mark: str,
         check: Callable[[], None],
-        note: Callable[[str], None] = lambda _: None,
+        show_progress: Callable[[str], None] = lambda _: None,
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         Only the samples' own random state is used.
 
         Args:
-            dit_of: Returns the network of an expert by its index, in evaluation mode and on its device.
+            get_dit: Returns the network of an expert by its index, in evaluation mode and on its device.
             autocast: Opens the autocast context of a pass.
-            mark: `e000001` at the end of an epoch, `000020` at a step.
+            mark: Part of the file names: `e000001` at the end of an epoch, `000020` at a step.
             check: Called after each step; what it raises ends the samples.
-            note: Called with the sample and its step in words.
+            show_progress: Called with the sample and its step in words.
         """
         paths = []
-        for index, sample in enumerate(self.samples, 1):
-            prepared = sample.prepared
+        for number, sample in enumerate(self.samples, 1):
             if not sample.is_seeded:
-                prepared = replace(prepared, seed=self.draw_seed())
+                sample = replace(sample, prepared=replace(sample.prepared, seed=self.draw_seed()))
             latents = self._denoise(
-                replace(sample, prepared=prepared),
-                f"sample {index} of {len(self.samples)}",
-                dit_of=dit_of,
+                sample,
+                f"sample {number} of {len(self.samples)}",
+                get_dit=get_dit,
                 autocast=autocast,
                 check=check,
-                note=note,
+                show_progress=show_progress,
             )
             if not self.writes:
                 continue
-            seed = f"_{prepared.seed}" if sample.is_seeded else ""
-            stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
-            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}{self.weights}"))
-            logger.info("Sample %s", paths[-1])
+            seed_suffix = f"_{sample.prepared.seed}" if sample.is_seeded else ""
+            date = time.strftime("%Y%m%d%H%M%S")
+            stem = f"{self.name}_{mark}_{sample.index:02d}_{date}{seed_suffix}"
+            path = self._write(latents, sample.prepared, stem, f"{self.name}_{mark}{self.weights}")
+            logger.info("Sample %s", path)
+            paths.append(path)
         return paths
 
     def _denoise(
@@ -169,42 +171,44 @@ class Sampler:
         sample: Sample,
         title: str,
         *,
-        dit_of: DitOf,
+        get_dit: DitOf,
         autocast: Autocast,
         check: Callable[[], None],
-        note: Callable[[str], None],
+        show_progress: Callable[[str], None],
     ) -> torch.Tensor:
         """Return the latents of a sample.
 
         Args:
             sample: The sample.
             title: Title of the progress bar.
-            dit_of: Returns the transformer of an expert, on the device.
+            get_dit: Returns the transformer of an expert, on the device.
             autocast: Returns the context of mixed precision.
-            check: Called before each step; it raises to stop the sample.
-            note: Called with a text about the progress.
+            check: Called after each step; it raises to stop the sample.
+            show_progress: Called with a text about the progress.
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.renew is not None:  # text encoders are trained: encode the prompts anew
+        if self.encode_again is not None:  # text encoders are trained, so that their outputs have changed
             with autocast():
-                prompts = self.renew(sample.texts, prompts)
+                prompts = self.encode_again(sample.texts, prompts)
         with (
             preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
-            _show_steps(title, prepared, check=check, note=note, preview_section=preview_section) as (
-                watch,
+            _show_steps(
+                title, prepared, check=check, show_progress=show_progress, preview_section=preview_section
+            ) as (
+                on_step,
                 on_section,
             ),
             autocast(),
         ):
             return make_latents(
                 self.session.family,
-                lambda timestep: dit_of(expert_at(timestep, experts)),
+                lambda timestep: get_dit(expert_at(timestep, experts)),
                 prepared,
                 prompts,
                 inputs=sample.inputs,
                 device=self.session.device,
-                watchers=[watch, *watchers],
+                watchers=[on_step, *watchers],
                 on_section=on_section,
             )
 
@@ -219,7 +223,7 @@ class Sampler:
             model: File name of the weights, for the metadata.
         """
         family = self.session.family
-        track: Track | None = None
+        track: Track | None = None  # the audio, if the model generates any
         if prepared.joint is not None:
             latents, audio = prepared.joint.split(latents)
             assert trains_audio(family)
@@ -229,16 +233,9 @@ class Sampler:
             if prepared.shown is not None:
                 pixels = map(prepared.shown.of, pixels)
             frames = frames_of(pixels)
-            metadata: Mapping[str, str] = {}
-            if self.has_metadata:
-                metadata = output_metadata(
-                    prepared,
-                    family.metadata,
-                    settings={"sampled_from": model},
-                    device=self.session.device.type,
-                    experts=family.experts,
-                )
-            if not latents.shape[2] and track is not None:  # no frames: sound alone
+            metadata = self._make_metadata(prepared, model)
+            is_audio_alone = latents.shape[2] == 0
+            if is_audio_alone and track is not None:
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
             elif family.latent.has_layers:
@@ -254,6 +251,19 @@ class Sampler:
                 write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags, track=track)
         return path
 
+    def _make_metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
+        """Return the metadata of a sample made with the weights `model`; empty if the files get none."""
+        if not self.has_metadata:
+            return {}
+        family = self.session.family
+        return output_metadata(
+            prepared,
+            family.metadata,
+            settings={"sampled_from": model},
+            device=self.session.device.type,
+            experts=family.experts,
+        )
+
 
 @contextmanager
 def _show_steps(
@@ -261,7 +271,7 @@ def _show_steps(
     prepared: Prepared,
     *,
     check: Callable[[], None],
-    note: Callable[[str], None],
+    show_progress: Callable[[str], None],
     preview_section: OnSection,
 ) -> Iterator[tuple[Watcher, OnSection]]:
     """Yield callbacks for steps and sections that show the progress of a sample on a bar.
@@ -270,7 +280,7 @@ def _show_steps(
         title: Title of the progress bar.
         prepared: The request with all values resolved.
         check: Called after each step; raises to stop generating.
-        note: Called with the text of the bar after each step.
+        show_progress: Called with the text of the bar after each step.
         preview_section: Callback for sections of a preview.
     """
     bars: list[Bar] = []
@@ -286,14 +296,14 @@ def _show_steps(
             num_steps = stage.num_steps if section.solver is None else section.solver.schedule.num_steps
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
-        def watch(_: StepDone) -> bool:
-            """Show a step on the bar. Returns False: a watcher returns True to ask for a preview image."""
+        def on_step(_: StepDone) -> bool:
+            """Show a step on the bar; return False, because no preview image is needed."""
             bars[-1].update()
-            note(bars[-1].line())
+            show_progress(bars[-1].line())
             check()
             return False
 
-        yield watch, on_section
+        yield on_step, on_section
 
 
 def prepare_samples(
@@ -344,15 +354,13 @@ def prepare_samples(
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    # `_no_dit`: the session loads no transformer, as samples use the one that is trained
-    session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
-    indices = source.prompt_indices(len(entries))
-    requests = {index: all_prepared[index] for index in indices}
+    session = Session(family, device, DitTurns(family.experts, device, _refuse_dit), blocks=blocks)
+    requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, decodes=writes, loads_media=writes)
     previews = None
-    if process == 0:  # one preview file for all: the first process shows its samples one after the other
+    if process == 0:  # the processes have one preview file
         previews = make_previews(
             preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
         )
@@ -430,13 +438,12 @@ def _encode_media(
 
 def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
     """Warn of settings in the prompt file that the model does not use."""
-    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
-    if has_shift and family.defaults.flow_shift is None:
+    keys = {key for entry in entries for key, value in entry.items() if value is not None}
+    if "discrete_flow_shift" in keys and family.defaults.flow_shift is None:
         logger.warning(
             "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
         )
-    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
-    if has_embedded and family.defaults.embedded_guidance is None:
+    if "guidance_scale" in keys and family.defaults.embedded_guidance is None:
         logger.warning(
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
@@ -445,8 +452,7 @@ def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
     for option, setting in OF_SOME_MODELS.items():
         option_by_key.setdefault(setting.key, option)
     for key, option in option_by_key.items():
-        is_given = any(entry.get(key) is not None for entry in entries)
-        if is_given and key not in family.defaults.extras:
+        if key in keys and key not in family.defaults.extras:
             logger.warning(
                 "%s: %s (--%s) is ignored because this model has no such setting", prompt_file, key, option
             )
@@ -479,19 +485,6 @@ def parse_requests(
         OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
             as one without an image for an image-to-video model; all of them are listed.
     """
-
-    def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
-        number, entry = numbered
-        try:
-            request = sample_request(entry, family)
-            warn_of_embeddings(family, request)
-            prepared = family.prepare(request)
-            warn_of_low_scales(prepared)
-        except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
-            prompt = shorten(str(entry.get("prompt", "")), 100)
-            raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
-        return prepared
-
     entries = parse_sample_prompts(text, prompt_file)
     try:
         family.check_files(media=True)
@@ -500,7 +493,26 @@ def parse_requests(
             f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
         ) from None
     with each_warning_once():
-        return entries, read_all(enumerate(entries, 1), prepare)
+        return entries, read_all(enumerate(entries, 1), partial(_prepare_entry, family, prompt_file))
+
+
+def _prepare_entry(
+    family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
+) -> Prepared:
+    """Return the request of an entry, given with its number for messages; warn of unusual values.
+
+    Raises OptionError if the family cannot generate it.
+    """
+    number, entry = numbered_entry
+    try:
+        request = sample_request(entry, family)
+        warn_of_embeddings(family, request)
+        prepared = family.prepare(request)
+        warn_of_low_scales(prepared)
+    except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
+        prompt = shorten(str(entry.get("prompt", "")), 100)
+        raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
+    return prepared
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
@@ -513,24 +525,16 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """
     default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
-
-    def path(key: str) -> Path | None:
-        return to_path(key, str(values[key])) if values.get(key) else None
-
-    def number(key: str) -> float | None:
-        return None if key not in values else float(values[key])
-
-    controls = values.get("control_image_path") or []
-    if isinstance(controls, str):
-        controls = [controls]
-    scale = number("cfg_scale")
+    control_paths = values.get("control_image_path") or []
+    if isinstance(control_paths, str):
+        control_paths = [control_paths]
+    guidance_scale = _read_number(values, "cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    takes_reference_size = default.sized_by_references and bool(controls)
-    sides: list[int | None] = []
-    for key, default_side in (("width", default.width), ("height", default.height)):
-        missing = None if takes_reference_size else default_side  # None: the size of the first reference
-        sides.append(int(values[key]) if key in values else missing)
-    width, height = sides
+    # without a size, some models take that of the first reference image: None
+    takes_reference_size = default.sized_by_references and bool(control_paths)
+    default_width, default_height = (None, None) if takes_reference_size else (default.width, default.height)
+    width = int(values["width"]) if "width" in values else default_width
+    height = int(values["height"]) if "height" in values else default_height
     frames = int(values.get("frame_count", default.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
@@ -539,19 +543,19 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         height=height,
         frames=frames,
         steps=values.get("sample_steps"),
-        guidance_scale=scale,
-        expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
-        embedded_guidance=number("guidance_scale"),
-        flow_shift=None if default.flow_shift is None else number("discrete_flow_shift"),
+        guidance_scale=guidance_scale,
+        expert_guidance={} if guidance_scale is None else dict.fromkeys(expert_names, guidance_scale),
+        embedded_guidance=_read_number(values, "guidance_scale"),
+        flow_shift=None if default.flow_shift is None else _read_number(values, "discrete_flow_shift"),
         solver=_select_solver(values, default.solvers),
-        fps=number("fps"),
+        fps=_read_number(values, "fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
         cfg_schedule=values.get("cfg_schedule") or None,
-        image_path=path("image_path"),
-        end_image_path=path("end_image_path"),
-        control_path=path("control_video_path"),
-        control_images=tuple(to_path("control_image_path", str(image)) for image in controls),
+        image_path=_read_path(values, "image_path"),
+        end_image_path=_read_path(values, "end_image_path"),
+        control_path=_read_path(values, "control_video_path"),
+        control_images=tuple(to_path("control_image_path", str(path)) for path in control_paths),
         extra={
             setting.key: _as_text(values[setting.key])
             for setting in OF_SOME_MODELS.values()
@@ -560,6 +564,14 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     )
     check_values(request)
     return _with_fitted_size(request, (width, height, frames), family.latent)
+
+
+def _read_path(values: Mapping[str, Any], key: str) -> Path | None:
+    return to_path(key, str(values[key])) if values.get(key) else None
+
+
+def _read_number(values: Mapping[str, Any], key: str) -> float | None:
+    return float(values[key]) if key in values else None
 
 
 def _as_text(value: Any) -> str:
@@ -584,20 +596,20 @@ def _with_fitted_size(
     fitted_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
     if latent.has_layers:
         fitted_frames = frames  # --f is the number of layers here, and any number is valid
-    changes = []
+    warnings = []
     if (fitted_width, fitted_height) != (width, height):
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
-        changes.append(f"{pixels}: sides are multiples of {side}")
+        warnings.append(f"{pixels}: sides are multiples of {side}")
     if fitted_frames != frames:
         why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
-        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
-    if changes:
-        logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))
+        warnings.append(f"{count_of(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
+    if warnings:
+        logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))
     return replace(request, width=fitted_width, height=fitted_height, frames=fitted_frames)
 
 
 def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
-    """Return the sampler of a prompt. If the model does not support it, warn and return None.
+    """Return the solver of a prompt, which may name it by an alias. Warn and return None for an unknown name.
 
     Args:
         values: Values of the prompt.
@@ -606,10 +618,11 @@ def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> 
     name = values.get("sample_sampler")
     if name is None:
         return None
-    by_alias = _solvers_by_alias(supported)
-    solver = name if name in by_alias.values() else by_alias.get(name)  # a solver's name or an alias
+    solver_by_alias = _solvers_by_alias(supported)
+    is_solver = name in solver_by_alias.values()
+    solver = name if is_solver else solver_by_alias.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*by_alias.values(), *by_alias)))  # each name once
+        known = ", ".join(dict.fromkeys((*solver_by_alias.values(), *solver_by_alias)))  # each name once
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
@@ -621,7 +634,8 @@ def _solvers_by_alias(supported: Sequence[str]) -> Mapping[str, str]:
     return {name: name for name in supported} if supported else SOLVERS
 
 
-def _no_dit(expert: int) -> nn.Module:
+def _refuse_dit(expert: int) -> nn.Module:
+    """Raise AssertionError: samples use the trained transformer, so the session must not load one."""
     raise AssertionError("training samples use the network that is being trained")
 
 

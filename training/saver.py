@@ -14,11 +14,11 @@ from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from runtime.offload.block_swap import resolve_all
 from runtime.offload.sharding import as_split
-from training.data.table_times import list_times
+from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
-    finished_weights,
+    averaged_weights,
     optimizer_state,
     restore_foreign_optimizer,
     restore_optimizer,
@@ -33,26 +33,27 @@ from training.training_run import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-RATES = ("lr", "initial_lr")  # keys that a schedule sets in the optimizer's groups
+RATE_KEYS = ("lr", "initial_lr")  # keys that a schedule sets in the optimizer's groups
 
 
 def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
-    """Return the metadata for the file of each part of the model, by the part's name."""
+    """Return the metadata of each saved file, by the suffix of its name: an expert, a new word, or ""."""
     plan = model.plan
-    of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    shared_metadata = run_metadata(plan, model.optimizer_name, model.schedule.name)
     # several experts are trained, or one of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
-    times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
+    all_timesteps = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
-    # "" is the part of a model without experts; all other parts are embeddings
-    of_transformers = {"", *(expert.name for expert in plan.family.experts)}
-    for part in model.trainable.writes:
-        if part in of_transformers:
-            metadata[part] = of_run | continued_sizes(model, part)
+    transformers = {"", *(expert.name for expert in plan.family.experts)}
+    for name in model.trainable.writes:
+        if name in transformers:
+            metadata[name] = shared_metadata | continued_sizes(model, name)
             if has_experts:
-                metadata[part] |= expert_metadata(plan.family, plan.options, times, part)
-        else:  # the file of an embedding: with `ss_network_*` it would be taken for a LoRA
-            metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
+                metadata[name] |= expert_metadata(plan.family, plan.options, all_timesteps, name)
+        else:  # the embedding of a new word: with `ss_network_*` its file would be taken for a LoRA
+            metadata[name] = {
+                key: text for key, text in shared_metadata.items() if not key.startswith("ss_network_")
+            }
     return metadata
 
 
@@ -63,7 +64,7 @@ def make_saver(
     log_saved: Callable[[Sequence[Path], int], None],
     on_removed: Callable[[], None],
 ) -> Saver | None:
-    """Return the saver of the run; None in processes that do not save.
+    """Return the saver of the run's files, states and averages; None in processes that do not save.
 
     Files that an earlier, killed run should have removed are removed now.
 
@@ -93,8 +94,8 @@ def make_saver(
 
     def handle_saved(paths: Sequence[Path]) -> None:
         """Call the features' save callbacks, then log the files."""
-        for act in plan.features.on.save:
-            act(paths)
+        for on_save in plan.features.on.save:
+            on_save(paths)
         log_saved(paths, progress.step)
 
     saver = Saver(
@@ -126,7 +127,7 @@ class _ModelWriter:
         model = self.model
         resolve_all(model.dits.networks)
         written = model.trainable.writes[part]
-        with finished_weights(model.optimizer, model.trainable.parameters):
+        with averaged_weights(model.optimizer, model.trainable.parameters):
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
     def write_average(self, part: str, path: Path) -> None:
@@ -150,32 +151,35 @@ class _ModelWriter:
             states.write_state(folder, collect_state(self.model))
 
 
-def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) -> dict[str, str]:
-    """Return the metadata of a file that is saved now.
+def _metadata_now(
+    plan: TrainingPlan, fixed_metadata: Mapping[str, str], architecture_suffix: str
+) -> dict[str, str]:
+    """Return the metadata of a file that is saved now, with the step, the epoch and the time.
 
     Args:
         plan: The plan of the run.
-        of_run: Entries that stay the same over the run.
-        ending: Suffix of the architecture's name for a network, such as lora.
+        fixed_metadata: Entries that stay the same over the run.
+        architecture_suffix: Suffix of the architecture's name for a network, such as lora.
     """
     progress, family = plan.progress, plan.family
     is_within_epoch = progress.position > 0 or progress.step == 0
-    epoch = progress.epoch + is_within_epoch  # number of epochs begun
-    of_features: dict[str, str] = {}
+    num_begun_epochs = progress.epoch + is_within_epoch
+    feature_metadata: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
-        of_features = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
-        if plan.features.on.before_step:  # such a function may have a step skipped
-            of_features["ss_skipped_steps"] = str(progress.skipped)
+        feature_metadata = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
+        can_skip_steps = bool(plan.features.on.before_step)
+        if can_skip_steps:
+            feature_metadata["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
-        {**of_run, **of_features},
+        {**fixed_metadata, **feature_metadata},
         plan.options,
         family.metadata,
         step=progress.step,
-        epoch=epoch,
+        epoch=num_begun_epochs,
         now=datetime.now(),
         licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
-        architecture_suffix=ending,
+        architecture_suffix=architecture_suffix,
     )
 
 
@@ -192,8 +196,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
 
     Call between steps, while the training weights (not their average) are in the networks.
     """
-    # swapped blocks return to their places
-    resolve_all(model.dits.networks)
+    resolve_all(model.dits.networks)  # swapped blocks get their weights back
     plan = model.plan
     parts: dict[str, Mapping[str, Tensor]] = {
         name: module.state_dict() for name, module in model.trainable.modules.items()
@@ -202,12 +205,12 @@ def collect_state(model: TrainedModel) -> states.SavedState:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
     # moments of split weights are only this process's rows: they are replaced by split tensors
-    for name, weight in _stepped_rows(model).items():
-        values = optimizer["states"].get(name, {})
-        # tensors without dimensions are step counters
-        moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
-        for key, moment in moments.items():
-            values[key] = as_split(weight, moment)
+    for name, split_weight in _weights_stepped_by_row(model).items():
+        parameter_state = optimizer["states"].get(name, {})
+        for key, value in list(parameter_state.items()):
+            is_moment = isinstance(value, Tensor) and value.ndim > 0  # step counters have no dimensions
+            if is_moment:
+                parameter_state[key] = as_split(split_weight, value)
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
@@ -230,7 +233,8 @@ def restore(model: TrainedModel) -> None:
     """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
-        if step:  # the run starts in the middle, without a state
+        starts_in_the_middle = step > 0
+        if starts_in_the_middle:
             model.schedule.go_to(step)
         return
     with states.one_error(saved.folder):
@@ -256,20 +260,21 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if model.average is not None:
         model.average.begin()  # the state has no average: start again from the restored weights
     family = model.plan.family
-    from training.optimizers.foreign import renumber  # only for states of another program
+    from training.optimizers.foreign import RenumberingError, renumber  # only for states of another program
 
-    renumbered = renumber(
-        saved.optimizer,
-        [group["params"] for group in model.optimizer.param_groups],
-        model.trainable.names,
-        version=family.metadata.get("base_model_version", family.name),
-        ordered=list(saved.network) if saved.is_ordered else (),
-    )
-    restored = "weights and optimizer are restored"
-    if isinstance(renumbered, str):
-        restored = f"the weights alone are restored, not the state of the optimizer: {renumbered}"
+    try:
+        renumbered = renumber(
+            saved.optimizer,
+            [group["params"] for group in model.optimizer.param_groups],
+            model.trainable.names,
+            version=family.metadata.get("base_model_version", family.name),
+            tensor_order=list(saved.network) if saved.is_ordered else (),
+        )
+    except RenumberingError as error:
+        restored = f"the weights alone are restored, not the state of the optimizer: {error}"
     else:
         restore_foreign_optimizer(model.optimizer, renumbered, model.plan.accelerator.device)
+        restored = "weights and optimizer are restored"
     logger.warning(
         "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
         "learning-rate schedule start from 0.",
@@ -282,24 +287,24 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     """Restore a state that this program saved: weights, optimizer, schedule, loss scaler and average."""
     trainable, device = model.trainable, model.plan.accelerator.device
     full_dit = model.plan.options.full_dit
-    offloads = full_dit is not None and full_dit.offloads_states
+    offloads_optimizer = full_dit is not None and full_dit.offloads_states  # --offload_optimizer_device
     if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state  # only with split tensors
 
         parts = {name: module.state_dict() for name, module in trainable.modules.items()}
         parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-        fill_state(saved, parts, _stepped_rows(model), device)
+        fill_state(saved, parts, _weights_stepped_by_row(model), device)
     for name, module in trainable.modules.items():
         states.load_module(module, saved.parts[name])
     # with --resume_changed, the learning rates and the schedule of this run replace those of the state
-    is_changed = bool(model.plan.changes)
-    optimizer = saved.optimizer
-    if is_changed:
-        groups = _with_rates_of_now(optimizer["groups"], model.optimizer.param_groups)
-        optimizer = {**optimizer, "groups": groups}
-    states_device = torch.device("cpu") if offloads else device  # --offload_optimizer_device keeps it in RAM
-    restore_optimizer(model.optimizer, trainable.names, optimizer, states_device)
-    if is_changed:
+    settings_changed = bool(model.plan.changes)
+    saved_optimizer = saved.optimizer
+    if settings_changed:
+        groups = _with_rates_of_now(saved_optimizer["groups"], model.optimizer.param_groups)
+        saved_optimizer = {**saved_optimizer, "groups": groups}
+    optimizer_device = torch.device("cpu") if offloads_optimizer else device
+    restore_optimizer(model.optimizer, trainable.names, saved_optimizer, optimizer_device)
+    if settings_changed:
         model.schedule.go_to(model.plan.progress.step)
     else:
         model.schedule.load_state_dict(saved.schedule)
@@ -315,12 +320,12 @@ def _with_rates_of_now(
     """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
-        rates = {name: group[name] for name in RATES if name in group and name in saved_group}
+        rates = {name: group[name] for name in RATE_KEYS if name in group and name in saved_group}
         merged.append({**saved_group, **rates})
     return merged
 
 
-def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
+def _weights_stepped_by_row(model: TrainedModel) -> dict[str, Tensor]:
     """Return the split weights whose optimizer states have only this process's rows, by name.
 
     Empty if no weight is split, or if the optimizer needs whole weights.

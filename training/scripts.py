@@ -63,8 +63,8 @@ def training_script(
     if ExpertTrainingOptions in extra_options:
         extra_options = [*extra_options, *options_by_expert()]
     learner = FullDitOptions if full_dit else TrainedNetworkOptions
-    sampling = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
-    changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
+    sampling_settings = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
+    changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling_settings})
 
     def train(argv: Sequence[str] | None = None) -> None:
         """Read the options of `argv` (None: of the command line) and train; exit with an error's code."""
@@ -95,17 +95,18 @@ def training_script(
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
+            default_script = f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"
             command = TrainingCommand(
-                script or (f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"),
+                script or default_script,
                 script_options,
                 entry=entry,
                 family_options=family_options,
                 family=family,
             )
             others = _make_other_families(entry, model.can.sample_apart, family_options)
-            code = train_network(model, options, command, others=others)
-        if code:
-            raise SystemExit(code)
+            exit_code = train_network(model, options, command, others=others)
+        if exit_code:
+            raise SystemExit(exit_code)
 
     return Script.of_family(family, train)
 

@@ -117,10 +117,11 @@ class StepPlan:
         if (epoch, position) <= (self.first_epoch, self.first_position):
             return self.first_step
         if epoch == self.first_epoch:
-            return self.first_step - (self.first_position - position) // self.group_size
-        first = -((self.first_position - self.num_batches) // self.group_size)
-        between = (epoch - self.first_epoch - 1) * self.steps_per_epoch
-        return self.first_step + first + between - (-position // self.group_size)
+            return self.first_step + ceil_div(position - self.first_position, self.group_size)
+        steps_in_first_epoch = ceil_div(self.num_batches - self.first_position, self.group_size)
+        steps_between = (epoch - self.first_epoch - 1) * self.steps_per_epoch
+        steps_in_epoch = ceil_div(position, self.group_size)
+        return self.first_step + steps_in_first_epoch + steps_between + steps_in_epoch
 
     def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
         """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
@@ -145,7 +146,7 @@ class StepPlan:
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield pairs of an epoch and a micro-batch's index, in the order in which a process needs them.
+        """Yield (epoch, index) of the micro-batches that a process works on, in their order.
 
         Args:
             process: Index of this process.
@@ -153,7 +154,8 @@ class StepPlan:
             position: First micro-batch.
             num_epochs: Number of epochs after which to stop.
         """
-        end = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
-        for number in range(epoch, end):
-            for group in self.groups(number, position if number == epoch else 0):
-                yield from ((number, index) for index in self.share(group, process))
+        end_epoch = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
+        for current_epoch in range(epoch, end_epoch):
+            start = position if current_epoch == epoch else 0
+            for step_batches in self.groups(current_epoch, start):
+                yield from ((current_epoch, index) for index in self.share(step_batches, process))

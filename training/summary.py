@@ -47,9 +47,7 @@ SPARE = 1.05  # the box warns if the disk has less free space than this times th
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return the numbers of models and states on disk when a run is over.
-
-    Saves by the clock are left out.
+    """Return the numbers of models and of states that a run leaves on disk, without those saved by the clock.
 
     Args:
         options: Options of the run.
@@ -57,23 +55,24 @@ def count_saves(
         first_step: Step after which saves count.
         first_epoch: First epoch that is not finished at that step.
     """
-    models = 0
+    num_models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
         num_saves = plan.total_steps // every - first_step // every
         if options.save_last_n_steps is not None:  # counts steps, not saves
             # the save from exactly so many steps ago is kept too
             num_saves = min(num_saves, options.save_last_n_steps // every + 1)
-        models += num_saves
+        num_models += num_saves
     if options.save_every_n_epochs is not None:
         every = options.save_every_n_epochs
         # the last epoch is saved as the final model
         num_saves = (plan.num_epochs - 1) // every - first_epoch // every
         if options.save_last_n_epochs is not None:  # counts saves
             num_saves = min(num_saves, options.save_last_n_epochs)
-        models += max(0, num_saves)
-    states = models if options.save_state else 0
-    return models + 1, states + options.saves_state_at_end  # + 1: the final model
+        num_models += max(0, num_saves)
+    num_states = num_models if options.save_state else 0
+    num_final_models = 1
+    return num_models + num_final_models, num_states + options.saves_state_at_end
 
 
 def saved_bytes(
@@ -120,8 +119,8 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     trainable = run.model.trainable
     if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
         sizes = trainable.sizes()
-    prefixes = ("architecture", "task", "sd_model_name")
-    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(prefixes)]
+    model_keys = ("architecture", "task", "sd_model_name")
+    model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
     num_weights = sum(parameter.numel() for parameter in parameters)
     data = f"{count_of(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
@@ -143,7 +142,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Learner) -> str:
-    """Return a text with the learning rate, and with those of the parts if they differ.
+    """Return the box's text on learning rates: --learning_rate, and a line for each rate if parts differ.
 
     Args:
         options: Options of the run.
@@ -154,15 +153,16 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
     names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names_by_rate.setdefault(group.get("lr", default), []).append(name)
-    judged = judge_rate(options, learner)
+    described_default = judge_rate(options, learner)
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
     has_one_rate = len(names_by_rate) < 2
-    # --learning_rate is described if it is in use: at 0, only a part without a rate of its own uses it
-    if has_one_rate and not is_replaced and (default != 0 or default in names_by_rate):
-        return judged
+    # at 0, only a part without a rate of its own uses --learning_rate
+    uses_default = not is_replaced and (default != 0 or default in names_by_rate)
+    if has_one_rate and uses_default:
+        return described_default
     parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
-    return parts if default == 0 or is_replaced else f"{judged}\n{parts}"
+    return parts if default == 0 or is_replaced else f"{described_default}\n{parts}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:
@@ -184,9 +184,9 @@ def _make_writing_rows(
     plan = run.plan
     options = run.options
     samples = options.samples
-    sampling = None
+    sampling_text = None
     if samples.sample_prompts is not None:
-        sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+        sampling_text = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
     has_average = plan.features.average is not None
     model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
@@ -196,7 +196,7 @@ def _make_writing_rows(
     page = page_path(plan.names.folder, plan.names.name)
     return [
         ("saves", _saving_times(plan.saving)),
-        ("samples", sampling),
+        ("samples", sampling_text),
         ("disk", disk_needed(plan.names.folder, counts, (model_bytes, state_bytes))),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
@@ -217,11 +217,11 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
-    word = network.kind.size_word
+    rank_name = network.kind.size_word
     if sizes is None:
-        return f"{plan.network_module}, {word} {network.rank}"
+        return f"{plan.network_module}, {rank_name} {network.rank}"
     ranks, _ = sizes
-    return f"{plan.network_module}, {of_numbers(word, ranks)} of the file"
+    return f"{plan.network_module}, {of_numbers(rank_name, ranks)} of the file"
 
 
 def _describe_length(plan: TrainingPlan) -> str:
@@ -284,7 +284,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
     rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
-    if run.features.on.before_step:  # a feature that can skip steps
+    if run.features.on.before_step:  # features that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
         rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
@@ -295,8 +295,8 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         rows.append(("page", str(page_path(names.folder, names.name))))
     peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
-    kinds = [] if run.options.network is None else run.options.network.kinds
-    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]  # one line is enough
+    network_kinds = [] if run.options.network is None else run.options.network.kinds
+    rows += [("other tools", kind.elsewhere) for kind in network_kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     # the last command starts this run again
@@ -306,7 +306,9 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     following_rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    following_rows += [(heading, as_typed(words)) for heading, words in run.features.info.commands.items()]
+    following_rows += [
+        (heading, as_typed(arguments)) for heading, arguments in run.features.info.commands.items()
+    ]
     show_box(f"{names.name} is trained", rows, following_rows)
 
 
@@ -326,7 +328,7 @@ def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> s
         return f"{text}, not saved"
     if run_history.saved[best] == lowest_step:
         return f"{text}: {folder / best}"
-    # scores may prefer a file of another step to the saved one
+    # scores of samples may prefer a file of another step, even if the one of this step is saved
     is_saved = any(
         step == lowest_step and (folder / file).exists() for file, step in run_history.saved.items()
     )
@@ -366,20 +368,20 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
         step: Number of the optimizer step.
         epoch: Epoch of the step, from 0.
     """
-    every, every_epochs = options.sample_every_n_steps, options.sample_every_n_epochs
-    candidates = []
-    if every is not None:
-        candidates.append((step // every + 1) * every)
+    every_steps, every_epochs = options.sample_every_n_steps, options.sample_every_n_epochs
+    due_steps = []
+    if every_steps is not None:
+        due_steps.append((step // every_steps + 1) * every_steps)
     if every_epochs is not None:
         next_epoch = (epoch // every_epochs + 1) * every_epochs
-        candidates.append(plan.steps_until(next_epoch))
-    return min((number for number in candidates if number <= plan.total_steps), default=None)
+        due_steps.append(plan.steps_until(next_epoch))
+    return min((due_step for due_step in due_steps if due_step <= plan.total_steps), default=None)
 
 
 def count_pauses(
     options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
-    """Return how many pauses of each kind are still to come after a step.
+    """Return how many pauses for samples, for validation and for saving a run still has after a step.
 
     Args:
         options: Options of the run.
@@ -390,28 +392,28 @@ def count_pauses(
         epoch: Number of whole epochs done by then.
     """
     samples, validation = options.samples, options.validation
-    total, epochs = plan.total_steps, plan.num_epochs
+    total_steps, num_epochs = plan.total_steps, plan.num_epochs
 
-    def of_steps(every: int | None) -> int:
-        return 0 if not every else total // every - step // every
+    def count_by_step(every: int | None) -> int:
+        return 0 if not every else total_steps // every - step // every
 
-    def of_epochs(every: int | None, last: int) -> int:
-        return 0 if not every else max(0, last // every - epoch // every)
+    def count_by_epoch(every: int | None, last_epoch: int) -> int:
+        return 0 if not every else max(0, last_epoch // every - epoch // every)
 
-    sample_pauses = 0
+    num_samples = 0
     if samples.sample_prompts is not None:
-        sample_pauses = of_steps(samples.sample_every_n_steps)
-        sample_pauses += of_epochs(samples.sample_every_n_epochs, epochs)
-    validation_pauses = 0
+        num_samples = count_by_step(samples.sample_every_n_steps)
+        num_samples += count_by_epoch(samples.sample_every_n_epochs, num_epochs)
+    num_validations = 0
     if validates:
-        by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
-        # by default after each epoch, but not within MIN_STEPS steps
-        default = None if by_step or by_epoch else max(MIN_STEPS, plan.steps_per_epoch)
-        validation_pauses = of_steps(by_step or default) + of_epochs(by_epoch, epochs)
-    # the last epoch is saved as the finished model
-    save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
-    # one more pause to save: the finished model
-    return {SAMPLES: sample_pauses, VALIDATION: validation_pauses, SAVING: save_pauses + 1}
+        every_steps, every_epochs = validation.validate_every_n_steps, validation.validate_every_n_epochs
+        if not every_steps and not every_epochs:  # after each epoch, but not within MIN_STEPS steps
+            every_steps = max(MIN_STEPS, plan.steps_per_epoch)
+        num_validations = count_by_step(every_steps) + count_by_epoch(every_epochs, num_epochs)
+    # the last epoch is saved as the finished model, which is one more pause
+    num_saves = count_by_step(saving.save_every_n_steps) + 1
+    num_saves += count_by_epoch(saving.save_every_n_epochs, num_epochs - 1)
+    return {SAMPLES: num_samples, VALIDATION: num_validations, SAVING: num_saves}
 
 
 def judge_alpha(
@@ -442,10 +444,10 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
     """Return the reporter, which writes the history of the run for its page (not with --no_page)."""
     progress, names, device = plan.progress, plan.names, plan.accelerator.device
     is_main = plan.accelerator.is_main_process
-    lines = history.History(
+    run_history = history.History(
         history.history_path(names.folder, names.name),
         progress.session_id,
-        progress.step if is_main else 0,  # other processes read nothing of it
+        progress.step if is_main else 0,
         is_written=is_main and not plan.options.logs.no_page,
     )
     script_options = following.command.script_options
@@ -462,7 +464,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         tiles=[tile for tally in plan.features.tallies for tile in tally.tiles],
     )
     return RunReporter(
-        history=lines,
+        history=run_history,
         start=start,
         step=progress.step,
         commands=following.commands,

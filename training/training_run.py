@@ -256,7 +256,7 @@ class TrainingRun:
         self.parts = ()
         if len(experts) > 1:
             self.parts = tuple(expert.name for expert in experts)
-        elif audio is not None and not plan.features.joins_streams:
+        elif audio is not None and not plan.features.has_joint_audio_loss:
             self.parts = (IMAGE_STREAM, AUDIO_STREAM)
         # columns of the tensor with a step's numbers: losses of parts, then values of features
         self.layout = RowLayout(

@@ -101,7 +101,7 @@ def _train_checkpoint(
         networks[DIT] = dit
     elif name_parts:
         reject_no_match(dit, name_parts)
-    for encoder in () if texts is None else texts.learning:
+    for encoder in () if texts is None else texts.learning_encoders:
         own_rate = parts.texts[encoder.name]
         text_rate = learning_rate if own_rate is None else own_rate
         networks[encoder.name] = encoder.network

@@ -157,7 +157,7 @@ def test_training_times_are_those_of_the_report() -> None:
 
 def test_the_network_is_fed_whole_timesteps_in_training() -> None:
     options = replace(TimestepOptions.usual(), timestep_sampling=TRUNCATED_LOGIT)
-    times = draw(options, 64, torch.Generator().manual_seed(0), noise=NOISE)
+    times = draw(options, 64, torch.Generator().manual_seed(0), noise_spec=NOISE)
     assert torch.equal(times.timesteps, times.timesteps.round())
     torch.testing.assert_close(times.timesteps, 1000 * times.sigmas)
 

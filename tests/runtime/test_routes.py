@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from runtime.run_blocks import runner_of, spec_of
 from tests.tiny.dits import DITS, TinyDit, dit_called
-from training.features.tread_runner import Route, routed
+from training.features.tread_runner import Route, bypassing_blocks
 from wan.model import WanModel
 
 SIZE = (1, 8, 8, 5)
@@ -43,7 +43,7 @@ def test_the_middle_blocks_see_half_of_the_picture_at_its_own_positions(tiny: Ti
     dit = tiny.make(4)
     seen = watch_blocks(dit)
     runner = runner_of(dit)
-    with torch.no_grad(), routed(dit, HALF):
+    with torch.no_grad(), bypassing_blocks(dit, HALF):
         dit(**tiny.inputs(SIZE, BATCH))
 
     assert runner_of(dit) == runner
@@ -72,13 +72,15 @@ def test_gradients_of_a_batch_are_those_of_its_samples(tiny: TinyDit) -> None:
     """Also of padded texts, whose lengths count the tokens that are left."""
     dit, network = tiny.with_lora(4)
     inputs = tiny.inputs(SIZE, BATCH)
-    with routed(dit, HALF):
+    with bypassing_blocks(dit, HALF):
         output = dit(**inputs)
     full = dit(**inputs)
     assert output.shape == full.shape
     assert not torch.allclose(output, full)
-    everything = replace(HALF, choose=lambda grid: torch.arange(torch.Size(grid).numel()).expand(BATCH, -1))
-    with routed(dit, everything):
+    everything = replace(
+        HALF, select_tokens=lambda grid: torch.arange(torch.Size(grid).numel()).expand(BATCH, -1)
+    )
+    with bypassing_blocks(dit, everything):
         assert torch.equal(dit(**inputs), full)
     output.square().mean().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
@@ -117,7 +119,7 @@ def test_output_and_gradient_are_those_of_plain_torch() -> None:
     weights = [*network.parameters()]
 
     expected = run_by_hand(dit, inputs)
-    with routed(dit, HALF):
+    with bypassing_blocks(dit, HALF):
         output = dit(**inputs)
 
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)

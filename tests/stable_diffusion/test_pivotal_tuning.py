@@ -34,7 +34,7 @@ from tests.stable_diffusion.test_training_step import CPU, make_batch, make_fami
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTexts
 from training.features.embedding import EmbeddingOptions
-from training.features.embedding_rows import make_word_rows
+from training.features.embedding_rows import make_word_vectors
 from training.learner import find_learner
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
@@ -62,11 +62,13 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     for lora in (network, twin):
         lora.attach()
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
-    texts = LiveTexts(encoders, taught=encoders)
+    texts = LiveTexts(encoders, word_encoders=encoders)
     texts.load(CPU)
     assert texts.networks == {}
     of_word = base.word_network(word)
-    rows = make_word_rows(word, of_word, False, texts.networks_with_new_word, seed=3, with_values=True)
+    rows = make_word_vectors(
+        word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
+    )
     learner = find_learner(family, NetworkOptions.usual())
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)

@@ -24,7 +24,7 @@ from stable_diffusion.noise import VariedNoise, make_noise_spec, read_betas
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import LossWeightOptions
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.data.live import LiveTexts
 from training.loss import NoisyBatch
 from training.noise_options import TimestepOptions
@@ -354,7 +354,7 @@ def test_a_batch_gets_the_weights_of_its_timesteps() -> None:
     batch = Batch({"latents": torch.zeros(4, 4, 1, 8, 8)}, ("",) * 4, ("",) * 4)
     times = TimestepOptions.usual(timestep_sampling="uniform", min_timestep=7, max_timestep=8)
 
-    noisy = Randomness(times, 0, noise=spec, weighted_by="nothing").add(batch, 0, 0)
+    noisy = NoiseSampler(times, 0, noise_spec=spec, weighted_by="nothing").add_noise(batch, 0, 0)
 
     assert noisy.timesteps.tolist() == [7] * 4
     torch.testing.assert_close(noisy.weights, torch.full((4,), spec.loss_factors[7]))
@@ -365,7 +365,7 @@ def test_timesteps_are_uniform_and_leave_the_upper_bound_out() -> None:
     batch = Batch({"latents": torch.zeros(6000, 4, 1, 1, 1)}, ("",) * 6000, ("",) * 6000)
     times = TimestepOptions.usual(timestep_sampling="uniform", min_timestep=10, max_timestep=16)
 
-    noisy = Randomness(times, 0, noise=spec, weighted_by="nothing").add(batch, 0, 0)
+    noisy = NoiseSampler(times, 0, noise_spec=spec, weighted_by="nothing").add_noise(batch, 0, 0)
 
     counts = torch.bincount(noisy.timesteps.long(), minlength=17)
     assert counts[:10].sum() == counts[16:].sum() == 0

@@ -15,11 +15,11 @@ from protocols.family import FLOW, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
 from protocols.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import LATENT, ToyFamily
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.teacher_errors import Split
-from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
+from training.features.teacher_passes import TeacherComparison, TeacherTarget, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
 from training.targets.passes import measure_streams, training_loss
@@ -64,7 +64,9 @@ AS_DEFAULT = AudioLearning()
 
 def drawn(batch: Batch, learning: AudioLearning = AS_DEFAULT) -> NoisyBatch:
     timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
-    return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add(batch, 3, 0)
+    return NoiseSampler(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add_noise(
+        batch, 3, 0
+    )
 
 
 def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
@@ -156,7 +158,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
         Shifted.is_base = False
 
     noisy = drawn(batch_of(True))
-    teaching = Teaching(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
     rule = LossRule(as_base=as_base, targets=[teaching.compare])
 
     image, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
@@ -188,7 +190,7 @@ def test_shifted_logit_normal_has_the_quantiles_of_its_formula(is_stretched: boo
     spec = NoiseSpec(tokens=count_tokens, shifted_logit=rule)
     for shape, mu in (((1, 2, 3, 2, 2), 0.95), ((1, 2, 4, 3), 2.05)):
         generator = torch.Generator().manual_seed(1)
-        sigmas = draw(options, count, generator, noise=spec, shape=shape).sigmas
+        sigmas = draw(options, count, generator, noise_spec=spec, shape=shape).sigmas
         numbers = torch.Generator().manual_seed(2)
         expected = torch.sigmoid(torch.randn(count, generator=numbers, dtype=torch.float64) + mu)
         if is_stretched:

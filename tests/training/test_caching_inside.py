@@ -191,7 +191,7 @@ def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) ->
 
     first, again, other = (batches(tmp_path, sources, number) for number in (0, 0, 1))
 
-    assert sources.stays
+    assert sources.must_stay_in_process
     for one, two, three in zip(first, again, other, strict=True):
         assert one.tensor("latents").shape == (1, 3, 1, 4, 4)
         assert torch.equal(one.tensor("latents"), two.tensor("latents"))

@@ -96,7 +96,7 @@ def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(tmp_path: Path) 
     with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *words)) as run:
         feed, count = run.feed.start(0, 0), run.steps.num_batches
         drawn = [next(feed).expert for _ in range(4 * count)]
-        told = [run.feed.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
+        told = [run.feed.find_expert((epoch, index)) for epoch in range(4) for index in range(count)]
     assert told == drawn
     assert set(drawn) == {0, 1}
 

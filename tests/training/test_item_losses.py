@@ -17,9 +17,9 @@ from tests.run_pages import read_run_page
 from tests.training import toy
 from training.features.item_losses_recording import (
     ItemLossRecorder,
-    _draw_items,
-    append_draws,
-    keep_draws,
+    append_losses,
+    make_thumbnails,
+    start_losses_file,
     write_images,
 )
 from training.reports.history import RunHistory
@@ -124,10 +124,10 @@ def test_the_page_has_small_pictures_of_the_files(tmp_path: Path) -> None:
     (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
     key = LatentName("a b ü", (32, 32)).file_name("toy").removesuffix(".safetensors")
 
-    images = _draw_items(table, "toy", [key, "gone_0032x0032_toy"])
+    images = make_thumbnails(table, "toy", [key, "gone_0032x0032_toy"])
     write_images(tmp_path / "output", "x", images)
-    keep_draws(tmp_path / "output", "x", process=0, session=1, step=0)
-    append_draws(tmp_path / "output", "x", 0, [ItemDraw(1, 1, key, 0.5, 1.0)])
+    start_losses_file(tmp_path / "output", "x", process=0, session=1, step=0)
+    append_losses(tmp_path / "output", "x", 0, [ItemDraw(1, 1, key, 0.5, 1.0)])
 
     section = make_section(tmp_path / "output", "x", RunHistory())
     assert section is not None

@@ -28,7 +28,7 @@ from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 from tests.training.toy import same
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
-from training.features.leco_passes import Walk, encode_pairs, leco_passes
+from training.features.leco_passes import DdpmSchedule, encode_pairs, leco_passes
 from training.loss import LossRule, NoisyBatch
 from training.targets.passes import TrainingPasses
 
@@ -157,7 +157,7 @@ def test_a_step_of_the_walk_is_that_of_diffusers(predicts_v: bool) -> None:
         clip_sample=False,
     )
     scheduler.set_timesteps(40)
-    walk = Walk(make_noise_spec(predicts_v), 40)
+    walk = DdpmSchedule(make_noise_spec(predicts_v), 40)
     x = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     output = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     for index in (0, 20, 39):

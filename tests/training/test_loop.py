@@ -23,7 +23,7 @@ from protocols.family import NoiseSpec
 from protocols.loading import Placement
 from tests.dataset.making import make_image
 from tests.training import toy
-from training.data.feed import BatchSources, Feed, Packed, Randomness, draw_given_frames
+from training.data.feed import BatchSources, Feed, NoiseSampler, PackedBatch, draw_given_frames
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
@@ -127,7 +127,9 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
         for group in (range(3), range(3, 5)):
             for index in group:
                 batch = read_batch(order.epoch(epoch)[index], toy.LATENT)
-                drawn = Randomness(options.timesteps, 3).add(batch, 5 * epoch + index, 5 * epoch + index)
+                drawn = NoiseSampler(options.timesteps, 3).add_noise(
+                    batch, 5 * epoch + index, 5 * epoch + index
+                )
                 latents = batch.tensor("latents") * toy.LATENT.scale
                 noisy = add_noise(latents, drawn.noise, drawn.sigmas)
                 velocity = dit(noisy, drawn.timesteps, batch.tensors["letters"])
@@ -234,7 +236,7 @@ def feed(
     folder: Path, *arguments: object, plan: StepPlan | None = None, process: int = 0, workers: int = 0
 ) -> Feed:
     order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", toy.LATENT).items, 3)
-    drawn = Randomness(toy.toy_options(folder, *arguments).timesteps, 3)
+    drawn = NoiseSampler(toy.toy_options(folder, *arguments).timesteps, 3)
     plan = plan or StepPlan(order.num_batches, 1, 1, 2)
     return Feed(order, BatchSources(toy.LATENT), drawn, plan, process, workers)
 
@@ -316,7 +318,7 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     batch = feed(tmp_path).read((0, 0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", reject)
 
-    found = Packed.of(batch).pin_memory().unpacked()
+    found = PackedBatch.of(batch).pin_memory().unpacked()
 
     assert torch.equal(found.noise, batch.noise)
 
@@ -374,7 +376,7 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
         number=3,
     )
 
-    packed = Packed.of(data)
+    packed = PackedBatch.of(data)
     out = packed.unpacked()
 
     assert (out.number, out.batch.captions, out.batch.keys) == (3, ("a",), ("b",))

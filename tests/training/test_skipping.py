@@ -28,12 +28,12 @@ from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.runs import make_project
 from tests.training import toy
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.features.skip import (
     BAD,
     FATAL,
-    LEAST,
     MAX_SPIKES,
+    MIN_NORMS,
     SPIKE,
     TAKEN,
     WINDOW,
@@ -72,7 +72,7 @@ def train_by_hand(folder: Path, steps: int, decide: Decide) -> tuple[dict[str, T
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)  # --lr_scheduler linear
         batch = read_batch(order.epoch(step // 5)[step % 5], toy.LATENT)
-        drawn = Randomness(options.timesteps, 3).add(batch, step, step)
+        drawn = NoiseSampler(options.timesteps, 3).add_noise(batch, step, step)
         latents = batch.tensor("latents") * toy.LATENT.scale
         noisy = add_noise(latents, drawn.noise, drawn.sigmas)
         velocity = dit(noisy, drawn.timesteps, batch.tensors["letters"])
@@ -231,16 +231,16 @@ def test_the_scale_of_fp16_stays_as_it_is(tmp_path: Path, bad: bool) -> None:
 def test_the_median_is_of_the_last_taken_steps_of_a_kind() -> None:
     progress = SkipProgress()
     skipping = Skipping(SkipOptions(skip_spikes=3.0), progress, has_scaler=False)
-    for number in range(LEAST):
+    for number in range(MIN_NORMS):
         assert skipping.judge(1.0, 1000.0, "low") == TAKEN
-        skipping.note(TAKEN, float(number), "low")
-    assert skipping.limit("low") == 3 * statistics.median(range(LEAST))
+        skipping.record(TAKEN, float(number), "low")
+    assert skipping.limit("low") == 3 * statistics.median(range(MIN_NORMS))
     assert skipping.limit("high") is None
     assert skipping.judge(1.0, 28.4, "low") == TAKEN
     assert skipping.judge(1.0, 28.6, "low") == SPIKE
     assert skipping.judge(1.0, math.inf, "low") == FATAL  # as without the option
     for number in range(300):
-        skipping.note(TAKEN, float(number), "low")
+        skipping.record(TAKEN, float(number), "low")
     assert progress.norms["low"] == [float(number) for number in range(300 - WINDOW, 300)]
 
 
@@ -260,9 +260,9 @@ def test_norms_of_two_transformers_are_not_compared(tmp_path: Path) -> None:
 def test_so_many_spikes_in_a_row_are_a_new_level() -> None:
     progress = SkipProgress()
     skipping = Skipping(SkipOptions(skip_spikes=3.0, skip_bad_steps=1), progress, has_scaler=False)
-    for _ in range(LEAST):
-        skipping.note(TAKEN, 1.0, "")
-    levels = [skipping.note(skipping.judge(1.0, 10.0, ""), 10.0, "") for _ in range(MAX_SPIKES)]
+    for _ in range(MIN_NORMS):
+        skipping.record(TAKEN, 1.0, "")
+    levels = [skipping.record(skipping.judge(1.0, 10.0, ""), 10.0, "") for _ in range(MAX_SPIKES)]
     assert levels == [*[False] * (MAX_SPIKES - 1), True]
     assert skipping.judge(1.0, 10.0, "") == TAKEN
     assert skipping.judge(math.nan, 1.0, "") == BAD

@@ -13,7 +13,7 @@ from tests.training.test_sliders import FILE, write_slider
 from tests.training.test_speed import KINDS, write_file
 from tests.training.test_targets import write_project
 from training.features.contract import EMPTY_PROMPT
-from training.features.step_targets import StepPasses
+from training.features.step_targets import PassCounts
 from training.run import train_network
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -23,21 +23,21 @@ PLAIN_SLIDER = '[[sliders]]\npositive = "longer"\nnegative = "s"\nneutral = "it"
 BLANK = ("--blank_prior_weight", 0.5)
 DELTA = ("--teacher", "dit", "--teacher_delta")
 WAYS = {
-    "plain": ((), StepPasses(), ""),
-    "guided": (("--guided_target", 3), StepPasses(1, 1), "prediction for the empty prompt, 3 times as far"),
+    "plain": ((), PassCounts(), ""),
+    "guided": (("--guided_target", 3), PassCounts(1, 1), "prediction for the empty prompt, 3 times as far"),
     "teacher": (
         ("--teacher", "base"),
-        StepPasses(1, 1),
+        PassCounts(1, 1),
         "0.5 of the loss from the model without the network",
     ),
-    "delta": (DELTA, StepPasses(1, 3), "the change by 1 LoRA in the model itself"),
-    "blank": (BLANK, StepPasses(2, 1), "for the empty prompt as the model without the network, weight 0.5"),
-    "guided blank": (("--guided_target", 3, *BLANK), StepPasses(2, 2), "3 times as far"),
-    "slider": ((), StepPasses(2, 3), "slider.toml at strength 1 and -1"),
-    "anchored slider": ((), StepPasses(4, 4), "slider.toml at strength 1 and -1"),
+    "delta": (DELTA, PassCounts(1, 3), "the change by 1 LoRA in the model itself"),
+    "blank": (BLANK, PassCounts(2, 1), "for the empty prompt as the model without the network, weight 0.5"),
+    "guided blank": (("--guided_target", 3, *BLANK), PassCounts(2, 2), "3 times as far"),
+    "slider": ((), PassCounts(2, 3), "slider.toml at strength 1 and -1"),
+    "anchored slider": ((), PassCounts(4, 4), "slider.toml at strength 1 and -1"),
     "preference": (
         ("--preference", 2000),
-        StepPasses(1, 1, size=2),
+        PassCounts(1, 1, batch_factor=2),
         "the better one of each pair, beta 2000",
     ),
 }
@@ -63,7 +63,7 @@ def test_the_passes_of_the_box_are_those_that_run(
     options = toy.toy_options(tmp_path, *words)
     assert options.features.count_passes() == passes
     assert family.passes.count(True) == 8 * passes.with_gradients
-    assert family.passes.count(False) == 8 * passes.without
+    assert family.passes.count(False) == 8 * passes.without_gradients
     (start,) = (text for text in caplog.messages if text.startswith("Training x"))
     assert train_network(family, toy.toy_options(tmp_path, *words, "--check")) == 0
     checked = " ".join(capsys.readouterr().out.split())
@@ -71,14 +71,16 @@ def test_the_passes_of_the_box_are_those_that_run(
         assert "targets:" not in start
         assert "Targets:" not in checked
         return
-    for text in (description, f"passes in a step: {passes.words}"):
+    for text in (description, f"passes in a step: {passes.description}"):
         assert text in start
         assert text in checked.replace(f"{tmp_path}/", "")
 
 
 def test_times_are_those_of_the_page() -> None:
-    assert StepPasses(1, 1).words == ("1 with gradients, 1 without: about 1.3 to 1.5 times a plain step")
-    assert StepPasses(1, 1, size=2).words == (
+    assert PassCounts(1, 1).description == (
+        "1 with gradients, 1 without: about 1.3 to 1.5 times a plain step"
+    )
+    assert PassCounts(1, 1, batch_factor=2).description == (
         "1 with gradients, 1 without of batches twice as large: about 2.7 to 3.0 times a plain step"
     )
 
@@ -111,10 +113,10 @@ def test_the_table_of_the_page_has_the_times_that_the_box_tells(tmp_path: Path) 
         lora = write_file(tmp_path, KINDS["LoRA"])
         delta = ["--teacher_delta", "--teacher_lora", lora] if "--teacher_delta" in rest else []
         options = toy.toy_options(tmp_path, f"--{option}", value, *delta)
-        low_high = re.search(r"about ([\d.]+ to [\d.]+) times", options.features.count_passes().words)
+        low_high = re.search(r"about ([\d.]+ to [\d.]+) times", options.features.count_passes().description)
         assert low_high is not None
         assert time.startswith(low_high[1]), option
         if option != "teacher":  # whose empty prompt is that of dropped captions
             assert (EMPTY_PROMPT in options.features.needs) == (needs_empty == "yes"), option
-    anchored = StepPasses(4, 4).words.partition("about ")[2].partition(" times")[0]
+    anchored = PassCounts(4, 4).description.partition("about ")[2].partition(" times")[0]
     assert f"with an anchor {anchored}" in page

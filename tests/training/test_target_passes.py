@@ -14,20 +14,20 @@ from torch.nn.functional import mse_loss
 from protocols.data import FIRST_FRAME, HAS_AUDIO, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
-from training.features.contract import KEPT
+from training.features.contract import PRESERVE_OUTPUT
 from training.features.guided import GuidedTarget, with_guided_target
 from training.features.output_preservation import preserve
 from training.features.preference_pairs import add_streams, join_pairs
 from training.features.slider_file import Slider, SliderFile
 from training.features.slider_passes import SliderTarget, slider_passes
-from training.features.teacher_errors import Split, split_errors
+from training.features.teacher_errors import Split, magnitude_direction_errors
 from training.features.teacher_passes import (
     BALANCE,
     Band,
+    TeacherComparison,
     TeacherTarget,
-    Teaching,
     teach_as_base,
-    tell_teacher,
+    with_teacher_inputs,
 )
 from training.loss import LossRule, NoisyBatch
 from training.targets.passes import TrainingPasses, loss_passes
@@ -117,7 +117,7 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
-    teaching = Teaching(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
+    teaching = TeacherComparison(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
     step = Step(targets=[teaching.compare])
     noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 
@@ -134,15 +134,17 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
     family = toy.ToyFamily(fuller=(FIRST_FRAME,))
     noisy_batch = replace(make_batch(0.5, frames=frames), given_frames=given)
 
-    assert tell_teacher(family, noisy_batch, "").given_frames == expected
+    assert with_teacher_inputs(family, noisy_batch, "").given_frames == expected
 
 
-@pytest.mark.parametrize("attributes", [(), (frozenset(), frozenset({KEPT}))])
+@pytest.mark.parametrize("attributes", [(), (frozenset(), frozenset({PRESERVE_OUTPUT}))])
 def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
     attributes: tuple[frozenset[str], ...],
 ) -> None:
     """What no sample asks for is dropped."""
-    step = Step(always_as_base=True, kept_attributes=frozenset({KEPT}), targets=[preserve])
+    step = Step(
+        always_runs_base_model=True, base_target_attributes=frozenset({PRESERVE_OUTPUT}), targets=[preserve]
+    )
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=attributes))
 
@@ -210,7 +212,7 @@ def test_the_colour_of_a_clip_is_the_mean_of_all_its_frames() -> None:
     both = torch.tensor([3.0, -1.0]).view(1, 1, 2, 1, 1)  # of two frames: 1 on average
     output = target + both
 
-    lighter = split_errors(output, target, Split(1.0, 0.0), has_channels=True)
+    lighter = magnitude_direction_errors(output, target, Split(1.0, 0.0), has_channels=True)
 
     # without the mean of 1, the frames differ by 2 and -2
     torch.testing.assert_close(lighter, torch.tensor([4.0]))

@@ -22,7 +22,7 @@ from runtime.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
-from training.features.contract import KEPT
+from training.features.contract import PRESERVE_OUTPUT
 from training.features.guided import GuidedTarget, GuidedTargetOptions, with_guided_target
 from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
@@ -34,9 +34,9 @@ from training.features.slider import SliderOptions
 from training.features.slider_file import Slider, SliderFile
 from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_options import TeacherOptions
-from training.features.teacher_passes import Band, TeacherTarget, Teaching, teach_as_base
+from training.features.teacher_passes import Band, TeacherComparison, TeacherTarget, teach_as_base
 from training.features.tread import TreadOptions, check_tread
-from training.features.tread_runner import Route, routed
+from training.features.tread_runner import Route, bypassing_blocks
 from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
@@ -171,7 +171,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         tensors,
         captions=("a",) * 4,
         keys=("a",) * 4,
-        attributes=tuple(frozenset({KEPT} if has else ()) for has in having(names, "preserved")),
+        attributes=tuple(frozenset({PRESERVE_OUTPUT} if has else ()) for has in having(names, "preserved")),
         empty_text={"letters": [torch.full((1, 1), EMPTY)] * 4},
         has_empty_text=is_empty if "has_empty_text" in names else (),
         rejected=draw(*SHAPE) if "preference" in names else None,
@@ -207,21 +207,21 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     changes: dict[str, Any] = {
         "guided": partial(with_guided_target, GUIDED),
         "mask_prior_weight": partial(compare_outside_masks, MASK_PRIOR),
-        "teacher": Teaching(TEACHER, teach_as_base).compare,
+        "teacher": TeacherComparison(TEACHER, teach_as_base).compare,
     }
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
-        kept_attributes=frozenset({KEPT}),
+        base_target_attributes=frozenset({PRESERVE_OUTPUT}),
         targets=[preserve, *(change for name, change in changes.items() if name in names)],
         passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
-        has_own_pass="preference" in names or "slider" in names,
+        replaces_default_pass="preference" in names or "slider" in names,
     )
     if "preference" in names:
         rule = replace(rule, passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
-        rule = replace(rule, learning_pass=[lambda dit, _, seed: routed(dit, route)])
+        rule = replace(rule, learning_pass=[lambda dit, _, seed: bypassing_blocks(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
@@ -380,7 +380,9 @@ def test_preserved_samples_stay_with_the_base_model_whatever_else_is_asked(name:
     """Where all samples are preserved, a loss is only what the network does differently."""
     names = (name,) if name == "preserved" else ("preserved", name)
     noisy_batch = make_batch(names)
-    preserved = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=(frozenset({KEPT}),) * 4))
+    preserved = replace(
+        noisy_batch, batch=replace(noisy_batch.batch, attributes=(frozenset({PRESERVE_OUTPUT}),) * 4)
+    )
     still = replace(preserved, batch=replace(preserved.batch, network_multiplier=0.0))
 
     loss = losses_of(names, still)
@@ -421,8 +423,8 @@ WITHOUT_SAY = {
     # of which `given` is made: tests/ltx_2/test_given.py
     | {"given_times", "crop_regions"},
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes", "given"},
-    LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes"}
-    | {"targets", "passes", "has_own_pass"}  # functions of targets
+    LossRule: {"options", "prediction", "as_base", "always_runs_base_model", "base_target_attributes"}
+    | {"targets", "passes", "replaces_default_pass"}  # functions of targets
     | {"in_lockstep", "learning_pass", "seed", "seed_networks"},
 }
 

@@ -17,7 +17,7 @@ from dataset.cache_files import write_tensors
 from modules.errors import CacheError, OptionError
 from protocols.data import LOSS_MASK
 from tests.training import toy
-from training.features.teacher_errors import Split, split_errors
+from training.features.teacher_errors import Split, magnitude_direction_errors
 from training.loss import NoisyBatch
 from training.run import prepare_run
 from training.targets.passes import loss_passes
@@ -254,11 +254,12 @@ def test_the_split_form_has_the_value_of_the_squares_at_even_weights() -> None:
     target = torch.randn(2, 3, 2, 4, 4, generator=generator)
 
     torch.testing.assert_close(
-        split_errors(output, target, Split(1.0, 1.0), has_channels=True), squares(output, target)
+        magnitude_direction_errors(output, target, Split(1.0, 1.0), has_channels=True),
+        squares(output, target),
     )
-    lighter = split_errors(output + 0.5, output, Split(1.0, 0.25), has_channels=True)
+    lighter = magnitude_direction_errors(output + 0.5, output, Split(1.0, 0.25), has_channels=True)
     torch.testing.assert_close(lighter, torch.full((2,), 0.25 * 0.25))  # a pure shift of all channels
-    heard = split_errors(output + 0.5, output, Split(1.0, 0.25), has_channels=False)
+    heard = magnitude_direction_errors(output + 0.5, output, Split(1.0, 0.25), has_channels=False)
     torch.testing.assert_close(heard, torch.full((2,), 0.25))
 
 

@@ -13,7 +13,7 @@ from protocols.rules import Expert
 from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
 from training.data.timesteps import draw, fractions_of_uniform
-from training.features.show_timesteps_drawing import timestep_statistics
+from training.features.show_timesteps_drawing import count_timesteps
 from training.features.teacher_balance import FocusBalance, find_balance
 from training.noise_options import SAMPLERS
 
@@ -42,7 +42,7 @@ def test_the_focus_is_a_mixture_with_the_draws_of_every_sampler(sampler: str) ->
 
     def levels(more: str) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        return draw(options(words + more), 100_000, generator, noise=noise, shape=shape).sigmas
+        return draw(options(words + more), 100_000, generator, noise_spec=noise, shape=shape).sigmas
 
     default, focused = levels(""), levels(" --timestep_focus 0.3 --timestep_focus_range 200 450")
     for low, high in ((0.0, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.0)):
@@ -73,7 +73,7 @@ def test_each_of_two_experts_gets_its_levels_with_a_focus() -> None:
 def test_a_model_with_a_table_of_levels_counts_places_in_it() -> None:
     noise = NoiseSpec(table=tuple(float(place) for place in range(1000)))
     made = options("--timestep_sampling uniform --timestep_focus 0.999 --timestep_focus_range 300 301")
-    times = draw(made, 50, torch.Generator().manual_seed(1), noise=noise)
+    times = draw(made, 50, torch.Generator().manual_seed(1), noise_spec=noise)
 
     assert (times.timesteps == 300).sum() >= 48
 
@@ -138,7 +138,7 @@ def test_wrong_values_of_the_focus_are_explained(words: str, message: str) -> No
 
 
 def test_the_picture_of_the_draws_shows_the_focus() -> None:
-    counts, _ = timestep_statistics(options("--timestep_focus 0.5 --timestep_focus_range 100 200"), 1, 10)
+    counts, _ = count_timesteps(options("--timestep_focus 0.5 --timestep_focus_range 100 200"), 1, 10)
 
     assert float(counts[100:200].sum() / counts.sum()) == pytest.approx(0.55, abs=0.01)
 

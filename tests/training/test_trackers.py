@@ -41,7 +41,7 @@ def options(words: str = "", **paths: Path) -> TrackerOptions:
 def make_logs(given: TrackerOptions, total_steps: int, first_step: int = 0, **settings: Any) -> Logs:
     """The report of a run with trackers. settings: of these."""
     accelerator = make_accelerator(PLAIN)
-    trackers = Trackers(accelerator, given, started=STARTED, **settings)
+    trackers = Trackers(accelerator, given, start_time=STARTED, **settings)
     return Logs(accelerator, total_steps, first_step, recorders=[trackers])
 
 

@@ -12,7 +12,7 @@ import yaml
 from modules.errors import OptionError
 from protocols.rules import ModelRelease
 from tests.training.toy import metadata_of, toy_options, train_toy, write_caches
-from training.features.uploads_hub import Uploads, download_state, make_uploads, may_replace, write_card
+from training.features.uploads_hub import Uploads, can_replace_card, download_state, make_uploads, write_card
 from training.features.uploads_options import UploadOptions
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
@@ -106,7 +106,7 @@ def test_hostile_text_stays_text() -> None:
     assert "](" not in text.replace("[Wan-AI/Wan2.1-T2V-1.3B](https://huggingface.co/", "")
     assert text.count("<!--") == text.count("-->") == 1  # the mark at the end
     assert not [code for code in card if code != "\n" and (ord(code) < 32 or code == "\u2028")]
-    assert may_replace(card, card)
+    assert can_replace_card(card, card)
 
 
 def test_a_card_names_the_files_of_both_transformers() -> None:
@@ -130,7 +130,7 @@ def test_a_card_names_the_files_of_both_transformers() -> None:
     ids=["unchanged", "line ends", "earlier run", "edited", "other file", "by hand", "empty"],
 )
 def test_only_an_unchanged_card_of_the_same_file_is_replaced(existing: str, expected: bool) -> None:
-    assert may_replace(existing, card_of()) is expected
+    assert can_replace_card(existing, card_of()) is expected
 
 
 class FakeRepository:

@@ -28,8 +28,8 @@ from training.learning_options import FullDitOptions
 from training.options import TrainingOptions, read_training
 
 FUSED = ("--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--optimizer_type", "adafactor")
-KEPT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
-BF16 = ("--mixed_precision", "bf16", "--learning_rate", "1e-2", *FUSED, *KEPT)
+PRESERVE_OUTPUT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
+BF16 = ("--mixed_precision", "bf16", "--learning_rate", "1e-2", *FUSED, *PRESERVE_OUTPUT)
 DAILY = "krea2"
 NAMES = (
     *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),

@@ -47,7 +47,9 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
-MAX_KEPT = 50_000  # with at most so many items in an epoch, workers are kept for the next epochs
+MAX_ITEMS_OF_KEPT_WORKERS = (
+    50_000  # with at most so many items in an epoch, workers are kept for the next epochs
+)
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
@@ -66,9 +68,9 @@ class BatchSources:
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
     stores: Stores = field(default_factory=Stores)
     tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
-    media: EncodesImages | None = None  # None: all latents are cached
+    image_encoder: EncodesImages | None = None  # None: all latents are cached
     # whether batches must be made in the training process, because workers have no encoder or memory caches
-    stays: bool = False
+    must_stay_in_process: bool = False
     # the empty prompt for one sample; empty if it comes from caches
     empty_text: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -83,7 +85,7 @@ class BatchSources:
         reads_empty: bool = False,
         reads_rejected: bool = False,
     ) -> Batch:
-        """Read a batch; encode those of its images that are not cached.
+        """Read the caches of a batch, and encode those of its images that are not cached.
 
         Args:
             items: Items of the batch.
@@ -100,9 +102,9 @@ class BatchSources:
             MediaError: If an image that is encoded now cannot be read.
             DatasetError: If the size of an image has changed since the items were listed.
         """
-        encoded = {} if self.media is None else self.media.encode(items, *stream)
-        # items that were just encoded are already flipped
-        flips_left = [flip and index not in encoded for index, flip in enumerate(flips)]
+        encoded = {} if self.image_encoder is None else self.image_encoder.encode(items, *stream)
+        # images that were just encoded are already flipped
+        cache_flips = [flip and index not in encoded for index, flip in enumerate(flips)]
         batch = read_batch(
             items,
             self.latent,
@@ -110,7 +112,7 @@ class BatchSources:
             checks=checks,
             captions=captions,
             stores=self.stores,
-            flips=flips_left,
+            flips=cache_flips,
             undropped=undropped,
             encoded=encoded,
             reads_empty=reads_empty and not self.empty_text,
@@ -123,17 +125,17 @@ class BatchSources:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """A micro-batch whose tensors are packed into one byte tensor, to send it between processes.
 
     One tensor is faster, because the receiver opens a connection to the sender for each tensor.
     """
 
-    outline: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
-    content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
+    meta_batch: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
+    packed_bytes: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
 
     @classmethod
-    def of(cls, noisy_batch: NoisyBatch) -> "Packed":
+    def of(cls, noisy_batch: NoisyBatch) -> "PackedBatch":
         """Copy all tensors of a micro-batch into one byte tensor, and record their shapes in the outline."""
         pieces: list[Tensor] = []
 
@@ -142,46 +144,46 @@ class Packed:
             pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
             return torch.empty_like(tensor, device="meta")
 
-        outline = noisy_batch.moved(pack)
-        return cls(outline, torch.cat(pieces))
+        meta_batch = noisy_batch.moved(pack)
+        return cls(meta_batch, torch.cat(pieces))
 
-    def pin_memory(self) -> "Packed":
+    def pin_memory(self) -> "PackedBatch":
         """Copy into page-locked memory, if the driver can lock some. The data loader calls this."""
-        return Packed(self.outline, pin(self.content))
+        return PackedBatch(self.meta_batch, pin(self.packed_bytes))
 
     def unpacked(self) -> NoisyBatch:
         """Restore the micro-batch. Its tensors are views of `content`."""
         start = 0
 
-        def take_view(outline: Tensor) -> Tensor:
+        def take_view(meta_batch: Tensor) -> Tensor:
             nonlocal start
-            piece = self.content[start : start + outline.nbytes]
-            start += outline.nbytes + -outline.nbytes % ALIGNMENT
-            return piece.view(outline.dtype).view(outline.shape)
+            piece = self.packed_bytes[start : start + meta_batch.nbytes]
+            start += meta_batch.nbytes + -meta_batch.nbytes % ALIGNMENT
+            return piece.view(meta_batch.dtype).view(meta_batch.shape)
 
-        return self.outline.moved(take_view)
+        return self.meta_batch.moved(take_view)
 
 
 @dataclass(frozen=True)
-class Randomness:
-    """Settings for drawing the noise and timesteps of each micro-batch from the run's seed."""
+class NoiseSampler:
+    """Draw the noise and timesteps of each micro-batch from the run's seed."""
 
     timesteps: TimestepOptions
     seed: int
-    noise: NoiseSpec = FLOW
+    noise_spec: NoiseSpec = FLOW
     latent: LatentSpec | None = None  # used by `NoiseSpec.vary` only
     experts: tuple[Expert, ...] = ONE_EXPERT
-    # functions of shape, seed and number of a micro-batch that return additional noise of the input
-    on_noise: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
+    # functions of shape, seed and number of a micro-batch that return noise for the input alone
+    perturbations: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     audio: AudioLearning | None = None  # None: the family has no sound
     # functions of this object and a drawn micro-batch that return the micro-batch to use instead
-    on_batch: Sequence[Callable[["Randomness", NoisyBatch], NoisyBatch]] = ()
+    batch_hooks: Sequence[Callable[["NoiseSampler", NoisyBatch], NoisyBatch]] = ()
     view: str = ""  # additional conditions of a feature, as `Batch.view`
-    sentences: Sequence[str] = ()  # replace captions: one is drawn for each sample
+    caption_choices: Sequence[str] = ()  # replace captions: one is drawn for each sample
 
-    def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
-        """Draw noise and timesteps for micro-batch `number` of the run.
+    def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
+        """Return micro-batch `number` of the run with its noise, timesteps, loss weights and conditions.
 
         Args:
             batch: The batch.
@@ -190,68 +192,65 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        if self.noise.vary is not None:  # the family changes the noise in its own way
-            noise = self._vary(noise, batch, number)
+        if self.noise_spec.vary is not None:
+            noise = self._change_noise(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
-        given_frames = 0
-        if self.noise.first_frame_probability:
-            given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        num_clean_frames = 0
+        if self.noise_spec.first_frame_probability:
+            num_clean_frames = draw_given_frames(self.noise_spec, shape[2], self.seed, "given frames", number)
         audio = None
-        if self.audio is not None:
-            audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
         weights = self._weigh(batch, times)
         if self.audio is not None:
+            audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
             weights = self.audio.image_weight * weights
-        if self.audio is not None and self.audio.given == IMAGE_STREAM:
-            # only audio is trained: images are given clean, so that their sigmas and weights are 0
-            weights = zeros = torch.zeros(len(batch))
-            times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
-        if self.sentences:  # they replace the captions
-            batch = self._draw_captions(batch, number)
-        if self.noise.vary_inputs is not None:  # the family changes conditions anew at each step
-            batch = self._vary_inputs(batch, number)
-        drawn = NoisyBatch(
+            learns_audio_alone = self.audio.given == IMAGE_STREAM
+            if learns_audio_alone:  # images stay clean and have no loss
+                weights = zeros = torch.zeros(len(batch))
+                times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
+        batch = self._change_conditions(batch, number)
+        noisy_batch = NoisyBatch(
             batch=batch,
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=weights,
-            given_frames=given_frames,
+            given_frames=num_clean_frames,
             expert=times.expert,
-            perturbation=self._perturb(shape, number) if self.on_noise else None,
+            perturbation=self._draw_perturbation(shape, number) if self.perturbations else None,
             audio=audio,
             number=number,
             levels=tuple(times.levels.tolist()),
         )
-        if self.noise.gives is not None:  # some latents stay clean, as conditions
+        if self.noise_spec.gives is not None:  # some latents stay clean, as conditions
             generator = seed_generator(self.seed, "given tokens", number)
-            drawn = replace(drawn, given=self.noise.gives.draw(batch, generator))
-        for change in self.on_batch:
-            drawn = change(self, drawn)
-        return drawn
+            noisy_batch = replace(noisy_batch, given=self.noise_spec.gives.draw(batch, generator))
+        for change_batch in self.batch_hooks:
+            noisy_batch = change_batch(self, noisy_batch)
+        return noisy_batch
 
-    def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
+    def _change_noise(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the noise as modified for training, for example by an offset."""
-        assert self.noise.vary is not None  # checked by the caller
+        assert self.noise_spec.vary is not None  # checked by the caller
         assert self.latent is not None  # set for every family that varies its noise
         latents = self.latent.to_model(batch.tensor("latents"))
-        return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
+        return self.noise_spec.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
-    def _draw_captions(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with each caption replaced by a randomly drawn sentence."""
-        stream = random.Random(derive_seed(self.seed, "sentences", number))
-        return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
-
-    def _vary_inputs(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with its additional inputs randomly changed by `NoiseSpec.vary_inputs`."""
-        assert self.noise.vary_inputs is not None  # checked by the caller
-        generator = seed_generator(self.seed, "varied inputs", number)
-        return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
+    def _change_conditions(self, batch: Batch, number: int) -> Batch:
+        """Return the batch with conditions that the run or the family draws anew for each micro-batch."""
+        if self.caption_choices:
+            rng = random.Random(derive_seed(self.seed, "sentences", number))
+            captions = tuple(rng.choice(self.caption_choices) for _ in batch.captions)
+            batch = replace(batch, captions=captions)
+        if self.noise_spec.vary_inputs is not None:
+            generator = seed_generator(self.seed, "varied inputs", number)
+            tensors = self.noise_spec.vary_inputs(batch.tensors, self.view, generator)
+            batch = replace(batch, tensors=tensors)
+        return batch
 
     def _add_audio(
         self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
     ) -> NoisyAudio | None:
-        """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
+        """Draw the noise and the timesteps of a batch's audio; None if no sample has audio.
 
         Args:
             learning: What the run learns of sound, with its weight in the loss.
@@ -264,13 +263,14 @@ class Randomness:
         if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        if learning.given == AUDIO_STREAM:  # clean, and not learned
+        learns_images_alone = learning.given == AUDIO_STREAM
+        if learns_images_alone:  # the audio stays clean and has no loss
             zeros = torch.zeros(len(batch))
             return NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         else:
-            times = times_of_audio(times, self.noise)
+            times = times_of_audio(times, self.noise_spec)
         weights = learning.audio_weight * self._weigh(batch, times) * has_sound
         return NoisyAudio(
             noise=noise,
@@ -280,17 +280,17 @@ class Randomness:
             levels=tuple(times.levels.tolist()),
         )
 
-    def _perturb(self, shape: torch.Size, number: int) -> Tensor:
+    def _draw_perturbation(self, shape: torch.Size, number: int) -> Tensor:
         """Draw the noise that features add to the input, summed over all features."""
-        return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.on_noise))
+        return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.perturbations))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
         """Return the weight of each sample's loss, B."""
         weights = torch.ones(len(batch))
         if self.weighted_by != NOTHING:
-            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
-        if self.noise.loss_factors:
-            weights = weights * torch.tensor(self.noise.loss_factors)[times.timesteps.long()]
+            weights = loss_weights(self.timesteps, times, exact_sigmas=self.weighted_by == SIGMA)
+        if self.noise_spec.loss_factors:
+            weights = weights * torch.tensor(self.noise_spec.loss_factors)[times.timesteps.long()]
         return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
 
     def draw(
@@ -313,7 +313,7 @@ class Randomness:
             generator,
             seed=self.seed,
             first_sample=first_sample,
-            noise=self.noise,
+            noise_spec=self.noise_spec,
             shape=shape,
             experts=self.experts,
         )
@@ -346,12 +346,12 @@ class Feed:
 
     order: BatchOrder
     sources: BatchSources
-    randomness: Randomness
+    noise_sampler: NoiseSampler
     plan: StepPlan
     process: int = 0
     workers: int = 0  # requested number; at most one per CPU is used
     pin_memory: bool = False
-    reads_dropped: bool = False  # dropped captions are read too, for passes that use them
+    reads_undropped: bool = False  # dropped captions are read too, for passes that use them
     reads_empty: bool = False  # the empty prompt is read too, for targets that need it
     # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
     table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
@@ -365,48 +365,49 @@ class Feed:
         epoch. If epochs are long, workers end with each epoch, because every worker would hold its own copy
         of the next order.
         """
-        epochs_per_start = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
-        # workers cannot read sources with an encoder, or caches in memory, of this process
-        max_workers = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
-        for first_epoch in range(epoch, self.plan.num_epochs, max(epochs_per_start, 1)):
+        keeps_workers = self.order.num_items <= MAX_ITEMS_OF_KEPT_WORKERS
+        epochs_per_start = max(self.plan.num_epochs, 1) if keeps_workers else 1
+        max_workers = 0 if self.sources.must_stay_in_process else min(self.workers, os.cpu_count() or 1)
+        for first_epoch in range(epoch, self.plan.num_epochs, epochs_per_start):
             first_position = position if first_epoch == epoch else 0
             keys = self.plan.keys(self.process, first_epoch, first_position, epochs_per_start)
-            first_keys = [*itertools.islice(keys, max_workers)]  # no more workers than micro-batches
-            if first_keys:
+            first_keys = [*itertools.islice(keys, max_workers)]
+            num_workers = len(first_keys)  # no more workers than micro-batches
+            if num_workers:
                 self.order.epoch(first_epoch)  # computed here, so that workers inherit it
-                read = self._from_workers(itertools.chain(first_keys, keys), len(first_keys))
+                noisy_batches = self._read_in_workers(itertools.chain(first_keys, keys), num_workers)
             else:
-                batches = map(self.read, keys)
-                read = (batch.moved(pin) if self.pin_memory else batch for batch in batches)
-            with contextlib.closing(read):
-                for noisy_batch in read:
+                unpinned = map(self.read, keys)
+                noisy_batches = (batch.moved(pin) if self.pin_memory else batch for batch in unpinned)
+            with contextlib.closing(noisy_batches):
+                for noisy_batch in noisy_batches:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
                         self.sources.encoders.warn(noisy_batch.batch.made_by)
                     yield noisy_batch
 
-    def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
+    def _read_in_workers(self, keys: Iterable[Key], num_workers: int) -> Generator[NoisyBatch]:
         """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
-        ending = multiprocessing.Event()  # tells the workers that no more batches are wanted
-        loader: DataLoader[Packed | UserError] = DataLoader(
+        workers_may_end = multiprocessing.Event()  # set once no more batches are needed
+        loader: DataLoader[PackedBatch | UserError] = DataLoader(
             self,  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
-            num_workers=workers,
+            num_workers=num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=functools.partial(_start_worker, ending),
+            worker_init_fn=functools.partial(_start_worker, workers_may_end),
         )
         try:
             for packed in loader:
-                if isinstance(packed, UserError):  # returned, as torch re-raises errors only as text
+                if isinstance(packed, UserError):  # see `__getitem__`
                     raise packed
                 yield packed.unpacked()
         finally:
-            ending.set()
+            workers_may_end.set()
 
-    def __getitem__(self, key: Key) -> Packed | UserError:
+    def __getitem__(self, key: Key) -> PackedBatch | UserError:
         """Return a micro-batch or its error, because DataLoader re-raises a worker's error only as text."""
         try:
-            return Packed.of(self.read(key))
+            return PackedBatch.of(self.read(key))
         except UserError as error:
             return error
 
@@ -417,15 +418,15 @@ class Feed:
             CacheError: If a cache cannot be used; the message contains the caching command.
         """
         epoch, index = key
-        number = epoch * self.order.num_batches + index
+        number = epoch * self.order.num_batches + index  # of the micro-batch in the run
         items = self.order.epoch(epoch)[index]
-        seed, plan = self.randomness.seed, self.plan
+        seed, plan = self.noise_sampler.seed, self.plan
         captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
             flips = select_sides(items, seed, number)
         undropped: Sequence[int] = ()
-        if self.reads_dropped:
+        if self.reads_undropped:
             undropped = select_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(
             items,
@@ -439,53 +440,52 @@ class Feed:
         )
         if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
             batch = batch.without_references()
-        # tables with live captions: these are shuffled and dropped here, in a way that depends on the step
-        if self.sources.tables:
-            # the first micro-batch of this one's group: both belong to the same optimizer step
-            step = plan.steps_until(epoch, index - index % plan.group_size)
+        if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
+            first_of_step = index - index % plan.group_size
+            step = plan.steps_until(epoch, first_of_step)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
-        randomness, first_sample = self._make_randomness(key)
-        return randomness.add(batch, number, first_sample)
+        noise_sampler, first_sample = self._sampler_of_batch(key)
+        return noise_sampler.add_noise(batch, number, first_sample)
 
-    def _make_randomness(self, key: Key) -> tuple[Randomness, int]:
-        """Return the random settings of a micro-batch, and the number of samples drawn before it.
+    def _sampler_of_batch(self, key: Key) -> tuple[NoiseSampler, int]:
+        """Return the sampler for a micro-batch, and the number of samples drawn before it.
 
-        If tables have their own timesteps, samples are counted separately for each group of tables.
+        If tables have their own timesteps, each group of tables has its own sampler and count.
         """
         if not self.table_times:
-            return self.randomness, self.order.items_before(*key)
+            return self.noise_sampler, self.order.items_before(*key)
         epoch, index = key
         group = self.order.epoch(epoch)[index][0].table.batch_group
-        randomness = replace(self.randomness, timesteps=self.table_times[group])
-        return randomness, self.order.group_items_before(epoch, index)
+        noise_sampler = replace(self.noise_sampler, timesteps=self.table_times[group])
+        return noise_sampler, self.order.group_items_before(epoch, index)
 
     def has_sound(self, key: Key) -> bool:
         """Return whether any clip of a micro-batch has audio, without reading files."""
         epoch, index = key
         return any(item.has_sound for item in self.order.epoch(epoch)[index])
 
-    def expert_of(self, key: Key) -> int:
+    def find_expert(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch trains, without reading any file."""
         epoch, index = key
-        if len(self.randomness.experts) == 1:
+        if len(self.noise_sampler.experts) == 1:
             return 0
         number = epoch * self.order.num_batches + index
         items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
-        randomness, first_sample = self._make_randomness(key)
-        return randomness.draw(len(items), number, first_sample, shape).expert
+        noise_sampler, first_sample = self._sampler_of_batch(key)
+        return noise_sampler.draw(len(items), number, first_sample, shape).expert
 
 
-def _start_worker(ending: Event, _: int) -> None:
+def _start_worker(workers_may_end: Event, _: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker, because the main process first finishes its step.
 
     Args:
-        ending: Event that is set when the workers are not needed any more; SIGTERM then ends them.
+        workers_may_end: Event that is set when the workers are not needed any more; SIGTERM then ends them.
         _: Index of the worker, unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":
         signal.signal(signal.SIGBREAK, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if workers_may_end.is_set() else None)

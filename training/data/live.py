@@ -35,10 +35,11 @@ class LiveTexts:
     """Text encoders that run during training; outputs of other text encoders are cached."""
 
     encoders: Sequence[TextEncoder]
-    learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in the family's order
-    able: Sequence[str] = ()  # LoRA prefixes of all trainable encoders, in the order of --text_encoder_lr
-    taught: Sequence[WithNetwork] = ()  # encoders that learn the vectors of a new word
-    adds_empty: bool = False  # batches also get the empty prompt, for targets that need it
+    learning_encoders: Sequence[LearningEncoder] = ()  # encoders that are trained, or get a LoRA
+    # LoRA prefixes of all trainable encoders, in the order of --text_encoder_lr
+    trainable_prefixes: Sequence[str] = ()
+    word_encoders: Sequence[WithNetwork] = ()  # encoders that learn the vectors of a new word
+    adds_empty_prompt: bool = False  # batches also get the empty prompt, for targets that need it
 
     @property
     def keys(self) -> frozenset[str]:
@@ -46,17 +47,18 @@ class LiveTexts:
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
-        """Load all encoders with frozen weights.
+        """Load all encoders with frozen weights; the caller adds what is trained in them.
 
         Args:
             device: Device of the run.
-            blocks: Splits the blocks of encoders that are not trained over processes.
+            blocks: Splits the blocks of encoders that are not trained over processes; None: none.
         """
         for encoder in self.encoders:
-            if blocks is not None and can_divide(encoder) and not self._learns(encoder):
+            is_frozen = not self._is_trained(encoder)
+            if blocks is not None and can_divide(encoder) and is_frozen:
                 encoder.blocks = blocks
             encoder.load(device)
-        for encoder in self.changing:
+        for encoder in self.trained_encoders:
             encoder.network.requires_grad_(False)
         if names := " and ".join(encoder.name for encoder in self.encoders):
             logger.info("Captions are encoded while training, by %s.", names)
@@ -67,19 +69,19 @@ class LiveTexts:
             encoder.free()
 
     @property
-    def changing(self) -> list["WithNetwork"]:
+    def trained_encoders(self) -> list["WithNetwork"]:
         """Return the encoders whose outputs change during training, in the order of use."""
-        return [cast(WithNetwork, encoder) for encoder in self.encoders if self._learns(encoder)]
+        return [cast(WithNetwork, encoder) for encoder in self.encoders if self._is_trained(encoder)]
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """Return the trained networks by the prefix of their names in LoRA files. Call `load` first."""
-        return {encoder.lora_prefix: encoder.network for encoder in self.learning}
+        return {encoder.lora_prefix: encoder.network for encoder in self.learning_encoders}
 
     @property
     def networks_with_new_word(self) -> dict[str, nn.Module]:
         """Return the text encoder networks that learn a new word, by the names of the encoders."""
-        return {encoder.name: encoder.network for encoder in self.taught}
+        return {encoder.name: encoder.network for encoder in self.word_encoders}
 
     def networks_for(self, is_embedding: bool) -> dict[str, nn.Module]:
         """Return `networks_with_new_word` if a new word is trained alone, else `networks`."""
@@ -98,7 +100,7 @@ class LiveTexts:
                 rows = [conditions[name] for conditions in encoded]
                 tensors[name] = stack_texts(rows, name in encoder.variable_length)
         batch = replace(batch, tensors=tensors)
-        return self._add_empty(batch) if self.adds_empty else batch
+        return self._add_empty(batch) if self.adds_empty_prompt else batch
 
     def _add_empty(self, batch: Batch) -> Batch:
         """Return the batch with `empty_text` set to the outputs of these encoders for the empty prompt."""
@@ -112,7 +114,7 @@ class LiveTexts:
         are_empty = tuple(not caption for caption in batch.captions)
         return replace(batch, empty_text=empty_text, has_empty_text=are_empty if any(are_empty) else ())
 
-    def renew(
+    def encode_again(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
         """Return the encoded texts of a sample, with the outputs of trained encoders computed again.
@@ -124,28 +126,31 @@ class LiveTexts:
             encoded: Outputs of all encoders for these texts, by section.
         """
         with torch.no_grad():
-            return {section: self._renew(prompts, encoded[section]) for section, prompts in texts.items()}
+            return {
+                section: self._encode_prompts_again(prompts, encoded[section])
+                for section, prompts in texts.items()
+            }
 
-    def _renew(self, texts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
-        renewed: dict[str, dict[str, Tensor | list[Tensor]]] = {}
+    def _encode_prompts_again(self, texts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
+        encoded_again: dict[str, dict[str, Tensor | list[Tensor]]] = {}
         for name in ("positive", "negative", "blank", "nag"):
             text, conditions = getattr(texts, name), getattr(encoded, name)
             if text is not None and conditions is not None:
-                renewed[name] = dict(conditions)
-                for encoder in self.changing:
-                    renewed[name] |= encoder.encode([text])[0]
-        return replace(encoded, **renewed)
+                encoded_again[name] = dict(conditions)
+                for encoder in self.trained_encoders:
+                    encoded_again[name] |= encoder.encode([text])[0]
+        return replace(encoded, **encoded_again)
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
-        if self._learns(encoder):
+        if self._is_trained(encoder):
             return encoder.encode(prompts)
         with torch.no_grad():
             if can_divide(encoder) and encoder.blocks is not None:
                 return take_turns(encoder.encode, prompts)
             return encoder.encode(prompts)
 
-    def _learns(self, encoder: TextEncoder) -> bool:
-        return any(encoder is learner for learner in (*self.learning, *self.taught))
+    def _is_trained(self, encoder: TextEncoder) -> bool:
+        return any(encoder is trained for trained in (*self.learning_encoders, *self.word_encoders))
 
 
 def stack_texts(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:

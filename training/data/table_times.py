@@ -12,17 +12,17 @@ from dataset.timestep_keys import SHIFT_KEY, TIMESTEP_KEYS
 from modules.errors import DatasetError, OptionError
 from protocols.family import Family, NoiseSpec
 from protocols.rules import ONE_EXPERT, Expert
-from training.data.timesteps import check_reaches, is_reached
+from training.data.timesteps import can_reach_expert, check_experts_reached
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 
-def list_trained(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
+def list_training_tables(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
     """Return the tables that are trained on: all except those for validation."""
     return [table for table in tables if not table.validation]
 
 
-def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
-    """Return the timestep options for the items of a table.
+def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
+    """Return the timestep options for the items of a table: the run's, replaced by keys of the table.
 
     Raises:
         DatasetError: If keys of the table and options contradict each other.
@@ -31,12 +31,12 @@ def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOpt
         return options
     low = options.min_timestep if table.min_timestep is None else table.min_timestep
     high = options.max_timestep if table.max_timestep is None else table.max_timestep
-    shift = options.flow_shift if table.discrete_flow_shift is None else table.discrete_flow_shift
+    flow_shift = options.flow_shift if table.discrete_flow_shift is None else table.discrete_flow_shift
     has_window = table.min_timestep is not None or table.max_timestep is not None
     if has_window and options.timestep_focus is not None:
         raise DatasetError(
-            f"{table.name}: {_keys_in_words(table)} with --timestep_focus {options.timestep_focus:g}: a "
-            "window leaves levels out, and a focus draws from all of them, from some more often. Leave out "
+            f"{table.name}: {_describe_table_keys(table)} with --timestep_focus {options.timestep_focus:g}: "
+            "a window leaves levels out, and a focus draws from all of them, from some more often. Leave out "
             "one of the two"
         )
     if has_window and low is not None and high is not None and low >= high:
@@ -44,55 +44,57 @@ def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOpt
             f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
             "the options of the training, and nothing lies between. Give the table both keys"
         )
-    return replace(options, min_timestep=low, max_timestep=high, flow_shift=shift)
+    return replace(options, min_timestep=low, max_timestep=high, flow_shift=flow_shift)
 
 
-def times_by_group(options: TimestepOptions, tables: Sequence[DatasetTable]) -> Mapping[int, TimestepOptions]:
+def timestep_options_by_group(
+    options: TimestepOptions, tables: Sequence[DatasetTable]
+) -> Mapping[int, TimestepOptions]:
     """Return the timestep options of each group of tables that share batches; empty if no table has its own.
 
     The keys are the numbers of the groups (`DatasetTable.batch_group`).
     """
-    trained = list_trained(tables)
+    trained = list_training_tables(tables)
     if not any(table.has_own_timesteps for table in trained):
         return {}
-    return {table.batch_group: times_of_table(options, table) for table in trained}
+    return {table.batch_group: timestep_options_of_table(options, table) for table in trained}
 
 
-def list_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
+def list_timestep_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
     """Return all different timestep options of a run; those of the run if no table has its own."""
-    return [*dict.fromkeys(times_by_group(options, tables).values())] or [options]
+    return [*dict.fromkeys(timestep_options_by_group(options, tables).values())] or [options]
 
 
-def group_tables(
+def group_tables_by_timesteps(
     options: TimestepOptions, tables: Sequence[DatasetTable]
 ) -> Mapping[TimestepOptions, Sequence[DatasetTable]]:
     """Group the trained tables by their timestep options; empty if no table has its own."""
     grouped: dict[TimestepOptions, list[DatasetTable]] = {}
-    if times_by_group(options, tables):
-        for table in list_trained(tables):
-            grouped.setdefault(times_of_table(options, table), []).append(table)
+    if timestep_options_by_group(options, tables):
+        for table in list_training_tables(tables):
+            grouped.setdefault(timestep_options_of_table(options, table), []).append(table)
     return grouped
 
 
-def check_times(options: TimestepOptions, tables: Sequence[DatasetTable], family: Family) -> None:
+def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], family: Family) -> None:
     """Raise DatasetError or OptionError if noise levels of a table or of the options cannot be trained."""
-    noise, experts = family.noise, family.experts
-    for table in list_trained(tables):
+    noise_spec, experts = family.noise, family.experts
+    for table in list_training_tables(tables):
         if table.has_own_timesteps:
-            _check_table(options, table, noise, experts)
-    several = list_times(options, tables)
+            _check_table(options, table, noise_spec, experts)
+    options_of_tables = list_timestep_options(options, tables)
     if options.timestep_focus is not None:
         _check_focus(options, experts)
     if len(experts) > 1 or experts[0].lowest > 0:
-        check_reaches(several, noise, experts)
+        check_experts_reached(options_of_tables, noise_spec, experts)
 
 
 def _check_table(
-    options: TimestepOptions, table: DatasetTable, noise: NoiseSpec, experts: Sequence[Expert]
+    options: TimestepOptions, table: DatasetTable, noise_spec: NoiseSpec, experts: Sequence[Expert]
 ) -> None:
-    """Raise DatasetError if a table's own shift has no effect, or if no expert is trained in its window."""
+    """Raise DatasetError if a table's shift has no effect, or no expert is trained between its timesteps."""
     sampler = options.timestep_sampling
-    if table.discrete_flow_shift is not None and not takes_shift(options, noise):
+    if table.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
         why = "has no shift"
         if options.follows_size:
             why = "takes its shift from the size of each item"
@@ -100,17 +102,17 @@ def _check_table(
             f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
             f"{why}. Leave the key out, or use --timestep_sampling shift"
         )
-    times = times_of_table(options, table)  # the run's options with the table's window and shift
-    if any(is_reached(times, noise, expert) for expert in experts):
+    table_options = timestep_options_of_table(options, table)
+    if any(can_reach_expert(table_options, noise_spec, expert) for expert in experts):
         return
     if tuple(experts) == ONE_EXPERT:
         raise DatasetError(
-            f"{table.name}: {_keys_in_words(table)}: --timestep_sampling {sampler} draws no level there. "
-            "Widen the window, or leave out --preserve_distribution_shape"
+            f"{table.name}: {_describe_table_keys(table)}: --timestep_sampling {sampler} draws no level "
+            "there. Widen the window, or leave out --preserve_distribution_shape"
         )
     lowest = min(expert.lowest for expert in experts)
     raise DatasetError(
-        f"{table.name}: {_keys_in_words(table)}: only levels from {lowest:g} on are trained (the "
+        f"{table.name}: {_describe_table_keys(table)}: only levels from {lowest:g} on are trained (the "
         f"{experts[0].words}), and this table has none of them. Widen its window, leave the table out, or "
         "train both transformers"
     )
@@ -126,13 +128,13 @@ def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
         )
 
 
-def takes_shift(options: TimestepOptions, noise: NoiseSpec) -> bool:
+def takes_shift(options: TimestepOptions, noise_spec: NoiseSpec) -> bool:
     """Return whether --discrete_flow_shift affects the drawn timesteps."""
     sampler = options.timestep_sampling
-    return sampler == "shift" or (sampler == "sigma" and noise.table_is_shifted)
+    return sampler == "shift" or (sampler == "sigma" and noise_spec.table_is_shifted)
 
 
-def _keys_in_words(table: DatasetTable) -> str:
+def _describe_table_keys(table: DatasetTable) -> str:
     values = {name: getattr(table, name) for name in TIMESTEP_KEYS}
     return " and ".join(f"{name} = {value:g}" for name, value in values.items() if value is not None)
 
@@ -140,7 +142,7 @@ def _keys_in_words(table: DatasetTable) -> str:
 def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[str]:
     """Return one line on noise levels for each trained table; empty if no table sets its own."""
     lines = []
-    for times, grouped in group_tables(options, tables).items():
+    for times, grouped in group_tables_by_timesteps(options, tables).items():
         text = f"{times.lowest} to {times.highest}"
         if times.timestep_sampling == "sigma" and times.has_window:
             text += " counted from the noisy end"
@@ -150,21 +152,22 @@ def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> 
     return sorted(lines)
 
 
-def list_replaced(
+def explain_ignored_options(
     options: TimestepOptions, tables: Sequence[DatasetTable], validates_between: bool = False
 ) -> dict[str, str]:
-    """Return why timestep options have no effect, by option.
+    """Return the timestep options that have no effect in a run, each with the reason.
 
     Args:
         options: Options of the run.
         tables: Tables of the dataset.
         validates_between: Whether a validation measures between --min_timestep and --max_timestep.
     """
-    trained = list_trained(tables)
+    training_tables = list_training_tables(tables)
     reasons: dict[str, str] = {}
+    # a validation needs the bounds of the timesteps even if each trained table has its own
     for name in (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS:
-        if trained and all(getattr(table, name) is not None for table in trained):
+        if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"
-    if not any(times.has_window for times in list_times(options, tables)):
+    if not any(times.has_window for times in list_timestep_options(options, tables)):
         reasons["preserve_distribution_shape"] = "there is neither --min_timestep nor --max_timestep"
     return reasons

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +27,12 @@ from training.noise_options import (
     RARE_STD,
     SHIFTED_LOGIT,
     SIZE_SHIFTS,
-    TRUNCATED_LOGIT,
     TimestepOptions,
 )
 
-SCAN = 10_000  # evenly spaced numbers u that are tried to find the part of a sampler that is accepted
+NUM_SCANNED_DRAWS = (
+    10_000  # evenly spaced numbers u that are tried to find the part of a sampler that is accepted
+)
 _IDEOGRAM_SIDE = 16 / 512  # a token is 16 pixels wide, and Ideogram 4's shift is 1 at 512 pixels
 _IDEOGRAM_TOKENS = (256, 16384)  # tokens of images with sides of 256 and 2048 pixels
 _FOUR_PIXELS = (1, 1, 1, 2, 2)  # shape of latents, B C F H W, that are one token in most models
@@ -53,7 +55,7 @@ def draw(
     generator: torch.Generator,
     seed: int = 0,
     first_sample: int | None = None,
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     shape: Sequence[int] = (),
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Timesteps:
@@ -71,7 +73,7 @@ def draw(
         generator: Generator on the CPU, made for this micro-batch.
         seed: Seed of the run; used with --num_timestep_buckets only.
         first_sample: Number of samples drawn before this micro-batch; used with --num_timestep_buckets only.
-        noise: Noise conventions of the family.
+        noise_spec: Noise conventions of the family.
         shape: Shape of the latents, B C F H W, for a shift that depends on the size.
         experts: Experts of the run. A level belongs to the expert that runs there in generation; levels below
             the lowest expert are not trained.
@@ -80,69 +82,84 @@ def draw(
         OptionError: If the sampler draws almost nothing between --min_timestep and --max_timestep, or in the
             range of an expert.
     """
-    flow_shift = find_shift(options, noise, shape)
-    lowest = min(experts, key=lambda expert: expert.lowest)
-    uniform = functools.partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    # no draw is rejected
-    accepts_all = not options.preserve_distribution_shape and lowest.lowest <= 0
-    low, high = 0.0, 1.0  # range of the uniform numbers
-    if not accepts_all:
-        any_expert = replace(lowest, highest=math.inf)  # covers the ranges of all experts
-        low, high = find_accepted_range(options, noise, flow_shift, any_expert)
-
-    # fractions are noise levels from 0 (clean) to 1, which samplers compute from uniform numbers u
-    def fractions_between(u: Tensor, low: float, high: float) -> Tensor:
-        return fractions_of_uniform(options, low + u * (high - low), noise, flow_shift)
-
-    def draw_again(fractions: Tensor, expert: Expert, low: float, high: float) -> Tensor:
-        """Replace samples that the expert does not accept, until all are accepted."""
-        while True:
-            fits = is_accepted(options, fractions, noise, expert)
-            if fits.all():
-                return fractions
-            fractions = torch.where(fits, fractions, fractions_between(uniform(), low, high))
-
-    u = uniform()
+    flow_shift = find_shift(options, noise_spec, shape)
+    lowest_expert = min(experts, key=lambda expert: expert.lowest)
+    any_expert = replace(lowest_expert, highest=math.inf)  # covers the ranges of all experts
+    accepts_all_draws = not options.preserve_distribution_shape and lowest_expert.lowest <= 0
+    low, high = 0.0, 1.0  # range of the uniform numbers u
+    if not accepts_all_draws:
+        low, high = find_accepted_range(options, noise_spec, flow_shift, any_expert)
+    u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if options.num_timestep_buckets is not None:
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
-        u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    fractions = fractions_between(u, low, high)
-    if not accepts_all:
-        fractions = draw_again(fractions, any_expert, low, high)
+        u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
+    fractions = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
+    redraw_rejected = functools.partial(
+        _redraw_rejected, options, noise_spec=noise_spec, flow_shift=flow_shift, generator=generator
+    )
+    if not accepts_all_draws:
+        fractions = redraw_rejected(fractions, any_expert)
     if len(experts) == 1:
-        return times_at(options, fractions, noise)
+        return times_at(options, fractions, noise_spec)
     first_level = NUM_TIMESTEPS * float(fractions[0])
-    index = _select_expert(first_level, experts, options=options, noise=noise, flow_shift=flow_shift)
-    expert = experts[index]
-    fractions = draw_again(fractions, expert, *find_accepted_range(options, noise, flow_shift, expert))
-    return replace(times_at(options, fractions, noise), expert=index)
+    index = _select_expert(
+        first_level, experts, options=options, noise_spec=noise_spec, flow_shift=flow_shift
+    )
+    fractions = redraw_rejected(fractions, experts[index])
+    return replace(times_at(options, fractions, noise_spec), expert=index)
+
+
+def _redraw_rejected(
+    options: TimestepOptions,
+    fractions: Tensor,
+    expert: Expert,
+    *,
+    noise_spec: NoiseSpec,
+    flow_shift: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw the noise fractions that the expert does not accept again, until it accepts all of them."""
+    low, high = find_accepted_range(options, noise_spec, flow_shift, expert)
+    while True:
+        accepted = is_accepted(options, fractions, noise_spec, expert)
+        if accepted.all():
+            return fractions
+        u = torch.rand(len(fractions), generator=generator, dtype=torch.float64)
+        redrawn = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
+        fractions = torch.where(accepted, fractions, redrawn)
 
 
 def _select_expert(
-    level: float, experts: Sequence[Expert], *, options: TimestepOptions, noise: NoiseSpec, flow_shift: float
+    level: float,
+    experts: Sequence[Expert],
+    *,
+    options: TimestepOptions,
+    noise_spec: NoiseSpec,
+    flow_shift: float,
 ) -> int:
-    """Return the index of the expert of a noise level.
+    """Return the index of the expert that runs at a noise level.
 
-    If the range or the shift of a table leaves an expert less than one of SCAN draws, which is too few to
-    fill a batch, the other expert gets the batch.
+    If the timestep options leave this expert less than one of NUM_SCANNED_DRAWS, which is too few to fill a
+    batch, the first expert with more draws is returned instead.
     """
     index = expert_at(level, experts)
-    # experts that the run's distribution reaches at all
-    with_draws = [
+    indices_with_draws = [
         expert_index
         for expert_index, expert in enumerate(experts)
-        if _has_draws(options, noise, flow_shift=flow_shift, expert=expert)
+        if _has_draws(options, noise_spec, flow_shift=flow_shift, expert=expert)
     ]
-    return index if index in with_draws or not with_draws else with_draws[0]
+    if index in indices_with_draws or not indices_with_draws:
+        return index
+    return indices_with_draws[0]
 
 
 @functools.cache
-def _has_draws(options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert) -> bool:
-    return len(scan(options, noise, flow_shift, expert)[0]) > 0
+def _has_draws(options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: float, expert: Expert) -> bool:
+    return len(scan_draws(options, noise_spec, flow_shift, expert).u) > 0
 
 
-def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
+def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[int]) -> float:
     """Return the shift for sampling timesteps: --discrete_flow_shift, or e^mu if it depends on the size.
 
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
@@ -153,24 +170,24 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     """
     if not options.follows_size:
         return options.flow_shift
-    if noise.tokens is None:
+    if noise_spec.tokens is None:
         raise OptionError(
             f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
             "size. "
             "Use shift with --discrete_flow_shift"
         )
     # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
-    if options.timestep_sampling == "flux2_shift" and noise.tokens(_FOUR_PIXELS) != 4:
+    if options.timestep_sampling == "flux2_shift" and noise_spec.tokens(_FOUR_PIXELS) != 4:
         raise OptionError(
             "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
             "which counts the tokens of this model"
         )
-    tokens = noise.tokens(shape)
+    tokens = noise_spec.tokens(shape)
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
-        return _require_shifted_logit(noise).shift(tokens)
-    return size_shift(tokens, *_mu_line_of(options))
+        return _require_shifted_logit(noise_spec).shift(tokens)
+    return size_shift(tokens, *_mu_points_of(options))
 
 
 def ideogram_shift(tokens: int) -> float:
@@ -182,12 +199,12 @@ def ideogram_shift(tokens: int) -> float:
     return math.sqrt(tokens) * _IDEOGRAM_SIDE
 
 
-def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
-    assert noise.shifted_logit is not None, "only scripts of models that have it offer this sampler"
-    return noise.shifted_logit
+def _require_shifted_logit(noise_spec: NoiseSpec) -> ShiftedLogit:
+    assert noise_spec.shifted_logit is not None, "only scripts of models that have it offer this sampler"
+    return noise_spec.shifted_logit
 
 
-def _mu_line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
+def _mu_points_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
     """Return the two (tokens, mu) points of `SIZE_SHIFTS` that define the line of the sampler's mu."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
@@ -197,7 +214,9 @@ def _mu_line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int,
     return SIZE_SHIFTS[sampler]
 
 
-def fractions_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def fractions_of_uniform(
+    options: TimestepOptions, u: Tensor, noise_spec: NoiseSpec, flow_shift: float
+) -> Tensor:
     """Apply `noise_fractions` to uniform numbers, or to their normal quantiles if the sampler takes those.
 
     --timestep_focus P with a range from LOW to HIGH (in thousandths) makes a mixture: numbers u below P
@@ -205,27 +224,31 @@ def fractions_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, 
     (u - P) / (1 - P). The range refers to final noise levels, after any shift of the sampler.
     """
     if options.timestep_focus is not None:
-        return _focus_fractions(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
-    return sample_fractions(options, u, noise, flow_shift)
+        return _focus_fractions(
+            options, options.timestep_focus, u.double(), noise_spec, flow_shift=flow_shift
+        )
+    return sample_fractions(options, u, noise_spec, flow_shift)
 
 
-def sample_fractions(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def sample_fractions(options: TimestepOptions, u: Tensor, noise_spec: NoiseSpec, flow_shift: float) -> Tensor:
     """Map uniform numbers to noise fractions with the sampler, without --timestep_focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
-    return noise_fractions(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+    return noise_fractions(
+        options, torch.special.ndtri(u) if takes_normal_draws(options) else u, noise_spec, flow_shift
+    )
 
 
 def _focus_fractions(
-    options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
+    options: TimestepOptions, focus: float, u: Tensor, noise_spec: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
     """Map uniform numbers `u` to noise fractions with --timestep_focus, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise, flow_shift)
+    unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise_spec, flow_shift)
     return torch.where(u < focus, in_range, unfocused)
 
 
-def takes_normal(options: TimestepOptions) -> bool:
+def takes_normal_draws(options: TimestepOptions) -> bool:
     """Return whether the sampler maps a normally distributed number, not a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {
@@ -237,37 +260,42 @@ def takes_normal(options: TimestepOptions) -> bool:
     }
 
 
-def noise_fractions(options: TimestepOptions, draws: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return the noise fraction t, or the position in the family's table of noise levels: B float64, 0..1.
+def noise_fractions(
+    options: TimestepOptions, draws: Tensor, noise_spec: NoiseSpec, flow_shift: float
+) -> Tensor:
+    """Map random draws to noise fractions with the sampler of --timestep_sampling: B float64, 0..1.
+
+    For a family with a table of noise levels, the fractions are positions in the table.
 
     Args:
         options: Options of the run.
-        draws: Random draws, B: standard normal if `takes_normal`, else uniform in 0..1.
-        noise: Noise conventions of the family.
+        draws: Random draws, B: standard normal if `takes_normal_draws`, else uniform in 0..1.
+        noise_spec: Noise conventions of the family.
         flow_shift: Shift from `find_shift`.
     """
     match options.timestep_sampling:
         case "sigma":  # applies the bounds of the timesteps itself
-            return _from_table(options, draws, noise)
+            return _sample_sigma_timesteps(options, draws, noise_spec)
         case "uniform":
             t = draws
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * draws)
-        case name if name == "shift" or name in SIZE_SHIFTS:
+        case "shift" | "flux_shift" | "flux2_shift" | "qwen_shift" | "krea2_shift":
             t = shift_sigmas(torch.sigmoid(options.sigmoid_scale * draws), flow_shift)
-        case name if name == IDEOGRAM_SHIFT:
+        case "ideogram4_shift":
             t = shift_sigmas(torch.sigmoid(IDEOGRAM_SCALE * draws), flow_shift)
-        case "qinglong_flux" | "qinglong_qwen":
-            t = _sample_mixture(options, draws, flow_shift)
         case "nextdit_shift":
             t = shift_sigmas(draws.clamp(min=1e-7), flow_shift)
-        case "shifted_logit_normal":
-            t = _shifted_logit_normal(_require_shifted_logit(noise), draws, options.sigmoid_scale, flow_shift)
         case "logsnr":
             t = _from_logsnr(options.logit_mean, options.logit_std, draws)
-        case name if name == TRUNCATED_LOGIT:
-            assert noise.cut_logit is not None, "only scripts of models that have it offer this sampler"
-            t = _truncated_logit_normal(noise.cut_logit, draws)
+        case "qinglong_flux" | "qinglong_qwen":
+            t = _sample_mixture(options, draws, flow_shift)
+        case "shifted_logit_normal":
+            rule = _require_shifted_logit(noise_spec)
+            t = _shifted_logit_normal(rule, draws, options.sigmoid_scale, flow_shift)
+        case "cut_logit_normal":
+            assert noise_spec.cut_logit is not None, "only scripts of models that have it offer this sampler"
+            t = _truncated_logit_normal(noise_spec.cut_logit, draws)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
     # squeeze all draws into the bounds; otherwise the caller rejects those outside
@@ -276,7 +304,7 @@ def noise_fractions(options: TimestepOptions, draws: Tensor, noise: NoiseSpec, f
     return t
 
 
-def times_at(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
+def times_at(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSpec = FLOW) -> Timesteps:
     """Return sigmas and timesteps at these noise fractions.
 
     Without a table, the sigma is the fraction after the family's base shift, and the timestep is 1000 sigma
@@ -285,42 +313,42 @@ def times_at(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLO
     Args:
         options: Options of the run.
         fractions: Fractions of noise, B, 0..1; for a family with a table of sigmas, positions in the table.
-        noise: Noise conventions of the family.
+        noise_spec: Noise conventions of the family.
     """
-    if noise.table:
+    if noise_spec.table:
         # the fraction t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
         entries = (NUM_TIMESTEPS * fractions.double() - ROUNDING_TOLERANCE).ceil() - 1
         indices = entries.clamp(0, NUM_TIMESTEPS - 1).long()
-        sigmas = torch.tensor(noise.table)[indices]
+        sigmas = torch.tensor(noise_spec.table)[indices]
         return Timesteps(sigmas, indices.float(), levels=sigmas)
     # the sampler `sigma` already draws whole timesteps, and needs no offset
-    offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
+    offset = 0 if options.timestep_sampling == "sigma" else noise_spec.training_offset
     shifted = fractions.double()
-    if noise.base_shift != 1:
-        shifted = shift_sigmas(shifted, noise.base_shift)
+    if noise_spec.base_shift != 1:
+        shifted = shift_sigmas(shifted, noise_spec.base_shift)
     timesteps = NUM_TIMESTEPS * shifted + offset
-    timesteps = (timesteps + ROUNDING_TOLERANCE).floor() if noise.integer_timesteps else timesteps
+    timesteps = (timesteps + ROUNDING_TOLERANCE).floor() if noise_spec.integer_timesteps else timesteps
     return Timesteps(shifted.float(), timesteps.float(), levels=fractions.float())
 
 
-def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
+def times_of_audio(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
     """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
-    if noise.audio_shift == 1:
+    if noise_spec.audio_shift == 1:
         return times
     # computed from the levels, because sigmas of images near 1 have lost digits
-    sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.audio_shift)
-    timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
+    sigmas = shift_sigmas(times.levels.double(), noise_spec.base_shift * noise_spec.audio_shift)
+    timesteps = NUM_TIMESTEPS * sigmas + noise_spec.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
 
 
-def is_in_range(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
+def is_in_range(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSpec = FLOW) -> Tensor:
     """Return a mask of the noise fractions between --min_timestep and --max_timestep: B bool.
 
     For the sampler `sigma` these bounds count from the noisy end.
     """
     fractions = fractions.float().double()
     if options.timestep_sampling == "sigma":
-        if noise.table_is_shifted:
+        if noise_spec.table_is_shifted:
             fractions = shift_sigmas(fractions, 1 / options.flow_shift)
         index = (NUM_TIMESTEPS - NUM_TIMESTEPS * fractions).round()
         return (index >= options.lowest) & (index < options.highest)
@@ -328,7 +356,7 @@ def is_in_range(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = 
     return (timesteps >= options.lowest) & (timesteps <= options.highest)
 
 
-def is_accepted(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec, expert: Expert) -> Tensor:
+def is_accepted(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSpec, expert: Expert) -> Tensor:
     """Return which drawn noise levels may be used, B bool.
 
     A level must lie in the range of the expert and, with --preserve_distribution_shape, between the minimum
@@ -337,17 +365,17 @@ def is_accepted(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec, e
     Args:
         options: Options of the timestep distribution.
         fractions: Fraction of noise of each draw, B, 0..1.
-        noise: Noise conventions of the family.
+        noise_spec: Noise conventions of the family.
         expert: The network that the batch trains, with its range of timesteps.
     """
     levels = NUM_TIMESTEPS * fractions.double()
     fits = (levels >= expert.lowest) & (levels < expert.highest)
-    return fits & is_in_range(options, fractions, noise) if options.preserve_distribution_shape else fits
+    return fits & is_in_range(options, fractions, noise_spec) if options.preserve_distribution_shape else fits
 
 
 @functools.cache
 def find_accepted_range(
-    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
+    options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[float, float]:
     """Return the smallest range of u that contains all accepted draws, slightly widened.
 
@@ -356,99 +384,120 @@ def find_accepted_range(
     Raises:
         OptionError: If no draw is accepted.
     """
-    accepted, _ = scan(options, noise, flow_shift, expert)
-    is_table = options.timestep_sampling == "sigma"
-    if not len(accepted) and expert.name:
-        raise OptionError(
-            f"no timestep of this run reaches the {expert.words}, which is trained from {expert.lowest:g} "
-            f"{'on' if expert.highest == math.inf else f'to {expert.highest:g}'}: of {SCAN} draws of "
-            f"--timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
-            "or change --min_timestep, --max_timestep, --discrete_flow_shift (or the dataset's keys of these "
-            "names) or --timestep_boundary"
-            + (". This sampler counts the first two from the noisy end" if is_table else "")
-        )
+    accepted = scan_draws(options, noise_spec, flow_shift, expert).u
     if not len(accepted):
-        raise OptionError(
-            f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "
-            "--timestep_sampling "
-            f"{options.timestep_sampling} none lies between. Widen the range or leave out "
-            "--preserve_distribution_shape."
+        raise _explain_no_draws(options, expert)
+    margin = 1 / NUM_SCANNED_DRAWS
+    return max(0.0, float(accepted.min()) - margin), min(1.0, float(accepted.max()) + margin)
+
+
+def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
+    """Return the error for a sampler that draws no noise level in an expert's range, or in the bounds."""
+    if not expert.name:
+        return OptionError(
+            f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {NUM_SCANNED_DRAWS} draws "
+            f"of --timestep_sampling {options.timestep_sampling} none lies between. Widen the range or leave "
+            "out --preserve_distribution_shape."
         )
-    return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
+    counts_from_noisy_end = options.timestep_sampling == "sigma"
+    return OptionError(
+        f"no timestep of this run reaches the {expert.words}, which is trained from {expert.lowest:g} "
+        f"{'on' if expert.highest == math.inf else f'to {expert.highest:g}'}: of {NUM_SCANNED_DRAWS} draws "
+        f"of --timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
+        "or change --min_timestep, --max_timestep, --discrete_flow_shift (or the dataset's keys of these "
+        "names) or --timestep_boundary"
+        + (". This sampler counts the first two from the noisy end" if counts_from_noisy_end else "")
+    )
 
 
 def spread_evenly() -> Tensor:
-    """Return SCAN evenly spread numbers between 0 and 1, float64."""
-    return (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+    """Return NUM_SCANNED_DRAWS evenly spread numbers between 0 and 1, float64."""
+    return (torch.arange(NUM_SCANNED_DRAWS, dtype=torch.float64) + 0.5) / NUM_SCANNED_DRAWS
 
 
-def scan(
-    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
-) -> tuple[Tensor, Tensor]:
-    """Map SCAN evenly spaced numbers u to noise fractions; return the accepted u and their fractions."""
+class AcceptedDraws(NamedTuple):
+    """The draws among NUM_SCANNED_DRAWS evenly spaced ones that an expert accepts."""
+
+    u: Tensor  # uniform numbers, 0..1
+    fractions: Tensor  # noise fractions that the sampler makes of them
+
+
+def scan_draws(
+    options: TimestepOptions, noise_spec: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
+) -> AcceptedDraws:
+    """Map evenly spaced numbers u to noise fractions with the sampler; return the accepted ones."""
     u = spread_evenly()
-    fractions = fractions_of_uniform(options, u, noise, flow_shift)
-    fits = is_accepted(options, fractions, noise, expert)
-    return u[fits], fractions[fits]
+    fractions = fractions_of_uniform(options, u, noise_spec, flow_shift)
+    accepted = is_accepted(options, fractions, noise_spec, expert)
+    return AcceptedDraws(u[accepted], fractions[accepted])
 
 
-def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tuple[float, float]:
+def find_level_range(
+    options_of_tables: Sequence[TimestepOptions], noise_spec: NoiseSpec
+) -> tuple[float, float]:
     """Estimate the lowest and the highest noise level that a run draws, in thousandths.
 
     Args:
-        several: Timestep options of each table, which may differ.
-        noise: Noise conventions of the family.
+        options_of_tables: Timestep options of each table, which may differ.
+        noise_spec: Noise conventions of the family.
     """
-    drawn = []
-    for options in several:
+    fractions_of_tables = []
+    for options in options_of_tables:
         # 1 stands for shifts that follow the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
-        drawn.append(scan(options, noise, flow_shift)[1])  # fractions of evenly spaced, accepted draws
-    fractions = torch.cat(drawn)
+        fractions_of_tables.append(scan_draws(options, noise_spec, flow_shift).fractions)
+    fractions = torch.cat(fractions_of_tables)
     if not len(fractions):
         return 0.0, 0.0
     return NUM_TIMESTEPS * float(fractions.min()), NUM_TIMESTEPS * float(fractions.max())
 
 
-def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:
+def can_reach_expert(options: TimestepOptions, noise_spec: NoiseSpec, expert: Expert) -> bool:
     """Return whether the timestep options draw any noise level within an expert's range.
 
     If the shift depends on the image size, its smallest and its largest value are tried.
     """
-    return any(len(scan(options, noise, shift, expert)[0]) for shift in _list_shifts(options))
+    return any(
+        len(scan_draws(options, noise_spec, shift, expert).u) for shift in _list_extreme_shifts(options)
+    )
 
 
-def _list_shifts(options: TimestepOptions) -> list[float]:
+def _list_extreme_shifts(options: TimestepOptions) -> list[float]:
     """Return the flow shift, or for samplers that depend on the size, the smallest and the largest shift."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
         return [options.flow_shift]
-    return [math.exp(mu) for _, mu in _mu_line_of(options)]
+    return [math.exp(mu) for _, mu in _mu_points_of(options)]
 
 
-def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts: Sequence[Expert]) -> None:
+def check_experts_reached(
+    options_of_tables: Sequence[TimestepOptions], noise_spec: NoiseSpec, experts: Sequence[Expert]
+) -> None:
     """Raise OptionError if an expert would never be trained.
 
     Args:
-        several: Timestep options of each table, which may differ.
-        noise: Noise conventions of the family.
+        options_of_tables: Timestep options of each table, which may differ.
+        noise_spec: Noise conventions of the family.
         experts: Networks of the model, with their noise levels.
     """
     for expert in experts:
-        if not any(is_reached(options, noise, expert) for options in several):
-            find_accepted_range(several[0], noise, _list_shifts(several[0])[0], expert)
+        if not any(can_reach_expert(options, noise_spec, expert) for options in options_of_tables):
+            options = options_of_tables[0]
+            find_accepted_range(options, noise_spec, _list_extreme_shifts(options)[0], expert)  # raises
 
 
-def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
+def loss_weights(options: TimestepOptions, times: Timesteps, exact_sigmas: bool = False) -> Tensor:
     """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    Timesteps are rounded to 1..1000. With `exactly`, the noise fraction is used unrounded but is at least a
-    thousandth, because some weights divide by it.
+    They depend on the timesteps, rounded to 1..1000, or with `exact_sigmas` on the sigmas, which are at least
+    a thousandth because some weights divide by them.
     """
-    # noise in thousandths
-    counted = NUM_TIMESTEPS * times.sigmas.double() if exactly else times.timesteps.double().round()
-    sigmas = counted.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
+    if exact_sigmas:
+        thousandths = NUM_TIMESTEPS * times.sigmas.double()
+    else:
+        thousandths = times.timesteps.double().round()
+    sigmas = thousandths.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
     match options.weighting_scheme:
         case "sigma_sqrt":
             weights = sigmas**-2
@@ -465,15 +514,14 @@ def _from_logsnr(mean: float, std: float, draws: Tensor) -> Tensor:
 
 
 def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) -> Tensor:
-    """Return t from a mixture of samplers: the uniform number of each sample selects one of them.
+    """Return the noise fractions t of a mixture of samplers, B, from uniform `draws`, B.
 
-    The number's position within the range of the selected sampler is uniform too, so it is that sampler's
-    input.
+    Each sampler has an interval of 0..1, as long as its share of the draws. A draw selects the sampler in
+    whose interval it lies; its position in the interval is a uniform number again, the sampler's input.
     """
     t = torch.zeros_like(draws)
-    start = 0.0
+    start = 0.0  # of the sampler's interval
     for sampler, share in MIXTURES[options.timestep_sampling]:
-        # position within this sampler's part of 0..1, as a uniform number
         uniform = ((draws - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(uniform)
         match sampler:
@@ -483,50 +531,48 @@ def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) 
                 drawn = _from_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
                 drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
-        # samplers that follow replace this one's values from their own start on
         t = torch.where(draws >= start, drawn, t)
         start += share
     return t
 
 
-def _shifted_logit_normal(
-    rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float
-) -> Tensor:
-    """Return the noise fractions t of the sampler shifted_logit_normal, B, from `uniform_numbers`, B.
+def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shift: float) -> Tensor:
+    """Return the noise fractions t of the sampler shifted_logit_normal, B, from uniform numbers u, B.
 
-    The lowest of these numbers select the uniform share of the draws, the others the shifted logit-normal.
+    1. t is the shifted sigmoid of the normal quantile of u.
+    2. If stretched, the 0.5 % and 99.9 % quantiles of t become 0 and 1, and values below the minimum are
+       mirrored at it.
+    3. If stretched, the lowest u, a fraction of `uniform_share`, become uniform t instead.
     """
-    uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
+    if not rule.is_stretched:
+        return _logit_normal(u.clamp(1e-9, 1 - 1e-9), scale, flow_shift)
+    share = rule.uniform_share
+    t = _logit_normal(((u - share) / (1 - share)).clamp(1e-9, 1 - 1e-9), scale, flow_shift)
+    low, high = _logit_normal(torch.tensor([0.005, 0.999], dtype=torch.float64), scale, flow_shift)
+    t = (t - low) / (high - low)
+    t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)
+    uniform_t = rule.minimum + (1 - rule.minimum) * u / max(share, 1e-9)
+    return torch.where(u < share, uniform_t, t)
 
-    # ndtri maps quantiles to standard normal numbers
-    def logit(quantiles: Tensor) -> Tensor:
-        return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
-    # the clamp keeps the quantiles off 0 and 1, whose normal numbers are infinite
-    t = logit(((uniform_numbers - uniform_fraction) / (1 - uniform_fraction)).clamp(1e-9, 1 - 1e-9))
-    if rule.is_stretched:
-        # stretch t so that these two quantiles become 0 and 1; values below the minimum are mirrored
-        low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
-        t = (t - low) / (high - low)
-        t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)
-        uniform = rule.minimum + (1 - rule.minimum) * uniform_numbers / max(uniform_fraction, 1e-9)
-        t = torch.where(uniform_numbers < uniform_fraction, uniform, t)
-    return t
+def _logit_normal(quantiles: Tensor, scale: float, flow_shift: float) -> Tensor:
+    """Return the shifted sigmoid of the normal numbers with these quantiles, which lie between 0 and 1."""
+    return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
 
 def _truncated_logit_normal(rule: CutLogit, draws: Tensor) -> Tensor:
     """Map uniform `draws`, B, to noise levels of cut_logit_normal, whole thousandths above 0."""
-    uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
+    share = rule.uniform_share  # the lowest draws, this fraction of them, become uniform levels
     cut = torch.tensor(rule.cut, dtype=torch.float64)
     below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution
-    quantiles = ((draws - uniform) / (1 - uniform) * below_cut).clamp(1e-12, 1 - 1e-12)
+    quantiles = ((draws - share) / (1 - share) * below_cut).clamp(1e-12, 1 - 1e-12)
     t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(quantiles)) / rule.cut
-    t = torch.where(draws < uniform, draws / max(uniform, 1e-9), t)
+    t = torch.where(draws < share, draws / max(share, 1e-9), t)
     return (NUM_TIMESTEPS * t).ceil().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
 
 
-def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Tensor:
-    """Return t of the sampler `sigma`: it draws an index into 1000 ... 1, to which the bounds apply."""
+def _sample_sigma_timesteps(options: TimestepOptions, draws: Tensor, noise_spec: NoiseSpec) -> Tensor:
+    """Return t of --timestep_sampling sigma: 1, 0.999, ... 0.001, at an index drawn within the bounds."""
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * draws)
@@ -534,16 +580,16 @@ def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Te
             u = 1 - draws - options.mode_scale * (torch.cos(math.pi * draws / 2) ** 2 - 1 + draws)
         case _:
             u = draws
-    low, high = (
-        (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
-    )
+    low, high = 0, NUM_TIMESTEPS
+    if not options.preserve_distribution_shape:
+        low, high = options.lowest, options.highest
     # as sd-scripts does: index 0 is the noisiest entry, so that bounds count from the noisy end
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
     sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
-    return shift_sigmas(sigmas, options.flow_shift) if noise.table_is_shifted else sigmas
+    return shift_sigmas(sigmas, options.flow_shift) if noise_spec.table_is_shifted else sigmas
 
 
-def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
+def _stratify(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
     """Stratify uniform numbers: move each u into one of `num_buckets` equal intervals of 0..1.
 
     Every `num_buckets` consecutive samples use each interval once, in an order seeded by (seed, round).

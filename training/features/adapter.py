@@ -30,7 +30,7 @@ class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT
 
 
 def _check_targets(run: "RunFeatures") -> None:
-    kept = [target.option for target in run.targets if target.replaces_clip]
+    kept = [target.option for target in run.targets if target.replaces_velocity]
     if kept:
         raise OptionError(
             f"--make_adapter with {kept[0]}: an adapter has to unlearn what the model was distilled for, and "
@@ -53,7 +53,7 @@ def _join(run: "RunFeatures", options: AdapterOptions) -> None:
             "To train one on, give it as --network_weights"
         )
     _check_targets(run)
-    run.keeps_steps = True
+    run.keeps_few_step_ability = True
     run.info.in_files["adapter_data"] = options.make_adapter
     run.info.targets.append("what the model was distilled for is unlearned: a training adapter")
     run.on.plan.append(partial(_note_base, run))

@@ -101,7 +101,7 @@ def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
     if high_noise is not None:
         high_noise.multipliers()
     # a LoRA that undoes a distillation may be among them
-    run.keeps_steps = run.keeps_steps or bool(options.base_weights)
+    run.keeps_few_step_ability = run.keeps_few_step_ability or bool(options.base_weights)
     run.merge = partial(_read_merged, options)
     run.on.check.append(partial(_check, options))
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, FeatureOptions
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
-    from training.targets.passes import Streams, TrainingPasses
+    from training.targets.passes import StreamErrors, TrainingPasses
 
 
 class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
@@ -34,23 +34,25 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
         return self.blank_prior_weight or 0.0
 
 
-def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> "Iterator[Streams]":
-    """Yield the weighted errors between network and base model for the empty prompt.
+def blank_pass(
+    weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch"
+) -> "Iterator[StreamErrors]":
+    """Yield the weighted error between the network and the base model, both with the empty prompt.
 
     Masks apply only to the loss against the clip, so all positions count here.
     """
-    from training.targets.passes import measure_plainly, without_masks  # torch: only with this target
+    from training.targets.passes import measure_errors, without_masks  # torch: only with this target
 
     blank = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
-    target = passes.base(blank)
-    passes.restart(noisy_batch)
-    errors = measure_plainly(passes, passes.learning(blank), target, without_masks(blank))
-    passes.restart(noisy_batch)
+    target = passes.predict_base_model(blank)
+    passes.reset_network_seed(noisy_batch)
+    errors = measure_errors(passes, passes.predict_with_gradients(blank), target, without_masks(blank))
+    passes.reset_network_seed(noisy_batch)
     yield tuple(weight * error for error in errors)
 
 
 def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
-    """Let a run keep the base model's prediction for the empty prompt, in a second pass of each step."""
+    """Register --blank_prior_weight: a second pass keeps the base model's prediction for the empty prompt."""
     if run.options.is_fused:
         raise OptionError(
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
@@ -58,8 +60,8 @@ def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
         )
     target = StepTarget(
         option=f"--blank_prior_weight {options.weight:g}",
-        words=f"for the empty prompt as the model without the network, weight {options.weight:g}",
-        passes=StepPasses(with_gradients=1, without=1),
+        description=f"for the empty prompt as the model without the network, weight {options.weight:g}",
+        passes=PassCounts(with_gradients=1, without_gradients=1),
     )
     run.targets.append(target)
     run.needs.add(EMPTY_PROMPT)

@@ -109,7 +109,7 @@ def begin_run(
 
 def _reject_targets(targets: Sequence[StepTarget]) -> None:
     """Raise OptionError if one of several targets cannot be combined with another one."""
-    replacing = [target.option for target in targets if target.replaces_clip]
+    replacing = [target.option for target in targets if target.replaces_velocity]
     if len(replacing) > 1:
         raise OptionError(
             f"{replacing[0]} and {replacing[1]} are two answers to one question: what to learn in place of "
@@ -117,8 +117,9 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
         )
     for target in targets:
         others = [other.option for other in targets if other is not target]
-        if target.alone and others:
-            raise OptionError(f"{target.option} with {others[0]}: {target.alone}. Leave out one of the two")
+        if target.reason_to_exclude_others and others:
+            reason = target.reason_to_exclude_others
+            raise OptionError(f"{target.option} with {others[0]}: {reason}. Leave out one of the two")
 
 
 def _note_unused(tables: "Sequence[DatasetTable]") -> None:

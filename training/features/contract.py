@@ -59,7 +59,7 @@ NO_DATASET = "no dataset, as what is learned comes from prompts"
 LIVE_MEDIA = "images that are encoded at each step"
 
 # key in `custom_attributes` of a table: the target of its samples is the base model's prediction
-KEPT = "diff_output_preservation"
+PRESERVE_OUTPUT = "diff_output_preservation"
 
 # key in an option's facts: a sentence on how it helps against a NaN or infinite loss or norm
 AGAINST_BAD_STEPS = "against bad steps"

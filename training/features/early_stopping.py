@@ -37,10 +37,10 @@ class EarlyStoppingProgress:
     measured_since: int = 0
 
 
-def judge(run: "HookedRun", loss: float, patience: int, info: "RunInfo") -> str:
+def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo") -> str:
     """Return why the run ends after a validation with this loss; "" if it continues.
 
-    The step of the lowest loss is added to the metadata of files, in `info`.
+    If it ends, the metadata of files in `info` gets the step of the lowest loss.
     """
     progress = run.progress.of(EarlyStoppingProgress)
     if loss < progress.lowest_loss:
@@ -70,7 +70,7 @@ def _join(run: "RunFeatures", options: EarlyStoppingOptions) -> None:
     assert patience is not None  # the feature is on
     run.remembers.append(EarlyStoppingProgress)
     run.on.plan.append(_require_validation)
-    run.on.after_validation.append(partial(judge, patience=patience, info=run.info))
+    run.on.after_validation.append(partial(reason_to_stop, patience=patience, info=run.info))
 
 
 EARLY_STOPPING = Feature(

@@ -18,7 +18,7 @@ from modules.errors import OptionError
 from modules.private_torch import lerp_each
 from runtime.offload.block_swap import resolve_all
 from runtime.offload.sharding import as_split
-from training.optimizers.optimizer import find_averaging
+from training.optimizers.optimizer import find_averaging_optimizer
 from training.saving.states import AVERAGE, SavedState
 from training.trainable import Trainable
 
@@ -136,7 +136,7 @@ def make_average(
     Raises:
         OptionError: If the optimizer computes an average itself.
     """
-    if find_averaging(optimizer) is not None:
+    if find_averaging_optimizer(optimizer) is not None:
         raise OptionError(
             f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
         )

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # LoRA options that are allowed with --embedding_only: no LoRA is added to text encoders anyway
-TRUE_ALONE = {"network_train_unet_only"}
-ALONE = "textual inversion"  # network module in the metadata of files without a LoRA
+OPTIONS_ALLOWED_ALONE = {"network_train_unet_only"}
+TEXTUAL_INVERSION = "textual inversion"  # network module in the metadata of files without a LoRA
 FLAGS = WordOptionNames(
     word="--train_embedding",
     count="--embedding_vectors",
@@ -140,7 +140,7 @@ class EmbeddingOptions(
         )
 
 
-def _teach(word: WordToLearn, family: "Family") -> "Family":
+def _with_word(word: WordToLearn, family: "Family") -> "Family":
     """Add embedding rows for the word to the model; raise OptionError if the script trains no LoRA."""
     from protocols.family_networks import custom_network_of  # torch: only with a word
 
@@ -160,14 +160,14 @@ def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
 
 def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
     """Add the embedding vectors of the word to the trained parameters of the run."""
-    from training.features.embedding_rows import make_word_rows  # torch: only with a word
+    from training.features.embedding_rows import make_word_vectors  # torch: only with a word
 
     network = cast(LearnsEmbeddings, run.family).word_network(word)
     if has_file:
-        run.files_beside.append(word.text)
-    run.read_captions.append(network.check_captions)
+        run.extra_file_suffixes.append(word.text)
+    run.caption_checks.append(network.check_captions)
     run.info.for_loading |= network.values
-    run.on.beside.append(partial(make_word_rows, word, network, has_file))
+    run.on.beside.append(partial(make_word_vectors, word, network, has_file))
 
 
 def _describe(options: EmbeddingOptions) -> str:
@@ -176,23 +176,23 @@ def _describe(options: EmbeddingOptions) -> str:
     return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
 
 
-def _describe_alone(word: WordToLearn, family: "Described") -> "CustomNetwork":
+def _word_as_network(word: WordToLearn, family: "Described") -> "CustomNetwork":
     """Return the network of the word, for a run that trains it instead of a LoRA."""
     network = cast(LearnsEmbeddings, family).word_network(word)
     return replace(
         network,
-        generate=_say_generation,
+        generate=_generation_command,
         start_option="embedding_weights",
-        values={**network.values, "ss_network_module": ALONE},
+        values={**network.values, "ss_network_module": TEXTUAL_INVERSION},
     )
 
 
-def _say_generation(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
+def _generation_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
     """Return a command that generates a sample's prompt with a saved embedding file."""
     return [*base, "--textual_inversion_embeddings", str(file)]
 
 
-def _list_given(record: Options | None) -> list[str]:
+def _list_explicit_options(record: Options | None) -> list[str]:
     """Return the names of the options set in a record, without options of nested records."""
     if record is None:
         return []
@@ -201,13 +201,13 @@ def _list_given(record: Options | None) -> list[str]:
 
 
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Let a run learn the vectors of a word alone (--embedding_only), in place of a LoRA.
+    """Register --embedding_only: the vectors of a word are trained in place of a LoRA.
 
-    Options of a LoRA are rejected, except those in TRUE_ALONE, which hold for the word too.
+    Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which hold for the word too.
     """
     name = run.options.saving.output_name
-    lora_options = [*_list_given(run.options.network), *_list_given(run.options.parts)]
-    lora_options = [option for option in lora_options if option not in TRUE_ALONE]
+    explicit = [*_list_explicit_options(run.options.network), *_list_explicit_options(run.options.parts)]
+    lora_options = [option for option in explicit if option not in OPTIONS_ALLOWED_ALONE]
     if run.options.by_expert.lora_per_expert:
         lora_options.append("lora_per_expert")
     if lora_options:
@@ -223,18 +223,17 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
             options.train_embedding,
             options.train_embedding,
         )
-    run.in_place_of_lora = partial(_describe_alone, options.word())
+    run.make_network_instead_of_lora = partial(_word_as_network, options.word())
 
 
 def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
-    """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
-    text = options.train_embedding
-    assert text is not None  # the feature is on
-    error = find_error(text)
+    """Register --train_embedding: a run learns the vectors of a new word, with a LoRA or alone."""
+    assert options.train_embedding is not None  # the feature is on
+    error = find_error(options.train_embedding)
     if error:
-        raise OptionError(f"--train_embedding {text!r} {error}")
-    caching = run.options.caching
-    if caching is not None and caching.caches_texts:
+        raise OptionError(f"--train_embedding {options.train_embedding!r} {error}")
+    caches_texts = run.options.caching is not None and run.options.caching.caches_texts
+    if caches_texts:
         raise OptionError(
             "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
             "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
@@ -244,7 +243,7 @@ def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     run.info.in_files |= given_values(options)
     # a LoRA that is continued may contain the word's vectors, from which it then starts
     word = options.word(None if run.options.network is None else run.options.network.network_weights)
-    run.on.family.append(partial(_teach, word))
+    run.on.family.append(partial(_with_word, word))
     if options.embedding_only:
         _join_alone(run, options)
         return

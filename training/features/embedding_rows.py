@@ -24,7 +24,7 @@ WORD = "word"  # name of the vectors' part in states
 
 
 @dataclass(frozen=True)
-class WordRows:
+class WordVectors:
     """The embedding vectors of a word, trained together with a network."""
 
     word: WordToLearn
@@ -92,14 +92,14 @@ class WordRows:
         )
 
 
-def make_word_rows(
+def make_word_vectors(
     word: WordToLearn,
     network: CustomNetwork,
     has_file: bool,
     encoders: Mapping[str, nn.Module],
     seed: int,
-    with_values: bool,
-) -> WordRows:
+    has_initial_values: bool,
+) -> WordVectors:
     """Create the embedding vectors of a word on the CPU, and add them to the text encoders.
 
     Args:
@@ -108,17 +108,17 @@ def make_word_rows(
         has_file: Whether the vectors are also saved in an embedding file.
         encoders: The loaded networks of the text encoders that learn the word, in the family's order.
         seed: Seed of the run.
-        with_values: Whether the vectors start with the values of a file; False where only sizes matter.
+        has_initial_values: Whether the vectors start with the values of a file; False where only sizes matter.
     """
-    if with_values:
-        _note_beginning(word)
+    if has_initial_values:
+        _log_continued_word(word)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, WORD))
-        module = network.make(nn.ModuleDict(encoders), with_values)
-    return WordRows(word, network, module.requires_grad_(True), has_file)
+        module = network.make(nn.ModuleDict(encoders), has_initial_values)
+    return WordVectors(word, network, module.requires_grad_(True), has_file)
 
 
-def _note_beginning(word: WordToLearn) -> None:
+def _log_continued_word(word: WordToLearn) -> None:
     """Log that training continues the word's vectors that the LoRA of --network_weights contains."""
     if word.lora is None or word.weights is not None:
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, FeatureOptions, given_values
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,38 +77,51 @@ def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
 def guide(
     guided: GuidedTarget, passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor"
 ) -> "Tensor":
-    """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
+    """Return the target u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest noise level keep the velocity. So do samples whose caption is the empty prompt,
-    because u is their own prediction. Samples whose table asks for the base model's prediction are not
-    changed. Audio has its own scale and its own noise levels.
+    Samples below the lowest noise level keep the velocity, and so do those of `_list_unguided`. Audio has its
+    own scale and its own noise levels.
     """
-    from training.targets.passes import choose, kept_samples, levels_of  # torch: only with this target
+    from training.targets.passes import noise_fractions_of, select_per_sample  # torch: only with this target
 
-    batch = noisy_batch.batch
-    is_empty = batch.has_empty_text or (False,) * len(batch)
-    keeps = [empty or kept for empty, kept in zip(is_empty, kept_samples(passes, noisy_batch), strict=True)]
-    uses_image = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
-    uses_audio: list[bool] = []
+    unguided = _list_unguided(passes, noisy_batch)
+    guides_image = _list_guided(noise_fractions_of(noisy_batch), guided.lowest_level, unguided)
+    guides_audio: list[bool] = []
     if noisy_batch.audio is not None:
-        uses_audio = _above(levels_of(noisy_batch.audio), guided.lowest_level, keeps)
-    if not (any(uses_image) or any(uses_audio) or passes.rule.in_lockstep):
+        guides_audio = _list_guided(noise_fractions_of(noisy_batch.audio), guided.lowest_level, unguided)
+    # in lockstep all processes have to run the same passes
+    if not (any(guides_image) or any(guides_audio) or passes.rule.in_lockstep):
         return velocity
-    unprompted = passes.frozen(replace(noisy_batch, batch=batch.with_empty_text()))
-    passes.restart(noisy_batch)
+    unprompted_batch = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
+    unprompted = passes.predict_without_gradients(unprompted_batch)
+    passes.reset_network_seed(noisy_batch)
     if noisy_batch.audio is None:
-        return choose(uses_image, unprompted + guided.scale * (velocity - unprompted), velocity)
+        guided_velocity = unprompted + guided.scale * (velocity - unprompted)
+        return select_per_sample(guides_image, guided_velocity, velocity)
     image, audio = noisy_batch.joint.split(velocity)
     unprompted_image, unprompted_audio = noisy_batch.joint.split(unprompted)
     guided_image = unprompted_image + guided.scale * (image - unprompted_image)
     guided_audio = unprompted_audio + guided.audio_scale * (audio - unprompted_audio)
-    image = choose(uses_image, guided_image, image)
-    audio = choose(uses_audio, guided_audio, audio)
+    image = select_per_sample(guides_image, guided_image, image)
+    audio = select_per_sample(guides_audio, guided_audio, audio)
     return noisy_batch.joint.join(image, audio)
 
 
-def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
-    return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
+def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
+    """Return for each sample whether its caption is empty, or its table asks for the base model's prediction.
+
+    With an empty caption, the prediction for the empty prompt is that of the sample itself.
+    """
+    from training.targets.passes import samples_with_base_target  # torch: only with this target
+
+    batch = noisy_batch.batch
+    is_empty = batch.has_empty_text or (False,) * len(batch)
+    is_preserved = samples_with_base_target(passes, noisy_batch)
+    return [empty or preserved for empty, preserved in zip(is_empty, is_preserved, strict=True)]
+
+
+def _list_guided(levels: Sequence[float], lowest: float, unguided: Sequence[bool]) -> list[bool]:
+    return [level >= lowest and not is_unguided for level, is_unguided in zip(levels, unguided, strict=True)]
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
@@ -139,15 +152,16 @@ def with_guided_target(
 
 
 def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
+    """Register --guided_target with a run: its target, its metadata, its check and its comparison."""
     target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",
-        words=_describe(options),
-        passes=StepPasses(with_gradients=0, without=1),
-        replaces_clip=True,
+        description=_describe(options),
+        passes=PassCounts(with_gradients=0, without_gradients=1),
+        replaces_velocity=True,
         keeps_guidance=True,
     )
     run.targets.append(target)
-    run.keeps_steps = True
+    run.keeps_few_step_ability = True
     run.needs.add(EMPTY_PROMPT)
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(_check, options))

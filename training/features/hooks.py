@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
-    from training.data.feed import BatchSources, Randomness
+    from training.data.feed import BatchSources, NoiseSampler
     from training.data.live import LiveTexts
     from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
-    from training.targets.passes import Streams, TargetComparison, TrainingPasses
+    from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
     from training.trainable import Trainable
 
 T = TypeVar("T")
@@ -389,7 +389,7 @@ class Storage(Protocol):
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
-OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
+OnBatch = Callable[["NoiseSampler", "NoisyBatch"], "NoisyBatch"]
 LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # arguments after the encoders: the seed of the run, and whether the vectors get initial values
@@ -398,7 +398,7 @@ MakeAuxiliaryLearner = Callable[["Mapping[str, nn.Module]", int, bool], Auxiliar
 OnMedia = Callable[
     ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
 ]
-MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
+MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[StreamErrors]"]
 
 
 @dataclass(frozen=True)
@@ -430,8 +430,8 @@ class Hooks:
     # given the shape of latents, the seed of the run and the number of the micro-batch, return additional
     # noise of the input, which is not to be predicted
     noise: list[OnNoise] = field(default_factory=list)
-    # given a `Randomness` and a drawn micro-batch, return the micro-batch to use instead. These functions are
-    # also sent to data loader workers
+    # given a `NoiseSampler` and a drawn micro-batch, return the micro-batch to use instead. These functions
+    # are also sent to data loader workers
     batch: list[OnBatch] = field(default_factory=list)
     # given the passes of a step, its batch and the comparisons of the prediction (first that with the clip),
     # return the comparisons to use instead
@@ -461,19 +461,19 @@ class RunFeatures:
     # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
-    needs: set[str] = field(
-        default_factory=set
-    )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
+    # additional parts of batches, and predictions, that passes need: EMPTY_PROMPT, REJECTED_ONES, ...
+    needs: set[str] = field(default_factory=set)
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
-    keeps_steps: bool = False
+    keeps_few_step_ability: bool = False
     view: str = ""  # additional conditions of passes, as `Batch.view`
-    masks_taken_by: str = ""  # option that uses the masks of tables as inputs instead of loss weights
+    mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
-    read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    files_beside: list[str] = field(default_factory=list)  # suffixes of the names of additional saved files
-    kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
+    caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
+    extra_file_suffixes: list[str] = field(default_factory=list)  # of the names of additional saved files
+    # attributes of tables whose samples have the base model's prediction as their target
+    base_target_attributes: set[str] = field(default_factory=set)
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
@@ -482,7 +482,7 @@ class RunFeatures:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    in_place_of_lora: "Callable[[Described], CustomNetwork] | None" = None
+    make_network_instead_of_lora: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None
@@ -492,27 +492,27 @@ class RunFeatures:
     on: Hooks = field(default_factory=Hooks)
 
     @property
-    def has_own_pass(self) -> bool:
+    def replaces_default_pass(self) -> bool:
         """Return whether functions of `on.passes`, if any, replace the usual pass with gradients."""
-        return bool(self.on.passes) and any(target.alone for target in self.targets)
+        return bool(self.on.passes) and any(target.reason_to_exclude_others for target in self.targets)
 
     @property
-    def joins_streams(self) -> bool:
+    def has_joint_audio_loss(self) -> bool:
         """Return whether passes have a single loss for images and audio."""
-        return any(target.joins_streams for target in self.targets)
+        return any(target.has_joint_audio_loss for target in self.targets)
 
-    def count_passes(self) -> StepPasses:
+    def count_passes(self) -> PassCounts:
         """Return the numbers of passes that a micro-batch needs with all targets of the run."""
-        passes = StepPasses()
+        passes = PassCounts()
         for target in self.targets:
             passes = passes.plus(target.passes)
         return passes
 
     def describe_targets(self) -> list[str]:
         """Describe the targets: a line for each, a line on their passes, and the lines in `info`."""
-        lines = [target.words for target in self.targets]
+        lines = [target.description for target in self.targets]
         if self.targets:
             passes = self.count_passes()
-            if passes != StepPasses():
-                lines.append(f"passes in a step: {passes.words}")
+            if passes != PassCounts():
+                lines.append(f"passes in a step: {passes.description}")
         return [*lines, *self.info.targets]

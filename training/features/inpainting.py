@@ -80,7 +80,7 @@ class InpaintingOptions(FeatureOptions, title="inpainting", at=AT_NOISE):
 
 def add_inputs(
     options: InpaintingOptions,
-    masks_weigh: bool,
+    masks_weight_loss: bool,
     family: "Caches",
     encoders: "MediaEncoders",
     image: "DecodedMedia",
@@ -91,7 +91,7 @@ def add_inputs(
 
     Args:
         options: Options of the run.
-        masks_weigh: Whether masks of the dataset weight the loss; otherwise they mark the part to repaint.
+        masks_weight_loss: Whether masks of the dataset weight the loss; else they mark what to repaint.
         family: The model family.
         encoders: The loaded VAE.
         image: The image, cropped and mirrored.
@@ -108,26 +108,26 @@ def add_inputs(
     from protocols.data import LOSS_MASK
     from training.data.feed import seed_generator
 
-    assert _can_inpaint(family)  # `_prepare` has checked this
-    generator = random.Random(derive_seed("inpainting", key))
-    changed = dict(tensors)
-    covers_all = generator.random() < options.inpainting_full_mask_rate
-    weighs = masks_weigh or image.source.table.alpha_mask
-    if image.mask is not None and not weighs:
-        del changed[LOSS_MASK]
+    assert _can_inpaint(family)  # `_use_inpainting_variant` has checked this
+    rng = random.Random(derive_seed("inpainting", key))
+    repaints_all = rng.random() < options.inpainting_full_mask_rate
+    kept_tensors = dict(tensors)
+    weights_loss = masks_weight_loss or image.source.table.alpha_mask
+    if image.mask is not None and not weights_loss:  # the dataset's mask is the part to repaint
+        del kept_tensors[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
         _, height, width, _ = image.frames.shape
-        mask = draw_mask(height, width, generator)
-    if covers_all:
+        mask = draw_mask(height, width, rng)
+    if repaints_all:
         mask[:] = True
     # frames 1 H W C -> a batch of one clip, 1 C 1 H W -> pixels 1 C H W
     pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
-    of_posterior = seed_generator("posterior", f"{key} masked")
-    return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
+    posterior_generator = seed_generator("posterior", f"{key} masked")
+    return kept_tensors | family.encode_masked(encoders, pixels, torch.from_numpy(mask), posterior_generator)
 
 
-def _prepare(run: "RunFeatures", family: "Family") -> "Family":
+def _use_inpainting_variant(run: "RunFeatures", family: "Family") -> "Family":
     """Return the family's variant with inputs for inpainting; raise OptionError if it cannot be trained."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
@@ -148,7 +148,7 @@ def _prepare(run: "RunFeatures", family: "Family") -> "Family":
 
 
 def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
-    """Let a run learn to fill masked parts of images, which are encoded in each step."""
+    """Register --train_inpainting: a run learns to repaint masked parts of images, encoded each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
@@ -157,16 +157,16 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
             "step. Leave out one of the two"
         )
     subset = run.options.subset
-    masks_weigh = subset is not None and subset.masked_loss
-    if not masks_weigh:
-        run.masks_taken_by = SWITCH  # masks of tables become inputs of the model, and weight no loss
-    has_masks = not masks_weigh and any(table.mask_directory for table in run.tables)
+    masks_weight_loss = subset is not None and subset.masked_loss
+    if not masks_weight_loss:
+        run.mask_input_option = SWITCH
+    has_masks = not masks_weight_loss and any(table.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"
     run.info.in_files |= given_values(options)
     run.needs.add(LIVE_MEDIA)
-    run.on.family.append(partial(_prepare, run))
-    run.on.media.append(partial(add_inputs, options, masks_weigh))
+    run.on.family.append(partial(_use_inpainting_variant, run))
+    run.on.media.append(partial(add_inputs, options, masks_weight_loss))
 
 
 INPAINTING = Feature(

@@ -37,7 +37,7 @@ from training.reports.item_losses import (
 )
 from training.reports.sections import images_path, items_path
 from training.steps import Progress
-from training.targets.passes import Streams, TargetComparison, TrainingPasses, levels_of
+from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses, noise_fractions_of
 
 if TYPE_CHECKING:
     from training.features.hooks import PlannedRun
@@ -53,20 +53,21 @@ def _not_begun() -> Progress:
     return Progress(0, 0, 0.0)
 
 
-def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
+def start_losses_file(folder: Path, name: str, process: int, session: int, step: int) -> None:
     """Create the loss file of a process, or truncate this run's file to the lines up to `step`.
 
     Raises OutputError if the file cannot be written.
     """
-    own = items_path(folder, name, process)
-    with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+    path = items_path(folder, name, process)
+    continues_file = step > 0 and path.is_file()
+    with atomic_path(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
-        for draw in read_draws_of_file(own, session) if step and own.is_file() else ():
+        for draw in read_draws_of_file(path, session) if continues_file else ():
             if draw.step <= step:
                 file.write(_as_line(draw))
 
 
-def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
+def append_losses(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
     """Add lines to the file of a process. Raises OutputError if they cannot be written."""
     append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
 
@@ -103,17 +104,17 @@ class ItemLossRecorder:
     now: Callable[[], float] = time.monotonic
     _process: int | None = None  # None: not in a run, such as when memory is predicted
     _tables: Sequence[DatasetTable] = ()
-    _tag: str = ""
+    _cache_tag: str = ""
     _total_steps: int = 0
-    _waiting: list[ArrivingLosses] = field(default_factory=list)
-    _draws: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
+    _arriving: list[ArrivingLosses] = field(default_factory=list)
+    _unwritten_losses: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
     _written: float = 0.0
     _has_images: bool = False
     _count: int = 0  # number of recorded micro-batches
-    _is_lost: bool = False  # whether recording has stopped after an error
+    _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take the data that recording needs from the plan of a run, and return this recorder for its logs.
+        """Return this recorder with the data of a planned run; as a hook of `on.recorders`.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -125,21 +126,21 @@ class ItemLossRecorder:
             )
         self.progress = plan.progress
         self._tables = plan.config.datasets
-        self._tag = plan.family.cache_tag
+        self._cache_tag = plan.family.cache_tag
         self._total_steps = plan.steps.total_steps
         self._process = plan.accelerator.process_index
         return self
 
     def __enter__(self) -> "ItemLossRecorder":
-        self._attempt(self._begin)
+        self._run_or_stop_recording(self._begin)
         self._written = self.now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        read = functools.partial(self._advance, self.progress.step)
-        self._attempt(read, self._write, self._write_images)
+        read = functools.partial(self._collect_losses, self.progress.step)
+        self._run_or_stop_recording(read, self._write, self._write_images)
         self._process = None
-        if not self._count and self.progress.step > 0 and not self._is_lost:
+        if not self._count and self.progress.step > 0 and not self._has_failed:
             logger.warning(
                 "--item_losses recorded nothing: what this run learns is not one picture at a time."
             )
@@ -147,39 +148,46 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Make the first comparison, which compares with the clip, record its errors."""
+        """Wrap the first comparison, that with the clip, so that its errors are recorded when measured."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
-        return [replace(clip, measure=functools.partial(self._measure, clip.measure)), *others]
+        return [replace(clip, measure=functools.partial(self._measure_and_record, clip.measure)), *others]
 
-    def _measure(
+    def _measure_and_record(
         self,
-        measure: Callable[[Tensor, Tensor, "NoisyBatch"], Streams],
+        measure: Callable[[Tensor, Tensor, "NoisyBatch"], StreamErrors],
         output: Tensor,
         target: Tensor,
         noisy_batch: "NoisyBatch",
-    ) -> Streams:
+    ) -> StreamErrors:
         """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)
-        if self._process is None or self._is_lost:
+        if self._process is None or self._has_failed:
             return errors
-        losses = errors[0].detach()  # of images; the loss of sound, if any, is not recorded
-        if losses.is_cuda:
-            losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
-        keys, levels = noisy_batch.batch.keys, levels_of(noisy_batch)
+        image_losses = errors[0].detach()
+        if image_losses.is_cuda:
+            pinned = empty_pinned(image_losses.shape, image_losses.dtype)
+            image_losses = pinned.copy_(image_losses, non_blocking=True)
         step = self.progress.step + 1
         self._count += 1
-        self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
+        arriving = ArrivingLosses(
+            step=step,
+            number=noisy_batch.number,
+            keys=noisy_batch.batch.keys,
+            levels=noise_fractions_of(noisy_batch),
+            losses=image_losses,
+        )
+        self._arriving.append(arriving)
         # the run reads the values of each step one step later, so those of two steps ago are on the host
-        self._attempt(functools.partial(self._advance, step - 2))
+        self._run_or_stop_recording(functools.partial(self._collect_losses, step - 2))
         return errors
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Write the item losses up to `step`, whose copies from the device are complete by then."""
-        self._attempt(functools.partial(self._advance, step))
+        self._run_or_stop_recording(functools.partial(self._collect_losses, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
-            self._attempt(self._write, self._write_images)
+            self._run_or_stop_recording(self._write, self._write_images)
 
     def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
@@ -189,7 +197,7 @@ class ItemLossRecorder:
     def _begin(self) -> None:
         """Start the file, with the lines of earlier steps; raise OutputError if it cannot be written."""
         assert self._process is not None
-        keep_draws(
+        start_losses_file(
             self.folder,
             self.name,
             process=self._process,
@@ -197,23 +205,23 @@ class ItemLossRecorder:
             step=self.progress.step,
         )
 
-    def _advance(self, step: int) -> None:
+    def _collect_losses(self, step: int) -> None:
         """Take the losses up to `step`, which have reached the host; write the lines from time to time."""
-        while self._waiting and self._waiting[0].step <= step:
-            waiting = self._waiting.pop(0)
-            losses = waiting.losses.tolist()
-            for key, level, loss in zip(waiting.keys, waiting.levels, losses, strict=True):
+        while self._arriving and self._arriving[0].step <= step:
+            arrived = self._arriving.pop(0)
+            losses = arrived.losses.tolist()
+            for key, level, loss in zip(arrived.keys, arrived.levels, losses, strict=True):
                 if math.isfinite(loss):
-                    self._draws.append(ItemDraw(waiting.step, waiting.number, key, level, loss))
+                    self._unwritten_losses.append(ItemDraw(arrived.step, arrived.number, key, level, loss))
         if self.now() - self._written >= WRITE_SECONDS:
             self._write()
 
     def _write(self) -> None:
         """Write the waiting lines. Raises OutputError if they cannot be written."""
-        draws, self._draws = self._draws, []
+        draws, self._unwritten_losses = self._unwritten_losses, []
         self._written = self.now()
         if draws and self._process is not None:
-            append_draws(self.folder, self.name, self._process, draws)
+            append_losses(self.folder, self.name, self._process, draws)
 
     def _write_images(self) -> None:
         """Write thumbnails of the items shown on the page, once per run and in the first process only."""
@@ -223,43 +231,54 @@ class ItemLossRecorder:
         keys = [item.key for item in select_shown(compare_items(read_draws(self.folder, self.name)))]
         images: dict[str, ItemImage] = {}
         for table in self._tables:
-            images |= _draw_items(table, self._tag, keys)
+            images |= make_thumbnails(table, self._cache_tag, keys)
         write_images(self.folder, self.name, images)
 
-    def _attempt(self, *works: Callable[[], None]) -> None:
+    def _run_or_stop_recording(self, *works: Callable[[], None]) -> None:
         """Run these functions; if one fails, log a warning and stop recording."""
-        if self._is_lost:
+        if self._has_failed:
             return
         try:
             for work in works:
                 work()
         except Exception as error:  # an error of a disk or device must not end the training
-            self._is_lost = True
-            self._waiting.clear()
+            self._has_failed = True
+            self._arriving.clear()
             logger.warning("--item_losses records no more, the training continues: %s", error)
 
 
-def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
-    """Return thumbnails of the items of a table, by their keys, for those that can be read."""
-    # an item's key is the name of its cache; items of one source, such as clips of a video, share its stem
-    by_stem: dict[str, list[str]] = {}
-    for key in keys:
-        name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)
-        if name is not None:
-            by_stem.setdefault(name.stem, []).append(key)
-    if not by_stem or table.is_of_audio:
+def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
+    """Return thumbnails of items of a dataset table by key, without those whose image cannot be read.
+
+    Args:
+        table: The dataset table.
+        cache_tag: The family's tag in names of cache files.
+        keys: Keys of the items, which are the names of their cache files; items of other tables are ignored.
+    """
+    keys_by_stem = _group_keys_by_source(table, cache_tag, keys)
+    if not keys_by_stem or table.is_of_audio:
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training run from caches may have no images
         sources = find_sources(table, captions=False, faults=errors)
-    images: dict[str, ItemImage] = {}
+    thumbnails: dict[str, ItemImage] = {}
     for source in sources:
-        if source.stem in by_stem:
+        if source.stem in keys_by_stem:
             with contextlib.suppress(UserError, OSError, StopIteration):
-                image = ItemImage.of(source.path.name, _read_first_frame(source))
-                images |= dict.fromkeys(by_stem[source.stem], image)
-    return images
+                thumbnail = ItemImage.of(source.path.name, _read_first_frame(source))
+                thumbnails |= dict.fromkeys(keys_by_stem[source.stem], thumbnail)
+    return thumbnails
+
+
+def _group_keys_by_source(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return the keys by the stem of their source file: clips of one video have several keys."""
+    keys_by_stem: dict[str, list[str]] = {}
+    for key in keys:
+        name = parse_latent_name(f"{key}{SUFFIX}", cache_tag, table.kind)
+        if name is not None:
+            keys_by_stem.setdefault(name.stem, []).append(key)
+    return keys_by_stem
 
 
 def _read_first_frame(source: MediaSource) -> Frame:
@@ -269,8 +288,8 @@ def _read_first_frame(source: MediaSource) -> Frame:
     """
     if any(isinstance(origin, Remote) for origin in source.origins[:1]) and not source.path.exists():
         raise MediaError(f"{source.path} is not downloaded")
-    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
-    with fetch(alone) as fetched:
+    media_only = replace(source, control=(), mask=None, origins=source.origins[:1])
+    with fetch(media_only) as fetched:
         if source.table.kind == "image":
             return read_image(fetched.path)
         return next(video_frames(fetched.path))

@@ -23,7 +23,7 @@ from modules.errors import OptionError
 from training.features.contract import NO_DATASET, Feature, given_values
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from dataset.table import DatasetConfig
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREVIEWED = 16  # number of pairs in the metadata of saved files
-SIDE = 64  # side in pixels of the placeholder image of the dataset
+MAX_PAIRS_IN_METADATA = 16  # number of pairs in the metadata of saved files
+PLACEHOLDER_SIDE = 64  # side in pixels of the placeholder image of the dataset
 
 
 @dataclass
@@ -44,9 +44,9 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Return the family unchanged. Raises OptionError if LECO supports neither it nor sizes of the pairs.
+    """Raise OptionError if LECO does not support the family, or the family not the sizes of the pairs.
 
-    It is registered as a hook that may return another family.
+    As a hook of `on.family`, it returns the family to train: the one that it got.
     """
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 
@@ -80,16 +80,22 @@ def make_blank_dataset() -> "DatasetConfig":
 
     folder = Path(tempfile.mkdtemp(prefix="leco-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_png(folder / "blank.png", np.full((SIDE, SIDE, 3), 128, np.uint8))
+    write_png(folder / "blank.png", np.full((PLACEHOLDER_SIDE, PLACEHOLDER_SIDE, 3), 128, np.uint8))
     (folder / "blank.txt").write_text("", encoding="utf-8")
-    table = {"image_directory": str(folder), "resolution": [SIDE, SIDE], "caption_extension": ".txt"}
+    table = {
+        "image_directory": str(folder),
+        "resolution": [PLACEHOLDER_SIDE, PLACEHOLDER_SIDE],
+        "caption_extension": ".txt",
+    }
     path = folder / "dataset.json"
     path.write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
     return load_dataset_config(path)
 
 
-def _encode(run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
-    """Encode the prompts before the network is loaded, and add the passes that replace those of clips."""
+def _prepare_passes(
+    run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun"
+) -> None:
+    """Encode the prompts before the network is loaded; add the training passes once it is loaded."""
     progress = plan.progress.of(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
@@ -101,22 +107,23 @@ def _encode(run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair],
 
     target = encode_pairs(plan.family, options, pairs, plan.accelerator.device)
 
-    def learn(model: "HookedModel") -> None:
+    def add_passes(model: "HookedModel") -> None:
         run.on.passes.append(partial(leco_passes, target, model.trainable.at_strength))
 
-    run.on.after_load.append(learn)
+    run.on.after_load.append(add_passes)
 
 
-def _add_functions(run: "RunFeatures") -> None:
+def _equalize_weights(run: "RunFeatures") -> None:
     from training.features.leco_passes import weigh_equally  # torch: only with this feature
 
     run.on.batch.append(weigh_equally)
 
 
 def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
-    """Set up a run that trains on pairs of prompts (LECO) instead of a dataset."""
+    """Register --prompts_file: a run trains on pairs of prompts (LECO) instead of a dataset."""
     path = options.path
-    if run.options.parts is not None and not run.options.parts.trains_dit:
+    trains_text_encoders_only = run.options.parts is not None and not run.options.parts.trains_dit
+    if trains_text_encoders_only:
         raise OptionError(
             f"--network_train_text_encoder_only: --prompts_file {path} trains the U-Net alone. Leave it out"
         )
@@ -126,16 +133,15 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     run.targets.append(
         StepTarget(
             option=f"--prompts_file {path}",
-            words=f"prompts of {path}: {len(pairs)} pairs",
-            # all without gradients: on average half of the denoising steps with two passes each for guidance,
-            # which makes `max_denoising_steps`, and three for the target
-            passes=StepPasses(with_gradients=0, without=options.max_denoising_steps + 3),
-            alone="LECO learns from its prompts alone",
+            description=f"prompts of {path}: {len(pairs)} pairs",
+            # on average half of the denoising steps with two passes each, and three for the target
+            passes=PassCounts(with_gradients=0, without_gradients=options.max_denoising_steps + 3),
+            reason_to_exclude_others="LECO learns from its prompts alone",
         )
     )
-    run.keeps_steps = True
+    run.keeps_few_step_ability = True
     run.remembers.append(LecoProgress)
-    preview = json.dumps([asdict(pair) for pair in pairs[:PREVIEWED]], ensure_ascii=False)
+    preview = json.dumps([asdict(pair) for pair in pairs[:MAX_PAIRS_IN_METADATA]], ensure_ascii=False)
     run.info.in_files |= given_values(options) | {
         "leco_prompt_count": len(pairs),
         "leco_prompts_file": path.name,
@@ -144,8 +150,8 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     run.needs.add(NO_DATASET)
     run.make_data = make_blank_dataset
     run.on.family.append(partial(_check_family, path, pairs))
-    run.on.start.append(_add_functions)
-    run.on.plan.append(partial(_encode, run, options, pairs))
+    run.on.start.append(_equalize_weights)
+    run.on.plan.append(partial(_prepare_passes, run, options, pairs))
 
 
 LECO = Feature(

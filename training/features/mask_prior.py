@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dataset.cache.store import Stores
     from training.features.hooks import PlannedRun, RunFeatures
     from training.loss import NoisyBatch
-    from training.targets.passes import Streams, TargetComparison, TrainingPasses
+    from training.targets.passes import StreamErrors, TargetComparison, TrainingPasses
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
@@ -44,9 +44,9 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "PlannedRun") -> None:
     """Raise OptionError if no training item has a mask that weights its loss."""
-    if run.masks_taken_by and not any(item.table.alpha_mask for item in plan.training):
+    if run.mask_input_option and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
-            f"--mask_prior_weight {options.weight:g} with {run.masks_taken_by}: masks are inputs of the "
+            f"--mask_prior_weight {options.weight:g} with {run.mask_input_option}: masks are inputs of the "
             "model there and weigh no loss, so that nothing is outside of one. Leave out one of the two, or "
             "let masks weigh the loss: --masked_loss, or alpha_mask = true"
         )
@@ -80,16 +80,16 @@ def compare_outside_masks(
 
     if not has_mask(noisy_batch):
         if passes.rule.in_lockstep:  # processes that share the model have to run the same passes
-            passes.base(noisy_batch)
+            passes.predict_base_model(noisy_batch)
         return comparisons
-    target = passes.base(noisy_batch)  # the prediction of the model without the network
+    target = passes.predict_base_model(noisy_batch)  # the prediction of the model without the network
     outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
     return [*comparisons, outside]
 
 
 def _measure_outside(
     passes: "TrainingPasses", output: "Tensor", target: "Tensor", noisy_batch: "NoisyBatch"
-) -> "Streams":
+) -> "StreamErrors":
     from training.loss import sample_errors_outside  # torch, as above
 
     return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
@@ -98,8 +98,8 @@ def _measure_outside(
 def _join(run: "RunFeatures", options: MaskPriorOptions) -> None:
     target = StepTarget(
         option=f"--mask_prior_weight {options.weight:g}",
-        words=f"outside masks as the model without the network, weight {options.weight:g}",
-        passes=StepPasses(with_gradients=0, without=1),
+        description=f"outside masks as the model without the network, weight {options.weight:g}",
+        passes=PassCounts(with_gradients=0, without_gradients=1),
     )
     run.targets.append(target)
     run.info.in_files |= asdict(options)

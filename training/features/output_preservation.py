@@ -1,14 +1,14 @@
 """Keep the model's output for the captions of some tables: diff_output_preservation of a table.
 
 The target of such a table's samples is the prediction of the model without the network, also in validation
-and with other targets: see `kept_samples` in `training/targets/passes.py`.
+and with other targets: see `samples_with_base_target` in `training/targets/passes.py`.
 """
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from training.features.contract import AT_NETWORK, BASE_MODEL, KEPT, Feature, FeatureOptions
+from training.features.contract import AT_NETWORK, BASE_MODEL, PRESERVE_OUTPUT, Feature, FeatureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,22 +18,27 @@ if TYPE_CHECKING:
     from training.targets.passes import TargetComparison, TrainingPasses
 
 
-class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
+class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=PRESERVE_OUTPUT):
     """Output preservation, a feature without options: an attribute of a dataset table turns it on."""
 
 
-def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
+def velocity_or_base_prediction(
+    passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor"
+) -> "Tensor":
     """Replace the velocity by the base model's prediction for samples whose dataset table asks for it.
 
     In lockstep, the base model runs for every batch, because all processes have to run the same passes.
     """
-    from training.targets.passes import choose, kept_samples  # torch: only in a training run
+    from training.targets.passes import (  # torch: only in a training run
+        samples_with_base_target,
+        select_per_sample,
+    )
 
-    preserved = kept_samples(passes, noisy_batch)
-    if not (any(preserved) or passes.rule.always_as_base):
+    is_preserved = samples_with_base_target(passes, noisy_batch)
+    if not any(is_preserved) and not passes.rule.always_runs_base_model:
         return velocity
-    base_output = passes.base(noisy_batch)
-    return choose(preserved, base_output, velocity) if any(preserved) else velocity
+    base_output = passes.predict_base_model(noisy_batch)
+    return select_per_sample(is_preserved, base_output, velocity) if any(is_preserved) else velocity
 
 
 def preserve(
@@ -41,18 +46,18 @@ def preserve(
 ) -> "list[TargetComparison]":
     """Replace the clip's target by the base model's prediction for samples whose table asks for it."""
     clip, *others = comparisons
-    return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
+    return [replace(clip, target=velocity_or_base_prediction(passes, noisy_batch, clip.target)), *others]
 
 
 def _join(run: "RunFeatures", options: OutputPreservationOptions) -> None:
     if run.options.full_dit is not None:
-        name = next(table.name for table in run.tables if KEPT in table.attributes)
+        name = next(table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes)
         raise OptionError(
-            f"{name}: {KEPT} compares a LoRA with the model without it, and here the model "
+            f"{name}: {PRESERVE_OUTPUT} compares a LoRA with the model without it, and here the model "
             "itself is trained. Leave it out"
         )
     run.needs.add(BASE_MODEL)
-    run.kept_attributes.add(KEPT)
+    run.base_target_attributes.add(PRESERVE_OUTPUT)
     run.on.target.append(preserve)
     run.on.validation.append(preserve)
 

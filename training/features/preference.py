@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
-from training.features.contract import AT_NETWORK, KEPT, REJECTED_ONES, Feature, FeatureOptions, given_values
+from training.features.contract import (
+    AT_NETWORK,
+    PRESERVE_OUTPUT,
+    REJECTED_ONES,
+    Feature,
+    FeatureOptions,
+    given_values,
+)
 from training.features.hooks import Tally
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
     from training.features.hooks import PlannedRun, RunFeatures
 
 # logged values of each step: errors of preferred and rejected items, fraction of pairs in the right order
-BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/right"
+CHOSEN_ERROR, REJECTED_ERROR, RIGHT_ORDER = "preference/better", "preference/worse", "preference/right"
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
@@ -66,10 +73,10 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
 
 def _check_tables(run: "RunFeatures") -> None:
     """Raise OptionError if a dataset table sets a target of its own."""
-    preserving = next((table.name for table in run.tables if KEPT in table.attributes), None)
+    preserving = next((table.name for table in run.tables if PRESERVE_OUTPUT in table.attributes), None)
     if preserving is not None:
         raise OptionError(
-            f"{preserving}: {KEPT} cannot be had with --preference, whose loss has no "
+            f"{preserving}: {PRESERVE_OUTPUT} cannot be had with --preference, whose loss has no "
             "place for another target. Leave out one of the two"
         )
 
@@ -80,39 +87,41 @@ def _require_pairs(plan: "PlannedRun") -> None:
     require_pairs(plan.training, plan.sources.stores, plan.sources.encoders.commands)
 
 
-def _start(options: PreferenceOptions, tally: Tally, run: "RunFeatures") -> None:
+def _start(options: PreferenceOptions, logged_metrics: Tally, run: "RunFeatures") -> None:
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
     preference = Preference(options.beta, options.preference_data_weight)
-    run.on.passes.append(partial(pair_passes, preference, tally))
+    run.on.passes.append(partial(pair_passes, preference, logged_metrics))
 
 
 def _join(run: "RunFeatures", options: PreferenceOptions) -> None:
-    """Let a run learn from pairs of a chosen and a rejected item (Diffusion-DPO)."""
+    """Register --preference: a run learns from pairs of a chosen and a rejected item (Diffusion-DPO)."""
     _check_tables(run)
     target = StepTarget(
         option=f"--preference {options.beta:g}",
-        words=f"the better one of each pair, beta {options.beta:g}",
-        # the usual pass runs on both items of a pair (size 2); one more pass is that of the base model
-        passes=StepPasses(with_gradients=0, without=1, size=2),
-        alone="the loss of a pair has no place for another target",
-        joins_streams=True,
+        description=f"the better one of each pair, beta {options.beta:g}",
+        # the pass with gradients and that of the base model run on both items of a pair
+        passes=PassCounts(with_gradients=0, without_gradients=1, batch_factor=2),
+        reason_to_exclude_others="the loss of a pair has no place for another target",
+        has_joint_audio_loss=True,
     )
     run.targets.append(target)
     run.needs.add(REJECTED_ONES)
     run.info.in_files |= given_values(options)
-    tally = Tally(
-        (BETTER, REJECTED, RIGHT),
+    logged_metrics = Tally(
+        (CHOSEN_ERROR, REJECTED_ERROR, RIGHT_ORDER),
         charts=[
-            MetricChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": REJECTED}),
-            MetricChart("Share of pairs that are right", "share", {"right": RIGHT}),
+            MetricChart(
+                "Error at both of a pair", "error", {"better one": CHOSEN_ERROR, "worse one": REJECTED_ERROR}
+            ),
+            MetricChart("Share of pairs that are right", "share", {"right": RIGHT_ORDER}),
         ],
-        tiles=[MetricTile("Pairs that are right", RIGHT, "the better one is learned more")],
+        tiles=[MetricTile("Pairs that are right", RIGHT_ORDER, "the better one is learned more")],
     )
-    run.tallies.append(tally)
+    run.tallies.append(logged_metrics)
     run.on.check.append(partial(_check, options))
     run.on.plan.append(_require_pairs)
-    run.on.start.append(partial(_start, options, tally))
+    run.on.start.append(partial(_start, options, logged_metrics))
 
 
 PREFERENCE = Feature(

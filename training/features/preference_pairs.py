@@ -18,10 +18,10 @@ from modules.errors import CacheError, DatasetError
 from protocols.data import HAS_AUDIO, REJECTED_LATENTS
 from training.features.hooks import Tally
 from training.loss import NoisyAudio, NoisyBatch
-from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
+from training.targets.passes import StreamErrors, TrainingPasses, measure_errors, velocity_of
 
 # number of items whose headers are read before anything is loaded; other headers are read during training
-LOOKED_AT = 1000
+NUM_CHECKED_ITEMS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,24 @@ class Preference:
 
 
 def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:
-    """Raise DatasetError or CacheError if a training item has no rejected counterpart.
+    """Raise DatasetError or CacheError if a training item has no rejected counterpart in its cache file.
 
-    Only the headers of about LOOKED_AT items, spread over all tables, are read.
+    Only the headers of about NUM_CHECKED_ITEMS items, spread over all dataset tables, are read.
     """
-    for table in {item.table.index: item.table for item in items}.values():
+    tables = {item.table.index: item.table for item in items}
+    for table in tables.values():
         if table.directory is not None and table.worse_directory is None:
             raise DatasetError(
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
                 "Give it a folder with the worse ones, named like the better ones, or take the table out"
             )
-    # the first item of each table, and a sample of all items
-    stride = len(items) // LOOKED_AT + 1
-    first_items = {item.table.index: item for item in reversed(items)}  # the first item comes last and stays
+    first_items: dict[int, TrainingItem] = {}
+    for item in items:
+        first_items.setdefault(item.table.index, item)
+    stride = len(items) // NUM_CHECKED_ITEMS + 1
     for item in [*first_items.values(), *items[::stride]]:
-        if item.kind.sizes is not None:
+        is_encoded_while_training = item.kind.sizes is not None
+        if is_encoded_while_training:
             raise CacheError(
                 f"{item.table.name}: --preference needs the latents of the worse images, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"
@@ -58,21 +61,21 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 
 
 def pair_passes(
-    preference: Preference, tally: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
-) -> Iterator[Streams]:
+    preference: Preference, logged_metrics: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
+) -> Iterator[StreamErrors]:
     """Yield the losses of the pairs of a batch, B; the caller weights them like those of samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
     target = velocity_of(passes, pairs)
-    base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
-    passes.restart(noisy_batch)
-    errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
-    losses, tally.metrics = compare_pairs(errors, base_errors, preference)
+    base_errors = add_streams(measure_errors(passes, passes.predict_base_model(pairs), target, pairs), pairs)
+    passes.reset_network_seed(noisy_batch)
+    errors = add_streams(measure_errors(passes, passes.predict_with_gradients(pairs), target, pairs), pairs)
+    losses, logged_metrics.metrics = compare_pairs(errors, base_errors, preference)
     yield (losses,)
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of twice the size: the chosen items, then the rejected ones with all else equal."""
+    """Return a batch of 2B samples: the B chosen items, then the rejected ones with equal noise and captions."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}

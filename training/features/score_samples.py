@@ -58,25 +58,20 @@ def _start(run: "RunFeatures") -> None:
 
 
 def _require_files(options: SampleScoringOptions) -> None:
-    """Raise OptionError if a folder lacks the file by which its model is read, before the training begins.
-
-    Scoring runs in a process of its own, whose failure would not end the training.
-    """
+    """Raise OptionError, before the training begins, if a folder of a scoring model lacks its main file."""
     download = "Download a model with python tools/download.py --family tools --to models --task"
-    folders = {
-        "--score_samples": (options.score_samples, "config.json", f"{download} score_clip"),
-        "--score_likeness_model": (
-            options.score_likeness_model,
-            "config.json",
-            "Give the folder of a DINO model as transformers saves it",
-        ),
-        "--score_tagger": (options.score_tagger, "model.onnx", f"{download} wd_tagger"),
-    }
-    for option_name, (folder, file, remedy) in folders.items():
-        if folder is not None and not (folder / file).is_file():
-            raise OptionError(
-                f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or leave it out"
-            )
+    give_dino = "Give the folder of a DINO model as transformers saves it"
+    _require_file("--score_samples", options.score_samples, "config.json", f"{download} score_clip")
+    _require_file("--score_likeness_model", options.score_likeness_model, "config.json", give_dino)
+    _require_file("--score_tagger", options.score_tagger, "model.onnx", f"{download} wd_tagger")
+
+
+def _require_file(option_name: str, folder: Path | None, file: str, remedy: str) -> None:
+    """Raise OptionError if the folder of an option, if given, does not contain a file."""
+    if folder is not None and not (folder / file).is_file():
+        raise OptionError(
+            f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or leave it out"
+        )
 
 
 def _join(run: "RunFeatures", options: SampleScoringOptions) -> None:

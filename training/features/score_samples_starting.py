@@ -36,8 +36,8 @@ class SampleScorer:
     device: str
     program: Sequence[str] = ()  # replaces the script in tests
     _process: "subprocess.Popen[bytes] | None" = None
-    _said: "IO[bytes] | None" = None  # standard error of the process
-    _is_due: bool = False  # whether there are samples that no process has scored
+    _stderr_file: "IO[bytes] | None" = None  # standard error of the process
+    _has_unscored_samples: bool = False  # whether there are samples that no process has scored
     _has_failed: bool = False
 
     def __enter__(self) -> "SampleScorer":
@@ -48,15 +48,16 @@ class SampleScorer:
 
         If the user interrupts the run without waiting for its regular end, nothing is scored.
         """
-        if kind is not None and not issubclass(kind, Exception):
+        is_interrupted = kind is not None and not issubclass(kind, Exception)
+        if is_interrupted:
             return
         if self._process is not None:
-            self._end()
-        if self._is_due:
-            self._begin()
+            self._wait_for_process()
+        if self._has_unscored_samples:
+            self._start_process()
         if self._process is not None:
             logger.info("The last samples are scored")
-            self._end()
+            self._wait_for_process()
 
     def log_samples(
         self,
@@ -66,30 +67,30 @@ class SampleScorer:
         prompts: Mapping[int, str],
     ) -> None:
         """Request scores; the process starts after the next step, when the history names the samples."""
-        self._is_due = True
+        self._has_unscored_samples = True
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Start a process if there are samples to score and no process runs."""
         if self._process is not None and self._process.poll() is not None:
-            self._end()
-        if self._is_due and self._process is None:
-            self._begin()
+            self._wait_for_process()
+        if self._has_unscored_samples and self._process is None:
+            self._start_process()
 
-    def _begin(self) -> None:
-        """Start the process that scores the samples so far; a failure ends scoring, not the training."""
-        self._is_due = False
+    def _start_process(self) -> None:
+        """Start tools/score.py on the samples so far; if it cannot start, no samples are scored any more."""
+        self._has_unscored_samples = False
         if self._has_failed:
             return
         history = history_path(self.folder, self.name)
-        command = [*self._words, str(history), *option_words(self.models), "--device", self.device]
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
+        command = [*self._script_command, str(history), *option_words(self.models), "--device", self.device]
+        self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
         try:
             self._process = subprocess.Popen(
                 command,
                 env=program_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self._said,
+                stderr=self._stderr_file,
                 start_new_session=True,  # Ctrl-C must reach only the training
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
@@ -97,18 +98,18 @@ class SampleScorer:
             self._fail(str(error))
 
     @property
-    def _words(self) -> Sequence[str]:
+    def _script_command(self) -> Sequence[str]:
         return self.program or [sys.executable, *program_words(SCRIPT)]
 
-    def _end(self) -> None:
+    def _wait_for_process(self) -> None:
         """Wait for the process, and warn if it failed."""
         assert self._process is not None
-        assert self._said is not None
+        assert self._stderr_file is not None
         code = self._process.wait()
         self._process = None
-        self._said.seek(0)
-        said = self._said.read().decode("utf-8", "replace")
-        self._said.close()
+        self._stderr_file.seek(0)
+        said = self._stderr_file.read().decode("utf-8", "replace")
+        self._stderr_file.close()
         if code:
             self._fail(message_of(said) or f"exit code {code}")
 

@@ -38,10 +38,10 @@ def _show(
         kind,
         seed=options.loop.seed or 0,
         folder=options.saving.output_dir or Path(),
-        noise=family.noise,
+        noise_spec=family.noise,
         experts=family.experts,
         tables=read_tables(),
-        is_weighted=options.weighted_by != NOTHING,
+        uses_loss_weights=options.weighted_by != NOTHING,
     )
 
 

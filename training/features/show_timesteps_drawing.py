@@ -15,7 +15,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.seeds import derive_seed
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import ONE_EXPERT, Expert
-from training.data.table_times import group_tables
+from training.data.table_times import group_tables_by_timesteps
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
@@ -28,10 +28,10 @@ def show_timesteps(
     kind: str,
     seed: int = 0,
     folder: Path = Path(),
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
     tables: Sequence[DatasetTable] = (),
-    is_weighted: bool = True,
+    uses_loss_weights: bool = True,
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
@@ -40,32 +40,32 @@ def show_timesteps(
         kind: "console" to print, "image" to draw.
         seed: Seed of the run.
         folder: Folder for the image.
-        noise: How the family numbers its timesteps.
+        noise_spec: How the family numbers its timesteps.
         experts: Experts of the model.
         tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
             shown.
-        is_weighted: Whether the run weights the loss by its noise level.
+        uses_loss_weights: Whether the run weights the loss by its noise level.
 
     Raises:
         OutputError: If the image cannot be written.
     """
-    by_label = {"": options}
-    grouped = group_tables(options, tables)
-    if grouped:
-        by_label = {", ".join(table.name for table in group): times for times, group in grouped.items()}
+    options_by_label = {"": options}
+    tables_by_options = group_tables_by_timesteps(options, tables)
+    if tables_by_options:
+        options_by_label = {
+            ", ".join(table.name for table in group): group_options
+            for group_options, group in tables_by_options.items()
+        }
     counts_by_label: dict[str, Tensor] = {}
     fractions_by_label: dict[str, str] = {}
-    for label, times in by_label.items():
-        counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
+    for label, group_options in options_by_label.items():
+        counts, weights = count_timesteps(group_options, seed, noise_spec=noise_spec, experts=experts)
         counts_by_label[label] = counts
         fractions_by_label[label] = describe_fractions(counts, experts)
-    if not is_weighted:
+    if not uses_loss_weights:
         weights = torch.ones_like(weights)
     if kind == "console":
-        for label, counts in counts_by_label.items():
-            title = f"{label}: timesteps drawn" if label else "timesteps drawn"
-            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{fractions_by_label[label]}"))
-        sys.stdout.write(f"loss weights\n{bars(weights)}\n")
+        _print_statistics(counts_by_label, fractions_by_label, weights)
         return
     path = folder / "timesteps.png"
     write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
@@ -74,6 +74,17 @@ def show_timesteps(
     for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
+
+
+def _print_statistics(
+    counts_by_label: Mapping[str, Tensor], fractions_by_label: Mapping[str, str], weights: Tensor
+) -> None:
+    """Print bar charts of the drawn timesteps of each label, and of the loss weights."""
+    for label, counts in counts_by_label.items():
+        title = f"{label}: timesteps drawn" if label else "timesteps drawn"
+        text = f"{title}\n{draw_text_bars(counts)}\n{fractions_by_label[label]}"
+        sys.stdout.write(escape_control_codes(text))
+    sys.stdout.write(f"loss weights\n{draw_text_bars(weights)}\n")
 
 
 def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
@@ -90,12 +101,12 @@ def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
     return "".join(lines)
 
 
-def timestep_statistics(
+def count_timesteps(
     options: TimestepOptions,
     seed: int,
     num_batches: int = 100,
     batch_size: int = 1000,
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
     """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
@@ -109,12 +120,12 @@ def timestep_statistics(
             torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number)),
             seed=seed,
             first_sample=number * batch_size,
-            noise=noise,
+            noise_spec=noise_spec,
             shape=SHOWN_LATENTS,
             experts=lowest_expert,
         )
         # for a model with a table of noise levels, a timestep is an index into the table
-        fractions = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
+        fractions = times.timesteps / NUM_TIMESTEPS if noise_spec.table else times.levels
         # in float32, 0.7 is 0.69999999
         index = (fractions.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
@@ -123,7 +134,7 @@ def timestep_statistics(
     return counts, loss_weights(options, Timesteps(levels, timesteps, levels)).double()
 
 
-def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
+def draw_text_bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     """Draw a bar chart as text: a bar for the mean of each of `lines` ranges, at most `width` long."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
@@ -134,11 +145,13 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     )
 
 
-def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
-    """Return a PNG that shows how many draws fall on each timestep, and the loss weight of each.
+def draw_statistics(
+    counts_by_label: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()
+) -> bytes:
+    """Return a PNG: a diagram of the drawn timesteps for each group of tables, and one of the loss weights.
 
     Args:
-        drawn: Counts of the draws, by the tables that they belong to; "" for all tables.
+        counts_by_label: Number of draws of each timestep, by the title of the diagram.
         weights: Loss weight of each timestep.
         boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """
@@ -146,15 +159,16 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
-    rows = []
-    for title, counts in drawn.items():
+    diagrams = []
+    for title, counts in counts_by_label.items():
         fractions = 100 * counts / counts.sum()
         # sums over ten timesteps each, drawn as steps
         by_tens = fractions.view(-1, 10).sum(1).repeat_interleave(10)
-        rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
-    rows.append((weights, "loss weight", ""))
-    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
-    for axes, (values, label, title) in zip(figure.subplots(len(rows), 1, sharex=True), rows, strict=True):
+        diagrams.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
+    diagrams.append((weights, "loss weight", ""))
+    figure = Figure(figsize=(10, 3.5 * len(diagrams)), layout="constrained")
+    all_axes = figure.subplots(len(diagrams), 1, sharex=True)
+    for axes, (values, label, title) in zip(all_axes, diagrams, strict=True):
         axes.set_title(title)
         axes.fill_between(range(NUM_TIMESTEPS), values.tolist(), step="mid", alpha=0.7)
         axes.set_ylabel(label)

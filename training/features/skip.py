@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FACTOR = 1_000_000.0  # beyond any spike
 TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; the largest one among the processes counts
-NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
+OUTCOME_NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
 WINDOW = 100  # number of norms of taken steps in the median
-LEAST = 20  # number of norms that are needed before a step can be a spike
+MIN_NORMS = 20  # number of norms that are needed before a step can be a spike
 MAX_SPIKES = 20  # after so many spikes in a row, their size is accepted as normal
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in the error without the option
 
@@ -74,7 +74,7 @@ class Skipping:
     has_scaler: bool  # fp16: the gradient scaler handles norms that are not finite
 
     def judge(self, loss: float, norm: float, kind: str) -> int:
-        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. Counters change only in `note`.
+        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. Counters change only in `record`.
 
         Args:
             loss: Mean loss of the step.
@@ -94,19 +94,21 @@ class Skipping:
 
         factor = self.options.skip_spikes
         norms = self.progress.norms.get(kind, [])
-        if factor is None or len(norms) < LEAST:
+        if factor is None or len(norms) < MIN_NORMS:
             return None
         return factor * median(norms)
 
-    def note(self, outcome: int, norm: float, kind: str) -> bool:
-        """Record the outcome of a step: taken, bad or a spike.
+    def record(self, outcome: int, norm: float, kind: str) -> bool:
+        """Record the outcome of a step: TAKEN, BAD or SPIKE.
 
-        Returns whether this spike is the last of MAX_SPIKES in a row: so many spikes are a new level of the
-        norms, so the median starts over with the next step.
+        Returns:
+            Whether the step is the last of MAX_SPIKES spikes in a row. So many spikes are a new level of the
+            norms: the median starts over with the next step.
         """
         progress = self.progress
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if outcome == BAD else 0
-        if self.options.skip_spikes is None or outcome == BAD or not math.isfinite(norm):
+        records_norms = self.options.skip_spikes is not None and math.isfinite(norm)
+        if outcome == BAD or not records_norms:
             return False
         if outcome == TAKEN:
             progress.spikes_in_a_row[kind] = 0
@@ -114,16 +116,17 @@ class Skipping:
             norms.append(norm)
             del norms[:-WINDOW]
             return False
-        count = progress.spikes_in_a_row.get(kind, 0) + 1
-        is_level = count >= MAX_SPIKES
-        progress.spikes_in_a_row[kind] = 0 if is_level else count
-        if is_level:
-            progress.norms[kind] = []
-        return is_level
+        num_spikes = progress.spikes_in_a_row.get(kind, 0) + 1
+        if num_spikes < MAX_SPIKES:
+            progress.spikes_in_a_row[kind] = num_spikes
+            return False
+        progress.spikes_in_a_row[kind] = 0
+        progress.norms[kind] = []
+        return True
 
 
 def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
-    """Return the reason why a step is skipped, a name of `NAMES`, and log it; "" if the step is taken.
+    """Return why a step is skipped, a name of `OUTCOME_NAMES`, and log it; "" if the step is taken.
 
     All processes call this and get the same answer.
 
@@ -139,26 +142,30 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     limit = skipping.limit(step.kind)
     # GPUs of different kinds may differ in the last digits, but all processes have to decide alike
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
-    number = run.progress.step + 1
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
 
         num_skipped = progress.bad_in_a_row
         remedy = "" if num_skipped else REMEDY  # not if --skip_bad_steps is in use
+        number = run.progress.step + 1
         raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=num_skipped)
-    is_new_level = skipping.note(outcome, norm, step.kind)
+    is_new_level = skipping.record(outcome, norm, step.kind)
     if outcome == TAKEN:
         return ""
+    _warn_of_skip(run, step, describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level))
+    return OUTCOME_NAMES[outcome]
+
+
+def _warn_of_skip(run: "HookedRun", step: "GradientStep", reason: str) -> None:
+    """Log why a step is skipped, and its items in all processes; all processes must call this."""
     keys = step.keys
     if run.steps.num_processes > 1:
         from accelerate.utils import gather_object  # only of several processes
 
         keys = gather_object([*step.keys])
     if run.is_main:
-        reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
         items = ", ".join(dict.fromkeys(keys))
-        logger.warning("Step %d is skipped: %s Its items: %s", number, reason, items)
-    return NAMES[outcome]
+        logger.warning("Step %d is skipped: %s Its items: %s", run.progress.step + 1, reason, items)
 
 
 def describe_skip(

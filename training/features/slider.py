@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
-from training.features.contract import AT_NETWORK, KEPT, Feature, FeatureOptions, given_values
+from training.features.contract import AT_NETWORK, PRESERVE_OUTPUT, Feature, FeatureOptions, given_values
 from training.features.slider_file import SliderFile, read_sliders
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
     from training.data.live import LiveTexts
@@ -42,14 +42,14 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
 
 def _check_tables(run: "RunFeatures", path: Path) -> None:
-    """Raise OptionError for dataset tables that set what the network learns or its strength.
+    """Raise OptionError for dataset tables whose samples keep the base model's output, or have a strength.
 
     A slider learns from the captions of its own file, at its own strengths.
     """
     for table in run.tables:
-        if KEPT in table.attributes:  # samples of the table would learn the base model's prediction
+        if PRESERVE_OUTPUT in table.attributes:
             raise OptionError(
-                f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
+                f"{table.name}: {PRESERVE_OUTPUT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
@@ -62,8 +62,8 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
 
 def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
     """Raise OptionError if text encoders are trained, because a slider's captions are encoded only once."""
-    if texts is not None and texts.changing:
-        names = " and ".join(encoder.name for encoder in texts.changing)
+    if texts is not None and texts.trained_encoders:
+        names = " and ".join(encoder.name for encoder in texts.trained_encoders)
         raise OptionError(
             f"--slider {path}: its captions are encoded before the training, and here {names} "
             "learns. Train the transformer alone (--network_train_unet_only)"
@@ -71,20 +71,20 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
     logger.info("The captions of the dataset are not used: --slider %s has its own.", path)
 
 
-def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions before the transformer is loaded, and replace the clip's pass by slider passes."""
+def _prepare_passes(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
+    """Encode the captions before the transformer is loaded; add the slider's passes once it is loaded."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
-    def learn(model: "HookedModel") -> None:
+    def add_passes(model: "HookedModel") -> None:
         run.on.passes.append(partial(slider_passes, target, model.trainable.at_strength))
 
-    run.on.after_load.append(learn)
+    run.on.after_load.append(add_passes)
 
 
 def _join(run: "RunFeatures", options: SliderOptions) -> None:
-    """Let a run learn a slider: at strength 1 toward one caption, at -1 toward its opposite."""
+    """Register --slider: a run learns to move toward one caption at strength 1, and away from it at -1."""
     path = options.path
     if run.options.is_fused:
         raise OptionError(
@@ -93,19 +93,22 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
-    # In addition to the usual pass, two captions at two strengths, or one, are 3 passes or 1 with gradients.
-    # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
+    # beyond the usual pass: with gradients neutral (and anchor) at two strengths, less the usual one; without
+    # gradients the base model for positive, negative and neutral (and anchor)
+    passes = PassCounts(with_gradients=1, without_gradients=3)
+    if file.has_anchors:
+        passes = PassCounts(with_gradients=3, without_gradients=4)
     target = StepTarget(
         option=f"--slider {path}",
-        words=f"captions of {path} at strength 1 and -1",
-        passes=StepPasses(with_gradients=3, without=4) if file.has_anchors else StepPasses(1, without=3),
-        alone="a slider learns from its captions alone",
+        description=f"captions of {path} at strength 1 and -1",
+        passes=passes,
+        reason_to_exclude_others="a slider learns from its captions alone",
     )
     run.targets.append(target)
-    run.keeps_steps = True  # a slider does not undo a distillation for few steps
+    run.keeps_few_step_ability = True  # a slider does not undo a distillation for few steps
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
-    run.on.plan.append(partial(_encode, run, file))
+    run.on.plan.append(partial(_prepare_passes, run, file))
 
 
 SLIDER = Feature(

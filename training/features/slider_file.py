@@ -8,9 +8,9 @@ from typing import Any
 from modules.errors import OptionError
 from modules.text_files import parse_toml, read_text
 
-TEXTS = ("positive", "negative", "neutral")
-NUMBERS = {"weight": 1.0, "anchor_weight": 1.0}
-KEYS = (*TEXTS, "anchor", *NUMBERS)
+CAPTION_KEYS = ("positive", "negative", "neutral")
+DEFAULT_WEIGHTS = {"weight": 1.0, "anchor_weight": 1.0}
+KEYS = (*CAPTION_KEYS, "anchor", *DEFAULT_WEIGHTS)
 FILE_KEYS = ("guidance", "sliders")
 MAX_FACTOR = 100.0
 
@@ -27,7 +27,7 @@ class Slider:
     anchor_weight: float
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def captions(self) -> tuple[str, ...]:
         """All captions that the slider needs encoded: positive, negative, neutral and an optional anchor."""
         anchors = () if self.anchor is None else (self.anchor,)
         return (self.positive, self.negative, self.neutral, *anchors)
@@ -48,63 +48,67 @@ class SliderFile:
 
 def read_sliders(path: Path) -> SliderFile:
     """Read a --slider file. Raises OptionError that names the file, the key and what to write."""
-    place = f"--slider {path}"
+    location = f"--slider {path}"
     try:
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"{place}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows it"
+            f"{location}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows "
+            "it"
         ) from None
-    _reject_unknown(place, content, FILE_KEYS)
+    _reject_unknown(location, content, FILE_KEYS)
     tables = content.get("sliders")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise OptionError(
-            f"{place}: it has no [[sliders]]. Write one table for each direction, with positive, negative "
+            f"{location}: it has no [[sliders]]. Write one table for each direction, with positive, negative "
             "and neutral"
         )
-    guidance = _read_number(place, content, "guidance", 3.0)
+    guidance = _read_number(location, content, "guidance", 3.0)
     sliders = [
-        _read_slider(f"{place}, [[sliders]] {number}", table) for number, table in enumerate(tables, 1)
+        _read_slider(f"{location}, [[sliders]] {number}", table) for number, table in enumerate(tables, 1)
     ]
     return SliderFile(guidance, tuple(sliders))
 
 
-def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
+def _reject_unknown(location: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise OptionError(f"{place}: unknown key {unknown[0]}. Use {', '.join(known)}")
+        raise OptionError(f"{location}: unknown key {unknown[0]}. Use {', '.join(known)}")
 
 
-def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
-    """Read one table of [[sliders]]; `place` names it in messages."""
-    _reject_unknown(place, table, KEYS)
-    for key in (*TEXTS, "anchor"):
+def _read_slider(location: str, table: Mapping[str, Any]) -> Slider:
+    """Read one table of [[sliders]]; `location` names it in messages."""
+    _reject_unknown(location, table, KEYS)
+    for key in (*CAPTION_KEYS, "anchor"):
         text = table.get(key)
-        if text is None and key in TEXTS:
-            raise OptionError(f'{place}: it has no {key}. Write {key} = "a caption"')
+        if text is None and key in CAPTION_KEYS:
+            raise OptionError(f'{location}: it has no {key}. Write {key} = "a caption"')
         if text is not None and not isinstance(text, str):
-            raise OptionError(f'{place}: {key} = {text!r} is not a caption. Write {key} = "a caption"')
+            raise OptionError(f'{location}: {key} = {text!r} is not a caption. Write {key} = "a caption"')
     if table["positive"] == table["negative"]:
         raise OptionError(
-            f"{place}: positive and negative are equal, so there is nothing to slide between. Write two ends"
+            f"{location}: positive and negative are equal, so there is nothing to slide between. Write two "
+            "ends"
         )
     if "anchor_weight" in table and "anchor" not in table:
         raise OptionError(
-            f'{place}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
+            f'{location}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
         )
     return Slider(
         positive=table["positive"],
         negative=table["negative"],
         neutral=table["neutral"],
         anchor=table.get("anchor"),
-        weight=_read_number(place, table, "weight", NUMBERS["weight"]),
-        anchor_weight=_read_number(place, table, "anchor_weight", NUMBERS["anchor_weight"]),
+        weight=_read_number(location, table, "weight", DEFAULT_WEIGHTS["weight"]),
+        anchor_weight=_read_number(location, table, "anchor_weight", DEFAULT_WEIGHTS["anchor_weight"]),
     )
 
 
-def _read_number(place: str, table: Mapping[str, Any], key: str, usual: float) -> float:
-    value = table.get(key, usual)
+def _read_number(location: str, table: Mapping[str, Any], key: str, default: float) -> float:
+    value = table.get(key, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= MAX_FACTOR:
-        raise OptionError(f"{place}: {key} = {value!r}: give a number above 0 and of at most {MAX_FACTOR:g}")
+        raise OptionError(
+            f"{location}: {key} = {value!r}: give a number above 0 and of at most {MAX_FACTOR:g}"
+        )
     return float(value)

@@ -15,7 +15,7 @@ from training.data.live import stack_texts
 from training.features.encoded_captions import encode_captions
 from training.features.slider_file import Slider, SliderFile
 from training.loss import NoisyBatch
-from training.targets.passes import Streams, TrainingPasses, measure_plainly
+from training.targets.passes import StreamErrors, TrainingPasses, measure_errors
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SliderTarget:
         """Return the slider that micro-batch `number` trains: the sliders alternate."""
         return self.file.sliders[number % len(self.file.sliders)]
 
-    def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
+    def with_caption(self, batch: Batch, caption: str, device: torch.device) -> Batch:
         """Return the batch with `caption`, and its text encoder outputs, in place of each caption."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
@@ -47,24 +47,29 @@ def slider_passes(
     at_strength: Callable[[float], AbstractContextManager[None]],
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
-) -> Iterator[Streams]:
-    """Yield the errors of each pass with gradients: for strengths 1 and -1, neutral caption, then anchor.
+) -> Iterator[StreamErrors]:
+    """Yield the errors of each pass with gradients: at strength 1, then at -1.
 
-    The anchor is a caption for which the slider must change nothing.
+    b is the base model, and f the network at a strength, G the guidance:
 
-    With d = b(positive) - b(negative) of the base model, G the guidance and f the network at a strength:
-    1/2 |f(neutral) - (b(neutral) + strength * G * d)|^2 + anchor_weight * |f(anchor) - b(anchor)|^2, times
-    the slider's weight. The strength remains set until the caller has computed the gradients, because
-    checkpointed blocks run their forward pass again.
+    1. 1/2 |f(neutral) - (b(neutral) + strength * G * (b(positive) - b(negative)))|^2 * weight
+    2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption for which
+       the slider must change nothing.
+
+    The strength remains set until the caller has computed the gradients, because checkpointed blocks run
+    their forward pass again.
     """
     slider = target.slider_of(noisy_batch.number)
 
     def with_caption(caption: str) -> NoisyBatch:
-        return replace(noisy_batch, batch=target.tell(noisy_batch.batch, caption, noisy_batch.noise.device))
+        batch = target.with_caption(noisy_batch.batch, caption, noisy_batch.noise.device)
+        return replace(noisy_batch, batch=batch)
 
     neutral = with_caption(slider.neutral)
-    base_neutral = passes.base(neutral)
-    direction = passes.base(with_caption(slider.positive)) - passes.base(with_caption(slider.negative))
+    base_neutral = passes.predict_base_model(neutral)
+    direction = passes.predict_base_model(with_caption(slider.positive)) - passes.predict_base_model(
+        with_caption(slider.negative)
+    )
     anchor = anchor_target = None
     anchor_caption = slider.anchor
     anchor_weight = slider.weight * slider.anchor_weight
@@ -73,17 +78,17 @@ def slider_passes(
         anchor_caption, anchor_weight = slider.neutral, 0.0
     if anchor_caption is not None:
         anchor = with_caption(anchor_caption)
-        anchor_target = passes.base(anchor)
+        anchor_target = passes.predict_base_model(anchor)
     for strength in (1.0, -1.0):
         with at_strength(strength):
-            passes.restart(noisy_batch)
+            passes.reset_network_seed(noisy_batch)
             guided = base_neutral + strength * target.file.guidance * direction
-            errors = measure_plainly(passes, passes.learning(neutral), guided, neutral)
+            errors = measure_errors(passes, passes.predict_with_gradients(neutral), guided, neutral)
             yield tuple(0.5 * slider.weight * error for error in errors)
             if anchor is None or anchor_target is None:
                 continue
-            passes.restart(noisy_batch)
-            errors = measure_plainly(passes, passes.learning(anchor), anchor_target, anchor)
+            passes.reset_network_seed(noisy_batch)
+            errors = measure_errors(passes, passes.predict_with_gradients(anchor), anchor_target, anchor)
             yield tuple(anchor_weight * error for error in errors)
 
 
@@ -93,6 +98,6 @@ def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> Sl
     Raises:
         OptionError: If a text encoder is not given.
     """
-    texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.texts))
+    texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.captions))
     captions = encode_captions(family, texts, device)
     return SliderTarget(file, captions.encoded, captions.variable_length)

@@ -8,27 +8,29 @@ SHARES = 1 / 3, 1 / 2
 
 
 @dataclass(frozen=True)
-class StepPasses:
+class PassCounts:
     """Upper bounds for the numbers of passes through the network that a micro-batch needs."""
 
     with_gradients: int = 1
-    without: int = 0
-    size: int = 1  # batch size of a pass, in micro-batches
+    without_gradients: int = 0
+    batch_factor: int = 1  # batch size of a pass, in micro-batches
 
-    def plus(self, further: "StepPasses") -> "StepPasses":
+    def plus(self, further: "PassCounts") -> "PassCounts":
         """Return the sum of the passes of two targets; their factors on the batch size are multiplied."""
-        return StepPasses(
+        return PassCounts(
             with_gradients=self.with_gradients + further.with_gradients,
-            without=self.without + further.without,
-            size=self.size * further.size,
+            without_gradients=self.without_gradients + further.without_gradients,
+            batch_factor=self.batch_factor * further.batch_factor,
         )
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Describe the passes, and the time of a step relative to that of a plain one."""
-        low, high = (self.size * (self.with_gradients + share * self.without) for share in SHARES)
-        size = " of batches twice as large" if self.size > 1 else ""
-        counts = f"{self.with_gradients} with gradients, {self.without} without{size}"
+        low, high = (
+            self.batch_factor * (self.with_gradients + share * self.without_gradients) for share in SHARES
+        )
+        size = " of batches twice as large" if self.batch_factor > 1 else ""
+        counts = f"{self.with_gradients} with gradients, {self.without_gradients} without{size}"
         return f"{counts}: about {low:.1f} to {high:.1f} times a plain step"
 
 
@@ -37,10 +39,10 @@ class StepTarget:
     """A training target other than the clip's velocity, as a feature adds it."""
 
     option: str  # option that adds the target, as it is typed
-    words: str  # its line in the box at the start of a run
-    passes: StepPasses  # in addition to the usual ones
-    replaces_clip: bool = False  # the target replaces the clip; only one target of a run may do so
+    description: str  # its line in the box at the start of a run
+    passes: PassCounts  # in addition to the usual ones
+    replaces_velocity: bool = False  # the target replaces the clip; only one target of a run may do so
     # why the target excludes all others; if not "", its passes with gradients replace the usual one
-    alone: str = ""
+    reason_to_exclude_others: str = ""
     keeps_guidance: bool = False  # the target teaches the guidance that was distilled into the model
-    joins_streams: bool = False  # its passes have a single loss for images and audio
+    has_joint_audio_loss: bool = False  # its passes have a single loss for images and audio

@@ -13,7 +13,7 @@ from modules.errors import OptionError
 from protocols.inputs import INPUTS
 from runtime.ways.contract import FurtherModel
 from training.features.contract import DROPPED_CAPTIONS, Feature, given_values
-from training.features.step_targets import StepPasses, StepTarget
+from training.features.step_targets import PassCounts, StepTarget
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _start(options: TeacherOptions, run: "RunFeatures") -> None:
 
 
 def _join(run: "RunFeatures", options: TeacherOptions) -> None:
-    """Let a run learn from the predictions of a teacher, in addition to the clips or instead of them."""
+    """Register --teacher: a run learns from predictions of a frozen model, mixed with the clips or alone."""
     options.check()
     loss_type = run.options.loss.loss_type
     if options.teacher_split and loss_type != "l2":
@@ -92,17 +92,16 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
             f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
             "differences. Use --loss_type l2, or leave out --teacher_split"
         )
-    # `replaces_clip`: the teacher's prediction is learned in place of the clip, or mixed with it by weight
     target = StepTarget(
         option=f"--teacher {options.teacher}",
-        words=_describe(options),
-        passes=StepPasses(with_gradients=0, without=3 if options.teacher_delta else 1),
-        replaces_clip=True,
+        description=_describe(options),
+        passes=PassCounts(with_gradients=0, without_gradients=3 if options.teacher_delta else 1),
+        replaces_velocity=True,
     )
     run.targets.append(target)
     # a model distilled for few steps keeps this while it follows a teacher: no warning of its loss
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
-        run.keeps_steps = True
+        run.keeps_few_step_ability = True
     run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout
     run.view = options.view  # conditions that only the teacher gets
     # metadata of the saved files

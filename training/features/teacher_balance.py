@@ -37,73 +37,84 @@ def find_balance(
     low: float,
     high: float,
     *,
-    noise: NoiseSpec = FLOW,
+    noise_spec: NoiseSpec = FLOW,
     flow_shift: float = 1.0,
     expert: Expert = ONE_EXPERT[0],
 ) -> FocusBalance:
     """Return the factors that compensate for --timestep_focus inside and outside of a band of noise levels.
 
-    With the sampler `uniform`, a band from 0 to M (as fractions) and a focus P on L to H, `outside` is (1 -
-    M) / ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H. Fractions
-    of other samplers are counted with a precision of 1 / 10,000.
+    1. Count which fraction of the draws falls into the band: without the focus, and within the focus range.
+    2. Mix the two with the probability of the focus: the fraction with the focus.
+    3. Each factor is the fraction without the focus divided by the fraction with it. Both are fractions of
+       the draws that the expert is trained on.
 
     Args:
         options: Options of the run.
         low: Lower end of the band, in thousandths of noise of the sample as it is trained.
         high: Upper end of the band, in the same unit.
-        noise: Noise conventions of the family.
+        noise_spec: Noise conventions of the family.
         flow_shift: Shift for sampling timesteps, which may depend on the size of the batch.
         expert: Expert whose noise levels are trained, if not all are.
     """
     focus = options.timestep_focus
     if focus is None:
         return NO_FOCUS
+    unfocused = _count_unfocused_draws(
+        options, low, high, noise_spec=noise_spec, flow_shift=flow_shift, expert=expert
+    )
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
-    unfocused = _compute_default_fractions(
-        options, low, high, noise=noise, flow_shift=flow_shift, expert=expert
+    in_focus_range = _DrawFractions(
+        in_band=_fraction_of_focus_range(options, max(low, lowest), min(high, highest)),
+        trained=_fraction_of_focus_range(options, lowest, highest),
     )
-    in_range = _BandFractions(
-        inside=_fraction_of_range(options, max(low, lowest), min(high, highest)),
-        trained=_fraction_of_range(options, lowest, highest),
-    )
-    focused = _BandFractions(
-        inside=(1 - focus) * unfocused.inside + focus * in_range.inside,
-        trained=(1 - focus) * unfocused.trained + focus * in_range.trained,
+    focused = _DrawFractions(
+        in_band=(1 - focus) * unfocused.in_band + focus * in_focus_range.in_band,
+        trained=(1 - focus) * unfocused.trained + focus * in_focus_range.trained,
     )
     if not unfocused.trained:  # only draws of the focus are trained
         return NO_FOCUS
-    before, after = unfocused.inside / unfocused.trained, focused.inside / focused.trained
-    return FocusBalance(inside=_ratio(before, after), outside=_ratio(1 - before, 1 - after))
+    without_focus = unfocused.in_band / unfocused.trained
+    with_focus = focused.in_band / focused.trained
+    return FocusBalance(
+        inside=_divide(without_focus, with_focus), outside=_divide(1 - without_focus, 1 - with_focus)
+    )
 
 
 @dataclass(frozen=True)
-class _BandFractions:
-    """Shares of all draws of noise levels: in the band of the teacher, and in the range that is trained."""
+class _DrawFractions:
+    """Fractions of all draws of noise levels, 0..1."""
 
-    inside: float  # trained draws in the band
-    trained: float  # draws at the noise levels of the expert
+    in_band: float  # draws that the expert is trained on and that lie in the band
+    trained: float  # draws that the expert is trained on
 
 
-def _compute_default_fractions(
-    options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
-) -> _BandFractions:
+def _count_unfocused_draws(
+    options: TimestepOptions,
+    low: float,
+    high: float,
+    *,
+    noise_spec: NoiseSpec,
+    flow_shift: float,
+    expert: Expert,
+) -> _DrawFractions:
     """Return the fractions of draws in the band and in the expert's range without --timestep_focus."""
-    fractions = sample_fractions(options, spread_evenly(), noise, flow_shift)
-    levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise, ONE_EXPERT[0])]
+    fractions = sample_fractions(options, spread_evenly(), noise_spec, flow_shift)
+    levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise_spec, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)
-    return _BandFractions(inside=_mean(is_inside), trained=_mean(is_trained))
+    return _DrawFractions(in_band=_mean(is_inside), trained=_mean(is_trained))
 
 
 def _mean(fits: Tensor) -> float:
     return float(fits.double().mean())
 
 
-def _fraction_of_range(options: TimestepOptions, low: float, high: float) -> float:
+def _fraction_of_focus_range(options: TimestepOptions, low: float, high: float) -> float:
     """Return the fraction of --timestep_focus_range between `low` and `high`."""
     first, last = options.timestep_focus_range
     return max(0.0, min(high, last) - max(low, first)) / (last - first)
 
 
-def _ratio(usual: float, focused: float) -> float:
-    return 1.0 if math.isclose(focused, 0.0, abs_tol=1e-9) else usual / focused
+def _divide(unfocused: float, focused: float) -> float:
+    """Return the ratio of two fractions; 1 if the second one is 0."""
+    return 1.0 if math.isclose(focused, 0.0, abs_tol=1e-9) else unfocused / focused

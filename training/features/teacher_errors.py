@@ -17,7 +17,7 @@ class Split:
 EVEN_SPLIT = Split(1.0, 1.0)
 
 
-def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: bool) -> Tensor:
+def magnitude_direction_errors(output: Tensor, target: Tensor, split: Split, has_channels: bool) -> Tensor:
     """Return the error of each sample, B: the sum of errors of magnitude and of direction.
 
     With r = output - target, p' = output - (1 - sqrt(color_weight)) * (mean of r of each channel), N

@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from modules.errors import CheckpointError, OptionError
 from protocols.family import Family, Trains
 from training.features.hooks import FrozenNetwork, HookedModel
 from training.features.teacher_options import TeacherOptions
-from training.features.teacher_passes import Teaching
+from training.features.teacher_passes import TeacherComparison
 from training.loss import NoisyBatch
 from training.other_models import OtherFamilies, require_equal_shapes
 from training.targets.passes import TrainingPasses
@@ -30,10 +31,10 @@ class TeacherModel:
     dit: nn.Module
     loras: "AddedLoras"  # disabled outside of `predict`
     # the trained model if its transformer teaches, without the trained network and the adapters; else None
-    trained: HookedModel | None = None
+    trained_model: HookedModel | None = None
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
-        """Return the prediction for a batch, without gradients.
+        """Return the teacher's prediction for a batch, without gradients.
 
         Args:
             passes: Passes of the network in a training step.
@@ -43,12 +44,12 @@ class TeacherModel:
         teacher_passes = replace(passes, family=self.family, dit=self.dit)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.loras.switched_to(has_loras))
-            if self.trained is None:  # the teacher is a model of its own
-                return teacher_passes.frozen(noisy_batch)
-            # the teacher is the trained DiT itself: `base` runs it without what the run trains
-            for adapter in self.trained.adapters:
+            if self.trained_model is None:  # the teacher is another transformer
+                return teacher_passes.predict_without_gradients(noisy_batch)
+            # the teacher is the trained DiT itself, without the trained LoRA and the training adapters
+            for adapter in self.trained_model.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
-            return teacher_passes.base(noisy_batch)
+            return teacher_passes.predict_base_model(noisy_batch)
 
     def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the teacher model with its LoRAs enabled."""
@@ -62,7 +63,7 @@ class TeacherModel:
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
-        return passes.base(noisy_batch) + change
+        return passes.predict_base_model(noisy_batch) + change
 
 
 @dataclass
@@ -70,7 +71,7 @@ class OtherTeacher:
     """Load a second DiT for --teacher dit and use it as the teacher."""
 
     options: TeacherOptions
-    teaching: Teaching
+    teaching: TeacherComparison
     is_compiled: bool
     loras: "list[AddedLoras]" = field(default_factory=list)  # in the trained transformer, if it teaches
 
@@ -80,28 +81,30 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
-        """Load the teacher, or use the trained model itself, and let `teaching` predict with it.
+        """Set the teacher of `teaching`: the transformer of --teacher_dit, or the trained transformer itself.
 
-        Without --teacher_dit, the teacher is the trained DiT with the LoRAs of --teacher_lora instead of its
-        own.
+        Both have the LoRAs of --teacher_lora; the trained one teaches without its own LoRA.
         """
-        plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
-                plan.family,
+                model.plan.family,
                 model.networks[0],
                 loras=self.loras[0],
-                trained=model,
+                trained_model=model,
             )
         else:
-            family = plan.others.with_dit(self.options.teacher_dit)
-            network = model.loading.load(family, 0)
-            loras = self._add_loras(network)
-            model.loading.set_up_blocks(network)
-            network.dit.eval()
-            teacher = TeacherModel(family, network.dit, loras)
-        teacher.loras.place_on(plan.accelerator.device, model.compute_dtype)
+            teacher = self._load_teacher(self.options.teacher_dit, model)
+        teacher.loras.place_on(model.plan.accelerator.device, model.compute_dtype)
         self.teaching.teach = teacher.teach_change if self.options.teacher_delta else teacher.teach
+
+    def _load_teacher(self, path: Path, model: HookedModel) -> TeacherModel:
+        """Load the transformer of --teacher_dit with its LoRAs, frozen and in evaluation mode."""
+        family = model.plan.others.with_dit(path)
+        network = model.loading.load(family, 0)
+        loras = self._add_loras(network)
+        model.loading.set_up_blocks(network)
+        network.dit.eval()
+        return TeacherModel(family, network.dit, loras)
 
     def _add_loras(self, network: FrozenNetwork) -> "AddedLoras":
         from networks.gated_loras import add_loras  # only with such a teacher
@@ -131,7 +134,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
         return
     name = f"--teacher_dit {options.teacher_dit}"
     teacher = others.with_dit(options.teacher_dit)
-    with _naming("--teacher_dit"):  # errors name this option instead of --dit
+    with _renaming_dit_option("--teacher_dit"):  # errors name this option instead of --dit
         files = set(teacher.dit_files)
         teacher.check_given_files()
     if files & set(family.dit_files):
@@ -144,13 +147,13 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
             f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
             "model that the trained one was made from"
         )
-    with _naming("--teacher_dit"):
+    with _renaming_dit_option("--teacher_dit"):
         require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
     _check_loras(teacher, options)
 
 
 @contextlib.contextmanager
-def _naming(option: str) -> Iterator[None]:
+def _renaming_dit_option(option: str) -> Iterator[None]:
     """Replace --dit by `option` in the messages of CheckpointErrors during the block."""
     try:
         yield

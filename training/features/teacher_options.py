@@ -129,12 +129,12 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
                 f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "
                 f"{self.teacher_max_timestep}: the first has to be the lower one"
             )
-        is_other = self.teacher == OTHER_DIT
-        given = {"--teacher_dit": self.teacher_dit, "--teacher_lora": self.teacher_lora}
-        for name, value in given.items():
-            if value is not None and not is_other:
+        needs_files = self.teacher == OTHER_DIT
+        files = {"--teacher_dit": self.teacher_dit, "--teacher_lora": self.teacher_lora}
+        for name, value in files.items():
+            if value is not None and not needs_files:
                 raise OptionError(f"{name} is for --teacher {OTHER_DIT}. Give that, or leave out {name}")
-        if is_other and not any(given.values()):
+        if needs_files and not any(files.values()):
             raise OptionError(
                 f"--teacher {OTHER_DIT}: give the transformer to learn from (--teacher_dit FILE), the LoRA "
                 "whose effect is to be learned (--teacher_lora FILE), or both"

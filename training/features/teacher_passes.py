@@ -11,21 +11,21 @@ from modules.devices import numbers_on
 from protocols.data import FIRST_FRAME
 from protocols.family import Trains
 from protocols.steps import clean_fraction
-from training.data.feed import Randomness
+from training.data.feed import NoiseSampler
 from training.data.timesteps import find_shift
 from training.features.hooks import RunFeatures
 from training.features.teacher_balance import find_balance
-from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
+from training.features.teacher_errors import EVEN_SPLIT, Split, magnitude_direction_errors
 from training.features.teacher_options import TeacherOptions
 from training.loss import NoisyBatch, mask_weights
 from training.targets.passes import (
     Measure,
-    Streams,
+    StreamErrors,
     TargetComparison,
     TrainingPasses,
-    kept_samples,
-    levels_of,
-    measure_plainly,
+    measure_errors,
+    noise_fractions_of,
+    samples_with_base_target,
 )
 
 THOUSAND = 1000
@@ -34,12 +34,14 @@ BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside of t
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
 
-def install_teacher(run: RunFeatures, options: TeacherOptions) -> "Teaching":
+def install_teacher(run: RunFeatures, options: TeacherOptions) -> "TeacherComparison":
     """Add the comparison with the teacher to a run.
 
     Until the teacher is loaded, and when memory is predicted, the trained model is used in its place.
     """
-    teaching = Teaching(make_target(options), rehearse_change if options.teacher_delta else teach_as_base)
+    teaching = TeacherComparison(
+        make_target(options), run_change_passes_for_memory if options.teacher_delta else teach_as_base
+    )
     run.on.target.append(teaching.compare)
     if options.band is not None:
         run.on.batch.append(functools.partial(balance_anchor, options.band))
@@ -53,7 +55,7 @@ class Band:
     lowest: float
     highest: float
 
-    def holds(self, level: float) -> bool:
+    def contains(self, level: float) -> bool:
         """Return whether a noise level lies in the band."""
         return self.lowest <= level <= self.highest
 
@@ -88,7 +90,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 
 @dataclass
-class Teaching:
+class TeacherComparison:
     """Functions that compare the network's predictions with those of its teacher."""
 
     target: TeacherTarget
@@ -103,81 +105,111 @@ class Teaching:
         the same inputs as the network. Samples whose target is the base model's prediction have neither loss.
         """
         clip, *others = comparisons
-        shares = [0.0 if is_kept else self.target.weight for is_kept in kept_samples(passes, noisy_batch)]
-        weight = _make_weight_of_samples([1 - share for share in shares], clip.target.device)
-        return [replace(clip, weight=weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
+        teacher_weights = [
+            0.0 if is_preserved else self.target.weight
+            for is_preserved in samples_with_base_target(passes, noisy_batch)
+        ]
+        clip_weight = _as_sample_weights([1 - weight for weight in teacher_weights], clip.target.device)
+        return [replace(clip, weight=clip_weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
 
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
-        """Return the comparisons with the teacher: for samples inside and outside of its band."""
-        teacher = self.target
-        batch_of_teacher = tell_teacher(passes.family, noisy_batch, teacher.view)
-        band = teacher.band
-        # for each sample: whether its noise level is inside, or outside, of the band; both are False if its
-        # target is the base model's prediction
-        is_inside = []
-        is_outside = []
-        samples = zip(levels_of(noisy_batch), kept_samples(passes, noisy_batch), strict=True)
-        for level, is_kept in samples:
-            in_band = band is None or band.holds(level)
-            is_inside.append(in_band and not is_kept)
-            is_outside.append(not in_band and not is_kept)
-        comparisons = []
+        """Return the comparison of samples inside the teacher's band, and that of samples outside."""
+        is_inside, is_outside = self._split_by_band(passes, noisy_batch)
         # in lockstep the teacher always runs, because all processes have to run the same passes
-        if any(is_inside) or passes.rule.in_lockstep:
-            target = self.teach(passes, batch_of_teacher)
-            weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
-            measure = _measure_for(passes, teacher.split)
-            comparisons.append(TargetComparison(target, measure, batch_of_teacher, weight))
-        if any(is_outside) or (passes.rule.in_lockstep and band is not None):
-            target = self.teach(passes, noisy_batch)  # with the conditions that the trained model gets
-            # outside of the band, the teacher only holds the network where the base model is (the anchor)
-            anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
-            weight = _make_weight_of_samples(
-                [anchor_weight * outside for outside in is_outside], target.device
-            )
-            measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
-            comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
+        in_lockstep = passes.rule.in_lockstep
+        comparisons = []
+        if any(is_inside) or in_lockstep:
+            comparisons.append(self._compare_inside(passes, noisy_batch, is_inside))
+        if any(is_outside) or (in_lockstep and self.target.band is not None):
+            comparisons.append(self._compare_outside(passes, noisy_batch, is_outside))
         return comparisons
 
+    def _split_by_band(
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch
+    ) -> tuple[list[bool], list[bool]]:
+        """Return for each sample whether its noise level is inside of the band, and whether it is outside.
 
-def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
+        Both are False for a sample whose target is the base model's prediction.
+        """
+        band = self.target.band
+        is_inside = []
+        is_outside = []
+        is_preserved = samples_with_base_target(passes, noisy_batch)
+        for level, preserved in zip(noise_fractions_of(noisy_batch), is_preserved, strict=True):
+            in_band = band is None or band.contains(level)
+            is_inside.append(in_band and not preserved)
+            is_outside.append(not in_band and not preserved)
+        return is_inside, is_outside
+
+    def _compare_inside(
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_inside: Sequence[bool]
+    ) -> TargetComparison:
+        """Compare with a teacher that gets all known inputs; samples outside of its band have weight 0."""
+        teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.view)
+        target = self.teach(passes, teacher_batch)
+        weights = [self.target.weight * inside for inside in is_inside]
+        return TargetComparison(
+            target,
+            _measure_for(passes, self.target.split),
+            teacher_batch,
+            _as_sample_weights(weights, target.device),
+        )
+
+    def _compare_outside(
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_outside: Sequence[bool]
+    ) -> TargetComparison:
+        """Compare with a teacher that gets the network's inputs; samples inside its band have weight 0."""
+        target = self.teach(passes, noisy_batch)
+        teacher = self.target
+        weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
+        weights = [weight * outside for outside in is_outside]
+        return TargetComparison(
+            target,
+            _measure_for(passes, None if teacher.split is None else EVEN_SPLIT),
+            noisy_batch,
+            _as_sample_weights(weights, target.device),
+        )
+
+
+def balance_anchor(band: tuple[int, int], drawn: NoiseSampler, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Note in the batch the factor on the loss outside the band that compensates for --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
-        noise=drawn.noise,
-        flow_shift=find_shift(drawn.timesteps, drawn.noise, noisy_batch.noise.shape),
+        noise_spec=drawn.noise_spec,
+        flow_shift=find_shift(drawn.timesteps, drawn.noise_spec, noisy_batch.noise.shape),
         expert=drawn.experts[noisy_batch.expert],
     )
     return replace(noisy_batch, notes={**noisy_batch.notes, BALANCE: balance.outside})
 
 
-def _make_weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return sample weights as a tensor, B, or as one number if all are equal."""
+def _as_sample_weights(weights: Sequence[float], device: torch.device) -> "float | Tensor":
+    """Return the weight of each sample as a tensor, B, or as one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
     return numbers_on(device, weights, torch.float32)
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
+    """Return the error function: of magnitude and direction, or without `split` the ordinary one."""
     if split is None:
-        return functools.partial(measure_plainly, passes)
+        return functools.partial(measure_errors, passes)
     return functools.partial(_measure_split, split)
 
 
-def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
+def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> StreamErrors:
     """Return the error of each sample as a sum of errors of magnitude and direction, weighted by masks."""
-    outputs = _split_streams(output, noisy_batch)
-    targets = _split_streams(target, noisy_batch)
-    errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
+    outputs = _weighted_streams(output, noisy_batch)
+    targets = _weighted_streams(target, noisy_batch)
+    errors = [magnitude_direction_errors(outputs[0], targets[0], split, has_channels=True)]
     for audio_output, audio_target in zip(outputs[1:], targets[1:], strict=True):
-        errors.append(split_errors(audio_output, audio_target, split, has_channels=False))
+        errors.append(magnitude_direction_errors(audio_output, audio_target, split, has_channels=False))
     return tuple(errors)
 
 
-def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
+def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
     """Split a prediction into images, B C F H W, and audio if the batch has any, weighted for a comparison.
 
     The squared norm of the difference of two results then weights positions as the ordinary loss does: frames
@@ -199,7 +231,7 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
     return (prediction[:, :, noisy_batch.given_frames :], *audios)
 
 
-def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
+def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
     """Return the batch with all inputs, including those that the trained network does not get.
 
     Args:
@@ -215,10 +247,12 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the prediction of the base model, for runs in which it is the teacher."""
-    return passes.base(noisy_batch)
+    return passes.predict_base_model(noisy_batch)
 
 
-def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+def run_change_passes_for_memory(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Run the three passes of --teacher_delta with one model, on tensors without storage, for peak memory."""
     with torch.no_grad():
-        return passes.base(noisy_batch) + (passes.frozen(noisy_batch) - passes.frozen(noisy_batch))
+        return passes.predict_base_model(noisy_batch) + (
+            passes.predict_without_gradients(noisy_batch) - passes.predict_without_gradients(noisy_batch)
+        )

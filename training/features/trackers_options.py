@@ -115,7 +115,7 @@ def check_trackers(options: TrackerOptions) -> None:
             __import__(tracker)
         except ImportError as error:
             raise OptionError(f"--log_with {tracker}: {describe_missing(error)}") from None
-    with quiet():  # it is read again when they start
+    with quiet():  # the trackers read it again when they start, with warnings
         tracker_arguments(options)
 
 
@@ -135,7 +135,7 @@ def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
 
 
 def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
-    """Return the arguments of each tracker by name, from --log_tracker_config or --wandb_run_name."""
+    """Return the arguments of each tracker of accelerate, from --log_tracker_config or --wandb_run_name."""
     from modules.text_files import parse_toml, read_text  # only with trackers
 
     if options.log_tracker_config is None:

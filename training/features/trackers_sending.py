@@ -39,25 +39,22 @@ class Trackers:
     project: str = PROJECT  # used if no option names the project
     config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
     now: Callable[[], float] = time.monotonic  # seconds
-    started: datetime = field(default_factory=datetime.now)  # names the folder of TensorBoard's files
-    _flushed: float = field(default=0.0, init=False)
-    _is_lost: bool = field(default=False, init=False)  # whether a tracker has failed; nothing is sent then
-    _hook: Any = field(default=None, init=False)  # the previous `threading.excepthook`
+    start_time: datetime = field(default_factory=datetime.now)  # names the folder of TensorBoard's files
+    _last_flush: float = field(default=0.0, init=False)
+    _has_failed: bool = field(default=False, init=False)  # whether a tracker has failed; nothing is sent then
+    _previous_excepthook: Any = field(default=None, init=False)  # the previous `threading.excepthook`
 
     def __enter__(self) -> "Trackers":
         """Start the trackers, and watch for errors in their threads."""
         options = self.options
         arguments = tracker_arguments(options)
-        folder = None
+        folder = None  # for the files of TensorBoard and aim
         if options.logging_dir is not None:
-            folder = str(options.logging_dir / f"{options.log_prefix or ''}{self.started:%Y%m%d%H%M%S}")
+            folder = str(options.logging_dir / f"{options.log_prefix or ''}{self.start_time:%Y%m%d%H%M%S}")
             self.accelerator.project_configuration.set_directories(folder)
         self.accelerator.log_with = filter_trackers([*options.trackers], folder)
-        if (
-            self.accelerator.is_main_process
-            and "wandb" in options.trackers
-            and options.wandb_api_key is not None
-        ):
+        has_wandb_key = "wandb" in options.trackers and options.wandb_api_key is not None
+        if self.accelerator.is_main_process and has_wandb_key:
             import wandb  # optional; `check_trackers` has found it
 
             wandb.login(key=options.wandb_api_key)
@@ -66,49 +63,49 @@ class Trackers:
             config=dict(self.config) or None,
             init_kwargs=arguments,
         )
-        self._hook, threading.excepthook = threading.excepthook, self._log_thread_error
+        self._previous_excepthook, threading.excepthook = threading.excepthook, self._log_thread_error
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            with self._guarded(Exception):  # no error may end a finished training
+            with self._stopping_at_errors(Exception):  # no error may end a finished training
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
         finally:
             self.accelerator.trackers.clear()  # accelerate would finish them again
-            threading.excepthook = self._hook
+            threading.excepthook = self._previous_excepthook
 
     def _log_thread_error(self, error: threading.ExceptHookArgs) -> None:
         """Print a thread's error, except for TensorBoard's writer, which raises its own error again later."""
         if not type(error.thread).__module__.startswith("tensorboard."):
-            self._hook(error)
+            self._previous_excepthook(error)
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Send the numbers of a step to every tracker, unless an earlier failure has disabled them."""
-        if not self._is_lost:
-            with self._guarded():
+        if not self._has_failed:
+            with self._stopping_at_errors():
                 for tracker in self.accelerator.trackers:
                     self._log_values(tracker, values, step)
 
     @contextlib.contextmanager
-    def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
+    def _stopping_at_errors(self, kind: type[Exception] = OSError) -> Iterator[None]:
         """Log a tracker's first disk or network error as a warning, and send no more metrics to it."""
         try:
             yield
         except kind as error:
-            if not self._is_lost:
+            if not self._has_failed:
                 names = " ".join(self.options.trackers)
                 logger.warning("--log_with %s gets no more numbers, the training continues: %s", names, error)
-            self._is_lost = True
+            self._has_failed = True
 
     def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
         if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
             for name, value in values.items():
                 tracker.writer.add_scalar(name, value, step)
             now = self.now()
-            if now - self._flushed >= FLUSH_SECONDS:
+            if now - self._last_flush >= FLUSH_SECONDS:
                 tracker.writer.flush()
-                self._flushed = now
+                self._last_flush = now
         else:  # names in some trackers may only have letters, digits, blanks, _, - and /
             tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 

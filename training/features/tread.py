@@ -45,7 +45,7 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
     )
 
     @property
-    def share(self) -> float:
+    def drop_rate(self) -> float:
         """Fraction of tokens, 0..1, that bypass the middle blocks."""
         return self.tread or 0.0
 
@@ -70,26 +70,27 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
         raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")
     if not counts:
         return
-    total = sum(counts)
-    first, last = (number + total if number < 0 else number for number in options.tread_blocks)
-    if not 0 <= first <= last < total:
-        numbers = " ".join(map(str, options.tread_blocks))
+    num_blocks = sum(counts)
+    first, last = (index + num_blocks if index < 0 else index for index in options.tread_blocks)
+    if not 0 <= first <= last < num_blocks:
+        typed = " ".join(map(str, options.tread_blocks))
         raise OptionError(
-            f"{name} with --tread_blocks {numbers}: the model {family.name} has {total} blocks, from 0 to "
-            f"{total - 1}, and these are {first} to {last}. Give two of them, the first not behind the last"
+            f"{name} with --tread_blocks {typed}: the model {family.name} has {num_blocks} blocks, from 0 "
+            f"to {num_blocks - 1}, and these are {first} to {last}. Give two of them, the first not behind "
+            "the last"
         )
 
 
 def _describe(options: TreadOptions) -> str:
     first, last = options.tread_blocks
-    share = f"{100 * options.share:g} %"
-    return f"{share} of the tokens pass by the blocks {first} to {last}, in passes with gradients"
+    percent = f"{100 * options.drop_rate:g} %"
+    return f"{percent} of the tokens pass by the blocks {first} to {last}, in passes with gradients"
 
 
-def pass_by(
+def bypass_blocks(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
-    """Return the context in which a part of the tokens skips the middle blocks of the DiT.
+    """Return the context in which some tokens, drawn for this batch, skip the middle blocks of the DiT.
 
     Args:
         options: Options of the run.
@@ -98,30 +99,30 @@ def pass_by(
         seed: Seed of the run.
     """
     from training.features.tread_routes import select_kept_tokens
-    from training.features.tread_runner import Route, routed  # torch: only with --tread
+    from training.features.tread_runner import Route, bypassing_blocks  # torch: only with --tread
 
     first, last = options.tread_blocks
-    select = partial(select_kept_tokens, noisy_batch, drop_rate=options.share, seed=seed)
-    return routed(dit, Route(first, last, select))
+    select = partial(select_kept_tokens, noisy_batch, drop_rate=options.drop_rate, seed=seed)
+    return bypassing_blocks(dit, Route(first, last, select))
 
 
 def _register(run: "RunFeatures", options: TreadOptions) -> None:
-    """Check the options of TREAD, which lets tokens bypass middle blocks, and register its functions."""
+    """Register --tread, with which some tokens bypass middle blocks; check --tread_blocks."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
             f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "
             "last block, such as 2 -2"
         )
-    dividing = run.options.speed.modes.divides_tokens
-    if dividing:
+    dividing_option = run.options.speed.modes.divides_tokens
+    if dividing_option:
         raise OptionError(
-            f"--tread {options.tread:g} with {dividing}: each process has some of the "
+            f"--tread {options.tread:g} with {dividing_option}: each process has some of the "
             "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
         )
     run.info.targets.append(_describe(options))
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(check_tread, options))
-    run.on.learning_pass.append(partial(pass_by, options))
+    run.on.learning_pass.append(partial(bypass_blocks, options))
 
 
 TREAD = Feature(

@@ -31,7 +31,7 @@ class Route:
 
     first: int  # index of the first block; negative: from the end
     last: int  # index of the last block, inclusive; negative: from the end
-    choose: SelectKeptTokens
+    select_tokens: SelectKeptTokens
 
     def blocks_of(self, count: int) -> range:
         """Return the indices of the routed blocks in a network of `count` blocks."""
@@ -49,7 +49,7 @@ def block_number(number: int, count: int) -> int:
 
 
 @contextmanager
-def routed(dit: nn.Module, route: Route) -> Iterator[None]:
+def bypassing_blocks(dit: nn.Module, route: Route) -> Iterator[None]:
     """Route only the selected tokens through the middle blocks during the `with` block."""
     before = runner_of(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
@@ -61,51 +61,50 @@ def routed(dit: nn.Module, route: Route) -> Iterator[None]:
 
 def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
-    hidden.between = _Parting(route, route.blocks_of(count)).at
+    hidden.between = _TokenBypass(route, route.blocks_of(count)).before_block
     inner(dit, hidden, overrides)
     hidden.between = None
 
 
-class _Parting:
+class _TokenBypass:
     """Tokens of one forward pass that skip the middle blocks, and are put back afterwards."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route
         self._blocks = blocks
-        self._kept = torch.empty(0)
-        self._waiting: tuple[Tensor, Any] | None = None  # all tokens before the route, and their record
+        self._kept_indices = torch.empty(0)
+        self._all_tokens: tuple[Tensor, Any] | None = None  # all tokens before the route, and their record
 
-    def at(self, number: int, hidden: Hidden) -> None:
+    def before_block(self, number: int, hidden: Hidden) -> None:
         """Take tokens out before the first block of the route, and put them back after the last one."""
         if number == self._blocks.start:
-            self._part(hidden)
-        elif number == self._blocks.stop and self._waiting is not None:
-            x, hidden.tokens = self._waiting
-            self._waiting = None
-            hidden.x = x.scatter(1, _wide(self._kept, x), hidden.x.to(x.dtype))
+            self._take_out_tokens(hidden)
+        elif number == self._blocks.stop and self._all_tokens is not None:
+            x, hidden.tokens = self._all_tokens
+            self._all_tokens = None
+            hidden.x = x.scatter(1, _expand_indices(self._kept_indices, x), hidden.x.to(x.dtype))
 
-    def _part(self, hidden: Hidden) -> None:
-        """Keep only some of the clip's tokens for the routed blocks, and all tokens for after them.
+    def _take_out_tokens(self, hidden: Hidden) -> None:
+        """Replace the tokens in `hidden` by those that the routed blocks process; remember all tokens.
 
-        `hidden` is changed in place. Nothing happens if the route leaves no token out.
+        The route selects among the tokens of the clip; all others, such as text tokens, are kept.
         """
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
-        selected = self._route.choose(grid)
-        start = tokens.first_image
-        num_tokens = torch.Size(grid).numel()
-        num_left_out = num_tokens - selected.shape[1]
-        if not num_left_out:
+        selected = self._route.select_tokens(grid)  # indices from the clip's first token on
+        num_clip_tokens = torch.Size(grid).numel()
+        num_dropped = num_clip_tokens - selected.shape[1]
+        if not num_dropped:
             return
-        # keep all tokens before and after those of the clip, such as text tokens
+        clip_start = tokens.first_image
+        clip_end = clip_start + num_clip_tokens
         all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
-        # B N; the indices of the selected tokens count from the clip's first token
-        index_ranges = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
-        self._kept = torch.cat(index_ranges, dim=1).to(x.device)
-        self._waiting = x, tokens  # all tokens, into which the kept ones return after the routed blocks
-        hidden.tokens = tokens.select(self._kept, num_left_out)
-        hidden.x = x.gather(1, _wide(self._kept, x))
+        kept_indices = [all_indices[:, :clip_start], selected + clip_start, all_indices[:, clip_end:]]
+        self._kept_indices = torch.cat(kept_indices, dim=1).to(x.device)
+        self._all_tokens = x, tokens
+        hidden.tokens = tokens.select(self._kept_indices, num_dropped)
+        hidden.x = x.gather(1, _expand_indices(self._kept_indices, x))
 
 
-def _wide(places: Tensor, x: Tensor) -> Tensor:
-    return places.unsqueeze(2).expand(-1, -1, x.shape[2])
+def _expand_indices(indices: Tensor, x: Tensor) -> Tensor:
+    return indices.unsqueeze(2).expand(-1, -1, x.shape[2])

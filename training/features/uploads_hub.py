@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 MAX_PROMPTS = 8
-_END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
+_CARD_END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
 SETTINGS = {  # settings of a run in the text: key of the metadata -> words
     "ss_network_module": "network",
     "ss_network_dim": "rank",
@@ -56,7 +56,7 @@ HUB_LICENSES = {
     "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m",
 }
 # fmt: on
-OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
+TABLE_KEYS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 
 def write_card(
@@ -67,9 +67,9 @@ def write_card(
     prompts: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
 ) -> str:
-    """Return the text of README.md.
+    """Return the text of a model card for the hub, README.md: YAML front matter, then Markdown.
 
-    User texts are escaped, so that none can end the front matter, a block or the comment.
+    User texts are escaped, so that none can end the front matter, a block or the comment at the end.
 
     Args:
         name: Value of --output_name.
@@ -80,30 +80,36 @@ def write_card(
         files: Files of one save by the name of their expert; the key is "" for a file for all of them.
     """
     model_spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
-    base = release.repositories[0]
+    dataset_tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
+    trigger_words = _list_trigger_words(dataset_tables)
+    base_model = release.repositories[0]
     kind = "LoRA" if is_lora else "model"
     lines = [
         f"# {_escape(model_spec.get('title', name))}",
         "",
-        f"A {kind} for [{base}](https://huggingface.co/{base}), trained with Reelsmith.",
+        f"A {kind} for [{base_model}](https://huggingface.co/{base_model}), trained with Reelsmith.",
     ]
     if model_spec.get("description"):
         lines += ["", _escape(model_spec["description"])]
-    tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
-    trigger_words = (table.get("trigger_word") for table in tables)
-    words = list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
-    if words:
-        lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
+    if trigger_words:
+        lines += ["", f"Words that it was taught: {_escape(', '.join(trigger_words))}"]
     if is_lora:
-        lines += ["", "## Use", "", _as_block(f"{_say_files(name, files)} --lora_multiplier 1.0")]
-    settings = _list_settings(metadata, tables)
+        lines += ["", "## Use", "", _as_block(f"{_lora_arguments(name, files)} --lora_multiplier 1.0")]
+    settings = _list_settings(metadata, dataset_tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = model_spec.get("license", release.licence)
     lines += ["", "## License", "", f"{_escape(licence)}. License of the base model: {release.license_url}"]
-    front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, words=words)
+    front_matter = _front_matter(is_lora, release, prompts, spec=model_spec, trigger_words=trigger_words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
-    return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+    # the digest shows later whether a user has edited the card
+    return f"{text}<!-- reelsmith card {_run_id(name)} {_digest(text)} -->\n"
+
+
+def _list_trigger_words(dataset_tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the trigger words of dataset tables, each once and without blank ones."""
+    trigger_words = (table.get("trigger_word") for table in dataset_tables)
+    return list(dict.fromkeys(word for word in trigger_words if isinstance(word, str) and word.strip()))
 
 
 def card_of(run: PublishedRun, path: Path) -> str | None:
@@ -121,16 +127,16 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
     )
 
 
-def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
+def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
     """Return the command-line options that load the files of a model card.
 
     `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
     """
-    words = []
-    for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
-        flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
-        words.append(f"{flag} {path.name}")
-    return " ".join(words)
+    arguments = []
+    for expert, path in (files or {"": Path(f"{name}.safetensors")}).items():
+        flag = f"--lora_weight_{HIGH_NOISE}" if expert == HIGH_NOISE else "--lora_weight"
+        arguments.append(f"{flag} {path.name}")
+    return " ".join(arguments)
 
 
 def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -141,14 +147,14 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
         if text not in ("None", "", "{}"):
             lines.append(f"{name}: {text}")
     for table in tables:
-        info = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
+        info = (f"{key} {table[key]}" for key in TABLE_KEYS if table.get(key) is not None)
         lines.append(f"data: {', '.join(info)}")
     return lines
 
 
-def may_replace(existing: str, card: str) -> bool:
+def can_replace_card(existing: str, card: str) -> bool:
     """Return whether a model card may be replaced: this run wrote it, and nobody has edited it since."""
-    old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
+    old, new = (_CARD_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
 
@@ -157,7 +163,7 @@ def _front_matter(
     release: ModelRelease,
     prompts: Sequence[str],
     spec: Mapping[str, str],
-    words: Sequence[str],
+    trigger_words: Sequence[str],
 ) -> str:
     """Return the YAML header of a model card, which the hub reads.
 
@@ -166,25 +172,26 @@ def _front_matter(
         release: The released model.
         prompts: Prompts of the samples, which the hub shows.
         spec: Metadata of the trained file (`modelspec.*`), by name without prefix.
-        words: Words that the model was taught.
+        trigger_words: Trigger words of the dataset.
     """
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
     license_key = licence.strip().lower()
-    other_key = release.license_key if licence == release.licence else "other"
+    if license_key not in HUB_LICENSES:
+        license_key = release.license_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "license": license_key if license_key in HUB_LICENSES else other_key,
+        "license": license_key,
     }
-    if values["license"] == "other":
+    if license_key == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
         if licence == release.licence:
             values["license_link"] = release.license_url
-    if words:
-        values["instance_prompt"] = ", ".join(words)
+    if trigger_words:
+        values["instance_prompt"] = ", ".join(trigger_words)
     if prompts:
         values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
     # ASCII, because readers of YAML disagree about which characters end a line
@@ -215,7 +222,7 @@ def _one_line(text: str) -> str:
     return " ".join(escape_control_codes(text).split())
 
 
-def _key(name: str) -> str:
+def _run_id(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
@@ -223,7 +230,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def hub() -> Any:
+def import_hub_client() -> Any:
     """Import and return `huggingface_hub`.
 
     Raises:
@@ -255,7 +262,7 @@ class Uploads:
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
-    _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
+    _card_failures: list[str] = field(default_factory=list)  # why no more cards are uploaded
 
     def for_run(self, run: PublishedRun) -> "Uploads":
         """Return a copy of this object that also uploads the model card of a run."""
@@ -283,39 +290,41 @@ class Uploads:
     def _upload(self, path: Path, card: str | None) -> None:
         """Upload a file or a folder, and its model card; failures are logged and do not end the run."""
         options, repo = self.options, self.options.huggingface_repo_id
-        where = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
+        repo_arguments = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
         target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
         is_private = options.huggingface_repo_visibility != "public"
         try:
-            self.api.create_repo(**where, private=is_private, exist_ok=True)
+            self.api.create_repo(**repo_arguments, private=is_private, exist_ok=True)
             if path.is_dir():
-                self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
+                self.api.upload_folder(**repo_arguments, folder_path=str(path), path_in_repo=target)
             else:
-                self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
+                self.api.upload_file(**repo_arguments, path_or_fileobj=str(path), path_in_repo=target)
             logger.info("Uploaded %s to %s", path.name, repo)
-            if card is not None and where["repo_type"] == "model":
+            if card is not None and repo_arguments["repo_type"] == "model":
                 self._upload_card(card)
         except Exception as error:  # whatever it is, the file is saved and training continues
             logger.error("%s was saved but not uploaded to %s: %s", path, repo, error)
 
     def _upload_card(self, card: str) -> None:
-        """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
+        """Upload the model card, unless the repository has a card that must be kept (`can_replace_card`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards or self._rejections:  # sent before, or one was kept or failed
+        if card in self._sent_cards or self._card_failures:
             return
         self._sent_cards.add(card)
-        where = {"repo_id": repo, "repo_type": "model"}
+        repo_arguments = {"repo_id": repo, "repo_type": "model"}
         try:
-            if self.api.file_exists(filename=CARD, **where):
-                existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
-                if not may_replace(existing, card):
+            if self.api.file_exists(filename=CARD, **repo_arguments):
+                existing = Path(self.api.hf_hub_download(filename=CARD, **repo_arguments)).read_text(
+                    encoding="utf-8"
+                )
+                if not can_replace_card(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
-                    self._rejections.append(CARD)
+                    self._card_failures.append(CARD)
                     return
-            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
+            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **repo_arguments)
         except Exception as error:  # the files are saved, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
-            self._rejections.append(str(error))
+            self._card_failures.append(str(error))
             return
         logger.info("Uploaded the model card to %s", repo)
 
@@ -326,7 +335,7 @@ def make_uploads(options: UploadOptions, make_api: Callable[..., Any] | None = N
     Raises:
         OptionError: If the client library is missing.
     """
-    return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
+    return Uploads(options, (make_api or import_hub_client().HfApi)(token=options.huggingface_token))
 
 
 def download_state(
@@ -345,15 +354,15 @@ def download_state(
     """
     name, _, revision_and_type = address.partition(":")  # revision and type may be left out
     revision, _, repo_type = revision_and_type.partition(":")
-    parts = name.strip("/").split("/")
-    if len(parts) < 3:
+    owner_repo_path = name.strip("/").split("/")
+    if len(owner_repo_path) < 3:
         raise OptionError(
             f"--resume {address}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
         )
-    repo, path = "/".join(parts[:2]), "/".join(parts[2:])
-    fetch = download or hub().snapshot_download
+    repo, path = "/".join(owner_repo_path[:2]), "/".join(owner_repo_path[2:])
+    snapshot_download = download or import_hub_client().snapshot_download
     try:
-        fetched = fetch(
+        local_folder = snapshot_download(
             repo_id=repo,
             repo_type=repo_type or "model",
             revision=revision or None,
@@ -363,7 +372,7 @@ def download_state(
         )
     except Exception as error:  # the client raises many kinds: network, rights, names
         raise OptionError(f"--resume {address}: cannot be downloaded from the hub: {error}") from error
-    state = Path(fetched) / path
+    state = Path(local_folder) / path
     if not state.is_dir():
         raise OptionError(
             f"--resume {address}: {repo} has no folder {path}"

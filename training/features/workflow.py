@@ -32,6 +32,7 @@ class WorkflowOptions(
 
 
 def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
+    """Register --save_workflow, which needs samples without merged LoRAs."""
     if run.options.samples.sample_prompts is None:
         raise OptionError(
             "--save_workflow writes what makes the samples, and there are none: give "
@@ -48,7 +49,7 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
 
 
 def _start(run: "RunFeatures") -> None:
-    if run.files_beside:
+    if run.extra_file_suffixes:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
             "samples' prompts have. Leave out one of the two"
@@ -66,7 +67,7 @@ def _plan(run: "RunFeatures", plan: "PlannedRun") -> None:
 
     workflows = plan_workflows(plan)
     if plan.accelerator.is_main_process:
-        workflows.say_limits()
+        workflows.log_limits()
     run.on.save.append(workflows.write)
 
 

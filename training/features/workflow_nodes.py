@@ -18,6 +18,7 @@ from generation.sample_lines import read_sample_file
 from modules.atomic_write import atomic_path
 from modules.console import quiet
 from modules.errors import OptionError
+from networks.formats import LoraFormat
 from networks.names.layouts import COMFYUI, KNOWN
 from protocols.family import Family
 from protocols.requests import Prepared, Request
@@ -32,12 +33,19 @@ logger = logging.getLogger(__name__)
 FLAG = "--save_workflow"
 Link = list[str | int]
 # fields of `Request` that the nodes can represent; `typed` and `settings` only concern command lines
-_HELD = {
+_REPRESENTED_FIELDS = {
     *("prompt", "seed", "width", "height", "frames", "steps", "guidance_scale", "embedded_guidance"),
     *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed", "settings"),
 }
-_READ = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes of files that ComfyUI lists
-CONVERTED = "_comfyui"  # suffix of the name of a LoRA that `convert_lora.py` has converted
+_LISTED_SUFFIXES = {
+    ".safetensors",
+    ".sft",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+}  # suffixes of files that ComfyUI lists
+CONVERTED_SUFFIX = "_comfyui"  # suffix of the name of a LoRA that `convert_lora.py` has converted
 
 
 @dataclass(frozen=True)
@@ -98,27 +106,35 @@ def plan_workflows(plan: PlannedRun) -> "Workflows":
             f"{FLAG} with --network_module {options.network.network_module}: whether ComfyUI reads that "
             "package's files is not known here. Leave it out"
         )
-    lora_names = lora_format.family
-    # the known tensor names can be read by ComfyUI, unless this family's LoRAs must be converted for it
-    reads_known = lora_names is None or COMFYUI.lower() not in lora_names.converted_for.lower()
     prompts = options.samples.sample_prompts
     assert prompts is not None  # else the feature is not on
     # kinds whose files can be converted for ComfyUI only with the model's weights
     needs_weights = any(kind.needs_weight for kind in options.network.kinds)
+    reads_saved_files = _reads_tensor_names(lora_format) and (
+        lora_format.name == COMFYUI or not needs_weights
+    )
     workflows = Workflows(
         plan,
         find_model(plan.family, OtherFamilies()),
         prompts,
-        is_read=lora_format.name == COMFYUI
-        or (lora_format.name == KNOWN and reads_known and not needs_weights),
+        reads_saved_files=reads_saved_files,
         needs_weights=needs_weights,
-        more_loras=tuple(ComfyLora(path.name, strength) for path, strength in options.samples.loras()),
+        sample_loras=tuple(ComfyLora(path.name, strength) for path, strength in options.samples.loras()),
     )
     workflows.read_samples()
     if not workflows.samples:
-        reasons = "; ".join(workflows.left_out.values())
+        reasons = "; ".join(workflows.skipped_prompts.values())
         raise OptionError(f"{FLAG}: no sample of {prompts} can be in it: {reasons}. Leave it out")
     return workflows
+
+
+def _reads_tensor_names(lora_format: LoraFormat) -> bool:
+    """Return whether ComfyUI reads LoRA files with the tensor names of a format."""
+    if lora_format.name == COMFYUI:
+        return True
+    lora_names = lora_format.family
+    must_be_converted = lora_names is not None and COMFYUI.lower() in lora_names.converted_for.lower()
+    return lora_format.name == KNOWN and not must_be_converted
 
 
 @dataclass
@@ -128,18 +144,22 @@ class Workflows:
     plan: PlannedRun
     model: ComfyModel
     prompts: Path
-    is_read: bool  # ComfyUI reads the LoRA files as they are saved
+    reads_saved_files: bool  # whether ComfyUI reads the LoRA files without conversion
     needs_weights: bool = False  # converting them takes the model
-    more_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
+    sample_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
     samples: dict[int, Prepared] = field(default_factory=dict)  # by index in the prompt file
-    left_out: dict[int, str] = field(default_factory=dict)  # why a prompt is not in the workflow, by index
+    skipped_prompts: dict[int, str] = field(
+        default_factory=dict
+    )  # why a prompt is not in the workflow, by index
     _text: str = ""  # content of the prompt file
 
     def read_samples(self) -> None:
-        """Read the prompt file, which may change while the run trains; a faulty one keeps the last samples.
+        """Fill `samples` and `skipped_prompts` from the prompt file, if it has changed since the last call.
+
+        If the file cannot be used, the samples of the last call stay.
 
         Raises:
-            OptionError: If it cannot be used, and never could.
+            OptionError: If the file cannot be used, and there are no samples of an earlier call.
         """
         try:
             text = read_sample_file(self.prompts)
@@ -148,33 +168,33 @@ class Workflows:
             with quiet():  # the sampler logs the same warnings
                 _, requests = parse_requests(self.plan.family, text, self.prompts)
         except OptionError:
-            if not self.samples:
-                raise
-            return
-        self._text, self.samples, self.left_out = text, {}, {}
+            if self.samples:
+                return
+            raise
+        self._text, self.samples, self.skipped_prompts = text, {}, {}
         for index, prepared in enumerate(requests):
-            reason = find_obstacle(self.model, prepared)  # why ComfyUI cannot make it, "" if it can
+            reason = find_obstacle(self.model, prepared)
             if reason:
-                self.left_out[index] = reason
+                self.skipped_prompts[index] = reason
             else:
                 self.samples[index] = prepared
 
-    def say_limits(self) -> None:
+    def log_limits(self) -> None:
         """Log what the workflows lack, and what has to be done before they can be used."""
-        for index, reason in self.left_out.items():
+        for index, reason in self.skipped_prompts.items():
             logger.warning("%s: prompt %d is not in the workflow: %s", FLAG, index + 1, reason)
-        if not self.is_read:
+        if not self.reads_saved_files:
             logger.info(
                 "%s: ComfyUI reads this run's LoRAs once they are converted, and the workflow names the "
                 "converted file: python convert_lora.py --input NAME.safetensors --output "
                 "NAME%s.safetensors --target %s%s",
                 FLAG,
-                CONVERTED,
+                CONVERTED_SUFFIX,
                 COMFYUI,
                 " --dit MODEL" if self.needs_weights else "",
             )
         for path in self.plan.family.dit_files:
-            if path.suffix not in _READ:
+            if path.suffix not in _LISTED_SUFFIXES:
                 logger.warning(
                     "%s: ComfyUI's own nodes do not load %s: choose the released model there",
                     FLAG,
@@ -190,47 +210,48 @@ class Workflows:
         self.read_samples()
         names = self.plan.names
         for stem, files in groupby(sorted(paths), names.stem_of):
-            # a file is named STEM or STEM_PART; the key is PART, or ""
-            by_part = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
+            # a LoRA file is named STEM or STEM_EXPERT
+            lora_files = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
             path = names.folder / f"{stem}{WORKFLOW}"
-            nodes = self.make_nodes(by_part)
+            nodes = self.make_nodes(lora_files)
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(nodes, ensure_ascii=False, indent=2), encoding="utf-8")
             logger.info("Saved %s", path)
 
-    def make_nodes(self, by_part: Mapping[str, Path]) -> dict[str, Any]:
+    def make_nodes(self, lora_files: Mapping[str, Path]) -> dict[str, Any]:
         """Return the ComfyUI nodes of a workflow by their keys: those of all samples that it can generate.
 
         Args:
-            by_part: LoRA files by the name of their expert; "" for a file for all experts.
+            lora_files: LoRA files by the name of their expert; "" for a file for all experts.
         """
         family = self.plan.family
         loras = []
         for expert in family.experts:
-            path = by_part.get(expert.name) or by_part.get("")
-            trained = [] if path is None else [ComfyLora(self._name_of(path))]
-            loras.append([*trained, *self.more_loras])
+            path = lora_files.get(expert.name) or lora_files.get("")
+            trained_loras = [] if path is None else [ComfyLora(self._lora_name(path))]
+            loras.append([*trained_loras, *self.sample_loras])
         files = [path.name for path in family.dit_files]
         graph = ComfyGraph(self.model, files, loras)
         for index, prepared in self.samples.items():
-            with quiet():
-                # index of the expert that denoises each step
-                turns = experts_by_step(family, prepared) if len(files) > 1 else [0] * prepared.steps
-            graph.add_sample(prepared, turns, f"{self.plan.names.name}_{index:02d}")
+            expert_by_step = [0] * prepared.steps
+            if len(files) > 1:
+                with quiet():
+                    expert_by_step = list(experts_by_step(family, prepared))
+            graph.add_sample(prepared, expert_by_step, f"{self.plan.names.name}_{index:02d}")
         return graph.nodes
 
-    def _name_of(self, path: Path) -> str:
-        return path.name if self.is_read else f"{path.stem}{CONVERTED}{path.suffix}"
+    def _lora_name(self, path: Path) -> str:
+        return path.name if self.reads_saved_files else f"{path.stem}{CONVERTED_SUFFIX}{path.suffix}"
 
 
 def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
     """Return why the nodes cannot generate a sample; "" if they can."""
     request = prepared.request
-    plain = Request(request.prompt, request.seed)
-    others = [one.name for one in fields(Request) if one.name not in _HELD]
-    used = [name for name in others if getattr(request, name) != getattr(plain, name)]
-    if used:
-        return f"its nodes have no {', '.join(used)}"
+    default = Request(request.prompt, request.seed)
+    names = [field.name for field in fields(Request) if field.name not in _REPRESENTED_FIELDS]
+    unsupported = [name for name in names if getattr(request, name) != getattr(default, name)]
+    if unsupported:
+        return f"its nodes have no {', '.join(unsupported)}"
     if prepared.solver not in model.samplers:
         return f"ComfyUI has no sampler like {prepared.solver}"
     return ""
@@ -245,7 +266,7 @@ class ComfyGraph:
     loras: Sequence[Sequence[ComfyLora]]  # LoRAs of each file
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, name: str, **inputs: Any) -> str:
+    def add_node(self, name: str, **inputs: Any) -> str:
         """Return the ID of the node with this name and these inputs; create the node if it is missing."""
         node = {"class_type": name, "inputs": inputs}
         for number, other in self.nodes.items():
@@ -255,15 +276,15 @@ class ComfyGraph:
         self.nodes[number] = node
         return number
 
-    def add_sample(self, prepared: Prepared, turns: Sequence[int], prefix: str) -> None:
+    def add_sample(self, prepared: Prepared, expert_by_step: Sequence[int], prefix: str) -> None:
         """Add the ComfyUI nodes of a sample: loaders, texts, latents, samplers, decoder and output.
 
         Args:
             prepared: Settings of the sample.
-            turns: For each step, the index of the transformer that takes it.
+            expert_by_step: For each step, the index of the transformer that takes it.
             prefix: Prefix of the sample's file name.
         """
-        models, text_encoders, vae = self._load(prepared)
+        models, text_encoders, vae = self._add_loaders(prepared)
         inputs: dict[str, Any] = {
             "positive": self._encode(prepared, text_encoders, prepared.prompts[0].positive.text),
             "negative": self._encode(prepared, text_encoders, prepared.negative_prompt),
@@ -271,20 +292,20 @@ class ComfyGraph:
         size = {"width": prepared.width, "height": prepared.height}
         if self.model.has_length:
             size["length"] = prepared.frames
-        latents: Link = [self.add(self.model.latent, **size, batch_size=1), 0]
-        for part in _parts_of(turns):
-            inputs |= {"model": models[part.expert], "latent_image": latents}
-            latents = self._sample(prepared, part, inputs)
-        pixels: Link = [self.add("VAEDecode", samples=latents, vae=vae), 0]
+        latents: Link = [self.add_node(self.model.latent, **size, batch_size=1), 0]
+        for steps in _step_ranges(expert_by_step):
+            inputs |= {"model": models[steps.expert], "latent_image": latents}
+            latents = self._sample(prepared, steps, inputs)
+        pixels: Link = [self.add_node("VAEDecode", samples=latents, vae=vae), 0]
         if prepared.frames == 1:
-            self.add("SaveImage", images=pixels, filename_prefix=prefix)
+            self.add_node("SaveImage", images=pixels, filename_prefix=prefix)
             return
-        video: Link = [self.add("CreateVideo", images=pixels, fps=float(prepared.fps)), 0]
+        video: Link = [self.add_node("CreateVideo", images=pixels, fps=float(prepared.fps)), 0]
         # older releases take the codec by itself, newer ones as a part of the format
         codec = {"codec": "auto", "format": "auto", "format.codec": "auto"}
-        self.add("SaveVideo", video=video, filename_prefix=prefix, **codec)
+        self.add_node("SaveVideo", video=video, filename_prefix=prefix, **codec)
 
-    def _load(self, prepared: Prepared) -> tuple[list[Link], Link, Link]:
+    def _add_loaders(self, prepared: Prepared) -> tuple[list[Link], Link, Link]:
         """Add the nodes that load the model and its LoRAs; return the links to models, text encoders and VAE.
 
         A link is a pair: the key of a node and the index of its output.
@@ -293,33 +314,39 @@ class ComfyGraph:
         if model.text_encoders:
             text_encoders: Link = [self._load_texts(), 0]
             models: list[Link] = [
-                [self.add("UNETLoader", unet_name=name, weight_dtype="default"), 0] for name in self.files
+                [self.add_node("UNETLoader", unet_name=name, weight_dtype="default"), 0]
+                for name in self.files
             ]
         else:
-            checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=self.files[0])
+            checkpoint = self.add_node("CheckpointLoaderSimple", ckpt_name=self.files[0])
             models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
-        vae: Link = [self.add("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]
-        for index, loras in enumerate(self.loras):
-            for lora in loras:
-                strength = {"lora_name": lora.name, "strength_model": lora.strength}
-                if len(models) > 1:  # no LoRA for one of two transformers has text encoders
-                    node = self.add("LoraLoaderModelOnly", model=models[index], **strength)
-                    models[index] = [node, 0]
-                    continue
-                strength["strength_clip"] = lora.strength
-                node = self.add("LoraLoader", model=models[index], clip=text_encoders, **strength)
-                models[index], text_encoders = [node, 0], [node, 1]
+        vae: Link = [self.add_node("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]
+        text_encoders = self._add_loras(models, text_encoders)
         models = [self._patch("model", link, model.patches(prepared)) for link in models]
         return models, self._patch("clip", text_encoders, model.text_patches), vae
+
+    def _add_loras(self, models: list[Link], text_encoders: Link) -> Link:
+        """Add the nodes that load the LoRAs; update `models`, and return the link to the text encoders."""
+        for index, loras in enumerate(self.loras):
+            for lora in loras:
+                inputs = {"lora_name": lora.name, "strength_model": lora.strength}
+                if len(models) > 1:  # no LoRA for one of two transformers has text encoders
+                    node = self.add_node("LoraLoaderModelOnly", model=models[index], **inputs)
+                    models[index] = [node, 0]
+                else:
+                    inputs["strength_clip"] = lora.strength
+                    node = self.add_node("LoraLoader", model=models[index], clip=text_encoders, **inputs)
+                    models[index], text_encoders = [node, 0], [node, 1]
+        return text_encoders
 
     def _load_texts(self) -> str:
         """Add the node that loads the text encoders, whose type depends on their number; return its ID."""
         names, text_type = self.model.text_encoders, self.model.text_type
         if len(names) == 1:
-            return self.add("CLIPLoader", clip_name=names[0], type=text_type, device="default")
+            return self.add_node("CLIPLoader", clip_name=names[0], type=text_type, device="default")
         first, second = names
         files = {"clip_name1": first, "clip_name2": second}
-        return self.add("DualCLIPLoader", **files, type=text_type, device="default")
+        return self.add_node("DualCLIPLoader", **files, type=text_type, device="default")
 
     def _patch(self, name: str, link: Link, patches: Sequence[ComfyNode]) -> Link:
         """Add nodes in a row that each change an output, such as a model; return the link to the last node.
@@ -327,47 +354,46 @@ class ComfyGraph:
         `name` is the input through which each node gets the output of the node before.
         """
         for patch in patches:
-            link = [self.add(patch.name, **{name: link}, **patch.inputs), 0]
+            link = [self.add_node(patch.name, **{name: link}, **patch.inputs), 0]
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
         """Add the nodes that encode a text, with embedded guidance if the model has it; return their link."""
-        if (
-            self.model.weighs_words and not self.model.is_weighted
-        ):  # escape parentheses, which ComfyUI would read as weights
+        reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
+        if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
-        encoded: Link = [self.add("CLIPTextEncode", text=text, clip=text_encoders), 0]
+        encoded: Link = [self.add_node("CLIPTextEncode", text=text, clip=text_encoders), 0]
         guidance = prepared.embedded_guidance
         if not self.model.guidance or guidance is None:
             return encoded
-        return [self.add(self.model.guidance, conditioning=encoded, guidance=guidance), 0]
+        return [self.add_node(self.model.guidance, conditioning=encoded, guidance=guidance), 0]
 
-    def _sample(self, prepared: Prepared, part: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
+    def _sample(self, prepared: Prepared, steps: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
         """Add a ComfyUI sampler node for a range of steps of one expert; return the link to its latents."""
         sampler = self.model.samplers[prepared.solver]
         sampler_inputs = {
             "steps": prepared.steps,
-            "cfg": usual_scale(prepared, part.expert),
+            "cfg": cfg_scale(prepared, steps.expert),
             "sampler_name": sampler,
             "scheduler": self.model.schedulers.get(sampler, self.model.scheduler),
             **inputs,
         }
-        if part.is_whole:
-            return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **sampler_inputs), 0]
+        if steps.are_all:
+            return [self.add_node("KSampler", seed=prepared.seed, denoise=1.0, **sampler_inputs), 0]
         # only the first range of steps adds noise, and only the last one removes all that is left
-        node = self.add(
+        node = self.add_node(
             "KSamplerAdvanced",
-            add_noise="enable" if part.first == 0 else "disable",
+            add_noise="enable" if steps.first == 0 else "disable",
             noise_seed=prepared.seed,
-            start_at_step=part.first,
-            end_at_step=part.end,
-            return_with_leftover_noise="disable" if part.end == prepared.steps else "enable",
+            start_at_step=steps.first,
+            end_at_step=steps.end,
+            return_with_leftover_noise="disable" if steps.end == prepared.steps else "enable",
             **sampler_inputs,
         )
         return [node, 0]
 
 
-def usual_scale(prepared: Prepared, expert: int) -> float:
+def cfg_scale(prepared: Prepared, expert: int) -> float:
     """Return the guidance scale of a transformer in the usual convention: 1 means no guidance."""
     scale = prepared.guidance_scale[expert]
     return scale + 1 - prepared.rules.off_at
@@ -380,12 +406,12 @@ class ComfySteps:
     expert: int
     first: int
     end: int  # exclusive
-    is_whole: bool  # whether these are all steps of the sample
+    are_all: bool  # whether these are all steps of the sample
 
 
-def _parts_of(turns: Sequence[int]) -> Iterator[ComfySteps]:
+def _step_ranges(expert_by_step: Sequence[int]) -> Iterator[ComfySteps]:
     first = 0
-    for expert, steps in groupby(turns):
+    for expert, steps in groupby(expert_by_step):
         end = first + len(list(steps))
-        yield ComfySteps(expert, first, end, is_whole=end - first == len(turns))
+        yield ComfySteps(expert, first, end, are_all=end - first == len(expert_by_step))
         first = end

@@ -13,10 +13,14 @@ from torch.nn import Parameter
 from networks.kinds import KINDS
 from networks.module_names import number_modules, read_family, select_family
 from networks.names.layouts import OURS, TRAINED_ON
-from training.optimizers.optimizer import MOMENTS
+from training.optimizers.optimizer import MOMENT_NAMES
 
 Groups = Sequence[Sequence[Parameter]]
-Place = Callable[[Parameter], tuple[int, ...]]  # sort key of a parameter in the other program's order
+SortKey = Callable[[Parameter], tuple[int, ...]]  # sort key of a parameter in the other program's order
+
+
+class RenumberingError(Exception):
+    """Raised if the parameters of an optimizer state cannot be assigned; the message is the reason alone."""
 
 
 def renumber(
@@ -24,50 +28,55 @@ def renumber(
     groups: Groups,
     names: Mapping[Tensor, str],
     version: str,
-    ordered: Sequence[str] = (),
-) -> dict[str, Any] | str:
-    """Renumber the parameters in another program's optimizer state; return the reason if that is impossible.
+    tensor_order: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Renumber the parameters in another program's optimizer state as in this run's optimizer.
 
     Args:
         state: State dict of the other program's optimizer.
         groups: Parameter groups of this run's optimizer.
         names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
         version: Version of the model, as LoRA files record it under `ss_base_model_version`.
-        ordered: Names of tensors in the other program's order, if its files reveal it.
+        tensor_order: Names of tensors in the other program's order, if its files reveal it.
+
+    Raises:
+        RenumberingError: If that is impossible; the message is the reason.
     """
     if not state:
-        return "it is not in that folder"
+        raise RenumberingError("it is not in that folder")
     try:
-        orders = [_by_list(names, ordered)] if ordered else _by_names(groups, names, version)
-        all_renumbered = [_fit(state, groups, order) for order in orders]
+        if tensor_order:
+            orders = [_order_of_list(names, tensor_order)]
+        else:
+            orders = _list_possible_orders(groups, names, version)
+        all_renumbered = [_renumber_in_order(state, groups, order) for order in orders]
         fitting = [renumbered for renumbered in all_renumbered if renumbered is not None]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({type(error).__name__}: {error})"
+        raise RenumberingError(f"it cannot be read ({type(error).__name__}: {error})") from None
     if not orders:
-        return "in which order that program numbers the layers of this network is not known"
+        raise RenumberingError("in which order that program numbers the layers of this network is not known")
     if not fitting:
-        return (
+        raise RenumberingError(
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    # several orders may fit, because layers have equal shapes: accept them if all give each parameter the
-    # same state, which is compared by identity
+    # several orders may fit, because layers have equal shapes: they must give each parameter the same state
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
     if any(numbering != numberings[0] for numbering in numberings):
-        return "in which order that program numbers the factors of a layer is not known"
+        raise RenumberingError("in which order that program numbers the factors of a layer is not known")
     return fitting[0]
 
 
-def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
-    positions = {name: position for position, name in enumerate(ordered)}
+def _order_of_list(names: Mapping[Tensor, str], tensor_order: Sequence[str]) -> SortKey:
+    positions = {name: position for position, name in enumerate(tensor_order)}
     return lambda parameter: (positions[names[parameter].partition(".")[2]],)
 
 
-def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
-    """Return the orders in which the other program may have numbered the parameters; [] if unknown.
+def _list_possible_orders(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[SortKey]:
+    """Return a sort key for each order in which the program may have numbered the parameters.
 
-    An order is a function that maps a parameter to its place: first by module, then by factor in it.
+    A sort key is the index of a parameter's module, then of its factor in the module, such as lora_down.
     """
     parameters = [parameter for group in groups for parameter in group]
     # part, module and factor of each name
@@ -81,7 +90,7 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
         return []
     positions = {name: position for position, name in enumerate(numbered)}
 
-    def position_by(factors: Sequence[str]) -> Place:
+    def position_by(factors: Sequence[str]) -> SortKey:
         def position(parameter: Parameter) -> tuple[int, ...]:
             _, module, factor = name_parts[parameter]
             return positions[module], factors.index(factor)
@@ -93,33 +102,40 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
     return [position_by(order) for order in orders if used <= set(order)]
 
 
-def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[str, Any] | None:
+def _renumber_in_order(
+    state: Mapping[str, Any], groups: Groups, position_of: SortKey
+) -> dict[str, Any] | None:
     """Return another program's state with our parameter numbers; None if groups or shapes differ.
 
-    `position_of` returns the place of a parameter in the assumed order of that program.
+    1. Sort our groups, and the parameters in each, by `position_of`: the order that program is assumed to
+       use.
+    2. Assign its moments to our parameters one by one in this order.
+    3. Take its settings of each group, such as learning rates.
     """
     their_groups = state["param_groups"]
-    # our groups in the order of theirs
+    # indices of our groups in their order
     order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
     their_lengths = [len(group["params"]) for group in their_groups]
-    if their_lengths != [len(groups[index]) for index in order]:
+    our_lengths = [len(groups[index]) for index in order]
+    if our_lengths != their_lengths:
         return None
     parameters = [parameter for group in groups for parameter in group]
     our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    their_group_by_index = dict(zip(order, their_groups, strict=True))
     moments_by_number: dict[int, Any] = {}
-    for their_group, index in zip(their_groups, order, strict=True):
-        in_their_order = sorted(groups[index], key=position_of)
-        for number, parameter in zip(their_group["params"], in_their_order, strict=True):
-            moments = state["state"].get(number)
+    for index, their_group in their_group_by_index.items():
+        our_parameters = sorted(groups[index], key=position_of)
+        for their_number, parameter in zip(their_group["params"], our_parameters, strict=True):
+            moments = state["state"].get(their_number)
             if moments is None:
                 continue
-            names = MOMENTS & moments.keys()
-            if any(moments[name].shape != parameter.shape for name in names):
+            moment_names = MOMENT_NAMES & moments.keys()
+            if any(moments[name].shape != parameter.shape for name in moment_names):
                 return None
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
-        settings = dict(their_groups[order.index(index)])  # learning rate, betas and other settings
+        settings = dict(their_group_by_index[index])  # learning rate, betas and other settings
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
 INVERSE_SQRT_TIMESCALE = 10_000  # default without a time scale and without a warm-up
 # attributes that torch's schedulers change while they step
-COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
+COUNTER_ATTRIBUTES = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
 LARGEST_ARGUMENT = 1e12  # limit for --lr_scheduler_args; the comparison also rejects NaN
 
 
@@ -32,12 +32,8 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         OptionError: If the options conflict.
     """
     if needs_no_schedule(optimizer):  # a schedule-free optimizer
-        if (
-            options.lr_scheduler != "constant"
-            or options.lr_scheduler_type
-            or options.lr_warmup_steps
-            or options.lr_scheduler_args
-        ):
+        has_schedule = options.lr_scheduler != "constant" or bool(options.lr_scheduler_type)
+        if has_schedule or options.lr_warmup_steps or options.lr_scheduler_args:
             logger.warning(
                 f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
                 "some of these optimizers take --optimizer_args warmup_steps=N."
@@ -46,11 +42,11 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             "schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups]
         )
     if options.lr_scheduler_type:
-        return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
-    name, _, first_rate = options.lr_scheduler.partition(":")
+        return ImportedSchedule(options.lr_scheduler_type, _import_scheduler(options, optimizer))
+    name, _, initial_rate = options.lr_scheduler.partition(":")  # adafactor:RATE
     if optimizer.defaults.get("relative_step"):  # an Adafactor that sets its rate from the step
         return OptimizerRates(
-            ADAFACTOR, optimizer, lambda: _read_adafactor_rates(optimizer, float(first_rate or 0))
+            ADAFACTOR, optimizer, lambda: _read_adafactor_rates(optimizer, float(initial_rate or 0))
         )
     if name == ADAFACTOR:
         raise OptionError("--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True")
@@ -76,7 +72,7 @@ def make_curve(
         _check_arguments(options.lr_scheduler, arguments)
     warmup = count_steps(options.lr_warmup_steps, total_steps)
     decay = count_steps(options.lr_decay_steps, total_steps)
-    numbers: dict[str, Any] = {
+    curve_arguments: dict[str, Any] = {
         "num_cycles": options.lr_scheduler_num_cycles,
         "power": options.lr_scheduler_power,
         "timescale": options.lr_scheduler_timescale,
@@ -90,14 +86,15 @@ def make_curve(
             f"--lr_warmup_steps {warmup} and --lr_decay_steps {decay} exceed the {total_steps} steps of the "
             "run"
         )
-    if options.lr_scheduler == "polynomial" and learning_rate <= numbers["lr_end"]:
+    lr_end = curve_arguments["lr_end"]
+    if options.lr_scheduler == "polynomial" and learning_rate <= lr_end:
         raise OptionError(
-            f"--learning_rate {learning_rate}: the polynomial schedule ends at {numbers['lr_end']}; start "
+            f"--learning_rate {learning_rate}: the polynomial schedule ends at {lr_end}; start "
             "above, or set lr_end"
         )
     if options.lr_scheduler == "piecewise_constant":
-        _read_rules(numbers["step_rules"])  # only for its errors: each step parses them again
-    return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **numbers)
+        _read_rules(curve_arguments["step_rules"])  # only for its errors: each step parses them again
+    return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **curve_arguments)
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
@@ -107,7 +104,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         name: Name of the schedule.
         arguments: Arguments of the schedule.
     """
-    allowed = ARGUMENTS.get(name, ())
+    allowed = ARGUMENTS_OF_CURVES.get(name, ())
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
         choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
@@ -139,9 +136,9 @@ def factor_at(
     lr_end: float,
     step_rules: str,
 ) -> float:
-    """Return the factor on the learning rate at a step for the curve `name`.
+    """Return the factor on the learning rate at a step, for the curve `name` of --lr_scheduler.
 
-    Keyword arguments are set by options or, for the curves in `ARGUMENTS`, by --lr_scheduler_args.
+    During the warmup, each curve but piecewise_constant rises linearly.
 
     Args:
         name: Name of the curve.
@@ -158,11 +155,11 @@ def factor_at(
         step_rules: Factors by step, as text.
     """
     if name == "piecewise_constant":  # it has no warm-up
-        rules, last = _read_rules(step_rules)
-        return next((factor for factor, until in rules if step < until), last)
+        rules, last_factor = _read_rules(step_rules)
+        return next((factor for factor, end_step in rules if step < end_step), last_factor)
     if step < warmup:
-        lowest = min_lr_ratio if name == "warmup_stable_decay" else 0.0
-        return _above(lowest, step / warmup)
+        minimum = min_lr_ratio if name == "warmup_stable_decay" else 0.0
+        return _raise_to_minimum(minimum, step / warmup)
     # 0 at the end of the warm-up, 1 at the end of the run
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     match name:
@@ -173,25 +170,25 @@ def factor_at(
         case "cosine_with_restarts":
             return 0.0 if progress >= 1 else _half_cosine(num_cycles * progress % 1)
         case "cosine_with_min_lr":
-            return _above(min_lr_ratio, _half_cosine(num_cycles * progress))
+            return _raise_to_minimum(min_lr_ratio, _half_cosine(num_cycles * progress))
         case "polynomial":
             return ((learning_rate - lr_end) * (1 - progress) ** power + lr_end) / learning_rate
         case "inverse_sqrt":
             timescale = timescale or warmup or INVERSE_SQRT_TIMESCALE
             return 1 / math.sqrt((step + timescale - warmup) / timescale)
         case "warmup_stable_decay":
-            falling = step - (total - decay)  # steps since the decay began
-            if falling < 0:
+            decayed_steps = step - (total - decay)
+            if decayed_steps < 0:  # the decay has not begun
                 return 1.0
-            if falling >= decay:
+            if decayed_steps >= decay:
                 return min_lr_ratio if decay else 1.0
-            return _above(min_lr_ratio, _half_cosine(num_cycles * falling / decay))
+            return _raise_to_minimum(min_lr_ratio, _half_cosine(num_cycles * decayed_steps / decay))
         case _:  # constant, with a warm-up or without
             return 1.0
 
 
 # what --lr_scheduler_args can set, for each curve
-ARGUMENTS: dict[str, tuple[str, ...]] = {
+ARGUMENTS_OF_CURVES: dict[str, tuple[str, ...]] = {
     "cosine_with_restarts": ("num_cycles",),
     "polynomial": ("lr_end", "power"),
     "inverse_sqrt": ("timescale",),
@@ -205,8 +202,9 @@ def _half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def _above(lowest: float, factor: float) -> float:
-    return factor * (1 - lowest) + lowest
+def _raise_to_minimum(minimum: float, factor: float) -> float:
+    """Map a factor of 0..1 linearly to minimum..1."""
+    return factor * (1 - minimum) + minimum
 
 
 def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
@@ -214,13 +212,13 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 
     `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below step 20, then 0.01.
     """
-    *rules, last = str(text).split(",")
+    *rules, last_factor = str(text).split(",")
     try:
-        read: list[tuple[float, int]] = []
+        parsed: list[tuple[float, int]] = []  # factor, first step at which it no longer holds
         for rule in rules:
-            factor, until = rule.split(":")
-            read.append((float(factor), int(until)))
-        return read, float(last)
+            factor, end_step = rule.split(":")
+            parsed.append((float(factor), int(end_step)))
+        return parsed, float(last_factor)
     except ValueError:
         raise OptionError(
             f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, such "
@@ -246,7 +244,7 @@ class CurveSchedule(LambdaLR):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the saved step; rates are computed from the step and this run's --learning_rate."""
         if "step" not in state_dict:
-            raise CheckpointError(_other_schedule(self.name))
+            raise CheckpointError(_explain_other_schedule(self.name))
         self.go_to(state_dict["step"])
 
     def step(self, epoch: int | None = None) -> None:
@@ -266,11 +264,11 @@ class CurveSchedule(LambdaLR):
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedSchedule:
     """Learning rate schedule that wraps a scheduler class of PyTorch or of another package."""
 
     name: str
-    inner: LRScheduler
+    scheduler: LRScheduler
 
     def step(self) -> None:
         """Run one step of the wrapped scheduler.
@@ -279,7 +277,7 @@ class Imported:
             OptionError: If the scheduler has ended, as OneCycleLR does after `total_steps`.
         """
         try:
-            self.inner.step()
+            self.scheduler.step()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise OptionError(
@@ -289,28 +287,28 @@ class Imported:
 
     def get_last_lr(self) -> list[float]:
         """Return the rates of the wrapped scheduler as floats; some schedulers keep tensors."""
-        return [float(rate) for rate in self.inner.get_last_lr()]
+        return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped scheduler's state without its functions, as plain values that need no pickle."""
-        plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
+        plain = {key: value for key, value in self.scheduler.state_dict().items() if not callable(value)}
         return {"scheduler": to_builtin_types(plain, "scheduler")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the wrapped scheduler.
+        """Restore the wrapped scheduler: all of its state, or for a scheduler of torch only its counters.
 
-        For schedulers of torch only their counters are restored; settings come from this run's options.
+        So settings of torch's schedulers come from this run's options.
 
         Raises:
             CheckpointError: If the state was saved by another kind of schedule.
         """
         if "scheduler" not in state_dict:
-            raise CheckpointError(_other_schedule(self.name))
+            raise CheckpointError(_explain_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
-        # a scheduler of torch: restore its counters only; one of another package gets all that it saved
-        if type(self.inner).__module__ == LRScheduler.__module__:
-            saved = {name: value for name, value in saved.items() if name in COUNTS}
-        self.inner.load_state_dict(saved)
+        is_of_torch = type(self.scheduler).__module__ == LRScheduler.__module__
+        if is_of_torch:
+            saved = {name: value for name, value in saved.items() if name in COUNTER_ATTRIBUTES}
+        self.scheduler.load_state_dict(saved)
 
     def go_to(self, step: int) -> None:
         """Call `step` this many times, because most schedulers compute each rate from the previous one."""
@@ -346,10 +344,10 @@ class OptimizerRates:
         """Do nothing: the optimizer computes its own rates."""
 
 
-LrSchedule = CurveSchedule | Imported | OptimizerRates
+LrSchedule = CurveSchedule | ImportedSchedule | OptimizerRates
 
 
-def _other_schedule(name: str) -> str:
+def _explain_other_schedule(name: str) -> str:
     return (
         f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and "
         "--lr_scheduler_type of that run"
@@ -369,22 +367,24 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     """Create the scheduler that --lr_scheduler_type names: a class from torch or another package."""
     type_name = options.lr_scheduler_type
     module, _, name = type_name.rpartition(".")
-    kind = import_object("--lr_scheduler_type", type_name, module or "torch.optim.lr_scheduler", name)
-    if kind is ReduceLROnPlateau:
+    scheduler_class = import_object(
+        "--lr_scheduler_type", type_name, module or "torch.optim.lr_scheduler", name
+    )
+    if scheduler_class is ReduceLROnPlateau:
         raise OptionError(
             "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
     # a function is rejected, because it could do anything with the arguments
-    if not isinstance(kind, type) or not issubclass(kind, LRScheduler):
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, LRScheduler):
         raise OptionError(
             f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "
             "torch.optim.lr_scheduler.LRScheduler, as CosineAnnealingLR, or leave it out and use "
             "--lr_scheduler."
         )
-    check_arguments("--lr_scheduler_args", kind, options.arguments(), {"optimizer"})
+    check_arguments("--lr_scheduler_args", scheduler_class, options.arguments(), {"optimizer"})
     try:
-        return kind(optimizer, **options.arguments())
+        return scheduler_class(optimizer, **options.arguments())
     except Exception as error:  # classes raise anything for unsuitable arguments
         reason = str(error) or type(error).__name__
         raise OptionError(f"--lr_scheduler_type {type_name} rejects --lr_scheduler_args: {reason}") from None

@@ -22,9 +22,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz steps, by Jorda
 NUM_STEPS = 5
 EPS = 1e-7
 BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # settings of AdamW, as in KohakuMossTrainer
-LIKE_ADAM = "match_rms_adamw"  # value of adjust_lr_fn
-ADJUSTMENTS = (None, "original", LIKE_ADAM)
-PARTS = "matrices"  # key of a parameter group: number of matrices in each weight; 0: AdamW steps the weights
+MATCH_RMS_ADAMW = "match_rms_adamw"  # value of adjust_lr_fn
+ADJUSTMENTS = (None, "original", MATCH_RMS_ADAMW)
+NUM_MATRICES = (
+    "matrices"  # key of a parameter group: number of matrices in each weight; 0: AdamW steps the weights
+)
 
 
 class MuonWithAdam(Optimizer):
@@ -48,7 +50,7 @@ class MuonWithAdam(Optimizer):
             ValueError: If an argument is invalid.
         """
         if adjust_lr_fn not in ADJUSTMENTS:
-            raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {LIKE_ADAM}")
+            raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {MATCH_RMS_ADAMW}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
             raise ValueError("three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are needed")
         settings = {
@@ -60,7 +62,7 @@ class MuonWithAdam(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            PARTS: 1,  # number of matrices in a weight; groups of fused weights set their own
+            NUM_MATRICES: 1,  # number of matrices in a weight; groups of fused weights set their own
         }
         super().__init__(params, settings)
 
@@ -73,23 +75,27 @@ class MuonWithAdam(Optimizer):
                 if weight.grad is None:
                     continue
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                if weight.ndim == 2 and group[PARTS]:
-                    self._step_matrices(weight, weight.grad, group)
+                if weight.ndim == 2 and group[NUM_MATRICES]:
+                    self._step_with_muon(weight, weight.grad, group)
                 else:
-                    self._step_numbers(weight, weight.grad, group)
+                    self._step_with_adamw(weight, weight.grad, group)
 
-    def _step_matrices(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_with_muon(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        for rows, part in zip(weight.chunk(group[PARTS]), update.chunk(group[PARTS]), strict=True):
-            direction = orthogonalize(part, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            rate = group["lr"] * _factor_of_rate(group["adjust_lr_fn"], *part.shape)
-            rows.add_(direction, alpha=-rate)
+        matrices = weight.chunk(group[NUM_MATRICES])
+        updates = update.chunk(group[NUM_MATRICES])
+        for matrix, matrix_update in zip(matrices, updates, strict=True):
+            direction = orthogonalize(
+                matrix_update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            rate = group["lr"] * _learning_rate_factor(group["adjust_lr_fn"], *matrix_update.shape)
+            matrix.add_(direction, alpha=-rate)
 
-    def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_with_adamw(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         """Step a weight with AdamW: for vectors, and for matrices outside the transformer blocks."""
         state = self.state[weight]
         if not state:
@@ -104,9 +110,9 @@ class MuonWithAdam(Optimizer):
         weight.add_(mean / (square.sqrt() + ADAM_EPS), alpha=-group["lr"])
 
 
-def _factor_of_rate(adjustment: str | None, rows: int, columns: int) -> float:
+def _learning_rate_factor(adjustment: str | None, rows: int, columns: int) -> float:
     """Return the factor on the learning rate of a matrix, which depends on its shape."""
-    if adjustment == LIKE_ADAM:
+    if adjustment == MATCH_RMS_ADAMW:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))
 
@@ -132,19 +138,19 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     others without weight decay: norms, biases, embedding layers, and the output layers.
     """
     names = trainable.names
-    lists = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))
+    block_prefixes = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))
     groups: list[dict[str, Any]] = []
     group_names: list[str] = []
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
         weights_by_count: dict[int, list[Tensor]] = {}  # a fused qkv weight counts as 3 matrices
         for weight in group["params"]:
             name = names[weight].partition(".")[2]  # without the name of the network in front
-            is_hidden = weight.ndim == 2 and name.startswith(lists)
-            weights_by_count.setdefault(spec.count_matrices(name) if is_hidden else 0, []).append(weight)
-        # by number of matrices in a weight; 0 stands for AdamW
+            is_matrix_in_block = weight.ndim == 2 and name.startswith(block_prefixes)
+            num_matrices = spec.count_matrices(name) if is_matrix_in_block else 0  # 0: AdamW steps it
+            weights_by_count.setdefault(num_matrices, []).append(weight)
         for num_matrices, weights in sorted(weights_by_count.items(), reverse=True):
             decay = {} if num_matrices else {"weight_decay": 0.0}
-            groups.append({**group, "params": weights, PARTS: num_matrices, **decay})
+            groups.append({**group, "params": weights, NUM_MATRICES: num_matrices, **decay})
             description = f"{num_matrices} matrices each" if num_matrices > 1 else "matrices"
             group_names.append(f"{group_name} {description if num_matrices else 'AdamW'}")
     return replace(trainable, groups=groups, group_names=tuple(group_names))

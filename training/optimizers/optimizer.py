@@ -30,7 +30,7 @@ from training.trainable import Trainable
 logger = logging.getLogger(__name__)
 
 # short names, any case -> import path
-NAMES = {
+SHORT_NAMES = {
     "": "torch.optim.AdamW",
     "adamw": "torch.optim.AdamW",
     "adafactor": "transformers.optimization.Adafactor",
@@ -48,7 +48,7 @@ PATHS = {
     key.lower(): f"torch.optim.{key}"
     for key, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-} | NAMES
+} | SHORT_NAMES
 if os.environ.get(EXTENSIONS):
     from modules.extensions import OPTIMIZERS, find_values
 
@@ -60,7 +60,7 @@ UNUSABLE = {
     "SparseAdam": "it takes sparse gradients only, and these are dense",
 }
 # names of optimizer states with the shape of their parameter
-MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
+MOMENT_NAMES = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
 
 
 def make_optimizer(
@@ -74,35 +74,41 @@ def make_optimizer(
     Raises:
         OptionError: If the class is missing or does not accept the arguments.
     """
-    kind = find_optimizer(options.optimizer_type)
+    optimizer_class = find_optimizer(options.optimizer_type)
     arguments = options.arguments()
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
     # transformers' Adafactor can find its own rate, and then rejects a given one
-    if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
-        arguments, rate = _select_adafactor_arguments(options, arguments, groups)
-    elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
+    if optimizer_class.__name__ == "Adafactor" and optimizer_class.__module__.startswith("transformers"):
+        arguments, rate = _select_adafactor_arguments(options, arguments)
+        if rate is None:
+            for group in groups:
+                group.pop("lr", None)
+    elif optimizer_class.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
-    described = ",".join(f"{key}={value}" for key, value in arguments.items())
     if arguments:
-        check_arguments("--optimizer_args", kind, arguments, {"params"})
+        check_arguments("--optimizer_args", optimizer_class, arguments, {"params"})
+    arguments_text = ",".join(f"{key}={value}" for key, value in arguments.items())
     try:
-        optimizer = kind(groups, lr=rate, **arguments)
+        optimizer = optimizer_class(groups, lr=rate, **arguments)
     except Exception as error:  # classes raise anything for unsuitable arguments
         reason = str(error) or type(error).__name__
         name = options.optimizer_type or "AdamW"
-        raise OptionError(f"--optimizer_type {name} with --optimizer_args {described}: {reason}") from None
-    return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+        raise OptionError(
+            f"--optimizer_type {name} with --optimizer_args {arguments_text}: {reason}"
+        ) from None
+    name = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
+    return optimizer, f"{name}({arguments_text})" if arguments_text else name
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
     """Return the trainable with its parameter groups split as the optimizer needs, for example for Muon."""
     if options.optimizer_type.lower() != MUON:
         return trainable
-    from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
+    from training.optimizers.muon import NUM_MATRICES, arrange_groups  # few runs use it
 
     arranged = arrange_groups(trainable, spec)
-    num_matrices = sum(len(group["params"]) for group in arranged.groups if group[PARTS])
+    num_matrices = sum(len(group["params"]) for group in arranged.groups if group[NUM_MATRICES])
     logger.info(
         "Muon steps %d weights in blocks, AdamW the %d others (norms, biases, and layers outside of blocks)",
         num_matrices,
@@ -122,16 +128,18 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    # name in the message what differs from most weights; if nothing differs, all parts but the first
     (_, default), *others = rates.items()
-    different = [option for option, rate in others if rate != default] or [option for option, _ in others]
     error = _try_step(options, [*rates.values()])
-    # an error that also occurs with one rate has another reason; creating the real optimizer reports it
-    if error is None or _try_step(options, [default]) is not None:
+    if error is None:
         return
-    them = "it" if len(different) == 1 else "them"
+    fails_with_one_rate = _try_step(options, [default]) is not None
+    if fails_with_one_rate:  # for another reason, which creating the real optimizer reports
+        return
+    # name the options whose rates differ from that of most weights; if none differs, all but the first
+    named = [option for option, rate in others if rate != default] or [option for option, _ in others]
+    them = "it" if len(named) == 1 else "them"
     raise OptionError(
-        f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
+        f"{' and '.join(named)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
         f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {them} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
@@ -147,7 +155,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
     try:
         with quiet():
             optimizer, _ = make_optimizer(options, groups)
-        averaging = find_averaging(optimizer)
+        averaging = find_averaging_optimizer(optimizer)
         if averaging is not None:  # schedule-free optimizers step in training mode only
             averaging.train()
         optimizer.step()
@@ -157,18 +165,18 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
 
 
 def check_arguments(
-    option: str, kind: Callable[..., Any], arguments: Mapping[str, Any], excluded: Container[str]
+    option: str, target_class: Callable[..., Any], arguments: Mapping[str, Any], excluded: Container[str]
 ) -> None:
     """Raise OptionError for an argument that a class does not have, naming the nearest.
 
     Args:
         option: Option that gives the arguments.
-        kind: The class.
+        target_class: The class.
         arguments: Arguments by name.
         excluded: Names of arguments that cannot be given with the option.
     """
     try:
-        parameters = inspect.signature(kind).parameters
+        parameters = inspect.signature(target_class).parameters
     except (ValueError, TypeError):  # compiled code without a signature
         return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -180,13 +188,13 @@ def check_arguments(
         if key == "lr":
             raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
         raise OptionError(
-            f"{option} {key}={value}: {getattr(kind, '__name__', kind)} has no such argument."
+            f"{option} {key}={value}: {getattr(target_class, '__name__', target_class)} has no such argument."
             f"{did_you_mean(key, names)} Use some of {', '.join(names)}."
         )
 
 
 # names in early guides of video trainers -> ours
-OTHER_NAMES = dict.fromkeys(
+GUIDE_NAMES = dict.fromkeys(
     (
         "adamw8bit_apex_fused",
         "adamw8bit_apex_fused_legacy",
@@ -194,7 +202,7 @@ OTHER_NAMES = dict.fromkeys(
     ),
     "AdamW8bit",
 )
-OLD_NAME = "No trainer has this name of early guides; it stands for AdamW with 8-bit states."
+GUIDE_NAME_HINT = "No trainer has this name of early guides; it stands for AdamW with 8-bit states."
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
@@ -210,23 +218,23 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:  # neither a known name nor an import path
         names = sorted(filter(None, PATHS))
-        ours = OTHER_NAMES.get(name.lower())
-        remedy = "" if ours is None else f"\n  {OLD_NAME} Give --optimizer_type {ours}."
+        ours = GUIDE_NAMES.get(name.lower())
+        remedy = "" if ours is None else f"\n  {GUIDE_NAME_HINT} Give --optimizer_type {ours}."
         raise OptionError(
             f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), names)} Use one of "
             f"{', '.join(names)}, or an import path such as package.module.Class.{remedy}"
         )
-    kind: Any = import_object("--optimizer_type", name, module, class_name)
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+    optimizer_class: Any = import_object("--optimizer_type", name, module, class_name)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise OptionError(
             f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
             "as AdamW"
         )
-    if kind.__name__ in UNUSABLE:
+    if optimizer_class.__name__ in UNUSABLE:
         raise OptionError(
-            f"--optimizer_type {name}: {UNUSABLE[kind.__name__]}. Use another optimizer, as AdamW"
+            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, as AdamW"
         )
-    return kind
+    return optimizer_class
 
 
 def import_object(option: str, name: str, module: str, attribute: str) -> Any:
@@ -247,9 +255,9 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
 
 
 def _with_wrapped(optimizer: Optimizer) -> list[Any]:
-    """Return an optimizer and those that it wraps, the outermost first."""
+    """Return an optimizer and all optimizers that it wraps, directly or not, the outermost first."""
     optimizers = [optimizer]
-    for outer in optimizers:
+    for outer in optimizers:  # grows while it is iterated over
         for inner in vars(outer).values():
             is_new = all(inner is not known for known in optimizers)
             if isinstance(inner, Optimizer) and is_new:
@@ -259,11 +267,13 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
     """Return whether the class name of an optimizer, or of one that it wraps, says it is schedule-free."""
-    kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
-    return any("schedulefree" in kind.__name__.lower() for kind in kinds)
+    kinds = (
+        optimizer_class for wrapped in _with_wrapped(optimizer) for optimizer_class in type(wrapped).__mro__
+    )
+    return any("schedulefree" in optimizer_class.__name__.lower() for optimizer_class in kinds)
 
 
-def find_averaging(optimizer: Optimizer) -> Any:
+def find_averaging_optimizer(optimizer: Optimizer) -> Any:
     """Return the optimizer, or one that it wraps, that saves averaged weights; None if none does.
 
     The methods `train()` and `eval()`, which switch between trained and averaged weights, identify it.
@@ -277,12 +287,9 @@ def find_averaging(optimizer: Optimizer) -> Any:
 
 
 def _select_adafactor_arguments(
-    options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
+    options: OptimizerOptions, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], float | None]:
-    """Return Adafactor's arguments and learning rate.
-
-    If Adafactor finds its own rate, the returned rate is None and `groups` lose theirs.
-    """
+    """Return Adafactor's arguments and learning rate; the rate is None if Adafactor finds its own."""
     arguments = {"relative_step": True, **arguments}
     if arguments.get("warmup_init") and not arguments["relative_step"]:
         logger.warning("Adafactor: relative_step is set to True because warmup_init=True needs it.")
@@ -292,8 +299,6 @@ def _select_adafactor_arguments(
             "Adafactor finds its own learning rate: --learning_rate and --lr_scheduler are ignored "
             "(relative_step=True)."
         )
-        for group in groups:
-            group.pop("lr", None)
         return arguments, None
     if options.max_grad_norm != 0:
         logger.warning(
@@ -314,7 +319,7 @@ def evaluation(
     for module in modules:
         module.eval()
     try:
-        with finished_weights(optimizer, parameters):
+        with averaged_weights(optimizer, parameters):
             yield
     finally:
         for part, is_training in modes:
@@ -323,19 +328,19 @@ def evaluation(
 
 @contextlib.contextmanager
 @torch.no_grad()
-def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the averaged weights of an averaging optimizer during the block; do nothing for others.
+def averaged_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Load the averaged weights of a schedule-free optimizer during the block; do nothing for other ones.
 
     Training weights are copied and restored, because `train()` of the optimizer would round them.
     """
-    averaging = find_averaging(optimizer)
+    averaging = find_averaging_optimizer(optimizer)
     if averaging is None:
         yield
         return
-    trained = [parameter.detach().clone() for parameter in parameters]
+    trained_weights = [parameter.detach().clone() for parameter in parameters]
     has_stepped = any(averaging.state.values())
     try:
-        averaging.eval()
+        averaging.eval()  # puts the averages into the parameters
     except Exception:
         if has_stepped:
             raise
@@ -344,15 +349,15 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
         yield
     finally:
         averaging.train()
-        for parameter, weights in zip(parameters, trained, strict=True):
+        for parameter, weights in zip(parameters, trained_weights, strict=True):
             parameter.copy_(weights)
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
     """Return the state of an optimizer by parameter name instead of number; tensors are not copied.
 
-    The result has the settings of the groups, the tensors of each parameter, and, as `on_host`, the keys
-    whose tensors are on the CPU, so that `restore_optimizer` leaves them there.
+    Its entries are `groups`, the settings of the parameter groups; `states`, the tensors and values of each
+    parameter; and `on_host`, the keys of tensors on the CPU, where `restore_optimizer` leaves step counters.
 
     Args:
         optimizer: The optimizer.
@@ -369,7 +374,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
                 states[name] = to_builtin_types(dict(optimizer.state[parameter]), name)
     groups = [
         {
-            **to_builtin_types(_settings(group), "group"),
+            **to_builtin_types(_without_params(group), "group"),
             "params": [names[parameter] for parameter in group["params"]],
         }
         for group in optimizer.param_groups
@@ -392,26 +397,39 @@ def restore_optimizer(
         CheckpointError: If the parameters are not those of the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names_here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    _require_equal_names([group["params"] for group in saved["groups"]], names_here)
-    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
-    groups = []
-    for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group_numbers = [numbers[name] for name in saved_group["params"]]
-        groups.append({**_settings(group), **_copy_state(saved_group), "params": group_numbers})
-    optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    for parameter in parameters:  # one by one, and past the casts of load_state_dict
-        saved_state = saved["states"].pop(names[parameter], None)  # freed one by one, to save memory
+    _restore_group_settings(optimizer, names, saved["groups"])
+    # `load_state_dict` would cast the states, so they are set one by one, and freed in `saved` to save memory
+    for parameter in parameters:
+        saved_state = saved["states"].pop(names[parameter], None)
         if saved_state is None:
             continue
         state: dict[str, Any] = {}
         for key, value in saved_state.items():
-            # step counters were on the host; moments were too if the run was on the CPU, but they move here
-            stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
-            state[key] = _copy_state(value, "cpu" if stays_on_host else device)
+            is_step_counter = key in saved["on_host"] and not getattr(value, "ndim", 0)
+            state[key] = _copy_state(value, "cpu" if is_step_counter else device)
         optimizer.state[parameter] = state
         if getattr(optimizer, "is_paged", False):
-            _page(optimizer, parameter, state, device)
+            _move_to_paged_buffers(optimizer, parameter, state, device)
+
+
+def _restore_group_settings(
+    optimizer: Optimizer, names: Mapping[Tensor, str], saved_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Load the saved settings of parameter groups, such as learning rates, into the optimizer.
+
+    Raises CheckpointError if the groups have other parameters, by name.
+    """
+    groups = optimizer.param_groups
+    group_names = [[names[parameter] for parameter in group["params"]] for group in groups]
+    _require_equal_names([saved_group["params"] for saved_group in saved_groups], group_names)
+    # torch numbers the parameters over all groups
+    all_names = [name for names_of_group in group_names for name in names_of_group]
+    numbers = {name: number for number, name in enumerate(all_names)}
+    loaded_groups = []
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        group_numbers = [numbers[name] for name in saved_group["params"]]
+        loaded_groups.append({**_without_params(group), **_copy_state(saved_group), "params": group_numbers})
+    optimizer.load_state_dict({"state": {}, "param_groups": loaded_groups})
 
 
 def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence[Sequence[str]]) -> None:
@@ -443,12 +461,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        # if the program numbers its parameters differently, a parameter now has another weight's moments
-        for parameter, moments in optimizer.state.items():
-            for name in MOMENTS & moments.keys():
-                if moments[name].shape != parameter.shape:
-                    shapes = list(moments[name].shape), list(parameter.shape)
-                    raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
+        _require_shapes_of_moments(optimizer)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
@@ -461,7 +474,16 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
                 moments[name] = value.to(device)
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def _require_shapes_of_moments(optimizer: Optimizer) -> None:
+    """Raise ValueError if moments have another shape than their parameter: those of another weight."""
+    for parameter, moments in optimizer.state.items():
+        for name in MOMENT_NAMES & moments.keys():
+            if moments[name].shape != parameter.shape:
+                shapes = list(moments[name].shape), list(parameter.shape)
+                raise ValueError(f"{name} has the shape {shapes[0]}, its parameter {shapes[1]}")
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
@@ -476,7 +498,9 @@ def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
     return value
 
 
-def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
+def _move_to_paged_buffers(
+    optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device
+) -> None:
     """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
 
     The driver moves these buffers between host and device, as they may not fit on the device. This is a

@@ -62,9 +62,9 @@ PER_PARAMETER: Mapping[str, frozenset[str]] = {
     "lion_pytorch": frozenset({"Lion"}),
 }
 # our own optimizer that steps each parameter alone; it is imported only if it is selected
-OWN_MODULE, OWN_CLASS = "training.optimizers.muon", "MuonWithAdam"
+MUON_MODULE, MUON_CLASS = "training.optimizers.muon", "MuonWithAdam"
 # end of the class name in lower case -> why it cannot step single weights
-TOGETHER: Mapping[str, str] = {
+WHY_NOT_SINGLE: Mapping[str, str] = {
     "prodigy": "it finds one learning rate from the gradients of all weights together",
     "schedulefree": "it counts its steps for all weights together",
 }
@@ -78,8 +78,8 @@ class ParameterSteps:
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
     progress: Progress  # seed and step, for rounding
-    # this process's rows of a weight -> the split weight; rows are gathered if the optimizer needs all
-    split: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    # parameter with this process's rows -> the split weight
+    split_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     # states wait in host memory, except those of the parameter that is stepped
     offloads_states: bool = False
 
@@ -90,36 +90,42 @@ class ParameterSteps:
 
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
-        """Step one parameter with its gradient; bf16 weights are stepped in float32 and rounded back."""
+        """Step one parameter with its gradient.
+
+        1. A row-split weight is gathered, stepped and split again if the optimizer needs the whole weight.
+        2. A bf16 weight is stepped in float32 and rounded stochastically.
+        3. Any other weight is stepped as it is.
+        """
         value = parameter.detach()
         gradient = parameter.grad
-        weight = self.split.get(parameter)  # None: the parameter is not split over processes
         assert gradient is not None
-        if weight is not None and not is_elementwise(type(self.optimizer)):
-            # the optimizer needs the whole matrix, of which each process then keeps its rows
-            value = gather_rows(value, weight)
-            gradient = gather_rows(gradient, weight)
-            value = self._step_precisely(parameter, value, gradient)
-            if parameter.dtype == torch.bfloat16:
+        is_bfloat16 = parameter.dtype == torch.bfloat16
+        split_weight = self.split_weights.get(parameter)  # None: the parameter is not split over processes
+        needs_whole_weight = split_weight is not None and not is_elementwise(type(self.optimizer))
+        if split_weight is not None and needs_whole_weight:
+            value = gather_rows(value, split_weight)
+            gradient = gather_rows(gradient, split_weight)
+            value = self._step_in_float32(parameter, value, gradient)
+            if is_bfloat16:
                 value = self._round(parameter, value, None)
-            parameter.copy_(rows_of(weight, value))
-        elif parameter.dtype == torch.bfloat16:
-            value = self._step_precisely(parameter, value, gradient)
-            parameter.copy_(self._round(parameter, value, weight))
+            parameter.copy_(rows_of(split_weight, value))
+        elif is_bfloat16:
+            value = self._step_in_float32(parameter, value, gradient)
+            parameter.copy_(self._round(parameter, value, split_weight))
         else:
             self._step(parameter, parameter)
 
-    def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
+    def _step_in_float32(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
         """Step a float32 copy of a parameter, and its states; return the copy's new values."""
         state = self.optimizer.state
-        precise = Parameter(value.float())
-        precise.grad = gradient.float()
+        float32_parameter = Parameter(value.float())
+        float32_parameter.grad = gradient.float()
         if parameter in state:
-            state[precise] = state.pop(parameter)
-        self._step(parameter, precise)
-        if precise in state:
-            state[parameter] = state.pop(precise)
-        return precise.detach()
+            state[float32_parameter] = state.pop(parameter)
+        self._step(parameter, float32_parameter)
+        if float32_parameter in state:
+            state[parameter] = state.pop(float32_parameter)
+        return float32_parameter.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
         """Round a parameter's new values to bf16 stochastically.
@@ -134,48 +140,50 @@ class ParameterSteps:
         generator = torch.Generator(parameter.device).manual_seed(seed)
         return stochastic_bfloat16(value, generator, weight)
 
-    def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
+    def _step(self, parameter: Parameter, stepped_parameter: Parameter) -> None:
         """Run the optimizer's step on this parameter alone, with the settings of its group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
-        optimizer.param_groups, group["params"] = [group], [stand_in]
-        on_host = _fetch_state(optimizer, stand_in) if self.offloads_states else {}
+        optimizer.param_groups, group["params"] = [group], [stepped_parameter]
+        host_tensors = _move_state_to_device(optimizer, stepped_parameter) if self.offloads_states else {}
         try:
             optimizer.step()
         finally:
             optimizer.param_groups, group["params"] = groups, members
         if self.offloads_states:
-            _return_state(optimizer, stand_in, on_host)
+            _move_state_to_host(optimizer, stepped_parameter, host_tensors)
 
 
-def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
+def _move_state_to_device(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
     """Move a parameter's states to its device; return the original host tensors by name."""
     state = optimizer.state.get(parameter, {})
-    on_host = {name: value for name, value in state.items() if _is_moment(value)}
-    on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
-    for name, value in on_host.items():
+    host_tensors = {name: value for name, value in state.items() if _is_moment(value)}
+    host_tensors = {name: value for name, value in host_tensors.items() if value.device != parameter.device}
+    for name, value in host_tensors.items():
         state[name] = value.to(parameter.device)
-    return on_host
+    return host_tensors
 
 
-def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[str, Tensor]) -> None:
-    """Move the states of a parameter to host memory.
+def _move_state_to_host(
+    optimizer: Optimizer, parameter: Parameter, host_tensors: Mapping[str, Tensor]
+) -> None:
+    """Move the moments of a parameter back to host memory.
 
     Args:
         optimizer: The optimizer.
         parameter: The parameter.
-        on_host: Host tensors from `_fetch_state`, whose memory is used again.
+        host_tensors: Host tensors from `_move_state_to_device`, whose memory is used again.
     """
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
         if not _is_moment(value):
             continue
-        memory = on_host.get(name)
-        if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
+        host_tensor = host_tensors.get(name)
+        if host_tensor is None or host_tensor.shape != value.shape or host_tensor.dtype != value.dtype:
             state[name] = value.cpu()
         else:
-            state[name] = memory.copy_(value)
+            state[name] = host_tensor.copy_(value)
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
@@ -186,7 +194,7 @@ def _is_moment(value: object) -> TypeGuard[Tensor]:
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
     """Round float32 values stochastically to a neighboring bf16 value, so that the expected value is exact.
 
-    A random number is added to the bits that bf16 drops, and then these bits are cut off. NaN stays NaN.
+    A random number is added to the lower 16 bits, which bf16 drops; then these are cut off. NaN stays NaN.
 
     Args:
         values: The values, float32.
@@ -194,18 +202,19 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
         weight: The split weight to which the values belong as rows of this process; they are rounded like
             rows of the full weight. None for a weight that is not split.
     """
-    shape = (values if weight is None else weight).shape
-    noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
+    full_shape = values.shape if weight is None else weight.shape
+    noise = torch.randint(_LOW_16, full_shape, dtype=torch.int32, device=values.device, generator=generator)
     if weight is not None:
         noise = rows_of(weight, noise)
     # a GPU's NaN has all bits set: adding noise would overflow to zero
     noise.masked_fill_(values.isnan(), 0)
-    return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
+    bits = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16)
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to step each parameter independently of the others."""
-    is_own = kind.__name__ == OWN_CLASS and kind.__module__.endswith(OWN_MODULE)
+    is_own = kind.__name__ == MUON_CLASS and kind.__module__.endswith(MUON_MODULE)
     return is_own or kind.__name__ in PER_PARAMETER.get(kind.__module__.partition(".")[0], frozenset())
 
 
@@ -223,24 +232,24 @@ class StepAfterBackward:
     max_norm: float  # 0 turns clipping off
     scaler: torch.amp.GradScaler
     networks: Sequence[TrainableNetwork] = ()  # are notified once gradients are clipped
-    alone: ParameterSteps | None = None  # steps the weights one after the other
-    split: Collection[Tensor] = ()  # parameters of which each process has some rows
+    parameter_steps: ParameterSteps | None = None  # steps the weights one by one; None: the optimizer itself
+    split_weights: Collection[Tensor] = ()  # parameters of which each process has some rows
 
-    def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Unscale and clip the gradients, and step the optimizer or, in `alone`, each parameter by itself.
+    def finish(self, may_step: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
 
         Args:
-            allows: Decides from the norm whether the weights are stepped; None steps them always.
+            may_step: Decides from the norm whether the weights are stepped; None steps them always.
 
         Returns:
             The norm of all gradients before clipping.
         """
-        if self.scaler.is_enabled() and all(parameter.grad is None for parameter in self.parameters):
-            # clips without audio have none for a network of audio alone
+        has_gradients = any(parameter.grad is not None for parameter in self.parameters)
+        if self.scaler.is_enabled() and not has_gradients:  # a network of audio alone, in clips without audio
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
-        norm = norm_of_gradients(self.parameters, self.split)
-        if allows is not None and not allows(norm):
+        norm = norm_of_gradients(self.parameters, self.split_weights)
+        if may_step is not None and not may_step(norm):
             if self.scaler.is_enabled():
                 # keep the scale: a skipped step does not show whether it is right
                 self.scaler.update(self.scaler.get_scale())
@@ -249,10 +258,10 @@ class StepAfterBackward:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         for network in self.networks:
             network.before_optimizer_step()
-        if self.alone is not None:
+        if self.parameter_steps is not None:
             for parameter in self.parameters:
                 if parameter.grad is not None:  # None: the training of this part has ended
-                    self.alone.step(parameter)
+                    self.parameter_steps.step(parameter)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -357,7 +366,7 @@ def check_split(option: str, optimizer_type: str) -> None:
 def _reject(option: str, optimizer_type: str) -> None:
     """Raise OptionError: the optimizer cannot step each weight separately, as `option` needs."""
     name = find_optimizer(optimizer_type).__name__.lower()
-    reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
+    reasons = (reason for ending, reason in WHY_NOT_SINGLE.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")
     raise OptionError(
         f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "

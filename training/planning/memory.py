@@ -27,7 +27,7 @@ from runtime.options import SwapOptions
 from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
 from runtime.planning.device_memory import MemoryWatch, Room, host_room, room_on
-from training.data.feed import BatchSources, Randomness
+from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTexts
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
@@ -197,7 +197,7 @@ def predict(
                 family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
             )
             learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
-            for encoder in () if texts is None else texts.learning:
+            for encoder in () if texts is None else texts.learning_encoders:
                 learning += [
                     weight.numel() for weight in encoder.network.parameters() if weight.requires_grad
                 ]
@@ -226,7 +226,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network=find_learner(family, options.network, options.features.in_place_of_lora).label,
+        network=find_learner(family, options.network, options.features.make_network_instead_of_lora).label,
     )
 
 
@@ -285,15 +285,15 @@ def read_largest(
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     if noise.gives is not None:
         noise = replace(noise, gives=noise.gives.always())
-    drawn = Randomness(
+    drawn = NoiseSampler(
         options.timesteps,
         0,
         noise,
-        on_noise=options.features.on.noise,
+        perturbations=options.features.on.noise,
         audio=AudioLearning(),
         view=options.features.view,
     )
-    return drawn.add(batch, 0, 0)  # as the first micro-batch of a run
+    return drawn.add_noise(batch, 0, 0)  # as the first micro-batch of a run
 
 
 def plan_one_card(

@@ -28,7 +28,7 @@ from training.features.composing import begin_run
 from training.features.hooks import LearningPass
 from training.learner import find_learner
 from training.loss import Autocast, LossRule, NoisyBatch
-from training.optimizers.optimizer import arrange_weights, find_averaging, make_optimizer
+from training.optimizers.optimizer import arrange_weights, find_averaging_optimizer, make_optimizer
 from training.optimizers.stepping import (
     FusedBackward,
     ParameterSteps,
@@ -109,10 +109,10 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
-            kept_attributes=frozenset(features.kept_attributes),
+            base_target_attributes=frozenset(features.base_target_attributes),
             targets=features.on.target,
             passes=features.on.passes,
-            has_own_pass=features.has_own_pass,
+            replaces_default_pass=features.replaces_default_pass,
             in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
             learning_pass=self.learning_pass,
         )
@@ -148,7 +148,9 @@ class Rehearsal:
             self.ledger.enter(STEP)
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
-            stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)
+            stepping = StepAfterBackward(
+                self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.steps
+            )
             with self.ledger.guessing():  # the norm of tensors without values reads as 1
                 stepping.finish()
             self.know_states()
@@ -278,7 +280,7 @@ def set_up_trainable(
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # the default on a GPU, which needs more memory
-    averaging = find_averaging(optimizer)
+    averaging = find_averaging_optimizer(optimizer)
     if averaging is not None:
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -332,7 +334,7 @@ def _make_learning_groups(
 
     The arguments 0 are seeds, which do not matter where tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,45 +83,45 @@ class Embedder:
     num_frames: int  # frames per clip
     batch_size: int
     unreadable: list[str] = field(default_factory=list)
-    _waiting: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
+    _queue: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
 
-    def embed(self, media: Sequence[Medium], what: str) -> list[Tensor | None]:
+    def embed(self, media: Sequence[Medium], title: str) -> list[Tensor | None]:
         """Return the vectors of each medium, F D; None if it cannot be read.
 
         Args:
             media: Images and clips.
-            what: Kind of media, as text for the progress bar.
+            title: Kind of media, as text for the progress bar.
         """
-        keys: list[str | None] = []
-        with Bar(len(media), what, "file") as bar:
+        keys: list[str | None] = []  # of each medium in the store
+        with Bar(len(media), title, "file") as bar:
             for medium in media:
                 try:
                     with medium.open() as path:
-                        keys.append(self._add(path))  # queues the file if no vectors of it are stored
+                        keys.append(self._queue_if_missing(path))
                 except (MediaError, OSError) as error:
                     logger.warning("%s is left out: %s", medium.name, error)
                     self.unreadable.append(medium.name)
                     keys.append(None)
                 bar.update()
-            self._embed_waiting()
+            self._embed_queue()
         return [None if key is None else self.store.vectors[key] for key in keys]
 
-    def _add(self, path: Path) -> str:
+    def _queue_if_missing(self, path: Path) -> str:
         """Return the key of a file's embeddings, and queue the file if they are not stored."""
         is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
         key = _hash_content(path)
         if is_clip:
             key = f"{key}-{self.num_frames}"
-        if key in self.store.vectors or any(waiting == key for waiting, _ in self._waiting):
+        if key in self.store.vectors or any(waiting == key for waiting, _ in self._queue):
             return key
-        self._waiting.append((key, read_frames(path, self.num_frames)))
-        if sum(len(frames) for _, frames in self._waiting) >= self.batch_size:
-            self._embed_waiting()
+        self._queue.append((key, read_frames(path, self.num_frames)))
+        if sum(len(frames) for _, frames in self._queue) >= self.batch_size:
+            self._embed_queue()
         return key
 
-    def _embed_waiting(self) -> None:
+    def _embed_queue(self) -> None:
         """Embed the frames of all waiting files in common batches, and store the vectors of each file."""
-        frames = [frame for _, frames_of_one in self._waiting for frame in frames_of_one]
+        frames = [frame for _, frames_of_one in self._queue for frame in frames_of_one]
         batches = [
             self.model.embed_images(frames[start : start + self.batch_size])
             for start in range(0, len(frames), self.batch_size)
@@ -129,10 +130,10 @@ class Embedder:
             return
         vectors = torch.cat(batches)
         start = 0
-        for key, frames_of_one in self._waiting:
+        for key, frames_of_one in self._queue:
             self.store.add(key, vectors[start : start + len(frames_of_one)].clone())
             start += len(frames_of_one)
-        self._waiting.clear()
+        self._queue.clear()
 
 
 def read_frames(path: Path, num_frames: int) -> list[Frame]:
@@ -149,7 +150,7 @@ def _select_evenly(length: int, maximum: int) -> set[int]:
     """Return the middle frame of each of `maximum` equal parts, or all frames."""
     if length <= maximum:
         return set(range(length))
-    return {int((place + 0.5) * length / maximum) for place in range(maximum)}
+    return {int((index + 0.5) * length / maximum) for index in range(maximum)}
 
 
 def _hash_content(path: Path) -> str:
@@ -163,9 +164,4 @@ def _hash_content(path: Path) -> str:
 
 def open_path(path: Path) -> Medium:
     """Return the medium of a file on disk."""
-
-    @contextlib.contextmanager
-    def give() -> Iterator[Path]:
-        yield path
-
-    return Medium(str(path.name), give)
+    return Medium(path.name, partial(contextlib.nullcontext, path))

@@ -23,9 +23,9 @@ from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
 CONFIG = "config.json"
-LIKENESS = "--likeness_model"
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-ENDS = 1 << 20  # bytes at both ends of a file of weights that are hashed to identify it
+LIKENESS_OPTION = "--likeness_model"
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+HASHED_BYTES = 1 << 20  # bytes at both ends of a file of weights that are hashed to identify it
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
     Raises:
         CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
-    chosen = select_device(device)
+    selected_device = select_device(device)
     kind, max_tokens = _read_kind(folder)
     loaded = _load_network(folder, "--model", kind.network)
     return ImageTextModel(
-        network=loaded.network.to(chosen),
+        network=loaded.network.to(selected_device),
         processor=loaded.processor,
         tokenizer=_load_tokenizer(folder, kind.network),
         padding=kind.padding,
@@ -166,10 +166,10 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
     Raises:
         CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
-    chosen = select_device(device)
-    name = _read_config(folder, LIKENESS, tuple(IMAGE_KINDS)).get("model_type")
-    loaded = _load_network(folder, LIKENESS, IMAGE_KINDS[str(name)])
-    return ImageModel(loaded.network.to(chosen), loaded.processor, _identify(folder))
+    selected_device = select_device(device)
+    name = _read_config(folder, LIKENESS_OPTION, tuple(IMAGE_KINDS)).get("model_type")
+    loaded = _load_network(folder, LIKENESS_OPTION, IMAGE_KINDS[str(name)])
+    return ImageModel(loaded.network.to(selected_device), loaded.processor, _identify(folder))
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, class_name)
-        config = network_class.config_class.from_pretrained(folder, **LOCAL)
+        config = network_class.config_class.from_pretrained(folder, **OFFLINE)
         # a network without values has the shapes that those in the files must match
         network = build_on_meta(network_class, config)
         require_matching_shapes(folder, option, network, shapes, is_exact=True)
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **OFFLINE)
         # set the attention, because config.json could name one whose code is downloaded from the hub and run
         network = network_class.from_pretrained(
             folder,
@@ -213,7 +213,7 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
     import transformers  # the network is loaded by now
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        return transformers.AutoTokenizer.from_pretrained(folder, **OFFLINE)
     except Exception as error:  # damaged files raise errors of many libraries
         raise _explain_loading(folder, "--model", class_name, error) from None
 
@@ -247,7 +247,7 @@ def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
             config = parse_json(read_text(folder / CONFIG))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
-    elif option == LIKENESS:
+    elif option == LIKENESS_OPTION:
         raise CheckpointError(
             f"{option} {folder}: there is no {CONFIG} in this folder. Give the folder of a DINO model as "
             "transformers saves it, or leave it out."
@@ -281,7 +281,7 @@ def _identify(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
+            digest.update(file.read(HASHED_BYTES))
+            file.seek(max(0, size - HASHED_BYTES))
+            digest.update(file.read(HASHED_BYTES))
     return digest.hexdigest()[:16]

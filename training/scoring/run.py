@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -49,7 +50,8 @@ from training.scoring.model import (
 from training.scoring.tags import RecognizesTags, find_tags, number_tags, tag_recall
 from training.scoring.training_pictures import (
     MIN_TO_COMPARE,
-    NEAREST,
+    NUM_NEAREST,
+    Neighbor,
     TrainingVectors,
     is_copy,
     list_training_media,
@@ -145,50 +147,36 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
             f"{run.history}: the run has no samples that could be scored. Train with --sample_prompts "
             "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
         )
-    # embed samples, prompts and training images
-    notes: list[ScoreNote] = []
-    config = _find_dataset(options, run, notes)
+    dataset = _find_dataset(options, run)
     model = load_image_text_model(options.model, options.device)
-    likeness_model = None
-    if options.likeness_model is not None:
-        likeness_model = load_image_model(options.likeness_model, options.device)
-    # without a model for likeness, the one for prompts also compares samples with the dataset
-    if likeness_model is None:
-        prompt_vectors = _embed(run, rows, options, model, config)
-        likeness_vectors = prompt_vectors
-    else:
-        prompt_vectors = _embed(run, rows, options, model, None)
-        likeness_vectors = _embed(run, rows, options, likeness_model, config)
-    training = likeness_vectors.training
-    comparison = SampleComparison(
-        _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
-    )
-    # score each step, and add what a tagger recognizes
+    to_prompts, to_training = _embed_samples(run, rows, options, model=model, dataset=dataset.path)
+    prompts = _list_prompts(rows)
+    comparison = SampleComparison(_embed_prompts(model, prompts), to_training.training, options.num_frames)
     scored = [
         _score_step(
             run,
             row,
             files,
-            vectors=prompt_vectors.samples,
-            looks=likeness_vectors.samples,
+            vectors=to_prompts.samples,
+            likeness_vectors=to_training.samples,
             comparison=comparison,
         )
         for row, files in rows
     ]
+    notes = [*dataset.notes, *_note_truncated_prompts(model, prompts)]
     folders = [options.model, options.likeness_model, options.tagger]
     if options.tagger is not None:
         tagger = load_tagger(options.tagger, options.batch_size)
         scored = _add_recalls(scored, rows, tagger, _embed(run, rows, options, tagger, None).samples)
         if all(row.tag_recall is None for row in scored):
             notes.append(ScoreNote("no_tags"))
-    notes += _list_notes(
-        run, [*dict.fromkeys((*prompt_vectors.unreadable, *likeness_vectors.unreadable))], comparison
-    )
+    unreadable = [*dict.fromkeys((*to_prompts.unreadable, *to_training.unreadable))]
+    notes += _list_notes(run, unreadable, comparison)
     scored_rows = tuple(row for row in scored if row.samples)
     scores = RunScores(
         model=", ".join(real_path(folder).name for folder in folders if folder is not None),
         rows=scored_rows,
-        num_training=0 if training is None else len(training.media),
+        num_training=0 if comparison.training is None else len(comparison.training.media),
         near_threshold=comparison.threshold,
         notes=tuple(notes),
         unsampled=list_unsampled(scored_rows, run.run_history, run.folder),
@@ -212,6 +200,26 @@ class EmbeddedRun:
     samples: Mapping[Path, Tensor | None]  # each F D; None: the file cannot be read
     training: TrainingVectors | None  # None: there are no training images, or no dataset was passed
     unreadable: Sequence[str]  # names of files that could not be read
+
+
+def _embed_samples(
+    run: ScoredRun,
+    rows: Sequence[tuple[SampleRow, Mapping[int, Path]]],
+    options: ScoreOptions,
+    *,
+    model: ImageTextModel,
+    dataset: Path | None,
+) -> tuple[EmbeddedRun, EmbeddedRun]:
+    """Return embeddings of the samples to compare with prompts, and to compare with training images.
+
+    They are the same without --likeness_model.
+    """
+    if options.likeness_model is None:
+        embedded = _embed(run, rows, options, model, dataset)
+        return embedded, embedded
+    likeness_model = load_image_model(options.likeness_model, options.device)
+    to_prompts = _embed(run, rows, options, model, None)
+    return to_prompts, _embed(run, rows, options, likeness_model, dataset)
 
 
 def _embed(
@@ -276,37 +284,41 @@ def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleCo
     return [*notes, NO_FACES]
 
 
-def open_run(place: Path) -> ScoredRun:
+def open_run(path: Path) -> ScoredRun:
     """Return the run of a history file, or the only run of a folder.
 
     Raises:
         OptionError: If the path is anything else, or the folder has several runs.
     """
-    if place.is_dir():
-        histories = _find_histories(place, f"*{END}")
-        if not histories:
-            inner = {str(path.parent): None for path in _find_histories(place, f"*/*{END}")}
-            advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
-            raise OptionError(
-                f"{place}: there is no run in this folder: no ...{END}. "
-                + (advice or "Give the --output_dir of a training that was not run with --no_page.")
-            )
-        if len(histories) > 1:
-            raise OptionError(
-                f"{place}: there are {len(histories)} runs in this folder. Give the history of one: "
-                f"{list_some([str(path) for path in histories])}"
-            )
-        (place,) = histories
-    if not place.name.endswith(END):
-        raise OptionError(f"{place}: give the folder of a run, or its history, a file named ...{END}")
+    history_path = _select_history(path) if path.is_dir() else path
+    if not history_path.name.endswith(END):
+        raise OptionError(f"{path}: give the folder of a run, or its history, a file named ...{END}")
     try:
-        session = read_session(place)
+        session = read_session(history_path)
         if session is None:
-            raise OptionError(f"{place}: this is not the history of a training")
-        run_history = read_history(place, session)
+            raise OptionError(f"{history_path}: this is not the history of a training")
+        run_history = read_history(history_path, session)
     except OSError as error:
-        raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
-    return ScoredRun(place, run_history)
+        raise OptionError(f"{history_path} cannot be read: {error.strerror or error}") from None
+    return ScoredRun(history_path, run_history)
+
+
+def _select_history(folder: Path) -> Path:
+    """Return the only history file of a folder. Raises OptionError if there are none or several."""
+    histories = _find_histories(folder, f"*{END}")
+    if not histories:
+        inner = {str(path.parent): None for path in _find_histories(folder, f"*/*{END}")}
+        advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
+        raise OptionError(
+            f"{folder}: there is no run in this folder: no ...{END}. "
+            + (advice or "Give the --output_dir of a training that was not run with --no_page.")
+        )
+    if len(histories) > 1:
+        raise OptionError(
+            f"{folder}: there are {len(histories)} runs in this folder. Give the history of one: "
+            f"{list_some([str(path) for path in histories])}"
+        )
+    return histories[0]
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
@@ -314,34 +326,44 @@ def _find_histories(folder: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
-def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
-    """Return the path of the dataset file with the training images; add a note if it is missing."""
+class TrainingDataset(NamedTuple):
+    """The dataset file with the training images of a run, or None, and a note if it is missing."""
+
+    path: Path | None
+    notes: Sequence[ScoreNote] = ()
+
+
+def _find_dataset(options: ScoreOptions, run: ScoredRun) -> TrainingDataset:
+    """Return the dataset file of --dataset_config, or the one that the run was trained on."""
     if options.dataset_config is not None:
-        return options.dataset_config
+        return TrainingDataset(options.dataset_config)
     start = run.run_history.start
-    typed = None if start is None else dict(start.changed).get("dataset_config")
-    if start is None or typed is None:
-        notes.append(ScoreNote("no_dataset"))
-        return None
+    typed_path = None if start is None else dict(start.changed).get("dataset_config")
+    if start is None or typed_path is None:
+        return TrainingDataset(None, [ScoreNote("no_dataset")])
     for folder in (Path(), Path(start.working_folder)):
-        if (folder / typed).is_file():
-            return folder / typed
-    notes.append(ScoreNote("dataset_gone", {"path": typed}))
-    return None
+        if (folder / typed_path).is_file():
+            return TrainingDataset(folder / typed_path)
+    return TrainingDataset(None, [ScoreNote("dataset_gone", {"path": typed_path})])
 
 
-def _embed_prompts(
-    model: ImageTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
-) -> dict[str, Tensor]:
-    """Return the embedding, D, of each non-empty prompt by its text; add a note on truncated prompts."""
-    texts = sorted({text for row in rows for text in row.prompts.values() if text.strip()})
-    if not texts:
-        return {}
-    cut = [text for text in texts if model.is_cut(text)]
-    if cut:
-        counts = {"n": str(len(cut)), "all": str(len(texts)), "most": str(model.max_tokens)}
-        notes.append(ScoreNote("cut", counts))
-    return dict(zip(texts, model.embed_texts(texts), strict=True))
+def _list_prompts(rows: Sequence[tuple[SampleRow, Mapping[int, Path]]]) -> list[str]:
+    """Return the non-empty prompts of all samples, each once."""
+    return sorted({prompt for row, _ in rows for prompt in row.prompts.values() if prompt.strip()})
+
+
+def _note_truncated_prompts(model: ImageTextModel, prompts: Sequence[str]) -> list[ScoreNote]:
+    """Return a note on the prompts that have more tokens than the model reads, if there are any."""
+    num_truncated = sum(model.is_cut(prompt) for prompt in prompts)
+    if not num_truncated:
+        return []
+    counts = {"n": str(num_truncated), "all": str(len(prompts)), "most": str(model.max_tokens)}
+    return [ScoreNote("cut", counts)]
+
+
+def _embed_prompts(model: ImageTextModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the embedding of each prompt, D, by the prompt."""
+    return dict(zip(prompts, model.embed_texts(prompts), strict=True)) if prompts else {}
 
 
 class SampleComparison:
@@ -352,7 +374,7 @@ class SampleComparison:
         self.threshold = None if training is None else training.near_threshold()
 
     def score(
-        self, index: int, path: Path, prompt: str, vectors: Tensor, looks: Tensor | None
+        self, index: int, path: Path, prompt: str, vectors: Tensor, likeness_vectors: Tensor | None
     ) -> SampleScore:
         """Return the scores of a sample.
 
@@ -361,7 +383,7 @@ class SampleComparison:
             path: File of the sample.
             prompt: The prompt.
             vectors: Vectors of its frames, F D, to compare with the prompt.
-            looks: Vectors of its frames, F D, to compare with training images; None if they are not known.
+            likeness_vectors: Vectors of its frames, F D, to compare with training images; None if unknown.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -370,29 +392,31 @@ class SampleComparison:
             clip=None if text is None else float((vectors @ text).mean()),
             steps=_read_steps(path),
         )
-        if self.training is None or looks is None:
+        if self.training is None or likeness_vectors is None:
             return score
-        neighbors = self.training.find_nearest(looks)
-        nearest = neighbors[0]
-        is_copied = False
-        for neighbor in neighbors:
-            try:
-                is_copied = is_copy(
-                    open_path(path).open(), self.training.media[neighbor.place], self.num_frames
-                )
-            except (MediaError, OSError) as error:
-                logger.warning("%s is not looked at for copies: %s", path.name, error)
-            if is_copied:
-                nearest = neighbor
-                break
+        neighbors = self.training.find_nearest(likeness_vectors)
+        copied = self._find_copied(path, neighbors, self.training)
+        nearest = neighbors[0] if copied is None else copied
         return replace(
             score,
             likeness=sum(neighbor.cosine for neighbor in neighbors) / len(neighbors),
-            nearest=Path(self.training.media[nearest.place].name).name,
+            nearest=Path(self.training.media[nearest.media_index].name).name,
             nearest_cosine=nearest.cosine,
-            is_copied=is_copied,
+            is_copied=copied is not None,
             is_near=self.threshold is not None and nearest.cosine > self.threshold,
         )
+
+    def _find_copied(
+        self, path: Path, neighbors: Sequence[Neighbor], training: TrainingVectors
+    ) -> Neighbor | None:
+        """Return the first of the nearest training images of which a sample is a copy, if any."""
+        for neighbor in neighbors:
+            try:
+                if is_copy(open_path(path).open(), training.media[neighbor.media_index], self.num_frames):
+                    return neighbor
+            except (MediaError, OSError) as error:
+                logger.warning("%s is not looked at for copies: %s", path.name, error)
+        return None
 
 
 def _score_step(
@@ -401,7 +425,7 @@ def _score_step(
     files: dict[int, Path],
     *,
     vectors: Mapping[Path, Tensor | None],
-    looks: Mapping[Path, Tensor | None],
+    likeness_vectors: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
     """Score the samples of a step; samples that cannot be read are left out.
@@ -411,7 +435,7 @@ def _score_step(
         row: The samples of the step.
         files: Path of each sample, by index of its prompt.
         vectors: Vectors of each file's frames, to compare with prompts; None if the file cannot be read.
-        looks: Vectors of each file's frames, to compare with training images; None if they are not known.
+        likeness_vectors: Vectors of each file's frames, to compare with training images; None if unknown.
         comparison: Prompts and training images to compare with.
     """
     samples = []
@@ -419,7 +443,7 @@ def _score_step(
         frames = vectors[path]
         if frames is not None:
             prompt = row.prompts.get(index, "")
-            samples.append(comparison.score(index, path, prompt, frames, looks[path]))
+            samples.append(comparison.score(index, path, prompt, frames, likeness_vectors[path]))
     validated = run.run_history.nearest(row.step)
     return StepScores(
         step=row.step,
@@ -456,11 +480,7 @@ def _read_steps(path: Path) -> int | None:
 def describe(scores: RunScores) -> str:
     """Return the scores as a table for a terminal, with the best file below it."""
     table = make_table(scores)
-    rows = [tuple(map(str, table.headings)), *(tuple(map(str, row)) for row in table.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.headings))]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = _align_columns([table.headings, *table.rows])
     best = find_best(scores.rows, scores.unsampled)
     if best is not None:
         lines += ["", str(best.text)]
@@ -468,7 +488,7 @@ def describe(scores: RunScores) -> str:
         lines += ["", "No saved file has samples of its step: save and sample at the same steps."]
     if scores.num_training:
         lines.append(
-            f"likeness: mean cosine to the {min(NEAREST, scores.num_training)} nearest of "
+            f"likeness: mean cosine to the {min(NUM_NEAREST, scores.num_training)} nearest of "
             f"{count_of(scores.num_training, 'training picture')}."
         )
     if scores.near_threshold is not None:
@@ -478,6 +498,16 @@ def describe(scores: RunScores) -> str:
         )
     lines += [*(str(note.text) for note in scores.notes), str(NO_TASTE)]
     return "\n".join(lines)
+
+
+def _align_columns(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return each row as a line, with the columns padded to equal widths."""
+    texts = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
+    ]
 
 
 def _write_page_again(run: ScoredRun) -> None:

@@ -22,18 +22,20 @@ from training.scoring.embeddings import Medium, read_frames
 
 logger = logging.getLogger(__name__)
 
-NEAREST = 3  # the likeness is the mean over this number of training images, or over all if there are fewer
+NUM_NEAREST = (
+    3  # the likeness is the mean over this number of training images, or over all if there are fewer
+)
 # A sample is very near to a training image if its cosine is above this quantile of the training images'
 # cosines to their own nearest image. A fixed cosine says little: in a dataset of one person, all are similar.
-NEAR_SHARE = 0.99
+NEAR_QUANTILE = 0.99
 MIN_TO_COMPARE = 8  # with fewer training images, the quantile says nothing
-ROWS = 1024  # rows of a block, when all vectors are multiplied with all
+BLOCK_ROWS = 1024  # rows of a block, when all vectors are multiplied with all
 
 
 class Neighbor(NamedTuple):
     """A training image or clip, by its index, and its cosine similarity to a sample."""
 
-    place: int  # index in `TrainingVectors.media`
+    media_index: int  # index in `TrainingVectors.media`
     cosine: float
 
 
@@ -43,16 +45,22 @@ class TrainingVectors:
 
     media: Sequence[Medium]
     vectors: Tensor  # M D: vectors of all frames, one medium after the other
-    owners: Tensor  # M: index of the medium of each frame
+    media_indices: Tensor  # M: index of the medium of each frame
 
     @classmethod
     def of(cls, media: Sequence[Medium], vectors: Sequence[Tensor | None]) -> "TrainingVectors | None":
         """Join the vectors of all readable media; None if no medium could be read."""
-        kept = [(medium, rows) for medium, rows in zip(media, vectors, strict=True) if rows is not None]
-        if not kept:
+        readable_media = []
+        readable_vectors = []
+        media_indices = []
+        for medium, frame_vectors in zip(media, vectors, strict=True):
+            if frame_vectors is not None:
+                media_indices.append(torch.full((len(frame_vectors),), len(readable_media)))
+                readable_media.append(medium)
+                readable_vectors.append(frame_vectors)
+        if not readable_media:
             return None
-        owners = [torch.full((len(rows),), index) for index, (_, rows) in enumerate(kept)]
-        return cls([medium for medium, _ in kept], torch.cat([rows for _, rows in kept]), torch.cat(owners))
+        return cls(readable_media, torch.cat(readable_vectors), torch.cat(media_indices))
 
     def compare(self, frames: Tensor) -> Tensor:
         """Return the similarity of a sample to each medium: the largest cosine, averaged over its frames.
@@ -62,12 +70,12 @@ class TrainingVectors:
         """
         cosines = frames @ self.vectors.T  # F M
         largest = torch.full((len(frames), len(self.media)), -2.0)
-        largest.scatter_reduce_(1, self.owners.expand(len(frames), -1), cosines, "amax")
+        largest.scatter_reduce_(1, self.media_indices.expand(len(frames), -1), cosines, "amax")
         return largest.mean(0)
 
     def find_nearest(self, frames: Tensor) -> list[Neighbor]:
         """Return the training media most similar to a sample, in order of decreasing similarity."""
-        values, places = self.compare(frames).topk(min(NEAREST, len(self.media)))
+        values, places = self.compare(frames).topk(min(NUM_NEAREST, len(self.media)))
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
@@ -78,12 +86,12 @@ class TrainingVectors:
         if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
-        for start in range(0, len(self.vectors), ROWS):
-            cosines = self.vectors[start : start + ROWS] @ self.vectors.T
-            owners = self.owners[start : start + ROWS]
-            cosines[owners[:, None] == self.owners[None, :]] = -2.0
-            highest.scatter_reduce_(0, owners, cosines.amax(1), "amax")
-        return float(torch.quantile(highest[: 1 << 20], NEAR_SHARE))
+        for start in range(0, len(self.vectors), BLOCK_ROWS):
+            cosines = self.vectors[start : start + BLOCK_ROWS] @ self.vectors.T
+            media_indices = self.media_indices[start : start + BLOCK_ROWS]
+            cosines[media_indices[:, None] == self.media_indices[None, :]] = -2.0
+            highest.scatter_reduce_(0, media_indices, cosines.amax(1), "amax")
+        return float(torch.quantile(highest[: 1 << 20], NEAR_QUANTILE))
 
 
 def list_training_media(config: DatasetConfig) -> list[Medium]:
@@ -106,8 +114,8 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
 
 @contextmanager
 def _open_source(source: MediaSource) -> Iterator[Path]:
-    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
-    with fetch(alone) as fetched:
+    media_only = replace(source, control=(), mask=None, origins=source.origins[:1])
+    with fetch(media_only) as fetched:
         yield fetched.path
 
 

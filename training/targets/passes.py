@@ -30,8 +30,8 @@ from training.loss import (
 )
 
 # one tensor B for images, and a second one for audio if the batch has any
-Streams = tuple[Tensor, ...]
-Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, batch -> errors
+StreamErrors = tuple[Tensor, ...]
+Measure = Callable[[Tensor, Tensor, NoisyBatch], StreamErrors]  # output, target, batch -> errors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainingPasses:
     autocast: Autocast
     rule: LossRule
 
-    def learning(self, noisy_batch: NoisyBatch) -> Tensor:
+    def predict_with_gradients(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the trained network, with gradients."""
         with contextlib.ExitStack() as stack:
             for enter in self.rule.learning_pass:
@@ -66,18 +66,18 @@ class TrainingPasses:
             self.family, self.dit, self.latents, noisy_batch, autocast=self.autocast, rule=self.rule
         )
 
-    def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
+    def predict_without_gradients(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the network with its current weights, computed without gradients."""
         with torch.no_grad():
             return self._predict(noisy_batch)
 
-    def base(self, noisy_batch: NoisyBatch) -> Tensor:
+    def predict_base_model(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the base model, with the LoRA disabled and without gradients."""
         assert self.rule.as_base is not None  # full fine-tuning rejects options that need it
         with torch.no_grad(), self.rule.as_base():
             return self._predict(noisy_batch)
 
-    def restart(self, noisy_batch: NoisyBatch) -> None:
+    def reset_network_seed(self, noisy_batch: NoisyBatch) -> None:
         """Reset the random numbers of the network, which an earlier pass of the batch may have used."""
         if self.rule.seed_networks is not None:
             self.rule.seed_networks(noisy_batch.number)
@@ -99,22 +99,21 @@ def training_loss(
 
 def loss_passes(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
-) -> Iterator[Streams]:
+) -> Iterator[StreamErrors]:
     """Yield the weighted mean errors of each pass with gradients: one for images, and one for audio if any.
 
     Run the backward pass of each before taking the next one: this frees the graph, and networks may change
     their state between two passes.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    for more_passes in rule.passes:
-        for errors in more_passes(passes, noisy_batch):
+    for run_extra_passes in rule.passes:
+        for errors in run_extra_passes(passes, noisy_batch):
             yield _weigh_losses(errors, noisy_batch)
-    if rule.has_own_pass:  # a feature's pass above replaces the usual one
-        return
-    yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
+    if not rule.replaces_default_pass:
+        yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
 
-def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
+def _weigh_losses(errors: StreamErrors, noisy_batch: NoisyBatch) -> StreamErrors:
     weights = [noisy_batch.weights]
     if noisy_batch.audio is not None:
         weights.append(noisy_batch.audio.weights)
@@ -151,7 +150,7 @@ def _make_passes(
 
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
-) -> Streams:
+) -> StreamErrors:
     """Compare the prediction with the velocity and the rule's targets; return the error of each sample, B.
 
     A batch with audio has a second tensor, with the errors of the audio.
@@ -159,26 +158,25 @@ def measure_streams(
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
 
-def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors of one forward pass: the weighted sum of its errors to the clip and other targets."""
-    target = velocity_of(passes, noisy_batch)
+def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> StreamErrors:
+    """Return the weighted sum of the errors of one forward pass against the velocity and other targets."""
+    velocity = velocity_of(passes, noisy_batch)
     if not passes.rule.targets:
-        output = passes.learning(noisy_batch)
-        return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
-    with_clip = TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
-    comparisons = [with_clip]
-    # each feature adds comparisons to the list, or replaces those before
-    for compare in passes.rule.targets:
-        comparisons = compare(passes, noisy_batch, comparisons)
-    output = passes.learning(noisy_batch)
-    errors: Streams = ()
+        output = passes.predict_with_gradients(noisy_batch)
+        return sample_errors(passes.family.noise, output - velocity, noisy_batch, passes.rule)
+    measure = functools.partial(measure_errors, passes)
+    comparisons = [TargetComparison(velocity, measure, noisy_batch, weight=1.0)]
+    for change_comparisons in passes.rule.targets:
+        comparisons = change_comparisons(passes, noisy_batch, comparisons)
+    output = passes.predict_with_gradients(noisy_batch)
+    errors: StreamErrors = ()
     for comparison in comparisons:
         measured = comparison.measure(output, comparison.target, comparison.noisy_batch)
         errors = _add_weighted(errors, measured, comparison.weight)
     return errors
 
 
-def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> Streams:
+def _add_weighted(sums: StreamErrors, errors: StreamErrors, weight: "float | Tensor") -> StreamErrors:
     """Add weighted errors to sums, stream by stream; a stream that `errors` lacks keeps its sum."""
     weighted = errors
     if not isinstance(weight, float) or weight != 1.0:
@@ -189,30 +187,30 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
     return (*added, *sums[len(added) :])
 
 
-def measure_plainly(
+def measure_errors(
     passes: TrainingPasses, output: Tensor, target: Tensor, noisy_batch: NoisyBatch
-) -> Streams:
+) -> StreamErrors:
     """Return the errors of an output against a target, with masks and --loss_type."""
     return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """Return `if_chosen` or `otherwise` for each sample; both have the shape B ..."""
-    mask = numbers_on(otherwise.device, chosen, torch.bool)
-    return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
+def select_per_sample(is_selected: Sequence[bool], if_selected: Tensor, otherwise: Tensor) -> Tensor:
+    """Return `if_selected` or `otherwise` for each sample; both have the shape B ..."""
+    mask = numbers_on(otherwise.device, is_selected, torch.bool)
+    return torch.where(per_sample(mask, otherwise), if_selected, otherwise)
 
 
-def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
+def noise_fractions_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
     """Return the noise fraction of each sample as host numbers."""
     return noised.levels or noised.sigmas.tolist()
 
 
-def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
+def samples_with_base_target(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
     """Return for each sample whether its dataset table sets the base model's prediction as the target."""
     batch = noisy_batch.batch
-    return [bool(passes.rule.kept_attributes & attributes) for attributes in batch.attributes] or [
-        False
-    ] * len(batch)
+    if not batch.attributes:
+        return [False] * len(batch)
+    return [bool(passes.rule.base_target_attributes & attributes) for attributes in batch.attributes]
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:

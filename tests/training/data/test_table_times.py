@@ -18,7 +18,7 @@ from tests.training.test_experts import BOTH
 from tests.training.test_resume import train_in_two_processes
 from training.checks import list_unused_options
 from training.data.feed import Feed
-from training.data.table_times import times_by_group
+from training.data.table_times import timestep_options_by_group
 from training.learner import FULL_MODEL
 from training.plan import read_config
 from training.run import prepare_run, train_network
@@ -188,7 +188,7 @@ def experts_by_table(folder: Path, *words: object, family: Any = BOTH) -> dict[i
     with prepare_run(family, options) as run:
         for epoch in range(6):
             for index, items in enumerate(run.feed.order.epoch(epoch)):
-                expert = run.feed.expert_of((epoch, index))
+                expert = run.feed.find_expert((epoch, index))
                 assert expert == run.feed.read((epoch, index)).expert
                 experts.setdefault(items[0].table.index, set()).add(expert)
     return experts
@@ -350,7 +350,12 @@ def test_without_keys_nothing_is_counted_for_a_table(tmp_path: Path) -> None:
     write_tables(tmp_path, "", "validation = true")
     options = toy.toy_options(tmp_path, *UNIFORM)
 
-    assert times_by_group(options.timesteps, read_config(options, toy.ToyFamily(), FULL_MODEL).datasets) == {}
+    assert (
+        timestep_options_by_group(
+            options.timesteps, read_config(options, toy.ToyFamily(), FULL_MODEL).datasets
+        )
+        == {}
+    )
 
 
 def test_every_distribution_of_a_dataset_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,17 +21,17 @@ from protocols.rules import Expert
 from tests.golden_cases import read_case
 from training.data.timesteps import (
     Timesteps,
-    check_reaches,
+    check_experts_reached,
     draw,
     find_shift,
     fractions_of_uniform,
     is_in_range,
     loss_weights,
     noise_fractions,
-    takes_normal,
+    takes_normal_draws,
     times_at,
 )
-from training.features.show_timesteps_drawing import bars, show_timesteps, timestep_statistics
+from training.features.show_timesteps_drawing import count_timesteps, draw_text_bars, show_timesteps
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 
 GOLDEN, _ = read_case("timestep_sampling")
@@ -46,7 +46,7 @@ def count_tokens(shape: Sequence[int]) -> int:
 def from_numbers(
     made: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
 ) -> Timesteps:
-    """The deterministic part of the samplers. numbers: normal where `takes_normal`, else uniform."""
+    """The deterministic part of the samplers. numbers: normal where `takes_normal_draws`, else uniform."""
     return times_at(
         made, noise_fractions(made, numbers.double(), noise, find_shift(made, noise, shape)), noise
     )
@@ -74,7 +74,7 @@ def drawn(made: TimestepOptions, count: int = 100_000, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: " ".join(case["cli"]) or "default")
 def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[float]]) -> None:
     made = options(" ".join(map(str, case["cli"])))
-    numbers = torch.tensor(GOLDEN["n" if takes_normal(made) else "u"])
+    numbers = torch.tensor(GOLDEN["n" if takes_normal_draws(made) else "u"])
 
     times = from_numbers(made, numbers)
 
@@ -95,21 +95,21 @@ def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case:
     words = " ".join(f"--{name} {given[name]}" for name in names)
     made = options(words, samplers=(*SAMPLERS, *SIZE_SAMPLERS))
     noise = IMAGE_NOISE[case["family"]]
-    numbers = torch.tensor(IMAGES["n" if takes_normal(made) else "u"], dtype=torch.float64)
+    numbers = torch.tensor(IMAGES["n" if takes_normal_draws(made) else "u"], dtype=torch.float64)
 
     times = from_numbers(made, numbers, noise, (1, 16, 1, *case["latent_h_w"]))
 
     torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma"]), atol=2e-6, rtol=0)
     if case["loss_weight"] and 0.0 not in case["sigma"]:  # of pure data it is infinite there
         expected = torch.tensor(case["loss_weight"])
-        torch.testing.assert_close(loss_weights(made, times, exactly=True), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss_weights(made, times, exact_sigmas=True), expected, rtol=1e-5, atol=0)
     fed = torch.tensor(case["given_to_model"], dtype=torch.float32)
     torch.testing.assert_close(FED[case["family"]](times.timesteps), fed, atol=2e-6, rtol=0)
 
 
 def test_a_sampler_that_follows_the_size_is_refused_where_the_model_does_not() -> None:
     with pytest.raises(OptionError, match="flux_shift: the shift of this model does not follow the size"):
-        draw(options("--timestep_sampling flux_shift"), 10, torch.Generator(), noise=NoiseSpec())
+        draw(options("--timestep_sampling flux_shift"), 10, torch.Generator(), noise_spec=NoiseSpec())
 
 
 def shifted(normal: Tensor, mu: float) -> Tensor:
@@ -161,7 +161,7 @@ def test_the_shift_of_ideogram_grows_with_the_side_of_a_picture() -> None:
 
 
 def test_both_experts_are_reached_by_the_shift_of_ideogram() -> None:
-    check_reaches([options("--timestep_sampling ideogram4_shift")], FLOW, TWO)
+    check_experts_reached([options("--timestep_sampling ideogram4_shift")], FLOW, TWO)
 
 
 def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:
@@ -169,7 +169,7 @@ def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:
 
     for more in ("", " --preserve_distribution_shape"):
         made = options(f"--discrete_flow_shift 3 --min_timestep 300 --max_timestep 450{more}")
-        found = draw(made, 2000, torch.Generator().manual_seed(1), noise=spec).sigmas
+        found = draw(made, 2000, torch.Generator().manual_seed(1), noise_spec=spec).sigmas
         plain = draw(made, 2000, torch.Generator().manual_seed(1)).sigmas
         torch.testing.assert_close(found, 3 * plain / (1 + 2 * plain))
         assert 0.55 <= float(plain.min()) <= float(plain.max()) <= 0.7 + 1e-6
@@ -266,15 +266,15 @@ def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None
 @pytest.mark.parametrize("sampler", ["uniform", "flux_shift"])
 def test_an_expert_that_no_timestep_reaches_is_an_error(limits: str, expert: str, sampler: str) -> None:
     with pytest.raises(OptionError, match=f"no timestep of this run reaches the {expert} transformer"):
-        check_reaches([options(f"--timestep_sampling {sampler} {limits}")], FLOW, TWO)
+        check_experts_reached([options(f"--timestep_sampling {sampler} {limits}")], FLOW, TWO)
     for able in ("", f"--timestep_sampling {sampler}"):
-        check_reaches([options(able)], FLOW, TWO)
+        check_experts_reached([options(able)], FLOW, TWO)
 
 
 def test_bounds_of_the_sampler_sigma_are_told_to_count_from_the_noisy_end() -> None:
     made = options("--min_timestep 875 --preserve_distribution_shape")  # 0 to 125
     with pytest.raises(OptionError, match="counts the first two from the noisy end"):
-        check_reaches([made], FLOW, TWO[1:])
+        check_experts_reached([made], FLOW, TWO[1:])
 
 
 def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_last_number() -> None:
@@ -286,7 +286,7 @@ def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_las
 
 def test_statistics_count_every_draw_once() -> None:
     made = options("--weighting_scheme sigma_sqrt")
-    counts, weights = timestep_statistics(made, seed=0, num_batches=3, batch_size=100)
+    counts, weights = count_timesteps(made, seed=0, num_batches=3, batch_size=100)
 
     assert float(counts.sum()) == 300
     assert counts.shape == weights.shape == (1000,)
@@ -299,7 +299,7 @@ def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 82
     assert max(line.count("#") for line in lines) == 64
-    assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
+    assert draw_text_bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
 
 
 def test_experts_are_named_with_their_share_of_the_draws(

@@ -16,7 +16,7 @@ from tests.moss_image.making import tiny_model
 from tests.tiny.families import family_called
 from tests.tiny.runs import make_project
 from tests.training.test_whole_models import full_words
-from training.optimizers.muon import BETAS, LIKE_ADAM, PARTS, MuonWithAdam, arrange_groups
+from training.optimizers.muon import BETAS, MATCH_RMS_ADAMW, NUM_MATRICES, MuonWithAdam, arrange_groups
 from training.trainable import train_dit
 
 STEPS = ("--max_train_steps", "2")
@@ -37,7 +37,7 @@ def take_steps(optimizer: torch.optim.Optimizer, weights: list[Parameter], rows:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
-@pytest.mark.parametrize("adjustment", [None, LIKE_ADAM])
+@pytest.mark.parametrize("adjustment", [None, MATCH_RMS_ADAMW])
 def test_a_fused_weight_is_stepped_as_separate_matrices_are(parts: int, adjustment: str | None) -> None:
     settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "adjust_lr_fn": adjustment}
     start = draw(24, 10)
@@ -46,7 +46,7 @@ def test_a_fused_weight_is_stepped_as_separate_matrices_are(parts: int, adjustme
     rows = [slice(place, place + height) for place in range(0, 24, height)]
     apart = [Parameter(start[piece].clone()) for piece in rows]
 
-    take_steps(MuonWithAdam([{"params": [fused], PARTS: parts}], **settings), [fused], [slice(None)])
+    take_steps(MuonWithAdam([{"params": [fused], NUM_MATRICES: parts}], **settings), [fused], [slice(None)])
     take_steps(torch.optim.Muon(apart, **settings), apart, rows)
 
     expected = torch.cat([weight.detach() for weight in apart])
@@ -58,7 +58,7 @@ def test_a_fused_weight_is_stepped_as_separate_matrices_are(parts: int, adjustme
         assert (full.detach() - expected).abs().max() > 5 * NEAR * moved
 
 
-@pytest.mark.parametrize(("shape", "group"), [((7,), {}), ((3, 2, 3, 3), {}), ((6, 5), {PARTS: 0})])
+@pytest.mark.parametrize(("shape", "group"), [((7,), {}), ((3, 2, 3, 3), {}), ((6, 5), {NUM_MATRICES: 0})])
 def test_other_weights_are_stepped_by_adamw(shape: tuple[int, ...], group: dict[str, int]) -> None:
     ours, theirs = Parameter(draw(*shape)), Parameter(draw(*shape))
     optimizers = (
@@ -80,7 +80,7 @@ def test_weights_of_moss_image_are_grouped_as_its_report_trains_them() -> None:
 
     names = trainable.names
     by_parts = {
-        group[PARTS]: {names[weight].removeprefix("dit.") for weight in group["params"]}
+        group[NUM_MATRICES]: {names[weight].removeprefix("dit.") for weight in group["params"]}
         for group in arranged.groups
     }
     assert by_parts.keys() == {0, 1, 2, 3}
@@ -93,7 +93,7 @@ def test_weights_of_moss_image_are_grouped_as_its_report_trains_them() -> None:
     assert by_parts[1] == matrices
     assert {"video_embedder.weight", "time_embedding.0.weight", "layers.0.norm1.weight"} <= by_parts[0]
     assert {"shared_block_modulation.weight", "final_linear_video.weight"} <= by_parts[0]
-    assert {group[PARTS]: group.get("weight_decay") for group in arranged.groups} == {
+    assert {group[NUM_MATRICES]: group.get("weight_decay") for group in arranged.groups} == {
         0: 0.0, 1: None, 2: None, 3: None
     }  # fmt: skip
     assert sorted(map(id, arranged.parameters)) == sorted(map(id, trainable.parameters))
@@ -104,7 +104,7 @@ def prepare_whole_training(folder: Path) -> list[str]:
     family = family_called("moss_image")
     make_project(family, folder)
     words = [*full_words(family), "--optimizer_type", "muon", "--learning_rate", "1e-2"]
-    return [*words, "--optimizer_args", "weight_decay=0.01", f"adjust_lr_fn={LIKE_ADAM}", *STEPS]
+    return [*words, "--optimizer_args", "weight_decay=0.01", f"adjust_lr_fn={MATCH_RMS_ADAMW}", *STEPS]
 
 
 @pytest.mark.slow
