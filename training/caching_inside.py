@@ -512,7 +512,7 @@ def _overrides_text_cache(
 
 def _may_learn(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
-    trains_lora = options.network is not None and options.features.in_place_of_lora is None
+    trains_lora = options.network is not None and options.features.lora_replacement is None
     return options.parts is not None and options.parts.trains_texts and trains_lora
 
 

@@ -137,7 +137,7 @@ def log_experts(
     family: Family,
     options: TrainingOptions,
     times: Sequence[TimestepOptions],
-    samples_with_others: bool = False,
+    has_sample_only_networks: bool = False,
 ) -> None:
     """Log the noise levels at which the transformers are trained; warn about few-step transformers.
 
@@ -145,22 +145,22 @@ def log_experts(
         family: The model family.
         options: Options of the run.
         times: Timestep options of each dataset table.
-        samples_with_others: Whether samples also use transformers that are not trained.
+        has_sample_only_networks: Whether samples also use transformers that are not trained.
     """
     experts, all_experts = family.experts, family.defaults.experts
     warning = describe_few_steps(family, options)
     if warning:
         logger.warning("%s", warning)
-    if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
+    if len(experts) == 1 and options.by_expert.offload_inactive_dit and not has_sample_only_networks:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
-    if samples_with_others and options.samples.sample_prompts is None:
+    if has_sample_only_networks and options.samples.sample_prompts is None:
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
     if len(all_experts) == 1:
         return
     trained = expert_trained(family, times)
     for expert in experts:
         _warn_of_weights(family, network_for(options, expert), (trained or expert).name)
-    if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
+    if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
     # if only the expert from 0 on is trained, the boundary is the start of the other one

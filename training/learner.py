@@ -81,19 +81,19 @@ FULL_MODEL = Learner(
 def find_learner(
     family: Trains,
     network: NetworkOptions | None,
-    in_place_of_lora: Callable[[Described], CustomNetwork] | None = None,
+    lora_replacement: Callable[[Described], CustomNetwork] | None = None,
 ) -> Learner:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: Returns the network that a feature trains instead of a LoRA; None without one.
+        lora_replacement: Returns the network that a feature trains instead of a LoRA; None without one.
     """
     if network is None:
         return FULL_MODEL
-    if in_place_of_lora is not None:
-        return replace(_describe_custom_network(in_place_of_lora(family)), is_embedding=True)
+    if lora_replacement is not None:
+        return replace(_describe_custom_network(lora_replacement(family)), is_embedding=True)
     custom = custom_network_of(family) if family.can.make_network else None
     if custom is not None:
         return _describe_custom_network(custom)

@@ -75,23 +75,17 @@ class NoisyBatch:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
-
-        def moved_conditions(conditions: Conditions) -> Conditions:
-            return {
-                name: [move(item) for item in value] if isinstance(value, list) else move(value)
-                for name, value in conditions.items()
-            }
-
-        tensors = moved_conditions(self.batch.tensors)
-        undropped = moved_conditions(self.batch.undropped)
-        empty_text = moved_conditions(self.batch.empty_text)
-        rejected = None if self.batch.rejected is None else move(self.batch.rejected)
-        batch = replace(
-            self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, rejected=rejected
+        batch = self.batch
+        moved_batch = replace(
+            batch,
+            tensors=_move_conditions(batch.tensors, move),
+            undropped=_move_conditions(batch.undropped, move),
+            empty_text=_move_conditions(batch.empty_text, move),
+            rejected=None if batch.rejected is None else move(batch.rejected),
         )
         return replace(
             self,
-            batch=batch,
+            batch=moved_batch,
             noise=move(self.noise),
             sigmas=move(self.sigmas),
             timesteps=move(self.timesteps),
@@ -106,6 +100,13 @@ class NoisyBatch:
         # its streams keep the source alive until it is read; other devices do not promise that
         is_ordered = device.type == "cuda"
         return self.moved(lambda tensor: send(tensor, device, is_ordered))
+
+
+def _move_conditions(conditions: Conditions, move: Callable[[Tensor], Tensor]) -> Conditions:
+    return {
+        name: [move(item) for item in value] if isinstance(value, list) else move(value)
+        for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def predict(
         velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)
     if rule.prediction == RAW:  # the loss compares the velocity itself
         return velocity.float()
-    return compared(
+    return convert_velocity(
         velocity.float(),
         noisy,
         noisy_batch.sigmas,
@@ -320,7 +321,7 @@ def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
     return share * clean + (1 - share) * noisy
 
 
-def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
+def convert_velocity(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
     For `additive` it is the network's output plus the noisy latents; for `sigma_scaled` it is the noisy

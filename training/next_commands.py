@@ -174,7 +174,7 @@ class NextSteps:
         family = self.plan.family
         if not trains_checkpoint(family):
             return True
-        return family.is_of_one_file and bool(self.plan.names.ending) and family.keeps_shapes
+        return family.is_of_one_file and bool(self.plan.names.suffix) and family.keeps_shapes
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
@@ -189,7 +189,7 @@ class NextSteps:
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:
             return FillIn("DIT_FILE")
-        is_high = bool(self.plan.names.parts) and file.stem.endswith(HIGH_NOISE)
+        is_high = bool(self.plan.names.expert_names) and file.stem.endswith(HIGH_NOISE)
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
@@ -214,7 +214,7 @@ class NextSteps:
                 "state, so that the next one can continue exactly."
             )
             option = self.plan.learner.start_option or self._trained_option()
-            parts: Sequence[str] = self.plan.names.parts
+            parts: Sequence[str] = self.plan.names.expert_names
             if self.plan.options.network is None:
                 parts = [expert.name for expert in self.plan.family.experts]
             # options that start a run from trained files, one for each file

@@ -50,13 +50,13 @@ from training.resuming import (
     RunSettings,
     apply_changes,
     check_resumable,
+    collect_run_settings,
     describe_adapter,
     find_state,
     initial_progress,
-    settings_of,
 )
 from training.run_options import StartOptions
-from training.saving.files import SAFETENSORS, Names, hold_name
+from training.saving.files import SAFETENSORS, Names, reserve_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
@@ -95,7 +95,7 @@ class TrainingPlan:
     @cached_property
     def settings(self) -> RunSettings:
         """The settings that states record; a run that saves none does not collect them."""
-        return settings_of(
+        return collect_run_settings(
             self.family,
             self.options,
             seed=self.progress.seed,
@@ -105,7 +105,7 @@ class TrainingPlan:
         )
 
     @property
-    def sampled(self) -> Family:
+    def sample_family(self) -> Family:
         """Return the model that generates samples; some of its transformers may not be trained."""
         return self.others.sampling or self.family
 
@@ -204,7 +204,7 @@ def make_plan(
             family,
             options,
             list_times(options.timesteps, config.datasets),
-            samples_with_others=others.sampling is not None,
+            has_sample_only_networks=others.sampling is not None,
         )
     frozen = options.frozen
     adapter = None
@@ -373,7 +373,7 @@ def join_processes(
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:
-                stack.enter_context(hold_name(*options.saving.place))
+                stack.enter_context(reserve_name(*options.saving.place))
             except OutputError as name_error:
                 error = name_error
         (code,) = broadcast_object_list([None if error is None else error.exit_code])
@@ -538,7 +538,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     steps = StepPlan(
         num_batches=order.num_batches,
         processes=count_groups(speed, processes),
-        peers=speed.modes.num_peers,
+        processes_per_batch=speed.modes.num_peers,
         accumulation=loop.gradient_accumulation_steps,
         in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
         total_steps=loop.max_train_steps,

@@ -29,7 +29,7 @@ from training.caching_inside import (
     open_stores,
     plan_tables,
 )
-from training.checks import judge_rate, reject_foreign_module, reject_quantized_bases
+from training.checks import describe_learning_rate, reject_foreign_module, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
@@ -206,7 +206,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
-    rate = judge_rate(options, learner)
+    rate = describe_learning_rate(options, learner)
     if "HIGH" in rate or "LOW" in rate:
         lines.append(f"Learning rate: {rate}")
     return lines
@@ -236,7 +236,7 @@ def _plan(
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
     device = select_device(None)
-    sampled = len({*sample_files} - {*family.dit_files})  # number of transformers that only samples use
+    num_sample_only_dits = len({*sample_files} - {*family.dit_files})
     cards, size = options.speed.plan.cards
     room = room_on(device, size)
     if cards == 1:
@@ -246,7 +246,7 @@ def _plan(
             noisy_batch,
             device=device,
             room=room,
-            sampled=sampled,
+            num_sample_only_dits=num_sample_only_dits,
             texts=texts,
             tables=config.datasets,
         )
@@ -261,7 +261,7 @@ def _plan(
         device=device,
         cards=cards,
         room=room,
-        sampled=sampled,
+        num_sample_only_dits=num_sample_only_dits,
         texts=texts,
         tables=config.datasets,
     )

@@ -35,7 +35,7 @@ from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
-from training.saving.files import set_aside
+from training.saving.files import move_earlier_results
 from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
@@ -69,7 +69,7 @@ def train_network(
     """
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
@@ -116,7 +116,7 @@ def prepare_run(
         UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.features)
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         # `processes` watches the other processes of the run; None if there are none
@@ -214,7 +214,7 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
         inputs = [value for group in several for value in group if isinstance(value, Path)]
         if saved:
             inputs.append(saved.folder)
-        set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
+        move_earlier_results(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
@@ -231,7 +231,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
     if average is not None and average.is_sampled:
         weights = f" ({average.name}){weights}"
     sampler = prepare_samples(
-        plan.sampled,
+        plan.sample_family,
         prompts,
         folder=plan.names.folder / "sample",
         name=plan.names.name,

@@ -26,7 +26,7 @@ from training.optimizers.optimizer import (
 from training.optimizers.stepping import is_elementwise
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.resuming import listed_settings
+from training.resuming import freely_changeable_settings
 from training.saving import states
 from training.saving.files import PublishedRun, Publisher, Saver
 from training.training_run import TrainedModel
@@ -109,7 +109,7 @@ def make_saver(
         on_removed=on_removed,
     )
     saver.remove_leftovers()
-    saver.tidy(progress.step, progress.epoch)
+    saver.remove_expired(progress.step, progress.epoch)
     return saver
 
 
@@ -218,7 +218,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
         schedule=model.schedule.state_dict(),
         scaler=model.scaler.state_dict(),
         average=None if model.average is None else {"steps": model.average.steps},
-        settings=listed_settings(plan.options, plan.saving),
+        settings=freely_changeable_settings(plan.options, plan.saving),
     )
 
 
@@ -233,7 +233,7 @@ def restore(model: TrainedModel) -> None:
         if step:  # the run starts in the middle, without a state
             model.schedule.go_to(step)
         return
-    with states.one_error(saved.folder):
+    with states.errors_name_the_state(saved.folder):
         if isinstance(saved, states.SavedState):
             _restore_own(model, saved)
             logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)

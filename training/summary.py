@@ -19,7 +19,7 @@ from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
-from training.checks import judge_rate
+from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
 from training.learner import Learner
 from training.metadata import continued_sizes
@@ -154,7 +154,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
     names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names_by_rate.setdefault(group.get("lr", default), []).append(name)
-    judged = judge_rate(options, learner)
+    judged = describe_learning_rate(options, learner)
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
     has_one_rate = len(names_by_rate) < 2

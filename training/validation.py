@@ -36,7 +36,7 @@ class Validation:
         self.plan = plan
         self.loss = loss
         self.checks = CacheChecks()
-        self.process = plan.accelerator.process_index // plan.steps.peers  # peers share one batch
+        self.process = plan.accelerator.process_index // plan.steps.processes_per_batch
         self.is_of_images = plan.options.is_for_images
         times = plan.options.timesteps
         low = times.lowest

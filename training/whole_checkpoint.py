@@ -1,6 +1,6 @@
 """Train networks of a checkpoint that also contains text encoders and VAE, and write whole checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,12 +115,15 @@ def _train_checkpoint(
     writes: dict[str, WrittenFile] = {}
     if as_folder is not None:
         writes[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)
+    freeze_at_step: Mapping[str, int] = {}
+    if parts.text_steps is not None:
+        freeze_at_step = dict.fromkeys(networks.keys() - {DIT}, parts.text_steps)
     return Trainable(
         modules=networks,
         groups=groups.list(),
         group_names=tuple(groups.params),
         writes=writes,
-        until={} if parts.text_steps is None else dict.fromkeys(networks.keys() - {DIT}, parts.text_steps),
+        freeze_at_step=freeze_at_step,
     )
 
 

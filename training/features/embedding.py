@@ -223,7 +223,7 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
             options.train_embedding,
             options.train_embedding,
         )
-    run.in_place_of_lora = partial(_describe_alone, options.word())
+    run.lora_replacement = partial(_describe_alone, options.word())
 
 
 def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:

@@ -88,7 +88,7 @@ class WordRows:
             group_names=(*trainable.group_names, f"the word {word.text}"),
             writes={**trainable.writes, **files},
             # the step after which the word's vectors are no longer trained
-            until={**trainable.until, WORD: math.ceil(word.until * total_steps)},
+            freeze_at_step={**trainable.freeze_at_step, WORD: math.ceil(word.until * total_steps)},
         )
 
 

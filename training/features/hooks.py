@@ -482,7 +482,7 @@ class RunFeatures:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    in_place_of_lora: "Callable[[Described], CustomNetwork] | None" = None
+    lora_replacement: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None

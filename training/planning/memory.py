@@ -62,8 +62,8 @@ class StepPrediction:
     workspace: memory_plan.MemoryPart
     offloaded: int = 0  # bytes of the optimizer's states in host memory
     average: int = 0  # bytes of a whole model's average in host memory
-    further: int = 0  # transformers that are trained, each like the one that was rehearsed
-    sampled: int = 0  # transformers that only samples need
+    num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
+    num_sample_only_dits: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
@@ -78,7 +78,7 @@ class StepPrediction:
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"
         parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
-        has_more = self.further + self.sampled > 0
+        has_more = self.num_further_dits + self.num_sample_only_dits > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
         if has_more and self.options.by_expert.lora_per_expert:
@@ -87,7 +87,7 @@ class StepPrediction:
             if self.options.loop.gradient_accumulation_steps > 1:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
+            parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
         # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
@@ -108,7 +108,7 @@ class StepPrediction:
             weights: Bytes of one transformer's weights.
             swap: Effect of swapping its blocks.
         """
-        count = self.further + self.sampled
+        count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory holds all weights of each, even of the one on the device
             host = (1 + count) * weights - swap.host
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
@@ -118,7 +118,9 @@ class StepPrediction:
     @property
     def takes_turns(self) -> bool:
         """Whether the DiTs are on the device one at a time, because of samples or an inactive expert."""
-        return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
+        return self.num_sample_only_dits > 0 or (
+            self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
+        )
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
@@ -156,7 +158,7 @@ def predict(
     options: TrainingOptions,
     noisy_batch: NoisyBatch,
     device: torch.device,
-    sampled: int = 0,
+    num_sample_only_dits: int = 0,
     texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
@@ -171,7 +173,7 @@ def predict(
         options: Options of the run.
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
-        sampled: Number of transformers that only samples use.
+        num_sample_only_dits: Number of transformers that only samples use.
         texts: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
@@ -223,10 +225,10 @@ def predict(
         workspace=memory_plan.workspace(device, is_training=True),
         offloaded=offloaded,
         average=average,
-        further=len(family.experts) - 1,
-        sampled=sampled,
+        num_further_dits=len(family.experts) - 1,
+        num_sample_only_dits=num_sample_only_dits,
         texts=texts,
-        network=find_learner(family, options.network, options.features.in_place_of_lora).label,
+        network=find_learner(family, options.network, options.features.lora_replacement).label,
     )
 
 
@@ -303,7 +305,7 @@ def plan_one_card(
     *,
     device: torch.device,
     room: Room | None,
-    sampled: int,
+    num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
@@ -317,12 +319,18 @@ def plan_one_card(
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
         room: Memory of the GPU; None if unknown.
-        sampled: Number of transformers that only samples need.
+        num_sample_only_dits: Number of transformers that only samples need.
         texts: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
     prediction = predict(
-        family, options, noisy_batch, device=device, sampled=sampled, texts=texts, tables=tables
+        family,
+        options,
+        noisy_batch,
+        device=device,
+        num_sample_only_dits=num_sample_only_dits,
+        texts=texts,
+        tables=tables,
     )
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
@@ -434,12 +442,12 @@ def advice(
         family,
         noisy_batch=noisy_batch,
         device=device,
-        sampled=prediction.sampled,
+        num_sample_only_dits=prediction.num_sample_only_dits,
         texts=prediction.texts,
     )
     predicted = [
         (line, partial(rehearse_with, changed))
-        for line, changed in cheaper(prediction.options, prediction.further)
+        for line, changed in cheaper(prediction.options, prediction.num_further_dits)
     ]
     lines, last = memory_plan.advise(
         prediction,
@@ -451,12 +459,12 @@ def advice(
     return lines if last is None else [*lines, *smaller(family.latent, last, room)]
 
 
-def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
+def cheaper(options: TrainingOptions, num_further_dits: int = 0) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, in the order of their cost in time.
 
     Args:
         options: Options of the run.
-        further: Number of trained transformers apart from the first one.
+        num_further_dits: Number of trained transformers apart from the first one.
 
     Returns:
         Pairs of an advised option and the run's options with it and all earlier ones applied.
@@ -464,7 +472,7 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
     loop = options.loop
     is_plain = options.full_dit is None and options.speed.fp8.quantization is None
     unused = {
-        "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
+        "--offload_inactive_dit": num_further_dits > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,
         "--fp8_base --fp8_scaled": is_plain,
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,

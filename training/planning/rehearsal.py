@@ -332,7 +332,7 @@ def _make_learning_groups(
 
     The arguments 0 are seeds, which do not matter where tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)

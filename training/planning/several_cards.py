@@ -13,7 +13,7 @@ from runtime.planning.division import TokenCounter, divide_tokens
 from runtime.planning.memory_plan import share_blocks
 from runtime.planning.several_cards import Rehearsed, print_ways, with_division
 from runtime.ways.contract import Division
-from training.checks import uses_of
+from training.checks import list_run_uses
 from training.data.live import LiveTexts
 from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
@@ -28,7 +28,7 @@ def plan_ways(
     device: torch.device,
     cards: int,
     room: Room,
-    sampled: int,
+    num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
@@ -41,7 +41,7 @@ def plan_ways(
         device: Device of the run.
         cards: Number of cards.
         room: Memory of each card.
-        sampled: Number of transformers that only samples need.
+        num_sample_only_dits: Number of transformers that only samples need.
         texts: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
@@ -57,7 +57,7 @@ def plan_ways(
             options,
             noisy_batch,
             device=device,
-            sampled=sampled,
+            num_sample_only_dits=num_sample_only_dits,
             texts=texts,
             watch=counter.watch,
             tables=tables,
@@ -102,7 +102,7 @@ def _divide_prediction(
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, cards)
     if division != Division(cards):  # more than plain data parallelism: the ways may not support it
-        uses = uses_of(family, options)
+        uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.on.check:
             check(uses)
     if division.context > 1:  # so many cards share the tokens of a clip

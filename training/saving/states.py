@@ -155,9 +155,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         raise OptionError(
             f"--resume {folder}: {error}.{similar_names} Give a ...-state folder, or the word latest.{advice}"
         )
-    if not _is_own(folder):
+    if not _is_readable_state(folder):
         return _read_foreign(folder)
-    with one_error(folder):
+    with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
         if "files" in content:  # tensors in files of their own, of a split transformer
             _check_files(folder, content["files"])
@@ -190,7 +190,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def one_error(folder: Path) -> Iterator[None]:
+def errors_name_the_state(folder: Path) -> Iterator[None]:
     """Convert errors of the block about a damaged state to a CheckpointError that names the folder."""
     try:
         yield
@@ -247,9 +247,9 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     pattern = state_pattern(name)
     states = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
-        if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
+        if folder.is_dir() and pattern.fullmatch(folder.name) and _is_readable_state(folder):
             try:
-                with one_error(folder):
+                with errors_name_the_state(folder):
                     step = int(_read_content(folder)["progress"]["step"])
                     states.append((step, folder.name, folder))
             except CheckpointError as error:
@@ -299,7 +299,7 @@ def shorten_value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _is_own(folder: Path) -> bool:
+def _is_readable_state(folder: Path) -> bool:
     return (folder / FILE).exists() or (folder / RECORD).exists()
 
 

@@ -228,11 +228,11 @@ def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_pa
 def test_turns_are_advised_first(tmp_path: Path) -> None:
     _, options = two_experts(tmp_path)
 
-    line, changed = cheaper(options, further=1)[0]
+    line, changed = cheaper(options, num_further_dits=1)[0]
 
     assert line == "--offload_inactive_dit"
     assert changed.by_expert.offload_inactive_dit
-    assert cheaper(changed, further=1)[0][0] == cheaper(options)[0][0] != line
+    assert cheaper(changed, num_further_dits=1)[0][0] == cheaper(options)[0][0] != line
 
 
 @dataclass

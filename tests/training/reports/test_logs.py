@@ -20,8 +20,8 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
+    DelayedReports,
     Logs,
-    Readings,
     StepReport,
     name_rates,
     public_config,
@@ -140,7 +140,7 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
     family: Any = SlowPauses()
 
     with prepare_run(family, toy_options(tmp_path, "--logging_dir", tmp_path / "logs", *words)) as run:
-        train(replace(run, readings=Readings(lambda: family.seconds)))
+        train(replace(run, delayed_reports=DelayedReports(lambda: family.seconds)))
 
     (path,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
     events = EventAccumulator(str(path))
@@ -156,15 +156,15 @@ def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_mad
 
     with prepare_run(family, toy_options(tmp_path, *words, has_page=True)) as run:
         run.logs.clock.now = lambda: family.seconds
-        train(replace(run, readings=Readings(lambda: family.seconds)))
+        train(replace(run, delayed_reports=DelayedReports(lambda: family.seconds)))
 
     lines = run.reporter.history.path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    left = {row["step"]: row["left"] for row in rows if "left" in row}
+    left = {values["step"]: values["left"] for values in rows if "left" in values}
     first, second = run.logs.clock.pauses[SAMPLES]  # after steps 3 and 6 of 8
     assert min(first, second) >= OTHER
     assert [left[3], left[4], left[7]] == [5 * STEP, 4 * STEP + first, STEP]
-    doing = [row["doing"] for row in rows if "doing" in row]
+    doing = [values["doing"] for values in rows if "doing" in values]
     assert doing[0] == "sample 1 of 2"
     assert re.fullmatch(r"sample 1 of 2, step 1 of \d+, about .* left", doing[1])
     assert doing[-1] == "saving"
@@ -229,9 +229,9 @@ def test_a_cuda_device_measures_between_its_own_events() -> None:
         def elapsed_time(self, later: "Event") -> float:
             return later.milliseconds - self.milliseconds
 
-    readings = Readings(lambda: 5.0)
-    readings.last = Event(1000)
-    readings._waiting = (StepReport(1, {}), torch.zeros(2), Event(1250))
-    found = readings.flush()
+    delayed_reports = DelayedReports(lambda: 5.0)
+    delayed_reports.last = Event(1000)
+    delayed_reports._pending = (StepReport(1, {}), torch.zeros(2), Event(1250))
+    found = delayed_reports.flush()
     assert found is not None
     assert found.seconds == 0.25
