@@ -191,19 +191,20 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
     an option, with its value where one option sets several rates.
     """
-    base, parts = options.optimizer.learning_rate, options.parts
-    rates = {"--learning_rate": base}
+    parts = options.parts
+    dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
-        base = parts.unet_lr
-        rates = {"--unet_lr": base}
+        dit_option, dit_rate = "--unet_lr", parts.unet_lr
+    rates = {dit_option: dit_rate}
     trains_texts = parts is not None and parts.trains_texts
     if parts is not None and trains_texts:
-        by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
-        # without --text_encoder_lr, text encoders use --learning_rate
-        # if text encoders learn alone, their rates replace that of the transformer
-        rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
+        text_rates = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
+        if parts.trains_dit:
+            rates |= text_rates
+        elif text_rates:  # else text encoders use --learning_rate
+            rates = text_rates
     if options.network is not None and options.network.network_args:
-        rates |= _list_network_rates(options.network, base, trains_texts)
+        rates |= _list_network_rates(options.network, dit_rate, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
 
 

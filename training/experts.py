@@ -55,7 +55,7 @@ class ExpertNetworks:
     copies: Mapping[nn.Module, HostCopy] = field(default_factory=dict)
     loras: "Sequence[AddedLoras]" = ()
 
-    def at(self, expert: int) -> nn.Module:
+    def on_device(self, expert: int) -> nn.Module:
         """Return the network of an expert, on the device.
 
         If experts take turns on the device, the other networks leave it first. Their weights are frozen, so
@@ -155,11 +155,21 @@ def log_experts(
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if has_sample_only_networks and options.samples.sample_prompts is None:
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
-    if len(all_experts) == 1:
-        return
-    trained = expert_trained(family, times)
+    if len(all_experts) > 1:
+        _log_trained_expert(family, options, times, has_sample_only_networks)
+
+
+def _log_trained_expert(
+    family: Family,
+    options: TrainingOptions,
+    times: Sequence[TimestepOptions],
+    has_sample_only_networks: bool,
+) -> None:
+    """Log which transformers of a model with two are trained and sampled, and at which timesteps."""
+    experts, all_experts = family.experts, family.defaults.experts
+    trained = find_trained_expert(family, times)
     for expert in experts:
-        _warn_of_weights(family, network_for(options, expert), (trained or expert).name)
+        _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
@@ -190,12 +200,12 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     if why is None:
         return ""
     rule = family.few_steps
-    fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+    beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
     if rule.is_certain:
-        fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+        beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{fact} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
-    warning = f"{fact} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
+        return f"{beginning} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
+    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
         warning += (
@@ -204,7 +214,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     return warning
 
 
-def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
+def _warn_of_other_experts_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
     """Warn if --network_weights of an expert is for another expert."""
     if network is None or network.network_weights is None:
         return
@@ -253,7 +263,7 @@ def expert_metadata(
     experts = family.experts
     if len(experts) > 1 and not part:
         return {TRAINED_EXPERT: FOR_BOTH}
-    expert = expert_trained(family, times)
+    expert = find_trained_expert(family, times)
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
@@ -266,7 +276,7 @@ def expert_metadata(
     return metadata
 
 
-def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
+def find_trained_expert(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert as which a run's only transformer works; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
@@ -331,10 +341,10 @@ def set_up_network(
         host: Host memory of swapped weights.
         blocks: Place that the blocks were loaded into, if they are split over processes.
     """
-    on_host = loop.gradient_checkpointing_cpu_offload
+    cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
     if loop.gradient_checkpointing:
-        checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
+        checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, cpu_offload)
     network_setup.set_up_network(
         dit,
         spec,
@@ -342,7 +352,7 @@ def set_up_network(
         compilation=compilation,
         host=host,
         checkpointing=checkpointing,
-        in_pieces=on_host,
+        in_pieces=cpu_offload,
         blocks=blocks,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout

@@ -187,16 +187,21 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    """Create the run from its parts: the feed, the loss rule, and the watcher of request files."""
+    """Create the run with its feed, the losses of training and validation, and a watcher of request files."""
     plan = model.plan
     options = plan.options
     is_main = plan.accelerator.is_main_process
-    rule = _make_rule(model)
-    validation = Validation(plan, rule) if plan.validation else None
-    # only after `Validation` was made: it ignores the targets of features
     features = plan.features
+    validation_rule = LossRule(
+        options.loss,
+        options.predicted,
+        as_base=model.trainable.as_base if model.trainable.networks else None,
+        always_as_base=plan.steps.in_lockstep and BASE_MODEL in features.needs,
+        kept_attributes=frozenset(features.kept_attributes),
+        targets=features.on.validation,
+    )
     rule = replace(
-        rule,
+        validation_rule,
         targets=features.on.target,
         passes=features.on.passes,
         has_own_pass=features.has_own_pass,
@@ -214,26 +219,13 @@ def make_run(
         model=model,
         feed=_make_feed(model),
         rule=rule,
-        validation=validation,
+        validation=Validation(plan, validation_rule) if plan.validation else None,
         sampler=sampler,
         memory=memory,
         logs=logs,
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
-    )
-
-
-def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule that computes the error of predictions; the targets of features are added later."""
-    plan = model.plan
-    return LossRule(
-        plan.options.loss,
-        plan.options.predicted,
-        as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
-        kept_attributes=frozenset(plan.features.kept_attributes),
-        targets=plan.features.on.validation,
     )
 
 
@@ -562,7 +554,7 @@ def _make_stepping(
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return the object that steps the weights: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    full_dit, split_weights = options.full_dit, trainable.split
+    full_dit, split_weights = options.full_dit, trainable.split_weights
     optimizer_class = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time

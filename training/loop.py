@@ -64,7 +64,7 @@ def train(run: TrainingRun) -> bool:
     Returns:
         False if the run was asked to end earlier.
     """
-    progress, plan = run.progress, run.steps
+    progress = run.progress
     with run.requests.listen():
         # samples that are due before the first step, or that the resumed state had still to generate
         if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
@@ -78,19 +78,8 @@ def train(run: TrainingRun) -> bool:
             _validate(run, run.validation, STEP)
         _restart_step_timing(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
-            for epoch in range(progress.epoch, plan.num_epochs):
-                run.model.trainable.start_epoch()
-                # a resumed run may start at the very end of an epoch, whose work at its end is then still due
-                first_step = progress.step
-                for group in plan.groups(epoch, progress.position):
-                    if advance(run, group, micro_batches):
-                        return False
-                    if run.is_done:
-                        break
-                if run.is_done:
-                    break
-                if progress.step > first_step or progress.position >= plan.num_batches:
-                    _after_epoch(run)
+            for epoch in range(progress.epoch, run.steps.num_epochs):
+                _train_epoch(run, epoch, micro_batches)
                 if is_ending(run):
                     return False
                 if run.is_done:
@@ -100,6 +89,20 @@ def train(run: TrainingRun) -> bool:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
     return True
+
+
+def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
+    """Take the steps of an epoch and do the work due at its end; return early if the run has to end."""
+    progress = run.progress
+    run.model.trainable.start_epoch()
+    first_step = progress.step
+    for group in run.steps.groups(epoch, progress.position):
+        has_to_end = advance(run, group, micro_batches)
+        if has_to_end or run.is_done:
+            return
+    # a resumed run may start at the very end of an epoch, whose work at its end is then still due
+    if progress.step > first_step or progress.position >= run.steps.num_batches:
+        _after_epoch(run)
 
 
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
@@ -122,8 +125,8 @@ def is_ending(run: TrainingRun) -> bool:
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
     """Take one optimizer step on the micro-batches of `group`. Returns the requested saves and samples.
 
-    The step's metrics stay on the device in `row` and are read one step later, so that the host does not wait
-    for the device. With several processes, the requests are also known one step later.
+    The step's loss, metrics and norms stay on the device in `values` and are read one step later, so that the
+    host does not wait for the device. With several processes, the requests are also known one step later.
     """
     model = run.model
     trainable = model.trainable
@@ -146,14 +149,17 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     requested = _poll_requests(run)
     is_single_process = run.steps.num_processes == 1
     if not is_single_process:
-        requests = [run.requests.ending_requested, requested.saves, requested.samples]
-        values[REQUEST_COLUMNS] = numbers_on(run.device, requests, torch.float32)
-        whole_parameters = [each for each in updated_parameters if each not in trainable.split]
-        values = sum_over_processes(whole_parameters, values)
+        values[REQUEST_COLUMNS] = numbers_on(
+            run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
+        )
+        values = sum_over_processes(
+            [each for each in updated_parameters if each not in trainable.split_weights], values
+        )
     skip_check = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:
-        step_kind = _describe_step_kind(run, group)
-        skip_check = _SkipCheck(run, GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=step_kind))
+        skip_check = _SkipCheck(
+            run, GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=_describe_step_kind(run, group))
+        )
     norms = _step_weights(run, skip_check)
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
@@ -346,7 +352,7 @@ def _propagate(
         The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
             All are detached.
     """
-    dit = run.model.dits.at(expert)
+    dit = run.model.dits.on_device(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if noisy_batch.batch.network_multiplier != 1:
         strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
@@ -440,14 +446,14 @@ def _log_report(run: TrainingRun, step: StepReport | None) -> None:
         metrics={name: mean for name, mean in means.items() if name not in run.loss_components},
     )
     run.logs.step(report)
-    run.reporter.log_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
+    run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
 
 
 def _restart_step_timing(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
     run.delayed_reports.last = run.delayed_reports.moment(run.device.type)
-    run.logs.clock.skips = True
+    run.logs.clock.skips_next_step = True
 
 
 def _after_step(run: TrainingRun, requested: StepRequests) -> None:
@@ -553,9 +559,7 @@ def _sample(run: TrainingRun) -> None:
         was_stopped = not _make_samples(run, run.sampler)
         if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.requests.ending_agreed = (
-                True  # every process learned of the request from largest_of_processes
-            )
+            run.requests.ending_agreed = True  # `largest_of_processes` had the same result in all processes
             return
         run.reporter.log_samples(
             progress.step,
@@ -593,7 +597,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                 run.reporter.log_pause(f"sample 1 of {len(sampler.samples)}")
             with in_evaluation, _weights_for_sampling(run):
                 sampler.make(
-                    model.sample_dits.at,
+                    model.sample_dits.on_device,
                     run.autocast,
                     mark=run.progress.sample_pending,
                     check=check,
@@ -624,17 +628,19 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:
-        losses = validation.measure(run.model.dits.at, run.autocast)
+        losses = validation.measure(run.model.dits.on_device, run.autocast)
     step = run.progress.step
     loss = losses[LOSS]
-    recent = run.progress.losses
-    running = sum(recent) / len(recent) if recent else None
-    run.logs.values(validation.logged(losses, occasion, running), step)
+    training_losses = run.progress.losses
+    training_loss = sum(training_losses) / len(training_losses) if training_losses else None
+    run.logs.values(validation.name_tracked_values(losses, occasion, training_loss), step)
     # the console gets only the mean; losses of single levels are on the page and in the trackers
-    earlier = run.reporter.validations  # losses by step
-    previous = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
-    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
-    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
+    earlier_losses = run.reporter.validations  # by step
+    previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> " if earlier_losses else ""
+    is_lowest = bool(earlier_losses) and loss < min(earlier_losses.values())
+    logger.info(
+        "Step %d: validation loss %s%.5f%s", step, previous, loss, ", the lowest so far" if is_lowest else ""
+    )
     run.reporter.log_validation(step, losses)
     for stopping_rule in run.features.on.after_validation:
         reason = stopping_rule(run, loss)

@@ -30,12 +30,12 @@ RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
-def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
+def continued_sizes(model: TrainedModel, expert_name: str) -> dict[str, str]:
     """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:
         model: The loaded networks.
-        part: Name of the expert that the file is for; "" for a file for all.
+        expert_name: Name of the expert that the file is for; "" for a file for all.
     """
     options = model.plan.options
     network = model.plan.learner.lora
@@ -44,7 +44,7 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     initial_file = network.network_weights or options.by_expert.network_weights_high_noise
     if not (initial_file or model.plan.saved):
         return {}
-    ranks, alphas = model.trainable.sizes(part)
+    ranks, alphas = model.trainable.sizes(expert_name)
     rank = network.rank
     # a state whose sizes are those of the options changes nothing
     if not initial_file and (
@@ -168,35 +168,35 @@ def file_metadata(
         tables: Tables of the dataset, whose timesteps may differ from those of the options.
         architecture_suffix: Suffix of the architecture's name for a network.
     """
-    texts, times = options.metadata, options.timesteps
-    architecture = texts.architecture or family_metadata.get("architecture")
+    metadata_options, times = options.metadata, options.timesteps
+    architecture = metadata_options.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
         architecture = f"{architecture}/{architecture_suffix}"
     default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", default)
-    if texts.resolution is not None:  # one number means a square
-        width, *height = re.findall(r"\d+", texts.resolution)
+    if metadata_options.resolution is not None:  # one number means a square
+        width, *height = re.findall(r"\d+", metadata_options.resolution)
         resolution = f"{width}x{height[0] if height else width}"
     spec = {
         # as other trainers of image and of video models write it
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": architecture,
         "implementation": family_metadata.get("implementation"),
-        "title": texts.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "title": metadata_options.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
         "resolution": resolution,
         "date": now.isoformat(timespec="seconds"),
-        "author": texts.author,
-        "description": texts.description,
-        "license": texts.license or licence,
-        "tags": texts.tags,
+        "author": metadata_options.author,
+        "description": metadata_options.description,
+        "license": metadata_options.license or licence,
+        "tags": metadata_options.tags,
         "prediction_type": family_metadata.get("prediction_type"),
         "encoder_layer": family_metadata.get("encoder_layer"),
-        "usage_hint": texts.usage_hint,
-        "thumbnail": texts.thumbnail,
-        "merged_from": texts.merged_from,
-        "trigger_phrase": texts.trigger_phrase,
-        "preprocessor": texts.preprocessor,
-        "is_negative_embedding": texts.is_negative_embedding,
+        "usage_hint": metadata_options.usage_hint,
+        "thumbnail": metadata_options.thumbnail,
+        "merged_from": metadata_options.merged_from,
+        "trigger_phrase": metadata_options.trigger_phrase,
+        "preprocessor": metadata_options.preprocessor,
+        "is_negative_embedding": metadata_options.is_negative_embedding,
     }
     all_times = list_times(times, tables)
     if any(table_times.has_window for table_times in all_times):
@@ -204,7 +204,7 @@ def file_metadata(
         highest = max(table_times.highest for table_times in all_times)
         spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
-    if not texts.no_metadata:
+    if not metadata_options.no_metadata:
         values |= {
             "ss_training_finished_at": str(now.timestamp()),
             "ss_steps": str(step),

@@ -117,10 +117,18 @@ class TrainingPlan:
 
 def _name_files(family: Family, options: TrainingOptions, features: RunFeatures) -> Names:
     """Return the names of the run's files: one per expert if each has its own LoRA."""
-    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    full_dit = options.full_dit
-    ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
-    return Names(*options.saving.place, parts, ending, tuple(features.files_beside))
+    folder, name = options.saving.folder_and_name
+    expert_names: tuple[str, ...] = ()
+    if options.by_expert.lora_per_expert:
+        expert_names = tuple(expert.name for expert in family.experts)
+    saves_folders = options.full_dit is not None and options.full_dit.saves_folders
+    return Names(
+        folder,
+        name,
+        expert_names,
+        suffix="" if saves_folders else SAFETENSORS,
+        embedding_words=tuple(features.embedding_words),
+    )
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
@@ -280,11 +288,11 @@ def _check_items(features: RunFeatures, learner: Learner, training: Sequence[Tra
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode images or captions itself."""
+    """Return whether the training may encode images or captions itself, instead of reading caches alone."""
     subsets = [table for table in config.datasets if table.group is not None]
-    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    is_live = LIVE_TEXTS in options.features.needs
-    return is_changing or is_live or options.is_for_images or options.caching is not None
+    varies = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    has_live_texts = LIVE_TEXTS in options.features.needs
+    return varies or has_live_texts or options.is_for_images or options.caching is not None
 
 
 def _find_sources(
@@ -373,7 +381,7 @@ def join_processes(
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:
-                stack.enter_context(reserve_name(*options.saving.place))
+                stack.enter_context(reserve_name(*options.saving.folder_and_name))
             except OutputError as name_error:
                 error = name_error
         (code,) = broadcast_object_list([None if error is None else error.exit_code])

@@ -65,13 +65,13 @@ def find_state(
     saving = options.saving
     storage = options.features.storage
     # a feature may download the state that --resume names
-    folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
+    folder = None if storage is None else storage.fetch_state(resume, saving.folder_and_name[0] / "resumed")
     if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
-        latest = states.find_latest(*saving.place) if is_main_process else None
+        latest = states.find_latest(*saving.folder_and_name) if is_main_process else None
         (folder,) = broadcast_object_list([latest])
         if folder is None:
-            _report_missing_state(resume, *saving.place)
+            _report_missing_state(resume, *saving.folder_and_name)
             return None
     elif folder is None:
         folder = to_path("--resume", resume)

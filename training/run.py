@@ -140,9 +140,9 @@ def prepare_run(
         sampler = None
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
-        following = plan_next_steps(plan, sampler, command)
+        next_steps = plan_next_steps(plan, sampler, command)
         if processes is not None:
-            processes.advice = following.after_loss
+            processes.advice = next_steps.after_loss
         swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
@@ -154,7 +154,7 @@ def prepare_run(
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
-        reporter = make_reporter(plan, following, memory)
+        reporter = make_reporter(plan, next_steps, memory)
         model = load_model(plan, swap)
         # only after everything is loaded, so that a failed start does not move the earlier results
         _move_earlier_run_away(plan, reporter.history.path)
@@ -175,7 +175,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.run_history, following)
+            show_end(run, reporter.history.run_history, next_steps)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -209,9 +209,10 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
         return
     is_new = not isinstance(saved, SavedState)
     if is_new or read_session(history) not in (None, plan.progress.session_id):
-        values = (option_values(plan.options) | option_values(plan.family.options)).values()
-        several = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
-        inputs = [value for group in several for value in group if isinstance(value, Path)]
+        inputs: list[Path] = []
+        for value in (option_values(plan.options) | option_values(plan.family.options)).values():
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            inputs += [path for path in values if isinstance(path, Path)]
         if saved:
             inputs.append(saved.folder)
         move_earlier_results(plan.names, inputs, datetime.now(), saving.resume is not None)

@@ -46,7 +46,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     metadata: dict[str, dict[str, str]] = {}
     # "" is the part of a model without experts; all other parts are embeddings
     of_transformers = {"", *(expert.name for expert in plan.family.experts)}
-    for part in model.trainable.writes:
+    for part in model.trainable.written_files:
         if part in of_transformers:
             metadata[part] = of_run | continued_sizes(model, part)
             if has_experts:
@@ -125,7 +125,7 @@ class _ModelWriter:
         """Write the current weights of a part of the model, such as an expert, to a file."""
         model = self.model
         resolve_all(model.dits.networks)
-        written = model.trainable.writes[part]
+        written = model.trainable.written_files[part]
         with finished_weights(model.optimizer, model.trainable.parameters):
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
@@ -134,7 +134,7 @@ class _ModelWriter:
         model = self.model
         average = model.average
         assert average is not None
-        written = model.trainable.writes[part]
+        written = model.trainable.written_files[part]
         with average.in_place():
             average_metadata = {} if model.options.metadata.no_metadata else average.metadata
             file_metadata = _metadata_now(model.plan, self.metadata[part], written.ending)
@@ -328,4 +328,4 @@ def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
     if not is_elementwise(type(model.optimizer)):
         return {}
     names = model.trainable.names
-    return {names[parameter]: weight for parameter, weight in model.trainable.split.items()}
+    return {names[parameter]: weight for parameter, weight in model.trainable.split_weights.items()}

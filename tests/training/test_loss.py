@@ -270,7 +270,7 @@ def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path:
 
     with prepare_run(ToyFamily(), toy_options(tmp_path, "--validation_split", "0.4")) as run:
         assert run.validation is not None
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.on_device, run.autocast)
 
     bands = [f"validation/loss_{timestep}" for timestep in (100, 300, 500, 700, 900)]
     assert list(losses) == ["validation/loss", *bands]

@@ -206,7 +206,7 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
 def test_pauses_do_not_count_as_training() -> None:
     clock = StepClock()
     for step, seconds in enumerate((2, 3, 1)):
-        clock.note(step, seconds)
+        clock.record_step(step, seconds)
 
-    assert clock.active == 6
+    assert clock.seconds_of_steps == 6
     assert clock.seconds_per_step == 2

@@ -164,7 +164,7 @@ def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
 
     network = cast(LearnsEmbeddings, run.family).word_network(word)
     if has_file:
-        run.files_beside.append(word.text)
+        run.embedding_words.append(word.text)
     run.read_captions.append(network.check_captions)
     run.info.for_loading |= network.values
     run.on.beside.append(partial(make_word_rows, word, network, has_file))

@@ -472,7 +472,7 @@ class RunFeatures:
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
     read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    files_beside: list[str] = field(default_factory=list)  # suffixes of the names of additional saved files
+    embedding_words: list[str] = field(default_factory=list)  # trained words with files of their own
     kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None

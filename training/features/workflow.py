@@ -48,7 +48,7 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
 
 
 def _start(run: "RunFeatures") -> None:
-    if run.files_beside:
+    if run.embedding_words:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
             "samples' prompts have. Leave out one of the two"

@@ -54,13 +54,13 @@ class StepPrediction:
     batch: str  # the size of the batch, in words
     size: int  # number of elements in the latents of the batch
     shape: Shape  # shape of these latents
-    moments: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
-    waiting: int  # bytes of activations in host memory
+    phase_peaks: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
+    host_activation_bytes: int  # bytes of activations in host memory
     weights: str  # dtypes of the weights
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
-    offloaded: int = 0  # bytes of the optimizer's states in host memory
+    host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
     average: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
@@ -69,15 +69,16 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
-        # the moment of the step with the most memory: its bytes by kind, such as weights and gradients
-        (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
+        swap = self.swaps[blocks]
+        # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
+        phase_name, moment = dry.largest(self.phase_peaks)
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
             dry.WORKING: phase_name,
         }
-        if self.waiting:
+        if self.host_activation_bytes:
             notes[dry.KEPT] = "the rest waits in host memory"
-        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
+        parts = [*memory_plan.parts_of(moment, swap, notes, self.host_activation_bytes, self.network)]
         has_more = self.num_further_dits + self.num_sample_only_dits > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
@@ -92,9 +93,11 @@ class StepPrediction:
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
-        if self.offloaded:
+        if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
-            parts.append(memory_plan.MemoryPart("all states of the optimizer", 0, self.offloaded, note))
+            parts.append(
+                memory_plan.MemoryPart("all states of the optimizer", 0, self.host_optimizer_bytes, note)
+            )
         average = self.options.features.average
         if self.average and average is not None:
             name = f"average of the weights ({average.name})"
@@ -124,14 +127,16 @@ class StepPrediction:
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
-
-        def part(place: str, moment: dry.Moment) -> dry.Moment:
+        phase_peaks: dict[str, dry.Moment] = {}
+        for phase, moment in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch
-            scales = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
-            return {kind: round(size * share) if kind in scales else size for kind, size in moment.items()}
-
-        moments = {place: part(place, moment) for place, moment in self.moments.items()}
-        return replace(self, moments=moments, waiting=round(self.waiting * share))
+            scaled_kinds = () if phase == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
+            phase_peaks[phase] = {
+                kind: round(size * share) if kind in scaled_kinds else size for kind, size in moment.items()
+            }
+        return replace(
+            self, phase_peaks=phase_peaks, host_activation_bytes=round(self.host_activation_bytes * share)
+        )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
         """Return the memory plan of a step with `blocks` swapped blocks."""
@@ -195,7 +200,7 @@ def predict(
         with quiet():
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
-            moments, waiting = rehearse(
+            phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
             )
             learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
@@ -206,24 +211,24 @@ def predict(
     finally:
         if texts is not None:
             texts.free()
-    offloaded = average = 0  # bytes
+    host_optimizer_bytes = average = 0  # bytes
     if options.full_dit is not None and options.features.average is not None:
         average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         # states are on the device for one weight at a time, at most for the largest one
-        moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
+        phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, max(learning) / sum(learning))
     return StepPrediction(
         options=options,
         batch=describe_batch(family.latent, shape),
         size=noisy_batch.noise.numel(),
         shape=shape,
-        moments=moments,
-        waiting=waiting,
+        phase_peaks=phase_peaks,
+        host_activation_bytes=host_activation_bytes,
         weights=weights,
         swaps=swaps,
         block_weights=block_weights,
         workspace=memory_plan.workspace(device, is_training=True),
-        offloaded=offloaded,
+        host_optimizer_bytes=host_optimizer_bytes,
         average=average,
         num_further_dits=len(family.experts) - 1,
         num_sample_only_dits=num_sample_only_dits,
@@ -232,16 +237,16 @@ def predict(
     )
 
 
-def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
-    """Reduce the device's optimizer states to those of one weight; return the moments and the host's bytes.
+def _offload_states(phase_peaks: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
+    """Reduce the device's optimizer states to those of one weight; return the peaks and the host's bytes.
 
     Args:
-        moments: Moments with all states on the device.
+        phase_peaks: Peaks with all states on the device.
         share: Fraction of all trained elements that the largest weight has.
     """
-    total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
+    total = max(moment.get(dry.OPTIMIZER, 0) for moment in phase_peaks.values())
     on_device = round(total * share)
-    return {place: {**moment, dry.OPTIMIZER: on_device} for place, moment in moments.items()}, total
+    return {phase: {**moment, dry.OPTIMIZER: on_device} for phase, moment in phase_peaks.items()}, total
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -251,17 +256,18 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         items: Items of the dataset.
         latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
     """
-    pools = repeat_items(list(items)).values()
-    with_audio_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
-    batches = [pool[: pool[0].table.batch_size] for pool in with_audio_first]
+    batches = []
+    for pool in repeat_items(list(items)).values():
+        with_audio_first = sorted(pool, key=lambda item: not item.has_sound)
+        batches.append(with_audio_first[: with_audio_first[0].table.batch_size])
+    return tuple(max(batches, key=partial(_count_pixels, latent_side=latent_side)))
 
-    def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
-        sides = batch[0].references
-        references = sum(map(operator.mul, sides[::2], sides[1::2]))  # two sides of each reference in turn
-        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
-    largest = max(batches, key=count)
-    return tuple(largest)
+def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
+    """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
+    sides = batch[0].references  # height and width of each reference in turn, in units of `latent_side`
+    references = sum(map(operator.mul, sides[::2], sides[1::2]))
+    return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
 
 def read_largest(
@@ -287,7 +293,7 @@ def read_largest(
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     if noise.gives is not None:
         noise = replace(noise, gives=noise.gives.always())
-    drawn = Randomness(
+    randomness = Randomness(
         options.timesteps,
         0,
         noise,
@@ -295,7 +301,7 @@ def read_largest(
         audio=AudioLearning(),
         view=options.features.view,
     )
-    return drawn.add(batch, 0, 0)  # as the first micro-batch of a run
+    return randomness.add(batch, 0, 0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
@@ -337,18 +343,18 @@ def plan_one_card(
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase = prediction.phase(blocks)
         host = host_room()
-        remarks = (*remarks, *compiled, *larger_batch(prediction, blocks, room))
+        remarks = (*remarks, *compiled, *suggest_larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    def advise(known_room: Room) -> list[str]:
-        return advice(family, prediction, noisy_batch, room=known_room, device=device)
+    def suggest(known_room: Room) -> list[str]:
+        return suggest_changes(family, prediction, noisy_batch, room=known_room, device=device)
 
-    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
+    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=suggest)
 
 
-def larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
+def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
     """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
 
     Args:
@@ -399,15 +405,10 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     Raises:
         MemoryPlanError: If auto cannot be resolved.
     """
-    family, options, accelerator = plan.family, plan.options, plan.accelerator
+    options, accelerator = plan.options, plan.accelerator
     device = accelerator.device
-    room = room_on(accelerator.device)
-
-    def rehearse_largest() -> StepPrediction:
-        noisy_batch = read_largest(family, options, plan.training, plan.sources)
-        return predict(family, options, noisy_batch, device, texts=plan.texts, tables=plan.config.datasets)
-
-    speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)
+    room = room_on(device)
+    speed, prediction = memory_plan.resolve_swap(options.speed, room, partial(_rehearse_largest, plan))
     swap = speed.swap
     watch: MemoryWatch | None = None
     if room is not None and accelerator.is_main_process:
@@ -428,7 +429,20 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     return swap, watch
 
 
-def advice(
+def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
+    """Predict the memory of a step with the run's largest batch."""
+    noisy_batch = read_largest(plan.family, plan.options, plan.training, plan.sources)
+    return predict(
+        plan.family,
+        plan.options,
+        noisy_batch,
+        plan.accelerator.device,
+        texts=plan.texts,
+        tables=plan.config.datasets,
+    )
+
+
+def suggest_changes(
     family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return changes that make the run fit, cheapest first.
@@ -445,21 +459,25 @@ def advice(
         num_sample_only_dits=prediction.num_sample_only_dits,
         texts=prediction.texts,
     )
-    predicted = [
-        (line, partial(rehearse_with, changed))
-        for line, changed in cheaper(prediction.options, prediction.num_further_dits)
+    rehearsals = [
+        (flags, partial(rehearse_with, changed_options))
+        for flags, changed_options in list_memory_savings(prediction.options, prediction.num_further_dits)
     ]
-    lines, last = memory_plan.advise(
+    lines, too_large = memory_plan.advise(
         prediction,
-        predicted,
+        rehearsals,
         room.usable,
         swapped=prediction.blocks,
         can_swap=prediction.options.can_swap,
     )
-    return lines if last is None else [*lines, *smaller(family.latent, last, room)]
+    if too_large is None:
+        return lines
+    return [*lines, *suggest_smaller_items(family.latent, too_large, room)]
 
 
-def cheaper(options: TrainingOptions, num_further_dits: int = 0) -> list[tuple[str, TrainingOptions]]:
+def list_memory_savings(
+    options: TrainingOptions, num_further_dits: int = 0
+) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, in the order of their cost in time.
 
     Args:
@@ -478,32 +496,34 @@ def cheaper(options: TrainingOptions, num_further_dits: int = 0) -> list[tuple[s
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
     }
     savings: list[tuple[str, TrainingOptions]] = []
-    for line in (line for line, is_unused in unused.items() if is_unused):
-        with quiet():  # warnings about the options were already logged for the given ones
-            options = override_options(options, {word.removeprefix("--"): True for word in line.split()})
-        savings.append((line, options))
+    for flags, is_unused in unused.items():
+        if is_unused:
+            switched_on = {flag.removeprefix("--"): True for flag in flags.split()}
+            with quiet():  # warnings about the options were already logged for the given ones
+                options = override_options(options, switched_on)
+            savings.append((flags, options))
     return savings
 
 
-def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
+def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: Room) -> list[str]:
     """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
     Args:
         latent: Sizes that the family supports.
-        before: The prediction with all other savings, which is still too large.
+        too_large: The prediction with all other savings, which is still too large.
         room: Available memory.
     """
-    can_swap = before.options.can_swap
-    blocks = before.maximum if can_swap else before.blocks
-    swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
-    for name, size, shape in shrunk(latent, before.shape):
-        # memory is taken to grow with the number of latents
-        if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:
-            return [f"{name} {size} in --dataset_config{swap} fits ({describe_batch(latent, shape)})"]
+    can_swap = too_large.options.can_swap
+    swapped_blocks = too_large.maximum if can_swap else too_large.blocks
+    swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
+    for key, value, shape in list_smaller_shapes(latent, too_large.shape):
+        scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
+        if too_large.scaled(scale).device(swapped_blocks) <= room.usable:
+            return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
 
 
-def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
+def list_smaller_shapes(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     """Return smaller shapes in the order to try them: fewer samples, fewer frames, smaller images.
 
     Sections of a clip keep their length, because the model fixes it.
@@ -511,24 +531,23 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     Returns:
         Triples of a key of --dataset_config, its value, and the resulting shape B F H W of the latents.
     """
-    count, frames, height, width = shape
+    batch_size, frames, height, width = shape
     _, height_stride, width_stride = latent.stride
-    token = latent.pixel_step // width_stride  # sides of the latents are multiples of it
+    token_side = latent.pixel_step // width_stride  # sides of the latents are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
-    for num_samples in list_halves(count):
-        shapes.append(("batch_size", str(num_samples), (num_samples, frames, height, width)))
-    min_frames = frames  # length of the smaller shapes: the shortest, as all shorter clips were tried before
+    for smaller_batch in list_halves(batch_size):
+        shapes.append(("batch_size", str(smaller_batch), (smaller_batch, frames, height, width)))
+    min_frames = frames
     if not latent.in_sections:
-        min_frames = 1
+        min_frames = 1  # smaller images are tried last, with the shortest clip
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
         for length in dict.fromkeys(shorter):
             shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
-    # sides are scaled, and rounded to whole tokens
     for factor in (0.75, 0.5, 0.375, 0.25):
-        rows = token * max(1, round(height * factor / token))
-        columns = token * max(1, round(width * factor / token))
-        size = f"[{width_stride * columns}, {height_stride * rows}]"
-        shapes.append(("resolution", size, (1, min_frames, rows, columns)))
+        smaller_height = token_side * max(1, round(height * factor / token_side))
+        smaller_width = token_side * max(1, round(width * factor / token_side))
+        resolution = f"[{width_stride * smaller_width}, {height_stride * smaller_height}]"
+        shapes.append(("resolution", resolution, (1, min_frames, smaller_height, smaller_width)))
     return shapes
 
 

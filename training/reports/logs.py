@@ -200,7 +200,7 @@ class Logs:
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
         if report.seconds is not None:
-            warning = self.clock.note(report.step, report.seconds, report.sizes)
+            warning = self.clock.record_step(report.step, report.seconds, report.sizes)
             if warning is not None:
                 logger.warning(warning)
         now = self.now()
@@ -234,7 +234,7 @@ class Logs:
         """Return the texts after the progress bar, by name."""
         metrics = {}
         seconds = self.clock.seconds_per_step
-        left = self.clock.left(report.step, self.total_steps)
+        left = self.clock.estimate_remaining(report.step, self.total_steps)
         if seconds is not None and left is not None:
             metrics = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         metrics["avr_loss"] = f"{report.average:.4g}"

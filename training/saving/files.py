@@ -64,7 +64,7 @@ class Names:
 
     def stem_of(self, file: Path) -> str:
         """Return the stem that all files of a save share, without the expert or embedding word after it."""
-        stem = self.full_stem(file)
+        stem = file.name.removesuffix(self.suffix)
         for ending in (*self.expert_names, *self.embedding_words):
             shared_stem = stem.removesuffix(f"_{ending}")
             # the name of the run may itself end like this, and is not shortened
@@ -377,7 +377,12 @@ def find_results(names: Names) -> list[Path]:
     Embeddings of learned words that were saved next to LoRAs are found even if `names` has other words or
     none.
     """
-    results = [entry for entry in _entries(names.folder) if _is_result(entry, names)]
+    results = []
+    for entry in _entries(names.folder):
+        # on a case-insensitive disk, `Cat` and `cat` are the same run
+        has_name = entry.name.casefold().startswith(names.name.casefold())
+        if has_name and _is_result(entry, _spell_as(entry, names.name), names):
+            results.append(entry)
     # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
     samples = re.compile(re.escape(names.name) + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     in_samples = _entries(names.folder / SAMPLES)
@@ -385,12 +390,14 @@ def find_results(names: Names) -> list[Path]:
     return results
 
 
-def _is_result(entry: Path, names: Names) -> bool:
-    """Return whether a run of this name wrote a file or folder: a model, a state, an embedding or a page."""
-    name = entry.name
-    # on a case-insensitive disk, `Cat` and `cat` are the same run
-    if name.casefold().startswith(names.name.casefold()):
-        name = _spell_as(entry, names.name)
+def _is_result(entry: Path, name: str, names: Names) -> bool:
+    """Return whether a run wrote a file or folder: a model, a state, an embedding or a page.
+
+    Args:
+        entry: The file or folder.
+        name: Its name, beginning with that of the run in the run's spelling.
+        names: Names of the run's files.
+    """
     save = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"  # at the end, or after a step or epoch
     if entry.is_dir():
         is_model = re.fullmatch(f"{save}(?:{AVERAGE})?", name) is not None and is_saved_folder(entry)

@@ -62,23 +62,24 @@ def train_split_dit(
         form: Form of saved files: one file or several.
     """
     trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
-    rows = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
+    # split weight -> parameter with the rows of this process
+    local_parameters = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
     groups = [
-        {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
+        {**group, "params": [local_parameters.get(weight, weight) for weight in group["params"]]}
         for group in trainable.groups
     ]
-    write = partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)
+    write = partial(_write_model, dit, local_parameters, written_dtypes(dit), open_unused(dit), form)
     return replace(
         trainable,
         groups=groups,
-        writes={"": WrittenFile(write)},
-        split={part: weight for weight, part in rows.items()},  # full weight of each parameter with rows
+        written_files={"": WrittenFile(write)},
+        split_weights={parameter: weight for weight, parameter in local_parameters.items()},
     )
 
 
 def _write_model(
     dit: nn.Module,
-    rows: Mapping[nn.Parameter, nn.Parameter],
+    local_parameters: Mapping[nn.Parameter, nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
     form: SavedForm,
@@ -103,9 +104,8 @@ def _write_model(
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
-        # a trained weight is replaced by a parameter with its rows; a frozen weight is not
-        local_part = rows[weight].detach() if weight in rows else local_rows(weight)
-        return gather_rows(local_part.to(weight.device, dtypes[name]), weight)
+        rows = local_parameters[weight].detach() if weight in local_parameters else local_rows(weight)
+        return gather_rows(rows.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     all_infos = infos | unused_tensors

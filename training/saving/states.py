@@ -315,10 +315,10 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
         return read_old_state(folder, verify_checksum)
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
-    if verify_checksum and file_checksum(folder / FILE) != int(
-        read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16
-    ):
-        raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
+    if verify_checksum:
+        recorded_checksum = int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16)
+        if file_checksum(folder / FILE) != recorded_checksum:
+            raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:
         raise CheckpointError(

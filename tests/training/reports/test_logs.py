@@ -26,7 +26,7 @@ from training.reports.logs import (
     name_rates,
     public_config,
 )
-from training.reports.pauses import PAUSE, SAMPLES, SAVING, SEEN, VALIDATION, StepClock
+from training.reports.pauses import MIN_STEPS, SAMPLES, SAVING, STEPS_BETWEEN_WARNINGS, VALIDATION, StepClock
 from training.run import prepare_run
 from training.run_options import AcceleratorOptions
 from training.steps import StepPlan
@@ -75,33 +75,33 @@ def test_rates_are_named_by_group_and_scaled_where_the_optimizer_estimates_a_fac
 def clock() -> StepClock:
     """A clock that has seen steps of a second; the first of them does not count."""
     clock = StepClock()
-    for step in range(1, SEEN + 2):
-        assert clock.note(step, 1.0) is None
+    for step in range(1, MIN_STEPS + 2):
+        assert clock.record_step(step, 1.0) is None
     return clock
 
 
 def test_a_step_of_more_than_twice_the_median_is_told_once_in_a_while(clock: StepClock) -> None:
-    assert clock.note(20, 2.0) is None  # twice is not more than twice
-    line = clock.note(21, 3.0)
+    assert clock.record_step(20, 2.0) is None  # twice is not more than twice
+    line = clock.record_step(21, 3.0)
     assert line is not None
     assert "Step 21 took 3.00 s; 1.00 s are usual for steps with items of this size" in line
-    assert clock.note(22, 9.0) is None
-    assert clock.note(21 + PAUSE, 9.0) is not None
+    assert clock.record_step(22, 9.0) is None
+    assert clock.record_step(21 + STEPS_BETWEEN_WARNINGS, 9.0) is not None
 
 
 def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second(clock: StepClock) -> None:
-    for step in range(20, 20 + SEEN):
-        assert clock.note(step, 9.0, "large") is None
-        assert clock.note(step, 0.01, "small") is None
-    assert clock.note(40, 10.0, "large") is None
-    assert clock.note(40, 0.9, "small") is None
-    assert clock.note(41, 30.0, "large") is not None
+    for step in range(20, 20 + MIN_STEPS):
+        assert clock.record_step(step, 9.0, "large") is None
+        assert clock.record_step(step, 0.01, "small") is None
+    assert clock.record_step(40, 10.0, "large") is None
+    assert clock.record_step(40, 0.9, "small") is None
+    assert clock.record_step(41, 30.0, "large") is not None
 
 
 def test_a_step_with_saving_or_sampling_before_it_does_not_count(clock: StepClock) -> None:
-    clock.skips = True
-    assert clock.note(20, 100.0) is None
-    assert clock.note(21, 3.0) is not None
+    clock.skips_next_step = True
+    assert clock.record_step(20, 100.0) is None
+    assert clock.record_step(21, 3.0) is not None
 
 
 STEP, OTHER = 0.125, 100.0  # seconds: eight steps a second
