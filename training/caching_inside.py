@@ -293,8 +293,8 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         MediaError: If the header of an image cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
-    full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
-    folders = TableFolders(full)
+    dataset = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
+    folders = TableFolders(dataset)
     for plan in plans:
         is_live = plan.latents is TensorLocation.LIVE
         if not (is_live or needs_captions):
@@ -306,14 +306,16 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         if needs_captions:
             require_captions(sources)
             _check_references(plan.table, sources)
-        by_stem = {source.stem: source for source in sources}
-        sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
+        sources_by_stem = {source.stem: source for source in sources}
+        sizes: dict[str, Size] | None = None
+        if is_live:
+            sizes = {stem: _read_size(source) for stem, source in sources_by_stem.items()}
         live_tables[plan.table.index] = ItemKind(
             tag,
             frozenset(),
             has_text=plan.texts is not TensorLocation.LIVE,
             sizes=sizes,
-            sources=by_stem,
+            sources=sources_by_stem,
         )
     return live_tables
 
@@ -362,7 +364,7 @@ def _warn_of_live(
         warn_cut_captions(text_encoder, captions)
 
 
-def _size(source: MediaSource) -> Size:
+def _read_size(source: MediaSource) -> Size:
     with fetch(source) as here:
         return image_size(here.path)
 
@@ -598,7 +600,7 @@ class LiveMedia:
         """Load the encoders. Raises CheckpointError if that fails."""
         self._family = family
         self._on_media = on_media
-        self._require_text_encoders = load_encoders(family, device)
+        self._media_encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *seed_parts: int | str) -> dict[int, dict[str, Tensor]]:
         """Encode the items of a batch that are not cached.
@@ -654,13 +656,13 @@ class LiveMedia:
         """Encode images of equal shapes; return the tensors of each by its position in the batch."""
         media = batch_media(images, keys)
         with torch.no_grad():
-            encoded = self._family.encode_media(self._require_text_encoders, media)
+            encoded = self._family.encode_media(self._media_encoders, media)
         by_position = {}
         for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if item.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)
             for change in self._on_media:
-                tensors = change(self._family, self._require_text_encoders, item, key, tensors)
+                tensors = change(self._family, self._media_encoders, item, key, tensors)
             by_position[position] = tensors
         return by_position

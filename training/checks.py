@@ -51,6 +51,11 @@ def check_before_loading(
 ) -> None:
     """Check everything about a run that can be checked before networks are loaded.
 
+    1. The model files.
+    2. The options: experts, division over GPUs, block swap, features, schedule.
+    3. The trained network and its learning rates.
+    4. Samples, and the disk space for saved files.
+
     Args:
         family: The model family.
         options: Options of the run.
@@ -60,7 +65,6 @@ def check_before_loading(
     Raises:
         UserError: If the run is not possible.
     """
-    # the files
     sampling = others.sampling
     family.check_given_files()
     if options.full_dit is not None:
@@ -71,7 +75,7 @@ def check_before_loading(
         sampling.check_given_files()
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
-    # the options: experts, division over GPUs, block swap, features, schedule
+
     check_experts(family, options)
     if options.speed.modes.on.check:
         uses = list_run_uses(family, options, others)
@@ -84,7 +88,7 @@ def check_before_loading(
     for check in options.features.on.check:
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
-    # the network and its learning rates
+
     with quiet():
         select_lora_format(family, learner.lora)  # only for its errors
     learner.check()
@@ -94,7 +98,7 @@ def check_before_loading(
         rates = _list_rates(options)
         if len(rates) > 1:
             check_rates(options.optimizer, rates)
-    # samples, and the space for saved files
+
     samples = options.samples
     has_prompts = samples.sample_prompts is not None
     if has_prompts or samples.sample_lora or samples.preview.preview_latent_every is not None:

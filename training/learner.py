@@ -178,6 +178,22 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
 
         check_pairs(config, custom.label)
         return config
+    _check_word_tables(custom, config, kept)
+    if not custom.sentences:
+        return config
+    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
+    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
+    return replace(config, datasets=tables)
+
+
+def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) -> None:
+    """Raise DatasetError for tables from which a word's embedding cannot learn.
+
+    Args:
+        custom: The embedding.
+        config: The dataset.
+        kept: Name of the attribute with which a table asks for the base model's prediction.
+    """
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
@@ -189,8 +205,3 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
                 f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
                 f"{custom.label} has none there. Leave it out"
             )
-    if not custom.sentences:
-        return config
-    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
-    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
-    return replace(config, datasets=tables)

@@ -583,7 +583,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     # processes that make each sample together also have to stop together
     num_together = run.steps.num_processes if run.steps.works_together else 1
 
-    def check() -> None:
+    def raise_if_stopped() -> None:
         if largest_of_processes(run.requests.ending_requested, num_together, run.device):
             raise SamplingStopped
 
@@ -600,7 +600,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
                     model.sample_dits.on_device,
                     run.autocast,
                     mark=run.progress.sample_pending,
-                    check=check,
+                    check=raise_if_stopped,
                     note=run.reporter.log_activity,
                 )
     except SamplingStopped:

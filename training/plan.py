@@ -358,18 +358,7 @@ def join_processes(
         )
         for line in lines:
             logger.warning(line)
-    if options.is_fused:
-        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.full_dit is not None:
-        if options.full_dit.offloads_states:
-            check_offload(options.optimizer.optimizer_type)
-        if splits_full_model(options):
-            check_split(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
-    compilation = options.speed.compilation.choice
-    if compilation is not None:
-        from runtime.compile import check_compilation  # only with --compile
-
-        check_compilation(compilation, accelerator.device)
+    _check_optimizer_and_compilation(options, accelerator)
     with ExitStack() as stack:
         processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:
@@ -390,6 +379,22 @@ def join_processes(
         if code is not None:
             raise SystemExit(code)
         yield accelerator, processes
+
+
+def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Raise UserError if the optimizer cannot step as the options ask, or if the device cannot compile."""
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.full_dit is not None:
+        if options.full_dit.offloads_states:
+            check_offload(options.optimizer.optimizer_type)
+        if splits_full_model(options):
+            check_split(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
+    compilation = options.speed.compilation.choice
+    if compilation is not None:
+        from runtime.compile import check_compilation  # only with --compile
+
+        check_compilation(compilation, accelerator.device)
 
 
 def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:

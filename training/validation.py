@@ -20,7 +20,7 @@ from protocols.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at, times_of_audio
 from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
-from training.noise_options import NUM_TIMESTEPS
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
 from training.targets.passes import measure_streams
@@ -38,17 +38,12 @@ class Validation:
         self.checks = CacheChecks()
         self.process = plan.accelerator.process_index // plan.steps.processes_per_batch
         self.is_of_images = plan.options.is_for_images
-        times = plan.options.timesteps
-        low = times.lowest
-        width = times.highest - times.lowest
+        sigmas = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]  # the middle of each band
         if self.is_of_images:
-            # as image trainers do: four levels between the bounds of the timesteps
-            levels = [int(low + width * fifth / 5) / NUM_TIMESTEPS for fifth in range(1, 5)]
-        else:
-            levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
+            sigmas = _list_image_sigmas(plan.options.timesteps)
         lowest = min(expert.lowest for expert in plan.family.experts)
         # levels below all trained experts are left out; an expert above all levels is measured at pure noise
-        self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
+        self.sigmas = [sigma for sigma in sigmas if NUM_TIMESTEPS * sigma >= lowest] or [1.0]
 
     def name_tracked_values(
         self, losses: Mapping[str, float], occasion: str, running: float | None
@@ -202,3 +197,9 @@ class Validation:
             given=given,
             audio=audio,
         )
+
+
+def _list_image_sigmas(options: TimestepOptions) -> list[float]:
+    """Return four noise levels between the bounds of the timesteps, at which image trainers validate."""
+    width = options.highest - options.lowest
+    return [int(options.lowest + width * fifth / 5) / NUM_TIMESTEPS for fifth in range(1, 5)]

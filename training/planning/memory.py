@@ -51,17 +51,17 @@ class StepPrediction:
     """Predicted memory of a step before any block is swapped, and the effect of swapping."""
 
     options: TrainingOptions
-    batch: str  # the size of the batch, in words
-    size: int  # number of elements in the latents of the batch
+    batch_description: str  # size of the images or clips, and their number
+    num_elements: int  # elements in the latents of the batch
     shape: Shape  # shape of these latents
     phase_peaks: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
     host_activation_bytes: int  # bytes of activations in host memory
-    weights: str  # dtypes of the weights
+    weight_dtypes: str  # dtypes of the weights, as text
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
     host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
-    average: int = 0  # bytes of a whole model's average in host memory
+    host_average_bytes: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
@@ -73,7 +73,7 @@ class StepPrediction:
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
         phase_name, moment = dry.largest(self.phase_peaks)
         notes = {
-            dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
+            dry.WEIGHTS: self.weight_dtypes + swap.words(blocks, "to pass through"),
             dry.WORKING: phase_name,
         }
         if self.host_activation_bytes:
@@ -99,10 +99,10 @@ class StepPrediction:
                 memory_plan.MemoryPart("all states of the optimizer", 0, self.host_optimizer_bytes, note)
             )
         average = self.options.features.average
-        if self.average and average is not None:
+        if self.host_average_bytes and average is not None:
             name = f"average of the weights ({average.name})"
-            parts.append(memory_plan.MemoryPart(name, 0, self.average))
-        return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
+            parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
+        return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
         """Return the memory of the transformers that were not rehearsed.
@@ -183,16 +183,11 @@ def predict(
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
-    # build the DiT on the meta device, where tensors have no values
-    choice = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
-    quantization = rehearsed(options.speed.fp8.quantization)
-    placement = replace(placement_of(options, META, quantization), attention=choice)
-    with quiet():
-        dit = family.load_dit(placement)
+    dit = _load_dit_without_values(family, options)
     # weigh it for each number of swapped blocks
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
-    weights = memory_plan.dtypes_of(dit)
+    weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
@@ -203,38 +198,55 @@ def predict(
             phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
             )
-            learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
-            for encoder in () if texts is None else texts.learning:
-                learning += [
-                    weight.numel() for weight in encoder.network.parameters() if weight.requires_grad
-                ]
+            trained_networks = [dit]
+            if texts is not None:
+                trained_networks += [encoder.network for encoder in texts.learning]
+            trained_sizes = _list_trained_sizes(trained_networks)
     finally:
         if texts is not None:
             texts.free()
-    host_optimizer_bytes = average = 0  # bytes
+    host_optimizer_bytes = host_average_bytes = 0
     if options.full_dit is not None and options.features.average is not None:
-        average = 4 * sum(learning)  # float32; frozen weights are not averaged
+        host_average_bytes = 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         # states are on the device for one weight at a time, at most for the largest one
-        phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, max(learning) / sum(learning))
+        largest_share = max(trained_sizes) / sum(trained_sizes)
+        phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, largest_share)
     return StepPrediction(
         options=options,
-        batch=describe_batch(family.latent, shape),
-        size=noisy_batch.noise.numel(),
+        batch_description=describe_batch(family.latent, shape),
+        num_elements=noisy_batch.noise.numel(),
         shape=shape,
         phase_peaks=phase_peaks,
         host_activation_bytes=host_activation_bytes,
-        weights=weights,
+        weight_dtypes=weight_dtypes,
         swaps=swaps,
         block_weights=block_weights,
         workspace=memory_plan.workspace(device, is_training=True),
         host_optimizer_bytes=host_optimizer_bytes,
-        average=average,
+        host_average_bytes=host_average_bytes,
         num_further_dits=len(family.experts) - 1,
         num_sample_only_dits=num_sample_only_dits,
         texts=texts,
         network=find_learner(family, options.network, options.features.lora_replacement).label,
     )
+
+
+def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Module:
+    """Build the DiT on the meta device, where tensors have no values."""
+    attention = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
+    quantization = rehearsed(options.speed.fp8.quantization)
+    placement = replace(placement_of(options, META, quantization), attention=attention)
+    with quiet():
+        return family.load_dit(placement)
+
+
+def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
+    """Return the number of elements of each trained weight of the networks."""
+    sizes: list[int] = []
+    for network in networks:
+        sizes += [weight.numel() for weight in network.parameters() if weight.requires_grad]
+    return sizes
 
 
 def _offload_states(phase_peaks: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
@@ -420,7 +432,9 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 gib(needed),
                 gib(room.usable),
             )
-            watch = MemoryWatch(device, needed, prediction.size)  # it compares the prediction with the peak
+            watch = MemoryWatch(
+                device, needed, prediction.num_elements
+            )  # it compares the prediction with the peak
     # each process has resolved auto for its own device, but all share the weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(

@@ -97,7 +97,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_activity(self, text: str) -> None:
-        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every DOING_SECONDS."""
+        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every ACTIVITY_SECONDS."""
         if self.now() - self._activity_recorded_at >= ACTIVITY_SECONDS:
             self._activity_recorded_at = self.now()
             self._record(self.step, doing=text)
@@ -136,7 +136,7 @@ class RunReporter:
                 **metrics,
             )
             started = self.now()
-            # a slow disk is written to less often: flushing takes at most SHARE of the time
+            # a slow disk is written to less often: flushing takes at most MAX_FLUSH_FRACTION of the time
             if started - self._flushed_at >= max(FLUSH_SECONDS, self._flush_seconds / MAX_FLUSH_FRACTION):
                 with self._errors_as_warning():
                     self.history.flush()

@@ -253,7 +253,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     """Return the best saved file; None if there is none.
 
     If there are validation losses, the lowest one chooses the file. Otherwise, among the files whose samples
-    match their prompts best (within SAME), it is the one with samples most similar to the training images.
+    match their prompts best (within TOLERANCE), it is the one with the samples most like the training images.
     Files with samples that copy a training image are considered only if all files have such samples.
 
     Args:
@@ -331,7 +331,7 @@ def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
 
 
 def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return the steps whose prompt similarity is at most SAME below that of the best step."""
+    """Return the steps whose prompt similarity is at most TOLERANCE below that of the best step."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)

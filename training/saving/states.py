@@ -341,28 +341,28 @@ def _read_foreign(folder: Path) -> ForeignState:
     is_ordered = not weights.exists()  # safetensors sorts tensors by name, torch keeps the program's order
     if not is_ordered:
         try:
-            network = load_file(weights)
+            tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{weights} is damaged: {error}.\n  Resume from another state folder.", path=weights
             ) from error
     elif (folder / "pytorch_model.bin").exists():
-        network = load_pickled(folder / "pytorch_model.bin")
+        tensors = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
             f"{folder} is not a state folder: it has neither {FILE} nor model.safetensors. Give a "
             "...-state folder.",
             path=folder,
         )
-    # a fork of LTX names the same layers with another prefix
-    # names without a dot are settings of the network, such as `lokr_factor`, and not tensors of layers
-    network = {
-        name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
-        for name, tensor in network.items()
-        if "." in name
-    }
-    state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
-    return ForeignState(folder, network, state, is_ordered)
+    network: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "." not in name:  # a setting of the network, such as `lokr_factor`, and not a tensor of a layer
+            continue
+        if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with another prefix
+            name = name.replace(OF_LTX_FORK, OURS, 1)
+        network[name] = tensor
+    optimizer_state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
+    return ForeignState(folder, network, optimizer_state, is_ordered)
 
 
 def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
