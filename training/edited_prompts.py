@@ -83,7 +83,7 @@ def _log_outcome(edited: Sampler, error: str) -> None:
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
-    """Return the text of a prompt file, and the reason if it cannot be read.
+    """Return the text of a prompt file and ""; if it cannot be read, the previous text and the reason.
 
     Args:
         path: Path of the file.

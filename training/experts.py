@@ -250,7 +250,7 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 
 
 def expert_metadata(
-    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], part: str
+    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
     """Return the metadata that says for which of a model's transformers a file was trained.
 
@@ -258,21 +258,23 @@ def expert_metadata(
         family: The model family.
         options: Options of the run.
         times: Timestep options of each dataset table.
-        part: Name of the expert that the file is for; empty if it is for all trained experts.
+        expert_name: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
-    if len(experts) > 1 and not part:
+    if len(experts) > 1 and not expert_name:
         return {TRAINED_EXPERT: FOR_BOTH}
-    expert = find_trained_expert(family, times)
-    name = part or (None if expert is None else expert.name)
-    if name is None:
+    trained_name: str | None = expert_name
+    if not expert_name:
+        trained = find_trained_expert(family, times)
+        trained_name = None if trained is None else trained.name
+    if trained_name is None:
         return {}
     # the value that files record, by the name of the expert
-    value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
-    metadata = {TRAINED_EXPERT: value_by_name[name]}
-    file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
-    if part in file_names and not options.metadata.no_metadata:
-        metadata["ss_sd_model_name"] = file_names[part]
+    recorded_values = {name: value for value, name in EXPERT_VALUES.items()}
+    metadata = {TRAINED_EXPERT: recorded_values[trained_name]}
+    file_names = {expert.name: file.name for expert, file in zip(experts, family.dit_files, strict=False)}
+    if expert_name in file_names and not options.metadata.no_metadata:
+        metadata["ss_sd_model_name"] = file_names[expert_name]
     return metadata
 
 

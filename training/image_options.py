@@ -102,13 +102,7 @@ def read_image_training(
         argv: Command line; None for that of the process.
         learner: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
-
-    def build_parser() -> Parser:
-        parser = image_training_parser(doc, defaults, learner)
-        add_options(parser, record)
-        return parser
-
-    command = read_command_line(argv, build_parser)
+    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, learner))
     parser = command.parser
     args = fill_arguments(command)
     read_options(ConsoleOptions, args).apply()
@@ -133,6 +127,15 @@ def read_image_training(
             options.predicted,
         )
     return options, family_options, list_script_options(parser, family_options, options)
+
+
+def _build_parser(
+    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, learner: type[Options]
+) -> Parser:
+    """Return a parser with the options of every image trainer and those of a family."""
+    parser = image_training_parser(doc, defaults, learner)
+    add_options(parser, record)
+    return parser
 
 
 class ImageModelOptions(Options, title="model"):

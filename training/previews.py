@@ -281,6 +281,28 @@ def _plan(
     )
 
 
+def _require_caches_on_disk(
+    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTexts | None
+) -> None:
+    """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
+    if any(plan.latents is TensorLocation.LIVE for plan in plans):
+        raise OptionError(
+            "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
+            "Plan without what changes them; the VAE then takes memory too"
+        )
+    if all(plan.can_be_planned for plan in plans):
+        return
+    switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
+    scripts = f"{commands.latents}\n  {commands.text}"
+    if texts is not None and texts.changing:  # their outputs cannot be cached
+        switches = "--cache_latents_to_disk"
+        scripts = commands.latents
+    raise OptionError(
+        "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
+        f"with {switches}, or with\n  {scripts}"
+    )
+
+
 def _read_for_plan(
     family: Family,
     options: TrainingOptions,
@@ -291,21 +313,7 @@ def _read_for_plan(
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
-    if any(plan.latents is TensorLocation.LIVE for plan in plans):
-        raise OptionError(
-            "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
-            "Plan without what changes them; the VAE then takes memory too"
-        )
-    if not all(plan.can_be_planned for plan in plans):
-        switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
-        scripts = f"{commands.latents}\n  {commands.text}"
-        if texts is not None and texts.changing:  # their outputs cannot be cached
-            switches = "--cache_latents_to_disk"
-            scripts = commands.latents
-        raise OptionError(
-            "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-            f"with {switches}, or with\n  {scripts}"
-        )
+    _require_caches_on_disk(plans, commands, texts)
     stores = open_stores(family, plans)
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     listed = find_items(

@@ -62,21 +62,21 @@ def find_state(
         OptionError: If there is no state of this name.
         CheckpointError: If the state cannot be used.
     """
-    saving = options.saving
-    storage = options.features.storage
-    # a feature may download the state that --resume names
-    folder = None if storage is None else storage.fetch_state(resume, saving.folder_and_name[0] / "resumed")
-    if folder is None and resume in {LATEST, LATEST_ONLY}:
+    output_folder, name = options.saving.folder_and_name
+    state_folder: Path | None = None
+    if options.features.storage is not None:  # may download the state that --resume names
+        state_folder = options.features.storage.fetch_state(resume, output_folder / "resumed")
+    if state_folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
-        latest = states.find_latest(*saving.folder_and_name) if is_main_process else None
-        (folder,) = broadcast_object_list([latest])
-        if folder is None:
-            _report_missing_state(resume, *saving.folder_and_name)
+        latest = states.find_latest(output_folder, name) if is_main_process else None
+        (state_folder,) = broadcast_object_list([latest])
+        if state_folder is None:
+            _report_missing_state(resume, output_folder, name)
             return None
-    elif folder is None:
-        folder = to_path("--resume", resume)
-    logger.info("Resuming from %s", folder)
-    return states.read_state(folder)
+    if state_folder is None:
+        state_folder = to_path("--resume", resume)
+    logger.info("Resuming from %s", state_folder)
+    return states.read_state(state_folder)
 
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:

@@ -79,6 +79,20 @@ class StepPrediction:
         if self.host_activation_bytes:
             notes[dry.KEPT] = "the rest waits in host memory"
         parts = [*memory_plan.parts_of(moment, swap, notes, self.host_activation_bytes, self.network)]
+        parts += self._list_other_models(moment, swap)
+        parts += self._list_host_parts()
+        return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
+
+    def _list_other_models(
+        self, moment: dry.Moment, swap: memory_plan.Swapped
+    ) -> list[memory_plan.MemoryPart]:
+        """Return the memory of the transformers that were not rehearsed, and of what is trained in them.
+
+        Args:
+            moment: Bytes by kind at the peak of the rehearsed step.
+            swap: Effect of swapping the blocks of a transformer.
+        """
+        parts = []
         has_more = self.num_further_dits + self.num_sample_only_dits > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
@@ -93,6 +107,11 @@ class StepPrediction:
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
+        return parts
+
+    def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
+        """Return what is in host memory alone: states of the optimizer, and the average of the weights."""
+        parts = []
         if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
             parts.append(
@@ -102,7 +121,7 @@ class StepPrediction:
         if self.host_average_bytes and average is not None:
             name = f"average of the weights ({average.name})"
             parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
-        return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
+        return parts
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
         """Return the memory of the transformers that were not rehearsed.

@@ -114,14 +114,19 @@ def write_state(
     with atomic_folder(folder) as temporary:
         if add_files is not None:
             content["files"] = add_files(temporary)
-        with (temporary / FILE).open("wb") as file:
-            try:
-                torch.save(content, file)  # one tensor after the other, from any device
-            except RuntimeError as error:  # torch wraps the OSError of a full disk
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
+        _save_content(temporary / FILE, content)
         (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
+
+
+def _save_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the content of a state with `torch.save`; raise OSError, for example if the disk is full."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)  # one tensor after the other, from any device
+        except RuntimeError as error:  # torch wraps the OSError of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
@@ -316,8 +321,8 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
     if verify_checksum:
-        recorded_checksum = int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16)
-        if file_checksum(folder / FILE) != recorded_checksum:
+        checksum = file_checksum(folder / FILE)
+        if checksum != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
             raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:
