@@ -140,7 +140,7 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
     `batch` is a NoisyBatch.
     """
     from training.experts import placement_of
-    from training.planning.rehearsal import set_up_trainable, stand_in_batch
+    from training.planning.rehearsal import empty_like_on_device, set_up_trainable
 
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     placement = replace(placement_of(options, META, options.speed.fp8.quantization), attention=choice)
@@ -152,7 +152,7 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
         with Counting(ledger.device) as counting:
             rehearsal.measure_step()
         of_optimizer = [replace(one, phase=OPTIMIZER) for one in counting.operations]
-        on_device = batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
+        on_device = batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
 
         def run(numbers: Counts) -> list[Operation]:
             with Counting(ledger.device) as counting:

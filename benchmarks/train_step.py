@@ -96,7 +96,7 @@ def _bare_step(run: Any, batch: Any) -> Callable[[], None]:
 
     def step() -> None:
         with run.autocast():
-            velocity = run.family.predict(run.model.dits.at(0), noisy, batch.timesteps, conditions)
+            velocity = run.family.predict(run.model.dits.on_device(0), noisy, batch.timesteps, conditions)
         torch.nn.functional.mse_loss(velocity.float(), target).backward()
         torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
         run.model.optimizer.step()

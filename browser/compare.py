@@ -127,7 +127,7 @@ class ComparableRun:
                 paths.append(folder / high_noise_name)
             if not all(path.is_file() for path in paths):
                 continue
-            validation = None if run_history.is_average(name) else run_history.nearest(step)
+            validation = None if run_history.is_average(name) else run_history.nearest_validation(step)
             file = ComparedFile(
                 source=self,
                 name=name,

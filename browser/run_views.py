@@ -385,7 +385,7 @@ def _narrow(run_history: RunHistory, low: float, high: float) -> RunHistory:
         rates={name: cut(points) for name, points in run_history.rates.items()},
         experts={name: cut(points) for name, points in run_history.experts.items()},
         metrics={name: cut(points) for name, points in run_history.metrics.items()},
-        bands={name: cut(points) for name, points in run_history.bands.items()},
+        validations_by_level={name: cut(points) for name, points in run_history.validations_by_level.items()},
     )
 
 

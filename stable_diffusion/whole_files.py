@@ -144,7 +144,7 @@ def make_writer(
     with checkpoint.open_plan() as checkpoint_plan:
         keep_tokenizer_next_to = _make_tokenizer_copier(checkpoint, checkpoint_plan)
         plans = list_plans(checkpoint_plan)
-        trained_tensors = {}
+        trained_tensors: dict[str, SavedTensor] = {}
         for name, network in networks.items():
             trained_tensors |= _plan_trained_tensors(name, network, plans[name])
     source = open_checkpoint(path)

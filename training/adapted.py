@@ -47,21 +47,15 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
     """Return a clause if the adapter's metadata name another model than the trained one, else ""."""
     made_for = metadata.get(MADE_FOR, "")
     if made_for:
-        bases = [name_base(file) for file in family.dit_files]
-        name, _, digest = made_for.rpartition(" ")
-        # a base is a file's name and a digest; a renamed file still has its digest
-        is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
-        if is_known or not bases:
-            return ""
-        return f"its metadata say that it was made for {made_for}, not for {' or '.join(bases)}"
+        return _describe_other_file(family, made_for)
     version = metadata.get(TRAINED_ON, "")
-    trained = family.metadata.get("base_model_version", family.name)
     if version:
+        trained_version = family.metadata.get("base_model_version", family.name)
         adapter_family = read_family({TRAINED_ON: version})
-        trained_family = read_family({TRAINED_ON: trained})
-        if version == trained or adapter_family == trained_family:
+        trained_family = read_family({TRAINED_ON: trained_version})
+        if version == trained_version or adapter_family == trained_family:
             return ""
-        return f"its metadata say that it is for {version}, and the transformer is {trained}"
+        return f"its metadata say that it is for {version}, and the transformer is {trained_version}"
     base = metadata.get(BASE_MODEL, "")
     repositories = family.release.repositories
     if base and base.casefold() not in [one.casefold() for one in repositories]:
@@ -69,3 +63,18 @@ def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
             f"its metadata say that it is for {base}, and the transformer is of {' or '.join(repositories)}"
         )
     return ""
+
+
+def _describe_other_file(family: Family, made_for: str) -> str:
+    """Return a clause if none of the transformer's files is the one that the adapter was made for, else "".
+
+    Args:
+        family: The model family.
+        made_for: Name of a file and a digest of its content; a renamed file still has its digest.
+    """
+    bases = [name_base(file) for file in family.dit_files]
+    name, _, digest = made_for.rpartition(" ")
+    is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
+    if is_known or not bases:
+        return ""
+    return f"its metadata say that it was made for {made_for}, not for {' or '.join(bases)}"

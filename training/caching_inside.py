@@ -11,11 +11,12 @@ micro-batch's number, as that of noise and timesteps.
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-SENT_AT_ONCE = 64  # cache entries per exchange between processes: a copy of all would double the memory
+ENTRIES_PER_MESSAGE = (
+    64  # cache entries per exchange between processes: a copy of all would double the memory
+)
 
 
 class TensorLocation(Enum):
@@ -86,7 +89,7 @@ class TablePlan:
     texts: TensorLocation
 
     @property
-    def is_own(self) -> bool:
+    def uses_plain_cache(self) -> bool:
         """Whether latents and texts come from ordinary cache files, which need no store."""
         return self.latents is self.texts is TensorLocation.CACHE
 
@@ -130,36 +133,36 @@ def prepare_sources(
     stores = open_stores(family, plans)
     if options is not None:
         with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
-            _fill(family, config, plans, options=options, device=device, stores=stores)
+            _encode_planned_tables(family, config, plans, options=options, device=device, stores=stores)
     # each process has encoded a part of the items: their caches in memory are exchanged
-    memory_stores = [
-        store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
-    ]
+    memory_stores: list[MemoryStore] = []
+    for store_pair in stores.elsewhere.values():
+        memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
     if memory_stores:
         _share_entries(memory_stores)
-    if any(store.entries for store in memory_stores):
+    caches_in_memory = any(store.entries for store in memory_stores)
+    if caches_in_memory:
         size_bytes = sum(store.size_bytes for store in memory_stores)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
-    encoder = None
+    media_encoder = None
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, device, on_media)
-    # the encoder and caches in memory are in this process, so no worker process can read batches
-    stays = encoder is not None or any(store.entries for store in memory_stores)
+        media_encoder = LiveMedia(family, device, on_media)
     return BatchSources(
         family.latent,
         SameEncoders(commands),
         stores=stores,
         tables=tables,
-        image_encoder=encoder,
-        must_stay_in_process=stays,
+        image_encoder=media_encoder,
+        # the encoder and caches in memory are in this process, so no worker process can read batches
+        must_stay_in_process=media_encoder is not None or caches_in_memory,
     )
 
 
-def _fill(
+def _encode_planned_tables(
     family: Caches,
     config: DatasetConfig,
     plans: Sequence[TablePlan],
@@ -172,30 +175,27 @@ def _fill(
     from dataset.caching.prefetch import conclude
 
     stores = replace(stores, trusts_shared_caches=options.skip_cache_check)
-
-    def fill_tables(
-        tables: Sequence[DatasetTable], cache: Callable[..., Any], batch_size: int | None
-    ) -> None:
-        """Cache the latents or the texts of these dataset tables with the function `cache`."""
-        caching = CachingOptions.usual(
-            dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
-        )
-        report = cache(family, DatasetConfig(config.path, tuple(tables)), caching, stores)
-        # no warning: files of other programs are expected here
-        conclude(replace(report, num_without_record=0))
-
-    with_latents = [plan.table for plan in plans if plan.latents.is_made]
-    if with_latents:
-        fill_tables(with_latents, loop.cache_media, options.vae_batch_size)
+    caching_options = partial(
+        CachingOptions.usual, dataset_config=config.path, device=str(device), keep_cache=True
+    )
+    media_tables = tuple(plan.table for plan in plans if plan.latents.is_made)
+    if media_tables:
+        caching = caching_options(batch_size=options.vae_batch_size)
+        report = loop.cache_media(family, DatasetConfig(config.path, media_tables), caching, stores)
+        conclude(
+            replace(report, num_without_record=0)
+        )  # no warning: files of other programs are expected here
     elif options.vae_batch_size > 1:
         logger.warning(
             "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
             "there, or because they change each time",
             options.vae_batch_size,
         )
-    with_texts = [plan.table for plan in plans if plan.texts.is_made]
-    if with_texts:
-        fill_tables(with_texts, loop.cache_texts, options.text_encoder_batch_size)
+    text_tables = tuple(plan.table for plan in plans if plan.texts.is_made)
+    if text_tables:
+        caching = caching_options(batch_size=options.text_encoder_batch_size)
+        report = loop.cache_texts(family, DatasetConfig(config.path, text_tables), caching, stores)
+        conclude(replace(report, num_without_record=0))
 
 
 def plan_tables(
@@ -233,10 +233,10 @@ def plan_tables(
         texts = TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
-    return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
+    return [TablePlan(table, _locate_latents(family, table, options), texts) for table in config.datasets]
 
 
-def _place_latents(
+def _locate_latents(
     family: Caches, table: DatasetTable, options: CachingInRunOptions | None
 ) -> TensorLocation:
     """Return where the latents of a table come from: encoded at each step, in memory, or from files."""
@@ -262,22 +262,24 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
     """Open the cache stores of the dataset tables; tables with ordinary cache files need no store."""
     names = npz_names(family)
     return Stores(
-        names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
+        names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.uses_plain_cache}
     )
 
 
 def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
     """Return the stores that hold the latents and the texts of a table."""
-    table = plan.table
+    return StorePair(
+        latents=_open_store_at(plan.latents, plan.table, names),
+        texts=_open_store_at(plan.texts, plan.table, names),
+    )
 
-    def open_planned(where: TensorLocation) -> CacheStore:
-        if where is TensorLocation.CACHE:
-            return open_store(table, names)
-        if where is TensorLocation.NPZ:
-            return open_shared(table, names, "npz", table.picture_folder)
-        return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
-    return StorePair(latents=open_planned(plan.latents), texts=open_planned(plan.texts))
+def _open_store_at(location: TensorLocation, table: DatasetTable, names: NpzNames) -> CacheStore:
+    if location is TensorLocation.CACHE:
+        return open_store(table, names)
+    if location is TensorLocation.NPZ:
+        return open_shared(table, names, "npz", table.picture_folder)
+    return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
 
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
@@ -293,8 +295,8 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         MediaError: If the header of an image cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
-    full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
-    folders = TableFolders(full)
+    dataset = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
+    folders = TableFolders(dataset)
     for plan in plans:
         is_live = plan.latents is TensorLocation.LIVE
         if not (is_live or needs_captions):
@@ -306,14 +308,16 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         if needs_captions:
             require_captions(sources)
             _check_references(plan.table, sources)
-        by_stem = {source.stem: source for source in sources}
-        sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
+        sources_by_stem = {source.stem: source for source in sources}
+        sizes: dict[str, Size] | None = None
+        if is_live:
+            sizes = {stem: _read_size(source) for stem, source in sources_by_stem.items()}
         live_tables[plan.table.index] = ItemKind(
             tag,
             frozenset(),
             has_text=plan.texts is not TensorLocation.LIVE,
             sizes=sizes,
-            sources=by_stem,
+            sources=sources_by_stem,
         )
     return live_tables
 
@@ -362,7 +366,7 @@ def _warn_of_live(
         warn_cut_captions(text_encoder, captions)
 
 
-def _size(source: MediaSource) -> Size:
+def _read_size(source: MediaSource) -> Size:
     with fetch(source) as here:
         return image_size(here.path)
 
@@ -372,12 +376,16 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
-        for store in stores if share.count > 1 else ():
-            mine = list(store.entries.items())
-            for number in range(max(share.gather(ceil_div(len(mine), SENT_AT_ONCE)))):
-                some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
-                for theirs in share.gather(some):
-                    new = {name: entry for name, entry in theirs.items() if name not in store.entries}
+        if share.count <= 1:
+            return
+        for store in stores:
+            local_entries = list(store.entries.items())
+            num_messages = ceil_div(len(local_entries), ENTRIES_PER_MESSAGE)
+            for index in range(max(share.gather(num_messages))):  # all processes send equally often
+                start = index * ENTRIES_PER_MESSAGE
+                message = dict(local_entries[start : start + ENTRIES_PER_MESSAGE])
+                for received in share.gather(message):
+                    new = {name: entry for name, entry in received.items() if name not in store.entries}
                     store.entries.update(new)
 
 
@@ -418,39 +426,58 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
         full_texts = _select_full_texts(family, caches_texts)
         if full_texts is not None:
             return full_texts
-    # a new word is learned
     if LIVE_TEXTS in options.features.needs:
-        encoders = _encoders(family, "they learn a new word")
-        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
-        learning = _select_learning_encoders(family, options, trainable_encoders)
-        word_encoders = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
-        return LiveTexts(
-            encoders,
-            learning,
-            [encoder.lora_prefix for encoder in trainable_encoders],
-            word_encoders=word_encoders,
-        )
-    # captions differ each time, or LoRAs of text encoders are trained
-    if varying is not None or _may_learn(options):
-        why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
-        encoders = _encoders(family, why)
-        trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
-        prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
-        learning = _select_learning_encoders(family, options, trainable_encoders)
-        if varying is not None or (learning and not caches_texts):
-            return LiveTexts(encoders, learning, prefixes)
-        if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
-            return LiveTexts(learning, learning, prefixes)
-        if learning and _overrides_text_cache(family, options, learning):
-            return LiveTexts(encoders, learning, prefixes)
+        return _texts_with_new_word(family, options)
+    if varying is not None or _trains_text_loras(options):
+        texts = _varying_or_trained_texts(family, options, varies=varying is not None)
+        if texts is not None:
+            return texts
     if caches_texts or not options.is_for_images:
         return None
     # image trainers need no caches: without any, texts are encoded while training
     stores = Stores(npz_names(family))
-    end = text_file_name("", family.cache_tag)
-    if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
-        return None
-    return LiveTexts(_encoders(family, "there are no text caches"))
+    cache_ending = text_file_name("", family.cache_tag)
+    for table in config.datasets:
+        if any(name.endswith(cache_ending) for name in stores.of(table).names()):
+            return None
+    return LiveTexts(_require_text_encoders(family, "there are no text caches"))
+
+
+def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTexts:
+    """Return all text encoders, for a run in which they learn the embedding of a new word."""
+    encoders = _require_text_encoders(family, "they learn a new word")
+    trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+    learning = _select_learning_encoders(family, options, trainable_encoders)
+    word_encoders = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
+    return LiveTexts(
+        encoders,
+        learning,
+        [encoder.lora_prefix for encoder in trainable_encoders],
+        word_encoders=word_encoders,
+    )
+
+
+def _varying_or_trained_texts(family: Family, options: TrainingOptions, varies: bool) -> LiveTexts | None:
+    """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        varies: Whether captions vary, which excludes caches of texts.
+    """
+    caches_texts = options.caching is not None and options.caching.caches_texts
+    why = "captions vary" if varies else f"they are trained without {UNET_ONLY}"
+    encoders = _require_text_encoders(family, why)
+    trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
+    prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
+    learning = _select_learning_encoders(family, options, trainable_encoders)
+    if varies or (learning and not caches_texts):
+        return LiveTexts(encoders, learning, prefixes)
+    if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
+        return LiveTexts(learning, learning, prefixes)
+    if learning and _overrides_text_cache(family, options, learning):
+        return LiveTexts(encoders, learning, prefixes)
+    return None
 
 
 def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
@@ -488,7 +515,7 @@ def _overrides_text_cache(
         OptionError: If only text encoders would be trained, whose outputs cannot be cached.
     """
     names = " and ".join(encoder.name for encoder in learning)
-    switches = _switches(family, options)  # choices for encoders that are off by default
+    switches = _encoder_switches(family, options)  # choices for encoders that are off by default
     if any(switches.get(encoder.lora_prefix) for encoder in learning):
         logger.warning(
             "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
@@ -511,13 +538,13 @@ def _overrides_text_cache(
     return False
 
 
-def _may_learn(options: TrainingOptions) -> bool:
+def _trains_text_loras(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
-    trains_lora = options.network is not None and options.features.make_network_instead_of_lora is None
+    trains_lora = options.network is not None and options.features.lora_replacement is None
     return options.parts is not None and options.parts.trains_texts and trains_lora
 
 
-def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
+def _require_text_encoders(family: Family, why: str) -> Sequence[TextEncoder]:
     """Return the text encoders; if one is missing, raise OptionError with the reason `why` it is needed."""
     try:
         return family.text_encoders()
@@ -526,25 +553,27 @@ def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
 
 
 def _select_learning_encoders(
-    family: Family, options: TrainingOptions, able: Sequence[LearningEncoder]
+    family: Family, options: TrainingOptions, trainable_encoders: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
     """Return the encoders that get a network, out of those that can be trained.
 
     Raises:
         OptionError: If only text encoders are to be trained, but none can be.
     """
-    if not _may_learn(options) or options.network is None or options.parts is None:
+    if not _trains_text_loras(options) or options.network is None or options.parts is None:
         return []
-    options.parts.text_rates(len(able), options.optimizer.learning_rate)  # raises if there are too many rates
+    options.parts.text_rates(
+        len(trainable_encoders), options.optimizer.learning_rate
+    )  # raises if there are too many rates
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
-    if able and known_module is not None and not known_module.kind.is_for_texts:
+    if trainable_encoders and known_module is not None and not known_module.kind.is_for_texts:
         raise OptionError(
             f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a "
             f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
         )
-    switches = _switches(family, options)
-    learning = [encoder for encoder in able if switches.get(encoder.lora_prefix, True)]
+    switches = _encoder_switches(family, options)
+    learning = [encoder for encoder in trainable_encoders if switches.get(encoder.lora_prefix, True)]
     if not learning and not options.parts.trains_dit:
         raise OptionError(
             "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
@@ -553,7 +582,7 @@ def _select_learning_encoders(
     return learning
 
 
-def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
+def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
     """Return by LoRA prefix whether --network_args enables each text encoder that is off by default."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
@@ -573,14 +602,14 @@ class LiveMedia:
         """Load the encoders. Raises CheckpointError if that fails."""
         self._family = family
         self._on_media = on_media
-        self._encoders = load_encoders(family, device)
+        self._media_encoders = load_encoders(family, device)
 
-    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
+    def encode(self, items: Sequence[TrainingItem], *seed_parts: int | str) -> dict[int, dict[str, Tensor]]:
         """Encode the items of a batch that are not cached.
 
         Args:
             items: Items of the batch in order; items with cached latents are skipped.
-            stream: Parts of the seed for random crops, flips and the posterior sample.
+            seed_parts: Parts of the seed for random crops, flips and the posterior sample.
 
         Returns:
             Tensors of each encoded item on the CPU, without a batch dimension, by position in the batch.
@@ -589,16 +618,17 @@ class LiveMedia:
             MediaError: If an image cannot be read.
             DatasetError: If the size of an image has changed since the items were listed.
         """
-        groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
+        # images of equal shapes are encoded together: group -> position in the batch -> image
+        groups: dict[tuple[object, ...], dict[int, DecodedMedia]] = {}
         for position, item in enumerate(items):
             if item.kind.sizes is not None:
-                media = self._read(item, random.Random(derive_seed(*stream, "picture", position)))
-                groups.setdefault(media.group, []).append((position, media))
+                media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
+                groups.setdefault(media.group, {})[position] = media
         encoded: dict[int, dict[str, Tensor]] = {}
-        for pairs in groups.values():
+        for images in groups.values():
             # keys seed the posterior sample, which must be different each time
-            keys = ["-".join(map(str, (items[position].key, *stream, position))) for position, _ in pairs]
-            encoded |= self._encode([position for position, _ in pairs], [media for _, media in pairs], keys)
+            keys = ["-".join(map(str, (items[position].key, *seed_parts, position))) for position in images]
+            encoded |= self._encode([*images.keys()], [*images.values()], keys)
         return encoded
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
@@ -628,13 +658,13 @@ class LiveMedia:
         """Encode images of equal shapes; return the tensors of each by its position in the batch."""
         media = batch_media(images, keys)
         with torch.no_grad():
-            encoded = self._family.encode_media(self._encoders, media)
+            encoded = self._family.encode_media(self._media_encoders, media)
         by_position = {}
         for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if item.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)
             for change in self._on_media:
-                tensors = change(self._family, self._encoders, item, key, tensors)
+                tensors = change(self._family, self._media_encoders, item, key, tensors)
             by_position[position] = tensors
         return by_position

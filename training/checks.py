@@ -26,6 +26,7 @@ from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from protocols.family import Family, LearningEncoder
 from protocols.full_model import LearningParts, trains_checkpoint
+from protocols.rules import Expert
 from runtime.offload.swap_plan import check_swap
 from runtime.ways.contract import RunUses
 from training.data.table_times import explain_ignored_options
@@ -40,7 +41,7 @@ from training.run_options import MAX_STEPS
 from training.unused_options import list_without_effect
 
 if TYPE_CHECKING:  # only with LoRA files
-    from networks.loading import LoraFile
+    from networks.loading import LoraFile, LoraUse
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,11 @@ def check_before_loading(
     family: Family, options: TrainingOptions, learner: Learner, others: OtherFamilies = NO_OTHERS
 ) -> None:
     """Check everything about a run that can be checked before networks are loaded.
+
+    1. The model files.
+    2. The options: experts, division over GPUs, block swap, features, schedule.
+    3. The trained network and its learning rates.
+    4. Samples, and the disk space for saved files.
 
     Args:
         family: The model family.
@@ -59,7 +65,6 @@ def check_before_loading(
     Raises:
         UserError: If the run is not possible.
     """
-    # the files
     sampling = others.sampling
     family.check_given_files()
     if options.full_dit is not None:
@@ -70,12 +75,12 @@ def check_before_loading(
         sampling.check_given_files()
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
-    # the options: experts, division over GPUs, block swap, features, schedule
+
     check_experts(family, options)
     if options.speed.modes.on.check:
-        uses = uses_of(family, options, others)
-        for check_way in options.speed.modes.on.check:
-            check_way(uses)
+        uses = list_run_uses(family, options, others)
+        for check_mode in options.speed.modes.on.check:
+            check_mode(uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
@@ -83,7 +88,7 @@ def check_before_loading(
     for check in options.features.on.check:
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
-    # the network and its learning rates
+
     with quiet():
         select_lora_format(family, learner.lora)  # only for its errors
     learner.check()
@@ -93,7 +98,7 @@ def check_before_loading(
         rates = _list_rates(options)
         if len(rates) > 1:
             check_rates(options.optimizer, rates)
-    # samples, and the space for saved files
+
     samples = options.samples
     has_prompts = samples.sample_prompts is not None
     if has_prompts or samples.sample_lora or samples.preview.preview_latent_every is not None:
@@ -134,11 +139,11 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
             too long.
     """
     with quiet():
-        stand_in: Mapping[str, object] = {
+        dummy_group: Mapping[str, object] = {
             "params": [Parameter(torch.zeros(2, 2))],
             "lr": options.optimizer.learning_rate,
         }
-        optimizer, _ = make_optimizer(options.optimizer, [stand_in])
+        optimizer, _ = make_optimizer(options.optimizer, [dummy_group])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps or MAX_STEPS)
 
 
@@ -159,20 +164,29 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             from training.samples import read_requests  # only with prompts
 
             read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
-        if not samples.sample_lora:
-            return
-        from networks.apply import check_loras_fit
-        from networks.gated_loras import reject_magnitudes  # only with LoRA files
-        from networks.loading import read_use
+        if samples.sample_lora:
+            _check_sample_loras(family, samples.loras())
 
-        # a family may have no files of its transformer yet: then the LoRAs are read and not compared
-        for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
-            for use in uses:
-                reject_magnitudes(use.lora, "--sample_lora")
-            if uses and file is not None:
-                # some transformers have a second file, such as one with further blocks
-                check_loras_fit(file, uses, family.file_beside(file))
+
+def _check_sample_loras(family: Family, multiplier_by_file: Sequence[tuple[Path, float]]) -> None:
+    """Raise UserError if LoRAs of --sample_lora do not fit a transformer.
+
+    Args:
+        family: The model of samples.
+        multiplier_by_file: LoRA files with their multipliers.
+    """
+    from networks.apply import check_loras_fit
+    from networks.gated_loras import reject_magnitudes  # only with LoRA files
+    from networks.loading import read_use
+
+    # a family may have no files of its transformer yet: then the LoRAs are read and not compared
+    for expert, file in zip_longest(family.experts, family.dit_files):
+        uses = [read_use(path, expert.name, multiplier) for path, multiplier in multiplier_by_file]
+        for use in uses:
+            reject_magnitudes(use.lora, "--sample_lora")
+        if uses and file is not None:
+            # some transformers have a second file, such as one with further blocks
+            check_loras_fit(file, uses, family.file_beside(file))
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
@@ -181,19 +195,20 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out. A key names
     an option, with its value where one option sets several rates.
     """
-    base, parts = options.optimizer.learning_rate, options.parts
-    rates = {"--learning_rate": base}
+    parts = options.parts
+    dit_option, dit_rate = "--learning_rate", options.optimizer.learning_rate
     if parts is not None and parts.trains_dit and parts.unet_lr is not None:
-        base = parts.unet_lr
-        rates = {"--unet_lr": base}
+        dit_option, dit_rate = "--unet_lr", parts.unet_lr
+    rates = {dit_option: dit_rate}
     trains_texts = parts is not None and parts.trains_texts
     if parts is not None and trains_texts:
-        by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
-        # without --text_encoder_lr, text encoders use --learning_rate
-        # if text encoders learn alone, their rates replace that of the transformer
-        rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
+        text_rates = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
+        if parts.trains_dit:
+            rates |= text_rates
+        elif text_rates:  # else text encoders use --learning_rate
+            rates = text_rates
     if options.network is not None and options.network.network_args:
-        rates |= _list_network_rates(options.network, base, trains_texts)
+        rates |= _list_network_rates(options.network, dit_rate, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
 
 
@@ -219,7 +234,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
     return rates
 
 
-def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
+def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
     """Return what a run uses that a division over GPUs (a mode in `runtime/ways`) may not support.
 
     Args:
@@ -267,29 +282,44 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
+        has_initial_lora = network.network_weights is not None and known_module is not None
+        frozen_options = (options.features.merge, options.frozen.training_adapter)
         with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.numbered)
-            # collect all LoRAs of this expert: merged ones, the continued one, the training adapter
-            merge = options.features.merge
-            uses = [] if merge is None else [*merge(expert).uses]
-            if network.network_weights is not None and known_module is not None:
-                from networks.loading import LoraUse, read_lora  # only with LoRA files
+            if has_initial_lora or frozen_options != (None, None):
+                uses = _read_loras(family, options, expert, network, has_initial_lora)
+                if uses and file is not None:
+                    from networks.apply import check_loras_fit  # only with LoRA files
 
-                continued = read_lora(network.network_weights, with_texts=True)
-                _check_kind(continued, network)
-                uses.append(LoraUse(continued))
-            adapter = None
-            if options.frozen.training_adapter is not None:
-                adapter = read_adapter(options, expert, family.experts)
-            if adapter is not None:
-                from networks.gated_loras import reject_magnitudes  # only with an adapter
+                    check_loras_fit(file, uses, family.file_beside(file))
 
-                reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
-                uses.append(adapter)
-            if uses and file is not None:
-                from networks.apply import check_loras_fit  # only with LoRA files
 
-                check_loras_fit(file, uses, family.file_beside(file))
+def _read_loras(
+    family: Family, options: TrainingOptions, expert: Expert, network: NetworkOptions, has_initial_lora: bool
+) -> "list[LoraUse]":
+    """Read all LoRAs of an expert: merged ones, the one of --network_weights, and the training adapter.
+
+    Raises:
+        UserError: If one cannot be used.
+    """
+    from networks.loading import LoraUse, read_lora  # only with LoRA files
+
+    merge = options.features.merge
+    uses = [] if merge is None else [*merge(expert).uses]
+    if has_initial_lora:
+        assert network.network_weights is not None
+        initial_lora = read_lora(network.network_weights, with_texts=True)
+        _check_kind(initial_lora, network)
+        uses.append(LoraUse(initial_lora))
+    adapter = None
+    if options.frozen.training_adapter is not None:
+        adapter = read_adapter(options, expert, family.experts)
+    if adapter is not None:
+        from networks.gated_loras import reject_magnitudes  # only with an adapter
+
+        reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
+        uses.append(adapter)
+    return uses
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
@@ -404,7 +434,7 @@ def list_unused_options(
     return list_without_effect(options, family_options, reasons)
 
 
-def judge_rate(options: TrainingOptions, learner: Learner) -> str:
+def describe_learning_rate(options: TrainingOptions, learner: Learner) -> str:
     """Describe the learning rate, with the usual one if it is far from that.
 
     Args:

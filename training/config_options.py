@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 OTHERS_TABLE = "reelsmith"  # table with settings of run_project.py
 OUR_NETWORKS = "networks."  # prefix of our own network modules
 LOG_SUFFIXES = (".log", ".txt")
-TYPING_MISTAKE = 0.9  # minimum similarity of a mistyped name and the intended one; 1: equal
+MIN_SIMILARITY = 0.9  # minimum similarity of a mistyped name and the intended one; 1: equal
 
 
 class ConfigOptions(Options):
@@ -55,35 +55,52 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = _map_actions_by_key(parser)
-    values = {}
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     if isinstance(tables.get("datasets"), list):
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
-    from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
-
     flat = dict(_flatten(tables))
-    # a key is an option, a known key of another trainer's file, a misspelled option, or unknown
+    values = {}
     for key, value in flat.items():
-        if key in actions:
-            action = actions[key]
-            if _is_empty(value):
-                continue
-            _reject_starting(path, key, action)  # raises if the option must be typed
-            values[action.dest] = _convert(path, action, value)
-            _check_log(path, action, values[action.dest])
-            if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
-                parser.typed_flags.setdefault(action.dest, f"--{key}")  # messages use the name in the file
-        elif is_of_kohya_page(key):
-            advice = explain_key(key, flat)
-            if advice is not None:
-                logger.warning(f"{path}: {key} is ignored: {advice}")
-        else:
-            _reject_misspelled(path, key, actions)
-            logger.warning(f"{path}: {key} is ignored because no option has that name")
+        action = actions.get(key)
+        if action is None:
+            _report_unknown_key(path, key, flat, actions)
+            continue
+        if _is_empty(value):
+            continue
+        _reject_program_start(path, key, action)
+        values[action.dest] = _convert(path, action, value)
+        _require_log_suffix(path, action, values[action.dest])
+        if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
+            parser.typed_flags.setdefault(action.dest, f"--{key}")  # messages use the name in the file
     return values
 
 
-def _reject_starting(path: Path, key: str, action: argparse.Action) -> None:
+def _report_unknown_key(
+    path: Path, key: str, values: Mapping[str, Any], actions: Mapping[str, argparse.Action]
+) -> None:
+    """Warn of a key that is no option, with advice if it is one of Kohya's GUI; reject a misspelled option.
+
+    Args:
+        path: The file.
+        key: The key.
+        values: All values of the file, by key.
+        actions: The options, by their names.
+
+    Raises:
+        OptionError: If the key is nearly the name of an option.
+    """
+    from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
+
+    if not is_of_kohya_page(key):
+        _reject_misspelled(path, key, actions)
+        logger.warning(f"{path}: {key} is ignored because no option has that name")
+        return
+    advice = explain_key(key, values)
+    if advice is not None:
+        logger.warning(f"{path}: {key} is ignored: {advice}")
+
+
+def _reject_program_start(path: Path, key: str, action: argparse.Action) -> None:
     """Raise OptionError for an option that starts a program, because the file may come from someone else."""
     if getattr(action, "reach", "") == STARTS["reach"]:
         raise OptionError(
@@ -94,12 +111,12 @@ def _reject_starting(path: Path, key: str, action: argparse.Action) -> None:
 
 def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Action]) -> None:
     """Raise OptionError for a key that is nearly the name of an option."""
-    close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
+    close = difflib.get_close_matches(key, actions, n=1, cutoff=MIN_SIMILARITY)
     if close:
         raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
 
 
-def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
+def _require_log_suffix(path: Path, action: argparse.Action, value: Any) -> None:
     """Raise OptionError if the config file names a file to append to that is no log, e.g. a shell script."""
     is_appended = getattr(action, "reach", "") == APPENDS["reach"]
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:

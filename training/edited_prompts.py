@@ -23,10 +23,10 @@ from training.samples import Sample, Sampler, encode_samples, parse_requests, pr
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 4 << 20  # bytes of a prompt file; a larger file is a mistake
-LONGEST = 600  # characters of an error in the warning
+MAX_ERROR_CHARACTERS = 600  # characters of an error in the warning
 
 
-def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[str], None]) -> Sampler:
+def take_edited_prompts(sampler: Sampler, num_processes: int, log_activity: Callable[[str], None]) -> Sampler:
     """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
 
     New texts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
@@ -35,7 +35,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
     Args:
         sampler: The current sampler.
         num_processes: Processes of the run, which all have to call this; the first one reads the file.
-        note: Called with a description of work that takes a while.
+        log_activity: Called with a description of work that takes a while.
     """
     source = sampler.source
     text, error = source.text, source.fault
@@ -50,32 +50,40 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
         return sampler  # only an earlier reading error has disappeared
     edited = sampler
     if not error:
-        try:
-            edited = _encode_edited(sampler, note)
-        except torch.OutOfMemoryError:
-            error = (
-                "there is no memory for the text encoders next to the training. End the training and "
-                "continue it to take them"
-            )
-        except (UserError, OSError, MemoryError) as failure:
-            error = str(failure)
+        edited, error = _try_to_encode(sampler, log_activity)
     # if one process fails, all processes keep the earlier prompts, and the first one logs the reason
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
-    if source.process != 0:
-        return sampler if error else edited
+    if source.process == 0:
+        _log_outcome(edited, error)
+    return sampler if error else edited
+
+
+def _try_to_encode(sampler: Sampler, log_activity: Callable[[str], None]) -> tuple[Sampler, str]:
+    """Return a sampler for the edited prompts and ""; the same sampler and the reason if that fails."""
+    try:
+        return _encode_edited(sampler, log_activity), ""
+    except torch.OutOfMemoryError:
+        return sampler, (
+            "there is no memory for the text encoders next to the training. End the training and "
+            "continue it to take them"
+        )
+    except (UserError, OSError, MemoryError) as failure:
+        return sampler, str(failure)
+
+
+def _log_outcome(edited: Sampler, error: str) -> None:
+    """Log that samples are made of the edited prompts, or a warning if `error` says why not."""
     if error:
-        reason = shorten(" ".join(error.split()), LONGEST)
+        reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
         logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
-        return sampler
-    logger.info(
-        "Samples are made of the edited %s: %s.", source.path, count_of(len(edited.prompts), "prompt")
-    )
-    return edited
+        return
+    num_prompts = count_of(len(edited.prompts), "prompt")
+    logger.info("Samples are made of the edited %s: %s.", edited.source.path, num_prompts)
 
 
 def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
-    """Return the text of a prompt file, and the reason if it cannot be read.
+    """Return the text of a prompt file and ""; if it cannot be read, the previous text and the reason.
 
     Args:
         path: Path of the file.
@@ -95,7 +103,7 @@ def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
         return previous_text, str(error)
 
 
-def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
+def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sampler:
     """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
 
     Raises:
@@ -103,16 +111,16 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
     """
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
-    earlier: dict[int, Sample] = {}
-    requests: dict[int, Prepared] = {}
-    for number in source.prompt_indices(len(entries)):
-        unchanged = [sample for sample in sampler.samples if sample.entry == entries[number]]
+    unchanged_samples: dict[int, Sample] = {}
+    edited_requests: dict[int, Prepared] = {}
+    for index in source.prompt_indices(len(entries)):
+        unchanged = [sample for sample in sampler.samples if sample.entry == entries[index]]
         if unchanged:
-            earlier[number] = replace(unchanged[0], index=number)
+            unchanged_samples[index] = replace(unchanged[0], index=index)
         else:
-            requests[number] = all_prepared[number]
-    new_texts = session.count_new(wanted_texts(prepared) for prepared in requests.values())
-    if new_texts and session.blocks is not None:
+            edited_requests[index] = all_prepared[index]
+    num_new_texts = session.count_new(wanted_texts(prepared) for prepared in edited_requests.values())
+    if num_new_texts and session.blocks is not None:
         # a process that fails alone would leave the others waiting
         raise OptionError(
             f"new texts cannot be encoded while the model is split over processes "
@@ -120,10 +128,10 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
         )
     if source.process == 0:
         warn_of_unused(entries, session.family, source.path)
-    if new_texts:
-        note("encoding edited prompts")
-    encoded = encode_samples(session, entries, requests, decodes=sampler.writes)
-    samples = earlier | {sample.index: sample for sample in encoded}
+    if num_new_texts:
+        log_activity("encoding edited prompts")
+    encoded = encode_samples(session, entries, edited_requests, decodes=sampler.writes)
+    samples = unchanged_samples | {sample.index: sample for sample in encoded}
     return replace(
-        sampler, samples=[samples[number] for number in sorted(samples)], prompts=prompts_of(entries)
+        sampler, samples=[samples[index] for index in sorted(samples)], prompts=prompts_of(entries)
     )

@@ -55,7 +55,7 @@ class ExpertNetworks:
     copies: Mapping[nn.Module, HostCopy] = field(default_factory=dict)
     loras: "Sequence[AddedLoras]" = ()
 
-    def at(self, expert: int) -> nn.Module:
+    def on_device(self, expert: int) -> nn.Module:
         """Return the network of an expert, on the device.
 
         If experts take turns on the device, the other networks leave it first. Their weights are frozen, so
@@ -137,7 +137,7 @@ def log_experts(
     family: Family,
     options: TrainingOptions,
     times: Sequence[TimestepOptions],
-    samples_with_others: bool = False,
+    has_sample_only_networks: bool = False,
 ) -> None:
     """Log the noise levels at which the transformers are trained; warn about few-step transformers.
 
@@ -145,22 +145,32 @@ def log_experts(
         family: The model family.
         options: Options of the run.
         times: Timestep options of each dataset table.
-        samples_with_others: Whether samples also use transformers that are not trained.
+        has_sample_only_networks: Whether samples also use transformers that are not trained.
     """
     experts, all_experts = family.experts, family.defaults.experts
     warning = describe_few_steps(family, options)
     if warning:
         logger.warning("%s", warning)
-    if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
+    if len(experts) == 1 and options.by_expert.offload_inactive_dit and not has_sample_only_networks:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
-    if samples_with_others and options.samples.sample_prompts is None:
+    if has_sample_only_networks and options.samples.sample_prompts is None:
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
-    if len(all_experts) == 1:
-        return
-    trained = expert_trained(family, times)
+    if len(all_experts) > 1:
+        _log_trained_expert(family, options, times, has_sample_only_networks)
+
+
+def _log_trained_expert(
+    family: Family,
+    options: TrainingOptions,
+    times: Sequence[TimestepOptions],
+    has_sample_only_networks: bool,
+) -> None:
+    """Log which transformers of a model with two are trained and sampled, and at which timesteps."""
+    experts, all_experts = family.experts, family.defaults.experts
+    trained = find_trained_expert(family, times)
     for expert in experts:
-        _warn_of_weights(family, network_for(options, expert), (trained or expert).name)
-    if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
+        _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
+    if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
     # if only the expert from 0 on is trained, the boundary is the start of the other one
@@ -190,12 +200,12 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     if why is None:
         return ""
     rule = family.few_steps
-    fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+    beginning = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
     if rule.is_certain:
-        fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+        beginning = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
     if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
-        return f"{fact} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
-    warning = f"{fact} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
+        return f"{beginning} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
+    warning = f"{beginning} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
     if rule.targets:
         targets = ", or ".join(target.options for target in rule.targets)
         warning += (
@@ -204,7 +214,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     return warning
 
 
-def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
+def _warn_of_other_experts_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
     """Warn if --network_weights of an expert is for another expert."""
     if network is None or network.network_weights is None:
         return
@@ -240,7 +250,7 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
 
 
 def expert_metadata(
-    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], part: str
+    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], expert_name: str
 ) -> dict[str, str]:
     """Return the metadata that says for which of a model's transformers a file was trained.
 
@@ -248,25 +258,27 @@ def expert_metadata(
         family: The model family.
         options: Options of the run.
         times: Timestep options of each dataset table.
-        part: Name of the expert that the file is for; empty if it is for all trained experts.
+        expert_name: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
-    if len(experts) > 1 and not part:
+    if len(experts) > 1 and not expert_name:
         return {TRAINED_EXPERT: FOR_BOTH}
-    expert = expert_trained(family, times)
-    name = part or (None if expert is None else expert.name)
-    if name is None:
+    trained_name: str | None = expert_name
+    if not expert_name:
+        trained = find_trained_expert(family, times)
+        trained_name = None if trained is None else trained.name
+    if trained_name is None:
         return {}
     # the value that files record, by the name of the expert
-    value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
-    metadata = {TRAINED_EXPERT: value_by_name[name]}
-    file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
-    if part in file_names and not options.metadata.no_metadata:
-        metadata["ss_sd_model_name"] = file_names[part]
+    recorded_values = {name: value for value, name in EXPERT_VALUES.items()}
+    metadata = {TRAINED_EXPERT: recorded_values[trained_name]}
+    file_names = {expert.name: file.name for expert, file in zip(experts, family.dit_files, strict=False)}
+    if expert_name in file_names and not options.metadata.no_metadata:
+        metadata["ss_sd_model_name"] = file_names[expert_name]
     return metadata
 
 
-def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
+def find_trained_expert(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert as which a run's only transformer works; None if unknown or if there are several.
 
     If the file does not name its expert, the range of timesteps decides.
@@ -331,10 +343,10 @@ def set_up_network(
         host: Host memory of swapped weights.
         blocks: Place that the blocks were loaded into, if they are split over processes.
     """
-    on_host = loop.gradient_checkpointing_cpu_offload
+    cpu_offload = loop.gradient_checkpointing_cpu_offload
     checkpointing: network_setup.Checkpointing | None = None  # None: the blocks keep their activations
     if loop.gradient_checkpointing:
-        checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
+        checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, cpu_offload)
     network_setup.set_up_network(
         dit,
         spec,
@@ -342,7 +354,7 @@ def set_up_network(
         compilation=compilation,
         host=host,
         checkpointing=checkpointing,
-        in_pieces=on_host,
+        in_pieces=cpu_offload,
         blocks=blocks,
     )
     dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout

@@ -106,28 +106,31 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     from dataset.listing import find_sources  # other trainings read caches alone
 
     tables = {item.table.index: item.table for item in items}
-    stems: dict[int, set[str]] = {}
+    stems_by_table: dict[int, set[str]] = {}
     for item in items:
-        stems.setdefault(item.table.index, set()).add(item.source_stem)
-    counts: dict[str, Counter[str]] = {}
-    counted: set[Path] = set()  # a folder may be in datasets of several resolutions
+        stems_by_table.setdefault(item.table.index, set()).add(item.source_stem)
+    tags_by_folder: dict[str, Counter[str]] = {}
+    counted_files: set[Path] = set()  # a folder may be in datasets of several resolutions
     for index, table in tables.items():
         try:
             sources = find_sources(table, faults=[])
         except DatasetError:
             continue
-        tags = counts.setdefault(table.source.name, Counter())
+        tags = tags_by_folder.setdefault(table.source.name, Counter())
         for source in sources:
-            if source.stem not in stems[index] or source.path in counted:
-                continue
-            counted.add(source.path)
-            captions = [source.caption, *source.more_captions]
-            for caption in filter(None, captions):
-                tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+            if source.stem in stems_by_table[index] and source.path not in counted_files:
+                counted_files.add(source.path)
+                for caption in filter(None, [source.caption, *source.more_captions]):
+                    tags.update(_split_tags(caption))
     return {
         folder: dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
-        for folder, tags in counts.items()
+        for folder, tags in tags_by_folder.items()
     }
+
+
+def _split_tags(caption: str) -> list[str]:
+    tags = [tag.strip().lower() for tag in caption.split(",")]
+    return [tag for tag in tags if tag]
 
 
 # --- images
@@ -138,9 +141,9 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 class _ImageCounts:
     """Numbers of images in dataset tables; repeats are counted, except in `of_table`."""
 
-    of_table: Mapping[int, int]  # number of images by the table's index
+    num_by_table: Mapping[int, int]  # number of images by the table's index
     num_learned: int
-    num_regularisation: int
+    num_regularization: int
     bucket_info: dict[str, Any]
 
 
@@ -148,47 +151,49 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     """Count images by table, and repeated images by bucket, as trainers record them in `ss_bucket_info`."""
     num_by_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # key: whether the images are regularization images
-    differences: list[float] = []  # between the aspect ratios of bucket and image
+    num_learned = num_regularization = 0
+    aspect_errors: list[float] = []  # between the aspect ratios of bucket and image
     for item in items:
         table = item.table
         width = item.bucket[0]
         height = item.bucket[1]
         num_by_table[table.index] += 1
         buckets[width, height] += table.num_repeats
-        totals[table.is_reg] += table.num_repeats
+        if table.is_reg:
+            num_regularization += table.num_repeats
+        else:
+            num_learned += table.num_repeats
         parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
         if parsed is not None:
             image_width, image_height = parsed.size
-            difference = width / height - image_width / image_height
-            differences.append(abs(difference))
-    rows: dict[str, dict[str, Any]] = {}
+            aspect_errors.append(abs(width / height - image_width / image_height))
+    numbered_buckets: dict[str, dict[str, Any]] = {}
     for number, size in enumerate(sorted(buckets)):
-        rows[str(number)] = {"resolution": list(size), "count": buckets[size]}
-    info: dict[str, Any] = {"buckets": rows}
-    if differences:
-        info["mean_img_ar_error"] = sum(differences) / len(differences)
-    return _ImageCounts(num_by_table, totals[False], totals[True], info)
+        numbered_buckets[str(number)] = {"resolution": list(size), "count": buckets[size]}
+    bucket_info: dict[str, Any] = {"buckets": numbered_buckets}
+    if aspect_errors:
+        bucket_info["mean_img_ar_error"] = sum(aspect_errors) / len(aspect_errors)
+    return _ImageCounts(num_by_table, num_learned, num_regularization, bucket_info)
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
     """Return the metadata entries with the numbers of images: in total, by folder, and by bucket."""
-    counted = _count_images(items)
+    image_counts = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
         folders_of_kind = folders[table.is_reg]
-        info = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
-        folders_of_kind[_free_name(table.source.name, folders_of_kind)] = info
+        info = {"n_repeats": table.num_repeats, "img_count": image_counts.num_by_table[table.index]}
+        folders_of_kind[_make_unique(table.source.name, folders_of_kind)] = info
     return {
-        "num_train_images": counted.num_learned,
-        "num_reg_images": counted.num_regularisation,
+        "num_train_images": image_counts.num_learned,
+        "num_reg_images": image_counts.num_regularization,
         "dataset_dirs": _as_json(folders[False]),
         "reg_dataset_dirs": _as_json(folders[True]),
-        "bucket_info": _as_json(counted.bucket_info),
+        "bucket_info": _as_json(image_counts.bucket_info),
     }
 
 
-def _free_name(name: str, names: Mapping[str, Any]) -> str:
+def _make_unique(name: str, names: Mapping[str, Any]) -> str:
     """Return `name`, with a number appended if it is already taken: several datasets may share a folder."""
     number = 1
     free = name
@@ -202,7 +207,7 @@ def _free_name(name: str, names: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _settings_of(table: DatasetTable) -> dict[str, Any]:
+def _list_recorded_settings(table: DatasetTable) -> dict[str, Any]:
     """Return the settings of a dataset table, keyed by the option names that known trainers record."""
     changes, augmentation = table.changes, table.augmentation
     buckets = table.buckets if table.enable_bucket else None
@@ -227,11 +232,11 @@ def _settings_of(table: DatasetTable) -> dict[str, Any]:
 
 def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
     """Return the tables' settings by name; a setting that differs between tables is None."""
-    settings = [_settings_of(table) for table in tables]
+    settings = [_list_recorded_settings(table) for table in tables]
     names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
     values = {}
     for name, value in names.items():
-        is_common = all(others[name] == value for others in settings)
+        is_common = all(other[name] == value for other in settings)
         values[name] = value if is_common else None
     return values
 
@@ -240,29 +245,32 @@ def _describe_datasets(
     tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
 ) -> list[dict[str, Any]]:
     """Return the entry `ss_datasets`: one dictionary per dataset, which contains one per subset."""
-    groups: dict[int, list[DatasetTable]] = {}
+    tables_by_dataset: dict[int, list[DatasetTable]] = {}
     for table in tables:
-        groups.setdefault(table.batch_group, []).append(table)
-    items_of: dict[int, list[TrainingItem]] = {}
+        tables_by_dataset.setdefault(table.batch_group, []).append(table)
+    items_by_dataset: dict[int, list[TrainingItem]] = {}
     for item in items:
-        items_of.setdefault(item.table.batch_group, []).append(item)
+        items_by_dataset.setdefault(item.table.batch_group, []).append(item)
     return [
-        _describe_dataset(subsets, _count_images(items_of[group]), tags) for group, subsets in groups.items()
+        _describe_dataset(subsets, _count_images(items_by_dataset[dataset]), tags)
+        for dataset, subsets in tables_by_dataset.items()
     ]
 
 
-def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tags: Tags) -> dict[str, Any]:
+def _describe_dataset(
+    tables: Sequence[DatasetTable], image_counts: _ImageCounts, tags: Tags
+) -> dict[str, Any]:
     """Return the entry of one dataset in `ss_datasets`.
 
     Settings that all subsets share are entries of the dataset.
 
     Args:
         tables: Subsets of the dataset, which share size and batch size.
-        counted: Numbers of images.
+        image_counts: Numbers of images.
         tags: Frequency of each tag by folder.
     """
     descriptions = [table.describe() for table in tables]
-    first = _settings_of(tables[0])
+    first = _list_recorded_settings(tables[0])
     buckets = tables[0].buckets
     names = {table.source.name for table in tables}
     entry: dict[str, Any] = {}
@@ -273,21 +281,21 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
     return entry | {
         "is_dreambooth": not any(form_of(table).metadata_key for table in tables),
-        "num_train_images": counted.num_learned,
-        "num_reg_images": counted.num_regularisation,
+        "num_train_images": image_counts.num_learned,
+        "num_reg_images": image_counts.num_regularization,
         "resolution": list(tables[0].resolution),
         **{key: first[key] for key in keys},
         "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
-        "bucket_info": counted.bucket_info,
+        "bucket_info": image_counts.bucket_info,
         "resize_interpolation": None if buckets is None else buckets.interpolation,
-        "has_control": all(others["has_control"] for others in descriptions),
-        "subsets": [_describe_subset(table, counted.of_table[table.index]) for table in tables],
+        "has_control": all(other["has_control"] for other in descriptions),
+        "subsets": [_describe_subset(table, image_counts.num_by_table[table.index]) for table in tables],
     }
 
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     """Return the entry of a subset in `ss_datasets`, with the keys that image trainers write."""
-    settings, changes = _settings_of(table), table.changes
+    settings, changes = _list_recorded_settings(table), table.changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {
         "img_count": num_images,

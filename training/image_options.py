@@ -7,6 +7,7 @@ import argparse
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,19 +102,13 @@ def read_image_training(
         argv: Command line; None for that of the process.
         learner: Record with the options of what is trained: by default, of a network such as a LoRA.
     """
-
-    def build_parser() -> Parser:
-        parser = image_training_parser(doc, defaults, learner)
-        add_options(parser, record)
-        return parser
-
-    command = read_command_line(argv, build_parser)
+    command = read_command_line(argv, partial(_build_parser, doc, record, defaults, learner))
     parser = command.parser
     args = fill_arguments(command)
     read_options(ConsoleOptions, args).apply()
     if args.output_config:
-        _output_config(parser, args)
-    _translate(args)
+        _write_config_and_exit(parser, args)
+    _apply_alternative_names(args)
     defaults.translate(args)
     args.typed_names = {**typed_names(args), **defaults.shown_as}
     _find_tokenizers(args, defaults.tokenizers)
@@ -132,6 +127,15 @@ def read_image_training(
             options.predicted,
         )
     return options, family_options, list_script_options(parser, family_options, options)
+
+
+def _build_parser(
+    doc: str | None, record: type[Options], defaults: ImageTrainerDefaults, learner: type[Options]
+) -> Parser:
+    """Return a parser with the options of every image trainer and those of a family."""
+    parser = image_training_parser(doc, defaults, learner)
+    add_options(parser, record)
+    return parser
 
 
 class ImageModelOptions(Options, title="model"):
@@ -198,33 +202,49 @@ def image_training_parser(
     return parser
 
 
-def _translate(args: argparse.Namespace) -> None:
-    """Move the values of alternative option names to the options that the records read."""
-    for name, optimizer in OPTIMIZERS.items():
-        if getattr(args, name):
-            if args.optimizer_type:
-                raise OptionError(
-                    f"--{name} is --optimizer_type {optimizer}, but --optimizer_type {args.optimizer_type} "
-                    "is given too: give one of them"
-                )
-            args.optimizer_type = optimizer
+def _apply_alternative_names(args: argparse.Namespace) -> None:
+    """Move the values of alternative option names, in `args`, to the options that the records read."""
+    _apply_optimizer_switches(args)
     names = dict(typed_names(args))
-    for other_name, name in SWITCHES.items():
-        if getattr(args, other_name, False) and not getattr(args, name):
+    for alternative_name, name in SWITCHES.items():
+        if getattr(args, alternative_name, False) and not getattr(args, name):
             setattr(args, name, True)
-            names[f"--{name}"] = f"--{other_name}"
+            names[f"--{name}"] = f"--{alternative_name}"
     args.typed_names = names
     # --fp8_scaled alone asks for 8-bit weights too
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
-        default = SubsetOptions.usual().caption_extension
-        if args.caption_extension not in (default, args.caption_extention):
+        _apply_caption_extention(args)
+    _apply_implied_values(args)
+
+
+def _apply_optimizer_switches(args: argparse.Namespace) -> None:
+    """Set --optimizer_type for --use_8bit_adam and --use_lion_optimizer; it must not be given too."""
+    for switch, optimizer in OPTIMIZERS.items():
+        if not getattr(args, switch):
+            continue
+        if args.optimizer_type:
             raise OptionError(
-                f"--caption_extention {args.caption_extention} is --caption_extension, which is "
-                f"{args.caption_extension}: give one of them"
+                f"--{switch} is --optimizer_type {optimizer}, but --optimizer_type {args.optimizer_type} "
+                "is given too: give one of them"
             )
-        logger.info("--caption_extention is read as --caption_extension")
-        args.caption_extension = args.caption_extention
+        args.optimizer_type = optimizer
+
+
+def _apply_caption_extention(args: argparse.Namespace) -> None:
+    """Set --caption_extension from its misspelled alias; raise OptionError if both are given and differ."""
+    default = SubsetOptions.usual().caption_extension
+    if args.caption_extension not in (default, args.caption_extention):
+        raise OptionError(
+            f"--caption_extention {args.caption_extention} is --caption_extension, which is "
+            f"{args.caption_extension}: give one of them"
+        )
+    logger.info("--caption_extention is read as --caption_extension")
+    args.caption_extension = args.caption_extention
+
+
+def _apply_implied_values(args: argparse.Namespace) -> None:
+    """Set options that follow from others: intervals of samples, the compiler, dtype of text encoders."""
     if args.sample_every_n_epochs is not None and args.sample_every_n_steps is not None:
         logger.info("--sample_every_n_steps is ignored because --sample_every_n_epochs comes first.")
         args.sample_every_n_steps = None
@@ -273,23 +293,22 @@ def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> No
         )
 
 
-def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _write_config_and_exit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Write the options that differ from their defaults to the file of --config_file, and exit."""
     if args.config_file is None:
         raise OptionError("--output_config writes to the file that --config_file names: give both")
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
     path = Path(to_path("--config_file", name))
-    not_written = {"config_file", "output_config", "help"}
+    values: dict[str, Any] = {}
     for action in parser._actions:
-        is_typed_only = getattr(action, "reach", "") == STARTS["reach"]
-        if is_typed_only and getattr(args, action.dest) is not None:
-            not_written.add(action.dest)
+        if action.dest in {"config_file", "output_config", "help"}:
+            continue
+        value = getattr(args, action.dest)
+        is_typed_only = getattr(action, "reach", "") == STARTS["reach"]  # a file must not start programs
+        if is_typed_only and value is not None:
             logger.warning("--%s is not written into the file: it is only taken if it is typed.", action.dest)
-    values = {
-        action.dest: getattr(args, action.dest)
-        for action in parser._actions
-        if action.dest not in not_written and getattr(args, action.dest) not in (None, False, action.default)
-    }
+        elif value not in (None, False, action.default):
+            values[action.dest] = value
     write_config_file(path, values)
     logger.info("Options written to %s.", path)
     raise SystemExit(0)
@@ -442,7 +461,7 @@ _rejected_by_noise = {
 }
 
 
-def read_as_known(args: argparse.Namespace) -> None:
+def apply_sd_scripts_defaults(args: argparse.Namespace) -> None:
     """Interpret two options as sd-scripts does.
 
     Equal minimum and maximum timesteps select this one timestep. The default --output_name is "last".
@@ -478,25 +497,25 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
     )
 
 
-def _read_groups(args: argparse.Namespace) -> None:
-    """Treat --fused_optimizer_groups as --fused_backward_pass, which replaces it.
+def _replace_fused_groups(args: argparse.Namespace) -> None:
+    """Set --fused_backward_pass if --fused_optimizer_groups is given, which it replaces.
 
     Messages name the option that was typed. Raises OptionError if both are given.
     """
     groups = args.fused_optimizer_groups
-    if groups:
-        if args.fused_backward_pass:
-            raise OptionError(
-                f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
-                "stepped. Give --fused_backward_pass alone, which takes less memory"
-            )
-        args.fused_backward_pass = True
-        args.typed_names = {
-            **typed_names(args),
-            "--fused_backward_pass": f"--fused_optimizer_groups {groups}",
-        }
-        logger.info("--fused_optimizer_groups %d is read as --fused_backward_pass.", groups)
-    read_as_known(args)
+    if not groups:
+        return
+    if args.fused_backward_pass:
+        raise OptionError(
+            f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
+            "stepped. Give --fused_backward_pass alone, which takes less memory"
+        )
+    args.fused_backward_pass = True
+    args.typed_names = {
+        **typed_names(args),
+        "--fused_backward_pass": f"--fused_optimizer_groups {groups}",
+    }
+    logger.info("--fused_optimizer_groups %d is read as --fused_backward_pass.", groups)
 
 
 def _read_full_checkpoint(args: argparse.Namespace) -> None:
@@ -507,7 +526,8 @@ def _read_full_checkpoint(args: argparse.Namespace) -> None:
             "these names from one file alone. Add --save_model_as diffusers, whose networks are cut, or "
             "leave it out"
         )
-    _read_groups(args)
+    _replace_fused_groups(args)
+    apply_sd_scripts_defaults(args)
 
 
 UNNAMED = "last"  # what known trainers call a file without a name
@@ -520,7 +540,7 @@ NOISE_TRAINER = ImageTrainerDefaults(
     samplers=(UNIFORM, "sigmoid"),
     refused=_rejected_by_noise,
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
-    translate=read_as_known,
+    translate=apply_sd_scripts_defaults,
 )
 # defaults for full fine-tuning of these models, which writes the whole checkpoint
 CHECKPOINT_TRAINER = replace(
@@ -551,24 +571,24 @@ _REJECTED_BESIDE = {
 }
 
 
-def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
+def control_trainer(network_title: str, **settings: Any) -> ImageTrainerDefaults:
     """Return the defaults of a script that trains a control network for a model with a noise schedule.
 
     Args:
-        called: Name of the network, as error messages call it.
+        network_title: Name of the network, as error messages call it.
         settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
     """
-    refused = {**_rejected_by_noise, **_list_lora_rejections(called), **settings.pop("refused", {})}
+    refused = {**_rejected_by_noise, **_list_lora_rejections(network_title), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_control_net, **settings)
 
 
-def _list_lora_rejections(called: str) -> dict[str, str]:
+def _list_lora_rejections(network_title: str) -> dict[str, str]:
     """Return why LoRA options are rejected, by name.
 
     Args:
-        called: Name of the trained network.
+        network_title: Name of the trained network.
     """
-    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REJECTED_BESIDE.items()}
+    reasons = {name: _OF_LORAS.format(network_title) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
         "for masks of the loss"
@@ -582,11 +602,11 @@ _TOKENS = (
 )
 
 
-def block_control_net_trainer(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
+def block_control_net_trainer(network_title: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
     """Return the defaults of a script that trains a control network attached to the blocks of a transformer.
 
     Args:
-        called: Name of the network, as error messages call it.
+        network_title: Name of the network, as error messages call it.
         defaults: Defaults of the script that trains LoRAs of the same family.
     """
     # such a network runs with the tokens of the blocks, so options that change how blocks run are rejected
@@ -597,31 +617,35 @@ def block_control_net_trainer(called: str, defaults: ImageTrainerDefaults) -> Im
         "network_dropout": "Give it to --lllite_dropout",
     }
     weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
-    return replace(control_net_trainer(called, defaults, refused), settings=weights)
+    return replace(control_net_trainer(network_title, defaults, refused), settings=weights)
 
 
 def control_net_trainer(
-    called: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
+    network_title: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
 ) -> ImageTrainerDefaults:
     """Return the defaults of a script that trains a control network next to a transformer.
 
     Args:
-        called: Name of the network, as error messages call it.
+        network_title: Name of the network, as error messages call it.
         defaults: Defaults of the script that trains LoRAs of the same family.
         refused: Further options that the script rejects, with the reason.
     """
-
-    def translate(args: argparse.Namespace) -> None:
-        defaults.translate(args)
-        args.network_train_unet_only = True  # text encoders get no network
-
-    reasons = {**defaults.refused, **_list_lora_rejections(called), **refused}
+    reasons = {**defaults.refused, **_list_lora_rejections(network_title), **refused}
+    translate = partial(_translate_without_text_encoders, defaults.translate)
     return replace(defaults, refused=reasons, translate=translate)
+
+
+def _translate_without_text_encoders(
+    translate: Callable[[argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Copy a family's option values to the shared options, and leave text encoders without a network."""
+    translate(args)
+    args.network_train_unet_only = True
 
 
 def _read_control_net(args: argparse.Namespace) -> None:
     """Read the options of a control network, with which no text encoder is trained."""
-    read_as_known(args)
+    apply_sd_scripts_defaults(args)
     args.network_train_unet_only = True
 
 
@@ -644,7 +668,7 @@ def _read_leco(args: argparse.Namespace) -> None:
             "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "
             "The documentation of Stable Diffusion shows one"
         )
-    read_as_known(args)
+    apply_sd_scripts_defaults(args)
     if not args.network_train_text_encoder_only:
         args.network_train_unet_only = True
     if args.network_dim is None and not args.dim_from_weights and args.network_weights is None:
@@ -668,8 +692,8 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
     Args:
         settings: Fields of `ImageTrainerDefaults` to replace.
     """
-    called = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
-    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
+    network_title = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
+    reasons = {name: _OF_LORAS.format(network_title) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
     refused = {**_rejected_by_noise, **reasons}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)
 
@@ -678,9 +702,9 @@ def _read_word(args: argparse.Namespace) -> None:
     """Fill options from those of textual inversion: text encoders learn, and the word can name the files."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
-        why = find_error(word)
-        if why:
-            raise OptionError(f"--token_string {word!r} {why}")
+        error = find_error(word)
+        if error:
+            raise OptionError(f"--token_string {word!r} {error}")
         # the file gets the name of the word, which is the option that was typed
         check_output_name("--token_string", word, is_new=args.resume is None)
         args.output_name = word
@@ -693,5 +717,5 @@ def _read_word(args: argparse.Namespace) -> None:
             word,
             word,
         )
-    read_as_known(args)
+    apply_sd_scripts_defaults(args)
     args.network_train_text_encoder_only = True

@@ -81,19 +81,19 @@ FULL_MODEL = Learner(
 def find_learner(
     family: Trains,
     network: NetworkOptions | None,
-    make_network_instead_of_lora: Callable[[Described], CustomNetwork] | None = None,
+    lora_replacement: Callable[[Described], CustomNetwork] | None = None,
 ) -> Learner:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        make_network_instead_of_lora: Returns the network that a feature trains instead of a LoRA, if any.
+        lora_replacement: Returns the network that a feature trains instead of a LoRA; None without one.
     """
     if network is None:
         return FULL_MODEL
-    if make_network_instead_of_lora is not None:
-        return replace(_describe_custom_network(make_network_instead_of_lora(family)), is_embedding=True)
+    if lora_replacement is not None:
+        return replace(_describe_custom_network(lora_replacement(family)), is_embedding=True)
     custom = custom_network_of(family) if family.can.make_network else None
     if custom is not None:
         return _describe_custom_network(custom)
@@ -178,6 +178,22 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
 
         check_pairs(config, custom.label)
         return config
+    _check_word_tables(custom, config, kept)
+    if not custom.sentences:
+        return config
+    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
+    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
+    return replace(config, datasets=tables)
+
+
+def _check_word_tables(custom: CustomNetwork, config: DatasetConfig, kept: str) -> None:
+    """Raise DatasetError for tables from which a word's embedding cannot learn.
+
+    Args:
+        custom: The embedding.
+        config: The dataset.
+        kept: Name of the attribute with which a table asks for the base model's prediction.
+    """
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
@@ -189,8 +205,3 @@ def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> Data
                 f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
                 f"{custom.label} has none there. Leave it out"
             )
-    if not custom.sentences:
-        return config
-    # class_tokens is the caption of images without a caption file: "" makes such files unnecessary
-    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
-    return replace(config, datasets=tables)

@@ -82,18 +82,20 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     loading = Loading(plan, swap)
     encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
-    besides = [make(encoders, plan.progress.seed, True) for make in plan.features.on.beside]
-    continued = None if plan.options.network is None else plan.options.network.network_weights
-    if continued is not None:
-        _check_continued(plan, continued, besides)
-    learners = Learners(plan, besides)
+    auxiliary_learners = [make(encoders, plan.progress.seed, True) for make in plan.features.on.beside]
+    initial_lora = None if plan.options.network is None else plan.options.network.network_weights
+    if initial_lora is not None:
+        _check_initial_lora(plan, initial_lora, auxiliary_learners)
+    learners = Learners(plan, auxiliary_learners)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
         learners.add(network.dit, network.expert)
         loading.set_up_network(network)
         networks.append(network.dit)
-    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
+    sample_networks: Sequence[nn.Module] = networks
+    if loading.has_sample_only_networks:
+        sample_networks = _load_sample_networks(loading, learners, networks)
     trainable = learners.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
@@ -104,7 +106,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     model = TrainedModel(
         plan=plan,
         dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        sample_dits=experts.ExpertNetworks(sample_networks, loading.copies, loading.sample_loras),
         loading=loading,
         trainable=trainable,
         optimizer=optimizer,
@@ -122,13 +124,15 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     return model
 
 
-def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[AuxiliaryLearner]) -> None:
-    """Compare the LoRA of --network_weights with the model; warn about its embeddings that get lost."""
+def _check_initial_lora(
+    plan: TrainingPlan, lora: Path, auxiliary_learners: Sequence[AuxiliaryLearner]
+) -> None:
+    """Warn if embeddings in the LoRA of --network_weights would be lost, or if it predicts something else."""
     with open_checkpoint(lora) as checkpoint:
-        words = {word_of(name) for name in checkpoint.tensors} - {""}
+        words_in_file = {word_of(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
-    learned = {word_of(name) for beside in besides for name in beside.tensors()}
-    for word in sorted(words - learned):
+    trained_words = {word_of(name) for auxiliary in auxiliary_learners for name in auxiliary.tensors()}
+    for word in sorted(words_in_file - trained_words):
         logger.warning(
             "%s brings the word %s, which is not trained on and will not be in the new file. Give "
             "--train_embedding %s to train both",
@@ -142,7 +146,9 @@ def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[Auxiliary
         compare_predictions({lora: metadata}, plan.family.noise.predicts_v)
 
 
-def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
+def _load_sample_networks(
+    loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]
+) -> list[nn.Module]:
     """Load the networks that only samples use; return all networks of samples, by expert.
 
     Args:
@@ -153,17 +159,17 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
     plan = loading.plan
     network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
     # if samples use none of the trained networks, the trained LoRA is added to the networks loaded here
-    uses_trained = bool(network_by_file.keys() & set(plan.sampled.dit_files))
-    sampled = []
-    for index, file in enumerate(plan.sampled.dit_files):
+    uses_trained = bool(network_by_file.keys() & set(plan.sample_family.dit_files))
+    sample_networks = []
+    for index, file in enumerate(plan.sample_family.dit_files):
         if file not in network_by_file:
-            network = loading.load(plan.sampled, index)
+            network = loading.load(plan.sample_family, index)
             if not uses_trained:
                 learners.add(network.dit, network.expert)
             loading.set_up_network(network)
             network_by_file[file] = network.dit
-        sampled.append(network_by_file[file].eval())
-    return sampled
+        sample_networks.append(network_by_file[file].eval())
+    return sample_networks
 
 
 def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
@@ -186,16 +192,21 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    """Create the run from its parts: the feed, the loss rule, and the watcher of request files."""
+    """Create the run with its feed, the losses of training and validation, and a watcher of request files."""
     plan = model.plan
     options = plan.options
     is_main = plan.accelerator.is_main_process
-    rule = _make_rule(model)
-    validation = Validation(plan, rule) if plan.validation else None
-    # only after `Validation` was made: it ignores the targets of features
     features = plan.features
+    validation_rule = LossRule(
+        options.loss,
+        options.predicted,
+        as_base=model.trainable.as_base if model.trainable.networks else None,
+        always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in features.needs,
+        base_target_attributes=frozenset(features.base_target_attributes),
+        targets=features.on.validation,
+    )
     rule = replace(
-        rule,
+        validation_rule,
         targets=features.on.target,
         passes=features.on.passes,
         replaces_default_pass=features.replaces_default_pass,
@@ -213,26 +224,13 @@ def make_run(
         model=model,
         feed=_make_feed(model),
         rule=rule,
-        validation=validation,
+        validation=Validation(plan, validation_rule) if plan.validation else None,
         sampler=sampler,
         memory=memory,
         logs=logs,
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
-    )
-
-
-def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule that computes the error of predictions; the targets of features are added later."""
-    plan = model.plan
-    return LossRule(
-        plan.options.loss,
-        plan.options.predicted,
-        as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_runs_base_model=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
-        base_target_attributes=frozenset(plan.features.base_target_attributes),
-        targets=plan.features.on.validation,
     )
 
 
@@ -259,8 +257,8 @@ def _make_feed(model: TrainedModel) -> Feed:
         sources=plan.sources,
         noise_sampler=noise_sampler,
         plan=plan.steps,
-        # the processes that share one clip (`peers` of them) read the same micro-batches
-        process=accelerator.process_index // plan.steps.peers,
+        # processes that share the tokens of a clip read the same micro-batches
+        process=accelerator.process_index // plan.steps.processes_per_batch,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
         reads_undropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
@@ -292,15 +290,15 @@ class Loading:
     adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # host copies of networks that take turns
 
-    samples_with_others: bool = field(init=False)  # whether samples need networks that are not trained
+    has_sample_only_networks: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
 
     def __post_init__(self) -> None:
         plan = self.plan
         has_samples = plan.options.samples.sample_prompts is not None
-        self.samples_with_others = has_samples and plan.sampled is not plan.family
+        self.has_sample_only_networks = has_samples and plan.sample_family is not plan.family
         alternates = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
-        self.takes_turns = alternates or self.samples_with_others
+        self.takes_turns = alternates or self.has_sample_only_networks
 
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
@@ -308,20 +306,19 @@ class Loading:
         A network to train gets the training dtype. The caller adds the trained LoRA before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
-        # places of the weights: in host memory if they are swapped, or split over processes
         expert = family.experts[index]
+        # where the weights are kept: in host memory if they are swapped, or split over processes
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         blocks = make_block_place(options.speed, device) if options.speed.modes.on.place else None
-        # LoRAs that are merged into the weights while these are read
+        # LoRAs that are merged into the weights while these are read, and T-LoRAs, which wrap layers later
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
-        masked: Sequence[LoraUse] = ()
-        merge = plan.features.merge
-        is_of_plan = family is plan.family or family is plan.sampled  # no further model, such as a teacher
-        if merge is not None and network_options is not None and is_of_plan:
-            loras = merge(expert)
+        t_loras: Sequence[LoraUse] = ()
+        is_auxiliary = family is not plan.family and family is not plan.sample_family  # such as a teacher
+        if plan.features.merge is not None and network_options is not None and not is_auxiliary:
+            loras = plan.features.merge(expert)
             if loras.uses:
-                patch, masked = self._read_merged(loras, network_options, family, index)
+                patch, t_loras = self._read_merged(loras, network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantization)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -330,17 +327,8 @@ class Loading:
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
-        # LoRAs that could not be merged wrap their layers instead
-        if patch is not None:
-            patch.check()
-            if patch.unmerged:
-                from networks.unmerged_loras import add_unmerged  # only for quantized weights
-
-                add_unmerged(dit, patch.unmerged, device, compute_dtype)
-        if masked:
-            from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
-
-            add_unmerged(dit, masked_changes(dit, masked), device, compute_dtype)
+        if patch is not None or t_loras:
+            _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
         if blocks is not None and plan.splits_model:
@@ -362,10 +350,10 @@ class Loading:
         uses = loras.uses
         if family.dit_files:  # without files, the network is built in code
             uses = fit_to_file(uses, family.dit_files[index])
-        merged, masked = (uses, []) if network.decomposes else split_masked(uses)
+        merged, t_loras = (uses, []) if network.decomposes else split_masked(uses)
         if not merged:
-            return None, masked
-        return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
+            return None, t_loras
+        return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), t_loras
 
     def set_up_network(self, network: UnpreparedNetwork) -> None:
         """Add the frozen LoRAs to a loaded network, and compile, checkpoint and swap its blocks.
@@ -432,6 +420,30 @@ class Loading:
             add_stage_loras(dit, is_compiled)
 
 
+def _wrap_unmerged(
+    dit: nn.Module,
+    patch: "LoraPatch | None",
+    t_loras: "Sequence[LoraUse]",
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Wrap the layers of LoRAs that could not be merged: those of quantized weights, and T-LoRAs.
+
+    Raises:
+        CheckpointError: If the network lacks all modules of a merged LoRA.
+    """
+    if patch is not None:
+        patch.check()
+        if patch.unmerged:
+            from networks.unmerged_loras import add_unmerged  # only for quantized weights
+
+            add_unmerged(dit, patch.unmerged, device, compute_dtype)
+    if t_loras:
+        from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
+
+        add_unmerged(dit, masked_changes(dit, t_loras), device, compute_dtype)
+
+
 def _require_room(size: int, room: int) -> None:
     if size > room:
         raise MemoryPlanError(
@@ -445,8 +457,10 @@ class Learners:
     """Create the trained parameters of each network one after the other, and join them."""
 
     plan: TrainingPlan
-    besides: Sequence[AuxiliaryLearner] = ()  # trained in addition to the network, such as embeddings
-    parts: list[Trainable] = field(default_factory=list)
+    auxiliary_learners: Sequence[
+        AuxiliaryLearner
+    ] = ()  # trained in addition to the network, such as embeddings
+    trainables: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
         """Add the network to a DiT, or select the trained parameters of the DiT itself.
@@ -456,7 +470,7 @@ class Learners:
         options, device = self.plan.options, self.plan.accelerator.device
         learner = self.plan.learner
         if options.network is None or learner.make is None:
-            self.parts.append(self._train_full(dit))
+            self.trainables.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
         texts = self.plan.texts
@@ -468,9 +482,9 @@ class Learners:
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
-        if self.parts and not options.by_expert.lora_per_expert:
+        if self.trainables and not options.by_expert.lora_per_expert:
             # a further DiT: its network uses the parameters of the first one's
-            self.parts = [share_network(self.parts[0], network, device)]
+            self.trainables = [share_network(self.trainables[0], network, device)]
             return
         trainable = train_network(
             network,
@@ -479,19 +493,19 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             learner=learner,
-            list_beside=self._list_auxiliary_tensors if self.besides else dict,
+            list_auxiliary_tensors=self._list_auxiliary_tensors if self.auxiliary_learners else dict,
         )
-        self.parts.append(trainable)
+        self.trainables.append(trainable)
 
     def join(self) -> Trainable:
-        """Return all trained parts as one: the networks of the experts, and what is trained beside them."""
-        if len(self.parts) == 1:
-            trainable = self.parts[0]
+        """Return all trained parts as one: the networks of the experts, and what is trained in addition."""
+        if len(self.trainables) == 1:
+            trainable = self.trainables[0]
         else:
             names = [expert.name for expert in self.plan.family.experts]
-            trainable = join_experts(dict(zip(names, self.parts, strict=True)))
-        for beside in self.besides:
-            trainable = beside.add_to(
+            trainable = join_experts(dict(zip(names, self.trainables, strict=True)))
+        for auxiliary in self.auxiliary_learners:
+            trainable = auxiliary.add_to(
                 trainable,
                 self.plan.options.optimizer.learning_rate,
                 total_steps=self.plan.steps.total_steps,
@@ -501,7 +515,10 @@ class Learners:
 
     def _list_auxiliary_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name that are saved in a LoRA's file in addition to the LoRA."""
-        return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
+        tensors: dict[str, Tensor] = {}
+        for auxiliary in self.auxiliary_learners:
+            tensors |= auxiliary.list_in_lora()
+        return tensors
 
     def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
@@ -548,17 +565,17 @@ def _make_stepping(
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return the object that steps the weights: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    full_dit, split = options.full_dit, trainable.split
-    kind = type(optimizer)
+    full_dit, split_weights = options.full_dit, trainable.split_weights
+    optimizer_class = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     # an optimizer that needs whole matrices gathers the rows of split ones, one weight at a time
-    gathers = bool(split) and not stepping.is_elementwise(kind)
+    gathers = bool(split_weights) and not stepping.is_elementwise(optimizer_class)
     parameter_steps: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
-        if stepping.can_step_one_parameter(kind):
+        if stepping.can_step_one_parameter(optimizer_class):
             parameter_steps = stepping.ParameterSteps(
-                optimizer, trainable.names, plan.progress, split, offloads_states=offloads
+                optimizer, trainable.names, plan.progress, split_weights, offloads_states=offloads
             )
         else:  # the other options have been refused for such an optimizer
             logger.warning(
@@ -572,7 +589,7 @@ def _make_stepping(
             scaler,
             networks=trainable.all_networks,
             parameter_steps=parameter_steps,
-            split_weights=split,
+            split_weights=split_weights,
         )
     if max_norm > 0:
         logger.warning(

@@ -30,7 +30,14 @@ from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward
 from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
-from training.reports.logs import WISHES, StepReport, name_rates
+from training.reports.logs import (
+    GRADIENT_NORM_COLUMN,
+    LOSS_COLUMN,
+    REQUEST_COLUMNS,
+    WEIGHT_NORM_COLUMNS,
+    StepReport,
+    name_rates,
+)
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import StreamErrors, loss_passes
 from training.trainable import seed_networks
@@ -57,7 +64,7 @@ def train(run: TrainingRun) -> bool:
     Returns:
         False if the run was asked to end earlier.
     """
-    progress, plan = run.progress, run.steps
+    progress = run.progress
     with run.requests.listen():
         # samples that are due before the first step, or that the resumed state had still to generate
         if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
@@ -69,106 +76,114 @@ def train(run: TrainingRun) -> bool:
             return False
         if progress.step == 0 and run.validation is not None:
             _validate(run, run.validation, STEP)
-        _restart_clock(run)
+        _restart_step_timing(run)
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
-            for epoch in range(progress.epoch, plan.num_epochs):
-                run.model.trainable.start_epoch()
-                # a resumed run may start at the very end of an epoch, whose work at its end is then still due
-                first_step = progress.step
-                for group in plan.groups(epoch, progress.position):
-                    if advance(run, group, micro_batches):
-                        return False
-                    if run.is_done:
-                        break
-                if run.is_done:
-                    break
-                if progress.step > first_step or progress.position >= plan.num_batches:
-                    _after_epoch(run)
+            for epoch in range(progress.epoch, run.steps.num_epochs):
+                _train_epoch(run, epoch, micro_batches)
                 if is_ending(run):
                     return False
                 if run.is_done:
                     break
-        _note(run, run.readings.flush())
+        _log_report(run, run.delayed_reports.flush())
         if run.saver is not None:
             run.reporter.log_pause(SAVING)
             run.saver.save_final()
     return True
 
 
+def _train_epoch(run: TrainingRun, epoch: int, micro_batches: Iterator[NoisyBatch]) -> None:
+    """Take the steps of an epoch and do the work due at its end; return early if the run has to end."""
+    progress = run.progress
+    run.model.trainable.start_epoch()
+    first_step = progress.step
+    for group in run.steps.groups(epoch, progress.position):
+        has_to_end = advance(run, group, micro_batches)
+        if has_to_end or run.is_done:
+            return
+    # a resumed run may start at the very end of an epoch, whose work at its end is then still due
+    if progress.step > first_step or progress.position >= run.steps.num_batches:
+        _after_epoch(run)
+
+
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
     """Take a step and do the work due after it. Returns whether the run has to end now."""
-    wishes = take_step(run, group, micro_batches)
+    requested = take_step(run, group, micro_batches)
     progress = run.progress
     if run.memory is not None:
         run.memory.after_step()
     progress.step += 1
     progress.position = group.stop
-    _after_step(run, wishes)
+    _after_step(run, requested)
     return is_ending(run)
 
 
 def is_ending(run: TrainingRun) -> bool:
     """Return whether all processes have agreed to end the run before its last step."""
-    return run.requests.agreed and run.progress.step < run.steps.total_steps
+    return run.requests.ending_agreed and run.progress.step < run.steps.total_steps
 
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
     """Take one optimizer step on the micro-batches of `group`. Returns the requested saves and samples.
 
-    The step's metrics stay on the device in `row` and are read one step later, so that the host does not wait
-    for the device. With several processes, the requests are also known one step later.
+    The step's loss, metrics and norms stay on the device in `values` and are read one step later, so that the
+    host does not wait for the device. With several processes, the requests are also known one step later.
     """
     model = run.model
     trainable = model.trainable
-    if trainable.until:
+    if trainable.freeze_at_step:
         trainable.start_step(run.progress.step)
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
     # forward and backward passes; the rates are read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
-    reached = _find_reached(run, group)
+    updated_parameters = _find_updated_parameters(run, group)
     with contextlib.ExitStack() as stack:
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
-        row, keys = _accumulate(run, group, micro_batches)
+        values, keys = _accumulate(run, group, micro_batches)
     # weights that a micro-batch could reach, but without a gradient, take part in the step with zeros
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
-        fill_missing_gradients(reached)
+        fill_missing_gradients(updated_parameters)
     # add up gradients, numbers and requests of all processes
-    wishes = _read_wishes(run)
+    requested = _poll_requests(run)
     is_single_process = run.steps.num_processes == 1
     if not is_single_process:
-        row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
-        row = sum_over_processes([each for each in reached if each not in trainable.split], row)
-    gate = None  # lets a feature skip the step, such as one with an outlying loss
+        values[REQUEST_COLUMNS] = numbers_on(
+            run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
+        )
+        values = sum_over_processes(
+            [each for each in updated_parameters if each not in trainable.split_weights], values
+        )
+    skip_check = None  # lets a feature skip the step, such as one with an outlying loss
     if run.features.on.before_step:
-        gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
-    norms = _step_weights(run, gate)
+        skip_check = _SkipCheck(
+            run, GradientStep(loss=values[LOSS_COLUMN], keys=keys, kind=_describe_step_kind(run, group))
+        )
+    norms = _step_weights(run, skip_check)
     batches = run.feed.order.epoch(run.progress.epoch)
     # steps with equal sizes take equally long
     sizes = tuple(sorted(item.bucket for index in group for item in batches[index]))
     report = StepReport(run.progress.step + 1, rates, keys, sizes)
-    if gate is not None:
-        report = replace(report, skipped=gate.reason)
-    # returns the report and the numbers of the step before, None in the first step
-    previous = run.readings.push(report, torch.cat([row, *norms]))
-    _note(run, previous)
+    if skip_check is not None:
+        report = replace(report, skipped=skip_check.reason)
+    previous = run.delayed_reports.push(report, torch.cat([values, *norms]))
+    _log_report(run, previous)
     if is_single_process:
-        run.requests.agreed = run.requests.ends
-        return wishes
-    return _common_wishes(previous)
+        run.requests.ending_agreed = run.requests.ending_requested
+        return requested
+    return _requests_of_all_processes(previous)
 
 
-def _common_wishes(previous: StepReport | None) -> StepRequests:
+def _requests_of_all_processes(previous: StepReport | None) -> StepRequests:
     """Return the requests that any process read during the previous step, so that all processes know them."""
     if previous is None:
         return StepRequests(saves=False, samples=False)
-    _, saves, samples = previous.row[WISHES]
+    _, saves, samples = previous.values[REQUEST_COLUMNS]
     return StepRequests(saves=saves > 0, samples=samples > 0)
 
 
-def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
+def _find_updated_parameters(run: TrainingRun, group: range) -> list[Parameter]:
     """Return the parameters that a step on the micro-batches of `group` changes.
 
     Experts without a batch in the group, audio parameters if no clip has audio, and parts whose training has
@@ -177,36 +192,36 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     """
     trainable = run.model.trainable
     keys = [(run.progress.epoch, index) for index in group]
-    reached = run.parameters
+    updated_parameters = run.parameters
     if trainable.by_expert:
         experts = sorted({run.feed.find_expert(key) for key in keys})
-        reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.of_audio and not any(map(run.feed.has_sound, keys)):
-        reached = [parameter for parameter in reached if parameter not in run.of_audio]
-    if trainable.until:
-        reached = [parameter for parameter in reached if parameter.requires_grad]
-    return reached
+        updated_parameters = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
+    if run.audio_parameters and not any(map(run.feed.has_sound, keys)):
+        updated_parameters = [each for each in updated_parameters if each not in run.audio_parameters]
+    if trainable.freeze_at_step:
+        updated_parameters = [parameter for parameter in updated_parameters if parameter.requires_grad]
+    return updated_parameters
 
 
-def _read_wishes(run: TrainingRun) -> StepRequests:
+def _poll_requests(run: TrainingRun) -> StepRequests:
     """Return the saves and samples requested from this process; record a request to stop."""
     requests = run.requests
-    if requests.asks_for(STOP):
+    if requests.is_requested(STOP):
         requests.finish(STOP)  # before the state is saved, so that the resumed run does not stop again
-        requests.ends = True
+        requests.ending_requested = True
     is_due = requests.clock is not None and requests.clock.is_due()
-    return StepRequests(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
+    return StepRequests(saves=is_due or requests.is_requested(SAVE), samples=requests.is_requested(SAMPLE))
 
 
 @dataclass
-class _StepGate:
+class _SkipCheck:
     """Ask the run's hooks whether a step is taken, once the norm of its gradients is known."""
 
     run: TrainingRun
     step: GradientStep
     reason: str = ""  # why the step is not taken; "": it is
 
-    def allows(self, gradient_norm: Tensor) -> bool:
+    def allows_step(self, gradient_norm: Tensor) -> bool:
         """Return whether the step is taken, and count it if it is skipped."""
         run = self.run
         try:
@@ -214,51 +229,53 @@ class _StepGate:
             reasons = (hook(run, self.step, gradient_norm) for hook in run.features.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
-            _note(run, run.readings.flush())  # the previous step, whose numbers are still on the device
+            _log_report(
+                run, run.delayed_reports.flush()
+            )  # the previous step, whose numbers are still on the device
             raise
         if self.reason:
             run.progress.skipped += 1
         return not self.reason
 
 
-def _find_kind(run: TrainingRun, group: range) -> str:
+def _describe_step_kind(run: TrainingRun, group: range) -> str:
     """Return the kind of a step: its transformers, and whether it has audio.
 
     Norms of different kinds are not compared.
     """
     keys = [(run.progress.epoch, index) for index in group]
     experts = run.family.experts
-    words = []
+    names = []
     if len(experts) > 1:
-        words += sorted({experts[run.feed.find_expert(key)].name for key in keys})
-    if run.of_audio and any(map(run.feed.has_sound, keys)):
-        words.append(AUDIO_STREAM)
-    return " ".join(words)
+        names += sorted({experts[run.feed.find_expert(key)].name for key in keys})
+    if run.audio_parameters and any(map(run.feed.has_sound, keys)):
+        names.append(AUDIO_STREAM)
+    return " ".join(names)
 
 
-def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tensor]:
+def _step_weights(run: TrainingRun, skip_check: _SkipCheck | None = None) -> list[Tensor]:
     """Step the weights and their learning rates, and let features act.
 
     Args:
         run: The run.
-        gate: Decides whether the step is taken; if not, only the learning rates advance.
+        skip_check: Decides whether the step is taken; if not, only the learning rates advance.
 
     Returns:
-        The norms for the end of a row, 1-D each: those of --scale_weight_norms, if they are limited, and the
-            norm of the gradients before clipping.
+        The norms for the end of a step's values, 1-D each: those of --scale_weight_norms, if they are
+            limited, and the norm of the gradients before clipping.
     """
     model = run.model
-    if gate is None:
+    if skip_check is None:
         gradient_norm = model.stepping.finish().detach().float()
     else:
         assert isinstance(model.stepping, StepAfterBackward)  # options reject stepping in the backward pass
-        gradient_norm = model.stepping.finish(gate.allows).detach().float()
+        gradient_norm = model.stepping.finish(skip_check.allows_step).detach().float()
     model.schedule.step()
     model.optimizer.zero_grad(set_to_none=True)
     norms: list[Tensor] = []
     if model.trainable.max_norm is not None:
         norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
-    if gate is None or not gate.reason:
+    if skip_check is None or not skip_check.reason:
         for hook in run.features.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
@@ -267,18 +284,21 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
 def _accumulate(
     run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Accumulate the gradients of this process's share of the group.
+    """Run this process's micro-batches of the group forward and backward, and accumulate their gradients.
+
+    In lockstep, processes share a model and run equal passes. A dummy pass adds no gradients: it runs because
+    other processes need this process's part of the blocks.
 
     Returns:
-        A row of sums of this process (loss, losses of parts, values of features), on the device; and the
-            keys of its items.
+        The values of this process in the order of `MetricColumns`, on the device; and the keys of its items.
     """
     steps = run.steps
-    row = torch.zeros(run.layout.size, device=run.device)
+    values = torch.zeros(run.metric_columns.size, device=run.device)
     keys: tuple[str, ...] = ()
-    divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
+    # processes that share a micro-batch have the same loss, and their gradients are summed too
+    divisor = len(group) * steps.processes_per_batch
     # only to initialize the scaler: a process without a micro-batch in this step needs it too
-    run.model.scaler.scale(row)
+    run.model.scaler.scale(values)
     for position, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
@@ -287,20 +307,19 @@ def _accumulate(
         if steps.in_lockstep:
             experts = _experts_of_pass(run, group, position, noisy_batch.expert)
         for expert in experts:
-            # a void pass adds no gradients: it runs because others need this process's part of the blocks
-            is_void = is_repeat or expert != noisy_batch.expert
-            loss, streams = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
+            is_dummy = is_repeat or expert != noisy_batch.expert
+            loss, stream_losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_dummy=is_dummy)
             for tally in run.features.tallies:
                 metrics = tally.take()
-                if metrics is not None and not is_void:
-                    _add_metrics(run, row, tally.names, metrics)
-            if is_void:
+                if metrics is not None and not is_dummy:
+                    _add_feature_metrics(run, values, tally.names, metrics)
+            if is_dummy:
                 continue
-            row[0] += loss
-            if run.parts:
-                _add_parts(run, row, expert, loss=loss * divisor, losses=streams)
+            values[LOSS_COLUMN] += loss
+            if run.loss_components:
+                _add_component_losses(run, values, expert, loss=loss * divisor, stream_losses=stream_losses)
             keys += noisy_batch.batch.keys
-    return row, keys
+    return values, keys
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
@@ -318,7 +337,7 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 
 
 def _propagate(
-    run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
+    run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_dummy: bool
 ) -> tuple[Tensor, StreamErrors]:
     """Run a micro-batch forward and backward through an expert to accumulate its gradients.
 
@@ -327,75 +346,75 @@ def _propagate(
         expert: Index of the expert.
         noisy_batch: Batch with noise and timesteps.
         divisor: Number by which the loss is divided.
-        is_void: Whether the pass only keeps this process in step with others, and its gradients are zeros.
+        is_dummy: Whether the pass only keeps this process in step with others, and its gradients are zeros.
 
     Returns:
         The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
             All are detached.
     """
-    dit = run.model.dits.at(expert)
+    dit = run.model.dits.on_device(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if noisy_batch.batch.network_multiplier != 1:
         strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
     total: Tensor | None = None
-    streams: StreamErrors = ()
+    stream_losses: StreamErrors = ()
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
             # clips without audio have no gradient for a network of audio alone, whose weights then stay
             if loss.requires_grad:
-                run.model.scaler.scale(0 * loss if is_void else loss).backward()
+                run.model.scaler.scale(0 * loss if is_dummy else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
             detached = tuple(stream.detach() for stream in losses)
-            streams = tuple(map(torch.add, streams, detached)) if streams else detached
+            stream_losses = tuple(map(torch.add, stream_losses, detached)) if stream_losses else detached
     assert total is not None  # `loss_passes` yields at least once
-    return total, streams
+    return total, stream_losses
 
 
-def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
-    """Return the experts that run for a micro-batch: its own one, or in lockstep those of all processes.
+def _experts_of_pass(run: TrainingRun, group: range, position: int, expert: int) -> list[int]:
+    """Return the experts that all processes run at this position of the group, in lockstep.
 
     Args:
         run: The run.
         group: Indices of the group's micro-batches.
-        place: Position of the micro-batch in each process's part of the group.
+        position: Position of the micro-batch in each process's share of the group.
         expert: Index of the micro-batch's expert.
     """
     steps = run.steps
     if len(run.family.experts) == 1:
         return [expert]
-    indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
+    indexes = [steps.share(group, process)[position] for process in range(steps.processes)]
     return sorted({run.feed.find_expert((run.progress.epoch, index)) for index in indexes})
 
 
-def _add_parts(
-    run: TrainingRun, row: Tensor, expert: int, *, loss: Tensor, losses: tuple[Tensor, ...]
+def _add_component_losses(
+    run: TrainingRun, values: Tensor, expert: int, *, loss: Tensor, stream_losses: tuple[Tensor, ...]
 ) -> None:
-    """Add the losses of a micro-batch to a row of a run with several parts: experts, or images and audio.
+    """Add the losses of a micro-batch that are also logged separately: of its expert, or of images and audio.
 
     Args:
         run: The run.
-        row: The row of the step, changed in place.
+        values: Values of the step, changed in place.
         expert: Index of the expert.
         loss: Loss of the micro-batch.
-        losses: Losses of the micro-batch's streams.
+        stream_losses: Losses of images and of audio, which together are `loss`.
     """
-    # a micro-batch belongs to one expert; without experts, the parts are its streams (images, audio)
-    by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
-    for part, part_loss in by_part.items():
-        row[run.layout.part_losses.start + part] += part_loss.detach()
-        row[run.layout.part_counts.start + part] += 1
+    has_experts = len(run.family.experts) > 1
+    component_losses = {expert: loss} if has_experts else dict(enumerate(stream_losses))
+    for index, component_loss in component_losses.items():
+        values[run.metric_columns.sum_columns.start + index] += component_loss.detach()
+        values[run.metric_columns.count_columns.start + index] += 1
 
 
-def _add_metrics(run: TrainingRun, row: Tensor, names: Sequence[str], metrics: Tensor) -> None:
-    """Add the values that a feature reports for a micro-batch to the row of the step."""
-    first = run.layout.parts.index(names[0])
+def _add_feature_metrics(run: TrainingRun, values: Tensor, names: Sequence[str], metrics: Tensor) -> None:
+    """Add the values that a feature reports for a micro-batch to the values of the step."""
+    first = run.metric_columns.names.index(names[0])
     columns = slice(first, first + len(names))
-    row[run.layout.part_losses][columns] += metrics
-    row[run.layout.part_counts][columns] += 1
+    values[run.metric_columns.sum_columns][columns] += metrics
+    values[run.metric_columns.count_columns][columns] += 1
 
 
-def _note(run: TrainingRun, step: StepReport | None) -> None:
+def _log_report(run: TrainingRun, step: StepReport | None) -> None:
     """Log a step; None logs nothing.
 
     Raises:
@@ -403,8 +422,8 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     """
     if step is None:
         return
-    loss = step.row[0]
-    norm = step.row[-1]
+    loss = step.values[LOSS_COLUMN]
+    norm = step.values[GRADIENT_NORM_COLUMN]
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
@@ -413,42 +432,43 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
-        run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    means = run.layout.means(step.row) if run.layout.parts else {}
+        num_ending, _, _ = step.values[REQUEST_COLUMNS]  # processes that were asked to end the run
+        run.requests.ending_agreed = run.requests.ending_agreed or num_ending > 0
+    means = run.metric_columns.means(step.values) if run.metric_columns.names else {}
+    limits_weight_norms = run.model.trainable.max_norm is not None
     report = replace(
         step,
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
-        # the last four values are three of `limit_norms` and the gradient norm
-        norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
-        by_part={name: mean for name, mean in means.items() if name in run.parts},
-        metrics={name: mean for name, mean in means.items() if name not in run.parts},
+        norms=NormReport.of(step.values[WEIGHT_NORM_COLUMNS]) if limits_weight_norms else None,
+        component_losses={name: mean for name, mean in means.items() if name in run.loss_components},
+        metrics={name: mean for name, mean in means.items() if name not in run.loss_components},
     )
     run.logs.step(report)
-    run.reporter.log_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
+    run.reporter.log_step(report, run.logs.clock.estimate_remaining(report.step, run.steps.total_steps))
 
 
-def _restart_clock(run: TrainingRun) -> None:
+def _restart_step_timing(run: TrainingRun) -> None:
     if run.memory is not None:
         run.memory.after_pause()
-    run.readings.last = run.readings.moment(run.device.type)
-    run.logs.clock.skips = True
+    run.delayed_reports.last = run.delayed_reports.moment(run.device.type)
+    run.logs.clock.skips_next_step = True
 
 
-def _after_step(run: TrainingRun, wishes: StepRequests) -> None:
+def _after_step(run: TrainingRun, requested: StepRequests) -> None:
     """Do the work due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
     progress = run.progress
     # work is due because a user asked for it, because the run ends, or by the options
-    saves = wishes.saves or is_ending(run) or _is_due(run.plan.saving.save_every_n_steps, progress.step)
+    saves = requested.saves or is_ending(run) or _is_due(run.plan.saving.save_every_n_steps, progress.step)
     validates = _is_due(run.options.validation.validate_every_n_steps, progress.step)
-    samples = wishes.samples or _is_due(run.options.samples.sample_every_n_steps, progress.step)
+    samples = requested.samples or _is_due(run.options.samples.sample_every_n_steps, progress.step)
     if not (saves or validates or samples):
         return
-    _note(run, run.readings.flush())
+    _log_report(run, run.delayed_reports.flush())
     if validates and run.validation is not None:
         _validate(run, run.validation, STEP)
     if samples:
@@ -464,11 +484,11 @@ def _after_step(run: TrainingRun, wishes: StepRequests) -> None:
             run.reporter.log_pause(SAVING)
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
-    if wishes.saves:
+    if requested.saves:
         run.requests.finish(SAVE)
-    if wishes.samples:
+    if requested.samples:
         run.requests.finish(SAMPLE)
-    _restart_clock(run)
+    _restart_step_timing(run)
 
 
 def _is_due(every: int | None, count: int) -> bool:
@@ -484,7 +504,7 @@ def _after_epoch(run: TrainingRun) -> None:
     progress = run.progress
     epoch = progress.epoch + 1
     is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
-    _note(run, run.readings.flush())
+    _log_report(run, run.delayed_reports.flush())
     if run.logs.recorders:
         mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
         run.logs.values({"loss/epoch": mean_loss}, progress.step)
@@ -509,7 +529,7 @@ def _after_epoch(run: TrainingRun) -> None:
         epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
         _validate(run, run.validation, EPOCH)
-    _restart_clock(run)
+    _restart_step_timing(run)
 
 
 def _save_for_resuming(run: TrainingRun) -> None:
@@ -539,7 +559,7 @@ def _sample(run: TrainingRun) -> None:
         was_stopped = not _make_samples(run, run.sampler)
         if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
-            run.requests.agreed = True  # every process learned of the request from largest_of_processes
+            run.requests.ending_agreed = True  # `largest_of_processes` had the same result in all processes
             return
         run.reporter.log_samples(
             progress.step,
@@ -563,8 +583,8 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     # processes that make each sample together also have to stop together
     num_together = run.steps.num_processes if run.steps.works_together else 1
 
-    def check() -> None:
-        if largest_of_processes(run.requests.ends, num_together, run.device):
+    def raise_if_stopped() -> None:
+        if largest_of_processes(run.requests.ending_requested, num_together, run.device):
             raise SamplingStopped
 
     pause = run.logs.clock.pause(SAMPLES)
@@ -575,12 +595,12 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
             run.sampler = sampler
             if sampler.samples:
                 run.reporter.log_pause(f"sample 1 of {len(sampler.samples)}")
-            with in_evaluation, _as_sampled(run):
+            with in_evaluation, _weights_for_sampling(run):
                 sampler.make(
-                    model.sample_dits.at,
+                    model.sample_dits.on_device,
                     run.autocast,
                     mark=run.progress.sample_pending,
-                    check=check,
+                    check=raise_if_stopped,
                     show_progress=run.reporter.log_activity,
                 )
     except SamplingStopped:
@@ -589,7 +609,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
 
 
 @contextlib.contextmanager
-def _as_sampled(run: TrainingRun) -> Iterator[None]:
+def _weights_for_sampling(run: TrainingRun) -> Iterator[None]:
     """Activate --sample_lora, and the moving average of the weights if samples use it, during the block."""
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_dits.loras:
@@ -608,20 +628,22 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:
-        losses = validation.measure(run.model.dits.at, run.autocast)
+        losses = validation.measure(run.model.dits.on_device, run.autocast)
     step = run.progress.step
     loss = losses[LOSS]
-    recent = run.progress.losses
-    running = sum(recent) / len(recent) if recent else None
-    run.logs.values(validation.logged(losses, occasion, running), step)
+    training_losses = run.progress.losses
+    training_loss = sum(training_losses) / len(training_losses) if training_losses else None
+    run.logs.values(validation.name_tracked_values(losses, occasion, training_loss), step)
     # the console gets only the mean; losses of single levels are on the page and in the trackers
-    earlier = run.reporter.validations  # losses by step
-    previous = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
-    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
-    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
+    earlier_losses = run.reporter.validations  # by step
+    previous = f"{earlier_losses[max(earlier_losses)]:.5f} -> " if earlier_losses else ""
+    is_lowest = bool(earlier_losses) and loss < min(earlier_losses.values())
+    logger.info(
+        "Step %d: validation loss %s%.5f%s", step, previous, loss, ", the lowest so far" if is_lowest else ""
+    )
     run.reporter.log_validation(step, losses)
-    for judge in run.features.on.after_validation:
-        reason = judge(run, loss)
+    for stopping_rule in run.features.on.after_validation:
+        reason = stopping_rule(run, loss)
         if reason and step < run.steps.total_steps:
             logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
             run.is_done = True

@@ -75,23 +75,17 @@ class NoisyBatch:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
-
-        def moved_conditions(conditions: Conditions) -> Conditions:
-            return {
-                name: [move(item) for item in value] if isinstance(value, list) else move(value)
-                for name, value in conditions.items()
-            }
-
-        tensors = moved_conditions(self.batch.tensors)
-        undropped = moved_conditions(self.batch.undropped)
-        empty_text = moved_conditions(self.batch.empty_text)
-        rejected = None if self.batch.rejected is None else move(self.batch.rejected)
-        batch = replace(
-            self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, rejected=rejected
+        batch = self.batch
+        moved_batch = replace(
+            batch,
+            tensors=_move_conditions(batch.tensors, move),
+            undropped=_move_conditions(batch.undropped, move),
+            empty_text=_move_conditions(batch.empty_text, move),
+            rejected=None if batch.rejected is None else move(batch.rejected),
         )
         return replace(
             self,
-            batch=batch,
+            batch=moved_batch,
             noise=move(self.noise),
             sigmas=move(self.sigmas),
             timesteps=move(self.timesteps),
@@ -106,6 +100,13 @@ class NoisyBatch:
         # its streams keep the source alive until it is read; other devices do not promise that
         is_ordered = device.type == "cuda"
         return self.moved(lambda tensor: send(tensor, device, is_ordered))
+
+
+def _move_conditions(conditions: Conditions, move: Callable[[Tensor], Tensor]) -> Conditions:
+    return {
+        name: [move(item) for item in value] if isinstance(value, list) else move(value)
+        for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -268,21 +269,21 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    given = noisy_batch.given
-    num_given_frames = noisy_batch.given_frames
+    conditioned = noisy_batch.given  # latents that stay clean
+    num_clean_frames = noisy_batch.given_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     noise = noisy_batch.noise
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
-    if num_given_frames:
-        noisy = torch.cat([latents[:, :, :num_given_frames], noisy[:, :, num_given_frames:]], dim=2)
-    if given is not None:
-        noisy = keep_given(noisy, latents, given.image)
+    if num_clean_frames:
+        noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
+    if conditioned is not None:
+        noisy = blend_clean_latents(noisy, latents, conditioned.image)
     timesteps = noisy_batch.timesteps
     overrides = NO_OVERRIDES
-    if num_given_frames or given is not None:
-        overrides = Overrides(given_frames=num_given_frames, given=given)
+    if num_clean_frames or conditioned is not None:
+        overrides = Overrides(given_frames=num_clean_frames, given=conditioned)
     if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
@@ -292,7 +293,7 @@ def predict(
         velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)
     if rule.prediction == RAW:  # the loss compares the velocity itself
         return velocity.float()
-    return compared(
+    return convert_velocity(
         velocity.float(),
         noisy,
         noisy_batch.sigmas,
@@ -305,24 +306,24 @@ def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> 
     """Return the noisy latents of the audio; given latents stay clean."""
     clean = noisy_batch.batch.tensor(SOUND).float()
     noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.data_shares(audio.sigmas))
-    return noisy if noisy_batch.given is None else keep_given(noisy, clean, noisy_batch.given.audio)
+    return noisy if noisy_batch.given is None else blend_clean_latents(noisy, clean, noisy_batch.given.audio)
 
 
-def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
-    """Blend clean latents into noisy latents, each by the share of it that is given.
+def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) -> Tensor:
+    """Replace noisy latents by clean ones at conditioned positions, in part where these are partly clean.
 
     Args:
         noisy: Noisy latents of a stream, B C ....
         clean: The same without noise.
-        given: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
+        cleanness: How clean each position is, from 0 (noisy) to WHOLE (clean); None if all are noisy.
     """
-    if given is None:
+    if cleanness is None:
         return noisy
-    share = clean_fraction(given, noisy)
-    return share * clean + (1 - share) * noisy
+    fraction = clean_fraction(cleanness, noisy)
+    return fraction * clean + (1 - fraction) * noisy
 
 
-def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
+def convert_velocity(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
     For `additive` it is the network's output plus the noisy latents; for `sigma_scaled` it is the noisy

@@ -30,12 +30,12 @@ RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
-def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
+def continued_sizes(model: TrainedModel, expert_name: str) -> dict[str, str]:
     """Return the metadata of rank and alpha if a file or state decided them instead of the options.
 
     Args:
         model: The loaded networks.
-        part: Name of the expert that the file is for; "" for a file for all.
+        expert_name: Name of the expert that the file is for; "" for a file for all.
     """
     options = model.plan.options
     network = model.plan.learner.lora
@@ -44,17 +44,17 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     initial_file = network.network_weights or options.by_expert.network_weights_high_noise
     if not (initial_file or model.plan.saved):
         return {}
-    ranks, alphas = model.trainable.sizes(part)
-    rank = network.rank
-    # a state whose sizes are those of the options changes nothing
-    if not initial_file and (
-        not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
-    ):
-        return {}
-    sizes: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
-    return {
-        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in sizes.items() if values
-    }
+    ranks, alphas = model.trainable.sizes(expert_name)
+    alpha = network.network_alpha or network.rank
+    has_sizes_of_options = network.rank in ranks and alpha in alphas
+    if not initial_file and (has_sizes_of_options or not network.kind.has_alpha):
+        return {}  # the state changes nothing
+    metadata: dict[str, str] = {}
+    if ranks:
+        metadata["ss_network_dim"] = f"{ranks[0]:g}" if len(ranks) == 1 else "Dynamic"
+    if alphas:
+        metadata["ss_network_alpha"] = f"{alphas[0]:g}" if len(alphas) == 1 else "Dynamic"
+    return metadata
 
 
 def _hash_files(family: Family) -> dict[str, str]:
@@ -82,8 +82,9 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         lr_scheduler: Name of the learning-rate schedule.
     """
     lora, family = plan.learner.lora, plan.family
-    info = family.metadata
-    values: dict[str, Any] = {"ss_base_model_version": info.get("base_model_version", family.name)}
+    family_metadata = family.metadata
+    base_model_version = family_metadata.get("base_model_version", family.name)
+    values: dict[str, Any] = {"ss_base_model_version": base_model_version}
     if plan.network_module:
         values["ss_network_module"] = plan.network_module
     if lora is not None:
@@ -97,25 +98,24 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     # entries that programs need to load the file: of the network, of features, of the family
     values |= plan.learner.values
     values |= plan.features.info.for_loading
-    values |= {
-        key: value
-        for key, value in info.items()
-        if key.startswith(("reference_", "audio_ref_", "modelspec."))
-    }
+    for key, value in family_metadata.items():
+        if key.startswith(("reference_", "audio_ref_", "modelspec.")):
+            values[key] = value
     # entries that describe the training
     if not plan.options.metadata.no_metadata:
         # options whose change is rejected (identity) or warned of (habit) when the run is resumed
-        of_family = recorded_values(family.options, "identity", "habit")
-        values |= {f"ss_{name}": value for name, value in of_family.items()}
+        family_options = recorded_values(family.options, "identity", "habit")
+        values |= {f"ss_{name}": value for name, value in family_options.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
         values |= _list_optional_values(plan)
-        more_model_names = [name for name in info if name.startswith("sd_model_name_")]
-        values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *more_model_names, "vae_name")}
+        expert_names = [name for name in family_metadata if name.startswith("sd_model_name_")]
+        for name in ("sd_model_name", *expert_names, "vae_name"):
+            values[f"ss_{name}"] = family_metadata.get(name)
         if family.hashed_files:
             values |= _hash_files(family)
-        values |= {name: text for name, text in info.items() if name.startswith("ss_")}
-        if "trained_for" in info:
-            values[TRAINED_FOR] = info["trained_for"]
+        values |= {name: text for name, text in family_metadata.items() if name.startswith("ss_")}
+        if "trained_for" in family_metadata:
+            values[TRAINED_FOR] = family_metadata["trained_for"]
     return {key: str(value) for key, value in values.items()}
 
 
@@ -168,35 +168,35 @@ def file_metadata(
         tables: Tables of the dataset, whose timesteps may differ from those of the options.
         architecture_suffix: Suffix of the architecture's name for a network.
     """
-    texts, times = options.metadata, options.timesteps
-    architecture = texts.architecture or family_metadata.get("architecture")
+    metadata_options, times = options.metadata, options.timesteps
+    architecture = metadata_options.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
         architecture = f"{architecture}/{architecture_suffix}"
     default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", default)
-    if texts.resolution is not None:  # one number means a square
-        width, *height = re.findall(r"\d+", texts.resolution)
+    if metadata_options.resolution is not None:  # one number means a square
+        width, *height = re.findall(r"\d+", metadata_options.resolution)
         resolution = f"{width}x{height[0] if height else width}"
     spec = {
         # as other trainers of image and of video models write it
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": architecture,
         "implementation": family_metadata.get("implementation"),
-        "title": texts.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "title": metadata_options.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
         "resolution": resolution,
         "date": now.isoformat(timespec="seconds"),
-        "author": texts.author,
-        "description": texts.description,
-        "license": texts.license or licence,
-        "tags": texts.tags,
+        "author": metadata_options.author,
+        "description": metadata_options.description,
+        "license": metadata_options.license or licence,
+        "tags": metadata_options.tags,
         "prediction_type": family_metadata.get("prediction_type"),
         "encoder_layer": family_metadata.get("encoder_layer"),
-        "usage_hint": texts.usage_hint,
-        "thumbnail": texts.thumbnail,
-        "merged_from": texts.merged_from,
-        "trigger_phrase": texts.trigger_phrase,
-        "preprocessor": texts.preprocessor,
-        "is_negative_embedding": texts.is_negative_embedding,
+        "usage_hint": metadata_options.usage_hint,
+        "thumbnail": metadata_options.thumbnail,
+        "merged_from": metadata_options.merged_from,
+        "trigger_phrase": metadata_options.trigger_phrase,
+        "preprocessor": metadata_options.preprocessor,
+        "is_negative_embedding": metadata_options.is_negative_embedding,
     }
     all_times = list_timestep_options(times, tables)
     if any(table_times.has_window for table_times in all_times):
@@ -204,7 +204,7 @@ def file_metadata(
         highest = max(table_times.highest for table_times in all_times)
         spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
-    if not texts.no_metadata:
+    if not metadata_options.no_metadata:
         values |= {
             "ss_training_finished_at": str(now.timestamp()),
             "ss_steps": str(step),
@@ -224,13 +224,13 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
     """
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
-    dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
-    stored = options.speed.fp8.quantization
+    network_values = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    quantization = options.speed.fp8.quantization
     # `ss_ss_` is not a mistake here: other trainers of video models write the key with this misspelling
-    twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
-    of_flow: dict[str, Any] = {}
+    misspelled_values = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
+    flow_values: dict[str, Any] = {}
     if not plan.family.noise.keeps_variance:  # noise levels of flow models
-        of_flow = {
+        flow_values = {
             "ss_weighting_scheme": times.weighting_scheme,
             "ss_logit_mean": times.logit_mean,
             "ss_logit_std": times.logit_std,
@@ -239,9 +239,9 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
             "ss_sigmoid_scale": times.sigmoid_scale,
             "ss_discrete_flow_shift": times.flow_shift,
         }
-    return dropout | {
+    return network_values | {
         "ss_session_id": progress.session_id,
-        **twice,
+        **misspelled_values,
         "ss_training_started_at": progress.started_at,
         "ss_output_name": options.saving.output_name,
         "ss_learning_rate": options.optimizer.learning_rate,
@@ -259,10 +259,10 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
         "ss_optimizer": optimizer,
         "ss_max_grad_norm": options.optimizer.max_grad_norm,
         "ss_fp8_base": options.speed.fp8.fp8_base,
-        **({} if stored is None else {"ss_base_form": stored.form}),
+        **({} if quantization is None else {"ss_base_form": quantization.form}),
         "ss_full_fp16": False,
         "ss_full_bf16": options.full_dit is not None and options.full_dit.full_bf16,
         "ss_timestep_sampling": times.timestep_sampling,
-        **of_flow,
+        **flow_values,
         "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
     }

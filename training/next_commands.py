@@ -96,7 +96,7 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # additional LoRAs of samples, with multipliers
     # options that made the caches, see `recall_options`; empty with samples, whose options name the files
-    recalled: Sequence[RepeatedOption] = ()
+    cache_options: Sequence[RepeatedOption] = ()
 
     @cached_property
     def converted_for(self) -> str:
@@ -126,10 +126,10 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        lora = self.plan.learner.lora
         trains_model = self.plan.learner.make is None  # the model itself, not a network added to it
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
+        lora = self.plan.learner.lora
         if lora is not None:
             # other programs read some kinds only as a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
@@ -139,9 +139,9 @@ class NextSteps:
                 is_for_comfyui = lora.kind.is_for_comfyui_alone
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
-                files = self.plan.names.files(self.plan.names.stem_of(file)).values()
-                commands += [self._convert(path, plain_kind) for path in files]
-        return [*commands, _command("This run, as it was started", self._words())]
+                lora_files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+                commands += [self._convert(path, plain_kind) for path in lora_files]
+        return [*commands, _command("This run, as it was started", self._run_arguments())]
 
     def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
         """Return the command that converts a trained file for other tools.
@@ -174,22 +174,22 @@ class NextSteps:
         family = self.plan.family
         if not trains_checkpoint(family):
             return True
-        return family.is_of_one_file and bool(self.plan.names.ending) and family.keeps_shapes
+        return family.is_of_one_file and bool(self.plan.names.suffix) and family.keeps_shapes
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
         output = file.with_name(f"{self.plan.names.full_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
-        words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
+        arguments = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
         note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
-        return _command("Extract a LoRA from it", words, note)
+        return _command("Extract a LoRA from it", arguments, note)
 
     def _find_dit(self, file: Path) -> str:
         """Return the path of the base transformer for which a LoRA file was trained."""
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:
             return FillIn("DIT_FILE")
-        is_high = bool(self.plan.names.parts) and file.stem.endswith(HIGH_NOISE)
+        is_high = bool(self.plan.names.expert_names) and file.stem.endswith(HIGH_NOISE)
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
@@ -198,37 +198,38 @@ class NextSteps:
         Args:
             is_finished: Whether the run has reached its last step.
         """
-        title = "Continue after a stop"  # the case of a run that is not finished
-        ending = ["--resume", LATEST_ONLY]
-        note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
-        left_out = RESUMING
         has_state = self._has_state()
         steps = self.plan.steps.total_steps
-        if is_finished and has_state:
+        if is_finished and not has_state:
+            return self._start_from_trained_files(steps)
+        title = "Continue after a stop"
+        note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
+        if is_finished:
             title, note = "Train longer", "From the newest state to twice as many steps."
             steps *= 2
-        elif is_finished:
-            title = "Train longer, as a new run from the trained file"
-            note = (
-                "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
-                "state, so that the next one can continue exactly."
-            )
-            option = self.plan.learner.start_option or self._trained_option()
-            parts: Sequence[str] = self.plan.names.parts
-            if self.plan.options.network is None:
-                parts = [expert.name for expert in self.plan.family.experts]
-            # options that start a run from trained files, one for each file
-            options = [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts]
-            options = options or [option]  # without parts there is one file
-            left_out = RESUMING | STARTING | {*options}
-            ending = []
-            for option, file in zip(
-                options, self.plan.names.files(self.plan.names.name).values(), strict=False
-            ):
-                ending += [f"--{option}", str(file)]
-            if not self.plan.options.saving.saves_state_at_end:
-                ending.append("--save_state_on_train_end")
-        return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
+        arguments = [*self._run_arguments(RESUMING), "--max_train_steps", str(steps), "--resume", LATEST_ONLY]
+        return _command(title, arguments, note)
+
+    def _start_from_trained_files(self, steps: int) -> PageCommand:
+        """Return the command that starts a new run of so many steps from the trained files."""
+        option = self.plan.learner.start_option or self._trained_option()
+        experts: Sequence[str] = self.plan.names.expert_names
+        if self.plan.options.network is None:
+            experts = [expert.name for expert in self.plan.family.experts]
+        # options that start a run from trained files, one for each file
+        options = [f"{option}_{HIGH_NOISE}" if expert == HIGH_NOISE else option for expert in experts]
+        options = options or [option]  # without experts there is one file
+        arguments = [*self._run_arguments(RESUMING | STARTING | {*options}), "--max_train_steps", str(steps)]
+        files = self.plan.names.files(self.plan.names.name).values()
+        for option, file in zip(options, files, strict=False):
+            arguments += [f"--{option}", str(file)]
+        if not self.plan.options.saving.saves_state_at_end:
+            arguments.append("--save_state_on_train_end")
+        note = (
+            "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
+            "state, so that the next one can continue exactly."
+        )
+        return _command("Train longer, as a new run from the trained file", arguments, note)
 
     def _trained_option(self) -> str:
         """Return the training option that names the file of the trained weights."""
@@ -238,15 +239,15 @@ class NextSteps:
         names = (option_name(field) for field in fields(options) if field.name == entry.trained)
         return next(names, "dit")
 
-    def _words(self, without: Collection[str] = ()) -> list[str]:
+    def _run_arguments(self, without: Collection[str] = ()) -> list[str]:
         """Return this run's command line without the options in `without`."""
         options = [
             option
             for option in self.command.script_options
             if option.is_changed and option.is_typed and option.name not in without
         ]
-        words = [word for option in options for word in option.words]
-        return [*self._launcher(), self.command.script, *words]
+        arguments = [word for option in options for word in option.words]
+        return [*self._launcher(), self.command.script, *arguments]
 
     def _launcher(self) -> list[str]:
         processes = self.plan.accelerator.num_processes
@@ -269,7 +270,7 @@ class NextSteps:
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.modes.for_generation else ["python"]
-        words = self._generation_words
+        arguments = self._generation_words
         assert self.command.entry is not None
         spellings = self.command.entry.spellings
         folder_flag = spellings.get("save_path", "--save_path")
@@ -279,13 +280,13 @@ class NextSteps:
         ]
         generate = self.plan.learner.generate  # None: the model's own script generates with the file
         if generate is not None:
-            words = [*generate(file, self.sample, [*words, *sample_arguments])]
-            return _command("Generate with it", [*launcher, *words], note)
+            arguments = [*generate(file, self.sample, [*arguments, *sample_arguments])]
+            return _command("Generate with it", [*launcher, *arguments], note)
         high_files, other_files = self._trained_files(file)
-        words = self._with_trained(words, "", other_files)
-        if f"--dit_{HIGH_NOISE}" in words:  # the command generates with both experts
-            words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
-        return _command("Generate with it", [*launcher, *words, *sample_arguments], note)
+        arguments = self._add_trained_files(arguments, "", other_files)
+        if f"--dit_{HIGH_NOISE}" in arguments:  # the command generates with both experts
+            arguments = self._add_trained_files(arguments, f"_{HIGH_NOISE}", high_files)
+        return _command("Generate with it", [*launcher, *arguments, *sample_arguments], note)
 
     @cached_property
     def _generation_words(self) -> list[str]:
@@ -293,12 +294,12 @@ class NextSteps:
         command = self.command
         assert command.entry is not None
         family_options, typed = command.family_options, command.typed
-        if self.recalled:
+        if self.cache_options:
             with quiet():  # creating the record again would repeat its warnings
-                family_options = fill_options(family_options, self.recalled)
-            typed = {**{option.name: option.typed for option in self.recalled}, **typed}
-        words = command.entry.generation_words(family_options, self.sample, typed)
-        return [*words, *option_words(say_for_generation(self.plan.options.speed))]
+                family_options = fill_options(family_options, self.cache_options)
+            typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
+        arguments = command.entry.generation_words(family_options, self.sample, typed)
+        return [*arguments, *option_words(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
@@ -315,45 +316,45 @@ class NextSteps:
                 other_files.append(of_expert)
         return high_files, other_files
 
-    def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
+    def _add_trained_files(self, arguments: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
         """Add the trained files of one transformer, and the LoRAs of samples, to a command.
 
         Args:
-            words: Arguments of the command.
+            arguments: Arguments of the command.
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
         assert self.command.entry is not None
-        words = [*words]
+        arguments = [*arguments]
         loras: list[tuple[Path, float]] = []
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
+            arguments = self._replace_dit(arguments, f"{self.command.entry.trained}{ending}", files[0])
         loras += self.sample_loras
         spellings = self.command.entry.spellings
         if loras:
             flag = spellings.get("lora_weight", "--lora_weight")
-            words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
+            arguments += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
         if self.sample_loras:
             flag = spellings.get("lora_multiplier", "--lora_multiplier")
-            words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
-        return words
+            arguments += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
+        return arguments
 
-    def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
+    def _replace_dit(self, arguments: Sequence[str], name: str, file: Path) -> list[str]:
         """Replace a transformer in a command by a trained file.
 
         Args:
-            words: Arguments of the command.
+            arguments: Arguments of the command.
             name: Name of the option for the transformer.
             file: The trained file.
         """
         assert self.command.entry is not None
         flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
         # without the option, which a release of one file does not need, it is added at the end
-        index = next((index for index, word in enumerate(words) if word in flags), len(words))
-        flag = words[index] if index < len(words) else f"--{name}"
-        return [*words[:index], flag, str(file), *words[index + 2 :]]
+        index = next((index for index, word in enumerate(arguments) if word in flags), len(arguments))
+        flag = arguments[index] if index < len(arguments) else f"--{name}"
+        return [*arguments[:index], flag, str(file), *arguments[index + 2 :]]
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
@@ -375,16 +376,16 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
     return option_words(spelled)
 
 
-def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
+def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:
     """Return a command written for POSIX and Windows shells; the note lists values to fill in."""
-    words = command_words(words)
-    missing = [shlex.quote(word) for word in missing_words(words)]
+    arguments = command_words(arguments)
+    missing = [shlex.quote(word) for word in missing_words(arguments)]
     if missing:
         note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
     return PageCommand(
         title,
-        bash=shlex.join(words),
-        powershell=quote_for_powershell(words),
+        bash=shlex.join(arguments),
+        powershell=quote_for_powershell(arguments),
         note=note,
         missing=" ".join(missing),
     )
@@ -396,12 +397,12 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
         return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
     if not plan.accelerator.is_main_process:
         return NextSteps(plan, command, sample={})
-    recalled: Sequence[RepeatedOption] = ()
+    cache_options: Sequence[RepeatedOption] = ()
     if command.entry is not None and plan.options.loop.dataset_config is not None:
         folders = (table.cache_directory for table in plan.config.datasets)
-        recalled = recall_options(folders, command.family, command.entry)
-    cached_with = {option.name: option.value for option in recalled}
-    return NextSteps(plan, command, sample=say_example(plan, cached_with), recalled=recalled)
+        cache_options = recall_options(folders, command.family, command.entry)
+    cached_with = {option.name: option.value for option in cache_options}
+    return NextSteps(plan, command, sample=say_example(plan, cached_with), cache_options=cache_options)
 
 
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class TrainingOptions(Options, must_give=True):
         if not has_data:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if not self.exits_before_training:
-            _ = self.saving.place  # raises OptionError if the folder or the name is missing
+            _ = self.saving.folder_and_name  # raises OptionError if the folder or the name is missing
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature, given their class."""

@@ -50,13 +50,13 @@ from training.resuming import (
     RunSettings,
     apply_changes,
     check_resumable,
+    collect_run_settings,
     describe_adapter,
     find_state,
     initial_progress,
-    settings_of,
 )
 from training.run_options import StartOptions
-from training.saving.files import SAFETENSORS, Names, hold_name
+from training.saving.files import SAFETENSORS, Names, reserve_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
@@ -95,7 +95,7 @@ class TrainingPlan:
     @cached_property
     def settings(self) -> RunSettings:
         """The settings that states record; a run that saves none does not collect them."""
-        return settings_of(
+        return collect_run_settings(
             self.family,
             self.options,
             seed=self.progress.seed,
@@ -105,7 +105,7 @@ class TrainingPlan:
         )
 
     @property
-    def sampled(self) -> Family:
+    def sample_family(self) -> Family:
         """Return the model that generates samples; some of its transformers may not be trained."""
         return self.others.sampling or self.family
 
@@ -117,10 +117,18 @@ class TrainingPlan:
 
 def _name_files(family: Family, options: TrainingOptions, features: RunFeatures) -> Names:
     """Return the names of the run's files: one per expert if each has its own LoRA."""
-    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    full_dit = options.full_dit
-    ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
-    return Names(*options.saving.place, parts, ending, tuple(features.extra_file_suffixes))
+    folder, name = options.saving.folder_and_name
+    expert_names: tuple[str, ...] = ()
+    if options.by_expert.lora_per_expert:
+        expert_names = tuple(expert.name for expert in family.experts)
+    saves_folders = options.full_dit is not None and options.full_dit.saves_folders
+    return Names(
+        folder,
+        name,
+        expert_names,
+        suffix="" if saves_folders else SAFETENSORS,
+        embedding_words=tuple(features.embedding_words),
+    )
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
@@ -204,7 +212,7 @@ def make_plan(
             family,
             options,
             list_timestep_options(options.timesteps, config.datasets),
-            samples_with_others=others.sampling is not None,
+            has_sample_only_networks=others.sampling is not None,
         )
     frozen = options.frozen
     adapter = None
@@ -280,11 +288,11 @@ def _check_items(features: RunFeatures, learner: Learner, training: Sequence[Tra
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode images or captions itself."""
+    """Return whether the training may encode images or captions itself, instead of reading caches alone."""
     subsets = [table for table in config.datasets if table.group is not None]
-    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    is_live = LIVE_TEXTS in options.features.needs
-    return is_changing or is_live or options.is_for_images or options.caching is not None
+    varies = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    has_live_texts = LIVE_TEXTS in options.features.needs
+    return varies or has_live_texts or options.is_for_images or options.caching is not None
 
 
 def _find_sources(
@@ -350,6 +358,31 @@ def join_processes(
         )
         for line in lines:
             logger.warning(line)
+    _check_optimizer_and_compilation(options, accelerator)
+    with ExitStack() as stack:
+        processes: OtherProcesses | None = None
+        if accelerator.num_processes > 1:
+            processes = stack.enter_context(
+                OtherProcesses(accelerator.process_index, accelerator.num_processes)
+            )
+            stack.enter_context(processes.explain())
+        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
+        error: OutputError | None = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(reserve_name(*options.saving.folder_and_name))
+            except OutputError as name_error:
+                error = name_error
+        (code,) = broadcast_object_list([None if error is None else error.exit_code])
+        if error is not None:
+            raise error
+        if code is not None:
+            raise SystemExit(code)
+        yield accelerator, processes
+
+
+def _check_optimizer_and_compilation(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Raise UserError if the optimizer cannot step as the options ask, or if the device cannot compile."""
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.full_dit is not None:
@@ -362,26 +395,6 @@ def join_processes(
         from runtime.compile import check_compilation  # only with --compile
 
         check_compilation(compilation, accelerator.device)
-    with ExitStack() as stack:
-        processes: OtherProcesses | None = None
-        if accelerator.num_processes > 1:
-            processes = stack.enter_context(
-                OtherProcesses(accelerator.process_index, accelerator.num_processes)
-            )
-            stack.enter_context(processes.explain())
-        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
-        error: OutputError | None = None
-        if accelerator.is_main_process:
-            try:
-                stack.enter_context(hold_name(*options.saving.place))
-            except OutputError as name_error:
-                error = name_error
-        (code,) = broadcast_object_list([None if error is None else error.exit_code])
-        if error is not None:
-            raise error
-        if code is not None:
-            raise SystemExit(code)
-        yield accelerator, processes
 
 
 def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:
@@ -538,7 +551,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     steps = StepPlan(
         num_batches=order.num_batches,
         processes=count_groups(speed, processes),
-        peers=speed.modes.num_peers,
+        processes_per_batch=speed.modes.num_peers,
         accumulation=loop.gradient_accumulation_steps,
         in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
         total_steps=loop.max_train_steps,

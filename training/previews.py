@@ -29,7 +29,7 @@ from training.caching_inside import (
     open_stores,
     plan_tables,
 )
-from training.checks import judge_rate, reject_foreign_module, reject_quantized_bases
+from training.checks import describe_learning_rate, reject_foreign_module, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
@@ -43,7 +43,7 @@ from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
 
 if TYPE_CHECKING:  # only with --check
-    from data_tools.report.findings import TableFindings
+    from data_tools.report.findings import CheckResult, Counters, TableFindings
 
 WITHOUT_WORD = "word to learn is not in all captions"
 # for --debug_dataset: show windows, or write files if there is no display
@@ -68,7 +68,7 @@ def show_preview(
     """
     show = options.features.show  # set by a feature that shows something instead of training
     if show is not None:
-        show(options, family, partial(_tables_of, family, options, learner))
+        show(options, family, partial(_list_tables, family, options, learner))
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         from data_tools.report.views import show_datasets  # only with --debug_dataset
@@ -83,7 +83,7 @@ def show_preview(
     return 0
 
 
-def _tables_of(family: Family, options: TrainingOptions, learner: Learner) -> Sequence[DatasetTable]:
+def _list_tables(family: Family, options: TrainingOptions, learner: Learner) -> Sequence[DatasetTable]:
     """Return the tables of the dataset; nothing if none is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
@@ -111,12 +111,42 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     plans = plan_tables(
         family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
     )
+    result = _check_dataset(family, options, config, plans, commands, counters=counters, workers=workers)
+    for read in (*features.caption_checks, *learner.caption_checks):
+        _note_captions_without_word(read, result.tables)
+    if options.samples.sample_prompts is not None or _encodes_captions(plans):
+        result.tables[0].faults += counters.find_unreachable(counters.unreachable)
+    # add lines about the run
+    lines = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
+    lines += _describe_each("Targets:", features.describe_targets())
+    lines += describe_run(options, learner=learner, num_validation=result.num_held)
+    few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
+    if few_steps:
+        lines.append(few_steps)
+    result = replace(result, tail=(*result.tail, *lines))
+    code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
+    return code
+
+
+def _check_dataset(
+    family: Family,
+    options: TrainingOptions,
+    config: DatasetConfig,
+    plans: Sequence[TablePlan],
+    commands: CachingCommands,
+    *,
+    counters: "Counters",
+    workers: int,
+) -> "CheckResult":
+    """Return the items and faults of the dataset, from its caches or, without these, from its files."""
+    from data_tools.report import check, findings  # only with --check
+
     seed = options.validation.validation_seed
     if seed is None:
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
-    if all(plan.is_own for plan in plans):  # the caches were made before the training
-        result = check.check_training(
+    if all(plan.uses_plain_cache for plan in plans):  # the caches were made before the training
+        return check.check_training(
             config,
             family.cache_tag,
             family.latent,
@@ -129,37 +159,21 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
             audio=audio_of(family),
             validation=validation,
         )
-    else:  # the training itself will encode some of the caches
-        result = check.check_caching(
-            family,
-            config,
-            workers=workers,
-            skip_existing=False,
-            parts=[check.MEDIA],
-            validation=validation,
-            counters=counters,
-        )
-        lines = [*_describe_plans(plans), *counters.missing]
-        result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    for read in (*features.caption_checks, *learner.caption_checks):
-        _add_words(read, result.tables)
-    if options.samples.sample_prompts is not None or _encode_texts(plans):
-        result.tables[0].faults += counters.find_unreachable(counters.unreachable)
-    # add lines about the run
-    lines = describe_run(options, learner=learner, num_validation=result.num_held)
-    few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
-    if few_steps:
-        lines.append(few_steps)
-    lines_above = _describe_each(
-        "Timesteps of the tables:", describe_times(options.timesteps, config.datasets)
+    # the training itself will encode some of the caches
+    result = check.check_caching(
+        family,
+        config,
+        workers=workers,
+        skip_existing=False,
+        parts=[check.MEDIA],
+        validation=validation,
+        counters=counters,
     )
-    lines_above += _describe_each("Targets:", features.describe_targets())
-    result = replace(result, tail=(*result.tail, *lines_above, *lines))
-    code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
-    return code
+    lines = [*_describe_plans(plans), *counters.missing]
+    return replace(result, head=("Where the training has them:", *findings.indent(lines)))
 
 
-def _encode_texts(plans: Sequence[TablePlan]) -> bool:
+def _encodes_captions(plans: Sequence[TablePlan]) -> bool:
     """Return whether the training encodes captions itself."""
     return any(plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans)
 
@@ -169,7 +183,7 @@ def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
     return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
-def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
+def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
     """Add a note to the findings of each table whose captions lack the new word."""
     from training.token_captions import check_source_captions  # only to learn a word
 
@@ -206,7 +220,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
-    rate = judge_rate(options, learner)
+    rate = describe_learning_rate(options, learner)
     if "HIGH" in rate or "LOW" in rate:
         lines.append(f"Learning rate: {rate}")
     return lines
@@ -236,34 +250,56 @@ def _plan(
     if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
     device = select_device(None)
-    sampled = len({*sample_files} - {*family.dit_files})  # number of transformers that only samples use
-    cards, size = options.speed.plan.cards
+    num_sample_only_dits = len({*sample_files} - {*family.dit_files})
+    num_gpus, size = options.speed.plan.cards
     room = room_on(device, size)
-    if cards == 1:
+    if num_gpus == 1:
         plan_one_card(
             family,
             options,
             noisy_batch,
             device=device,
             room=room,
-            sampled=sampled,
+            num_sample_only_dits=num_sample_only_dits,
             texts=texts,
             tables=config.datasets,
         )
         return
-    from training.planning.several_cards import plan_ways  # only with several cards
+    from training.planning.several_cards import plan_several_cards  # only with several cards
 
     assert room is not None  # its size is given
-    plan_ways(
+    plan_several_cards(
         family,
         options,
         noisy_batch,
         device=device,
-        cards=cards,
+        num_gpus=num_gpus,
         room=room,
-        sampled=sampled,
+        num_sample_only_dits=num_sample_only_dits,
         texts=texts,
         tables=config.datasets,
+    )
+
+
+def _require_caches_on_disk(
+    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTexts | None
+) -> None:
+    """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
+    if any(plan.latents is TensorLocation.LIVE for plan in plans):
+        raise OptionError(
+            "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
+            "Plan without what changes them; the VAE then takes memory too"
+        )
+    if all(plan.can_be_planned for plan in plans):
+        return
+    switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
+    scripts = f"{commands.latents}\n  {commands.text}"
+    if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
+        switches = "--cache_latents_to_disk"
+        scripts = commands.latents
+    raise OptionError(
+        "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
+        f"with {switches}, or with\n  {scripts}"
     )
 
 
@@ -277,21 +313,7 @@ def _read_for_plan(
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached
     plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
-    if any(plan.latents is TensorLocation.LIVE for plan in plans):
-        raise OptionError(
-            "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
-            "Plan without what changes them; the VAE then takes memory too"
-        )
-    if not all(plan.can_be_planned for plan in plans):
-        switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
-        scripts = f"{commands.latents}\n  {commands.text}"
-        if texts is not None and texts.trained_encoders:  # their outputs cannot be cached
-            switches = "--cache_latents_to_disk"
-            scripts = commands.latents
-        raise OptionError(
-            "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-            f"with {switches}, or with\n  {scripts}"
-        )
+    _require_caches_on_disk(plans, commands, texts)
     stores = open_stores(family, plans)
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     listed = find_items(

@@ -39,7 +39,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_processes:
         meet_anew()
-    patience = timedelta(minutes=DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
+    minutes = DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout
     try:
         accelerator = Accelerator(
             # otherwise accelerate would let each of several processes without a GPU train alone
@@ -48,7 +48,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
             # always 1, whatever the launcher sets: the loop accumulates itself, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))],
         )
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
@@ -62,8 +62,8 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
         )
     count, device = accelerator.num_processes, accelerator.device
     if accelerator.is_main_process:
-        where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
-        logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
+        devices = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
+        logger.info(f"{devices}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
         if options.cuda_allow_tf32:
             acts_on_cuda("--cuda_allow_tf32", "float32 products", device)
         if options.cuda_cudnn_benchmark:

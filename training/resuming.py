@@ -26,7 +26,7 @@ from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving import states
-from training.saving.files import find_set_aside, is_saved_folder
+from training.saving.files import find_moved_states, is_saved_folder
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
 
@@ -40,7 +40,7 @@ BATCHES = "batches of an epoch (--dataset_config and its caches)"
 NAMED_FILES = options_with(TrainingOptions, "resume", "names")
 # options that any resumed run may change; they are recorded so that --resume_changed can list changes
 # fmt: off
-LISTED = (
+FREELY_CHANGEABLE = (
     "max_train_steps", "max_train_epochs", "validate_every_n_steps",
     "sample_every_n_steps", "sample_every_n_epochs",
     "save_every_n_steps", "save_every_n_epochs", "save_every_n_minutes",
@@ -62,21 +62,21 @@ def find_state(
         OptionError: If there is no state of this name.
         CheckpointError: If the state cannot be used.
     """
-    saving = options.saving
-    storage = options.features.storage
-    # a feature may download the state that --resume names
-    folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
-    if folder is None and resume in {LATEST, LATEST_ONLY}:
+    output_folder, name = options.saving.folder_and_name
+    state_folder: Path | None = None
+    if options.features.storage is not None:  # may download the state that --resume names
+        state_folder = options.features.storage.fetch_state(resume, output_folder / "resumed")
+    if state_folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
-        latest = states.find_latest(*saving.place) if is_main_process else None
-        (folder,) = broadcast_object_list([latest])
-        if folder is None:
-            _report_missing_state(resume, *saving.place)
+        latest = states.find_latest(output_folder, name) if is_main_process else None
+        (state_folder,) = broadcast_object_list([latest])
+        if state_folder is None:
+            _report_missing_state(resume, output_folder, name)
             return None
-    elif folder is None:
-        folder = to_path("--resume", resume)
-    logger.info("Resuming from %s", folder)
-    return states.read_state(folder)
+    if state_folder is None:
+        state_folder = to_path("--resume", resume)
+    logger.info("Resuming from %s", state_folder)
+    return states.read_state(state_folder)
 
 
 def _report_missing_state(resume: str, folder: Path, name: str) -> None:
@@ -87,7 +87,7 @@ def _report_missing_state(resume: str, folder: Path, name: str) -> None:
         folder: Folder of the run's files.
         name: Name of the run.
     """
-    earlier_states = find_set_aside(folder, name)
+    earlier_states = find_moved_states(folder, name)
     has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     hint = f" That of an earlier run is {earlier_states[-1]}: --resume takes it." if earlier_states else ""
     if resume == LATEST_ONLY:
@@ -116,10 +116,10 @@ def initial_progress(
     A resumed run keeps its seed. If no seed is given, all processes share a random one.
     """
     if isinstance(saved, states.SavedState):
-        with states.one_error(saved.folder):
-            # values of inactive features are kept unchanged and not checked
-            for kind in options.features.remembers:
-                saved.progress.of(kind)  # raises TypeError if values have a wrong type
+        with states.errors_name_the_state(saved.folder):
+            # saved values of inactive features are passed on unchanged and not checked
+            for state_class in options.features.remembers:
+                saved.progress.of(state_class)  # restores the feature's values; TypeError for a wrong type
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -129,8 +129,8 @@ def initial_progress(
     else:
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
-    for kind in options.features.remembers:
-        progress.of(kind)  # creates the default values of an active feature
+    for state_class in options.features.remembers:
+        progress.of(state_class)  # creates the default values of an active feature
     return progress
 
 
@@ -149,7 +149,7 @@ class RunSettings:
     record: type  # class of the family's own options
 
 
-def settings_of(
+def collect_run_settings(
     family: Family,
     options: TrainingOptions,
     *,
@@ -172,7 +172,7 @@ def settings_of(
     config = public_config(options) | {"network_module": module_of(family, options)}
     # settings that make a run this one and no other
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
-    identity |= _flagged(config, "identity")
+    identity |= _values_by_flag(config, "identity")
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
     identity[GROUP_SIZE] = plan.group_size
     identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
@@ -190,14 +190,14 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
         options: Options of the run.
         config: All options by name.
     """
-    habits = _flagged(config, "habit")
+    habits = _values_by_flag(config, "habit")
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     habits["the model's file"] = ", ".join(models) or None
-    return habits | _names_of_files(options)
+    return habits | _file_names_by_flag(options)
 
 
-def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _values_by_flag(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the values of options of a kind, by the option as it is typed (`--name`).
 
     `kind` says what happens if the value differs when a run is resumed: `identity` is an error, `habit` a
@@ -206,7 +206,7 @@ def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
-def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
+def _file_names_by_flag(options: TrainingOptions) -> dict[str, str | None]:
     """Return the file name in each option of `NAMED_FILES` by its flag; None for an unset option."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
     return {
@@ -261,45 +261,61 @@ def check_resumable(
         )
     if not isinstance(saved, states.SavedState):
         return {}
-    habits = settings.habits  # settings that may change between the saved run and this one
+    identity, saved_identity = _comparable_identities(saved, settings)
+    habits, saved_habits = settings.habits, _saved_habits(saved, settings.habits)
+    unrecorded = {*identity} - {*saved_identity} | {*habits} - {*saved_habits}
+    if unrecorded:
+        logger.warning(
+            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
+            "the same values as then.",
+            saved.folder,
+            ", ".join(sorted(unrecorded)),
+        )
+    may_change = options.saving.resume_changed
+    identity_changes = _differences(saved_identity, identity)
+    _reject_differences(saved, identity_changes, may_change)
+    habit_changes = _differences(saved_habits, habits)
+    if not may_change:
+        for name, (then, now) in habit_changes.items():
+            logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
+        return {}
+    free_changes = _differences(saved.settings, freely_changeable_settings(options, saving))
+    changes = identity_changes | habit_changes | free_changes
+    return {name: f"{name}: {then} -> {now}" for name, (then, now) in changes.items()}
+
+
+def _comparable_identities(
+    saved: states.SavedState, settings: RunSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that must be equal, of this run and of the saved one, in normalized values."""
     # settings that older versions, without several transformers or adapters, did not record
-    default = {
+    defaults = {
         TRANSFORMERS: "one from 0",
         # not compared if this run does not record it either
         PER_EXPERT: None if settings.identity.get(PER_EXPERT) is None else False,
         TRAINING_ADAPTER: None,
     }
-    before = _resolve({**default, **saved.identity}, settings.record)
-    identity = _resolve(settings.identity, settings.record)
-    # options that are newer than the state had no effect in the saved run: they count as defaults
-    defaults_of_new_options: dict[str, Any] = {}
+    saved_identity = _normalize_identity({**defaults, **saved.identity}, settings.record)
+    return _normalize_identity(settings.identity, settings.record), saved_identity
+
+
+def _saved_habits(saved: states.SavedState, habits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved settings that may change with a warning; options newer than the state get defaults.
+
+    Args:
+        saved: The saved state.
+        habits: The same settings of this run.
+    """
+    defaults: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
-        defaults_of_new_options |= {f"--{name}": value for name, value in public_config(record).items()}
-    defaults_of_new_options |= {f"--{name}": None for name in NAMED_FILES}
-    habits_before: dict[str, Any] = {}
-    for name, value in defaults_of_new_options.items():
-        present = habits.get(name)
+        defaults |= {f"--{name}": value for name, value in public_config(record).items()}
+    defaults |= {f"--{name}": None for name in NAMED_FILES}
+    saved_habits: dict[str, Any] = {}
+    for name, default in defaults.items():
+        current = habits.get(name)
         # an option that is off now counts as unchanged, however its default is written
-        habits_before[name] = value if present else present
-    habits_before |= saved.habits
-    unknown = {*identity} - {*before} | {*habits} - {*habits_before}
-    if unknown:
-        logger.warning(
-            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
-            "the same values as then.",
-            saved.folder,
-            ", ".join(sorted(unknown)),
-        )
-    may_change = options.saving.resume_changed
-    differences = _differences(before, identity)
-    _reject_differences(saved, differences, may_change)
-    changed = _differences(habits_before, habits)
-    if may_change:
-        differences |= changed | _differences(saved.settings, listed_settings(options, saving))
-        return {name: f"{name}: {then} -> {now}" for name, (then, now) in differences.items()}
-    for name, (then, now) in changed.items():
-        logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
-    return {}
+        saved_habits[name] = default if current else current
+    return saved_habits | saved.habits
 
 
 def _reject_differences(
@@ -315,18 +331,19 @@ def _reject_differences(
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
     changeable |= {GROUP_SIZE, BATCHES}  # these are no options, so the records do not flag them
     allowed = changeable if may_change else set()
-    refused = {name: pair for name, pair in differences.items() if name not in allowed}
-    if not refused:
+    rejected = {name: pair for name, pair in differences.items() if name not in allowed}
+    if not rejected:
         return
-    lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items())
-    # only if this would allow every difference
-    also = ", add --resume_changed to continue with the current ones" if refused.keys() <= changeable else ""
-    which = "this run is not the one that was saved"
+    lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in rejected.items())
+    remedy = ""
+    if rejected.keys() <= changeable:
+        remedy = ", add --resume_changed to continue with the current ones"
+    error = "this run is not the one that was saved"
     if may_change:
-        which = "not even --resume_changed can change this"
+        error = "not even --resume_changed can change this"
     raise OptionError(
-        f"--resume {saved.folder}: {which}.\n{lines}\n"
-        f"  Use the saved values{also}, or start a new run from what was trained: {states.FRESH_START}"
+        f"--resume {saved.folder}: {error}.\n{lines}\n"
+        f"  Use the saved values{remedy}, or start a new run from what was trained: {states.FRESH_START}"
     )
 
 
@@ -339,10 +356,10 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
     }
 
 
-def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
+def freely_changeable_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
     """Return by flag the settings that a resumed run may change without a warning."""
     config = public_config(options, saving)
-    return {f"--{name}": config[name] for name in LISTED}
+    return {f"--{name}": config[name] for name in FREELY_CHANGEABLE}
 
 
 def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
@@ -357,7 +374,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
-    with states.one_error(saved.folder):
+    with states.errors_name_the_state(saved.folder):
         # the text begins with the number of batches of an epoch
         num_batches = int(str(saved.identity[BATCHES]).partition(",")[0])
     if progress.position >= num_batches:  # the state was saved at the very end of an epoch
@@ -371,7 +388,7 @@ def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.
     progress.plan_step = progress.step
 
 
-def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
+def _normalize_identity(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     """Normalize the settings that identify a run: equal meanings become equal values, however typed.
 
     Args:
@@ -388,7 +405,7 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
         resolved["--optimizer_type"] = PATHS.get(name.lower(), name)
     for option in ("--optimizer_args", "--network_args"):
         if option in resolved:
-            resolved[option] = _resolve_pairs(option, str(resolved[option]))
+            resolved[option] = _normalize_arguments(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):  # recorded as text: the option was left out
         kind = kind_of_module(resolved.get("--network_module"))
         resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
@@ -397,7 +414,7 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     return resolved
 
 
-def _resolve_pairs(option: str, text: str) -> str:
+def _normalize_arguments(option: str, text: str) -> str:
     """Return the KEY=VALUE arguments of an option sorted by key, with normalized values."""
     try:
         pairs = read_literals(option, ast.literal_eval(text) or ())

@@ -35,7 +35,7 @@ from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
-from training.saving.files import set_aside
+from training.saving.files import move_earlier_results
 from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
@@ -69,7 +69,7 @@ def train_network(
     """
     for change in options.features.on.family:  # features may replace parts of the family
         family = change(family)
-    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
@@ -116,7 +116,7 @@ def prepare_run(
         UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.features)
-    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         # `processes` watches the other processes of the run; None if there are none
@@ -140,9 +140,9 @@ def prepare_run(
         sampler = None
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
-        following = plan_next_steps(plan, sampler, command)
+        next_steps = plan_next_steps(plan, sampler, command)
         if processes is not None:
-            processes.advice = following.after_loss
+            processes.advice = next_steps.after_loss
         swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
@@ -154,7 +154,7 @@ def prepare_run(
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
-        reporter = make_reporter(plan, following, memory)
+        reporter = make_reporter(plan, next_steps, memory)
         model = load_model(plan, swap)
         # only after everything is loaded, so that a failed start does not move the earlier results
         _move_earlier_run_away(plan, reporter.history.path)
@@ -175,7 +175,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.run_history, following)
+            show_end(run, reporter.history.run_history, next_steps)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -209,12 +209,13 @@ def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
         return
     is_new = not isinstance(saved, SavedState)
     if is_new or read_session(history) not in (None, plan.progress.session_id):
-        values = (option_values(plan.options) | option_values(plan.family.options)).values()
-        several = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
-        inputs = [value for group in several for value in group if isinstance(value, Path)]
+        inputs: list[Path] = []
+        for value in (option_values(plan.options) | option_values(plan.family.options)).values():
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            inputs += [path for path in values if isinstance(path, Path)]
         if saved:
             inputs.append(saved.folder)
-        set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
+        move_earlier_results(plan.names, inputs, datetime.now(), saving.resume is not None)
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
@@ -231,7 +232,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
     if average is not None and average.is_sampled:
         weights = f" ({average.name}){weights}"
     sampler = prepare_samples(
-        plan.sampled,
+        plan.sample_family,
         prompts,
         folder=plan.names.folder / "sample",
         name=plan.names.name,

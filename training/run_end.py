@@ -15,11 +15,11 @@ from modules.errors import OptionError, UserError
 logger = logging.getLogger(__name__)
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-PATIENCE = 60.0  # seconds to wait for the command
-MAX_OF_ERROR = 1000  # characters of the error
+MAX_WAIT_SECONDS = 60.0  # seconds to wait for the command
+MAX_ERROR_CHARACTERS = 1000  # characters of the error
 # variables of a multi-process launcher, removed so that the command may train without being taken for one of
 # the launcher's processes
-OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class EndedRun:
 
 def start_command(
     option: str,
-    words: Sequence[str],
-    facts: EndedRun,
+    argv: Sequence[str],
+    run: EndedRun,
     error: BaseException | None,
     *,
     has_begun: bool,
-    patience: float = PATIENCE,
+    patience: float = MAX_WAIT_SECONDS,
 ) -> None:
     """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
 
@@ -50,8 +50,8 @@ def start_command(
 
     Args:
         option: Flag of the option.
-        words: Arguments of the command.
-        facts: What is known of the run.
+        argv: Arguments of the command.
+        run: What is known of the run.
         error: Error that ended the run.
         has_begun: Whether the run itself has begun. Before that, wrong options do not start the command,
             because the user has just typed them and sees the error.
@@ -60,7 +60,7 @@ def start_command(
     code = exit_code_of(error)
     if code == OptionError.exit_code and not has_begun:
         return
-    _start_program(option, words, _list_variables(facts, code, error), patience)
+    _start_program(option, argv, _list_variables(run, code, error), patience)
 
 
 def exit_code_of(error: BaseException | None) -> int:
@@ -76,11 +76,11 @@ def exit_code_of(error: BaseException | None) -> int:
     return 1
 
 
-def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> dict[str, str]:
+def _list_variables(run: EndedRun, code: int, error: BaseException | None) -> dict[str, str]:
     """Return the environment variables that describe how a run has ended.
 
     Args:
-        facts: What is known about the run.
+        run: What is known about the run.
         code: Exit code of this program.
         error: Error that ended the run; None if it completed.
     """
@@ -88,36 +88,36 @@ def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> 
     if code == INTERRUPTED:  # by Ctrl-C; exit code 0 before the last step means that a user ended the run
         state = STOPPED
     elif code == 0:
-        state = FINISHED if facts.is_finished else STOPPED
+        state = FINISHED if run.is_finished else STOPPED
     message = ""
     if state == FAILED and error is not None:
         text = f"exit code {code}" if isinstance(error, SystemExit) else str(error) or type(error).__name__
-        first_line = (facts.error or text).strip().partition("\n")[0]
-        message = shorten(escape_control_codes(first_line), MAX_OF_ERROR)
+        first_line = (run.error or text).strip().partition("\n")[0]
+        message = shorten(escape_control_codes(first_line), MAX_ERROR_CHARACTERS)
     return {
         "REELSMITH_STATE": state,
         "REELSMITH_EXIT_CODE": str(code),
-        "REELSMITH_OUTPUT_DIR": str(facts.folder),
-        "REELSMITH_OUTPUT_NAME": facts.name,
-        "REELSMITH_STEP": str(facts.step),
-        "REELSMITH_STEPS": "" if facts.steps is None else str(facts.steps),
-        "REELSMITH_PAGE": "" if facts.page is None else str(facts.page),
+        "REELSMITH_OUTPUT_DIR": str(run.folder),
+        "REELSMITH_OUTPUT_NAME": run.name,
+        "REELSMITH_STEP": str(run.step),
+        "REELSMITH_STEPS": "" if run.steps is None else str(run.steps),
+        "REELSMITH_PAGE": "" if run.page is None else str(run.page),
         "REELSMITH_ERROR": message,
     }
 
 
-def _start_program(option: str, words: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
+def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
     """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
     # without the variables by which a launcher's process is recognized
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in LAUNCHED and not name.startswith(OF_LAUNCHERS)
+        if name not in LAUNCHED and not name.startswith(LAUNCHER_PREFIXES)
     }
-    program = words[0]  # log only the program: its arguments may contain a key
+    program = argv[0]  # log only the program: its arguments may contain a key
     logger.info("%s: starting %s.", option, program)
     try:
-        process = subprocess.Popen(words, env={**inherited, **variables}, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, env={**inherited, **variables}, stdin=subprocess.DEVNULL)
     except OSError as error:
         logger.warning("%s: %s cannot be started: %s", option, program, error.strerror or error)
         return

@@ -26,7 +26,7 @@ from training.optimizers.optimizer import (
 from training.optimizers.stepping import is_elementwise
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.resuming import listed_settings
+from training.resuming import freely_changeable_settings
 from training.saving import states
 from training.saving.files import PublishedRun, Publisher, Saver
 from training.training_run import TrainedModel
@@ -44,8 +44,9 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     all_timesteps = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
+    # "" is the suffix of a model without experts; all others are those of embeddings
     transformers = {"", *(expert.name for expert in plan.family.experts)}
-    for name in model.trainable.writes:
+    for name in model.trainable.written_files:
         if name in transformers:
             metadata[name] = shared_metadata | continued_sizes(model, name)
             if has_experts:
@@ -110,7 +111,7 @@ def make_saver(
         on_removed=on_removed,
     )
     saver.remove_leftovers()
-    saver.tidy(progress.step, progress.epoch)
+    saver.remove_expired(progress.step, progress.epoch)
     return saver
 
 
@@ -126,7 +127,7 @@ class _ModelWriter:
         """Write the current weights of a part of the model, such as an expert, to a file."""
         model = self.model
         resolve_all(model.dits.networks)
-        written = model.trainable.writes[part]
+        written = model.trainable.written_files[part]
         with averaged_weights(model.optimizer, model.trainable.parameters):
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
 
@@ -135,7 +136,7 @@ class _ModelWriter:
         model = self.model
         average = model.average
         assert average is not None
-        written = model.trainable.writes[part]
+        written = model.trainable.written_files[part]
         with average.in_place():
             average_metadata = {} if model.options.metadata.no_metadata else average.metadata
             file_metadata = _metadata_now(model.plan, self.metadata[part], written.ending)
@@ -221,7 +222,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
         schedule=model.schedule.state_dict(),
         scaler=model.scaler.state_dict(),
         average=None if model.average is None else {"steps": model.average.steps},
-        settings=listed_settings(plan.options, plan.saving),
+        settings=freely_changeable_settings(plan.options, plan.saving),
     )
 
 
@@ -237,7 +238,7 @@ def restore(model: TrainedModel) -> None:
         if starts_in_the_middle:
             model.schedule.go_to(step)
         return
-    with states.one_error(saved.folder):
+    with states.errors_name_the_state(saved.folder):
         if isinstance(saved, states.SavedState):
             _restore_own(model, saved)
             logger.info("Continuing at step %d, epoch %d.", step, model.plan.progress.epoch + 1)
@@ -333,4 +334,4 @@ def _weights_stepped_by_row(model: TrainedModel) -> dict[str, Tensor]:
     if not is_elementwise(type(model.optimizer)):
         return {}
     names = model.trainable.names
-    return {names[parameter]: weight for parameter, weight in model.trainable.split.items()}
+    return {names[parameter]: weight for parameter, weight in model.trainable.split_weights.items()}

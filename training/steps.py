@@ -95,18 +95,20 @@ class StepPlan:
     first_step: int = 0
     # processes share the transformer, so that all take equally many micro-batches in a step
     in_lockstep: bool = False
-    peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
+    processes_per_batch: int = (
+        1  # processes that work on the same micro-batch; together they count as one of `processes`
+    )
 
     # derived from the fields above
-    num_processes: int = field(init=False)  # all processes, including peers
+    num_processes: int = field(init=False)  # all processes, including those that share a micro-batch
     works_together: bool = field(init=False)
     group_size: int = field(init=False)  # micro-batches of an optimizer step
     steps_per_epoch: int = field(init=False)
     num_epochs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_processes = self.processes * self.peers
-        self.works_together = self.in_lockstep or self.peers > 1
+        self.num_processes = self.processes * self.processes_per_batch
+        self.works_together = self.in_lockstep or self.processes_per_batch > 1
         self.group_size = self.processes * self.accumulation
         self.steps_per_epoch = ceil_div(self.num_batches, self.group_size)
         later_steps = self.total_steps - self.steps_until(self.first_epoch + 1)

@@ -19,7 +19,7 @@ from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from protocols.full_model import trains_checkpoint
 from runtime.planning.device_memory import MemoryWatch
-from training.checks import judge_rate
+from training.checks import describe_learning_rate
 from training.data.table_times import describe_times
 from training.learner import Learner
 from training.metadata import continued_sizes
@@ -98,7 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         run: The run.
         dtype: Dtype of saved models; None leaves it unchanged.
     """
-    split = run.model.trainable.split  # this process's rows of a weight -> the whole weight
+    split = run.model.trainable.split_weights  # this process's rows of a weight -> the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
     show_box(f"Training {run.plan.names.name}", rows)
@@ -117,7 +117,9 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     # ranks and alphas of a network that continues from a file; None if they are the options'
     sizes: tuple[list[int], list[float]] | None = None
     trainable = run.model.trainable
-    if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
+    if options.network is not None and any(
+        continued_sizes(run.model, part) for part in trainable.written_files
+    ):
         sizes = trainable.sizes()
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
@@ -153,7 +155,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
     names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names_by_rate.setdefault(group.get("lr", default), []).append(name)
-    described_default = judge_rate(options, learner)
+    described_default = describe_learning_rate(options, learner)
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
     has_one_rate = len(names_by_rate) < 2
@@ -283,8 +285,8 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
-    rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
-    if run.features.on.before_step:  # features that can skip steps
+    rows.append(("steps", f"{clock.steps} in {in_words(clock.seconds_of_steps)}{speed}, without pauses"))
+    if run.features.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
         rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
@@ -320,8 +322,8 @@ def _size_of(path: Path) -> int:
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:
     """Return a text with the step of the lowest validation loss and the best file that exists."""
-    assert run_history.lowest is not None
-    lowest_step, lowest_loss = run_history.lowest
+    assert run_history.lowest_validation is not None
+    lowest_step, lowest_loss = run_history.lowest_validation
     best = name_best_file(folder, name, run_history)
     text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:

@@ -58,16 +58,16 @@ class Trainable:
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
     group_names: tuple[str, ...]  # for logs: "unet", "unet plus"
     # files of a save, by the suffix of the file's name: "", the name of an expert, or a word
-    writes: Mapping[str, WrittenFile]
+    written_files: Mapping[str, WrittenFile]
     networks: Sequence[TrainableNetwork] = ()  # trained networks; empty if the DiT itself is trained
-    tied: Sequence[TrainableNetwork] = ()  # networks in other DiTs that share the same parameters
+    tied_networks: Sequence[TrainableNetwork] = ()  # networks in other DiTs that share the same parameters
     max_norm: float | None = None  # value of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
     # for a DiT that is split over processes: parameter with this process's rows -> the split weight
-    split: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    split_weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
     # number of steps for which a part of `modules` is trained; parts without an entry are trained to the end
-    until: Mapping[str, int] = field(default_factory=dict)
+    freeze_at_step: Mapping[str, int] = field(default_factory=dict)
     # derived from the fields above
     parameters: list[Parameter] = field(init=False)  # in the order of the optimizer's groups
     all_networks: tuple[TrainableNetwork, ...] = field(init=False)  # tied ones included
@@ -75,17 +75,17 @@ class Trainable:
     def __post_init__(self) -> None:
         parameters = [parameter for group in self.groups for parameter in group["params"]]
         object.__setattr__(self, "parameters", parameters)
-        object.__setattr__(self, "all_networks", (*self.networks, *self.tied))
+        object.__setattr__(self, "all_networks", (*self.networks, *self.tied_networks))
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
         """Modules with trained parameters, those of tied networks included."""
-        return (*self.modules.values(), *(network.module for network in self.tied))
+        return (*self.modules.values(), *(network.module for network in self.tied_networks))
 
     @property
     def names(self) -> dict[Tensor, str]:
         """Return the name of each parameter as `PART.NAME_IN_MODULE`."""
-        rows = {weight: part for part, weight in self.split.items()}
+        rows = {weight: part for part, weight in self.split_weights.items()}
         return {
             rows.get(parameter, parameter): f"{part}.{name}"
             for part, module in self.modules.items()
@@ -96,9 +96,9 @@ class Trainable:
         """Return the ranks and alphas of all networks, or of the networks in one file.
 
         Args:
-            part: A key of `writes`.
+            part: A key of `written_files`.
         """
-        files = [file for name, file in self.writes.items() if part in (None, name)]
+        files = [file for name, file in self.written_files.items() if part in (None, name)]
         return sizes_of([file.network.module.state_dict() for file in files if file.network is not None])
 
     def start_epoch(self) -> None:
@@ -117,7 +117,7 @@ class Trainable:
         Args:
             step: Number of steps taken.
         """
-        for part, steps in self.until.items():
+        for part, steps in self.freeze_at_step.items():
             if step >= steps:
                 self.modules[part].requires_grad_(False)
 
@@ -172,7 +172,7 @@ def train_network(
     device: torch.device,
     learner: Learner,
     lora_format: LoraFormat | None = None,
-    list_beside: ListTensors = dict,
+    list_auxiliary_tensors: ListTensors = dict,
 ) -> Trainable:
     """Move a network that is attached to its DiT to the device in float32; return it as a `Trainable`.
 
@@ -183,7 +183,7 @@ def train_network(
         device: Device of the run.
         learner: Description of the kind of network, with its function to write files if it has its own.
         lora_format: Format of the saved files; None keeps the network's own tensor names.
-        list_beside: Returns additional tensors for a LoRA's file when it is saved.
+        list_auxiliary_tensors: Returns additional tensors for a LoRA's file when it is saved.
 
     Raises:
         OptionError: If the network has no parameters to train, or modules that the format does not support.
@@ -205,13 +205,13 @@ def train_network(
         if learner.write is not None:
             learner.write(network.module, path, dtype, metadata)
         else:
-            save_lora(network.module, path, dtype, metadata, list_beside())
+            save_lora(network.module, path, dtype, metadata, list_auxiliary_tensors())
 
     return Trainable(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        writes={"": WrittenFile(save, learner.architecture_suffix, network)},
+        written_files={"": WrittenFile(save, learner.architecture_suffix, network)},
         networks=[network],
         max_norm=max_norm,
     )
@@ -225,24 +225,28 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
     """
     network.module.to(device=device, dtype=torch.float32)
     tie_network(trainable.modules["network"], network.module)
-    return replace(trainable, tied=(*trainable.tied, network))
+    return replace(trainable, tied_networks=(*trainable.tied_networks, network))
 
 
-def join_experts(parts: Mapping[str, Trainable]) -> Trainable:
+def join_experts(trainables: Mapping[str, Trainable]) -> Trainable:
     """Combine the trained parameters of several experts, by name; each expert has its own file."""
     modules: dict[str, nn.Module] = {}
+    groups: list[Mapping[str, Any]] = []
     group_names: list[str] = []
-    for expert, part in parts.items():
-        modules |= {f"{name}_{expert}": module for name, module in part.modules.items()}
-        group_names += [f"{name} {expert}" for name in part.group_names]
+    networks: list[TrainableNetwork] = []
+    for expert, trainable in trainables.items():
+        modules |= {f"{name}_{expert}": module for name, module in trainable.modules.items()}
+        groups += trainable.groups
+        group_names += [f"{name} {expert}" for name in trainable.group_names]
+        networks += trainable.networks
     return Trainable(
         modules=modules,
-        groups=[group for part in parts.values() for group in part.groups],
+        groups=groups,
         group_names=tuple(group_names),
-        writes={name: part.writes[""] for name, part in parts.items()},
-        networks=[network for part in parts.values() for network in part.networks],
-        max_norm=next(iter(parts.values())).max_norm,
-        by_expert=[part.parameters for part in parts.values()],
+        written_files={expert: trainable.written_files[""] for expert, trainable in trainables.items()},
+        networks=networks,
+        max_norm=next(iter(trainables.values())).max_norm,
+        by_expert=[trainable.parameters for trainable in trainables.values()],
     )
 
 
@@ -288,7 +292,7 @@ def train_dit(
         {"dit": dit},
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
-        writes={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, form))},
+        written_files={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, form))},
     )
 
 

@@ -31,7 +31,7 @@ from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.logs import Logs, Readings, RowLayout
+from training.reports.logs import DelayedReports, Logs, MetricColumns
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
@@ -45,8 +45,10 @@ if TYPE_CHECKING:  # loaded where they are made
 logger = logging.getLogger(__name__)
 
 SAMPLE, SAVE, STOP = "sample", "save", "stop"
-EVERY_SECONDS = 1.0  # time between two checks: one takes microseconds, in a network folder milliseconds
-LARGEST = 64  # bytes of a request file, enough for what a shell writes; larger files are the user's data
+CHECK_INTERVAL = 1.0  # time between two checks: one takes microseconds, in a network folder milliseconds
+MAX_REQUEST_BYTES = (
+    64  # bytes of a request file, enough for what a shell writes; larger files are the user's data
+)
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
     SIGNALS.append(signal.SIGBREAK)  # another process can send this instead of Ctrl-C
@@ -75,13 +77,12 @@ class Requests:
     can_sample: bool = True
     now: Callable[[], float] = time.monotonic  # seconds
     clock: MinuteClock | None = None  # of --save_every_n_minutes
-    ends: bool = field(default=False, init=False)  # the run was asked to end
-    agreed: bool = field(default=False, init=False)  # all processes know that the run was asked to end
-    _looked: float | None = field(default=None, init=False)  # time of the last check
-    _found: dict[Path, int] = field(default_factory=dict, init=False)  # request files -> time of change
-    _passed: dict[Path, int] = field(
-        default_factory=dict, init=False
-    )  # ignored files, with their time of change
+    ending_requested: bool = field(default=False, init=False)  # the run was asked to end
+    ending_agreed: bool = field(default=False, init=False)  # all processes know that the run was asked to end
+    _last_check: float | None = field(default=None, init=False)  # time of the last check
+    # request files -> time of change in nanoseconds
+    _pending_files: dict[Path, int] = field(default_factory=dict, init=False)
+    _ignored_files: dict[Path, int] = field(default_factory=dict, init=False)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -98,29 +99,29 @@ class Requests:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """Handle a signal: the first ends the run after this step, the second ends the process at once."""
-        if self.ends:
+        if self.ending_requested:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.ends = True
+        self.ending_requested = True
         logger.warning(
             "Ending after this step; everything will be saved. Press Ctrl-C again to end at once and go back "
             "to the last saved state."
         )
 
-    def asks_for(self, kind: str) -> bool:
+    def is_requested(self, kind: str) -> bool:
         """Return whether a file requests SAMPLE, SAVE or STOP. Checks the files at most once a second."""
-        if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
-            self._looked = self.now()
+        if self.paths and (self._last_check is None or self.now() - self._last_check >= CHECK_INTERVAL):
+            self._last_check = self.now()
             for path, request in self.paths.items():
                 with contextlib.suppress(OSError):
                     status = path.lstat()
                     # not a folder: the folder of samples has such a name
-                    if stat.S_ISREG(status.st_mode) and path not in self._found:
-                        self._take(path, request, status)
-        return any(self.paths[path] == kind for path in self._found)
+                    if stat.S_ISREG(status.st_mode) and path not in self._pending_files:
+                        self._record_request(path, request, status)
+        return any(self.paths[path] == kind for path in self._pending_files)
 
-    def _take(self, path: Path, kind: str, status: os.stat_result) -> None:
+    def _record_request(self, path: Path, kind: str, status: os.stat_result) -> None:
         """Record the request that a file in the folder makes, unless this version of it was ignored before.
 
         Args:
@@ -128,14 +129,14 @@ class Requests:
             kind: What it asks for: to save, to sample or to end.
             status: Size and time of the file.
         """
-        changed = status.st_mtime_ns
-        if self._passed.get(path) == changed:
+        modified_ns = status.st_mtime_ns
+        if self._ignored_files.get(path) == modified_ns:
             return
-        if status.st_size > LARGEST:  # a request is an empty or small file
-            self._passed[path] = changed
+        if status.st_size > MAX_REQUEST_BYTES:  # a request is an empty or small file
+            self._ignored_files[path] = modified_ns
             logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
             return
-        self._found[path] = changed
+        self._pending_files[path] = modified_ns
         if kind == SAMPLE and not self.can_sample:
             logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
             self.finish(kind)
@@ -147,17 +148,17 @@ class Requests:
 
         A file that was changed in the meantime is kept, as a new request.
         """
-        served = [path for path in self._found if self.paths[path] == kind]
+        served = [path for path in self._pending_files if self.paths[path] == kind]
         for path in served:
-            changed = self._found.pop(path)
+            modified_ns = self._pending_files.pop(path)
             try:
-                if path.lstat().st_mtime_ns == changed:
+                if path.lstat().st_mtime_ns == modified_ns:
                     path.unlink()
             except FileNotFoundError:
                 pass  # someone else removed it in the meantime
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
-                self._passed[path] = changed
+                self._ignored_files[path] = modified_ns
 
 
 @dataclass
@@ -225,7 +226,7 @@ class TrainingRun:
     reporter: RunReporter
     requests: Requests  # only the main process watches its files and its clock
     saver: Saver | None  # None: another process saves
-    readings: Readings = field(default_factory=Readings)
+    delayed_reports: DelayedReports = field(default_factory=DelayedReports)
     is_done: bool = False  # a feature has ended the run before its last step
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
@@ -237,9 +238,10 @@ class TrainingRun:
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)  # opens the autocast context of a pass
     parameters: list[Parameter] = field(init=False)  # trained parameters in the optimizer's order
-    of_audio: frozenset[Tensor] = field(init=False)  # parameters that only clips with audio train
-    parts: tuple[str, ...] = field(init=False)  # names of separate losses: experts, or images and audio
-    layout: RowLayout = field(init=False)
+    audio_parameters: frozenset[Tensor] = field(init=False)  # parameters that only clips with audio train
+    # names of the losses that are also logged separately: experts, or images and audio; empty for one loss
+    loss_components: tuple[str, ...] = field(init=False)
+    metric_columns: MetricColumns = field(init=False)  # of the tensor with the values of a step
 
     def __post_init__(self) -> None:
         plan = self.model.plan
@@ -249,18 +251,20 @@ class TrainingRun:
         self.autocast = plan.accelerator.autocast
         self.parameters = self.model.trainable.parameters
         experts, audio = plan.family.experts, audio_of(plan.family)
-        self.of_audio = frozenset()  # parameters of modules that only sound goes through
+        self.audio_parameters = frozenset()  # parameters of modules that only sound goes through
         if audio is not None and not audio.is_in_latent_cache:
             names = self.model.trainable.names
-            self.of_audio = frozenset(parameter for parameter, name in names.items() if audio.modules in name)
-        self.parts = ()
+            self.audio_parameters = frozenset(
+                parameter for parameter, name in names.items() if audio.modules in name
+            )
+        self.loss_components = ()
         if len(experts) > 1:
-            self.parts = tuple(expert.name for expert in experts)
+            self.loss_components = tuple(expert.name for expert in experts)
         elif audio is not None and not plan.features.has_joint_audio_loss:
-            self.parts = (IMAGE_STREAM, AUDIO_STREAM)
-        # columns of the tensor with a step's numbers: losses of parts, then values of features
-        self.layout = RowLayout(
-            [*self.parts, *(name for tally in self.features.tallies for name in tally.names)]
+            self.loss_components = (IMAGE_STREAM, AUDIO_STREAM)
+
+        self.metric_columns = MetricColumns(
+            [*self.loss_components, *(name for tally in self.features.tallies for name in tally.names)]
         )
 
     @property

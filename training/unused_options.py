@@ -37,20 +37,25 @@ def list_without_effect(
         reason = f"{' and '.join(rate_flags)} replace{'s' * (len(rate_flags) == 1)} it"
         reasons.setdefault("learning_rate", reason if rate_flags else "no part learns at it")
     reasons |= _without_samples(options, options)
-    lines = [*_list_idle(options, reasons, options.typed_options)]
-    # a weighting scheme either weights the loss or shapes the draws of timesteps
-    sampler, weighting = options.timesteps.timestep_sampling, options.timesteps.weighting_scheme
-    beginning = f"--weighting_scheme {weighting} has no effect: it"
-    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
-        lines.insert(0, f"{beginning} weights the loss only with --model_prediction_type sigma_scaled.")
-    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
-        lines.insert(0, f"{beginning} shapes the draws of --timestep_sampling sigma only.")
+    lines = _list_idle_weighting(options)
+    lines += _list_idle(options, reasons, options.typed_options)
     if is_dataclass(family_options):
         lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
     # of several attention flags, only the first one counts
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
+
+
+def _list_idle_weighting(options: TrainingOptions) -> list[str]:
+    """Return a line if --weighting_scheme neither weights the loss nor shapes the draws of timesteps."""
+    weighting = options.timesteps.weighting_scheme
+    beginning = f"--weighting_scheme {weighting} has no effect: it"
+    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+        return [f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."]
+    if weighting in {"logit_normal", "mode"} and options.timesteps.timestep_sampling != "sigma":
+        return [f"{beginning} shapes the draws of --timestep_sampling sigma only."]
+    return []
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ from protocols.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at, times_of_audio
 from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
-from training.noise_options import NUM_TIMESTEPS
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
 from training.targets.passes import measure_streams
@@ -36,21 +36,18 @@ class Validation:
         self.plan = plan
         self.loss = loss
         self.checks = CacheChecks()
-        self.process = plan.accelerator.process_index // plan.steps.peers  # peers share one batch
+        self.process = plan.accelerator.process_index // plan.steps.processes_per_batch
         self.is_of_images = plan.options.is_for_images
-        times = plan.options.timesteps
-        low = times.lowest
-        width = times.highest - times.lowest
+        sigmas = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]  # the middle of each band
         if self.is_of_images:
-            # as image trainers do: four levels between the bounds of the timesteps
-            levels = [int(low + width * fifth / 5) / NUM_TIMESTEPS for fifth in range(1, 5)]
-        else:
-            levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
+            sigmas = _list_image_sigmas(plan.options.timesteps)
         lowest = min(expert.lowest for expert in plan.family.experts)
         # levels below all trained experts are left out; an expert above all levels is measured at pure noise
-        self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
+        self.sigmas = [sigma for sigma in sigmas if NUM_TIMESTEPS * sigma >= lowest] or [1.0]
 
-    def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
+    def name_tracked_values(
+        self, losses: Mapping[str, float], occasion: str, running: float | None
+    ) -> dict[str, float]:
         """Return the values of a validation that TensorBoard or wandb records.
 
         For image models these are the mean and its difference from the training loss, under the names of
@@ -98,27 +95,29 @@ class Validation:
             autocast: Opens the autocast context of a pass.
         """
         steps = self.plan.steps
-        measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
-        items = measured[self.process :: steps.processes]
+        all_items = self.plan.validation[: self.plan.options.validation.max_validation_steps]
+        items = all_items[self.process :: steps.processes]
         # processes whose networks are split have to run as many passes as the process with the most items
-        lacks_item = steps.in_lockstep and len(items) * steps.processes < len(measured)
-        # the expert of each noise level
-        experts = [expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts) for sigma in self.sigmas]
+        lacks_item = steps.in_lockstep and len(items) * steps.processes < len(all_items)
+        # indices of the noise levels at which each expert is used
+        levels_by_expert: dict[int, list[int]] = {}
+        for level, sigma in enumerate(self.sigmas):
+            expert = expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts)
+            levels_by_expert.setdefault(expert, []).append(level)
         sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         sums[-1] = len(items)
         if not (items or lacks_item):
             return sums
         # one network after the other: moving a network to the device takes longer than reading all items
-        for expert in sorted(set(experts)):
+        for expert, levels in sorted(levels_by_expert.items()):
             dit = dit_at(expert)
-            level_indices = [level for level, level_expert in enumerate(experts) if level_expert == expert]
-            sigmas = [self.sigmas[level] for level in level_indices]
-            title = f"validation, {len(level_indices)} noise levels"
+            sigmas = [self.sigmas[level] for level in levels]
+            title = f"validation, {len(levels)} noise levels"
             for item in track(items, title, len(items), unit="item"):
                 losses = self._losses(item, sigmas, dit, autocast)
-                sums[level_indices] += torch.tensor(losses, dtype=torch.float64)
+                sums[levels] += torch.tensor(losses, dtype=torch.float64)
             if lacks_item:  # an additional pass, because other processes need this one's part of the blocks
-                self._losses(measured[-1], sigmas, dit, autocast)
+                self._losses(all_items[-1], sigmas, dit, autocast)
         return sums
 
     def _losses(
@@ -184,10 +183,10 @@ class Validation:
         if vary is not None:
             generator = seed_generator("validation inputs", *seed)
             batch = replace(batch, tensors=vary(batch.tensors, "", generator))
-        gives = self.plan.family.noise.gives
+        given_tokens_spec = self.plan.family.noise.gives
         given = None
-        if gives is not None:
-            given = gives.draw(batch, seed_generator("validation given tokens", *seed))
+        if given_tokens_spec is not None:
+            given = given_tokens_spec.draw(batch, seed_generator("validation given tokens", *seed))
         return NoisyBatch(
             batch=batch,
             noise=noise,
@@ -198,3 +197,9 @@ class Validation:
             given=given,
             audio=audio,
         )
+
+
+def _list_image_sigmas(options: TimestepOptions) -> list[float]:
+    """Return four noise levels between the bounds of the timesteps, at which image trainers validate."""
+    width = options.highest - options.lowest
+    return [int(options.lowest + width * fifth / 5) / NUM_TIMESTEPS for fifth in range(1, 5)]

@@ -1,6 +1,6 @@
 """Train networks of a checkpoint that also contains text encoders and VAE, and write whole checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ def train_full(
 
 
 @dataclass
-class _Groups:
+class _OptimizerGroups:
     """Collect trained weights into groups of the optimizer, by the group names in logs."""
 
     params: dict[str, list[Parameter]] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def _train_checkpoint(
         shard_bytes: Largest size of a file of the folder; 0 for one file per network.
     """
     parts = family.learning_parts
-    groups = _Groups()
+    groups = _OptimizerGroups()
     networks: dict[str, nn.Module] = {}
     for name, parameter in dit.named_parameters():
         group, rate = _select_rate(name, parts, family.dit, learning_rate)
@@ -102,32 +102,36 @@ def _train_checkpoint(
     elif name_parts:
         reject_no_match(dit, name_parts)
     for encoder in () if texts is None else texts.learning_encoders:
-        own_rate = parts.texts[encoder.name]
-        text_rate = learning_rate if own_rate is None else own_rate
+        encoder_rate = parts.texts[encoder.name]
+        if encoder_rate is None:
+            encoder_rate = learning_rate
         networks[encoder.name] = encoder.network
         for name, parameter in encoder.network.named_parameters():
             # weights that the model does not use, such as layers after the last one it reads, stay frozen
-            is_read = family.reads_weight(encoder.name, name)
-            groups.add(encoder.name, text_rate if is_read else 0.0, parameter)
+            is_used = family.reads_weight(encoder.name, name)
+            groups.add(encoder.name, encoder_rate if is_used else 0.0, parameter)
     if not groups.params:
-        given = "a part" if parts.have_own_rates else "--learning_rate"
-        raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {given}")
-    writes: dict[str, WrittenFile] = {}
+        rate_owner = "a part" if parts.have_own_rates else "--learning_rate"
+        raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {rate_owner}")
+    written_files: dict[str, WrittenFile] = {}
     if as_folder is not None:
-        writes[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)
+        written_files[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)
+    freeze_at_step: Mapping[str, int] = {}
+    if parts.text_steps is not None:
+        freeze_at_step = dict.fromkeys(networks.keys() - {DIT}, parts.text_steps)
     return Trainable(
         modules=networks,
         groups=groups.list(),
         group_names=tuple(groups.params),
-        writes=writes,
-        until={} if parts.text_steps is None else dict.fromkeys(networks.keys() - {DIT}, parts.text_steps),
+        written_files=written_files,
+        freeze_at_step=freeze_at_step,
     )
 
 
-def _select_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
+def _select_rate(name: str, parts: LearningParts, spec: DitSpec, default_rate: float) -> tuple[str, float]:
     """Return the parameter group and the learning rate for a transformer weight by its name."""
     if not parts.blocks:
-        return DIT, usual
+        return DIT, default_rate
     assert spec.numbered is not None  # the family has rates of blocks
     number = spec.numbered.number_of(name)
     assert number is not None  # all blocks have numbers

@@ -207,8 +207,8 @@ def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
     figures = {}
     if run_history.average is not None:
         figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
-    if run_history.lowest is not None:
-        step, loss = run_history.lowest
+    if run_history.lowest_validation is not None:
+        step, loss = run_history.lowest_validation
         figures["lowest validation loss"] = f"{loss:.{DIGITS}g} at step {step}"
     seconds = sorted(value for value in run_history.seconds.values() if value is not None)
     if seconds:

@@ -18,7 +18,7 @@ from training.next_commands import TrainingCommand
 from training.options import list_script_options
 from training.reports.history import History, describe_process
 from training.run import train_network
-from training.training_run import EVERY_SECONDS
+from training.training_run import CHECK_INTERVAL
 
 STEPS = 90
 # what moved without a click, and by how much
@@ -107,14 +107,14 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         page.click("text=Sample now")
         while not (training.folder / "output" / "x.sample").exists():
             training.thread.join(0.05)
-        training.thread.join(EVERY_SECONDS)  # then the run looks at its folder again
+        training.thread.join(CHECK_INTERVAL)  # then the run looks at its folder again
         samples, asked = training.folder / "output" / "sample", range(training.steps, training.steps + 3)
         training.step_until(lambda: any([*samples.glob(f"x_{step:06d}_01*.mp4")] for step in asked), 2)
         page.evaluate("ask()")
         page.wait_for_selector(
             f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=PATIENCE * MILLISECONDS
         )
-        training.thread.join(EVERY_SECONDS)
+        training.thread.join(CHECK_INTERVAL)
         page.evaluate("window.confirm = () => true")
         page.click("#stop")
         training.step_until(lambda: not training.thread.is_alive(), 2)

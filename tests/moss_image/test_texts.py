@@ -96,7 +96,9 @@ def test_other_states_and_texts_are_told_from_those(
 
 
 @pytest.mark.parametrize(
-    ("change", "minimum"), [({}, 0.0), ({"partial_rotary_factor": 0.5}, 1e-5), ({"theta": 1e6}, 1e-5)], ids=str
+    ("change", "minimum"),
+    [({}, 0.0), ({"partial_rotary_factor": 0.5}, 1e-5), ({"theta": 1e6}, 1e-5)],
+    ids=str,
 )
 def test_a_file_without_its_configuration_rotates_as_released(
     tmp_path: Path, encoder: LanguageModelEncoder, change: dict[str, Any], minimum: float

@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_masked_factors(tmp_path: Path, how: lis
     toy.write_caches(tmp_path, batch_size=2)
     family = toy.ToyFamily()
     with prepare_run(family, toy.toy_options(tmp_path, *TLORA, *how)) as run:
-        dit = run.model.dits.at(0)
+        dit = run.model.dits.on_device(0)
         for parameter in run.parameters:
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
         batch = run.feed.read((0, 0))

@@ -96,9 +96,9 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
         found = []
         for step in (lambda: None, lambda: train(run)):
             step()
-            run.model.dits.at(0).eval()
+            run.model.dits.on_device(0).eval()
             assert run.validation is not None
-            found.append(run.validation.measure(run.model.dits.at, run.autocast)["validation/loss"])
+            found.append(run.validation.measure(run.model.dits.on_device, run.autocast)["validation/loss"])
     return found[0], found[1]
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from modules.errors import OptionError
 from tests.training import toy
 from training.saving.files import Names
-from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, Requests, trigger_paths
+from training.training_run import (
+    CHECK_INTERVAL,
+    MAX_REQUEST_BYTES,
+    SAMPLE,
+    SAVE,
+    STOP,
+    Requests,
+    trigger_paths,
+)
 
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
@@ -130,7 +138,7 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[Requests, Callable[
     clock = [0.0]
 
     def later() -> None:
-        clock[0] += EVERY_SECONDS
+        clock[0] += CHECK_INTERVAL
 
     return Requests(trigger_paths(Names(folder, "x"), also_plain=True), can_sample, lambda: clock[0]), later
 
@@ -142,25 +150,25 @@ def test_a_file_asks_until_it_is_done_and_is_removed_then(tmp_path: Path, name: 
     triggers, later = files_in(tmp_path)
     other = SAVE if kind == SAMPLE else SAMPLE
     (tmp_path / name).touch()
-    assert triggers.asks_for(kind)
-    assert not triggers.asks_for(other)
+    assert triggers.is_requested(kind)
+    assert not triggers.is_requested(other)
     triggers.finish(other)
-    assert triggers.asks_for(kind)
+    assert triggers.is_requested(kind)
     triggers.finish(kind)
     assert not (tmp_path / name).exists()
     later()
-    assert not triggers.asks_for(kind)
+    assert not triggers.is_requested(kind)
 
 
 def test_a_folder_a_link_and_a_file_with_content_ask_for_nothing_and_stay(tmp_path: Path) -> None:
     (tmp_path / "sample").mkdir()
-    (tmp_path / "save").write_bytes(b"x" * (LARGEST + 1))
+    (tmp_path / "save").write_bytes(b"x" * (MAX_REQUEST_BYTES + 1))
     if sys.platform != "win32":
         (tmp_path / "x.save").symlink_to(tmp_path / "nothing")
     triggers, _ = files_in(tmp_path)
 
-    assert not triggers.asks_for(SAMPLE)
-    assert not triggers.asks_for(SAVE)
+    assert not triggers.is_requested(SAMPLE)
+    assert not triggers.is_requested(SAVE)
     triggers.finish(SAVE)
     assert (tmp_path / "save").exists()
 
@@ -169,9 +177,9 @@ def test_samples_without_prompts_are_refused_once(tmp_path: Path, caplog: pytest
     triggers, later = files_in(tmp_path, can_sample=False)
     (tmp_path / "x.sample").touch()
 
-    assert not triggers.asks_for(SAMPLE)
+    assert not triggers.is_requested(SAMPLE)
     later()
-    assert not triggers.asks_for(SAMPLE)
+    assert not triggers.is_requested(SAMPLE)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "--sample_prompts" in caplog.text
     assert not (tmp_path / "x.sample").exists()
@@ -181,14 +189,14 @@ def test_samples_without_prompts_are_refused_once(tmp_path: Path, caplog: pytest
 def test_a_file_that_cannot_be_removed_is_ignored_until_it_changes(tmp_path: Path) -> None:
     triggers, later = files_in(tmp_path)
     (tmp_path / "save").touch()
-    assert triggers.asks_for(SAVE)
+    assert triggers.is_requested(SAVE)
     tmp_path.chmod(0o500)
     try:
         triggers.finish(SAVE)
     finally:
         tmp_path.chmod(0o700)
     later()
-    assert not triggers.asks_for(SAVE)
+    assert not triggers.is_requested(SAVE)
 
 
 @pytest.fixture

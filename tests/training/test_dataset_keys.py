@@ -80,7 +80,7 @@ def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> 
         with prepare_run(toy.ToyFamily(), toy.toy_options(folder)) as run:
             batches = [run.feed.read((0, index)) for index in range(5)]
             found = [
-                training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, nullcontext).item()
+                training_loss(toy.ToyFamily(), run.model.dits.on_device(0), batch, nullcontext).item()
                 for batch in batches
             ]
             losses.append({batch.batch.keys[0][:5]: loss for batch, loss in zip(batches, found, strict=True)})

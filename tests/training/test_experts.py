@@ -172,12 +172,12 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
 
         def note(expert: int) -> nn.Module:
             asked.append(expert)
-            return run.model.dits.at(expert)
+            return run.model.dits.on_device(expert)
 
         assert run.validation is not None
         both, low, high = (
             {name[-3:]: loss for name, loss in run.validation.measure(at, run.autocast).items()}
-            for at in (note, lambda _: run.model.dits.at(0), lambda _: run.model.dits.at(1))
+            for at in (note, lambda _: run.model.dits.on_device(0), lambda _: run.model.dits.on_device(1))
         )
         assert len(run.plan.validation) > 1
     assert asked == [0, 1], "a network is brought once for all items"
@@ -186,7 +186,7 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
     assert low["900"] != high["900"]
     with prepare_run(toy.ToyFamily(experts=toy.TWO_EXPERTS[1:]), options) as run:
         assert run.validation is not None
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.on_device, run.autocast)
     assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
 
 

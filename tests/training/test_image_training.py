@@ -145,8 +145,8 @@ def test_validation_is_at_four_levels_under_its_own_names(option: str, occasion:
 
     with prepare_run(TextFamily(), image_toy_options(tmp_path, ONLY, *words)) as run:
         assert run.validation is not None
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
-        logged = run.validation.logged(losses, occasion, 0.25)
+        losses = run.validation.measure(run.model.dits.on_device, run.autocast)
+        logged = run.validation.name_tracked_values(losses, occasion, 0.25)
 
     assert list(losses) == ["validation/loss", *(f"validation/loss_{at}" for at in (600, 700, 800, 900))]
     assert logged == {

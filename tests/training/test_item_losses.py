@@ -160,7 +160,7 @@ def test_few_items_are_shown_once() -> None:
 
 def test_processes_that_run_passes_for_each_other_are_refused(tmp_path: Path) -> None:
     recorder = ItemLossRecorder(tmp_path, "x", Progress(seed=1, session_id=1, started_at=0.0))
-    plan: Any = SimpleNamespace(steps=SimpleNamespace(in_lockstep=True, peers=1))
+    plan: Any = SimpleNamespace(steps=SimpleNamespace(in_lockstep=True, processes_per_batch=1))
 
     with pytest.raises(OptionError, match="--item_losses: processes that share the transformer"):
         recorder.join_run(plan, ())

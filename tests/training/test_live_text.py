@@ -236,10 +236,10 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
         known = replace(batch, batch=run.plan.texts.add_to(batch.batch))
     encoders = family.text_encoders()
 
-    cached = largest(predict(family, options, known.moved(torch.detach), CPU).moments)[1]
-    frozen = largest(predict(family, options, batch, CPU, texts=LiveTexts(encoders)).moments)[1]
+    cached = largest(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
+    frozen = largest(predict(family, options, batch, CPU, texts=LiveTexts(encoders)).phase_peaks)[1]
     texts = LiveTexts(encoders, family.made[-2:-1])
-    learning = largest(predict(family, options, batch, CPU, texts=texts).moments)[1]
+    learning = largest(predict(family, options, batch, CPU, texts=texts).phase_peaks)[1]
 
     assert TEXTS not in cached
     weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())

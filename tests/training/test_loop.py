@@ -27,7 +27,7 @@ from training.data.feed import BatchSources, Feed, NoiseSampler, PackedBatch, dr
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
-from training.reports.logs import Readings, StepReport
+from training.reports.logs import DelayedReports, StepReport
 from training.run import prepare_run, train_network
 from training.steps import StepPlan
 
@@ -247,18 +247,18 @@ def test_the_next_batch_is_sent_before_the_host_waits_for_the_step_before(
     """So a device has the next step to compute, and its inputs, while the host reads numbers."""
     toy.write_caches(tmp_path)
     events: list[str] = []
-    send, flush = NoisyBatch.to, Readings.flush
+    send, flush = NoisyBatch.to, DelayedReports.flush
 
     def note_sending(batch: NoisyBatch, *arguments: Any) -> NoisyBatch:
         events.append("sent")
         return send(batch, *arguments)
 
-    def note_reading(readings: Readings) -> StepReport | None:
-        events.extend(["read"] * (readings._waiting is not None))
-        return flush(readings)
+    def note_reading(delayed_reports: DelayedReports) -> StepReport | None:
+        events.extend(["read"] * (delayed_reports._pending is not None))
+        return flush(delayed_reports)
 
     monkeypatch.setattr(NoisyBatch, "to", note_sending)
-    monkeypatch.setattr(Readings, "flush", note_reading)
+    monkeypatch.setattr(DelayedReports, "flush", note_reading)
     toy.train_toy(tmp_path, "--max_train_steps", 3)
 
     assert events == ["sent", "sent", "read", "sent", "read", "read"]

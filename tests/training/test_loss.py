@@ -27,7 +27,7 @@ from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, 
 from training.features.contract import PRESERVE_OUTPUT
 from training.features.output_preservation import preserve
 from training.features.teacher_passes import TeacherComparison, TeacherTarget, teach_as_base
-from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, compared, element_errors, find_thresholds
+from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, convert_velocity, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
 from training.run import prepare_run
 from training.run_options import LoopOptions, ValidationOptions
@@ -185,8 +185,8 @@ def test_every_prediction_is_the_recorded_one(prediction: str) -> None:
     output, noisy = LOSS_TENSORS["model_output"], LOSS_TENSORS["x_t"]
     sigmas = torch.tensor(LOSSES["sigma"])
 
-    straight = compared(output, noisy, sigmas, prediction, 1.0)
-    turned = compared(-output, noisy, sigmas, prediction, -1.0)  # a family turned the output round
+    straight = convert_velocity(output, noisy, sigmas, prediction, 1.0)
+    turned = convert_velocity(-output, noisy, sigmas, prediction, -1.0)  # a family turned the output round
 
     torch.testing.assert_close(straight, LOSS_TENSORS[f"prediction_{prediction}"], rtol=0, atol=1e-6)
     torch.testing.assert_close(-turned, straight)
@@ -270,7 +270,7 @@ def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path:
 
     with prepare_run(ToyFamily(), toy_options(tmp_path, "--validation_split", "0.4")) as run:
         assert run.validation is not None
-        losses = run.validation.measure(run.model.dits.at, run.autocast)
+        losses = run.validation.measure(run.model.dits.on_device, run.autocast)
 
     bands = [f"validation/loss_{timestep}" for timestep in (100, 300, 500, 700, 900)]
     assert list(losses) == ["validation/loss", *bands]

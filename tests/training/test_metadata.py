@@ -204,7 +204,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
     dit, network = learner(CASES[0], 3, checkpointing=True, device=device)
     parameters = list(network.parameters())
     trainable = Trainable(
-        modules={"network": network}, groups=[{"params": parameters}], group_names=("unet",), writes={}
+        modules={"network": network}, groups=[{"params": parameters}], group_names=("unet",), written_files={}
     )
     optimizer = torch.optim.SGD(parameters, 0.1)
     average = make_average(0.5, 1, dits=[dit], trainable=trainable, optimizer=optimizer, keeps=True)

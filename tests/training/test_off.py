@@ -12,7 +12,7 @@ from tests.training import toy
 
 # a function -> the options, or the keys of the dataset's table, that need it
 WITH_OPTIONS: Mapping[str, tuple[object, ...]] = {
-    "training.resuming.settings_of": ("--save_state",),
+    "training.resuming.collect_run_settings": ("--save_state",),
     "training.resuming.epoch_digest": ("--save_state",),
     "training.summary._sampling_times": ("--sample_prompts", "prompts.txt"),
     "training.reports.logs._list_tracked_values": ("--item_losses",),

@@ -132,7 +132,7 @@ def test_the_first_loss_is_the_logarithm_of_two(tmp_path: Path) -> None:
     family = toy.ToyFamily()
     with prepare_run(family, toy.toy_options(tmp_path, "--preference", 2000)) as run:
         noisy_batch = run.feed.read((0, 0))
-        ((loss,),) = loss_passes(family, run.model.dits.at(0), noisy_batch, run.autocast, run.rule)
+        ((loss,),) = loss_passes(family, run.model.dits.on_device(0), noisy_batch, run.autocast, run.rule)
 
         (tally,) = run.features.tallies
         numbers = tally.take()

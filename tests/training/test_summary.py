@@ -16,9 +16,9 @@ from training.steps import StepPlan
 from training.summary import (
     count_saves,
     describe_best,
+    describe_learning_rate,
     disk_needed,
     judge_alpha,
-    judge_rate,
     next_samples,
     saved_bytes,
 )
@@ -92,7 +92,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     # 2e-6 is the default
     options = toy_options(tmp_path, "--learning_rate", "2e-6", "--network_dim", 32, *words.split())
 
-    said = judge_rate(options, find_learner(ToyFamily(), options.network))
+    said = describe_learning_rate(options, find_learner(ToyFamily(), options.network))
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
@@ -111,7 +111,9 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     ],
 )
 def test_a_loras_rate_is_high_for_a_whole_model(tmp_path: Path, words: str, expected: str) -> None:
-    assert judge_rate(toy_options(tmp_path, *words.split(), full_dit=True), FULL_MODEL) == expected
+    assert (
+        describe_learning_rate(toy_options(tmp_path, *words.split(), full_dit=True), FULL_MODEL) == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
 def test_pauses_do_not_count_as_training() -> None:
     clock = StepClock()
     for step, seconds in enumerate((2, 3, 1)):
-        clock.note(step, seconds)
+        clock.record_step(step, seconds)
 
-    assert clock.active == 6
+    assert clock.seconds_of_steps == 6
     assert clock.seconds_per_step == 2

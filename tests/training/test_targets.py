@@ -44,7 +44,7 @@ class Step:
 
     @property
     def dit(self) -> nn.Module:
-        return self.run.model.dits.at(0)
+        return self.run.model.dits.on_device(0)
 
     @property
     def latents(self) -> Tensor:
@@ -337,7 +337,7 @@ def test_validation_is_the_usual_loss_with_all_targets(tmp_path: Path) -> None:
     for targets in ([], ALL_TARGETS, ["--teacher", "base", "--teacher_split"]):
         with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, *targets)) as run:
             assert run.validation is not None
-            losses.append(run.validation.measure(run.model.dits.at, run.autocast))
+            losses.append(run.validation.measure(run.model.dits.on_device, run.autocast))
     assert losses[0] == losses[1] == losses[2]
 
 

@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
     with prepare_run(
         family, toy.toy_options(tmp_path, "--teacher", "base", "--teacher_weight", weight)
     ) as run:
-        dit = run.model.dits.at(0)
+        dit = run.model.dits.on_device(0)
         for parameter in run.parameters:  # a network that has an effect
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
         for index, batch in enumerate(plain):
@@ -89,9 +89,9 @@ def test_the_validation_loss_is_measured_without_the_teacher(tmp_path: Path) -> 
     words = ["--validation_split", 0.2]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         assert run.validation is not None
-        default = run.validation.measure(run.model.dits.at, run.autocast)
+        default = run.validation.measure(run.model.dits.on_device, run.autocast)
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, "--teacher", "base")) as run:
-        assert run.validation.measure(run.model.dits.at, run.autocast) == default
+        assert run.validation.measure(run.model.dits.on_device, run.autocast) == default
 
 
 def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
@@ -101,7 +101,10 @@ def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         batch = run.feed.read((0, 0))
         with torch.no_grad(), run.model.dits.loras[0].switched_to(is_on=True):
-            assert training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, run.autocast, run.rule) == 0
+            assert (
+                training_loss(toy.ToyFamily(), run.model.dits.on_device(0), batch, run.autocast, run.rule)
+                == 0
+            )
 
 
 STATES = ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]

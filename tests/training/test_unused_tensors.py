@@ -71,7 +71,7 @@ def test_the_written_file_has_the_names_of_its_source(script: str, tmp_path: Pat
         expected = {name: bare.read(name) for name in bare.tensors}
 
     dit = dit_format.load(path, Placement(torch.device("cpu")))
-    writes = train_dit(dit, 1e-3).writes[""].write
+    writes = train_dit(dit, 1e-3).written_files[""].write
     writes(tmp_path / "written.safetensors", None, {})
 
     written = load_file(tmp_path / "written.safetensors")

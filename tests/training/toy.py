@@ -312,7 +312,7 @@ def train_toy(
     script_options = list_script_options(toy_parser(full_dit), options) if has_page else ()
     command = TrainingCommand(script_options=script_options)
     assert train_network(family or ToyFamily(), options, command) == 0
-    folder, name = options.saving.place
+    folder, name = options.saving.folder_and_name
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}
 

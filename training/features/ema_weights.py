@@ -42,7 +42,7 @@ class WeightAverage:
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
-        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split
+        self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split_weights
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps = 0

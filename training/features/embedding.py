@@ -164,7 +164,7 @@ def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
 
     network = cast(LearnsEmbeddings, run.family).word_network(word)
     if has_file:
-        run.extra_file_suffixes.append(word.text)
+        run.embedding_words.append(word.text)
     run.caption_checks.append(network.check_captions)
     run.info.for_loading |= network.values
     run.on.beside.append(partial(make_word_vectors, word, network, has_file))
@@ -223,7 +223,7 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
             options.train_embedding,
             options.train_embedding,
         )
-    run.make_network_instead_of_lora = partial(_word_as_network, options.word())
+    run.lora_replacement = partial(_word_as_network, options.word())
 
 
 def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:

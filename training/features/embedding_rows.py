@@ -86,9 +86,9 @@ class WordVectors:
             modules={**trainable.modules, WORD: self.module},
             groups=[*trainable.groups, self.group(learning_rate)],
             group_names=(*trainable.group_names, f"the word {word.text}"),
-            writes={**trainable.writes, **files},
+            written_files={**trainable.written_files, **files},
             # the step after which the word's vectors are no longer trained
-            until={**trainable.until, WORD: math.ceil(word.until * total_steps)},
+            freeze_at_step={**trainable.freeze_at_step, WORD: math.ceil(word.until * total_steps)},
         )
 
 

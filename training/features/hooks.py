@@ -471,9 +471,8 @@ class RunFeatures:
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    extra_file_suffixes: list[str] = field(default_factory=list)  # of the names of additional saved files
-    # attributes of tables whose samples have the base model's prediction as their target
-    base_target_attributes: set[str] = field(default_factory=set)
+    embedding_words: list[str] = field(default_factory=list)  # trained words with files of their own
+    base_target_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
@@ -482,7 +481,7 @@ class RunFeatures:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    make_network_instead_of_lora: "Callable[[Described], CustomNetwork] | None" = None
+    lora_replacement: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None

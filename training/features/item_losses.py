@@ -24,7 +24,7 @@ class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, 
 def _start(run: "RunFeatures") -> None:
     from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training run
 
-    folder, name = run.options.saving.place
+    folder, name = run.options.saving.folder_and_name
     recorder = ItemLossRecorder(folder, name)
     run.on.target.append(recorder.observe)
     run.on.recorders.append(recorder.join_run)

@@ -119,7 +119,7 @@ class ItemLossRecorder:
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
         """
-        if plan.steps.in_lockstep or plan.steps.peers > 1:
+        if plan.steps.in_lockstep or plan.steps.processes_per_batch > 1:
             raise OptionError(
                 "--item_losses: processes that share the transformer or the tokens of a clip run passes for "
                 "each other, so that losses would count several times. Leave it out"

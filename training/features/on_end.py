@@ -39,7 +39,7 @@ def run_end_command(end: "RunEnd") -> None:
     from training.run_end import EndedRun, start_command
 
     options, progress = end.run.options, end.progress
-    folder, name = options.saving.place
+    folder, name = options.saving.folder_and_name
     step = 0 if progress is None else progress.step
     info = EndedRun(
         folder=folder,

@@ -45,7 +45,7 @@ def _start(run: "RunFeatures") -> None:
     """Add the recorder that starts a scoring process each time samples have been generated."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in training
 
-    folder, name = run.options.saving.place
+    folder, name = run.options.saving.folder_and_name
     options = run.options.of(SampleScoringOptions)
     assert options.score_samples is not None  # the feature is on
     models = {

@@ -49,7 +49,7 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
 
 
 def _start(run: "RunFeatures") -> None:
-    if run.extra_file_suffixes:
+    if run.embedding_words:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
             "samples' prompts have. Leave out one of the two"

@@ -51,34 +51,49 @@ class StepPrediction:
     """Predicted memory of a step before any block is swapped, and the effect of swapping."""
 
     options: TrainingOptions
-    batch: str  # the size of the batch, in words
-    size: int  # number of elements in the latents of the batch
+    batch_description: str  # size of the images or clips, and their number
+    num_elements: int  # elements in the latents of the batch
     shape: Shape  # shape of these latents
-    moments: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
-    waiting: int  # bytes of activations in host memory
-    weights: str  # dtypes of the weights
+    phase_peaks: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
+    host_activation_bytes: int  # bytes of activations in host memory
+    weight_dtypes: str  # dtypes of the weights, as text
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
-    offloaded: int = 0  # bytes of the optimizer's states in host memory
-    average: int = 0  # bytes of a whole model's average in host memory
-    further: int = 0  # transformers that are trained, each like the one that was rehearsed
-    sampled: int = 0  # transformers that only samples need
+    host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
+    host_average_bytes: int = 0  # bytes of a whole model's average in host memory
+    num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
+    num_sample_only_dits: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
-        # the moment of the step with the most memory: its bytes by kind, such as weights and gradients
-        (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
+        swap = self.swaps[blocks]
+        # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
+        phase_name, moment = dry.largest(self.phase_peaks)
         notes = {
-            dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
+            dry.WEIGHTS: self.weight_dtypes + swap.words(blocks, "to pass through"),
             dry.WORKING: phase_name,
         }
-        if self.waiting:
+        if self.host_activation_bytes:
             notes[dry.KEPT] = "the rest waits in host memory"
-        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
-        has_more = self.further + self.sampled > 0
+        parts = [*memory_plan.parts_of(moment, swap, notes, self.host_activation_bytes, self.network)]
+        parts += self._list_other_models(moment, swap)
+        parts += self._list_host_parts()
+        return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
+
+    def _list_other_models(
+        self, moment: dry.Moment, swap: memory_plan.Swapped
+    ) -> list[memory_plan.MemoryPart]:
+        """Return the memory of the transformers that were not rehearsed, and of what is trained in them.
+
+        Args:
+            moment: Bytes by kind at the peak of the rehearsed step.
+            swap: Effect of swapping the blocks of a transformer.
+        """
+        parts = []
+        has_more = self.num_further_dits + self.num_sample_only_dits > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
         if has_more and self.options.by_expert.lora_per_expert:
@@ -87,19 +102,26 @@ class StepPrediction:
             if self.options.loop.gradient_accumulation_steps > 1:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
+            parts.append(memory_plan.MemoryPart("what learns in them", self.num_further_dits * trained_bytes))
         # models of features, such as a teacher, count as large as the trained transformer
         for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
-        if self.offloaded:
+        return parts
+
+    def _list_host_parts(self) -> list[memory_plan.MemoryPart]:
+        """Return what is in host memory alone: states of the optimizer, and the average of the weights."""
+        parts = []
+        if self.host_optimizer_bytes:
             note = "those of one weight at a time are on the device"
-            parts.append(memory_plan.MemoryPart("all states of the optimizer", 0, self.offloaded, note))
+            parts.append(
+                memory_plan.MemoryPart("all states of the optimizer", 0, self.host_optimizer_bytes, note)
+            )
         average = self.options.features.average
-        if self.average and average is not None:
+        if self.host_average_bytes and average is not None:
             name = f"average of the weights ({average.name})"
-            parts.append(memory_plan.MemoryPart(name, 0, self.average))
-        return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
+            parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
+        return parts
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
         """Return the memory of the transformers that were not rehearsed.
@@ -108,7 +130,7 @@ class StepPrediction:
             weights: Bytes of one transformer's weights.
             swap: Effect of swapping its blocks.
         """
-        count = self.further + self.sampled
+        count = self.num_further_dits + self.num_sample_only_dits
         if self.takes_turns:  # host memory holds all weights of each, even of the one on the device
             host = (1 + count) * weights - swap.host
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
@@ -118,18 +140,22 @@ class StepPrediction:
     @property
     def takes_turns(self) -> bool:
         """Whether the DiTs are on the device one at a time, because of samples or an inactive expert."""
-        return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
+        return self.num_sample_only_dits > 0 or (
+            self.num_further_dits > 0 and self.options.by_expert.offload_inactive_dit
+        )
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
-
-        def part(place: str, moment: dry.Moment) -> dry.Moment:
+        phase_peaks: dict[str, dry.Moment] = {}
+        for phase, moment in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch
-            scales = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
-            return {kind: round(size * share) if kind in scales else size for kind, size in moment.items()}
-
-        moments = {place: part(place, moment) for place, moment in self.moments.items()}
-        return replace(self, moments=moments, waiting=round(self.waiting * share))
+            scaled_kinds = () if phase == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
+            phase_peaks[phase] = {
+                kind: round(size * share) if kind in scaled_kinds else size for kind, size in moment.items()
+            }
+        return replace(
+            self, phase_peaks=phase_peaks, host_activation_bytes=round(self.host_activation_bytes * share)
+        )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
         """Return the memory plan of a step with `blocks` swapped blocks."""
@@ -156,7 +182,7 @@ def predict(
     options: TrainingOptions,
     noisy_batch: NoisyBatch,
     device: torch.device,
-    sampled: int = 0,
+    num_sample_only_dits: int = 0,
     texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
@@ -171,21 +197,16 @@ def predict(
         options: Options of the run.
         noisy_batch: The batch, on the CPU.
         device: Device of the run; nothing is allocated on it.
-        sampled: Number of transformers that only samples use.
+        num_sample_only_dits: Number of transformers that only samples use.
         texts: Text encoders that are loaded during training; None for none.
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
-    # build the DiT on the meta device, where tensors have no values
-    choice = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
-    quantization = rehearsed(options.speed.fp8.quantization)
-    placement = replace(placement_of(options, META, quantization), attention=choice)
-    with quiet():
-        dit = family.load_dit(placement)
+    dit = _load_dit_without_values(family, options)
     # weigh it for each number of swapped blocks
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
-    weights = memory_plan.dtypes_of(dit)
+    weight_dtypes = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
     count, _, *size = noisy_batch.noise.shape  # B C F H W
     shape: Shape = (count, *size)
@@ -193,53 +214,70 @@ def predict(
         with quiet():
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
-            moments, waiting = rehearse(
+            phase_peaks, host_activation_bytes = rehearse(
                 family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
             )
-            learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
-            for encoder in () if texts is None else texts.learning_encoders:
-                learning += [
-                    weight.numel() for weight in encoder.network.parameters() if weight.requires_grad
-                ]
+            trained_networks = [dit]
+            if texts is not None:
+                trained_networks += [encoder.network for encoder in texts.learning_encoders]
+            trained_sizes = _list_trained_sizes(trained_networks)
     finally:
         if texts is not None:
             texts.free()
-    offloaded = average = 0  # bytes
+    host_optimizer_bytes = host_average_bytes = 0
     if options.full_dit is not None and options.features.average is not None:
-        average = 4 * sum(learning)  # float32; frozen weights are not averaged
+        host_average_bytes = 4 * sum(trained_sizes)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         # states are on the device for one weight at a time, at most for the largest one
-        moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
+        largest_share = max(trained_sizes) / sum(trained_sizes)
+        phase_peaks, host_optimizer_bytes = _offload_states(phase_peaks, largest_share)
     return StepPrediction(
         options=options,
-        batch=describe_batch(family.latent, shape),
-        size=noisy_batch.noise.numel(),
+        batch_description=describe_batch(family.latent, shape),
+        num_elements=noisy_batch.noise.numel(),
         shape=shape,
-        moments=moments,
-        waiting=waiting,
-        weights=weights,
+        phase_peaks=phase_peaks,
+        host_activation_bytes=host_activation_bytes,
+        weight_dtypes=weight_dtypes,
         swaps=swaps,
         block_weights=block_weights,
         workspace=memory_plan.workspace(device, is_training=True),
-        offloaded=offloaded,
-        average=average,
-        further=len(family.experts) - 1,
-        sampled=sampled,
+        host_optimizer_bytes=host_optimizer_bytes,
+        host_average_bytes=host_average_bytes,
+        num_further_dits=len(family.experts) - 1,
+        num_sample_only_dits=num_sample_only_dits,
         texts=texts,
-        network=find_learner(family, options.network, options.features.make_network_instead_of_lora).label,
+        network=find_learner(family, options.network, options.features.lora_replacement).label,
     )
 
 
-def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
-    """Reduce the device's optimizer states to those of one weight; return the moments and the host's bytes.
+def _load_dit_without_values(family: Trains, options: TrainingOptions) -> nn.Module:
+    """Build the DiT on the meta device, where tensors have no values."""
+    attention = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
+    quantization = rehearsed(options.speed.fp8.quantization)
+    placement = replace(placement_of(options, META, quantization), attention=attention)
+    with quiet():
+        return family.load_dit(placement)
+
+
+def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
+    """Return the number of elements of each trained weight of the networks."""
+    sizes: list[int] = []
+    for network in networks:
+        sizes += [weight.numel() for weight in network.parameters() if weight.requires_grad]
+    return sizes
+
+
+def _offload_states(phase_peaks: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
+    """Reduce the device's optimizer states to those of one weight; return the peaks and the host's bytes.
 
     Args:
-        moments: Moments with all states on the device.
+        phase_peaks: Peaks with all states on the device.
         share: Fraction of all trained elements that the largest weight has.
     """
-    total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
+    total = max(moment.get(dry.OPTIMIZER, 0) for moment in phase_peaks.values())
     on_device = round(total * share)
-    return {place: {**moment, dry.OPTIMIZER: on_device} for place, moment in moments.items()}, total
+    return {phase: {**moment, dry.OPTIMIZER: on_device} for phase, moment in phase_peaks.items()}, total
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
@@ -249,17 +287,18 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         items: Items of the dataset.
         latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
     """
-    pools = repeat_items(list(items)).values()
-    with_audio_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
-    batches = [pool[: pool[0].table.batch_size] for pool in with_audio_first]
+    batches = []
+    for pool in repeat_items(list(items)).values():
+        with_audio_first = sorted(pool, key=lambda item: not item.has_sound)
+        batches.append(with_audio_first[: with_audio_first[0].table.batch_size])
+    return tuple(max(batches, key=partial(_count_pixels, latent_side=latent_side)))
 
-    def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
-        sides = batch[0].references
-        references = sum(map(operator.mul, sides[::2], sides[1::2]))  # two sides of each reference in turn
-        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
-    largest = max(batches, key=count)
-    return tuple(largest)
+def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
+    """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
+    sides = batch[0].references  # height and width of each reference in turn, in units of `latent_side`
+    references = sum(map(operator.mul, sides[::2], sides[1::2]))
+    return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
 
 
 def read_largest(
@@ -285,7 +324,7 @@ def read_largest(
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     if noise.gives is not None:
         noise = replace(noise, gives=noise.gives.always())
-    drawn = NoiseSampler(
+    randomness = NoiseSampler(
         options.timesteps,
         0,
         noise,
@@ -293,7 +332,7 @@ def read_largest(
         audio=AudioLearning(),
         view=options.features.view,
     )
-    return drawn.add_noise(batch, 0, 0)  # as the first micro-batch of a run
+    return randomness.add_noise(batch, 0, 0)  # as the first micro-batch of a run
 
 
 def plan_one_card(
@@ -303,7 +342,7 @@ def plan_one_card(
     *,
     device: torch.device,
     room: Room | None,
-    sampled: int,
+    num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
@@ -317,30 +356,36 @@ def plan_one_card(
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
         room: Memory of the GPU; None if unknown.
-        sampled: Number of transformers that only samples need.
+        num_sample_only_dits: Number of transformers that only samples need.
         texts: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
     prediction = predict(
-        family, options, noisy_batch, device=device, sampled=sampled, texts=texts, tables=tables
+        family,
+        options,
+        noisy_batch,
+        device=device,
+        num_sample_only_dits=num_sample_only_dits,
+        texts=texts,
+        tables=tables,
     )
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase = prediction.phase(blocks)
         host = host_room()
-        remarks = (*remarks, *compiled, *larger_batch(prediction, blocks, room))
+        remarks = (*remarks, *compiled, *suggest_larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    def advise(known_room: Room) -> list[str]:
-        return advice(family, prediction, noisy_batch, room=known_room, device=device)
+    def suggest(known_room: Room) -> list[str]:
+        return suggest_changes(family, prediction, noisy_batch, room=known_room, device=device)
 
-    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
+    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=suggest)
 
 
-def larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
+def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
     """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
 
     Args:
@@ -391,15 +436,10 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     Raises:
         MemoryPlanError: If auto cannot be resolved.
     """
-    family, options, accelerator = plan.family, plan.options, plan.accelerator
+    options, accelerator = plan.options, plan.accelerator
     device = accelerator.device
-    room = room_on(accelerator.device)
-
-    def rehearse_largest() -> StepPrediction:
-        noisy_batch = read_largest(family, options, plan.training, plan.sources)
-        return predict(family, options, noisy_batch, device, texts=plan.texts, tables=plan.config.datasets)
-
-    speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)
+    room = room_on(device)
+    speed, prediction = memory_plan.resolve_swap(options.speed, room, partial(_rehearse_largest, plan))
     swap = speed.swap
     watch: MemoryWatch | None = None
     if room is not None and accelerator.is_main_process:
@@ -411,7 +451,9 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 gib(needed),
                 gib(room.usable),
             )
-            watch = MemoryWatch(device, needed, prediction.size)  # it compares the prediction with the peak
+            watch = MemoryWatch(
+                device, needed, prediction.num_elements
+            )  # it compares the prediction with the peak
     # each process has resolved auto for its own device, but all share the weights in host memory
     if options.speed.swap.is_auto:
         swap = replace(
@@ -420,7 +462,20 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     return swap, watch
 
 
-def advice(
+def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
+    """Predict the memory of a step with the run's largest batch."""
+    noisy_batch = read_largest(plan.family, plan.options, plan.training, plan.sources)
+    return predict(
+        plan.family,
+        plan.options,
+        noisy_batch,
+        plan.accelerator.device,
+        texts=plan.texts,
+        tables=plan.config.datasets,
+    )
+
+
+def suggest_changes(
     family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return changes that make the run fit, cheapest first.
@@ -434,29 +489,33 @@ def advice(
         family,
         noisy_batch=noisy_batch,
         device=device,
-        sampled=prediction.sampled,
+        num_sample_only_dits=prediction.num_sample_only_dits,
         texts=prediction.texts,
     )
-    predicted = [
-        (line, partial(rehearse_with, changed))
-        for line, changed in cheaper(prediction.options, prediction.further)
+    rehearsals = [
+        (flags, partial(rehearse_with, changed_options))
+        for flags, changed_options in list_memory_savings(prediction.options, prediction.num_further_dits)
     ]
-    lines, last = memory_plan.advise(
+    lines, too_large = memory_plan.advise(
         prediction,
-        predicted,
+        rehearsals,
         room.usable,
         swapped=prediction.blocks,
         can_swap=prediction.options.can_swap,
     )
-    return lines if last is None else [*lines, *smaller(family.latent, last, room)]
+    if too_large is None:
+        return lines
+    return [*lines, *suggest_smaller_items(family.latent, too_large, room)]
 
 
-def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
+def list_memory_savings(
+    options: TrainingOptions, num_further_dits: int = 0
+) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, in the order of their cost in time.
 
     Args:
         options: Options of the run.
-        further: Number of trained transformers apart from the first one.
+        num_further_dits: Number of trained transformers apart from the first one.
 
     Returns:
         Pairs of an advised option and the run's options with it and all earlier ones applied.
@@ -464,38 +523,40 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
     loop = options.loop
     is_plain = options.full_dit is None and options.speed.fp8.quantization is None
     unused = {
-        "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
+        "--offload_inactive_dit": num_further_dits > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,
         "--fp8_base --fp8_scaled": is_plain,
         "--gradient_checkpointing_cpu_offload": not loop.gradient_checkpointing_cpu_offload,
     }
     savings: list[tuple[str, TrainingOptions]] = []
-    for line in (line for line, is_unused in unused.items() if is_unused):
-        with quiet():  # warnings about the options were already logged for the given ones
-            options = override_options(options, {word.removeprefix("--"): True for word in line.split()})
-        savings.append((line, options))
+    for flags, is_unused in unused.items():
+        if is_unused:
+            switched_on = {flag.removeprefix("--"): True for flag in flags.split()}
+            with quiet():  # warnings about the options were already logged for the given ones
+                options = override_options(options, switched_on)
+            savings.append((flags, options))
     return savings
 
 
-def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
+def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: Room) -> list[str]:
     """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
     Args:
         latent: Sizes that the family supports.
-        before: The prediction with all other savings, which is still too large.
+        too_large: The prediction with all other savings, which is still too large.
         room: Available memory.
     """
-    can_swap = before.options.can_swap
-    blocks = before.maximum if can_swap else before.blocks
-    swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
-    for name, size, shape in shrunk(latent, before.shape):
-        # memory is taken to grow with the number of latents
-        if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:
-            return [f"{name} {size} in --dataset_config{swap} fits ({describe_batch(latent, shape)})"]
+    can_swap = too_large.options.can_swap
+    swapped_blocks = too_large.maximum if can_swap else too_large.blocks
+    swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
+    for key, value, shape in list_smaller_shapes(latent, too_large.shape):
+        scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents
+        if too_large.scaled(scale).device(swapped_blocks) <= room.usable:
+            return [f"{key} {value} in --dataset_config{swap_flag} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
 
 
-def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
+def list_smaller_shapes(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     """Return smaller shapes in the order to try them: fewer samples, fewer frames, smaller images.
 
     Sections of a clip keep their length, because the model fixes it.
@@ -503,24 +564,23 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     Returns:
         Triples of a key of --dataset_config, its value, and the resulting shape B F H W of the latents.
     """
-    count, frames, height, width = shape
+    batch_size, frames, height, width = shape
     _, height_stride, width_stride = latent.stride
-    token = latent.pixel_step // width_stride  # sides of the latents are multiples of it
+    token_side = latent.pixel_step // width_stride  # sides of the latents are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
-    for num_samples in list_halves(count):
-        shapes.append(("batch_size", str(num_samples), (num_samples, frames, height, width)))
-    min_frames = frames  # length of the smaller shapes: the shortest, as all shorter clips were tried before
+    for smaller_batch in list_halves(batch_size):
+        shapes.append(("batch_size", str(smaller_batch), (smaller_batch, frames, height, width)))
+    min_frames = frames
     if not latent.in_sections:
-        min_frames = 1
+        min_frames = 1  # smaller images are tried last, with the shortest clip
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
         for length in dict.fromkeys(shorter):
             shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
-    # sides are scaled, and rounded to whole tokens
     for factor in (0.75, 0.5, 0.375, 0.25):
-        rows = token * max(1, round(height * factor / token))
-        columns = token * max(1, round(width * factor / token))
-        size = f"[{width_stride * columns}, {height_stride * rows}]"
-        shapes.append(("resolution", size, (1, min_frames, rows, columns)))
+        smaller_height = token_side * max(1, round(height * factor / token_side))
+        smaller_width = token_side * max(1, round(width * factor / token_side))
+        resolution = f"[{width_stride * smaller_width}, {height_stride * smaller_height}]"
+        shapes.append(("resolution", resolution, (1, min_frames, smaller_height, smaller_width)))
     return shapes
 
 

@@ -46,12 +46,14 @@ logger = logging.getLogger(__name__)
 STEP = "optimizer step"
 # Packages written in torch's operations alone. Custom kernels would write to memory that does not exist.
 REHEARSABLE = {"torch", "transformers", "prodigyopt", "lion_pytorch", "schedulefree"}
-EDGE = 512  # maximum rows and columns of a copied weight; larger than 4096 elements, so states are 8-bit
+MAX_WEIGHT_SIDE = (
+    512  # maximum rows and columns of a copied weight; larger than 4096 elements, so states are 8-bit
+)
 # Bytes of states for each element of a weight, for classes that do not run on a CPU. 8-bit states: one
 # byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
 # block-wise quantization. Paged states are in host memory.
 STATE_BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
-GUESS = 8.0  # bytes per element if states cannot be measured: two float32 moments
+DEFAULT_STATE_BYTES = 8.0  # bytes per element if states cannot be measured: two float32 moments
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Rehearsal:
         return tuple(map(len, self.blocks.values()))
 
     @property
-    def waiting(self) -> int:
+    def host_activation_bytes(self) -> int:
         """Host bytes of --gradient_checkpointing_cpu_offload: the inputs of all blocks except one."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
@@ -104,19 +106,8 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        features = begin_run(self.options, self.family, self.tables)
-        rule = LossRule(
-            self.options.loss,
-            self.options.predicted,
-            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
-            base_target_attributes=frozenset(features.base_target_attributes),
-            targets=features.on.target,
-            passes=features.on.passes,
-            replaces_default_pass=features.replaces_default_pass,
-            in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
-            learning_pass=self.learning_pass,
-        )
         autocast = autocast_of(self.options, self.ledger.device)
+        rule = self._make_loss_rule()
         with self.ledger.guessing():  # families may read noise levels, whose values change no sizes
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
@@ -127,10 +118,25 @@ class Rehearsal:
             peaks = dict(self.ledger.peaks)
             if self.fused is not None:
                 self.fused.finish()
-        self.know_states()
+        self.register_optimizer_states()
         self.clear_gradients()
         dry.keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
         return peaks
+
+    def _make_loss_rule(self) -> LossRule:
+        """Return the loss of the run, with every pass that any noise level or mask could need."""
+        features = begin_run(self.options, self.family, self.tables)
+        return LossRule(
+            self.options.loss,
+            self.options.predicted,
+            as_base=contextlib.nullcontext,  # in the base model's passes the network stays in place
+            base_target_attributes=frozenset(features.base_target_attributes),
+            targets=features.on.target,
+            passes=features.on.passes,
+            replaces_default_pass=features.replaces_default_pass,
+            in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
+            learning_pass=self.learning_pass,
+        )
 
     def measure_step(self) -> dict[str, dry.Moment]:
         """Clip the gradients and make an optimizer step, which creates the optimizer's states.
@@ -140,38 +146,43 @@ class Rehearsal:
                 rehearsed, or if weights are stepped during the backward pass.
         """
         full_dit = self.options.full_dit
-        max_norm = self.options.optimizer.max_grad_norm
-        moments: dict[str, dry.Moment] = {}
+        phase_peaks: dict[str, dry.Moment] = {}
         # by package: only some optimizers run on tensors without values; of others the states are estimated
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
-            self.fill_gradients()
-            self.ledger.enter(STEP)
-            self.ledger.forget_peaks()
-            scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
-            stepping = StepAfterBackward(
-                self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.steps
-            )
-            with self.ledger.guessing():  # the norm of tensors without values reads as 1
-                stepping.finish()
-            self.know_states()
-            self.clear_gradients()
-            states = self.ledger.moment.get(dry.OPTIMIZER, 0)
-            peak = self.ledger.peaks[STEP]
-            # the states were allocated during the step, and counted as working memory
-            working = peak[dry.WORKING] - states
-            moments = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: working}}
+            phase_peaks = {STEP: self._rehearse_optimizer_step()}
         else:
             with self.ledger.allocating(dry.OPTIMIZER):
-                size = state_bytes(self.optimizer, self.parameters)
+                size = estimate_state_bytes(self.optimizer, self.parameters)
                 self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
         if full_dit is None or not full_dit.fused_backward_pass:
-            return moments
+            return phase_peaks
         assert self.steps is not None
         # the weights step during the backward pass, so that no moment of a whole step exists
-        self.fused = self.fused or FusedBackward(self.steps, self.parameters, max_norm)
+        if self.fused is None:
+            self.fused = FusedBackward(self.steps, self.parameters, self.options.optimizer.max_grad_norm)
         return {}
 
-    def know_states(self) -> None:
+    def _rehearse_optimizer_step(self) -> dry.Moment:
+        """Step all weights on tensors without values; return the bytes by kind at the peak of the step."""
+        self.fill_gradients()
+        self.ledger.enter(STEP)
+        self.ledger.forget_peaks()
+        scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
+        max_norm = self.options.optimizer.max_grad_norm
+        stepping = StepAfterBackward(
+            self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.steps
+        )
+        with self.ledger.guessing():  # the norm of tensors without values reads as 1
+            stepping.finish()
+        self.register_optimizer_states()
+        self.clear_gradients()
+        states = self.ledger.moment.get(dry.OPTIMIZER, 0)
+        peak = self.ledger.peaks[STEP]
+        # the states were allocated during the step, and counted as working memory
+        working = peak[dry.WORKING] - states
+        return {**peak, dry.OPTIMIZER: states, dry.WORKING: working}
+
+    def register_optimizer_states(self) -> None:
         """Register the optimizer's tensors as optimizer states, because a step may have replaced them."""
         for value in list_states(self.optimizer):
             self.ledger.see(value, dry.OPTIMIZER)
@@ -212,19 +223,20 @@ def rehearse(
     with dry.dry_run() as ledger:
         rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
         rehearsal.tables = tables
-        moments = rehearsal.measure_step()  # first: the states that it creates count in the other phases
-        on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
-        measure = functools.partial(rehearsal.measure, on_device)
+        phase_peaks = rehearsal.measure_step()  # first: the states that it creates count in the other phases
+        device_batch = noisy_batch.moved(lambda tensor: empty_like_on_device(tensor, ledger))
         rehearsal.learning_pass = [
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
         ]
+        # gets the number of blocks in each list, of which few are run
+        measure: Callable[[dry.Counts], Mapping[str, dry.Moment]]
+        measure = functools.partial(rehearsal.measure, device_batch)
         if rehearsal.learning_pass:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
-            measured = measure(rehearsal.counts)
-            moments |= watch(dit)(functools.partial(_as_measured, measured), rehearsal.counts)
-            return moments, rehearsal.waiting
-        moments |= watch(dit)(measure, rehearsal.counts)
-        return moments, rehearsal.waiting
+            measure = functools.partial(_as_measured, measure(rehearsal.counts))
+        extrapolate = watch(dit)
+        phase_peaks |= extrapolate(measure, rehearsal.counts)
+        return phase_peaks, rehearsal.host_activation_bytes
 
 
 def _enter_with(
@@ -234,9 +246,9 @@ def _enter_with(
     return enter(dit, noisy_batch, seed)
 
 
-def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
+def _as_measured(phase_peaks: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
     """Return `moments`, measured with all blocks; ignore the number of blocks."""
-    return moments
+    return phase_peaks
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
@@ -274,15 +286,7 @@ def set_up_trainable(
     dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.watch_blocks(blocks, ledger)
     set_up_network(dit, family.dit, options.loop, ledger.device)
-    # outside of the dry run, because bitsandbytes reads values of a table that it creates
-    with disable_modes():
-        optimizer, _ = make_optimizer(options.optimizer, groups)
-    for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True  # the default on a GPU, which needs more memory
-    averaging = find_averaging_optimizer(optimizer)
-    if averaging is not None:
-        averaging.train()
+    optimizer = _make_optimizer_as_on_gpu(options, groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
         # a layer that is skipped by its dropout has no gradient
@@ -306,6 +310,20 @@ def set_up_trainable(
         blocks=blocks,
         texts=texts,
     )
+
+
+def _make_optimizer_as_on_gpu(options: TrainingOptions, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return the optimizer of the run, which steps all weights at once as it would on a GPU."""
+    # outside of the dry run, because bitsandbytes reads values of a table that it creates
+    with disable_modes():
+        optimizer, _ = make_optimizer(options.optimizer, groups)
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # the default on a GPU, which needs more memory
+    averaging = find_averaging_optimizer(optimizer)
+    if averaging is not None:
+        averaging.train()
+    return optimizer
 
 
 def _single_steps(
@@ -334,7 +352,7 @@ def _make_learning_groups(
 
     The arguments 0 are seeds, which do not matter where tensors have no values.
     """
-    learner = find_learner(family, options.network, options.features.make_network_instead_of_lora)
+    learner = find_learner(family, options.network, options.features.lora_replacement)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
@@ -356,9 +374,9 @@ def _make_learning_groups(
     word_encoders = {} if texts is None else texts.networks_with_new_word
     # features may train something next to the network, such as the vectors of a new word
     for make in begin_run(options, family).on.beside:
-        beside = make(word_encoders, 0, False)
-        dry.place(beside.module, ledger, dry.NETWORK)
-        groups.append(beside.group(options.optimizer.learning_rate))
+        auxiliary = make(word_encoders, 0, False)
+        dry.place(auxiliary.module, ledger, dry.NETWORK)
+        groups.append(auxiliary.group(options.optimizer.learning_rate))
     return groups
 
 
@@ -368,39 +386,41 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
+def estimate_state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
     """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
 
     They are known by the class's name, or measured in a real step on small weights on the CPU.
     """
-    kind = type(optimizer)
-    per_element = STATE_BYTES.get(kind.__name__)
-    if per_element is None:
-        settings: dict[str, Any] = {
-            key: value for key, value in optimizer.defaults.items() if value is not None
-        }
+    name = type(optimizer).__name__
+    bytes_per_element = STATE_BYTES.get(name)
+    if bytes_per_element is None:
         try:
-            # step an optimizer of the same class on small weights, and measure its states
-            with disable_modes():  # a real step, even during a rehearsal
-                small_weights = [
-                    Parameter(torch.ones([min(size, EDGE) for size in weight.shape], dtype=weight.dtype))
-                    for weight in optimizer.param_groups[0]["params"][:2]
-                ]
-                small_optimizer = kind(small_weights, **settings)
-                for weight in small_weights:
-                    weight.grad = torch.ones_like(weight)
-                small_optimizer.step()
-                size_bytes = sum(tensor.nbytes for tensor in list_states(small_optimizer))
-                per_element = size_bytes / sum(weight.numel() for weight in small_weights)
+            bytes_per_element = _measure_state_bytes(optimizer)
         except Exception as error:  # a foreign class may raise anything, and must not prevent the plan
             logger.warning(
                 "The states of %s cannot be measured (%s); assuming %g bytes per element.",
-                kind.__name__,
+                name,
                 error,
-                GUESS,
+                DEFAULT_STATE_BYTES,
             )
-            per_element = GUESS
-    return round(per_element * sum(parameter.numel() for parameter in parameters))
+            bytes_per_element = DEFAULT_STATE_BYTES
+    return round(bytes_per_element * sum(parameter.numel() for parameter in parameters))
+
+
+def _measure_state_bytes(optimizer: Optimizer) -> float:
+    """Step an optimizer of the same class on small CPU weights; return bytes of its states per element."""
+    settings: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if value is not None}
+    with disable_modes():  # a real step, even during a rehearsal
+        small_weights = []
+        for weight in optimizer.param_groups[0]["params"][:2]:
+            shape = [min(size, MAX_WEIGHT_SIDE) for size in weight.shape]
+            small_weights.append(Parameter(torch.ones(shape, dtype=weight.dtype)))
+        small_optimizer = type(optimizer)(small_weights, **settings)
+        for weight in small_weights:
+            weight.grad = torch.ones_like(weight)
+        small_optimizer.step()
+        size_bytes = sum(tensor.nbytes for tensor in list_states(small_optimizer))
+        return size_bytes / sum(weight.numel() for weight in small_weights)
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
@@ -411,7 +431,7 @@ def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
     return lambda: torch.autocast(device.type, dtype)
 
 
-def stand_in_batch(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
+def empty_like_on_device(tensor: Tensor, ledger: dry.Ledger) -> Tensor:
     """Replace a tensor of a batch by an empty one on the device; integer tensors (masks) keep values."""
     if not tensor.is_floating_point():
         return tensor

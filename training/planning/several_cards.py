@@ -13,68 +13,65 @@ from runtime.planning.division import TokenCounter, divide_tokens
 from runtime.planning.memory_plan import share_blocks
 from runtime.planning.several_cards import Rehearsed, print_ways, with_division
 from runtime.ways.contract import Division
-from training.checks import uses_of
+from training.checks import list_run_uses
 from training.data.live import LiveTexts
 from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
-from training.planning.memory import StepPrediction, cheaper, predict
+from training.planning.memory import StepPrediction, list_memory_savings, predict
 
 
-def plan_ways(
+def plan_several_cards(
     family: Family,
     options: TrainingOptions,
     noisy_batch: NoisyBatch,
     device: torch.device,
-    cards: int,
+    num_gpus: int,
     room: Room,
-    sampled: int,
+    num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the memory of each way to divide a training over `cards` GPUs, and the cheapest one that fits.
+    """Print the memory of each way to divide a training over several GPUs, and the cheapest one that fits.
 
     Args:
         family: The model family.
         options: Options of the run.
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
-        cards: Number of cards.
+        num_gpus: Number of cards.
         room: Memory of each card.
-        sampled: Number of transformers that only samples need.
+        num_sample_only_dits: Number of transformers that only samples need.
         texts: Text encoders that are loaded.
         tables: Tables of the dataset.
     """
 
-    def estimate_on_one_gpu(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
-        """Predict the memory of a step on one card; the result has a function to divide it over cards.
-
-        `words` are the flags that were added to the command for these options.
-        """
+    def estimate_on_one_gpu(options: TrainingOptions, added_flags: tuple[str, ...]) -> Rehearsed:
+        """Predict the memory of a step on one card; the result has a function to divide it over cards."""
         counter = TokenCounter()
         prediction = predict(
             family,
             options,
             noisy_batch,
             device=device,
-            sampled=sampled,
+            num_sample_only_dits=num_sample_only_dits,
             texts=texts,
             watch=counter.watch,
             tables=tables,
         )
-        divide = partial(_divide_prediction, family, options, prediction, counter, cards)
-        return Rehearsed(words, counter.heads, options.can_swap, divide)
+        divide = partial(_divide_prediction, family, options, prediction, counter, num_gpus)
+        return Rehearsed(added_flags, counter.heads, options.can_swap, divide)
 
-    # the run as it is, then with one more option that saves memory at a time
-    def runs() -> Iterator[Rehearsed]:
-        alone = replace(options, speed=with_division(options.speed, Division(1)))
-        yield estimate_on_one_gpu(alone, ())
-        flags: tuple[str, ...] = ()
-        for line, changed in cheaper(alone, len(family.experts) - 1):
-            flags = (*flags, *line.split())
-            yield estimate_on_one_gpu(changed, flags)
+    def rehearse_runs() -> Iterator[Rehearsed]:
+        """Yield the run with its own options, then with one more option that saves memory at a time."""
+        undivided = replace(options, speed=with_division(options.speed, Division(1)))
+        yield estimate_on_one_gpu(undivided, ())
+        added_flags: tuple[str, ...] = ()
+        for flags, changed_options in list_memory_savings(undivided, len(family.experts) - 1):
+            added_flags = (*added_flags, *flags.split())
+            yield estimate_on_one_gpu(changed_options, added_flags)
 
-    print_ways(runs(), cards, room, is_training=True)
+    print_ways(rehearse_runs(), num_gpus, room, is_training=True)
 
 
 def _divide_prediction(
@@ -82,7 +79,7 @@ def _divide_prediction(
     options: TrainingOptions,
     prediction: StepPrediction,
     counter: TokenCounter,
-    cards: int,
+    num_gpus: int,
     division: Division,
 ) -> StepPrediction:
     """Return the prediction for each of several cards, from the one for a single card.
@@ -92,21 +89,24 @@ def _divide_prediction(
         options: Options of the run.
         prediction: The prediction for a single card.
         counter: The counter of tokens that watched the step.
-        cards: Number of cards.
+        num_gpus: Number of cards.
         division: How the cards divide the work.
 
     Raises:
         UserError: If the run cannot be divided in this way.
     """
-    moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
     if options.is_fused:
-        check_fused_backward(options.optimizer.optimizer_type, cards)
-    if division != Division(cards):  # more than plain data parallelism: the ways may not support it
-        uses = uses_of(family, options)
+        check_fused_backward(options.optimizer.optimizer_type, num_gpus)
+    if division != Division(num_gpus):  # more than plain data parallelism: the ways may not support it
+        uses = list_run_uses(family, options)
         for check in with_division(options.speed, division).modes.on.check:
             check(uses)
     if division.context > 1:  # so many cards share the tokens of a clip
-        moments = divide_tokens(moments, division.context, counter)
+        prediction = replace(
+            prediction,
+            phase_peaks=divide_tokens(prediction.phase_peaks, division.context, counter),
+            host_activation_bytes=prediction.host_activation_bytes // division.context,
+        )
     if division.shards:  # the weights of blocks are spread over the cards
-        swaps = [share_blocks(prediction.block_weights, cards)]
-    return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)
+        prediction = replace(prediction, swaps=[share_blocks(prediction.block_weights, num_gpus)])
+    return prediction

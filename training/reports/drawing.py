@@ -127,34 +127,33 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     session = read_session(history)
     if session is None:
         return
-    read_at = history.stat().st_mtime_ns
+    history_time = history.stat().st_mtime_ns  # before reading, so that later lines are newer than the page
     run_history = read_history(history, session)
     if is_over and run_history.ending is None:
         step = max(run_history.loss, default=0)
         run_history.ending = f"died after step {step:,}, without a word", "bad"
     page = page_path(history.parent, history_name(history))
-    drawn = temporary_name(page)
-    draw(drawn, run_history)
-    # so that lines that were written meanwhile are newer than the page
-    os.utime(drawn, ns=(read_at, read_at))
-    if page.is_file() and page.stat().st_mtime_ns > read_at:
-        drawn.unlink()
+    new_page = temporary_name(page)
+    draw(new_page, run_history)
+    os.utime(new_page, ns=(history_time, history_time))
+    if page.is_file() and page.stat().st_mtime_ns > history_time:
+        new_page.unlink()
     else:
-        give_name(drawn, page)
+        give_name(new_page, page)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Draw the page of a run whenever standard input has a request, and when it ends.
 
     Args:
-        words: Path of the history, working folder of the training, and its script as it was typed.
+        argv: Path of the history, working folder of the training, and its script as it was typed.
     """
-    history, folder, script = Path(words[0]), words[1], words[2]
+    history_file, working_folder, script = argv
+    history = Path(history_file)
     sys.argv[0] = script  # the page's commands name the script of the training, not this one
-    with contextlib.suppress(
-        OSError
-    ):  # if the folder was removed, only the commands on the page are affected
-        os.chdir(folder)
+    # if the folder was removed, only the commands on the page are affected
+    with contextlib.suppress(OSError):
+        os.chdir(working_folder)
     if hasattr(os, "nice"):
         os.nice(LOWER_PRIORITY)
     from training.reports.page import Standing, write_training_page  # slow, and needed only in this process

@@ -100,29 +100,29 @@ class Start:
     tiles: Sequence[MetricTile] = ()
 
     @classmethod
-    def of(cls, facts: Row) -> "Start":
+    def of(cls, values: Row) -> "Start":
         """Parse the line that a run writes at its start; malformed values raise one of several errors.
 
         Raises:
             ValueError, TypeError, LookupError: If this program did not write the line.
         """
-        changed = _pairs_of_texts(facts["changed"])
-        unchanged = _pairs_of_texts(facts["unchanged"])
-        total_steps = int(facts["total_steps"])
-        listens = bool(facts["listens"])
+        changed = _text_pairs(values["changed"])
+        unchanged = _text_pairs(values["unchanged"])
+        total_steps = int(values["total_steps"])
+        listens = bool(values["listens"])
         if not 0 <= total_steps <= MAX_STEPS:
             raise ValueError("no run has so many steps")
         return cls(
-            model=str(facts["model"]),
+            model=str(values["model"]),
             total_steps=total_steps,
             changed=changed,
             unchanged=unchanged,
             listens=listens,
-            process=dict(facts["process"]),
-            written_in=str(facts.get("written_in", "")),
-            working_folder=str(facts.get("working_folder", "")),
-            charts=[MetricChart.of(chart) for chart in facts.get("charts", ())[:MAX_SHOWN]],
-            tiles=[MetricTile.of(tile) for tile in facts.get("tiles", ())[:MAX_SHOWN]],
+            process=dict(values["process"]),
+            written_in=str(values.get("written_in", "")),
+            working_folder=str(values.get("working_folder", "")),
+            charts=[MetricChart.of(chart) for chart in values.get("charts", ())[:MAX_SHOWN]],
+            tiles=[MetricTile.of(tile) for tile in values.get("tiles", ())[:MAX_SHOWN]],
         )
 
 
@@ -139,7 +139,7 @@ class RunHistory:
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
     metrics: dict[str, Points] = field(default_factory=dict)  # additional values of features by name
     skipped: dict[int, str] = field(default_factory=dict)  # steps that were not taken, with the reason
-    bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
+    validations_by_level: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
@@ -188,24 +188,24 @@ class RunHistory:
             self.ending = None
 
     def _add_step(self, step: int, row: Row) -> None:
-        self.loss[step] = _number(row["loss"])
-        self.seconds[step] = _number(row.get("seconds"))
-        self.average = _number(row.get("average"))
-        self.left = _number(row.get("left"))
+        self.loss[step] = _finite_or_none(row["loss"])
+        self.seconds[step] = _finite_or_none(row.get("seconds"))
+        self.average = _finite_or_none(row.get("average"))
+        self.left = _finite_or_none(row.get("left"))
         if row.get("skipped"):
             self.skipped[step] = str(row["skipped"])
         for name, rate in (row.get("rates") or {}).items():
-            self.rates.setdefault(name, {})[step] = _number(rate)
+            self.rates.setdefault(name, {})[step] = _finite_or_none(rate)
         for name, loss in (row.get("experts") or {}).items():
-            self.experts.setdefault(name, {})[step] = _number(loss)
+            self.experts.setdefault(name, {})[step] = _finite_or_none(loss)
         for name, number in (row.get(METRICS) or {}).items():
-            self.metrics.setdefault(name, {})[step] = _number(number)
+            self.metrics.setdefault(name, {})[step] = _finite_or_none(number)
 
     def _add_validation(self, step: int, losses: Mapping[str, Any]) -> None:
         for name, value in losses.items():
-            loss = _number(value)
+            loss = _finite_or_none(value)
             if name != LOSS:
-                self.bands.setdefault(name, {})[step] = loss
+                self.validations_by_level.setdefault(name, {})[step] = loss
             elif loss is not None:
                 self.validations[step] = loss
 
@@ -215,7 +215,7 @@ class RunHistory:
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
-    def lowest(self) -> "ValidationLoss | None":
+    def lowest_validation(self) -> "ValidationLoss | None":
         """The lowest validation loss; None before the first validation."""
         by_loss = [(loss, step) for step, loss in self.validations.items()]
         if not by_loss:
@@ -223,7 +223,7 @@ class RunHistory:
         loss, step = min(by_loss)
         return ValidationLoss(step, loss)
 
-    def nearest(self, step: int) -> "ValidationLoss | None":
+    def nearest_validation(self, step: int) -> "ValidationLoss | None":
         """Return the loss of the validation nearest to a step, the earlier of two equally near.
 
         The validation at step 0, before training, is returned for step 0 only.
@@ -239,7 +239,7 @@ class RunHistory:
         files = []
         for name, step in self.saved.items():
             is_measured = not self.is_average(name) and not self.is_embedding(name)
-            validated = self.nearest(step) if is_measured else None
+            validated = self.nearest_validation(step) if is_measured else None
             if validated is not None and (folder / name).exists():
                 loss_step, loss = validated
                 files.append(MeasuredFile(name, step, loss, loss_step))
@@ -330,11 +330,13 @@ class History:
             is_written: Whether lines may be written; False for readers.
         """
         self.path, self.session, self.is_written = path, session, is_written
-        self._waiting: list[str] = []
-        self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
+        self._buffered_lines: list[str] = []
+        self._last_step_to_keep: int | None = (
+            step  # the last step of the lines on disk that are kept; None: all
+        )
         self.run_history = RunHistory()  # all lines except those about single steps
         try:
-            for row in _rows(path, session, step):
+            for row in _read_lines(path, session, step):
                 if not row.keys() & TRANSIENT_KEYS:
                     self.run_history.add(row)
         except OSError as error:
@@ -346,19 +348,19 @@ class History:
         Raises:
             OutputError: If many lines are buffered and cannot be written. They are dropped.
         """
-        row: Row = _finite({"step": step, **values})
+        row: Row = _to_storable({"step": step, **values})
         # the line of the start is only read when the page is drawn later
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
         if self.is_written:
-            self._waiting.append(line)
-        if len(self._waiting) >= MAX_WAITING:
+            self._buffered_lines.append(line)
+        if len(self._buffered_lines) >= MAX_WAITING:
             try:
                 self.flush()
             finally:
-                self._waiting.clear()
+                self._buffered_lines.clear()
 
     def flush(self) -> None:
         """Write the buffered lines.
@@ -369,20 +371,20 @@ class History:
         if not self.is_written:
             return
         # the first write: lines of other runs, or of later steps, are dropped
-        if self._keeps_up_to is not None:
+        if self._last_step_to_keep is not None:
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
-                for row in _rows(self.path, self.session, self._keeps_up_to):
+                for row in _read_lines(self.path, self.session, self._last_step_to_keep):
                     file.write(make_storable(json.dumps(row, ensure_ascii=False)) + "\n")
-            self._keeps_up_to = None
+            self._last_step_to_keep = None
         try:
-            append_text(self.path, "".join(self._waiting))
+            append_text(self.path, "".join(self._buffered_lines))
         except Exception:
             # the last line in the file may be incomplete: the next attempt starts on a new line
             # only the first waiting line (if any) gets one line break in front, however often it was tried
-            self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
+            self._buffered_lines[:1] = [f"\n{line.lstrip()}" for line in self._buffered_lines[:1]]
             raise
-        self._waiting.clear()
+        self._buffered_lines.clear()
 
 
 def history_path(folder: Path, name: str) -> Path:
@@ -432,10 +434,10 @@ def read_history(path: Path, session: int) -> RunHistory:
     Raises:
         OSError: If they cannot be read.
     """
-    return RunHistory.of(_rows(path, session))
+    return RunHistory.of(_read_lines(path, session))
 
 
-def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
+def _read_lines(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     """Yield the lines of a run, up to `step` if given; none at step 0.
 
     Unreadable lines are skipped, with a warning if there are more than a killed process leaves.
@@ -446,19 +448,22 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     if step == 0 or not path.exists():  # at step 0 a run begins, and has no lines to keep
         return
     require_regular_file(path)
-    is_ours, broken = False, 0
+    is_of_session = False
+    num_unreadable = 0
     with path.open("rb") as file:
         # a line that is too long is read in pieces, which cannot be parsed: memory stays small
-        for line in filter(bytes.strip, iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")):
+        while line := file.readline(MAX_LINE_CHARACTERS):
+            if not line.strip():
+                continue
             row = parse_row(line)
             if row is None:
-                broken += 1
+                num_unreadable += 1
             elif "session" in row:
-                is_ours = row["session"] == session
-            elif is_ours and (step is None or row["step"] <= step):
+                is_of_session = row["session"] == session
+            elif is_of_session and (step is None or row["step"] <= step):
                 yield row
-    if broken > 1:
-        logger.warning("%s: %d lines cannot be read and are left out.", path, broken)
+    if num_unreadable > 1:
+        logger.warning("%s: %d lines cannot be read and are left out.", path, num_unreadable)
 
 
 def parse_row(line: bytes) -> Row | None:
@@ -482,7 +487,7 @@ def parse_row(line: bytes) -> Row | None:
     return row
 
 
-def _pairs_of_texts(pairs: Any) -> list[tuple[str, str]]:
+def _text_pairs(pairs: Any) -> list[tuple[str, str]]:
     return [(str(first), str(second)) for first, second in pairs]
 
 
@@ -490,14 +495,14 @@ def _texts_by_index(texts: Any) -> dict[int, str]:
     return {int(index): str(text) for index, text in texts.items()}
 
 
-def _number(value: Any) -> float | None:
+def _finite_or_none(value: Any) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _finite(value: Any) -> Any:
+def _to_storable(value: Any) -> Any:
     """Replace NaN and infinite numbers by None for JSON, and round other numbers to 7 digits."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _to_storable(item) for name, item in value.items()}
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

@@ -6,7 +6,7 @@ is compared with the mean of all items at its level:
 
     hardness of an item = sum of its losses / sum of the mean losses of all items at the same levels
 
-Levels are compared in LEVELS equal ranges. 1 is usual, 2 is twice the loss of other items.
+Levels are compared in NUM_LEVEL_BINS equal ranges. 1 is usual, 2 is twice the loss of other items.
 """
 
 import base64
@@ -36,7 +36,7 @@ from training.reports.sections import PageSection, images_path, is_section_file,
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-LEVELS = 10  # ranges of noise levels that are compared
+NUM_LEVEL_BINS = 10  # ranges of noise levels that are compared
 MAX_BYTES = 256 << 20  # only this many bytes at the end of a file are read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small image
@@ -147,32 +147,31 @@ def _parse(line: bytes) -> Mapping[str, Any]:
 
 def compare_items(draws: Sequence[ItemDraw]) -> list[ItemLoss]:
     """Return the mean loss and hardness of each item of a run, hardest first."""
-    sums = [0.0] * LEVELS
-    counts = [0] * LEVELS
+    bin_sums = [0.0] * NUM_LEVEL_BINS
+    bin_counts = [0] * NUM_LEVEL_BINS
+    draws_by_item: dict[str, list[ItemDraw]] = {}
     for draw in draws:
-        sums[_range_of(draw.level)] += draw.loss
-        counts[_range_of(draw.level)] += 1
-    means = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
-    by_key: dict[str, list[ItemDraw]] = {}
-    for draw in draws:
-        by_key.setdefault(draw.key, []).append(draw)
-    items = [_compare_item(key, draws_of_item, means) for key, draws_of_item in by_key.items()]
+        bin_sums[_level_bin(draw.level)] += draw.loss
+        bin_counts[_level_bin(draw.level)] += 1
+        draws_by_item.setdefault(draw.key, []).append(draw)
+    bin_means = [total / count if count else 0.0 for total, count in zip(bin_sums, bin_counts, strict=True)]
+    items = [_compare_item(key, item_draws, bin_means) for key, item_draws in draws_by_item.items()]
     return sorted(items, key=lambda item: (-item.hardness, item.key))
 
 
-def _range_of(level: float) -> int:
-    return min(int(level * LEVELS), LEVELS - 1)
+def _level_bin(level: float) -> int:
+    return min(int(level * NUM_LEVEL_BINS), NUM_LEVEL_BINS - 1)
 
 
-def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
+def _compare_item(key: str, draws: Sequence[ItemDraw], bin_means: Sequence[float]) -> ItemLoss:
     """Compute the hardness of an item: its losses relative to all items' means at the same noise levels."""
     total = sum(draw.loss for draw in draws)
-    expected = sum(means[_range_of(draw.level)] for draw in draws)
+    expected = sum(bin_means[_level_bin(draw.level)] for draw in draws)
     hardness = total / expected if expected > 0 else 1.0
     error = None
     if len(draws) > 1 and expected > 0:
         # standard error of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
-        squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
+        squares = sum((draw.loss - hardness * bin_means[_level_bin(draw.level)]) ** 2 for draw in draws)
         error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / expected
     return ItemLoss(key, len(draws), total / len(draws), hardness, error)
 
@@ -199,8 +198,22 @@ def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
     }
 
 
+def _make_table_row(item: ItemLoss, image: ItemImage | None) -> tuple[str | Markup, ...]:
+    """Return the cells of an item: thumbnail, name, hardness, number of draws, mean loss."""
+    hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
+    return (
+        "" if image is None else image.tag,
+        item.key if image is None else image.name,
+        hardness,
+        f"{item.draws:,}",
+        f"{item.mean:.4g}",
+    )
+
+
 @functools.lru_cache(maxsize=16)
-def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], ...]) -> list[ItemLoss]:
+def _compare_files(
+    folder: Path, name: str, file_versions: tuple[tuple[str, int, int], ...]
+) -> list[ItemLoss]:
     """Return the items of a run; `marks` (name, size and change time of each file) is the cache key."""
     return compare_items(read_draws(folder, name))
 
@@ -214,27 +227,15 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
         run_history: Content of the run's history.
     """
     # name, size and time of each file: while these stay equal, the comparison comes from a cache
-    marks = []
+    file_versions = []
     for path in _list_files(folder, name):
         status = path.stat()
-        marks.append((path.name, status.st_size, status.st_mtime_ns))
-    items = _compare_files(folder, name, tuple(marks)) if marks else []
+        file_versions.append((path.name, status.st_size, status.st_mtime_ns))
+    items = _compare_files(folder, name, tuple(file_versions)) if file_versions else []
     if not items:
         return None
     images = read_images(folder, name)
-    rows: list[tuple[str | Markup, ...]] = []
-    for item in select_shown(items):
-        image = images.get(item.key)
-        hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
-        rows.append(
-            (
-                "" if image is None else image.tag,
-                item.key if image is None else image.name,
-                hardness,
-                f"{item.draws:,}",
-                f"{item.mean:.4g}",
-            )
-        )
+    rows = [_make_table_row(item, images.get(item.key)) for item in select_shown(items)]
     notes = [
         say(
             "Hardness is the sum of an item's losses, divided by the sum of the mean losses of all items at "

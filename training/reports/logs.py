@@ -1,8 +1,7 @@
 """Report a run: show a progress bar, and pass the values of its steps to recorders.
 
 Only the main process reports. Values of a step on the device are read one step later, so that the host never
-waits for them. They form one row: the loss; the requests of processes (`WISHES`); the sum of losses and the
-number of micro-batches of each part, if there are several (experts, or images and audio); and last the norms.
+waits for them. They form one 1-D tensor, whose order `MetricColumns` defines.
 
 A step is timed from the end of the previous step or pause to its own end on the device. The host reads its
 values later: after the next step, or at once if a pause follows.
@@ -42,35 +41,42 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 NARROWEST = 10  # minimum width of the bar in columns; if it is narrower, values are dropped in this order:
 DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample", "s/it")
 PRIVATE = "resume"  # text option that may be a path; options with a path type are private too
-WISHES = slice(1, 4)  # columns of a row: numbers of processes that request an end, a save, and samples
+# indices into the 1-D tensor of a step's values
+LOSS_COLUMN = 0
+REQUEST_COLUMNS = slice(1, 4)  # numbers of processes that request an end, a save, and samples
+WEIGHT_NORM_COLUMNS = slice(-4, -1)  # values of a `NormReport`, only with --scale_weight_norms
+GRADIENT_NORM_COLUMN = -1
 
 
-class RowLayout:
-    """Columns of the metrics row of a step; norms are appended after these columns."""
+class MetricColumns:
+    """Which entries of the 1-D tensor of a step's values belong to which named loss or metric.
 
-    def __init__(self, parts: Sequence[str] = ()) -> None:
-        """Define the columns of the row; `parts` names the losses and metrics besides the loss itself."""
-        self.parts = parts
-        counts = WISHES.stop + len(parts)
-        self.size = counts + len(parts)  # number of values in a row before the norms
-        self.part_losses = slice(WISHES.stop, counts)  # columns that sum the losses of each part
-        self.part_counts = slice(counts, self.size)  # columns that count the micro-batches of each part
+    The tensor has the loss, the requests, a sum for each name, a count for each name, and then the norms.
+    """
 
-    def means(self, row: Sequence[float]) -> dict[str, float]:
-        """Return the mean loss of each part that had micro-batches in a step, by name."""
-        totals = zip(self.parts, row[self.part_losses], row[self.part_counts], strict=True)
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        """Define the columns; `names` are those of the losses and metrics besides the loss itself."""
+        self.names = names
+        first_count = REQUEST_COLUMNS.stop + len(names)
+        self.size = first_count + len(names)  # number of values before the norms
+        self.sum_columns = slice(REQUEST_COLUMNS.stop, first_count)  # sum over micro-batches, for each name
+        self.count_columns = slice(first_count, self.size)  # number of micro-batches, for each name
+
+    def means(self, values: Sequence[float]) -> dict[str, float]:
+        """Return the mean of each loss and metric that had micro-batches in a step, by name."""
+        totals = zip(self.names, values[self.sum_columns], values[self.count_columns], strict=True)
         return {name: total / count for name, total, count in totals if count}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Metrics of an optimizer step; the row and the fields computed from it are set one step later."""
+    """Metrics of an optimizer step; `values` and the fields computed from it are set one step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
     keys: tuple[str, ...] = ()  # the items this process trained on
     sizes: Hashable = None  # sizes of the items: steps with equal sizes take equally long
-    row: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()  # as `MetricColumns` orders them, on the host
     seconds: float | None = None  # duration of the step, without pauses; None: the clock was not started
     loss: float = 0.0
     average: float = 0.0  # mean loss of the last steps, at most one epoch
@@ -78,49 +84,50 @@ class StepReport:
     norms: NormReport | None = None  # of --scale_weight_norms
     skipped: str = ""  # why the step was skipped, for the history; "" if it was taken
     # losses of the parts that had micro-batches in the step, by name: experts, or image and sound
-    by_part: Mapping[str, float] = field(default_factory=dict)
+    component_losses: Mapping[str, float] = field(default_factory=dict)
     # means of additional values of features, by name
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class Readings:
-    """Hold the metrics row of the last step while it is copied to the host; `now` returns seconds.
+class DelayedReports:
+    """Hold the report of the last step while its values are copied to the host; `now` returns seconds.
 
     A "moment" is a time in seconds or a CUDA event, which may be pending.
     """
 
     now: Callable[[], float] = time.monotonic
-    _waiting: tuple[StepReport, Tensor, Any] | None = field(default=None, init=False)
+    _pending: tuple[StepReport, Tensor, Any] | None = field(default=None, init=False)
     last: Any = field(default=None, init=False)  # moment at the end of the last step or pause
 
-    def push(self, step: StepReport, row: Tensor) -> StepReport | None:
-        """Store the row of a step (1-D, on any device); return the previous step with its row on the host."""
-        kind = row.device.type
-        if row.is_cuda:
-            row = empty_pinned(row.shape, row.dtype).copy_(row, non_blocking=True)
+    def push(self, step: StepReport, values: Tensor) -> StepReport | None:
+        """Store a step with its values (1-D, on any device); return the previous step, values on the host."""
+        device_type = values.device.type
+        if values.is_cuda:
+            values = empty_pinned(values.shape, values.dtype).copy_(values, non_blocking=True)
         # other devices: the time is taken when the values have arrived
-        ended = self.moment(kind) if kind in {"cuda", "cpu"} else None
-        before = self.flush()
-        self._waiting = (step, row, ended)
-        return before
+        ended = self.moment(device_type) if device_type in {"cuda", "cpu"} else None
+        previous = self.flush()
+        self._pending = (step, values, ended)
+        return previous
 
     def flush(self) -> StepReport | None:
         """Return the report of the last step if it is pending. Blocks until the device has computed it."""
-        if self._waiting is None:
+        if self._pending is None:
             return None
-        (step, row, ended), self._waiting = self._waiting, None
-        # the time of a step's end is a CUDA event, or seconds on the host
-        if ended is not None and not isinstance(ended, float):
+        step, values, ended = self._pending
+        self._pending = None
+        is_cuda_event = ended is not None and not isinstance(ended, float)  # else seconds on the host
+        if is_cuda_event:
             ended.synchronize()
-        values = tuple(row.tolist())
-        begun = self.last
+        report = replace(step, values=tuple(values.tolist()))
+        started = self.last
         self.last = self.now() if ended is None else ended
-        if begun is None:
-            return replace(step, row=values)
-        if isinstance(begun, float):
-            return replace(step, row=values, seconds=self.last - begun)
-        return replace(step, row=values, seconds=begun.elapsed_time(self.last) / 1000)
+        if started is None:
+            return report
+        if isinstance(started, float):
+            return replace(report, seconds=self.last - started)
+        return replace(report, seconds=started.elapsed_time(self.last) / 1000)
 
     def moment(self, device: str) -> Any:
         """Return a time stamp that a step's duration is measured from.
@@ -166,7 +173,7 @@ class Logs:
     clock: StepClock = field(default_factory=StepClock)
     bar: "tqdm[Any]" = field(init=False)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
-    _shown: float = field(default=-math.inf, init=False)
+    _last_shown: float = field(default=-math.inf, init=False)
 
     def __enter__(self) -> "Logs":
         for recorder in self.recorders:
@@ -193,25 +200,25 @@ class Logs:
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
         if report.seconds is not None:
-            warning = self.clock.note(report.step, report.seconds, report.sizes)
+            warning = self.clock.record_step(report.step, report.seconds, report.sizes)
             if warning is not None:
                 logger.warning(warning)
         now = self.now()
         if not self.bar.disable:
-            if now - self._shown >= SHOW_EVERY:
-                self._shown = now
-                self.bar.set_postfix(self._fitting(self._format_metrics(report)), refresh=False)
+            if now - self._last_shown >= SHOW_EVERY:
+                self._last_shown = now
+                self.bar.set_postfix(self._fit_to_bar(self._format_metrics(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
-        elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
+        elif self.accelerator.is_main_process and now - self._last_shown >= LINE_EVERY:
             # without a terminal, a line from time to time; not for the first step, whose time is unusual
-            if self._shown > -math.inf:
+            if self._last_shown > -math.inf:
                 metrics = ", ".join(f"{name} {text}" for name, text in self._format_metrics(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, metrics)
-            self._shown = now
+            self._last_shown = now
         if self.recorders:
             self.values(_list_tracked_values(report), report.step)
 
-    def _fitting(self, metrics: Mapping[str, str]) -> dict[str, str]:
+    def _fit_to_bar(self, metrics: Mapping[str, str]) -> dict[str, str]:
         """Drop values in the order of DROPPED until the others fit next to the progress bar."""
         fitting = dict(metrics)
         bar = self.bar.format_dict
@@ -227,7 +234,7 @@ class Logs:
         """Return the texts after the progress bar, by name."""
         metrics = {}
         seconds = self.clock.seconds_per_step
-        left = self.clock.left(report.step, self.total_steps)
+        left = self.clock.estimate_remaining(report.step, self.total_steps)
         if seconds is not None and left is not None:
             metrics = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         metrics["avr_loss"] = f"{report.average:.4g}"
@@ -249,7 +256,7 @@ class Logs:
 def _list_tracked_values(report: StepReport) -> dict[str, float]:
     """Return the values of a step by their names in trackers."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
-    values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
+    values |= {f"loss/{name}": loss for name, loss in report.component_losses.items()}
     values |= report.metrics
     if report.gradient_norm is not None:
         values["grad_norm"] = report.gradient_norm

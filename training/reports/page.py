@@ -116,7 +116,7 @@ def page_values(
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in charts],
         "sections": [section for section in sections if section is not None],
-        "files": _files(run_history, folder, best_name),
+        "files": _list_saved_files(run_history, folder, best_name),
         "advice": (best and best.reasons) or describe_best(run_history, best_name),
         "memory": run_history.memory,
         "commands": run_history.commands,
@@ -125,14 +125,14 @@ def page_values(
 
 def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
     """Return the chart of the training loss and the validation loss."""
-    losses = make_curves({say("loss"): run_history.loss}, maximum, SMOOTHING)
+    curves = make_curves({say("loss"): run_history.loss}, maximum, SMOOTHING)
     if run_history.validations:
         steps = sorted(run_history.validations)
-        values = [run_history.validations[step] for step in steps]
-        lowest = values.index(min(values))
+        losses = [run_history.validations[step] for step in steps]
+        best_index = losses.index(min(losses))
         has_dots = len(steps) < MAX_DOTS
-        losses.append(Curve(say("validation"), steps, values, has_dots=has_dots, best=lowest))
-    return Chart(losses, "step", "loss", say("Loss"))
+        curves.append(Curve(say("validation"), steps, losses, has_dots=has_dots, best=best_index))
+    return Chart(curves, "step", "loss", say("Loss"))
 
 
 def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]:
@@ -164,7 +164,7 @@ def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]
     charts.append(Chart(seconds, "step", "seconds", say("Seconds per step")))
 
     by_timestep: dict[str, Points] = {}
-    for name, points in run_history.bands.items():
+    for name, points in run_history.validations_by_level.items():
         by_timestep[f"timestep {name.rpartition('_')[2]}"] = points
     validations = make_curves(by_timestep, maximum, has_dots=True)
     charts.append(Chart(validations, "step", "loss", say("Validation loss by noise")))
@@ -207,17 +207,18 @@ def make_curves(
 
 def join_bins(points: Points, maximum: int = MAX_BINS) -> dict[float, list[float]]:
     """Group points into about `maximum` equal ranges of steps; return values by the middle step of each."""
-    width = 1
-    while points and (max(points) - min(points)) // width >= maximum:
-        width *= 2
-    ranges = defaultdict[int, list[tuple[int, float]]](list)
+    bin_width = 1
+    while points and (max(points) - min(points)) // bin_width >= maximum:
+        bin_width *= 2
+    points_by_bin = defaultdict[int, dict[int, float]](dict)
     for step, value in points.items():
         if value is not None:
-            ranges[step // width].append((step, value))
+            points_by_bin[step // bin_width][step] = value
     bins = {}
-    for index in sorted(ranges):
-        steps = [step for step, _ in ranges[index]]
-        bins[(min(steps) + max(steps)) / 2] = [value for _, value in ranges[index]]
+    for index in sorted(points_by_bin):
+        bin_points = points_by_bin[index]
+        middle_step = (min(bin_points) + max(bin_points)) / 2
+        bins[middle_step] = [*bin_points.values()]
     return bins
 
 
@@ -265,9 +266,9 @@ def _step_tile(standing: Standing, run_history: RunHistory) -> Tile:
 
 
 def _validation_tile(run_history: RunHistory) -> Tile | None:
-    if run_history.lowest is None:
+    if run_history.lowest_validation is None:
         return None
-    step, loss = run_history.lowest
+    step, loss = run_history.lowest_validation
     return say("Best validation loss"), f"{loss:.4g}", say("at step %(step)s", step=f"{step:,}")
 
 
@@ -293,8 +294,8 @@ def _make_loss_tile(run_history: RunHistory) -> Tile | None:
         mean, note = run_history.average, say("average of the last steps, at most an epoch")
     else:
         bins = [*join_bins(run_history.loss).values()]  # losses of neighboring steps
-        last_bins = bins[-max(1, len(bins) // 10) :]  # the last tenth
-        latest = [loss for losses in last_bins for loss in losses]
+        last_tenth = bins[-max(1, len(bins) // 10) :]
+        latest = [loss for losses in last_tenth for loss in losses]
         mean = sum(latest) / len(latest)
         note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
     num_not_finite = sum(loss is None for loss in run_history.loss.values())
@@ -315,14 +316,14 @@ def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[st
         with contextlib.suppress(OSError):
             status = (folder / name).stat()
             if stat.S_ISREG(status.st_mode):
-                mark = _weights_mark(folder / name, status.st_mtime_ns, status.st_size)
+                weights_hash = _read_weights_hash(folder / name, status.st_mtime_ns, status.st_size)
                 # without a hash of the weights in its metadata, a file stands alone
-                by_weights.setdefault((step, mark or name), []).append(name)
+                by_weights.setdefault((step, weights_hash or name), []).append(name)
     return [(step, names) for (step, _), names in by_weights.items()]
 
 
 @functools.lru_cache(maxsize=10_000)
-def _weights_mark(path: Path, changed: int, size: int) -> str:
+def _read_weights_hash(path: Path, changed: int, size: int) -> str:
     """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing.
 
     `changed` and `size` are part of the cache key only.
@@ -333,7 +334,7 @@ def _weights_mark(path: Path, changed: int, size: int) -> str:
         return ""
 
 
-def _files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+def _list_saved_files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
     """Return the rows of the table of saved files, with the validation loss nearest to each.
 
     Args:
@@ -345,7 +346,7 @@ def _files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapp
     for step, (name, *twins) in list_files(run_history, folder):  # twins have the weights of the first
         path = folder / name
         workflow = find_workflow(folder, name)
-        validated = run_history.nearest(step)
+        validated = run_history.nearest_validation(step)
         loss = "" if validated is None else f"{validated.loss:.4g}"
         if validated is not None and validated.step != step:
             loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated.step:,}")
@@ -371,7 +372,7 @@ def describe_best(run_history: RunHistory, best: str | None) -> str:
         run_history: Content of the run's history.
         best: Name of the best saved file by validation loss; None if no file was saved.
     """
-    lowest = run_history.lowest
+    lowest = run_history.lowest_validation
     if lowest is None:
         return say(
             "No validation loss was measured, so the page cannot say which file is best. Add "

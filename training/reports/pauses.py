@@ -11,11 +11,11 @@ from training.reports.history import SHOWN
 
 SAMPLES, VALIDATION, SAVING = "samples", "validation", "saving"
 # when slow steps are reported
-SEEN = 10  # number of steps before the median is used
-KEPT = 200  # the median is taken over the last steps only, because a run may change its speed
-LEAST = 1.0  # faster steps, in seconds, are not reported
-FACTOR = 2.0  # report steps slower than the median by this factor
-PAUSE = 50  # minimum number of steps between two reports
+MIN_STEPS = 10  # number of steps before the median is used
+MAX_STEPS = 200  # the median is taken over the last steps only, because a run may change its speed
+MIN_SECONDS = 1.0  # faster steps, in seconds, are not reported
+SLOW_FACTOR = 2.0  # report steps slower than the median by this factor
+STEPS_BETWEEN_WARNINGS = 50  # minimum number of steps between two reports
 
 CAUSES = (
     "Usual causes: reading caches (a slow disk, few "
@@ -28,19 +28,21 @@ CAUSES = (
 class StepClock:
     """Measure the duration of steps and pauses, and find steps slower than others with equal item sizes.
 
-    If `skips` is set, the next step is not compared. The remaining time counts only kinds of pauses that
-    have occurred.
+    If `skips_next_step` is set, the next step is not compared. The remaining time counts only kinds of pauses
+    that have occurred.
     """
 
-    to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
+    count_future_pauses: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
     now: Callable[[], float] = time.monotonic  # seconds
     pauses: dict[str, list[float]] = field(default_factory=dict, init=False)
-    active: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
+    seconds_of_steps: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
     steps: int = field(default=0, init=False)
     seconds_per_step: float | None = field(default=None, init=False)  # mean of the last steps
-    skips: bool = field(default=True, init=False)  # the first step compiles, chooses kernels, fills caches
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
-    _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
+    # the first step compiles, chooses kernels, fills caches
+    skips_next_step: bool = field(default=True, init=False)
+    _recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
+    # durations of earlier steps by the sizes of their items
+    _seconds_by_sizes: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)
     _last_warned: int | None = field(default=None, init=False)
 
     @contextmanager
@@ -50,18 +52,20 @@ class StepClock:
         yield
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
-    def left(self, step: int, total_steps: int) -> float | None:
+    def estimate_remaining(self, step: int, total_steps: int) -> float | None:
         """Return the remaining seconds after a step; None before the first step.
 
         Future pauses are included, each with the mean of its kind.
         """
         if self.seconds_per_step is None:
             return None
-        to_come = self.to_come(step) if self.pauses else {}
-        pauses = (sum(all) / len(all) * to_come.get(kind, 0) for kind, all in self.pauses.items())
-        return self.seconds_per_step * (total_steps - step) + sum(pauses)
+        counts = self.count_future_pauses(step) if self.pauses else {}
+        seconds_of_pauses = []
+        for kind, durations in self.pauses.items():
+            seconds_of_pauses.append(sum(durations) / len(durations) * counts.get(kind, 0))
+        return self.seconds_per_step * (total_steps - step) + sum(seconds_of_pauses)
 
-    def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
+    def record_step(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
         """Record the time of a step.
 
         Args:
@@ -72,19 +76,19 @@ class StepClock:
         Returns:
             A warning if the step took more than twice the median of similar steps.
         """
-        self.active += seconds
+        self.seconds_of_steps += seconds
         self.steps += 1
-        self._last.append(seconds)
-        self.seconds_per_step = sum(self._last) / len(self._last)
-        if self.skips:  # this step is known to be slow: it is neither compared nor remembered
-            self.skips = False
+        self._recent_seconds.append(seconds)
+        self.seconds_per_step = sum(self._recent_seconds) / len(self._recent_seconds)
+        if self.skips_next_step:  # this step is known to be slow: it is neither compared nor remembered
+            self.skips_next_step = False
             return None
-        earlier_times = self._times.setdefault(sizes, deque(maxlen=KEPT))
-        median = statistics.median(earlier_times) if len(earlier_times) >= SEEN else None
-        earlier_times.append(seconds)
-        if median is None or seconds < LEAST or seconds <= FACTOR * median:
+        earlier_seconds = self._seconds_by_sizes.setdefault(sizes, deque(maxlen=MAX_STEPS))
+        median = statistics.median(earlier_seconds) if len(earlier_seconds) >= MIN_STEPS else None
+        earlier_seconds.append(seconds)
+        if median is None or seconds < MIN_SECONDS or seconds <= SLOW_FACTOR * median:
             return None
-        if self._last_warned is not None and step - self._last_warned < PAUSE:  # not too many warnings
+        if self._last_warned is not None and step - self._last_warned < STEPS_BETWEEN_WARNINGS:
             return None
         self._last_warned = step
         return (

@@ -26,43 +26,50 @@ def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
     best_file = find_best_file(folder, name, run_history) if name else None
     best = None if best_file is None else best_file.name
     return [
-        _with_existing_files(command, run_history, folder, best if command.title == GENERATE else None)
+        _replace_missing_files(command, run_history, folder, best if command.title == GENERATE else None)
         for command in run_history.commands
     ]
 
 
-def _with_existing_files(
+def _replace_missing_files(
     command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
 ) -> PageCommand:
-    """Replace a file in a command by the best existing one if it was deleted or is not the best any more."""
-    start = run_history.start
-    base = Path(start.working_folder) if start is not None and start.working_folder else None
+    """Replace saved files in a command by the best existing one if they were deleted or are not the best."""
     try:
-        words = shlex.split(command.bash)
+        arguments = shlex.split(command.bash)
     except ValueError:  # an edited history
         return command
     notes = []
-    for index, word in enumerate(words):  # a word is replaced if it is a saved file of this run
-        path = Path(word)
-        # a relative path counts from the folder in which the training was started, if that is known
-        if path.name not in run_history.saved or not (path.is_absolute() or base):
+    for index, argument in enumerate(arguments):
+        path = Path(argument)
+        if not _is_saved_file(path, run_history, folder):
             continue
-        if (base or folder) / path.parent != folder:
-            continue  # a file of the same name in another folder
         best_step = None if best is None else run_history.saved[best]
-        is_there = (folder / path.name).exists()
-        if is_there and best_step in {None, run_history.saved[path.name]}:
+        exists = (folder / path.name).exists()
+        if exists and best_step in {None, run_history.saved[path.name]}:
             continue
-        present = _find_replacement(path.name, run_history, folder, best)
-        if present is None or (is_there and run_history.saved[present] != best_step):
-            continue  # nothing to use, or nothing better than the file that is there
-        words[index] = str(path.with_name(present))
-        reason = "is not the best file" if is_there else "is not there any more"
-        notes.append(f"{path.name} {reason}: {present} takes its place.")
+        replacement = _find_replacement(path.name, run_history, folder, best)
+        if replacement is None or (exists and run_history.saved[replacement] != best_step):
+            continue  # nothing to use, or nothing better than the existing file
+        arguments[index] = str(path.with_name(replacement))
+        reason = "is not the best file" if exists else "is not there any more"
+        notes.append(f"{path.name} {reason}: {replacement} takes its place.")
     if not notes:
         return command
     note = " ".join([*dict.fromkeys(notes), command.note]).rstrip()
-    return replace(command, bash=shlex.join(words), powershell=quote_for_powershell(words), note=note)
+    return replace(command, bash=shlex.join(arguments), powershell=quote_for_powershell(arguments), note=note)
+
+
+def _is_saved_file(path: Path, run_history: RunHistory, folder: Path) -> bool:
+    """Return whether the path in a command is a file that the run has saved, in the run's own folder."""
+    if path.name not in run_history.saved:
+        return False
+    start = run_history.start
+    # a relative path counts from the folder in which the training was started, if that is known
+    working_folder = Path(start.working_folder) if start is not None and start.working_folder else None
+    if working_folder is None and not path.is_absolute():
+        return False
+    return (working_folder or folder) / path.parent == folder
 
 
 def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
@@ -79,16 +86,19 @@ def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: st
     """
     best = best or run_history.best_file(folder)
     best_step = None if best is None else run_history.saved[best]
-    # `saved` has the step of each file
-    candidates = [
-        (step != best_step, -step, len(candidate), candidate)
-        for candidate, step in run_history.saved.items()
-        if run_history.is_average(candidate) == run_history.is_average(name)
-        and run_history.is_embedding(candidate) == run_history.is_embedding(name)
-        and _expert_of(candidate) == _expert_of(name)
-        and (folder / candidate).is_file()
-    ]
-    return min(candidates)[-1] if candidates else None  # best step first, then the newest, the shortest name
+    candidates = []  # sorted by: best step first, then the newest, the shortest name
+    for candidate, step in run_history.saved.items():
+        is_same_kind = (
+            run_history.is_average(candidate) == run_history.is_average(name)
+            and run_history.is_embedding(candidate) == run_history.is_embedding(name)
+            and _expert_of(candidate) == _expert_of(name)
+        )
+        if is_same_kind and (folder / candidate).is_file():
+            candidates.append((step != best_step, -step, len(candidate), candidate))
+    if not candidates:
+        return None
+    _, _, _, replacement = min(candidates)
+    return replacement
 
 
 def _expert_of(name: str) -> str:

@@ -19,10 +19,10 @@ from training.reports.sections import SAMPLES, page_path, scores_path
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 120.0  # minimum seconds between two pages without new samples
-SHARE = 0.003  # maximum fraction of the time for writing the history to disk
+PAGE_SECONDS = 120.0  # minimum seconds between two pages without new samples
+MAX_FLUSH_FRACTION = 0.003  # maximum fraction of the time for writing the history to disk
 FLUSH_SECONDS = 3.0  # seconds between two writes of the history; more if a write is slow, see SHARE
-DOING_SECONDS = 10.0  # minimum seconds between two lines on the work in a pause
+ACTIVITY_SECONDS = 10.0  # minimum seconds between two lines on the work in a pause
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 2000
 
 
@@ -45,38 +45,38 @@ class RunReporter:
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
     _messages: "_Messages" = field(init=False)
-    _drawn: float = field(init=False)  # time of the last request for the page
-    _flushed: float = 0.0  # time of the last write to disk after a step
+    _page_requested_at: float = field(init=False)  # time of the last request for the page
+    _flushed_at: float = 0.0  # time of the last write to disk after a step
     _flush_seconds: float = 0.0  # duration of this write
-    _noted: dict[str, Any] = field(default_factory=dict)  # last recorded lines of memory and commands
+    _last_recorded: dict[str, Any] = field(default_factory=dict)  # last recorded lines of memory and commands
     _has_warned: bool = False
-    _doing: float = -math.inf  # when work between steps was last recorded
+    _activity_recorded_at: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
         self.folder = self.history.path.parent
         self.name = history_name(self.history.path)
         self.path = page_path(self.folder, self.name)
-        self._drawn = self.now()
-        self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
+        self._page_requested_at = self.now()
+        self._messages = _Messages(lambda level, text: self._record(self.step, level=level, message=text))
 
     def __enter__(self) -> "RunReporter":
-        self._note(self.step, started=asdict(self.start))
+        self._record(self.step, started=asdict(self.start))
         logging.getLogger().addHandler(self._messages)
         if self.history.is_written:
-            with self._guarded():
+            with self._errors_as_warning():
                 self.page = self.start_page(self.history.path)
-        self._draw()  # the box at the start names the page
+        self._request_page()  # the box at the start names the page
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self._messages)
         if error is None or isinstance(error, Exception):  # other errors end the run at once
-            self._log_end(error)
+            self._record_end(error)
         if self.page is not None:
-            with self._guarded():
+            with self._errors_as_warning():
                 self.page.close()
 
-    def _log_end(self, error: Exception | None) -> None:
+    def _record_end(self, error: Exception | None) -> None:
         """Record how the run has ended, and the commands that the page shows from then on.
 
         Args:
@@ -90,25 +90,25 @@ class RunReporter:
             css_class = "bad"
         elif self.step >= self.start.total_steps:
             sentence, css_class = "finished", "good"
-        self._note(self.step, ended=sentence, kind=css_class)
+        self._record(self.step, ended=sentence, kind=css_class)
         if self.history.is_written:
-            with self._guarded():
-                self._log_changes(is_finished=css_class == "good")
+            with self._errors_as_warning():
+                self._record_memory_and_commands(is_finished=css_class == "good")
                 self.history.flush()
 
     def log_activity(self, text: str) -> None:
-        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every DOING_SECONDS."""
-        if self.now() - self._doing >= DOING_SECONDS:
-            self._doing = self.now()
-            self._note(self.step, doing=text)
-            with self._guarded():
+        """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every ACTIVITY_SECONDS."""
+        if self.now() - self._activity_recorded_at >= ACTIVITY_SECONDS:
+            self._activity_recorded_at = self.now()
+            self._record(self.step, doing=text)
+            with self._errors_as_warning():
                 self.history.flush()
 
     def log_pause(self, text: str) -> None:
         """Log at once what the run is doing between two steps, such as `saving`, which may take minutes."""
-        self._doing = -math.inf
+        self._activity_recorded_at = -math.inf
         self.log_activity(text)
-        self._doing = -math.inf
+        self._activity_recorded_at = -math.inf
 
     def log_step(self, report: StepReport, left: float | None = None) -> None:
         """Write a step into the history.
@@ -120,11 +120,11 @@ class RunReporter:
         self.step = report.step
         if self.history.is_written:
             # keys without a value are left out of the line
-            experts = {"experts": dict(report.by_part)} if report.by_part else {}
+            experts = {"experts": dict(report.component_losses)} if report.component_losses else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
             metrics = {METRICS: dict(report.metrics)} if report.metrics else {}
             rates = dict(report.rates)
-            self._note(
+            self._record(
                 report.step,
                 loss=report.loss,
                 average=report.average,
@@ -136,12 +136,12 @@ class RunReporter:
                 **metrics,
             )
             started = self.now()
-            # a slow disk is written to less often: flushing takes at most SHARE of the time
-            if started - self._flushed >= max(FLUSH_SECONDS, self._flush_seconds / SHARE):
-                with self._guarded():
+            # a slow disk is written to less often: flushing takes at most MAX_FLUSH_FRACTION of the time
+            if started - self._flushed_at >= max(FLUSH_SECONDS, self._flush_seconds / MAX_FLUSH_FRACTION):
+                with self._errors_as_warning():
                     self.history.flush()
-                self._flushed = self.now()
-                self._flush_seconds = self._flushed - started
+                self._flushed_at = self.now()
+                self._flush_seconds = self._flushed_at - started
 
     @property
     def validations(self) -> Mapping[int, float]:
@@ -150,16 +150,16 @@ class RunReporter:
 
     def log_validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write the losses of a validation into the history."""
-        self._note(step, validation=dict(losses))
+        self._record(step, validation=dict(losses))
 
     def log_samples(
-        self, step: int, mark: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
+        self, step: int, file_label: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
         """Record the samples of all processes, write a sheet of them, and request the page.
 
         Args:
             step: Number of the optimizer step.
-            mark: Mark of the step or epoch in the file names.
+            file_label: Step or epoch as the file names contain it, such as e000001.
             prompts: Prompts of all samples.
             recorders: Receive the samples too.
         """
@@ -169,30 +169,30 @@ class RunReporter:
 
         all_prompts = dict(enumerate(prompts))
         files: dict[int, Path] = {}
-        with self._guarded():
-            files = sample_files.find_samples(self.folder / SAMPLES, self.name, mark)
-        by_file = {index: all_prompts.get(index, "") for index in files}
-        strips: dict[int, Frame] = {}  # a small picture of each sample: frames of a clip side by side
+        with self._errors_as_warning():
+            files = sample_files.find_samples(self.folder / SAMPLES, self.name, file_label)
+        file_prompts = {index: all_prompts.get(index, "") for index in files}
+        strips: dict[int, Frame] = {}  # a downscaled preview of each sample: frames of a clip side by side
         for index, path in files.items():
-            with self._guarded():
+            with self._errors_as_warning():
                 strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
-        with self._guarded():
+        with self._errors_as_warning():
             for recorder in recorders:
-                recorder.log_samples(step, files, strips, by_file)
+                recorder.log_samples(step, files, strips, file_prompts)
         if not self.history.is_written:
             return
-        self._note(
+        self._record(
             step,
-            samples=mark,
+            samples=file_label,
             files={str(index): path.name for index, path in files.items()},
-            prompts={str(index): prompt for index, prompt in by_file.items()},
+            prompts={str(index): prompt for index, prompt in file_prompts.items()},
         )
-        with self._guarded():
+        with self._errors_as_warning():
             title = f"{self.name}, step {step:,}"
             # the name sorts after those of the samples
-            sheet = self.folder / SAMPLES / f"{self.name}_{mark}_sheet.png"
-            sample_files.write_sheet(sheet, title, strips, by_file)
-        self._draw()
+            sheet = self.folder / SAMPLES / f"{self.name}_{file_label}_sheet.png"
+            sample_files.write_sheet(sheet, title, strips, file_prompts)
+        self._request_page()
 
     def log_saved(self, paths: Sequence[Path], step: int) -> None:
         """Record all files of a save, and request the page unless it was drawn a short time ago.
@@ -200,12 +200,12 @@ class RunReporter:
         After the last step no page is requested, because the end of the run does so.
         """
         for path in paths:
-            self._note(step, saved=path.name)
-        with self._guarded():
+            self._record(step, saved=path.name)
+        with self._errors_as_warning():
             self.history.flush()
         if step < self.start.total_steps:
-            if self.now() - self._drawn >= PAUSE:
-                self._draw()
+            if self.now() - self._page_requested_at >= PAGE_SECONDS:
+                self._request_page()
             else:
                 self.log_files()
 
@@ -214,38 +214,38 @@ class RunReporter:
 
         Before the run has started, no commands are recorded, and this does nothing.
         """
-        if self.history.is_written and self._noted:
-            with self._guarded():
-                self._log_changes(is_finished=False)
+        if self.history.is_written and self._last_recorded:
+            with self._errors_as_warning():
+                self._record_memory_and_commands(is_finished=False)
                 self.history.flush()
 
-    def _note(self, step: int, **what: Any) -> None:
-        with self._guarded():
+    def _record(self, step: int, **what: Any) -> None:
+        with self._errors_as_warning():
             self.history.add(step, **what)
 
-    def _draw(self) -> None:
+    def _request_page(self) -> None:
         """Write the history to disk, and request the page."""
         if not self.history.is_written:
             return
-        self._drawn = self.now()
-        with self._guarded():
-            self._log_changes(is_finished=False)
+        self._page_requested_at = self.now()
+        with self._errors_as_warning():
+            self._record_memory_and_commands(is_finished=False)
             self.history.flush()
             if self.page is not None:
                 self.page.draw()
 
-    def _log_changes(self, is_finished: bool) -> None:
+    def _record_memory_and_commands(self, is_finished: bool) -> None:
         """Record lines about memory and commands if they have changed since the last time."""
         file = find_usable_file(self.history.run_history, self.folder, self.name)
         commands = self.commands(file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
         for name, line in lines.items():
-            if self._noted.get(name) != line:
-                self._noted[name] = line
-                self._note(self.step, **{name: line})
+            if self._last_recorded.get(name) != line:
+                self._last_recorded[name] = line
+                self._record(self.step, **{name: line})
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _errors_as_warning(self) -> Iterator[None]:
         """Turn errors of the block into a warning; only the first one is logged."""
         try:
             yield
@@ -283,9 +283,9 @@ class _Messages(logging.Handler):
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)
-        self._note, self._count = note, 0
+        self._record, self._count = note, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._count < MAX_MESSAGES and threading.current_thread() is threading.main_thread():
             self._count += 1
-            self._note(record.levelname.lower(), shorten_lines(record.getMessage(), MAX_CHARACTERS))
+            self._record(record.levelname.lower(), shorten_lines(record.getMessage(), MAX_CHARACTERS))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,12 @@ def _plot_waveform(path: Path) -> Frame:
     seconds = Fraction(1) if info is None or info.end is None else info.end
     num_samples = max(SIDE, int(seconds * AUDIO_RATE))
     audio = read_track(path, Fraction(0), num_samples, rate=AUDIO_RATE, channels=2)
-    swing = np.zeros(SIDE)
+    peaks = np.zeros(SIDE)  # largest amplitude in each column of the image
     if audio is not None:
-        swing = np.array([abs(part).max() for part in np.array_split(audio, SIDE, axis=1)])
+        peaks = np.array([abs(chunk).max() for chunk in np.array_split(audio, SIDE, axis=1)])
     heights = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
-    is_sound = heights <= np.maximum(swing, 0.02)
-    return np.where(is_sound[..., None], LIGHT, DARK).astype(np.uint8)
+    is_waveform = heights <= np.maximum(peaks, 0.02)
+    return np.where(is_waveform[..., None], LIGHT, DARK).astype(np.uint8)
 
 
 def join_strip(clip: DownscaledClip) -> Frame:
@@ -126,10 +126,12 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     width = max(MIN_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
     sheet = Image.new("RGB", (width, title_height + sum(row_heights)), (24, 24, 27))
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_load_font(TITLE_SIZE), fill=(250, 250, 250))
+    draw.text(
+        (GAP, GAP), _cut_to_width(title, width, TITLE_SIZE), font=_load_font(TITLE_SIZE), fill=(250, 250, 250)
+    )
     y = title_height
     for (prompt, strip), row_height in zip(rows, row_heights, strict=True):
-        text = _fit(prompt, width, TEXT_SIZE)
+        text = _cut_to_width(prompt, width, TEXT_SIZE)
         draw.text((GAP, y), text, font=_load_font(TEXT_SIZE), fill=(210, 210, 215))
         sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
         y += row_height
@@ -138,7 +140,7 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     write_png(path, np.asarray(sheet))
 
 
-def _fit(text: str, width: int, size: int) -> str:
+def _cut_to_width(text: str, width: int, size: int) -> str:
     """Cut a text to one line of the sheet's width."""
     text = escape_control_codes(" ".join(text[:1000].split()))
     font = _load_font(size)
@@ -171,18 +173,18 @@ class ClipStore:
         """Return the function that loads clips for a page; only clips of the previous page are kept."""
         previous_clips = self.clips
         self.clips = {}
+        return partial(self._load, previous_clips)
 
-        def load(name: str, prompt: str, step: int) -> Markup | str:
-            if name in previous_clips:
-                self.clips[name] = previous_clips[name]
-            if name not in self.clips:
-                try:
-                    self.add(name, prompt, step, read_downscaled(self.folder / name))
-                except (OSError, UserError):
-                    return "the file is gone, or cannot be read"
-            return self.clips[name]
-
-        return load
+    def _load(self, previous_clips: Mapping[str, Markup], name: str, prompt: str, step: int) -> Markup | str:
+        """Return the encoded clip of a sample, from the previous page if it was there; else read its file."""
+        if name in previous_clips:
+            self.clips[name] = previous_clips[name]
+        if name not in self.clips:
+            try:
+                self.add(name, prompt, step, read_downscaled(self.folder / name))
+            except (OSError, UserError):
+                return "the file is gone, or cannot be read"
+        return self.clips[name]
 
     def add(self, name: str, prompt: str, step: int, clip: DownscaledClip) -> None:
         """Encode the downscaled clip of a sample and add it to the page.
@@ -231,48 +233,51 @@ def select_first_shown(num_columns: int, best: int | None, maximum: int = 4) -> 
 
 def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
-    rows = [run_history.samples[key] for key in sorted(run_history.samples)]
-    best_step = None if run_history.lowest is None else run_history.lowest[0]
-    columns = select_columns(rows, best_step, max_columns)
-    best_column: SampleRow | None = None
-    if best_step:
-        best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
-    best_index = None if best_column is None else columns.index(best_column)
+    sampled_steps = [run_history.samples[key] for key in sorted(run_history.samples)]
+    best_step = None if run_history.lowest_validation is None else run_history.lowest_validation.step
+    columns = select_columns(sampled_steps, best_step, max_columns)
+    best_index: int | None = None  # column nearest to the lowest validation loss
+    if best_step and columns:
+        best_index = min(range(len(columns)), key=lambda index: abs(columns[index].step - best_step))
     first_shown = select_first_shown(len(columns), best_index)
     titles = []
-    for index, row in enumerate(columns):
-        title = _format_column_title(row)
-        titles.append({"title": title, "is_best": row is best_column, "is_further": index not in first_shown})
+    for index, samples in enumerate(columns):
+        title = _format_column_title(samples)
+        titles.append(
+            {"title": title, "is_best": index == best_index, "is_further": index not in first_shown}
+        )
     # if a prompt was changed during the run, each version has a row
-    prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
+    prompts: set[tuple[int, str]] = set()
+    for samples in sampled_steps:
+        prompts |= {(index, samples.prompts.get(index, "")) for index in samples.files}
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in sorted(prompts)[:max_prompts]:
         grid_rows.append({"prompt": prompt, "index": index, "cells": []})
-    for row in columns:
+    for samples in columns:
         for grid_row in grid_rows:
-            grid_row["cells"].append(_load_cell(row, grid_row["index"], grid_row["prompt"], load))
+            grid_row["cells"].append(_load_cell(samples, grid_row["index"], grid_row["prompt"], load))
     return {
         "columns": titles,
         "rows": grid_rows,
         "few": len(first_shown),  # columns that are shown before the reader asks for all
-        "times": len(rows),
+        "times": len(sampled_steps),
         "prompts": len(prompts),
     }
 
 
-def _load_cell(row: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
-    """Return the cell of a prompt in the column of a row; None if there is no sample of it."""
-    name = row.files.get(index)
-    if name is None or row.prompts.get(index, "") != prompt:
+def _load_cell(samples: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
+    """Return the cell of a prompt among the samples of a step; None if there is no sample of it."""
+    name = samples.files.get(index)
+    if name is None or samples.prompts.get(index, "") != prompt:
         return None
-    return {"clip": load(name, prompt, row.step), "href": link("sample", name)}
+    return {"clip": load(name, prompt, samples.step), "href": link("sample", name)}
 
 
-def _format_column_title(row: SampleRow) -> str:
+def _format_column_title(samples: SampleRow) -> str:
     """Return a column title: the step, and the epoch for samples made at the end of an epoch."""
-    if not row.step:
+    if not samples.step:
         return say("before training")
-    step = say("step %(step)s", step=f"{row.step:,}")
-    if row.mark[1:].isdigit() and row.mark[0] == "e":
-        return say("%(step)s, epoch %(epoch)s", step=step, epoch=int(row.mark[1:]))
+    step = say("step %(step)s", step=f"{samples.step:,}")
+    if samples.mark[1:].isdigit() and samples.mark[0] == "e":  # as in e000001
+        return say("%(step)s, epoch %(epoch)s", step=step, epoch=int(samples.mark[1:]))
     return step

@@ -22,7 +22,7 @@ MAX_BYTES = 64 << 20
 MAX_ROWS = 10_000
 MAX_SHOWN = 100  # rows of the page
 # means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
-SAME = 0.005
+TOLERANCE = 0.005
 NO_TASTE = say(
     "Scores are no taste: they say how a model that describes pictures sees the samples, not which ones you "
     "like. Look at the samples before you decide."
@@ -194,7 +194,7 @@ def read_scores(path: Path) -> RunScores | None:
             model=str(values["model"]),
             rows=rows,
             num_training=int(values["num_training"]),
-            near_threshold=_number(values["near_threshold"]),
+            near_threshold=_finite_or_none(values["near_threshold"]),
             notes=tuple(_read_note(note) for note in values["notes"]),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
@@ -211,7 +211,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
     """Parse the scores of one step; raise LookupError, TypeError or ValueError for malformed values."""
     samples = []
     for sample in values["samples"]:
-        numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
+        numbers = {name: _finite_or_none(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
         samples.append(
             SampleScore(
                 prompt=int(sample["prompt"]),
@@ -219,7 +219,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
                 nearest=str(sample["nearest"]),
                 is_copied=bool(sample["is_copied"]),
                 is_near=bool(sample["is_near"]),
-                tag_recall=_number(sample.get("tag_recall")),  # older files have none
+                tag_recall=_finite_or_none(sample.get("tag_recall")),  # older files have none
                 steps=None if sample["steps"] is None else int(sample["steps"]),
                 **numbers,
             )
@@ -229,12 +229,12 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
         mark=str(values["mark"]),
         samples=tuple(samples),
         saved=str(values["saved"]),
-        loss=_number(values["loss"]),
+        loss=_finite_or_none(values["loss"]),
         loss_step=None if values["loss_step"] is None else int(values["loss_step"]),
     )
 
 
-def _number(value: Any) -> float | None:
+def _finite_or_none(value: Any) -> float | None:
     if value is None:
         return None
     number = float(value)
@@ -253,25 +253,25 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     """Return the best saved file; None if there is none.
 
     If there are validation losses, the lowest one chooses the file. Otherwise, among the files whose samples
-    match their prompts best (within SAME), it is the one with samples most similar to the training images.
+    match their prompts best (within TOLERANCE), it is the one with the samples most like the training images.
     Files with samples that copy a training image are considered only if all files have such samples.
 
     Args:
         rows: Scores of each step.
         unsampled: Files without samples.
     """
-    candidates = [row for row in rows if row.saved]
-    clean = [row for row in candidates if not row.copies]
-    usable = clean or candidates
-    best = _find_by_loss(rows, usable, unsampled)
+    saved = [row for row in rows if row.saved]
+    without_copies = [row for row in saved if not row.copies]
+    candidates = without_copies or saved
+    best = _find_by_loss(rows, candidates, unsampled)
     if best is None:
-        if not usable:
+        if not candidates:
             return None
-        best = _find_by_samples(usable)
-    num_copying = len(candidates) - len(clean)
+        best = _find_by_samples(candidates)
+    num_copying = len(saved) - len(without_copies)
     if not num_copying:
         return best
-    if clean:
+    if without_copies:
         remark = counted(
             num_copying,
             "%(n)s file whose samples copy a training picture is left out",
@@ -283,28 +283,27 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 
 
 def _find_by_loss(
-    rows: Sequence[StepScores], usable: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
+    rows: Sequence[StepScores], candidates: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
 ) -> BestFile | None:
     """Return the file with the lowest validation loss; None if none was measured.
 
     Args:
         rows: Scores of all steps, for trends after the best one.
-        usable: Scores of the steps whose files may be chosen.
+        candidates: Scores of the steps whose files may be chosen.
         unsampled: Files without samples, which may be chosen too.
     """
-    # the measured file of each step -> the step's scores
-    measured = {
-        MeasuredFile(row.saved, row.step, row.loss, row.loss_step): row
-        for row in usable
-        if row.loss is not None and row.loss_step is not None
-    }
-    lowest = select_lowest_loss([*measured, *unsampled])
+    scores_by_file: dict[MeasuredFile, StepScores] = {}
+    for row in candidates:
+        if row.loss is not None and row.loss_step is not None:
+            scores_by_file[MeasuredFile(row.saved, row.step, row.loss, row.loss_step)] = row
+    lowest = select_lowest_loss([*scores_by_file, *unsampled])
     if lowest is None:
         return None
-    # a file of `unsampled` has no scores: its step gets an entry without samples
-    best = measured.get(lowest) or StepScores(
-        lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
-    )
+    best = scores_by_file.get(lowest)
+    if best is None:  # a file of `unsampled`
+        best = StepScores(
+            lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
+        )
     step = f"{lowest.loss_step:,}"
     if lowest.loss_step == lowest.step:
         reason = say("validation loss lowest at step %(step)s", step=step)
@@ -314,44 +313,47 @@ def _find_by_loss(
     return BestFile(best, (reason, *trends))
 
 
-def _find_by_samples(usable: Sequence[StepScores]) -> BestFile:
+def _find_by_samples(candidates: Sequence[StepScores]) -> BestFile:
     """Return the file whose samples look best by their scores, for runs without validation losses."""
-    best = max(_fitting(usable), key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
+    best = max(
+        _select_by_prompt_similarity(candidates),
+        key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step),
+    )
     if best.likeness is None:
         reason = say("fits its prompts best")
     else:
         reason = say(
             "most like the training pictures of those that fit their prompts as well as the best (within "
             "%(same)s)",
-            same=f"{SAME:g}",
+            same=f"{TOLERANCE:g}",
         )
     return BestFile(best, (say("no validation loss was measured"), reason))
 
 
-def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return the steps whose prompt similarity is at most SAME below that of the best step."""
+def _select_by_prompt_similarity(rows: Sequence[StepScores]) -> list[StepScores]:
+    """Return the steps whose prompt similarity is at most TOLERANCE below that of the best step."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)
-    return [row for row in rows if row.clip is not None and row.clip >= highest - SAME]
+    return [row for row in rows if row.clip is not None and row.clip >= highest - TOLERANCE]
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
     """Describe how the scores change after the best file; each text is a reason for this choice."""
-    later = [row for row in rows if row.step > best.step]
-    if not later:
+    later_steps = [row for row in rows if row.step > best.step]
+    if not later_steps:
         return [say("it is the last one with samples")]
     reasons: list[str] = []
-    last = later[-1]
+    last = later_steps[-1]
     if best.likeness is not None and last.likeness is not None:
         change = last.likeness - best.likeness
-        if change > SAME:
+        if change > TOLERANCE:
             reasons.append(say("likeness still rises behind it"))
-        elif change < -SAME:
+        elif change < -TOLERANCE:
             reasons.append(say("likeness falls behind it"))
         else:
             reasons.append(say("likeness stays as it is behind it"))
-    if best.clip is not None and last.clip is not None and last.clip < best.clip - SAME:
+    if best.clip is not None and last.clip is not None and last.clip < best.clip - TOLERANCE:
         reasons.append(say("later samples fit their prompts less"))
     return reasons
 
@@ -382,30 +384,30 @@ def make_table(scores: RunScores) -> ScoreTable:
     best = find_best(scores.rows, scores.unsampled)
     table = ScoreTable(tuple(headings))
     for row in scores.rows:
-        loss = _shown(row.loss)
+        loss = _format_score(row.loss)
         if row.loss_step is not None and row.loss_step != row.step:
             loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{row.loss_step:,}")
         remarks = _list_warnings(row)
         if best is not None and row is best.row:
             remarks.insert(0, say("best"))
-        points = clip_score(row.clip)
+        clip_points = clip_score(row.clip)
         table.rows.append(
             (
                 f"{row.step:,}" if row.step else say("before training"),
                 row.saved or "-",
                 loss,
-                _shown(row.clip),
-                "" if points is None else f"{points:.1f}",
-                _shown(row.likeness),
-                _shown(row.nearest_cosine),
-                *([_shown(row.tag_recall)] if has_tags else []),
+                _format_score(row.clip),
+                "" if clip_points is None else f"{clip_points:.1f}",
+                _format_score(row.likeness),
+                _format_score(row.nearest_cosine),
+                *([_format_score(row.tag_recall)] if has_tags else []),
                 join(", ", remarks),
             )
         )
     return table
 
 
-def _shown(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
@@ -463,7 +465,7 @@ def read_present_scores(folder: Path, name: str, run_history: RunHistory) -> Run
     rows = tuple(
         row if (folder / row.saved).is_file() else replace(row, saved="")
         for row in scores.rows
-        if _is_of(row, run_history)  # a run of the same name may have replaced the samples
+        if _is_from_run(row, run_history)  # a run of the same name may have replaced the samples
     )
     if not rows:
         return None
@@ -494,7 +496,7 @@ def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFil
     return None if file is None else FoundFile(file)
 
 
-def _is_of(row: StepScores, run_history: RunHistory) -> bool:
+def _is_from_run(row: StepScores, run_history: RunHistory) -> bool:
     """Return whether the scores of a step are for samples recorded in this history."""
     samples = run_history.samples.get((row.step, row.mark))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}

@@ -20,16 +20,17 @@ from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from protocols.rules import ModelRelease
 from training.reports.history import AVERAGE, WORKFLOW, history_path
-from training.reports.sections import SAMPLES, page_path
+from training.reports.sections import SAMPLES, is_section_file, page_path
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
 
-WriteFile = Callable[[str, Path], None]  # part of the model, see `Names.parts`; path of its file
+# gets the expert (see `Names.expert_names`) or the word of an embedding, and the path of its file
+WriteFile = Callable[[str, Path], None]
 
 
 SAFETENSORS = ".safetensors"
-MAX_OF_WORD = 2 << 20  # largest size in bytes of an embedding's file
+MAX_EMBEDDING_BYTES = 2 << 20  # largest size of an embedding's file
 INDEX = "model_index.json"  # in the folder of a pipeline in diffusers' layout
 
 
@@ -39,42 +40,45 @@ class Names:
 
     folder: Path
     name: str
-    # names of experts, which end the names of the files of one save; empty if there is only one file
-    parts: tuple[str, ...] = ()
-    ending: str = SAFETENSORS  # suffix of the files; "" if each model is a folder
-    beside: tuple[str, ...] = ()  # words of trained embeddings, which end the names of their files
+    # experts whose files one save has, `x-000001_high_noise`; empty if the model is one file
+    expert_names: tuple[str, ...] = ()
+    suffix: str = SAFETENSORS  # of the model files; "" if each model is a folder
+    embedding_words: tuple[str, ...] = ()  # words of trained embeddings, which end the names of their files
 
     def files(self, stem: str) -> dict[str, Path]:
-        """Return the files of the model's parts in one save, by part: `high_noise` -> `x-000001_high_noise`.
+        """Return the model files of one save by expert: `high_noise` -> `x-000001_high_noise`.
 
         A model that is one file has the key "".
         """
-        if not self.parts:
-            return {"": self.folder / f"{stem}{self.ending}"}
-        return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
+        if not self.expert_names:
+            return {"": self.folder / f"{stem}{self.suffix}"}
+        return {expert: self.folder / f"{stem}_{expert}{self.suffix}" for expert in self.expert_names}
 
-    def files_beside(self, stem: str) -> dict[str, Path]:
+    def embedding_files(self, stem: str) -> dict[str, Path]:
         """Return the embedding file of each trained word in one save: `mycat` -> `x-000001_mycat`."""
-        return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
+        return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.embedding_words}
 
     def full_stem(self, file: Path) -> str:
         """Return the name of a file without its suffix."""
-        return file.name.removesuffix(self.ending)
+        return file.name.removesuffix(self.suffix)
 
     def stem_of(self, file: Path) -> str:
-        """Return the stem that the names of all files of a save share, without the part's suffix."""
-        stem = self.full_stem(file)
-        stems = (stem.removesuffix(f"_{end}") for end in (*self.parts, *self.beside))
-        # the name of the run may itself end with such a part, which is then kept
-        return next((short for short in stems if short != stem and short.startswith(self.name)), stem)
+        """Return the stem that all files of a save share, without the expert or embedding word after it."""
+        stem = file.name.removesuffix(self.suffix)
+        for ending in (*self.expert_names, *self.embedding_words):
+            shared_stem = stem.removesuffix(f"_{ending}")
+            # the name of the run may itself end like this, and is not shortened
+            if shared_stem != stem and shared_stem.startswith(self.name):
+                return shared_stem
+        return stem
 
     @property
     def pattern(self) -> str:
         """Regular expression for the end of a saved file's name, after the name of the run and the step."""
         average = f"(?:{re.escape(AVERAGE)})?"
-        parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
-        words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
-        return f"{average}(?:{parts}{words}{re.escape(self.ending)}|{re.escape(WORKFLOW)})"
+        experts = f"_(?:{'|'.join(self.expert_names)})" if self.expert_names else ""
+        words = f"(?:_(?:{'|'.join(map(re.escape, self.embedding_words))}))?" if self.embedding_words else ""
+        return f"{average}(?:{experts}{words}{re.escape(self.suffix)}|{re.escape(WORKFLOW)})"
 
 
 @dataclass(frozen=True)
@@ -144,83 +148,81 @@ class Saver:
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save after an optimizer step; `with_state` overrides --save_state."""
         self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
-        self.tidy(step=step)
+        self.remove_expired(step=step)
 
     def save_epoch(self, epoch: int) -> None:
         """Save after an epoch, with a state if --save_state asks for it."""
         self._save(f"-{epoch:06d}", self.options.save_state)
-        self.tidy(epoch=epoch)
+        self.remove_expired(epoch=epoch)
 
     def save_final(self) -> None:
         """Save the final model under the run's name without a step or epoch number."""
         self._save("", self.options.saves_state_at_end)
 
-    def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
+    def remove_expired(self, step: int | None = None, epoch: int | None = None) -> None:
         """Remove saves that --save_last_n_steps or --save_last_n_epochs no longer keep at this step or epoch.
 
         With --save_every_n_steps 5 and --save_last_n_steps 5, step 25 removes the saves up to step 15.
         """
         options = self.options
-        # how far back saves are kept: a pair for models and for states
-        last = options.save_last_n_steps, options.save_last_n_steps_state
-        if step is not None and last != (None, None):
+        steps, steps_state = options.save_last_n_steps, options.save_last_n_steps_state
+        if step is not None and (steps is not None or steps_state is not None):
             # saves by the clock may be at any step
-            every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-            self._remove_expired(r"-step(\d{8,})", every, last, now=step - 1, unit=1)
-        last = options.save_last_n_epochs, options.save_last_n_epochs_state
-        if epoch is not None and last != (None, None):
-            every = options.save_every_n_epochs or 1
-            self._remove_expired(r"-(\d{6,})", every, last, now=epoch, unit=every)
+            interval = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
+            newest_models = None if steps is None else step - 1 - steps
+            newest_states = None if steps_state is None else step - 1 - steps_state
+            self._remove_saves(r"-step(\d{8,})", interval, newest_models, newest_states)
+        epochs, epochs_state = options.save_last_n_epochs, options.save_last_n_epochs_state
+        if epoch is not None and (epochs is not None or epochs_state is not None):
+            interval = options.save_every_n_epochs or 1  # --save_last_n_epochs counts saves of this interval
+            newest_models = None if epochs is None else epoch - interval * epochs
+            newest_states = None if epochs_state is None else epoch - interval * epochs_state
+            self._remove_saves(r"-(\d{6,})", interval, newest_models, newest_states)
 
-    def _remove_expired(
-        self, number: str, every: int, last: tuple[int | None, int | None], *, now: int, unit: int
+    def _remove_saves(
+        self, number_pattern: str, interval: int, newest_models: int | None, newest_states: int | None
     ) -> None:
-        """Remove files and states whose number is a multiple of `every` and expired.
+        """Remove saved models and states up to given steps or epochs.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
 
         Args:
-            number: Regular expression of the number in names.
-            every: Number of steps or epochs between two saves.
-            last: Values of --save_last_n for files and for states: those up to now - unit * n expire.
-            now: Current step or epoch.
-            unit: Unit of --save_last_n, in steps or epochs.
+            number_pattern: Regular expression of the step or epoch in names, with one group.
+            interval: Number of steps or epochs between two saves; saves at other numbers are kept.
+            newest_models: Last step or epoch whose models are removed; None removes none.
+            newest_states: The same for states; None removes the states of removed models.
         """
         if not self.is_main:
             return
-        last_files, last_states = last
-        if last_states is None:  # without an option of their own, states expire with the models
-            last_states = last_files
-        name_pattern = re.escape(self.names.name) + number
+        if newest_states is None:
+            newest_states = newest_models
+        name_pattern = re.escape(self.names.name) + number_pattern
         expired: list[Path] = []
-        if last_files is not None:
-            file_pattern = name_pattern + self.names.pattern
-            expired += self._find_expired(file_pattern, every, newest=now - unit * last_files)
-        if last_states is not None:
-            state_pattern = f"{name_pattern}-state"
-            expired += self._find_expired(state_pattern, every, newest=now - unit * last_states)
+        if newest_models is not None:
+            expired += self._find_saves(name_pattern + self.names.pattern, interval, newest_models)
+        if newest_states is not None:
+            expired += self._find_saves(f"{name_pattern}-state", interval, newest_states)
         for entry in expired:
-            _remove_aside(entry)
+            _remove_via_rename(entry)
         if expired:
             self.on_removed()
 
-    def _find_expired(self, pattern: str, every: int, newest: int) -> list[Path]:
-        """Return the files or states of the run up to step or epoch `newest`.
+    def _find_saves(self, pattern: str, interval: int, newest: int) -> list[Path]:
+        """Return the models or states of the run up to step or epoch `newest`.
 
         Args:
             pattern: Regular expression of their names, in which the first group is the step or epoch.
-            every: Number of steps or epochs between two saves; saves at other numbers are kept.
-            newest: Last step or epoch that expires.
+            interval: Number of steps or epochs between two saves; saves at other numbers are left out.
+            newest: Last step or epoch of a returned save.
         """
-        expired = []
+        if newest < interval:  # keeps a save at 0 until the first interval has expired
+            return []
+        saves = []
         for entry in _entries(self.names.folder):
             match = re.fullmatch(pattern, entry.name)
-            if match is None or int(match[1]) % every:  # another name, or not a save of this interval
-                continue
-            # the second condition keeps a save at 0 until the first interval has expired
-            if int(match[1]) <= newest and newest >= every:
-                expired.append(entry)
-        return expired
+            if match is not None and int(match[1]) % interval == 0 and int(match[1]) <= newest:
+                saves.append(entry)
+        return saves
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
@@ -230,20 +232,25 @@ class Saver:
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
-    def _save(self, end: str, with_state: bool) -> None:
-        """Write model, average and state under the run's name with the suffix `end`; publish and log them."""
+    def _save(self, ending: str, with_state: bool) -> None:
+        """Write models, averages and a state under the run's name; publish and log them.
+
+        Args:
+            ending: Ending of the names, with the step or epoch.
+            with_state: Whether to write a state.
+        """
         written = list[Path]()
-        stem = f"{self.names.name}{end}"
+        stem = f"{self.names.name}{ending}"
         state = self.names.folder / f"{stem}-state"
-        kinds = {"": self.write_file}
+        write_by_ending = {"": self.write_file}
         if self.write_average is not None:
-            kinds = {AVERAGE: self.write_average, **kinds}
-        for suffix, write in kinds.items():
-            files = self.names.files(f"{stem}{suffix}")
-            if self.names.beside:
-                files |= self.names.files_beside(f"{stem}{suffix}")
-            for part, path in files.items():
-                write(part, path)
+            write_by_ending = {AVERAGE: self.write_average, **write_by_ending}
+        for average_ending, write in write_by_ending.items():
+            files = self.names.files(f"{stem}{average_ending}")
+            if self.names.embedding_words:
+                files |= self.names.embedding_files(f"{stem}{average_ending}")
+            for expert_or_word, path in files.items():
+                write(expert_or_word, path)
                 logger.info("Saved %s", path)
                 written.append(path)
         written.reverse()  # the file before its average
@@ -259,7 +266,7 @@ class Saver:
                 self.publisher.publish_state(state)
 
 
-def _remove_aside(entry: Path) -> None:
+def _remove_via_rename(entry: Path) -> None:
     """Rename a file or state, then remove it, so that no partly removed folder looks like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
@@ -279,7 +286,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold_name(folder: Path, name: str) -> Iterator[None]:
+def reserve_name(folder: Path, name: str) -> Iterator[None]:
     """Reserve a name in a folder during the block, so that no other training run saves files under it.
 
     The folder is created; if it is empty at the end, it is removed again.
@@ -305,7 +312,7 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def set_aside(
+def move_earlier_results(
     names: Names, inputs: Collection[Path], now: datetime, is_restarted: bool = False
 ) -> Path | None:
     """Move the results of an earlier run to a folder next to them; return it, or None if there are none.
@@ -325,35 +332,43 @@ def set_aside(
     input_paths = [real_path(path) for path in inputs]
     results = find_results(names)
     in_use = {entry for entry in results if _is_input(entry, input_paths)}
-    set_aside_entries = [entry for entry in results if not (entry in in_use and _is_state(entry))]
+    entries_to_move = [entry for entry in results if not (entry in in_use and _is_state(entry))]
     has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
-    if not set_aside_entries or (is_restarted and not has_saves):
+    if not entries_to_move or (is_restarted and not has_saves):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
-    for entry in set_aside_entries:
-        target = folder / entry.relative_to(names.folder)
-        try:
-            target.parent.mkdir(exist_ok=True)
-            if entry in in_use and entry.is_dir():
-                shutil.copytree(entry, target, copy_function=_copy)
-            elif entry in in_use:
-                _copy(entry, target)
-            else:
-                replace_file(entry, target)
-        except OSError as error:
-            raise OutputError(
-                f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
-                "show it, or give another --output_name, or --overwrite."
-            ) from error
+    for entry in entries_to_move:
+        _move_or_copy(entry, folder / entry.relative_to(names.folder), folder, keeps_original=entry in in_use)
     num_states = sum(_is_state(entry) for entry in folder.iterdir())
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
-        count_of(len(set_aside_entries) - num_states, "file"),
+        count_of(len(entries_to_move) - num_states, "file"),
         f", {count_of(num_states, 'state')}" if num_states else "",
         folder,
     )
     return folder
+
+
+def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool) -> None:
+    """Move an earlier result to a path in `folder`, or copy it if the new run still reads it.
+
+    Raises:
+        OutputError: If it cannot be moved.
+    """
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if not keeps_original:
+            replace_file(entry, target)
+        elif entry.is_dir():
+            shutil.copytree(entry, target, copy_function=_copy)
+        else:
+            _copy(entry, target)
+    except OSError as error:
+        raise OutputError(
+            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
+            "show it, or give another --output_name, or --overwrite."
+        ) from error
 
 
 def find_results(names: Names) -> list[Path]:
@@ -362,37 +377,39 @@ def find_results(names: Names) -> list[Path]:
     Embeddings of learned words that were saved next to LoRAs are found even if `names` has other words or
     none.
     """
-    from training.reports.sections import is_section_file  # only before the first step
-
-    start = re.escape(names.name)
-    states = state_pattern(names.name)
-    number = r"(?:-\d{6,}|-step\d{8,})?"
-    files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
-    folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
-    word_files = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
-    # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
-    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
-    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
-        name = entry.name
         # on a case-insensitive disk, `Cat` and `cat` are the same run
-        if name.casefold().startswith(names.name.casefold()):
-            name = _spell_as(entry, names.name)
-        if entry.is_dir():
-            is_model = folders.fullmatch(name) is not None and is_saved_folder(entry)
-            is_result = is_model or states.fullmatch(name) is not None
-        else:
-            is_result = files.fullmatch(name) is not None or entry.with_name(name) in pages
-            is_result = is_result or is_section_file(name, names.name)
-            word = word_files.fullmatch(name)
-            name_on_disk = entry.name[: len(names.name)]
-            is_result = is_result or (word is not None and _is_embedding_of(entry, name_on_disk, word[1]))
-        if is_result:
+        has_name = entry.name.casefold().startswith(names.name.casefold())
+        if has_name and _is_result(entry, _spell_as(entry, names.name), names):
             results.append(entry)
+    # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
+    samples = re.compile(re.escape(names.name) + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     in_samples = _entries(names.folder / SAMPLES)
     results += [entry for entry in in_samples if samples.fullmatch(_spell_as(entry, names.name))]
     return results
+
+
+def _is_result(entry: Path, name: str, names: Names) -> bool:
+    """Return whether a run wrote a file or folder: a model, a state, an embedding or a page.
+
+    Args:
+        entry: The file or folder.
+        name: Its name, beginning with that of the run in the run's spelling.
+        names: Names of the run's files.
+    """
+    save = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"  # at the end, or after a step or epoch
+    if entry.is_dir():
+        is_model = re.fullmatch(f"{save}(?:{AVERAGE})?", name) is not None and is_saved_folder(entry)
+        return is_model or state_pattern(names.name).fullmatch(name) is not None
+    if re.fullmatch(save + replace(names, suffix=SAFETENSORS).pattern, name):
+        return True
+    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
+    if entry.with_name(name) in pages or is_section_file(name, names.name):
+        return True
+    embedding = re.fullmatch(f"{save}(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}", name)
+    name_on_disk = entry.name[: len(names.name)]
+    return embedding is not None and _is_embedding_of(entry, name_on_disk, word=embedding[1])
 
 
 def _spell_as(entry: Path, start: str) -> str:
@@ -422,14 +439,14 @@ def _is_embedding_of(file: Path, name: str, word: str) -> bool:
         word: The word.
     """
     try:
-        if file.stat().st_size > MAX_OF_WORD:  # too large for an embedding: a LoRA
+        if file.stat().st_size > MAX_EMBEDDING_BYTES:  # too large for an embedding: a LoRA
             return False
         metadata = read_safetensors_texts(file)
     except (OSError, ValueError):
         return False
     is_network = "ss_network_module" in metadata
-    texts = metadata.get("ss_output_name"), metadata.get("ss_train_embedding")
-    return not is_network and texts == (name, word)
+    is_of_run = metadata.get("ss_output_name") == name and metadata.get("ss_train_embedding") == word
+    return is_of_run and not is_network
 
 
 def _is_state(entry: Path) -> bool:
@@ -455,7 +472,7 @@ def recover_states(output_dir: Path, name: str) -> None:
             recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
 
 
-def find_set_aside(folder: Path, name: str) -> list[Path]:
+def find_moved_states(folder: Path, name: str) -> list[Path]:
     """Return state folders of earlier runs with this name that a later run renamed to set them aside."""
     states = state_pattern(name)
     pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")

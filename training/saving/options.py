@@ -110,7 +110,7 @@ class SavingOptions(Options, title="saving"):
         return any(every is not None for every in (epochs if kind == "epochs" else steps))
 
     @property
-    def place(self) -> tuple[Path, str]:
+    def folder_and_name(self) -> tuple[Path, str]:
         """Return folder and name of saved files.
 
         Raises:

@@ -62,23 +62,24 @@ def train_split_dit(
         form: Form of saved files: one file or several.
     """
     trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
-    rows = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
+    # split weight -> parameter with the rows of this process
+    local_parameters = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
     groups = [
-        {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
+        {**group, "params": [local_parameters.get(weight, weight) for weight in group["params"]]}
         for group in trainable.groups
     ]
-    write = partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)
+    write = partial(_write_model, dit, local_parameters, written_dtypes(dit), open_unused(dit), form)
     return replace(
         trainable,
         groups=groups,
-        writes={"": WrittenFile(write)},
-        split={part: weight for weight, part in rows.items()},  # full weight of each parameter with rows
+        written_files={"": WrittenFile(write)},
+        split_weights={parameter: weight for weight, parameter in local_parameters.items()},
     )
 
 
 def _write_model(
     dit: nn.Module,
-    rows: Mapping[nn.Parameter, nn.Parameter],
+    local_parameters: Mapping[nn.Parameter, nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
     form: SavedForm,
@@ -103,9 +104,8 @@ def _write_model(
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
-        # a trained weight is replaced by a parameter with its rows; a frozen weight is not
-        local_part = rows[weight].detach() if weight in rows else local_rows(weight)
-        return gather_rows(local_part.to(weight.device, dtypes[name]), weight)
+        rows = local_parameters[weight].detach() if weight in local_parameters else local_rows(weight)
+        return gather_rows(rows.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     all_infos = infos | unused_tensors
@@ -181,21 +181,29 @@ def fill_state(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if there is only one process
             load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
+    # tensors that an unsplit state holds whole
     for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            saved_tensor: Any = saved.parts.get(part, {}).get(name)
-            if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
-                continue
-            if not is_split(saved_tensor):  # an unsplit state has all rows: take those of this process
-                local_rows(tensor).copy_(rows_of(tensor, saved_tensor))
-                _writable_parts(saved)[part][name] = tensor
+        _copy_local_rows(saved, part, tensors)
     for name, weight in split.items():
-        values = saved.optimizer["states"].get(name, {})
-        for item, value in values.items():
-            # Adam's moments in an unsplit state have all rows: take those of this process. Scalars such as
-            # `step` stay
-            if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
-                values[item] = rows_of(weight, value)
+        _select_local_rows_of_moments(saved.optimizer["states"].get(name, {}), weight)
+
+
+def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this process's rows of whole saved tensors into the run's split tensors, and refer to those."""
+    for name, tensor in tensors.items():
+        saved_tensor: Any = saved.parts.get(part, {}).get(name)
+        if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
+            continue
+        if not is_split(saved_tensor):
+            local_rows(tensor).copy_(rows_of(tensor, saved_tensor))
+            _writable_parts(saved)[part][name] = tensor
+
+
+def _select_local_rows_of_moments(optimizer_state: dict[str, Any], weight: Tensor) -> None:
+    """Replace whole moments of a split weight by this process's rows; scalars such as `step` stay."""
+    for key, value in optimizer_state.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
+            optimizer_state[key] = rows_of(weight, value)
 
 
 def _allocate_tensors_to_load(
@@ -204,7 +212,12 @@ def _allocate_tensors_to_load(
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Allocate tensors into which the sharded tensors of a state are loaded, and put them into the state."""
+    """Return the tensors into which the sharded tensors of a state are loaded, and put them into the state.
+
+    1. Weights are loaded into the run's own tensors.
+    2. Weights that the run lacks, or has in another shape, become meta tensors, which are not loaded.
+    3. Moments of the optimizer get new tensors, with this process's rows if the run splits their weight.
+    """
     if not saved.files:
         return {}
     metadata: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata

@@ -114,14 +114,19 @@ def write_state(
     with atomic_folder(folder) as temporary:
         if add_files is not None:
             content["files"] = add_files(temporary)
-        with (temporary / FILE).open("wb") as file:
-            try:
-                torch.save(content, file)  # one tensor after the other, from any device
-            except RuntimeError as error:  # torch wraps the OSError of a full disk
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
+        _save_content(temporary / FILE, content)
         (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
+
+
+def _save_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the content of a state with `torch.save`; raise OSError, for example if the disk is full."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)  # one tensor after the other, from any device
+        except RuntimeError as error:  # torch wraps the OSError of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
@@ -155,9 +160,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         raise OptionError(
             f"--resume {folder}: {error}.{similar_names} Give a ...-state folder, or the word latest.{advice}"
         )
-    if not _is_own(folder):
+    if not _is_readable_state(folder):
         return _read_foreign(folder)
-    with one_error(folder):
+    with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
         if "files" in content:  # tensors in files of their own, of a split transformer
             _check_files(folder, content["files"])
@@ -190,7 +195,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def one_error(folder: Path) -> Iterator[None]:
+def errors_name_the_state(folder: Path) -> Iterator[None]:
     """Convert errors of the block about a damaged state to a CheckpointError that names the folder."""
     try:
         yield
@@ -247,9 +252,9 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     pattern = state_pattern(name)
     states = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
-        if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
+        if folder.is_dir() and pattern.fullmatch(folder.name) and _is_readable_state(folder):
             try:
-                with one_error(folder):
+                with errors_name_the_state(folder):
                     step = int(_read_content(folder)["progress"]["step"])
                     states.append((step, folder.name, folder))
             except CheckpointError as error:
@@ -299,7 +304,7 @@ def shorten_value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _is_own(folder: Path) -> bool:
+def _is_readable_state(folder: Path) -> bool:
     return (folder / FILE).exists() or (folder / RECORD).exists()
 
 
@@ -315,10 +320,10 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
         return read_old_state(folder, verify_checksum)
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
-    if verify_checksum and file_checksum(folder / FILE) != int(
-        read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16
-    ):
-        raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
+    if verify_checksum:
+        checksum = file_checksum(folder / FILE)
+        if checksum != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
+            raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:
         raise CheckpointError(
@@ -341,28 +346,28 @@ def _read_foreign(folder: Path) -> ForeignState:
     is_ordered = not weights.exists()  # safetensors sorts tensors by name, torch keeps the program's order
     if not is_ordered:
         try:
-            network = load_file(weights)
+            tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{weights} is damaged: {error}.\n  Resume from another state folder.", path=weights
             ) from error
     elif (folder / "pytorch_model.bin").exists():
-        network = load_pickled(folder / "pytorch_model.bin")
+        tensors = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
             f"{folder} is not a state folder: it has neither {FILE} nor model.safetensors. Give a "
             "...-state folder.",
             path=folder,
         )
-    # a fork of LTX names the same layers with another prefix
-    # names without a dot are settings of the network, such as `lokr_factor`, and not tensors of layers
-    network = {
-        name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
-        for name, tensor in network.items()
-        if "." in name
-    }
-    state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
-    return ForeignState(folder, network, state, is_ordered)
+    network: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "." not in name:  # a setting of the network, such as `lokr_factor`, and not a tensor of a layer
+            continue
+        if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with another prefix
+            name = name.replace(OF_LTX_FORK, OURS, 1)
+        network[name] = tensor
+    optimizer_state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
+    return ForeignState(folder, network, optimizer_state, is_ordered)
 
 
 def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:

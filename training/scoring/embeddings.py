@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -164,4 +163,4 @@ def _hash_content(path: Path) -> str:
 
 def open_path(path: Path) -> Medium:
     """Return the medium of a file on disk."""
-    return Medium(path.name, partial(contextlib.nullcontext, path))
+    return Medium(path.name, lambda: contextlib.nullcontext(path))

@@ -444,7 +444,7 @@ def _score_step(
         if frames is not None:
             prompt = row.prompts.get(index, "")
             samples.append(comparison.score(index, path, prompt, frames, likeness_vectors[path]))
-    validated = run.run_history.nearest(row.step)
+    validated = run.run_history.nearest_validation(row.step)
     return StepScores(
         step=row.step,
         mark=row.mark,

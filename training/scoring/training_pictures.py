@@ -50,7 +50,7 @@ class TrainingVectors:
     @classmethod
     def of(cls, media: Sequence[Medium], vectors: Sequence[Tensor | None]) -> "TrainingVectors | None":
         """Join the vectors of all readable media; None if no medium could be read."""
-        readable_media = []
+        readable_media: list[Medium] = []
         readable_vectors = []
         media_indices = []
         for medium, frame_vectors in zip(media, vectors, strict=True):

@@ -24,14 +24,14 @@ from training.options import TrainingOptions
 from training.planning.memory import (
     MAX_BATCH,
     StepPrediction,
-    advice,
-    cheaper,
     describe_batch,
-    larger_batch,
     largest_batch,
+    list_memory_savings,
+    list_smaller_shapes,
     predict,
     prepare_memory,
-    shrunk,
+    suggest_changes,
+    suggest_larger_batch,
 )
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
@@ -62,7 +62,9 @@ def test_shorter_clips_have_a_length_of_the_model() -> None:
     latent = replace(LATENT, clip=17, tail=5)
     shape = (1, latent.count_latents(124), 8, 12)
 
-    found = [(size, shape) for name, size, shape in shrunk(latent, shape) if name == "target_frames"]
+    found = [
+        (size, shape) for name, size, shape in list_smaller_shapes(latent, shape) if name == "target_frames"
+    ]
 
     assert [size for size, _ in found] == ["56", "22", "5", "1"]
     assert [frames for _, (_, frames, *_) in found] == [17, 7, 2, 1]
@@ -71,7 +73,7 @@ def test_shorter_clips_have_a_length_of_the_model() -> None:
 
 def test_a_section_is_made_smaller_but_no_shorter() -> None:
     """Its length is the model's."""
-    found = shrunk(replace(LATENT, in_sections=True), (2, 3, 8, 12))
+    found = list_smaller_shapes(replace(LATENT, in_sections=True), (2, 3, 8, 12))
 
     assert [(size, shape) for name, size, shape in found if name == "batch_size"] == [("1", (1, 3, 8, 12))]
     assert {name for name, *_ in found} == {"batch_size", "resolution"}
@@ -106,7 +108,7 @@ def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path)
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
     _, options = wan(tmp_path)
-    found = cheaper(options)
+    found = list_memory_savings(options)
     lines = ["--gradient_checkpointing", "--fp8_base --fp8_scaled", "--gradient_checkpointing_cpu_offload"]
     assert [line for line, _ in found] == lines
     assert found[-1][1].loop.gradient_checkpointing
@@ -136,7 +138,7 @@ def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     checkpointed = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
     needed = predict(family, checkpointed, batch, CPU).device(0)
     assert needed < prediction.device(0)
-    (line,) = advice(family, prediction, batch, room_for(needed), CPU)
+    (line,) = suggest_changes(family, prediction, batch, room_for(needed), CPU)
     assert line.startswith("--gradient_checkpointing:")
     assert line.endswith("fits")
 
@@ -152,7 +154,7 @@ def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
     tokens = 3 * 8 * 8
     # all but the last of five blocks, float32
-    assert predict(*made, wan_batch(1, (3, 16, 16)), CPU).waiting == 4 * tokens * 128 * 4
+    assert predict(*made, wan_batch(1, (3, 16, 16)), CPU).host_activation_bytes == 4 * tokens * 128 * 4
 
 
 def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
@@ -228,11 +230,13 @@ def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_pa
 def test_turns_are_advised_first(tmp_path: Path) -> None:
     _, options = two_experts(tmp_path)
 
-    line, changed = cheaper(options, further=1)[0]
+    line, changed = list_memory_savings(options, num_further_dits=1)[0]
 
     assert line == "--offload_inactive_dit"
     assert changed.by_expert.offload_inactive_dit
-    assert cheaper(changed, further=1)[0][0] == cheaper(options)[0][0] != line
+    assert (
+        list_memory_savings(changed, num_further_dits=1)[0][0] == list_memory_savings(options)[0][0] != line
+    )
 
 
 @dataclass
@@ -254,8 +258,8 @@ def test_a_plan_proposes_the_batch_that_fills_the_card(usable: float, batch_size
     room: Any = SimpleNamespace(usable=round(usable * GIB))
     prediction: Any = Growing((2, 1, 8, 8), 2)
 
-    lines = larger_batch(prediction, 0, room)
+    lines = suggest_larger_batch(prediction, 0, room)
 
     proposed = [f"batch_size {batch_size} in --dataset_config"] if batch_size else []
     assert [line.split(" fits")[0] for line in lines] == proposed
-    assert larger_batch(prediction, 0, None) == []
+    assert suggest_larger_batch(prediction, 0, None) == []

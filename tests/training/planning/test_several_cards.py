@@ -21,14 +21,14 @@ def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Pa
     full = predict(family, options, wan_batch(1, (3, 128, 128)), CPU, watch=counter.watch)
     half = predict(family, options, wan_batch(1, (3, 64, 128)), CPU)
 
-    found = divide_tokens(full.moments, 2, counter)
+    found = divide_tokens(full.phase_peaks, 2, counter)
 
     buffers = EXCHANGED * 3 * 64 * 64 * DIM * 2 // 2
     inside = [name for name in found if name.startswith(IN_BLOCKS)]
     assert len(inside) >= 2 * LAYERS - 2
     for name in inside:
         # the batch stays whole; and steps that work in pieces beyond some size take one tensor less
-        ours, theirs = ({**moment, BATCH: 0} for moment in (found[name], half.moments[name]))
+        ours, theirs = ({**moment, BATCH: 0} for moment in (found[name], half.phase_peaks[name]))
         assert sum(ours.values()) == pytest.approx(sum(theirs.values()) + buffers, rel=0.06), name
 
 

@@ -45,7 +45,7 @@ def test_a_resumed_run_has_all_of_its_past(tmp_path: Path) -> None:
 
     after = read_history(resumed.path, resumed.session)
     assert after == before
-    assert (after.seconds[1], after.bands.keys()) == (0.5, {"validation/loss_100"})
+    assert (after.seconds[1], after.validations_by_level.keys()) == (0.5, {"validation/loss_100"})
     assert after.samples[5, "000005"].files == {0: "x_5.mp4"}
     told = resumed.run_history
     assert (told.validations, told.saved) == (after.validations, after.saved)

@@ -20,13 +20,13 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
+    DelayedReports,
     Logs,
-    Readings,
     StepReport,
     name_rates,
     public_config,
 )
-from training.reports.pauses import PAUSE, SAMPLES, SAVING, SEEN, VALIDATION, StepClock
+from training.reports.pauses import MIN_STEPS, SAMPLES, SAVING, STEPS_BETWEEN_WARNINGS, VALIDATION, StepClock
 from training.run import prepare_run
 from training.run_options import AcceleratorOptions
 from training.steps import StepPlan
@@ -75,33 +75,33 @@ def test_rates_are_named_by_group_and_scaled_where_the_optimizer_estimates_a_fac
 def clock() -> StepClock:
     """A clock that has seen steps of a second; the first of them does not count."""
     clock = StepClock()
-    for step in range(1, SEEN + 2):
-        assert clock.note(step, 1.0) is None
+    for step in range(1, MIN_STEPS + 2):
+        assert clock.record_step(step, 1.0) is None
     return clock
 
 
 def test_a_step_of_more_than_twice_the_median_is_told_once_in_a_while(clock: StepClock) -> None:
-    assert clock.note(20, 2.0) is None  # twice is not more than twice
-    line = clock.note(21, 3.0)
+    assert clock.record_step(20, 2.0) is None  # twice is not more than twice
+    line = clock.record_step(21, 3.0)
     assert line is not None
     assert "Step 21 took 3.00 s; 1.00 s are usual for steps with items of this size" in line
-    assert clock.note(22, 9.0) is None
-    assert clock.note(21 + PAUSE, 9.0) is not None
+    assert clock.record_step(22, 9.0) is None
+    assert clock.record_step(21 + STEPS_BETWEEN_WARNINGS, 9.0) is not None
 
 
 def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second(clock: StepClock) -> None:
-    for step in range(20, 20 + SEEN):
-        assert clock.note(step, 9.0, "large") is None
-        assert clock.note(step, 0.01, "small") is None
-    assert clock.note(40, 10.0, "large") is None
-    assert clock.note(40, 0.9, "small") is None
-    assert clock.note(41, 30.0, "large") is not None
+    for step in range(20, 20 + MIN_STEPS):
+        assert clock.record_step(step, 9.0, "large") is None
+        assert clock.record_step(step, 0.01, "small") is None
+    assert clock.record_step(40, 10.0, "large") is None
+    assert clock.record_step(40, 0.9, "small") is None
+    assert clock.record_step(41, 30.0, "large") is not None
 
 
 def test_a_step_with_saving_or_sampling_before_it_does_not_count(clock: StepClock) -> None:
-    clock.skips = True
-    assert clock.note(20, 100.0) is None
-    assert clock.note(21, 3.0) is not None
+    clock.skips_next_step = True
+    assert clock.record_step(20, 100.0) is None
+    assert clock.record_step(21, 3.0) is not None
 
 
 STEP, OTHER = 0.125, 100.0  # seconds: eight steps a second
@@ -140,7 +140,7 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
     family: Any = SlowPauses()
 
     with prepare_run(family, toy_options(tmp_path, "--logging_dir", tmp_path / "logs", *words)) as run:
-        train(replace(run, readings=Readings(lambda: family.seconds)))
+        train(replace(run, delayed_reports=DelayedReports(lambda: family.seconds)))
 
     (path,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
     events = EventAccumulator(str(path))
@@ -156,15 +156,15 @@ def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_mad
 
     with prepare_run(family, toy_options(tmp_path, *words, has_page=True)) as run:
         run.logs.clock.now = lambda: family.seconds
-        train(replace(run, readings=Readings(lambda: family.seconds)))
+        train(replace(run, delayed_reports=DelayedReports(lambda: family.seconds)))
 
     lines = run.reporter.history.path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    left = {row["step"]: row["left"] for row in rows if "left" in row}
+    left = {values["step"]: values["left"] for values in rows if "left" in values}
     first, second = run.logs.clock.pauses[SAMPLES]  # after steps 3 and 6 of 8
     assert min(first, second) >= OTHER
     assert [left[3], left[4], left[7]] == [5 * STEP, 4 * STEP + first, STEP]
-    doing = [row["doing"] for row in rows if "doing" in row]
+    doing = [values["doing"] for values in rows if "doing" in values]
     assert doing[0] == "sample 1 of 2"
     assert re.fullmatch(r"sample 1 of 2, step 1 of \d+, about .* left", doing[1])
     assert doing[-1] == "saving"
@@ -229,9 +229,9 @@ def test_a_cuda_device_measures_between_its_own_events() -> None:
         def elapsed_time(self, later: "Event") -> float:
             return later.milliseconds - self.milliseconds
 
-    readings = Readings(lambda: 5.0)
-    readings.last = Event(1000)
-    readings._waiting = (StepReport(1, {}), torch.zeros(2), Event(1250))
-    found = readings.flush()
+    delayed_reports = DelayedReports(lambda: 5.0)
+    delayed_reports.last = Event(1000)
+    delayed_reports._pending = (StepReport(1, {}), torch.zeros(2), Event(1250))
+    found = delayed_reports.flush()
     assert found is not None
     assert found.seconds == 0.25

@@ -20,7 +20,7 @@ from tests.folding_disk import FoldingDisk
 from tests.run_pages import find_run_page
 from tests.training import toy
 from training.run import prepare_run
-from training.saving.files import MinuteClock, Names, Saver, find_results, hold_name, set_aside
+from training.saving.files import MinuteClock, Names, Saver, find_results, move_earlier_results, reserve_name
 from training.saving.states import find_latest, read_state
 
 
@@ -149,7 +149,7 @@ def test_models_in_folders_expire_with_all_their_files(tmp_path: Path, words: st
     write_shards(other)
     options = toy.toy_options(tmp_path, *words.split(), "--save_state").saving
     saver = Saver(
-        *(options, Names(tmp_path, "x", ending="")),
+        *(options, Names(tmp_path, "x", suffix="")),
         write_file=lambda _, path: write_shards(path),
         write_state=lambda folder: folder.mkdir(),
         publisher=None,
@@ -320,7 +320,7 @@ def test_a_name_in_other_capitals_is_the_same_run_where_the_disk_says_so(
     if is_folding:
         FoldingDisk(monkeypatch)
 
-    aside = set_aside(Names(tmp_path, "Cat"), (), datetime(2026, 1, 1))
+    aside = move_earlier_results(Names(tmp_path, "Cat"), (), datetime(2026, 1, 1))
 
     monkeypatch.undo()
     left = {path.name for path in tmp_path.glob("*.safetensors")}
@@ -343,7 +343,7 @@ def test_a_name_in_other_capitals_is_the_same_run_where_the_disk_says_so(
     ],
 )
 def test_a_word_has_the_stem_of_the_lora_next_to_it(run: str, file: str, stem: str, tmp_path: Path) -> None:
-    names = Names(tmp_path, run, beside=("zorb",))
+    names = Names(tmp_path, run, embedding_words=("zorb",))
     assert names.stem_of(tmp_path / f"{file}.safetensors") == stem
 
 
@@ -388,7 +388,7 @@ def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None
 
 
 def test_a_folder_that_is_removed_meanwhile_holds_no_earlier_results(tmp_path: Path) -> None:
-    assert set_aside(Names(tmp_path / "gone", "x"), (), datetime(2026, 1, 1)) is None
+    assert move_earlier_results(Names(tmp_path / "gone", "x"), (), datetime(2026, 1, 1)) is None
     assert find_latest(tmp_path / "gone", "x") is None
 
 
@@ -454,7 +454,7 @@ def test_the_second_of_two_runs_of_a_name_is_refused_while_the_first_one_lives(f
         with pytest.raises(OutputError, match="--output_name x: another training is saving under this name"):
             toy.train_toy(folder)
         assert not (output / "x.safetensors").exists()
-        with hold_name(output, "y"):
+        with reserve_name(output, "y"):
             pass
         other.kill()
     toy.train_toy(folder)
