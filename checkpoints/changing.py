@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from checkpoints.containers import HEADER, MARK, TensorFile
+from checkpoints.containers import COMFY_QUANT_KEY, COMFY_QUANT_SUFFIX, TensorFile
 from checkpoints.finite import is_finite
 from checkpoints.opening import (
     SUFFIXES,
@@ -43,7 +43,7 @@ LISTED = 3  # number of names in a message
 NO_NAME = "__metadata__"  # not possible as a tensor name: reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # name of a tensor that marks files with scaled weights
 # suffixes of the other tensors of an 8-bit layer
-_COMPANIONS = (".scale_input", ".input_scale", MARK)
+_COMPANIONS = (".scale_input", ".input_scale", COMFY_QUANT_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -264,18 +264,18 @@ def _make_metadata(
             notes.append(f"{key} is left out: it belongs to the old tensors")
         else:
             metadata[key] = text
-    if HEADER in metadata:  # ComfyUI's record of quantized layers
+    if COMFY_QUANT_KEY in metadata:  # ComfyUI's record of quantized layers
         try:
-            record = parse_json(metadata[HEADER])
+            record = parse_json(metadata[COMFY_QUANT_KEY])
             layers = _rename_layers(checkpoint, change, unscaled, record["layers"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
             ) from error
         if layers:
-            metadata[HEADER] = json.dumps({**record, "layers": layers})
+            metadata[COMFY_QUANT_KEY] = json.dumps({**record, "layers": layers})
         else:
-            del metadata[HEADER]
+            del metadata[COMFY_QUANT_KEY]
     return metadata, notes
 
 

@@ -38,9 +38,9 @@ from protocols.loading import TensorInfo
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 # what marks quantized layers
-MARK = ".comfy_quant"  # suffix of tensors of ComfyUI
-HEADER = "_quantization_metadata"  # metadata key of ComfyUI
-BNB_STATE = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
+COMFY_QUANT_SUFFIX = ".comfy_quant"  # suffix of tensors of ComfyUI
+COMFY_QUANT_KEY = "_quantization_metadata"  # metadata key of ComfyUI
+BNB_STATE_INFIX = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
 
 # keys under which trainers store the tensors; averaged weights come first, because they are the ones to use
 WRAPPERS = (
@@ -117,10 +117,10 @@ class HeaderFile:
         """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
         raise NotImplementedError
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor that must be copied immediately; it may be a view of `scratch` (uint8)."""
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor that must be copied immediately; it may be a view of `read_buffer` (uint8)."""
         info = self.tensors[name]
-        return info.read(self._file, self._offsets[name], scratch=scratch, path=self.path, name=name)
+        return info.read(self._file, self._offsets[name], read_buffer=read_buffer, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
@@ -234,8 +234,8 @@ class TorchFile:
                     f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
                 )
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor of the memory-mapped file; `scratch` is not needed."""
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor of the memory-mapped file; `read_buffer` is not needed."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import HeaderFile, check_count
-from checkpoints.stored.forms import Stored
+from checkpoints.stored.forms import QuantizedWeight
 from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
-from checkpoints.stored.packed import RowForm
+from checkpoints.stored.packed import PackedRowFormat
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.integers import round_up
@@ -223,9 +223,9 @@ class GgufFile(HeaderFile):
             raise ValueError(f"{key} is {heads}, which does not divide rows of {info.shape} into pairs")
         return heads
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor with its rows in the order of transformers; it may be a view of `scratch`."""
-        tensor = super().borrow(name, scratch)
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor with its rows in the order of transformers; it may be a view of `read_buffer`."""
+        tensor = super().borrow(name, read_buffer)
         if name in self._heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
             # then the second halves
@@ -299,16 +299,16 @@ def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, .
     return Packing(
         shape=(rows, columns // kind.weights * kind.size),
         companions=(),
-        keep=partial(_keep, kind, (rows, columns)),
-        can_stay=has_full_rows,
+        make_quantized=partial(_make_quantized, kind, (rows, columns)),
+        can_stay_quantized=has_full_rows,
     )
 
 
-def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
+def _make_quantized(kind: Kind, shape: tuple[int, int], packed: Tensor) -> QuantizedWeight:
     """Wrap a packed GGUF weight of `shape`; raise ValueError if its scales are NaN or infinite."""
     if packed.device.type != "meta" and not kind.is_sound(packed):
         raise ValueError("has scales that are NaN or infinite")
-    return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
+    return QuantizedWeight(PackedRowFormat(kind.name, decode_rows=kind.rows), shape, (packed,))
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

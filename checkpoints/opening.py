@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import (
-    BNB_STATE,
-    HEADER,
-    MARK,
+    BNB_STATE_INFIX,
+    COMFY_QUANT_KEY,
+    COMFY_QUANT_SUFFIX,
     PICKLE,
     ZIP,
     SafetensorsFile,
@@ -28,7 +28,7 @@ from checkpoints.containers import (
     TorchFile,
 )
 from checkpoints.first_bytes import GGUF, describe_kind, is_pointer_or_page
-from checkpoints.stored.forms import Stored
+from checkpoints.stored.forms import QuantizedWeight
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -98,19 +98,19 @@ class Checkpoint(contextlib.ExitStack):
             tensor.copy_(borrowed)
         return tensor
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
         """Return a CPU tensor of the file that stays valid only until the next read.
 
         Args:
             name: Name of the tensor.
-            scratch: Byte buffer (uint8) that the tensor may be a view of.
+            read_buffer: Byte buffer (uint8) that the tensor may be a view of.
 
         Raises:
             CheckpointError: If the file is truncated.
         """
         file, stored_name = self._locations[name]
         try:
-            return file.borrow(stored_name, scratch)
+            return file.borrow(stored_name, read_buffer)
         except OSError as error:
             why = f"{self.path} cannot be read: {error.strerror or error}."
             raise CheckpointError(why, self.path) from error
@@ -220,8 +220,8 @@ def open_checkpoint(
             file.close()
         raise
     # packed weights are marked by extra tensors or in the metadata of a file
-    has_marks = any(name.endswith(MARK) or BNB_STATE in name for name in locations)
-    if not has_marks and not any(HEADER in file.metadata for file in files):
+    has_marks = any(name.endswith(COMFY_QUANT_SUFFIX) or BNB_STATE_INFIX in name for name in locations)
+    if not has_marks and not any(COMFY_QUANT_KEY in file.metadata for file in files):
         return Checkpoint(path, locations, files)
     rejection = _register_packed(path, locations, files)
     return Checkpoint(path, locations, files, rejection)
@@ -366,7 +366,7 @@ QUANT_EXTRAS = (
     "scaled_fp8",
     "*.scale_input",
     "*.input_scale",
-    f"*{MARK}",
+    f"*{COMFY_QUANT_SUFFIX}",
     "*.weight.quant_map",
     "*.weight.quant_state.*",
 )
@@ -509,33 +509,33 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
         # a layer may keep fp8 weights as they are; other scaled weights are always multiplied
-        as_stored = fp8.stored_fp8 if in_fp8 else None
+        build_quantized = fp8.make_fp8_weight if in_fp8 else None
         if scale is not None:
-            sources[name] = TensorSource((name, scale), fp8.dequantize, as_stored)
+            sources[name] = TensorSource((name, scale), fp8.dequantize, build_quantized)
         else:
-            sources[name] = TensorSource((name,), None, as_stored)
+            sources[name] = TensorSource((name,), None, build_quantized)
     return sources
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
     """Return the source of a packed weight; `make` raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
-    keep = info.packing.keep
+    make_quantized = info.packing.make_quantized
 
-    def as_stored(*tensors: Tensor) -> Stored:  # returns the weight in its packed form
+    def build_quantized(*tensors: Tensor) -> QuantizedWeight:  # returns the weight in its packed form
         try:
-            return keep(*tensors)
+            return make_quantized(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
     def build(*tensors: Tensor) -> Tensor:  # returns the weight's values
         if tensors[0].device.type == "meta":
             return torch.empty(info.shape, device="meta")
-        return as_stored(*tensors).value().view(info.shape)
+        return build_quantized(*tensors).dequantize().view(info.shape)
 
     names = name, *list_companions(name, info)
-    can_stay = len(info.shape) == 2 and info.packing.can_stay
-    return TensorSource(names, build, as_stored if can_stay else None)
+    can_stay_quantized = len(info.shape) == 2 and info.packing.can_stay_quantized
+    return TensorSource(names, build, build_quantized if can_stay_quantized else None)
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from checkpoints.stored.forms import value_of
+from checkpoints.stored.forms import dequantized_weight_of
 from modules.private_torch import disable_dynamo
 
 
@@ -302,7 +302,7 @@ def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
     """Return the mean norm of up to MAX_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
-    chosen = value_of(layer, layer.weight)[rows.to(layer.weight.device)]
+    chosen = dequantized_weight_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
 
 

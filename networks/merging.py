@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.finite import check_finite
 from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors, stream_tensors
 from modules.atomic_write import free_bytes
 from modules.console import as_size, in_words, list_some, show_box
@@ -314,13 +314,13 @@ def merge_into_file(
     start = time.monotonic()
     reject_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as opened:
-        checkpoint = with_stacked_rows(in_values(opened))
+        checkpoint = with_stacked_rows(dequantized_on_read(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
         # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        # `in_values` replaces the records of quantized weights, so these are not the same objects any more
+        # `dequantized_on_read` replaces the infos of quantized weights, so these are other objects now
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _list_written_tensors(checkpoint, quantized, dtype)
 

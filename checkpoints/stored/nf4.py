@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from modules.integers import ceil_div
 from modules.speed_options import Quantization
 
@@ -51,10 +58,10 @@ class Nf4:
     expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation
     name = "nf4"
     companions = ("weight_absmax", "weight_nested_absmax", "weight_nested_map", "weight_offset")
-    stays = True
-    how = "in nf4 with nested statistics"
+    is_kept_by_default = True
+    log_description = "in nf4 with nested statistics"
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
 
         The maxima, less their mean, are rounded to 8 bits in blocks of 256.
@@ -83,17 +90,17 @@ class Nf4:
 
         shape = (rows, columns)
         companions = (peak_codes, nested_peaks, values, offset.view(1))  # in the order of `companions`
-        return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
+        return QuantizedWeight(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Return a quantized weight and its statistics on the meta device, to plan memory."""
         blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
         statistics = [torch.empty(size, device="meta") for size in (ceil_div(blocks, NESTED_BLOCK), 256, 1)]
-        return Stored(self, shape, (packed, codes, *statistics))
+        return QuantizedWeight(self, shape, (packed, codes, *statistics))
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight in `dtype`: code values times the maxima of their blocks."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
@@ -107,17 +114,17 @@ class Nf4:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply by the dequantized weight."""
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+        return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return None, because quantization blocks may cross row ends, so rows cannot be cut."""
         return None
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Return None, because quantization blocks may cross row ends, so weights cannot be stacked."""
         return None
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return the chosen form if it is nf4 too, for its compute settings; otherwise this form."""
         return chosen if isinstance(chosen, Nf4) else self
 

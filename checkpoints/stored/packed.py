@@ -14,7 +14,14 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from checkpoints.stored.int8 import rotate
 
 _PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
@@ -22,29 +29,29 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 
 @dataclass(frozen=True)
-class RowForm:
+class PackedRowFormat:
     """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
-    make: Callable[..., Tensor] = torch.Tensor.float
+    decode_rows: Callable[..., Tensor] = torch.Tensor.float
     rotation: int = 0  # number of columns that are rotated together; 0: none
-    stays = True
+    is_kept_by_default = True
 
     @property
-    def how(self) -> str:
+    def log_description(self) -> str:
         """Description of the form for the log."""
         return f"in {self.name}"
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight; rows and columns of padding, beyond `shape`, are left out."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
@@ -55,7 +62,7 @@ class RowForm:
             rows = slice(start, min(start + step, shape[0]))
             # tensors next to the weight, such as scales: those of one row apply to all rows
             parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
-            values = self.make(*parts)
+            values = self.decode_rows(*parts)
             if self.rotation:
                 values = rotate(values, self.rotation)
             out[rows] = values[:, : shape[1]]
@@ -63,9 +70,9 @@ class RowForm:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply by the dequantized weight."""
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+        return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
@@ -73,9 +80,9 @@ class RowForm:
             if tensor is not None and len(tensor) != 1:
                 tensor = tensor[rows].contiguous()
             parts.append(tensor)
-        return Stored(self, (count, stored.shape[1]), tuple(parts))
+        return QuantizedWeight(self, (count, stored.shape[1]), tuple(parts))
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Concatenate packed weights along their rows.
 
         Returns:
@@ -94,9 +101,9 @@ class RowForm:
             rows = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
             joined.append(torch.cat(rows).view(tensors[0].dtype))
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        return Stored(self, shape, tuple(joined))
+        return QuantizedWeight(self, shape, tuple(joined))
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return this form, because no option changes how it computes."""
         return self
 
