@@ -380,9 +380,9 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
     """Return the change to a checkpoint that the options request."""
     dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
     cast = _make_selection(options)
-    written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
+    selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
     return changing.CheckpointChange(
-        dtype, cast, written, strip=options.strip_prefix or (), add=options.add_prefix or ""
+        dtype, cast, selected, strip_prefixes=options.strip_prefix or (), add_prefix=options.add_prefix or ""
     )
 
 

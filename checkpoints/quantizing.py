@@ -220,8 +220,8 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
             checkpoint.path,
         )
     raise CheckpointError(
-        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'no model that is known'}. Give the transformer "
-        "or the language model or T5 of a family that is supported.",
+        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'no model that is known'}. Give the "
+        "transformer or the language model or T5 of a family that is supported.",
         checkpoint.path,
     )
 

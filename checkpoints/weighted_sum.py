@@ -176,8 +176,8 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
     if not common:
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
         raise CheckpointError(
-            f"{other.path} and {first.path} have no {tensor_kind} in common: they are different models, or one is "
-            "a single file and the other in diffusers' layout. Give single files of one model.",
+            f"{other.path} and {first.path} have no {tensor_kind} in common: they are different models, or "
+            "one is a single file and the other in diffusers' layout. Give single files of one model.",
             other.path,
         )
     wrong = [name for name in sorted(common) if not _has_fitting_shape(first, other, name)]
