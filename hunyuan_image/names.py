@@ -51,7 +51,7 @@ HUNYUAN_IMAGE = FamilyNames(
     released=((3584, BLOCK_DEPTHS),),
     numbered=BLOCK_NUMBERS,
     network_module="networks.lora_hunyuan_image",
-    rules=LoraRules(fused={"attn_qkv": 3, "linear1": 4}),
+    rules=LoraRules(num_fused_parts={"attn_qkv": 3, "linear1": 4}),
 )
 
 LORA = (HUNYUAN_IMAGE,)

@@ -212,7 +212,7 @@ class OwnNetwork(nn.Module):
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
-        if self.settings.reg_rates:
+        if self.settings.pattern_learning_rates:
             matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}  # by label
         for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
@@ -224,7 +224,7 @@ class OwnNetwork(nn.Module):
                 label = "unet"
                 plus_ratio = self.settings.loraplus_lr_ratio
             if matching:
-                pattern, rate = self.settings.reg_rates[matching[-1]]
+                pattern, rate = self.settings.pattern_learning_rates[matching[-1]]
                 label = f"{label} {pattern.pattern}"
             factor = getattr(layer, "rate_factor", 1.0)  # from --network_args with rates by block
             if factor != 1:
@@ -246,8 +246,8 @@ class OwnNetwork(nn.Module):
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
-        matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
-        log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
+        matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
+        log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
         return matches
 
     @torch.no_grad()

@@ -91,18 +91,20 @@ class LoraRules:
     # Arguments that set the rank of some modules: (argument, types of modules). A type is a tuple of words,
     # all of which occur in a module's path. The first argument that is given and matches a module sets its
     # rank
-    types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    rank_arguments: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # argument -> list of blocks whose indices it has
-    indices: Mapping[str, str] = field(default_factory=dict)
-    outside: str = ""  # argument with the ranks of `outside_paths`, in this order
+    train_blocks_choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # argument that lists indices of trained blocks -> the list of blocks
+    block_lists_by_argument: Mapping[str, str] = field(default_factory=dict)
+    outside_ranks_argument: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
     # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
-    fused: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> text encoder that it enables
+    num_fused_parts: Mapping[str, int] = field(default_factory=dict)
+    encoder_switches: Mapping[str, str] = field(
+        default_factory=dict
+    )  # argument -> text encoder that it enables
     # argument -> pattern of `DitSpec.lora_exclude` whose modules it enables
-    switches: Mapping[str, str] = field(default_factory=dict)
+    module_switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
