@@ -212,13 +212,15 @@ def _metadata_of_sum(
     # down factors have one row for each rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    # also for an unknown family
-    module = "networks.lora_flux"
-    version = "flux1"
-    if family is not None and family.name != "flux":
-        # only Stable Diffusion has a `written_version`
-        module = "networks.lora" if family.written_version else f"networks.lora_{family.name}"
-        version = family.written_version or family.name
+    if family is None or family.name == "flux":
+        module = "networks.lora_flux"
+        version = "flux1"
+    elif family.written_version:  # Stable Diffusion
+        module = "networks.lora"
+        version = family.written_version
+    else:
+        module = f"networks.lora_{family.name}"
+        version = family.name
     metadata = {
         "ss_network_module": module,
         "ss_network_dim": rank,
@@ -250,7 +252,8 @@ def _find_family_of_sum(
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
-    by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
+    families_in_metadata = (read_family(lora.metadata) for lora in loras)
+    by_metadata = next((family for family in families_in_metadata if family is not None), None)
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
@@ -334,13 +337,8 @@ def merge_into_file(
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
-        rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
-        if quantized:
-            change = f"{len(quantized)} quantized weights become {dtype_name(dtype or torch.bfloat16)}"
-            rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        size = as_size(sum(info.size_bytes for info in written.values()))
-        rows.append(("disk", f"{size}; {as_size(free_bytes(real_path(output).parent))} free"))
-        show_box("Merging", rows)
+        size_bytes = sum(info.size_bytes for info in written.values())
+        _show_merge(model, uses, output, len(quantized), dtype or torch.bfloat16, size_bytes)
         if not uses:
             state = "has the values" if quantized else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
@@ -357,6 +355,24 @@ def merge_into_file(
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Merging is finished", rows)
+
+
+def _show_merge(
+    model: Path,
+    uses: Sequence[LoraUse],
+    output: Path,
+    num_quantized: int,
+    dequantized_dtype: torch.dtype,
+    size_bytes: int,
+) -> None:
+    """Print the files of a merge, what becomes of quantized weights, and the size of the result."""
+    rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
+    if num_quantized:
+        change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
+        rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
+    free = as_size(free_bytes(real_path(output).parent))
+    rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
+    show_box("Merging", rows)
 
 
 def _make_patch(
