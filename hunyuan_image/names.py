@@ -44,7 +44,7 @@ HUNYUAN_IMAGE = FamilyNames(
         ),
         *renamed_parts("", "", _HUNYUAN_REST),
     ),
-    underscored=True,
+    underscored_in_comfyui=True,
     converted_for="ComfyUI",
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
     sides=BLOCK_SIDES,

@@ -55,12 +55,14 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
-    if hinted is not None and all(_place(name, hinted) for name in names):
+    if hinted is not None and all(_find_module(name, hinted) for name in names):
         return [hinted]  # saves building the tables of the other families
     # fast path: `all` stops at the first unknown name; count only if no family knows all names
-    families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
+    families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:
-        counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
+        counts = {
+            family: sum(_find_module(name, family) is not None for name in names) for family in FAMILIES
+        }
         maximum = max(counts.values())
         families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
     return [hinted] if hinted in families else families
@@ -181,7 +183,7 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
     """Return the block numbers in the names: attribute of the block list -> numbers."""
     numbers: dict[str, set[int]] = {}
     for name in names:
-        place = _place(name, family)
+        place = _find_module(name, family)
         if place is not None and "{n}" in place.path and place.number:
             numbers.setdefault(place.path.partition(".")[0], set()).add(int(place.number))
     return numbers
@@ -198,7 +200,7 @@ class _Rule(NamedTuple):
 def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_Rule]:
     """Yield the rule for each module whose path matches an entry of the family's `sides`."""
     for name, size in sizes.items():
-        place = _place(name, family)
+        place = _find_module(name, family)
         path = "" if place is None else place.path
         is_cut = place is not None and place.is_cut
         for end, rows, columns in family.sides:
@@ -250,7 +252,7 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 
 @cache
-def on_text_side(name: str, family: FamilyNames | None = None) -> str:
+def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
     """Describe the part of the model that a module belongs to, if it loads with the text encoder; else "".
 
     Args:
@@ -258,9 +260,9 @@ def on_text_side(name: str, family: FamilyNames | None = None) -> str:
         family: Family of the module; None if unknown.
     """
     for each in FAMILIES if family is None else (family,):
-        starts = tuple(start.replace(".", "_") for start in each.text_side)
+        starts = tuple(start.replace(".", "_") for start in each.text_module_prefixes)
         if name.startswith(starts):
-            return each.text_side_words
+            return each.text_module_description
     return ""
 
 
@@ -297,7 +299,7 @@ def has_module(name: str, family: FamilyNames) -> bool:
     return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
 
-def is_name(name: str, dotted: bool = False) -> bool:
+def is_known_module(name: str, dotted: bool = False) -> bool:
     """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
     paths = _all_paths() if dotted else _all_names()
     return not paths.isdisjoint(_templates(name))
@@ -337,7 +339,7 @@ def count_parts(path: str) -> set[int]:
 
 
 @dataclass(frozen=True)
-class Relative:
+class RelatedModule:
     """A module of another layout whose weight is a part of a given module's weight, or contains it."""
 
     name: str  # underscored
@@ -346,12 +348,12 @@ class Relative:
 
 
 @cache
-def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
+def related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
     """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
 
     A name may belong to our layout in one family and to another layout in a second family; both count.
     """
-    distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
+    distinct: dict[tuple[str, int | None, bool], RelatedModule] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
         relative = replace(template, name=template.name.replace("{n}", number).replace(".", "_"))
         if relative.name == name and relative.part.index is None:
@@ -361,14 +363,13 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 
 
 @cache
-def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
+def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
     """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
-    pairs: list[tuple[str, Relative]] = []
+    pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
-        # an alias relates two names only if it is also the name of another family's module
-        # families whose layouts differ in how weights are fused
-        if parts:
+        if parts:  # the family's layouts differ in how weights are fused
+            # an alias relates two names only if it is also the name of another family's module
             foreign_names: set[str] = set()
             for other in FAMILIES:
                 if other is not each_family:
@@ -378,8 +379,8 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
                     parts.append(WeightPart(theirs, ours))
         # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of the other
         for part in parts:
-            pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
-            pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
+            pairs.append((part.ours, RelatedModule(part.theirs, part, is_part=True)))
+            pairs.append((part.theirs, RelatedModule(part.ours, part, is_part=False)))
     return _Table(pairs)
 
 
@@ -500,7 +501,7 @@ def _tables(family: FamilyNames) -> _Tables:
     )
 
 
-class _TensorPlace(NamedTuple):
+class _ModuleMatch(NamedTuple):
     """Our module that a name in any layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
@@ -508,13 +509,13 @@ class _TensorPlace(NamedTuple):
     is_cut: bool  # whether the name refers to only some rows of the module
 
 
-def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
+def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
     """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
     tables = _tables(family)
     for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
         found = table.first(name)
         if found is not None:
-            return _TensorPlace(found.entry, found.number, is_cut=table is tables.cut)
+            return _ModuleMatch(found.entry, found.number, is_cut=table is tables.cut)
     return None
 
 

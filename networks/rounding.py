@@ -209,7 +209,7 @@ class LoraRounding:
         self._num_16_bit = 0  # changed weights that are rounded to 16 bits
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
-    def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
+    def decide_and_count(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
         """Return whether to round a weight stochastically instead of to the nearest value.
 
         The weight is also counted, for the summary that is logged after merging.

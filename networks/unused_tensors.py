@@ -7,7 +7,7 @@ from typing import NamedTuple
 from networks import module_names
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
-from networks.tensor_names import strip_starts
+from networks.tensor_names import strip_known_prefixes
 from protocols.bundled_embeddings import BUNDLE, word_of
 
 # consequence if the reason is unknown
@@ -44,19 +44,19 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         key: Name of the tensor in the file.
     """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
-    path = strip_starts(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
+    path = strip_known_prefixes(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
     our_name = name if family is None else module_names.alias(name, family)
-    text_side = module_names.on_text_side(our_name)
+    text_side = module_names.describe_text_module(our_name)
     if text_side:
         return UnusedKind(f"are whole weights of {text_side}, no changes of them, and are ignored")
     if path.startswith(_WORD_EMBEDDINGS):
         return UnusedKind(f"are embeddings of words and are ignored{_advise_on_word(key)}")
-    if module_names.is_name(name):
+    if module_names.is_known_module(name):
         return _find_kind_of_weight(name, leaf)
     module, dot, part = path.rpartition(".")
     # a known module with an unknown part: a kind of network that is not supported
-    if dot and module_names.is_name(module.replace(".", "_")):
+    if dot and module_names.is_known_module(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
@@ -112,7 +112,7 @@ def kind_of_module(
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     # a part before the transformer, which belongs to the text
-    text_modules = "" if has_text_modules else module_names.on_text_side(module)
+    text_modules = "" if has_text_modules else module_names.describe_text_module(module)
     if text_modules:
         return UnusedKind(
             f": they change {text_modules}, which read the texts before the transformer, and are not used "
@@ -122,7 +122,7 @@ def kind_of_module(
     # a model with such layers in other blocks is of another size
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
-        return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
+        return UnusedKind(f": they are for {model.optional_description}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):  # of the same family
         if leaf == "bias":
             return UnusedKind(
@@ -206,5 +206,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 def text_side_of(names: Iterable[str]) -> str:
     """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
-    model_parts = {module_names.on_text_side(module_of(name)) for name in names}  # "": of the transformer
+    model_parts = {
+        module_names.describe_text_module(module_of(name)) for name in names
+    }  # "": of the transformer
     return model_parts.pop() if len(model_parts) == 1 else ""

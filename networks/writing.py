@@ -404,7 +404,7 @@ def in_target(
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
     underscored_names = ""  # "ours" or "aliases"; "": the target has dotted paths
-    if family is not None and target == "other" and family.underscored:
+    if family is not None and target == "other" and family.underscored_in_comfyui:
         underscored_names = "aliases"
     elif family is not None and target != "diffusers":
         underscored_names = family.always_underscored
