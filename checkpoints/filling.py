@@ -27,7 +27,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from checkpoints.finite import check_finite, is_finite, make_non_finite_error
-from checkpoints.opening import QUANT_EXTRAS, Checkpoint
+from checkpoints.opening import QUANTIZATION_EXTRAS, Checkpoint
 from checkpoints.stored.forms import QuantizationFormat, QuantizedWeight, attach
 from modules.bars import BYTES, track
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
@@ -531,7 +531,7 @@ def _find_unexpected(
         if name in read_names:
             continue
         # scales of quantized weights are ignored, unless the name is that of a weight
-        patterns = ignore if name in unneeded_names else (*ignore, *QUANT_EXTRAS)
+        patterns = ignore if name in unneeded_names else (*ignore, *QUANTIZATION_EXTRAS)
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)
     return unexpected

@@ -57,12 +57,14 @@ class PackedRowFormat:
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        step = max(1, _PIECE // max(1, shape[1]))
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            # tensors next to the weight, such as scales: those of one row apply to all rows
-            parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
-            values = self.decode_rows(*parts)
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at once
+        for start in range(0, shape[0], num_rows):
+            rows = slice(start, min(start + num_rows, shape[0]))
+            row_tensors: list[Tensor | None] = []
+            for tensor in tensors:
+                applies_to_all_rows = tensor is None or len(tensor) == 1  # such as a scale of one row
+                row_tensors.append(tensor if applies_to_all_rows else tensor[rows])
+            values = self.decode_rows(*row_tensors)
             if self.rotation:
                 values = rotate(values, self.rotation)
             out[rows] = values[:, : shape[1]]
@@ -88,18 +90,16 @@ class PackedRowFormat:
         Returns:
             None if an additional tensor covers all rows of a part, or is missing in some parts.
         """
-        # one list for each tensor of a packed weight: the weight itself, then its scales and the like
-        columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
-        joined: list[Tensor | None] = []
-        for column in columns:
-            tensors = [tensor for tensor in column if tensor is not None]
+        joined: list[Tensor | None] = []  # the packed weight, then its companions, such as scales
+        for index in range(1 + len(self.companions)):
+            tensors = [tensor for part in parts if (tensor := part.tensors[index]) is not None]
             if not tensors:
                 joined.append(None)
                 continue
             if list(map(len, tensors)) != [len(part.weight) for part in parts]:
                 return None
-            rows = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
-            joined.append(torch.cat(rows).view(tensors[0].dtype))
+            as_bytes = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+            joined.append(torch.cat(as_bytes).view(tensors[0].dtype))
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return QuantizedWeight(self, shape, tuple(joined))
 
