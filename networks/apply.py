@@ -407,7 +407,7 @@ def _sum_changes(
     for change in changes:
         change.add_to(total, rows, weight)
         if sample is not None:
-            sample.note(change.use.lora.path, sample.of(total) if rows is None else total)
+            sample.record_sum(change.use.lora.path, sample.of(total) if rows is None else total)
     return total
 
 

@@ -42,11 +42,11 @@ from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words
 from networks.unused_tensors import (
+    explain_absent_module,
+    explain_absent_text_module,
+    explain_unused_tensor,
+    group_by_reason,
     is_projection,
-    kind_of_module,
-    kind_of_tensor,
-    kind_of_text_module,
-    sort_by_kind,
     without_numbers,
 )
 from networks.use_options import UNTYPED, LoraPatternOptions
@@ -564,14 +564,14 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     for keys, description in ignored:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), description)}: {list_some(keys)}")
-    kinds = sort_by_kind(native.unknown, partial(kind_of_tensor, family))
-    for kind, names in kinds.items():
+    names_by_reason = group_by_reason(native.unknown, partial(explain_unused_tensor, family))
+    for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
             names,
             total=total,
-            what=f"tensors {kind.words}",
-            consequence=kind.consequence,
+            what=f"tensors {reason.description}",
+            consequence=reason.consequence,
         )
 
 
@@ -758,20 +758,22 @@ def warn_of_absent(
     modules = list(modules)
     if encoder:
         names_in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
-        for kind, names in sort_by_kind(names_in_file, kind_of_text_module).items():
-            warn_of_unused_parts(path, names, total=total, what=what + kind.words)
+        for reason, names in group_by_reason(names_in_file, explain_absent_text_module).items():
+            warn_of_unused_parts(path, names, total=total, what=what + reason.description)
         return
     # text side: modules of the model that load with the text encoder
     has_text_side = any(describe_text_module(module) for module in modules)
     without_block_numbers = {without_numbers(module) for module in modules}
-    kinds = sort_by_kind(absent, partial(kind_of_module, model, has_text_side, without_block_numbers))
-    for kind, names in kinds.items():
+    names_by_reason = group_by_reason(
+        absent, partial(explain_absent_module, model, has_text_side, without_block_numbers)
+    )
+    for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
             names,
             total=total,
-            what=what + kind.words,
-            consequence=kind.consequence,
+            what=what + reason.description,
+            consequence=reason.consequence,
         )
 
 

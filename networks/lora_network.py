@@ -69,7 +69,7 @@ class OwnNetwork(nn.Module):
         for index, (name, layer) in enumerate(linear.items()):
             strengths.register_buffer(name, torch.zeros(layer.original.out_features))
             self._base_norms[name] = mean_row_norm(layer.original, index)
-            layer.noise_of = (strengths, name)  # 0 until the first step
+            layer.ggpo_noise_buffer = (strengths, name)  # 0 until the first step
         self.state_beside_file = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
@@ -269,9 +269,9 @@ class OwnNetwork(nn.Module):
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
-        rule = self.settings.perturbation
+        sigma_and_beta = self.settings.perturbation
         for name, base_norm in self._base_norms.items():
-            assert rule is not None
+            assert sigma_and_beta is not None
             layer = getattr(self, name)
             down = layer.lora_down.weight
             up = layer.lora_up.weight
@@ -282,8 +282,8 @@ class OwnNetwork(nn.Module):
                 factors=(down, up),
                 gradients=(down.grad, up.grad),
                 scale=layer.scale,
-                base=base_norm.to(down.device),
-                rule=rule,
+                base_norm=base_norm.to(down.device),
+                sigma_and_beta=sigma_and_beta,
             )
             getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
 

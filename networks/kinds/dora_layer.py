@@ -17,7 +17,7 @@ def extend(layer: LoraLayer) -> None:
     # out x 1, or out x 1 x 1 x 1 for a convolution
     layer.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
     layer.register_buffer("squares", norms.square(), persistent=False)
-    layer.combine = decompose
+    layer.combine_outputs = decompose
 
 
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
