@@ -328,27 +328,27 @@ def _read_part(
         expert: Expert of the part; None if names in the file do not show it.
         is_written_here: Whether the file was written by us.
     """
-    tensors, texts = dict(native.tensors), dict(native.texts)
-    # FOLDED: metadata entry with alpha / rank for each rank
+    tensors = dict(native.tensors)
+    text_tensors = dict(native.texts)
     if is_written_here and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = unfold(tensors, metadata)
-        texts = unfold(texts, metadata)
+        text_tensors = unfold(text_tensors, metadata)
     if not is_written_here:  # other programs also write parts that change nothing
         tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
-        texts, replaced_texts = drop_replaced(drop_unused_alphas(texts))
-        names = [*replaced, *replaced_texts]
+        text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
+        names = [*replaced, *replaced_in_texts]
         if names:
             logger.warning(
                 f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as "
                 f"in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
-    native = replace(native, tensors=tensors, texts=texts)
-    modules = group_by_module(tensors) | group_by_module(texts)
+    native = replace(native, tensors=tensors, texts=text_tensors)
+    modules = group_by_module(tensors) | group_by_module(text_tensors)
     _reject_faulty(path, modules, native.unknown)
-    alphas_in_words = ""
-    # only kinds with a rank are scaled by an alpha
-    if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
+    alpha_clause = ""
+    lacks_alpha = any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values())
+    if lacks_alpha:
         alphas = read_alphas(
             path,
             metadata,
@@ -356,13 +356,13 @@ def _read_part(
             expert=expert,
             is_written_here=is_written_here,
         )
-        alphas_in_words = alphas.words
+        alpha_clause = alphas.words
         # alphas of the transformer carry its prefix, all others are for text encoders
-        in_dit = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
-        in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
-        tensors = {**tensors, **in_dit}
-        texts = {**texts, **in_texts}
-    logger.info(f"{path}: {_describe_part(native, metadata, alphas_in_words, expert)}")
+        dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
+        text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in dit_alphas}
+        tensors = {**tensors, **dit_alphas}
+        text_tensors = {**text_tensors, **text_alphas}
+    logger.info(f"{path}: {_describe_part(native, metadata, alpha_clause, expert)}")
     # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
@@ -371,7 +371,7 @@ def _read_part(
         tensors,
         metadata,
         dialect=native.dialect,
-        text_tensors=texts,
+        text_tensors=text_tensors,
         unknown_names=native.unknown_names,
     )
 
@@ -396,11 +396,8 @@ def _recognize(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    # "other" is ComfyUI's dialect, whose DoRA magnitudes may refer to the norms of the frozen weights
-    has_frozen_norms = native.dialect == "other" and any(
-        kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
-    )
-    if has_frozen_norms:
+    is_in_comfyui_names = native.dialect == "other"
+    if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
@@ -410,8 +407,8 @@ def _recognize(
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
-    # some programs order the rows of fused weights by head
     if native.family is not None and native.family.rows_by_head is not None:
+        # some programs order the rows of fused weights by head
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
     if native.text_encoder or native.repeated or native.unknown:

@@ -227,9 +227,8 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
     rotation = delta.rotation
     if rotation is not None:  # one tensor, which is written unchanged
         return {rotation.part: factors[rotation.part]}
-    # diffusers reads only low-rank factors: a full difference becomes a LoRA of full rank
-    is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
-    if is_difference and factors["diff"].ndim == 2:
+    is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
+    if is_full_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
     if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
@@ -244,12 +243,16 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
     if bias is not None:
         tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
-        magnitudes = factors[MAGNITUDES]  # out x 1 (x 1 ...)
-        kernel_axes = magnitudes.ndim - 2
-        tensors[MAGNITUDES_END] = magnitudes.flatten()
-        if kernel_axes:  # PEFT has 1 x out x 1 x 1 for convolutions
-            tensors[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
+        tensors[MAGNITUDES_END] = _to_peft_magnitudes(factors[MAGNITUDES])
     return tensors
+
+
+def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
+    """Reshape DoRA magnitudes, out x 1 (x 1 ...), to PEFT's: out, or 1 x out x 1 x 1 for convolutions."""
+    num_kernel_axes = magnitudes.ndim - 2
+    if num_kernel_axes:
+        return magnitudes.reshape(1, -1, *[1] * num_kernel_axes)
+    return magnitudes.flatten()
 
 
 def _to_full_rank(factors: Factors) -> Factors:
@@ -340,8 +343,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
     blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
     parts: Sequence[Factors | None]
-    # not block-diagonal: parts share the down factor
-    if blocks is None:
+    if blocks is None:  # the parts share the down factor
         parts = _cut_rows(factors, row_counts)
     else:  # joined from LoRAs of the parts, which get their own ranks again
         parts = cut_blocks(factors, blocks)
