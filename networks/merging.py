@@ -36,7 +36,7 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
-from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
+from networks.text_loras import FullPatch, is_full, uses_for, warn_of_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
@@ -388,7 +388,8 @@ def _make_patch(
     """
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
-    for_encoders(uses, str(model), prefixes=())  # warns of changes of text encoders, which the file lacks
+    for use in uses:
+        warn_of_other_encoders(use, use.lora.text_tensors, str(model), prefixes=())
     # LoRAs of a deeper or shallower model: their blocks are mapped to those here
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)

@@ -108,8 +108,7 @@ def _select_targets(
         settings: Settings of the network.
         prefix: Prefix of our names.
         optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-        type,
-            selects them.
+            type, selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
@@ -155,18 +154,15 @@ def _select_size(
         module: The module.
         settings: Settings of the network.
         matching_patterns: Indices of the patterns in `settings.pattern_ranks` that match the module; the
-        last one sets
-            the rank.
+            last one sets the rank.
         optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
-        type,
-            selects them.
+            type, selects them.
     """
     is_optional = any(part in f".{path}" for part in optional_parts)
     if is_optional and settings.family_rules is not None:
         is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
     if _is_excluded(path, settings, is_optional):
         return None
-    # the learning rate of its block is below the threshold
     if settings.block_settings is not None and settings.block_settings.is_left_out(path):
         return None
     if matching_patterns:
@@ -276,8 +272,8 @@ def build_network(
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
         initial_tensors: Tensors of the file or state that training continues from, under our names. Their
-        modules get
-            layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude them.
+            modules get layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude
+            them.
 
     Raises:
         OptionError: If settings are invalid, or if no module is left.

@@ -83,9 +83,8 @@ class SharedInput:
         Args:
             layer: One of the layers.
             x: Input, ... in, in the dtype of the factors.
-            adds_gradient_in_place: Whether the gradient of the input is added in place
-            (`networks.lora_products.project_in_place_gradient`); the
-                value for the first layer counts for all.
+            adds_gradient_in_place: Whether the gradient of the input is added in place; the value for the
+                first layer counts for all.
 
         Returns:
             The input, ... in, and the product, ... R.

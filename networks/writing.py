@@ -433,17 +433,21 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
 
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
-    modules = deltas.group_by_module(fuse(native, family=family))
-    # modules that still have the name of a part could not be joined by `fuse`
-    unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
+    fused: dict[str, Factors] = {}
+    unfused: list[str] = []  # modules that `fuse` could not join, so that they still have the name of a part
+    for name, factors in deltas.group_by_module(fuse(native, family=family)).items():
+        if is_stacked(name.removeprefix(OURS), family):
+            unfused.append(name)
+        else:
+            fused[name] = factors
     written = write_modules(
-        {name: factors for name, factors in modules.items() if name not in unstackable},
+        fused,
         IN_COMFYUI,
         lambda name, factors: single_piece(stacked_path(name, family), factors),
         in_comfyui,
     )
     reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
-    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unstackable, reason))
+    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unfused, reason))
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

@@ -279,12 +279,19 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(
     x: Tensor, column_scales: Tensor | None = None, max_float32_elements: int = MAX_FLOAT32_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """Quantize x * column_scales to e4m3 with one scale per row: the product of both is about the input.
+    """Quantize x * column_scales to e4m3 with one scale per row: their product is the input up to rounding.
 
-    `x` is M K. `column_scales` is 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros
-    stays zeros; a NaN or infinite value makes the scale NaN or infinite, and so the row of any product NaN.
-    `max_float32_elements` is how
-    many values have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
+    A row of zeros stays zeros; a NaN or infinite value makes the scale NaN or infinite, and so the row of any
+    product NaN.
+
+    Args:
+        x: Values, M K.
+        column_scales: Factors of the columns, 1 K float32; None for 1.
+        max_float32_elements: How many values have a float32 copy at a time; unlimited while compiling,
+            because the copy is fused away.
+
+    Returns:
+        The quantized values, M K e4m3, and their scales, M 1 float32.
     """
     parts = _split_rows(x, max_float32_elements)
     if len(parts) == 1:
