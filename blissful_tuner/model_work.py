@@ -337,7 +337,7 @@ def work(
             return
         may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
         # an input must not be overwritten while it is read
-        inputs = [*checkpoint.parts, options.input]
+        inputs = [*checkpoint.metadata_by_file, options.input]
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
         for path in may_be_replaced:
@@ -396,7 +396,7 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
-        files=tuple(checkpoint.parts),
+        files=tuple(checkpoint.metadata_by_file),
         tensors=dict(checkpoint.tensors),
         metadata=dict(checkpoint.metadata),
         left_out=checkpoint.left_out,

@@ -381,7 +381,7 @@ def gather(path: Path) -> Checkpoint:
         checkpoint.close()
         raise
     for key in checkpoint.metadata:
-        values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
+        values = {metadata[key] for metadata in checkpoint.metadata_by_file.values() if key in metadata}
         if len(values) > 1:
             logger.warning("%s: its files differ in %s; the last file counts", path, key)
     if repeated:

@@ -80,7 +80,7 @@ class Checkpoint(contextlib.ExitStack):
             self.metadata |= file.metadata
         # names in the files that have no tensor
         self.left_out = tuple(name for file in files for name in file.left_out)
-        self.parts = {file.path: file.metadata for file in files}  # path -> the metadata of that file
+        self.metadata_by_file = {file.path: file.metadata for file in files}
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Read a tensor to the CPU, into new memory or into `tensor`, which must be contiguous.

@@ -573,7 +573,7 @@ class LoraPatch:
         module, leaf = module_of_tensor(name)
         factors = [factor for found in self._find(name) for factor in found.change.delta.factors.values()]
         seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
-        return self._rounding.at_random(dtype, device, seed)
+        return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.

@@ -421,8 +421,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
-    # ss_network_dim describes the linear layers; convolutions have conv_dim
-    # convolutions alone: the rank is theirs
+    # ss_network_dim describes the linear layers, or the convolutions if there are no others
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:

@@ -235,7 +235,7 @@ class LoraRounding:
         self._num_random += is_random
         return is_random
 
-    def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
+    def make_random_rounding(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
         """Return the stochastic rounding of a weight.
 
         Args:

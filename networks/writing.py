@@ -33,7 +33,10 @@ ConvertedFactors = (
 
 
 def in_dialect(
-    tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+    tensors: Mapping[str, Tensor],
+    family: FamilyNames | None,
+    target: str,
+    diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
     """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
@@ -50,7 +53,7 @@ def in_dialect(
         tensors: Tensors by name.
         family: The model family.
         target: "other" for ComfyUI, or "diffusers".
-        start: Prefix of names in diffusers: the name of the network in the pipeline.
+        diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
 
     Returns:
         The tensors in the dialect, and the modules that it cannot express.
@@ -65,7 +68,7 @@ def in_dialect(
             written = kind.write_for_diffusers(modules, family)
             if written is not None:  # None: the kind is written like LoRAs
                 return written
-    prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
+    prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else diffusers_prefix
     # families with fused parts: alpha / rank is folded exactly, by powers of two
     convert_factors = _in_toolkit if family.parts else _in_diffusers
     return write_modules(
@@ -385,7 +388,10 @@ def _changes_any(factors: Factors) -> bool:
 
 
 def in_target(
-    native: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+    native: Mapping[str, Tensor],
+    family: FamilyNames | None,
+    target: str,
+    diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
@@ -393,7 +399,7 @@ def in_target(
         native: Tensors by name, for modules in the family's own layout, from `in_own_form`.
         family: The model family; None if unknown.
         target: The target dialect.
-        start: Prefix of names in diffusers: the name of the network in the pipeline.
+        diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     if target == "other":
         unreadable = _find_unreadable_in_comfyui(native)
@@ -401,7 +407,7 @@ def in_target(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
-            written = in_target(readable, family, target, start)
+            written = in_target(readable, family, target, diffusers_prefix)
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
@@ -411,7 +417,7 @@ def in_target(
     elif family is not None and target != "diffusers":
         underscored_names = family.always_underscored
     if not underscored_names and target != "default":
-        return in_dialect(native, family, target, start)
+        return in_dialect(native, family, target, diffusers_prefix)
     tensors = add_missing_alphas(native)
     if underscored_names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)

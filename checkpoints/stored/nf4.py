@@ -67,29 +67,11 @@ class Nf4:
         The maxima, less their mean, are rounded to 8 bits in blocks of 256.
         """
         rows, columns = weight.shape
-        flat = weight.reshape(-1)
-
-        # round the weights piece by piece, so that only a piece has a float32 copy; a byte holds two of them
-        packed = torch.empty(ceil_div(len(flat), 2), dtype=torch.uint8, device=weight.device)
-        peaks = torch.empty(ceil_div(len(flat), BLOCK), device=weight.device)
-        for start in range(0, len(flat), PIECE):
-            weight_codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
-            first_byte = start // 2
-            packed[first_byte : first_byte + len(weight_codes)] = weight_codes
-            first_block = start // BLOCK
-            peaks[first_block : first_block + len(block_peaks)] = block_peaks
-
-        # round the maxima themselves to 8 bits, in nested blocks
-        offset = peaks.mean()
-        values = nested_values(weight.device)
-        nested_blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
-        nested_peaks = nested_blocks.abs().amax(1)
-        scaled = nested_blocks / nested_peaks.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
-        peak_codes = _find_nearest(scaled, values).to(torch.uint8)
-        peak_codes = peak_codes.view(-1)[: len(peaks)]  # without the padding of the last nested block
-
         shape = (rows, columns)
-        companions = (peak_codes, nested_peaks, values, offset.view(1))  # in the order of `companions`
+        packed, block_maxima = _quantize_blocks(weight.reshape(-1))
+        offset = block_maxima.mean()
+        maxima_codes, nested_maxima = _quantize_nested(block_maxima - offset)
+        companions = (maxima_codes, nested_maxima, nested_values(weight.device), offset.view(1))
         return QuantizedWeight(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> QuantizedWeight:
@@ -130,6 +112,36 @@ class Nf4:
 
     def check_device(self, device: torch.device) -> None:
         """Accept any device, because every device can store bytes."""
+
+
+def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nf4 codes of a weight, two to a byte (uint8), and the maximum of each block (float32).
+
+    The weight is rounded piece by piece, so that only a piece has a float32 copy.
+    """
+    device = flat_weight.device
+    packed = torch.empty(ceil_div(len(flat_weight), 2), dtype=torch.uint8, device=device)
+    block_maxima = torch.empty(ceil_div(len(flat_weight), BLOCK), device=device)
+    for start in range(0, len(flat_weight), PIECE):
+        codes, maxima = _round_blocks(flat_weight[start : start + PIECE].float())
+        first_byte = start // 2
+        packed[first_byte : first_byte + len(codes)] = codes
+        first_block = start // BLOCK
+        block_maxima[first_block : first_block + len(maxima)] = maxima
+    return packed, block_maxima
+
+
+def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the maxima of blocks, less their mean, to 8 bits in nested blocks.
+
+    Returns:
+        The codes (uint8), and the maximum of each nested block (float32).
+    """
+    nested_blocks = _pad_rows(centered_maxima, NESTED_BLOCK)
+    nested_maxima = nested_blocks.abs().amax(1)
+    scaled = nested_blocks / nested_maxima.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
+    codes = _find_nearest(scaled, nested_values(centered_maxima.device)).to(torch.uint8)
+    return codes.view(-1)[: len(centered_maxima)], nested_maxima  # without the padding of the last block
 
 
 def form_of(quantization: Quantization) -> Nf4:
