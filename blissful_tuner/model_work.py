@@ -432,7 +432,7 @@ def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
 def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors to list. Raises OptionError if the options leave none."""
     selection = _make_selection(options)
-    listed = {name: info for name, info in tensors.items() if selection.takes(name)}
+    listed = {name: info for name, info in tensors.items() if selection.selects(name)}
     if not listed:
         raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
     return listed
