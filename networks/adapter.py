@@ -241,8 +241,8 @@ def check_network(
         settings, _ = read_own(name, _read_arguments(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
-        if settings.blocks is not None:
-            settings.blocks.fit(numbered)  # only for its errors: the result is not used here
+        if settings.block_settings is not None:
+            settings.block_settings.fit(numbered)  # only for its errors: the result is not used here
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
@@ -314,7 +314,7 @@ def make_network(
                 _read_arguments(options),
                 dit=dit if in_dit else None,
                 encoders=encoders,
-                begun=initial_tensors,
+                initial_tensors=initial_tensors,
             )
     # attach the layers; another package's network was attached when it was built
     if isinstance(network, OwnNetwork):

@@ -24,7 +24,7 @@ from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
-from networks.tensor_names import find_expert_starts, find_networks
+from networks.tensor_names import find_expert_prefixes, find_networks
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
@@ -367,7 +367,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
         for full_key, value in settings.items():
             if not isinstance(value, Mapping):
                 continue
-            names_transformer = f"{full_key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
+            names_transformer = f"{full_key}." in (*find_expert_prefixes(), UNET_IN_DIFFUSERS)
             names_network = names_transformer or full_key.startswith(_TEXTS)
             inner_network = full_key if names_network else network
             sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
@@ -412,7 +412,7 @@ def _is_of(network: str, start: str) -> bool:
     if match is not None:
         return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: any name except those of text encoders and of other experts
-    experts = find_expert_starts()
+    experts = find_expert_prefixes()
     if start not in experts or network.startswith(_TEXTS):
         return False
     named_expert = experts.get(f"{network}.")

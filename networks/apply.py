@@ -27,7 +27,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import OF_MAGNITUDES
 from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, relatives, select_family
+from networks.module_names import RelatedModule, alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.rank_masks import rule_of
 from networks.rounding import (
@@ -79,7 +79,7 @@ class Change:
         return shape
 
     def fit(
-        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
+        self, relative: RelatedModule | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
         """Return the change fitted to a weight, which may be a part of the LoRA's module or contain it.
 
@@ -119,7 +119,9 @@ class Change:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {reason}", path)
         return change
 
-    def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
+    def _fit_rotation(
+        self, relative: RelatedModule | None, weight: Tensor, name: str, misfit: str
+    ) -> "Change":
         """Return an input rotation fitted to a weight.
 
         The rotation applies to all rows of the weight, or only to the rows of one part if the LoRA's module
@@ -171,7 +173,7 @@ class Change:
             return ""
         return f"{magnitudes.numel()} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
-    def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
+    def _join_factors(self, relative: RelatedModule | None, weight: Tensor) -> "Change":
         """Return the change of the whole LoRA layer that this change is one part of.
 
         DoRA magnitudes by input need the norms of the whole layer, which the weight must therefore contain.
@@ -197,7 +199,7 @@ class Change:
         whole = replace(self.delta, factors=factors)
         return replace(self, delta=whole, rows=slice(layer_start, layer_start + size[0]))
 
-    def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
+    def _place_factors(self, relative: RelatedModule, weight: Tensor) -> "Change":
         """Return the change for a related weight: a part of the LoRA's module, or one that contains it.
 
         If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
@@ -310,7 +312,9 @@ class FoundChange(NamedTuple):
 
     key: str  # module and leaf as the LoRA names them: `lora_unet_x.weight`
     change: Change
-    relative: Relative | None  # how the parameter and the LoRA's module are related; None: the same module
+    relative: (
+        RelatedModule | None
+    )  # how the parameter and the LoRA's module are related; None: the same module
 
 
 class _Overlap(NamedTuple):
@@ -403,7 +407,7 @@ def _sum_changes(
     for change in changes:
         change.add_to(total, rows, weight)
         if sample is not None:
-            sample.note(change.use.lora.path, sample.of(total) if rows is None else total)
+            sample.record_sum(change.use.lora.path, sample.of(total) if rows is None else total)
     return total
 
 
@@ -562,14 +566,14 @@ class LoraPatch:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
             sample: Rows on which rounding to the nearest is judged; None if no sample is needed.
         """
-        if self._rounding is None or not self._rounding.select_random(dtype, sample):
+        if self._rounding is None or not self._rounding.decide_and_count(dtype, sample):
             return None
         assert dtype is not None
         # the seed depends on our name and the factors only: a model in any layout is rounded alike
         module, leaf = module_of_tensor(name)
         factors = [factor for found in self._find(name) for factor in found.change.delta.factors.values()]
         seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
-        return self._rounding.at_random(dtype, device, seed)
+        return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.
@@ -731,11 +735,11 @@ class LoraPatch:
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)  # a dictionary as an ordered set
             # names under which a LoRA may change the module; None: its own name, else how the two are related
-            relations: list[tuple[str, Relative | None]] = [(module, None)]
+            relations: list[tuple[str, RelatedModule | None]] = [(module, None)]
             layouts = self._layouts
             # a family without fused or joined weights has no related names
             if layouts is None or layouts.parts or layouts.joined:
-                relations += [(relative.name, relative) for relative in relatives(module, layouts)]
+                relations += [(relative.name, relative) for relative in related_modules(module, layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
             changes: list[FoundChange] = []
             for relative_name, relative in relations:

@@ -66,7 +66,7 @@ def group_layers(
         path = paths[id(layer.original)]
         key: tuple[str, int, int] | str = path  # a group of its own
         # layers with dropouts (which may skip one of them) or magnitudes are computed separately
-        if layer.dropouts is None and layer.combine is None:
+        if layer.dropouts is None and layer.combine_outputs is None:
             for ending, index in index_by_ending.items():
                 if path.endswith(f".{ending}"):
                     # one group for each block (the path without the ending), tensor and rank

@@ -21,7 +21,7 @@ from networks.deltas import LORA, ROWS, strength
 from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_sizes
-from networks.module_names import FAMILIES, Relative, relatives
+from networks.module_names import FAMILIES, RelatedModule, related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
 logger = getLogger(__name__)
@@ -131,7 +131,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
 def _count_rows_of_parts(
     name: str, modules: Collection[str], height: Callable[[str], int | None]
-) -> dict[Relative, int | None]:
+) -> dict[RelatedModule, int | None]:
     """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
 
     The number is None for a part that the model does not have.
@@ -141,8 +141,8 @@ def _count_rows_of_parts(
         modules: Modules with LoRAs.
         height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    row_counts: dict[Relative, int | None] = {}
-    for relative in relatives(name.removeprefix(OURS)):
+    row_counts: dict[RelatedModule, int | None] = {}
+    for relative in related_modules(name.removeprefix(OURS)):
         part_name = OURS + relative.name
         # also not a part with a LoRA of its own in the file
         if not relative.is_part or part_name in modules:
@@ -155,7 +155,7 @@ def _count_rows_of_parts(
     return row_counts
 
 
-def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
+def _cut(factors: Factors, row_counts: Mapping[RelatedModule, int | None]) -> dict[str, Factors] | str:
     """Cut the factors of a fused weight; return those of each part, or the reason why it cannot be cut.
 
     `row_counts` is the number of rows of each part; None for a part that the model does not have.
@@ -224,9 +224,9 @@ def _height_to_cut(delta: Delta) -> int | None:
     return len(delta.factors[UP]) if UP in delta.factors else None
 
 
-def _find_rows(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
+def _find_rows(heights: Mapping[RelatedModule, int], full_height: int) -> dict[RelatedModule, slice | Tensor]:
     """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
-    rows_by_part: dict[Relative, slice | Tensor] = {}
+    rows_by_part: dict[RelatedModule, slice | Tensor] = {}
     for relative, height in heights.items():
         rows = part_rows(relative.part, height, full_height)
         if rows is not None:
@@ -291,9 +291,9 @@ def fuse(
 
 def _find_fused(
     name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
-) -> Relative | None:
+) -> RelatedModule | None:
     """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
-    for relative in relatives(name.removeprefix(OURS), family):
+    for relative in related_modules(name.removeprefix(OURS), family):
         if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
             return relative
     return None
@@ -712,7 +712,7 @@ def mend_split_alphas(
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
             continue  # the alpha has already been adapted to the joined rank
-        parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        parts = [relative.part for relative in related_modules(name.removeprefix(OURS)) if relative.is_part]
         # a module of these names can be fused of so many parts
         num_parts = len({part.index for part in parts if is_cut(part)})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])

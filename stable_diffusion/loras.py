@@ -24,7 +24,7 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
-from networks.text_loras import for_encoders, uses_for
+from networks.text_loras import rename_for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import CheckpointPlan
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -156,7 +156,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
     """
     check_kind(loras, checkpoint_plan.kind)
     kind = checkpoint_plan.kind
-    uses = for_encoders(map(LoraUse, loras), kind.title, kind.lora_prefixes)
+    uses = rename_for_encoders(map(LoraUse, loras), kind.title, kind.lora_prefixes)
     if not loras:
         return
     _check_fit("", checkpoint_plan.unet, uses, checkpoint_plan.path)
@@ -224,7 +224,7 @@ def load_networks(
         return None
     loras = read_networks(options) if loras is None else loras
     all_uses = map(LoraUse, loras, options.multipliers)
-    uses = for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
+    uses = rename_for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
     merged = uses[: options.num_merged]
     adjustable = uses[options.num_merged :]
     unet = _LoraTarget(model.unet)

@@ -591,7 +591,7 @@ def _encoder_switches(family: Family, options: TrainingOptions) -> Mapping[str, 
     arguments = network.arguments()
     return {
         prefix: arguments.get(name, "").lower() == "true"
-        for name, prefix in known_module.rules.encoders.items()
+        for name, prefix in known_module.rules.encoder_switches.items()
     }
 
 
