@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
+from dataset.batches.items import NO_COMMANDS, CachingCommands, LiveTables, TableCacheInfo, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
 from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
@@ -291,7 +291,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         DatasetError: If captions are missing, or if they are read together with reference images.
         MediaError: If the header of an image cannot be read.
     """
-    live_tables: dict[int, ItemKind] = {}
+    live_tables: dict[int, TableCacheInfo] = {}
     full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
     folders = TableFolders(full)
     for plan in plans:
@@ -307,12 +307,12 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             _check_references(plan.table, sources)
         by_stem = {source.stem: source for source in sources}
         sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
-        live_tables[plan.table.index] = ItemKind(
+        live_tables[plan.table.index] = TableCacheInfo(
             tag,
             frozenset(),
-            has_text=plan.texts is not TensorLocation.LIVE,
-            sizes=sizes,
-            sources=by_stem,
+            has_cached_texts=plan.texts is not TensorLocation.LIVE,
+            live_buckets=sizes,
+            live_sources=by_stem,
         )
     return live_tables
 
@@ -590,7 +590,7 @@ class LiveMedia:
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for position, item in enumerate(items):
-            if item.kind.sizes is not None:
+            if item.cache_info.live_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*stream, "picture", position)))
                 groups.setdefault(media.group, []).append((position, media))
         encoded: dict[int, dict[str, Tensor]] = {}
@@ -602,7 +602,7 @@ class LiveMedia:
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
-        source = item.kind.sources[item.source_stem]
+        source = item.cache_info.live_sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps

@@ -455,7 +455,7 @@ def _find_items(
     )
     items = require_items(listed, commands)
     # the index of the caches records which items were compared with this model before
-    new_items = [item for item in items if item.file_name not in item.kind.compared]
+    new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
     if new_items:
         check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(

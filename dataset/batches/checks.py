@@ -24,7 +24,7 @@ from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES
@@ -56,7 +56,7 @@ def check_channels(
     without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():  # by table and size
         item = group[-1]
-        if item.kind.sizes is not None:  # encoded while training: there is no cache
+        if item.cache_info.live_buckets is not None:  # encoded while training: there is no cache
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -101,7 +101,7 @@ def text_errors(
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
-    settings = {**defaults, **table.changed(TEXTS), "captions": item.captions}
+    settings = {**defaults, **table.changed(TEXTS), "captions": item.num_captions}
     if any(record.references for record in records.values()):
         # the text encoder saw reference images, so the keys that change their look count as well
         settings |= table.seen_settings(item.bucket[:2])
@@ -195,8 +195,8 @@ def latent_errors(
         if tuple(made_for) != bucket:
             yield f"made for {as_shape(made_for)} pixels, {table.name} asks for {as_shape(bucket)}"
         yield from _key_errors(table, tensors, record.options, latent)
-        if record.parts != item.parts:
-            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
+        if record.parts != item.num_latent_files:
+            yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
         yield from _source_errors(item, source_folders(table, record), record, checks)
     yield from _find_shape_errors(item, tensors, latent)
 
@@ -324,8 +324,10 @@ def audio_errors(
     """
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
-    if item.audio and shape != item.audio:
-        yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
+    if item.audio_latent_shape and shape != item.audio_latent_shape:
+        yield (
+            f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio_latent_shape}"
+        )
     if record is None:
         return
     has_reference = HAS_REFERENCE in record.options
@@ -421,7 +423,7 @@ def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
     Returns None if the item is in no listing, or if listing its table could download files.
     """
     table = item.table
-    if not form_of(table).is_listed_in_training:
+    if not source_format_of(table).is_listed_in_training:
         return None
     from dataset.listing import companions_now  # only if sources are compared
 

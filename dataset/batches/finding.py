@@ -12,8 +12,8 @@ from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
-    ItemKind,
     LiveTables,
+    TableCacheInfo,
     TrainingItem,
     tables_of,
 )
@@ -28,7 +28,7 @@ from dataset.cache.store import Stores, may_be_mixed, open_store
 from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
-from dataset.forms.composing import SHARED_CACHES, form_of
+from dataset.forms.composing import SHARED_CACHES, source_format_of
 from dataset.sources.media_source import pause_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
@@ -97,13 +97,13 @@ def find_items(
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
-    cached_kind = ItemKind(cache_tag)
+    default_info = TableCacheInfo(cache_tag)
     for table in config.datasets:
-        kind = live.get(table.index, cached_kind) if live else cached_kind
+        cache_info = live.get(table.index, default_info) if live else default_info
         _add_table(
             listing,
             table=table,
-            kind=replace(kind, text_keys=text_keys),
+            cache_info=replace(cache_info, text_keys=text_keys),
             latent=latent,
             stores=stores,
             audio=audio,
@@ -113,7 +113,12 @@ def find_items(
         listing.needs_audio = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_inside
     # audio that is encoded while training is unknown here, so nothing can be said of it
-    if has_own_caches and listing.items and not live and not any(item.has_sound for item in listing.items):
+    if (
+        has_own_caches
+        and listing.items
+        and not live
+        and not any(item.has_cached_audio for item in listing.items)
+    ):
         listing.silent = audio
     return listing
 
@@ -121,7 +126,7 @@ def find_items(
 def _add_table(
     listing: FoundItems,
     table: DatasetTable,
-    kind: ItemKind,
+    cache_info: TableCacheInfo,
     latent: LatentSpec,
     stores: Stores,
     audio: AudioSpec | None,
@@ -131,76 +136,81 @@ def _add_table(
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
-    is_cached = kind.has_text and not kind.sources  # nothing of the table is encoded during training
+    encodes_while_training = bool(cache_info.live_sources) or not cache_info.has_cached_texts
     # fast path: the index of the caches lists the items, if nothing has changed since caching
-    if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
-        index = read_index(table, names, tag=kind.tag, latent=latent)
+    may_use_index = trusts_index and in_own_folder and not encodes_while_training
+    if may_use_index and is_indexed(table, audio) and not latent.has_layers:
+        index = read_index(table, names, tag=cache_info.tag, latent=latent)
         if index is not None:
-            kind = replace(kind, compared=index.compared)
-            listing.items += [_item(table, kind, file, captions) for file, captions in index.items]
+            cache_info = replace(cache_info, indexed_checksums=index.compared)
+            listing.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
             listing.left_out[table.index] = index.left_out
             return
     if in_own_folder and may_be_mixed(table, names):
-        _add_format_errors(listing, table, kind.tag)
-    latent_files = _latent_files(names, kind)
+        _add_format_errors(listing, table, cache_info.tag)
+    latent_files = _latent_files(names, cache_info)
     stems = None  # stems of the table's sources; None: sources are not listed, and all caches count
-    if kind.sources or store.is_shared:  # a shared folder may also have caches of other tables
-        stems = _find_listed_stems(table, kind, latent_files)
+    if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
+        stems = _find_listed_stems(table, cache_info, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
-        latent_files = _select_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
+        latent_files = _select_listed(listing, table, latent_files, tag=cache_info.tag, stems=stems)
     # the other caches of the items, by name
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
-    text_caches = _TextCaches(table, text_names, kind.tag, listing) if kind.has_text else None
+    text_caches = None
+    if cache_info.has_cached_texts:
+        text_caches = _TextCaches(table, text_names, cache_info.tag, listing)
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
-        audio_caches = _AudioCaches(table, names=names, tag=kind.tag, spec=audio, listing=listing)
+        audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
     del names, text_names  # frees memory: there may be a million names, and they are not needed any more
     is_empty = True
     with pause_collection():
         for file in list_latent_files(
             table,
             latent_files,
-            tag=kind.tag,
+            tag=cache_info.tag,
             latent=latent,
             store=store,
-            reads_references=depends_on_references(table) and kind.sizes is None,
+            reads_references=depends_on_references(table) and cache_info.live_buckets is None,
         ):
             is_empty = False
             if text_caches is None:  # captions are encoded while training
-                num_captions = 1 + len(kind.sources[file.stem].more_captions)
+                num_captions = 1 + len(cache_info.live_sources[file.stem].more_captions)
             elif text_caches.has(file.stem):
                 num_captions = text_caches.captions.get(file.stem, 1)
             else:
                 continue
             if latent.has_layers:  # only items with the same number of layers can share a batch
-                num_images = _count_images(kind, store, file)
+                num_images = _count_images(cache_info, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
-            item = _item(table, kind, file, num_captions)
+            item = _item(table, cache_info, file, num_captions)
             listing.items.append(item if audio_caches is None else audio_caches.add_to(item, store))
     if is_empty:
         listing.empty_tables.append(table)
 
 
-def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: int) -> TrainingItem:
+def _item(
+    table: DatasetTable, cache_info: TableCacheInfo, file: LatentFile, num_captions: int
+) -> TrainingItem:
     """Return the training item of a latent cache file."""
     return TrainingItem(
         file_name=file.file,
         stem_length=len(file.stem),
         table=table,
         bucket=file.bucket,
-        kind=kind,
-        parts=file.parts,
-        captions=num_captions,
-        references=file.references,
+        cache_info=cache_info,
+        num_latent_files=file.parts,
+        num_captions=num_captions,
+        reference_latent_sizes=file.references,
     )
 
 
-def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
+def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFile) -> int:
     """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
-    if kind.sizes is not None:
-        return kind.sources[file.stem].num_images
+    if cache_info.live_buckets is not None:
+        return cache_info.live_sources[file.stem].num_images
     with contextlib.suppress(CacheError):
         for tensor, shape in store.read(file.file, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == "latents":
@@ -230,10 +240,10 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
         listing.unsound.append((table, line))
 
 
-def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
+def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
     """Return the sorted names of a table's latent caches, or those that caches of live items would have."""
-    ending = f"_{kind.tag}{cache_files.SUFFIX}"
-    candidates = names if kind.sizes is None else kind.latent_names()
+    ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
+    candidates = names if cache_info.live_buckets is None else cache_info.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
@@ -265,7 +275,9 @@ class _AudioCaches:
             reference = _reference_length(store, name)
         if self._is_needed and not is_cached:
             self._listing.missing_audio.append(self._folder / name)
-        return replace(item, audio=shape, has_sound=is_cached, audio_reference=reference)
+        return replace(
+            item, audio_latent_shape=shape, has_cached_audio=is_cached, audio_reference_length=reference
+        )
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
@@ -295,10 +307,10 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     """
     sized = []
     for item in items:
-        is_unread = not item.references and item.kind.sizes is None
+        is_unread = not item.reference_latent_sizes and item.cache_info.live_buckets is None
         if is_unread and _may_have_references(item.table):
             sizes = reference_sizes(stores.of(item.table), item.file_name)
-            item = replace(item, references=sizes)
+            item = replace(item, reference_latent_sizes=sizes)
         sized.append(item)
     return sized
 
@@ -316,11 +328,11 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
-        if item.kind.sizes is not None:  # encoded while training: the source knows its references
-            source = item.kind.sources[item.source_stem]
+        if item.cache_info.live_buckets is not None:  # encoded while training
+            source = item.cache_info.live_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
-            references = item.references or reference_sizes(stores.of(item.table), item.file_name)
+            references = item.reference_latent_sizes or reference_sizes(stores.of(item.table), item.file_name)
         if references:
             return False
     return bool(edited)
@@ -410,15 +422,17 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
     return counts
 
 
-def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
+def _find_listed_stems(
+    table: DatasetTable, cache_info: TableCacheInfo, latents: Sequence[str]
+) -> Collection[str] | None:
     """Return the stems of a table's current sources; None if the caches alone determine the items.
 
     Sources are listed if they are read while training or if other programs share the caches. When a source
     is gone, the caching script removes its caches, but never caches that it shares with other programs.
     """
-    if kind.sources:
-        return kind.sources.keys()
-    if not form_of(table).has_caches_of_others or not latents:
+    if cache_info.live_sources:
+        return cache_info.live_sources.keys()
+    if not source_format_of(table).has_caches_of_others or not latents:
         return None
     from dataset.listing import find_sources
 

@@ -94,7 +94,7 @@ def read_times(item: TrainingItem, fps: float | None) -> Times | None:
 
 def _find_first_second(item: TrainingItem, fps: float | None) -> float:
     """Return where the item begins in its source, in seconds; 0.0 if that is unknown."""
-    name = parse_latent_name(item.file_name, item.kind.tag, "video")
+    name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
     if name is None or name.span is None or fps is None:
         return 0.0
     first_frame, _ = name.span

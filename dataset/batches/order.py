@@ -421,10 +421,10 @@ def select_captions(
         if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
             rate = 1.0
         caption_index = 0
-        if rate or item.captions > 1:
+        if rate or item.num_captions > 1:
             generator = random.Random(derive_seed(seed, "caption", number, position))
             is_dropped = generator.random() < rate  # drawn even if unused, so that `drops` changes no caption
-            caption_index = EMPTY if is_dropped and drops else generator.randrange(item.captions)
+            caption_index = EMPTY if is_dropped and drops else generator.randrange(item.num_captions)
         selected.append(caption_index)
     return tuple(selected)
 

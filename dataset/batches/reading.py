@@ -92,10 +92,10 @@ def read_batch(
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
     # texts in addition to those that are trained: before dropout, and the empty prompt
-    full_texts: list[_Part] = []  # before dropout
+    full_texts: list[_ItemTensors] = []  # before dropout
     if undropped and tuple(undropped) != tuple(caption_indices):
         full_texts = reader.read_texts(items, undropped)
-    empty_texts: list[_Part] = []
+    empty_texts: list[_ItemTensors] = []
     if reads_empty:
         empty_texts = reader.read_texts(items, [EMPTY] * len(items))
     are_empty = tuple(text.is_empty for text in texts)
@@ -123,7 +123,7 @@ def read_batch(
 
 
 def _list_makers(
-    media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
+    media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
 ) -> tuple[data.MadeBy, ...]:
     """List the encoders of a batch: for media and text of each item, then for additional texts."""
     makers: list[data.MadeBy] = []
@@ -159,7 +159,7 @@ def _unpack_inner_audio(
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
-def _check_rejected(media: Sequence["_Part"], commands: CachingCommands) -> None:
+def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
     """Raise CacheError if an item has no latents of a rejected clip."""
     for part in media:
         if data.REJECTED_LATENTS not in part.tensors:
@@ -175,7 +175,10 @@ def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
 
 
 def _join_media_and_texts(
-    media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
+    media: Sequence["_ItemTensors"],
+    texts: Sequence["_ItemTensors"],
+    latent: data.LatentSpec,
+    commands: CachingCommands,
 ) -> dict[str, Any]:
     """Stack the tensors of a batch's media and texts, and return them by key."""
     # items without audio or masks get placeholders, so that tensors can be stacked
@@ -208,7 +211,7 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
 
 
 @dataclass
-class _Part:
+class _ItemTensors:
     """The tensors of one item's media, or of one of its captions."""
 
     path: Path
@@ -230,7 +233,7 @@ class _Reader:
     checks: CacheChecks
     encoded: Mapping[int, Mapping[str, Tensor]]
 
-    def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _Part:
+    def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _ItemTensors:
         """Read an item's latents, and its audio if there is any.
 
         `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
@@ -238,7 +241,7 @@ class _Reader:
         # tensors of items that are encoded during training come from memory, all others from a cache
         encoded = self.encoded.get(position)
         if encoded is not None:
-            part = _Part(item.latent_path, dict(encoded))
+            part = _ItemTensors(item.latent_path, dict(encoded))
         else:
             part = self._read_cached_media(item)
         self.checks.add(item.table.index, item.key)
@@ -260,7 +263,7 @@ class _Reader:
             part.tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
         return part
 
-    def _read_cached_media(self, item: TrainingItem) -> _Part:
+    def _read_cached_media(self, item: TrainingItem) -> _ItemTensors:
         """Read the latents of an item, and its audio if that is cached separately."""
         part = self._read_entry(
             item,
@@ -269,7 +272,7 @@ class _Reader:
             key="latents",
             find_errors=latent_errors,
         )
-        if item.has_sound:
+        if item.has_cached_audio:
             audio = self._read_entry(
                 item,
                 path=item.audio_path,
@@ -286,26 +289,28 @@ class _Reader:
             part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
         return part
 
-    def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
+    def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_ItemTensors]:
         """Read one caption of each item; `numbers` are the indices of the captions."""
         return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
-    def read_text(self, item: TrainingItem, number: int) -> _Part:
+    def read_text(self, item: TrainingItem, number: int) -> _ItemTensors:
         """Read the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
 
         Texts that are encoded while training have no tensors.
         """
         path = item.caption_path(number)
         store = self.stores.of_texts(item.table)
-        caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
+        caption = ""
+        if item.cache_info.live_sources:
+            caption = item.cache_info.live_caption(item.source_stem, number)
         # a caption counts as empty only if it is known: "" may also mean that no file records the caption
-        if not item.kind.has_text:
-            is_known = number == EMPTY or bool(item.kind.sources)
-            return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
+        if not item.cache_info.has_cached_texts:
+            is_known = number == EMPTY or bool(item.cache_info.live_sources)
+            return _ItemTensors(path, {}, caption=caption, is_empty=is_known and not caption)
         with _remedy(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
-            absent = sorted(item.kind.text_keys - tensors.keys())
+            absent = sorted(item.cache_info.text_keys - tensors.keys())
             if absent:
                 maker = entry.metadata.get("architecture", "")
                 made_for = f" (made for {maker})" if maker else ""
@@ -334,7 +339,7 @@ class _Reader:
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
         is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
-        return _Part(
+        return _ItemTensors(
             path,
             tensors,
             variable=entry.variable,
@@ -346,7 +351,7 @@ class _Reader:
 
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, find_errors: Callable[..., Iterator[str]]
-    ) -> _Part:
+    ) -> _ItemTensors:
         """Read and check one latent or audio cache.
 
         Args:
@@ -383,7 +388,7 @@ class _Reader:
         made_by: tuple[data.MadeBy, ...] = ()
         if record is not None:
             made_by = (self._describe_origin(item, path, part, tensors=tensors, record=record),)
-        return _Part(path, tensors, entry.variable, made_by=made_by)
+        return _ItemTensors(path, tensors, entry.variable, made_by=made_by)
 
     def _describe_origin(
         self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
@@ -405,7 +410,9 @@ class _Reader:
 
 def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
     """Return whether an entry is unchanged since it was compared for the index of the caches."""
-    return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
+    return name in item.cache_info.indexed_checksums and item.cache_info.indexed_checksums[
+        name
+    ] == entry.metadata.get(CHECK_KEY)
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
@@ -416,7 +423,7 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
     """
     bucket_width, bucket_height = item.bucket[:2]
     if cached_sizes is None:
-        name = parse_latent_name(item.file_name, item.kind.tag, item.table.kind)
+        name = parse_latent_name(item.file_name, item.cache_info.tag, item.table.kind)
         assert name is not None  # items are found by such names
         width, height = name.size
         left, top, right, _ = inner_box(name.size, (bucket_width, bucket_height))
@@ -430,10 +437,10 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return stores for the caches of an item's family."""
-    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
+    return Stores(NpzNames(item.cache_info.tag, latent, item.cache_info.text_keys))
 
 
-def _fill_gaps(media: Sequence[_Part]) -> None:
+def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
     """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
     fillings = {data.SOUND: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
     for name, filling in fillings.items():
@@ -448,7 +455,7 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
 
 
 def _stack(
-    parts: Sequence[_Part], commands: CachingCommands, is_text: bool
+    parts: Sequence[_ItemTensors], commands: CachingCommands, is_text: bool
 ) -> dict[str, Tensor | list[Tensor]]:
     """Stack the tensors of all items by name; {} if there are no parts.
 
@@ -482,7 +489,7 @@ def _stack(
     return stacked
 
 
-def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
+def _check_shapes(parts: Sequence[_ItemTensors], name: str, commands: CachingCommands, is_text: bool) -> None:
     """Raise CacheError if the tensor `name` does not have the same shape in the parts of all items."""
     first = parts[0]
     expected = first.tensors[name].shape

@@ -23,7 +23,7 @@ from dataset.config_keys import IGNORE
 from dataset.forms.composing import SHARED_CACHES
 from dataset.listing import find_sources
 from dataset.sources.audio import list_silent
-from dataset.sources.clock import has_one_clock
+from dataset.sources.clock import selects_frames_as_before
 from dataset.sources.colors import reading_difference
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
@@ -75,7 +75,7 @@ def check_caches(
             changed captions.
     """
     rank, num_processes = process
-    cached = [item for item in items if item.kind.sizes is None]
+    cached = [item for item in items if item.cache_info.live_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
     earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
@@ -93,7 +93,7 @@ def check_caches(
                 earlier.append((item, origin))
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
         windows[item.table.index, item.source_stem] = num_windows
-        if item.kind.has_text and not has_live_texts:
+        if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
@@ -134,7 +134,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
     # a fixed seed, so that all processes draw the same sample and each can take its part
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
-    further = ((item, number) for item in sample for number in range(1, item.captions))
+    further = ((item, number) for item in sample for number in range(1, item.num_captions))
     return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
@@ -186,10 +186,10 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
         for source in _sources_of(table):
             item = by_source.get((table.index, source.stem))
             # sources with origins are in tars or downloads, which are not opened for a warning
-            if item is None or source.origins:
+            if item is None or source.remote_or_packed:
                 continue
             with contextlib.suppress(MediaError, OSError):
-                if not has_one_clock(source, fps):
+                if not selects_frames_as_before(source, fps):
                     logger.warning(CLOCKS_DIFFER, item.latent_path, commands.latents)
                     return  # one warning is enough
 
@@ -211,7 +211,7 @@ def _compare_reading(
     for table in {item.table.index: item.table for item, _ in items}.values():
         for source in _sources_of(table):
             # sources with origins are in tars or downloads, which are not opened for a warning
-            if source.origins or (table.index, source.stem) not in by_source:
+            if source.remote_or_packed or (table.index, source.stem) not in by_source:
                 continue
             item, mark = by_source[table.index, source.stem]
             with contextlib.suppress(MediaError, OSError):
@@ -278,7 +278,7 @@ def compare_sources(
                     new.append(str(source.path))
             without_source = sorted(cached - sources.keys())
             if hears and table.kind == "video" and table.audio != IGNORE:
-                silent = {item.source_stem for item in items if not item.has_sound}
+                silent = {item.source_stem for item in items if not item.has_cached_audio}
                 uncached_audio = [*map(str, list_silent(sources.values(), silent))]
         differences: list[_Difference] = []
         if new:
@@ -320,7 +320,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     """Warn of lengths in target_frames without caches, and of cached lengths not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
-    first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
+    first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames

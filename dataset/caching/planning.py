@@ -15,7 +15,7 @@ from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
-from dataset.sources.clock import has_companions, has_one_clock
+from dataset.sources.clock import has_companions, selects_frames_as_before
 from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
@@ -143,7 +143,11 @@ class Recipe:
         if FLIP not in options:
             recorded.pop(FLIP, None)  # unused mirrored latents do no harm
         # an early record: if the rates are equal, the current version selects the same frames
-        if records.CLOCK in options and records.CLOCK not in recorded and has_one_clock(source, self.fps):
+        if (
+            records.CLOCK in options
+            and records.CLOCK not in recorded
+            and selects_frames_as_before(source, self.fps)
+        ):
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
@@ -613,7 +617,7 @@ class Planning:
             MediaError: If the header of the image cannot be read.
         """
         # if all caches are read anyway, or none is, the image itself is opened
-        if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
+        if (self.reads_values or self.recipe.stores.trusts) and not self.source.remote_or_packed:
             return image_size(self.source.path)
         for file, name in self.existing.items():
             record = self._record_of(file)
@@ -621,4 +625,4 @@ class Planning:
                 continue
             if self._is_unchanged(0, record.files[0]):
                 return name.size
-        return None if self.source.origins else image_size(self.source.path)
+        return None if self.source.remote_or_packed else image_size(self.source.path)

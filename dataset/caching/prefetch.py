@@ -385,7 +385,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 def _estimate_frames(source: MediaSource) -> float:
     """Estimate from the header how many frames of a full clip are kept, to plan memory."""
     table = source.table
-    if source.origins:  # not fetched yet; `check_memory` looks again once the file is local
+    if source.remote_or_packed:  # not fetched yet; `check_memory` looks again once the file is local
         return UNKNOWN_FRAMES
     if table.is_of_audio:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio

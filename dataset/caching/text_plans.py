@@ -240,7 +240,7 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     (0, 0) if it cannot be read.
     """
     table = source.table
-    if source.origins or table.references is None or not table.references.as_encoded:
+    if source.remote_or_packed or table.references is None or not table.references.as_encoded:
         return table.seen_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.config_keys import FRAMES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.table import DatasetTable, defaults_of
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 logger = logging.getLogger(__name__)
 
 
-class CogVideoX(DataForm):
+class CogVideoX(SourceFormat):
     """Clips and prompts, from two text files or from a table."""
 
     name = "CogVideoX"

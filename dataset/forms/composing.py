@@ -8,7 +8,7 @@ from typing import Any
 from dataset import config_keys as forms
 from dataset.config_keys import TableKey
 from dataset.forms import CACHES, FOLDER, FORMS, JSONL, ROWS
-from dataset.forms.contract import DataForm, FindCell, RowFormat, SharedCaches, TableRow
+from dataset.forms.contract import FindCell, RowFormat, SharedCaches, SourceFormat, TableRow
 from dataset.table import DatasetTable, declared_keys
 from modules.errors import DatasetError
 
@@ -16,12 +16,12 @@ from modules.errors import DatasetError
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
+def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
     """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
     # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
-    kind_keys: list[tuple[str, forms.Form, DataForm]] = []
+    kind_keys: list[tuple[str, forms.Form, SourceFormat]] = []
     # keys that are spelled alike for all kinds
-    common_keys: dict[str, tuple[TableKey, DataForm]] = {}
+    common_keys: dict[str, tuple[TableKey, SourceFormat]] = {}
     for form in FORMS:
         record: Any = form.keys or DatasetTable
         for field in fields(record):
@@ -37,7 +37,7 @@ def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
 
 
 _SOURCES = _list_declared_sources()
-FORM_OF_SOURCE: Mapping[str, DataForm] = {name: form for name, (_, form) in _SOURCES.items()}
+FORMAT_OF_SOURCE: Mapping[str, SourceFormat] = {name: form for name, (_, form) in _SOURCES.items()}
 # a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = tuple(_SOURCES)
 OWN_KEYS: Mapping[str, TableKey] = {
@@ -64,7 +64,7 @@ def _compose_keys() -> dict[str, TableKey]:
 KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
-def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
+def _list_keys_of(source: str, form: SourceFormat) -> frozenset[str]:
     """Return the additional keys that a table may have if its source key is `source`."""
     own = {} if form.keys is None else declared_keys(form.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
@@ -74,7 +74,7 @@ def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
 
 
 KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
-    source: _list_keys_of(source, form) for source, form in FORM_OF_SOURCE.items()
+    source: _list_keys_of(source, form) for source, form in FORMAT_OF_SOURCE.items()
 }
 # forms whose rows, or whose source key, may name addresses
 _ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]
@@ -82,14 +82,14 @@ _ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]
 SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda form: form is JSONL)]
 
 
-def form_of(table: DatasetTable) -> DataForm:
+def source_format_of(table: DatasetTable) -> SourceFormat:
     """Return the data form of a table, which follows from the table's keys."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
 
 
-def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
+def read_own_keys(form: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
     """Return the record of the keys that only this form has.
 
     Args:

@@ -2,8 +2,8 @@
 
 Each form is a file that imports quickly, in some cases with a second file that loads heavy libraries, and its
 lines in `dataset/forms/__init__.py`. All other code works unchanged if these are deleted. Only folders and
-JSONL lists are named elsewhere; other forms are found by the keys of a table (`DataForm`), the suffix of a
-file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see `composing.py`.
+JSONL lists are named elsewhere; other forms are found by the keys of a table (`SourceFormat`), the suffix of
+a file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see `composing.py`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -49,7 +49,7 @@ class InspectedColumns(NamedTuple):
     is_list: bool = False  # whether this is a JSONL list, which is written for this program
 
 
-class DataForm:
+class SourceFormat:
     """Form in which items are stored: a folder, a list, a table or tars; subclasses define the details."""
 
     name: ClassVar[str]  # name for messages

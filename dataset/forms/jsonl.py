@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset.forms.contract import DataForm, InspectedColumns, RowFormat, TableRow
+from dataset.forms.contract import InspectedColumns, RowFormat, SourceFormat, TableRow
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 logger = logging.getLogger(__name__)
 
 
-class JsonLists(DataForm):
+class JsonLists(SourceFormat):
     """Lists that are written for this program."""
 
     name = "JSONL"

@@ -123,7 +123,7 @@ class RowReader:
         """Return a source with its audio file: the one named in its row, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._read_part("audio_path", audio_path, where)
-        if audio is None and self.table.finds_audio and not source.origins:
+        if audio is None and self.table.finds_audio and not source.remote_or_packed:
             from dataset.sources.folders import find_audio_beside  # few lists have audio
 
             audio = find_audio_beside(source.path)
@@ -241,7 +241,7 @@ class RowReader:
         named = []
         for source, stem in zip(sources, stems, strict=True):
             # equal file names in a list are an error, which is reported later; tables get a hash in the stem
-            keeps_stem = stem == source.stem or (self.is_list and not source.origins)
+            keeps_stem = stem == source.stem or (self.is_list and not source.remote_or_packed)
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
         if self._gaps:
@@ -410,7 +410,7 @@ def make_source(
     all_rejected = [] if rejected is None else [rejected]
     # in the order of `MediaSource.parts`
     parts = (media, *controls, *masks, *references, *all_rejected, *layers)
-    origins = tuple(origin for _, origin in parts)
+    remote_or_packed = tuple(origin for _, origin in parts)
     media_path, _ = media
     return media_source.MediaSource(
         path=media_path,
@@ -421,7 +421,7 @@ def make_source(
         table=table,
         more_captions=more_captions,
         mask=None if mask is None else mask[0],
-        origins=origins if any(origins) else (),
+        remote_or_packed=remote_or_packed if any(remote_or_packed) else (),
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
         rejected=None if rejected is None else rejected[0],

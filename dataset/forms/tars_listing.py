@@ -109,13 +109,13 @@ def list_tars(
             faults.append(media_source.Fault(unusable, str(error)))
             continue
         except OSError as error:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", ends_run=False))
+            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", is_fatal=False))
             continue
         samples += [(tar, sample) for sample in index.samples]
         for key, error_text in index.faults:
             faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
         if index.damage is not None:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", ends_run=False))
+            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", is_fatal=False))
         num_others += index.num_others
         if index.others and not example:
             example = str(name_parts(tar, index.others[0]))
@@ -211,7 +211,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
-                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
+                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), is_fatal=False)
                 )
             except DatasetError as error:
                 faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))

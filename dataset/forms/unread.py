@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import KEYS, find_cells, form_of
+from dataset.forms.composing import KEYS, find_cells, source_format_of
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
 from dataset.table import FURTHER_TEXT, DatasetTable
@@ -48,9 +48,9 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         DatasetError: If the table cannot be listed.
     """
     path = table.source
-    if not form_of(table).has_columns or not path.exists():  # reported by the listing
+    if not source_format_of(table).has_columns or not path.exists():  # reported by the listing
         return []
-    columns = form_of(table).inspect_columns(table)
+    columns = source_format_of(table).inspect_columns(table)
     control_cells = [name for name in columns.cells if is_control(table, name)]
     unread: dict[str, str] = {}  # end of the warning, by column
     for name in columns.cells:

@@ -126,7 +126,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
     At most MAX_OPENED files are opened; files that are not on disk, or unreadable, are skipped. `silent` are
     the stems of clips without cached audio.
     """
-    on_disk = (source for source in sources if source.stem in silent and not any(source.origins))
+    on_disk = (source for source in sources if source.stem in silent and not any(source.remote_or_packed))
     uncached = []
     for source in itertools.islice(on_disk, MAX_OPENED):
         with contextlib.suppress(MediaError, OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
-    LOOKED_AT,
+    MAX_CHECKED_FILES,
     TOLERANCE,
     Mask,
     frames_wanted,
@@ -80,7 +80,7 @@ def companion_frames(
     clip: Path,
     table: DatasetTable,
     fps: float,
-    clock: Sequence[tuple[int, float]],
+    frame_times: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip.
@@ -92,16 +92,16 @@ def companion_frames(
         clip: Clip that it belongs to.
         table: Table of both.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
         alpha: Whether frames have an alpha channel, as in `kept_frames`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
     if _Pair(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
-        indices = [index for index, _ in clock]
+        indices = [index for index, _ in frame_times]
         return _select_frames(reading.video_frames(path, alpha), indices)
-    seconds = [second for _, second in clock]
+    seconds = [second for _, second in frame_times]
     if not path.is_dir():
         return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
     # the images of a folder have no times; they are taken to have the table's rate
@@ -115,7 +115,7 @@ def read_mask(
     sizes: tuple[Size, Size],
     count: int,
     fps: float,
-    clock: Sequence[tuple[int, float]],
+    frame_times: Sequence[tuple[int, float]],
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
@@ -125,7 +125,7 @@ def read_mask(
         sizes: Size of the clip, and of its bucket.
         count: Number of kept frames.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
 
     Raises:
         MediaError: If the mask cannot be used.
@@ -134,7 +134,9 @@ def read_mask(
     fit_image = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
         return read_still(path, fit_image, size, count)
-    frames = companion_frames(path, local.path, table=local.table, fps=fps, clock=clock, alpha=True)
+    frames = companion_frames(
+        path, local.path, table=local.table, fps=fps, frame_times=frame_times, alpha=True
+    )
     return read_moving(path, frames, fit_image=fit_image, size=size, num_frames=count)
 
 
@@ -211,7 +213,7 @@ class _Pair:
         return num_frames == (self.clip.frames or reading.count_frames(self._clip_path))
 
     @property
-    def was_so_before(self) -> bool:
+    def matched_earlier_versions(self) -> bool:
         """Return whether earlier versions, which timed each clip separately, selected the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
@@ -248,7 +250,7 @@ def has_companions(source: MediaSource) -> bool:
     return source.table.kind == "video" and source.tensors is None and has_any
 
 
-def has_one_clock(source: MediaSource, fps: float) -> bool:
+def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
     """Return whether earlier versions, which timed companions separately, selected the same frames of them.
 
     Only headers are read, also those of files at addresses and in tars.
@@ -258,7 +260,7 @@ def has_one_clock(source: MediaSource, fps: float) -> bool:
     """
     with fetch(source) as local:
         paths = _list_moving_companions(local)
-        return all(_Pair(path, local.path, local.table, fps).was_so_before for path in paths)
+        return all(_Pair(path, local.path, local.table, fps).matched_earlier_versions for path in paths)
 
 
 OTHER_LENGTHS = (
@@ -270,11 +272,11 @@ OTHER_LENGTHS = (
 def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Warn of each control clip or mask that differs from its clip in both number of frames and duration.
 
-    Only headers of local files are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
+    Only headers of at most MAX_CHECKED_FILES local clips are read. Unreadable files are reported elsewhere.
     """
-    clips = [source for source in sources if has_companions(source) and not source.origins]
+    clips = [source for source in sources if has_companions(source) and not source.remote_or_packed]
     warnings = []
-    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):
@@ -283,5 +285,5 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
                     companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
                     clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
                     text = f"{path}: {companion}; its clip {clip}"
-                    warnings.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
+                    warnings.append(Fault(OTHER_LENGTHS, text, source.stem, is_fatal=False))
     return warnings

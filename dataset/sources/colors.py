@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-LOOKED_AT = 10_000  # images and clips of a dataset that are checked
+MAX_CHECKED_FILES = 10_000  # images and clips of a dataset that are checked
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -126,16 +126,16 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
 
-    At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
+    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """
     warnings: dict[tuple[Path, str], Fault] = {}
     read: dict[Path, Colors] = {}
     for source in sources:
-        if source.origins or source.tensors is not None:
+        if source.remote_or_packed or source.tensors is not None:
             continue
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         for path in (source.path, *source.control):
-            if len(read) == LOOKED_AT and path not in read:
+            if len(read) == MAX_CHECKED_FILES and path not in read:
                 return list(warnings.values())
             try:
                 colors = read.get(path) or media_colors(path)
@@ -171,14 +171,14 @@ def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
     """Warn of each folder of frames in which sorting by number and sorting as text differ.
 
-    At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
+    At most MAX_CHECKED_FILES local folders are listed. Unreadable folders are reported elsewhere.
     """
     warnings: dict[Path, Fault | None] = {}  # by folder; None: no warning
     for source in sources:
-        if source.origins or source.table.kind == "image":
+        if source.remote_or_packed or source.table.kind == "image":
             continue
         for path, _ in source.parts:
-            if path in warnings or not path.is_dir() or len(warnings) == LOOKED_AT:
+            if path in warnings or not path.is_dir() or len(warnings) == MAX_CHECKED_FILES:
                 continue
             warnings[path] = None
             with contextlib.suppress(MediaError, OSError):

@@ -175,7 +175,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
     """
     warnings: dict[Path, Fault] = {}
     for source in sources:
-        if source.origins:
+        if source.remote_or_packed:
             continue
         for path in _single_references(source):
             with contextlib.suppress(MediaError, OSError):
@@ -218,15 +218,15 @@ def read_companions(
     bucket: Size,
     count: int,
     fps: float = 0.0,
-    clock: Sequence[tuple[int, float]] = (),
+    frame_times: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
     """Read the references, guides and control mask of a fetched source.
 
     In the result, guides (images for single frames) follow the references.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. An image has
-    one frame. A reference clip has `count` frames, those at the times of `clock`; if it ends earlier, its
-    last frame is repeated.
+    one frame. A reference clip has `count` frames, those at `frame_times`; if it ends earlier, its last
+    frame is repeated.
 
     Args:
         local: The fetched source.
@@ -234,7 +234,7 @@ def read_companions(
         bucket: Size of the source's bucket.
         count: Number of kept frames of the source.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
 
     Raises:
         MediaError: If a reference or the mask cannot be read.
@@ -261,13 +261,17 @@ def read_companions(
             references.append(resize_cover(read_image(path), reference_size)[None])
             continue
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
+        frames = sizes.watch(
+            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+        )
         references.append(_fit_reference_clip(frames, reference_size, count))
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
     control_mask = None
     if local.control_mask is not None:
-        control_mask = read_mask(local.control_mask, local, (size, bucket), count=count, fps=fps, clock=clock)
+        control_mask = read_mask(
+            local.control_mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times
+        )
     references += [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
     return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
 

@@ -219,12 +219,12 @@ def _decode_clip(
     Control media are read only if the clip has a span, at the times of the clip's kept frames.
     """
     table = source.table
-    clock: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
+    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
 
     def read_frames() -> Iterator[Frame]:
-        """Yield the kept frames; `clock` is complete when all of them have been taken."""
+        """Yield the kept frames; `frame_times` is complete when all of them have been taken."""
         for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
-            clock.append((index, second))
+            frame_times.append((index, second))
             yield frame
 
     sizes = FrameSizes()
@@ -244,7 +244,7 @@ def _decode_clip(
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
     if local.mask is not None:  # one image for all frames, or a clip
-        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, clock=clock)
+        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times)
     found_spans, reason = spans_or_reason(table, count, lengths)
     control: list[Clip] = []
     companions = ClipCompanions()
@@ -252,14 +252,14 @@ def _decode_clip(
     if found_spans:
         if local.control:
             control = _read_control_clips(
-                local, bucket, count=count, fps=fps, clock=clock, changes=size_changes
+                local, bucket, count=count, fps=fps, frame_times=frame_times, changes=size_changes
             )
         if local.references or local.guides or local.control_mask is not None:
-            companions = _read_companions(local, size, bucket, count=count, fps=fps, clock=clock)
+            companions = _read_companions(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
         if local.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
 
-            rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, clock=clock)
+            rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
     return DecodedMedia(
         source=source,
         size=size,
@@ -287,7 +287,7 @@ def _read_control_clips(
     bucket: Size,
     count: int,
     fps: float,
-    clock: Sequence[tuple[int, float]],
+    frame_times: Sequence[tuple[int, float]],
     changes: list[str],
 ) -> list[Clip]:
     """Read the control clips of a fetched clip, each with `count` frames.
@@ -297,7 +297,7 @@ def _read_control_clips(
         bucket: Size of the source's bucket.
         count: Number of kept frames of the source.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
         changes: List to which a line is added for each control clip whose frames change size.
 
     Raises:
@@ -306,7 +306,9 @@ def _read_control_clips(
     clips = []
     for path in local.control:
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
+        frames = sizes.watch(
+            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+        )
         clip, _ = _collect_frames(frames, bucket, count)
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
@@ -369,15 +371,15 @@ def _read_companions(
     *,
     count: int = 1,
     fps: float = 0.0,
-    clock: Sequence[tuple[int, float]] = (),
+    frame_times: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
     """Read the references, the guides and the control mask of a fetched source.
 
-    `count` frames are read at the times in `clock`, at the rate `fps`; the defaults are for an image.
+    `count` frames are read at the times in `frame_times`, at the rate `fps`; the defaults are for an image.
     """
     from dataset.sources.companions import read_companions  # few sources have any
 
-    return read_companions(local, size, bucket=bucket, count=count, fps=fps, clock=clock)
+    return read_companions(local, size, bucket=bucket, count=count, fps=fps, frame_times=frame_times)
 
 
 def _decode_image(

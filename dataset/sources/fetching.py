@@ -33,7 +33,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
     Raises:
         MediaError: If a file is unavailable.
     """
-    if not source.origins:
+    if not source.remote_or_packed:
         yield source
         return
     with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 guides=tuple(islice(remaining, len(source.guides))),
                 rejected=None if source.rejected is None else next(remaining),
                 layers=tuple(remaining),
-                origins=(),
+                remote_or_packed=(),
             )
         except MediaError as error:
             text = str(error)

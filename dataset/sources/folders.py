@@ -236,7 +236,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         else:
             kind = f"{table.holds}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
-            faults.append(Fault(kind, text, path.stem, ends_run=False))
+            faults.append(Fault(kind, text, path.stem, is_fatal=False))
     # the usual case: no possible animations and no spare files (GIF, TIFF), so nothing has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media

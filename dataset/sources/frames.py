@@ -35,7 +35,7 @@ from protocols.rules import ShownMedium
 Span = tuple[int, int]  # index of the first frame, and number of frames, counted in kept frames
 
 TOLERANCE = 0.02  # relative difference of frame rates that count as equal: 29.97 is 30
-LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read for their frame rates
+MAX_CHECKED_FILES = 1000  # maximum number of clips of a dataset whose headers are read for their frame rates
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
@@ -236,10 +236,12 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     """Return an error for each clip whose frame rate differs from its table's source_fps.
 
-    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
-    clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
-    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
+    clips = [
+        clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.remote_or_packed
+    ]
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
     errors = []
     for source in clips[::step]:
@@ -260,16 +262,16 @@ FAR = 2.0  # warn if a frame rate differs from the model's by more than this fac
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return a warning for each clip without source_fps whose frame rate is far from the model's, `fps`.
 
-    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
         table = source.table
         has_rate = table.kind == "video" and not table.is_of_audio and source.tensors is None
-        if has_rate and table.source_fps is None and not source.origins:
+        if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
-    step = ceil_div(len(clips), LOOKED_AT) or 1
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1
     for source in clips[::step]:
         try:
             rate = file_rate(source.path)

@@ -74,7 +74,7 @@ class Remote:
 Origin = PackedFile | Remote
 
 
-class GivenTensors(Protocol):
+class PrecomputedTensors(Protocol):
     """Files of precomputed tensors of a clip. There may be millions, so they are not opened here."""
 
     @property
@@ -93,7 +93,7 @@ class GivenTensors(Protocol):
     def embeds(self) -> Path | None:
         """File of the precomputed embedding of the caption; None if there is none."""
 
-    def without_image(self) -> "GivenTensors":
+    def without_image(self) -> "PrecomputedTensors":
         """Return the tensors without moments of the first frame."""
 
 
@@ -112,8 +112,8 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # captions after the first one
     mask: Path | None = None  # an image, clip or folder of images: white is learned
-    tensors: GivenTensors | None = None  # precomputed; then the file at `path` may be missing
-    origins: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
+    tensors: PrecomputedTensors | None = None  # precomputed; then the file at `path` may be missing
+    remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
     reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
@@ -147,7 +147,7 @@ class MediaSource:
             *filter(None, (self.rejected,)),  # none or one
             *self.layers,
         )
-        return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
+        return tuple(zip(paths, self.remote_or_packed or (None,) * len(paths), strict=True))
 
     @property
     def num_images(self) -> int:
@@ -240,14 +240,14 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows still have equal stems, which the listing reports.
     """
-    rows_by_file = Counter((source.path, source.origins[:1]) for source in sources)
+    rows_by_file = Counter((source.path, source.remote_or_packed[:1]) for source in sources)
     if not rows_by_file or max(rows_by_file.values()) == 1:
         return list(sources)
     used = {source.stem.casefold() for source in sources}
     by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
-        file = source.path, source.origins[:1]
+        file = source.path, source.remote_or_packed[:1]
         row = (
             source.caption,
             source.more_captions,
@@ -327,12 +327,12 @@ class Fault:
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is
     stem: str | None = None  # stem of the source with the problem
-    ends_run: bool = True  # False: the source is skipped, and counted at the end
+    is_fatal: bool = True  # False: the source is skipped, and counted at the end
 
 
 def raise_errors(faults: Sequence[Fault]) -> None:
     """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
-    errors = [fault for fault in faults if fault.ends_run]
+    errors = [fault for fault in faults if fault.is_fatal]
     if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading
         raise DatasetError(errors[0].text)
     if errors:

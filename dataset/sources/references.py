@@ -40,7 +40,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
     return [
         Fault(kind, str(source.path), source.stem)
         for source in sources
-        if not source.origins and source.table.references is not None and _is_equal(source)
+        if not source.remote_or_packed and source.table.references is not None and _is_equal(source)
     ]
 
 
@@ -96,8 +96,8 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
         return source
     # the first origin is that of the image; those of the control images follow
     end_of_controls = 1 + len(source.control)
-    origins = source.origins[: 1 + maximum] + source.origins[end_of_controls:]
-    return replace(source, control=source.control[:maximum], origins=origins)
+    remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[end_of_controls:]
+    return replace(source, control=source.control[:maximum], remote_or_packed=remote_or_packed)
 
 
 def read_reference(
@@ -159,7 +159,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
     Raises:
         MediaError: If a reference cannot be used.
     """
-    if source.origins:
+    if source.remote_or_packed:
         return ()
     try:
         fits = [fit_reference(source.table, image_size(path), path, bucket) for path in source.control]

@@ -159,7 +159,7 @@ def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: P
 
     assert [[round(p / RATE * 25) for p in clicks_in(one[0, 0])] for one in family.heard] == [[3], [5]]
     assert [failure.path.name for failure in report.silent] == ["c.mp4"]
-    assert (find(config).items[0].has_sound, find(config).items[2].has_sound) == (True, False)
+    assert (find(config).items[0].has_cached_audio, find(config).items[2].has_cached_audio) == (True, False)
     # the clip's own track instead: the other sound is stale
     own = make_set(tmp_path / "clips")
     with pytest.raises(CacheError, match="made from a file of audio_directory"):

@@ -463,7 +463,7 @@ class Feed:
     def has_sound(self, key: Key) -> bool:
         """Return whether any clip of a micro-batch has audio, without reading files."""
         epoch, index = key
-        return any(item.has_sound for item in self.order.epoch(epoch)[index])
+        return any(item.has_cached_audio for item in self.order.epoch(epoch)[index])
 
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch trains, without reading any file."""

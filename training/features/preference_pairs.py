@@ -47,7 +47,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
     stride = len(items) // LOOKED_AT + 1
     first_items = {item.table.index: item for item in reversed(items)}  # the first item comes last and stays
     for item in [*first_items.values(), *items[::stride]]:
-        if item.kind.sizes is not None:
+        if item.cache_info.live_buckets is not None:
             raise CacheError(
                 f"{item.table.name}: --preference needs the latents of the worse images, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"

@@ -247,16 +247,16 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
     Args:
         items: Items of the dataset.
-        latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
+        latent_side: Number of pixels on a side of the unit of `TrainingItem.reference_latent_sizes`.
     """
     pools = repeat_items(list(items)).values()
-    with_audio_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
+    with_audio_first = [sorted(pool, key=lambda item: not item.has_cached_audio) for pool in pools]
     batches = [pool[: pool[0].table.batch_size] for pool in with_audio_first]
 
     def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
-        sides = batch[0].references
+        sides = batch[0].reference_latent_sizes
         references = sum(map(operator.mul, sides[::2], sides[1::2]))  # two sides of each reference in turn
-        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
+        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_cached_audio
 
     largest = max(batches, key=count)
     return tuple(largest)

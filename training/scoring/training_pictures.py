@@ -106,7 +106,7 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
 
 @contextmanager
 def _open_source(source: MediaSource) -> Iterator[Path]:
-    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
+    alone = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
     with fetch(alone) as fetched:
         yield fetched.path
 
