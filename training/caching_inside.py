@@ -144,7 +144,7 @@ def prepare_sources(
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
     encoder = None
-    if any(table.sizes is not None for table in tables.values()):
+    if any(table.live_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device, on_media)
     # the encoder and caches in memory are in this process, so no worker process can read batches
@@ -342,8 +342,10 @@ def _warn_of_live(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if live_table is not None and live_table.sizes is not None:  # its images are encoded during training
-            images += live_table.sources.values()
+        if (
+            live_table is not None and live_table.live_buckets is not None
+        ):  # its images are encoded during training
+            images += live_table.live_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -352,7 +354,7 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
-    sources = [source for live_table in tables.values() for source in live_table.sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
