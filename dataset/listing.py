@@ -20,7 +20,7 @@ from dataset.sources.media_source import (
     Fault,
     MediaSource,
     list_errors,
-    pause_collection,
+    pause_garbage_collection,
     raise_errors,
 )
 from dataset.sources.missing import hint_of_start
@@ -58,7 +58,7 @@ def find_sources(
             share a cache file.
     """
     errors: list[Fault] = []
-    with pause_collection():
+    with pause_garbage_collection():
         sources = _list_sources(table, captions, errors)
     if not sources and not errors:
         contents = source_format_of(table).empty.format(kind=table.kind)

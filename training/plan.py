@@ -438,9 +438,9 @@ def _find_items(
     """
     commands = sources.encoders.commands
     # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
-    own_encoders: Mapping[str, Mapping[str, str]] = {}
+    trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
     if family.can.bring_texts and not trusts_caches:
-        own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}
+        trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
     listed = find_items(
@@ -466,12 +466,12 @@ def _find_items(
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
         view=view,
-        own_encoders=own_encoders,
+        trained_encoder_ids=trained_encoder_ids,
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
         hears = audio is not None and not audio.is_inside
-        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
+        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, trains_audio=hears)
     return items
 
 

@@ -13,7 +13,7 @@ from data_tools.report.findings import TableFindings
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import map_ahead
 from dataset.sources.folders import list_entries
-from dataset.sources.frames import MAX_CHECKED_FILES, read_moving, read_still, shrink_mask
+from dataset.sources.frames import MAX_CHECKED_FILES, read_mask_clip, read_mask_image, shrink_mask
 from dataset.sources.mask_files import masks_by_stem
 from dataset.sources.media_source import Fault
 from dataset.table import folder_id
@@ -82,13 +82,13 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     try:
         size = reading.frame_size(source.path)
         if reading.is_still(source.mask):
-            mask = read_still(source.mask, resize, size, num_frames=1)
+            mask = read_mask_image(source.mask, resize, size, num_frames=1)
         else:
             num_frames = reading.count_frames(source.mask)
             step = ceil_div(num_frames, SHOWN_FRAMES)  # every step-th frame is read
             frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
             num_read = ceil_div(num_frames, step)
-            mask = read_moving(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
+            mask = read_mask_clip(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
     # the mask is reduced to the size of the latents, as for training

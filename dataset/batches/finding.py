@@ -29,7 +29,7 @@ from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, source_format_of
-from dataset.sources.media_source import pause_collection
+from dataset.sources.media_source import pause_garbage_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
@@ -112,13 +112,9 @@ def find_items(
     if audio is not None and audio.is_alone:
         listing.needs_audio = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_inside
+    has_audio = any(item.has_cached_audio for item in listing.items)
     # audio that is encoded while training is unknown here, so nothing can be said of it
-    if (
-        has_own_caches
-        and listing.items
-        and not live
-        and not any(item.has_cached_audio for item in listing.items)
-    ):
+    if has_own_caches and listing.items and not live and not has_audio:
         listing.silent = audio
     return listing
 
@@ -132,12 +128,16 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add the items of a table, and their missing caches, to `listing`."""
+    """Add the items of a table, and their missing caches, to `listing`.
+
+    1. Take the items from the index of the caches, if it is trusted and up to date.
+    2. Otherwise list the latent caches, without those whose source is gone.
+    3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
+    """
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
     encodes_while_training = bool(cache_info.live_sources) or not cache_info.has_cached_texts
-    # fast path: the index of the caches lists the items, if nothing has changed since caching
     may_use_index = trusts_index and in_own_folder and not encodes_while_training
     if may_use_index and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=cache_info.tag, latent=latent)
@@ -149,13 +149,8 @@ def _add_table(
     if in_own_folder and may_be_mixed(table, names):
         _add_format_errors(listing, table, cache_info.tag)
     latent_files = _latent_files(names, cache_info)
-    stems = None  # stems of the table's sources; None: sources are not listed, and all caches count
     if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
-        stems = _find_listed_stems(table, cache_info, latent_files)
-    if stems is not None:
-        listing.listed.setdefault(table.picture_folder, set()).update(stems)
-        latent_files = _select_listed(listing, table, latent_files, tag=cache_info.tag, stems=stems)
-    # the other caches of the items, by name
+        latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     text_caches = None
@@ -166,7 +161,7 @@ def _add_table(
         audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
     del names, text_names  # frees memory: there may be a million names, and they are not needed any more
     is_empty = True
-    with pause_collection():
+    with pause_garbage_collection():
         for file in list_latent_files(
             table,
             latent_files,
@@ -178,15 +173,17 @@ def _add_table(
             is_empty = False
             if text_caches is None:  # captions are encoded while training
                 num_captions = 1 + len(cache_info.live_sources[file.stem].more_captions)
-            elif text_caches.has(file.stem):
-                num_captions = text_caches.captions.get(file.stem, 1)
             else:
+                num_captions = text_caches.count_or_report(file.stem)
+            if not num_captions:
                 continue
             if latent.has_layers:  # only items with the same number of layers can share a batch
                 num_images = _count_images(cache_info, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, cache_info, file, num_captions)
-            listing.items.append(item if audio_caches is None else audio_caches.add_to(item, store))
+            if audio_caches is not None:
+                item = audio_caches.add_to(item, store)
+            listing.items.append(item)
     if is_empty:
         listing.empty_tables.append(table)
 
@@ -218,12 +215,19 @@ def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFil
     return 1
 
 
-def _select_listed(
-    listing: FoundItems, table: DatasetTable, files: Sequence[str], tag: str, stems: Collection[str]
+def _leave_out_unlisted(
+    listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is in `stems`; add the others to `listing.unlisted`."""
+    """Return the latent caches whose source is still in the table; add the others to `listing.unlisted`.
+
+    Returns all caches if the table's sources cannot be listed.
+    """
+    stems = _find_listed_stems(table, cache_info, latent_files)
+    if stems is None:
+        return latent_files
+    listing.listed.setdefault(table.picture_folder, set()).update(stems)
     selected = []
-    for name, stem, _ in cache_files.latent_names(files, tag, table.kind):
+    for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
@@ -363,12 +367,12 @@ class _TextCaches:
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
         self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
-        # report unfinished caches of further captions and of the empty prompt; `has` reports first captions
+        # unfinished caches of first captions are reported by `count_or_report`
         for name in unfinished:
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, if there are several
-        self.captions = _count_captions(names, tag) if table.multi_caption else {}
+        self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty: set[str] | None = None
         if table.caches_empty_prompt:
@@ -380,8 +384,8 @@ class _TextCaches:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
-    def has(self, stem: str) -> bool:
-        """Return whether the first caption of a source is cached; report it in `listing` if it is not."""
+    def count_or_report(self, stem: str) -> int:
+        """Return the number of a source's captions; 0 if the first is not cached, which `listing` reports."""
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
@@ -390,7 +394,7 @@ class _TextCaches:
         elif name not in self._first:
             self._listing.missing_text[folder / name] = None
         if name not in self._first:
-            return False
+            return 0
         if self._empty is not None:
             empty_name = cache_files.empty_text_name(self._tag)
             if self._table.texts_see_references:  # then each source has an empty prompt of its own
@@ -398,7 +402,7 @@ class _TextCaches:
             if empty_name not in self._empty:
                 self._listing.missing_empty.append(folder / empty_name)
                 self._empty = None  # one is reported for each table
-        return True
+        return self._num_captions.get(stem, 1)
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
@@ -406,16 +410,16 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 
     Numbers begin at 1, after the first caption, which has none.
     """
-    further: dict[str, set[int]] = {}
+    further_numbers: dict[str, set[int]] = {}  # by stem
     for name in names:
         if ".caption" not in name:  # faster than parsing a million names
             continue
         parsed = cache_files.parse_more_text_name(name, tag)
         if parsed is not None:
             stem, number = parsed
-            further.setdefault(stem, set()).add(number)
+            further_numbers.setdefault(stem, set()).add(number)
     counts = {}
-    for stem, numbers in further.items():
+    for stem, numbers in further_numbers.items():
         counts[stem] = 1  # the first caption
         while counts[stem] in numbers:
             counts[stem] += 1

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache_files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
-from dataset.sources.media_source import pause_collection
+from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
 from modules.seeds import derive_seed
@@ -82,7 +82,9 @@ class BatchOrder:
             self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
-            with pause_collection():  # garbage collection would look through all items again and again
+            with (
+                pause_garbage_collection()
+            ):  # garbage collection would look through all items again and again
                 for _, pool in sorted(self._pools.items()):
                     size = pool[0].table.batch_size
                     shuffled = _shuffle(pool, draw_bits)

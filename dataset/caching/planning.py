@@ -18,7 +18,7 @@ from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, selects_frames_as_before
 from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
-from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
+from dataset.sources.frames import Span, bucket_of, describe_short, max_decoded_frames, media_table, spans
 from dataset.sources.media_source import (
     AUDIO_FILE,
     CLIP_REFERENCES,
@@ -31,7 +31,7 @@ from dataset.sources.media_source import (
     FileIdentity,
     MediaSource,
     Origin,
-    pause_collection,
+    pause_garbage_collection,
 )
 from modules.bars import Bar
 from modules.console import count_of
@@ -206,7 +206,7 @@ def plan_all(
             return Failure.of(source, error)
 
     bar = Bar(len(sources), "Comparing", "source", show_progress)
-    with pause_collection():
+    with pause_garbage_collection():
         results = list(map_ahead(sources, plan, workers, bar))
     plans = [result for result in results if isinstance(result, SourcePlan)]
     failures = [result for result in results if isinstance(result, Failure)]
@@ -342,7 +342,7 @@ class Planning:
             return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
             # decoding may have stopped early, but only after enough frames for this run
-            enough = frames_wanted(table)
+            enough = max_decoded_frames(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
                 return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:

@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
 from dataset.listing import find_all_sources
 from dataset.options import CachingOptions
-from dataset.sources.frames import frames_wanted
+from dataset.sources.frames import max_decoded_frames
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
 from modules.console import Row, count_words, show_box
@@ -370,7 +370,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     table = source.table
     if source.tensors is not None:
         return 0  # moments are small
-    num_frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
+    num_frames: float | None = 1 if table.kind == "image" else max_decoded_frames(table)
     if not num_frames:  # the table uses the whole clip
         num_frames = _estimate_frames(source)
     width, height = table.resolution

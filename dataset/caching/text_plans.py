@@ -18,7 +18,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
 from dataset.sources.colors import find_changed_reading
 from dataset.sources.decoding import fit_of
-from dataset.sources.media_source import MediaSource, Origin, pause_collection
+from dataset.sources.media_source import MediaSource, Origin, pause_garbage_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
@@ -108,7 +108,7 @@ def list_caption_files(
     for source in sources:
         by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
-    with pause_collection():
+    with pause_garbage_collection():
         for table_sources in by_table.values():
             files += _files_of_table(table_sources[0].table, table_sources, tag=tag, sight=sight, fit=fit)
     return files
@@ -303,7 +303,7 @@ def plan_texts(
     reads_values = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
-    with pause_collection():
+    with pause_garbage_collection():
         return list(map_ahead(files, plan, workers, bar))
 
 

@@ -33,7 +33,7 @@ class CogVideoX(SourceFormat):
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
         fields["gives_latents"] = fields["own"].load_tensors
         if not fields["gives_latents"]:
@@ -42,7 +42,7 @@ class CogVideoX(SourceFormat):
         if unused:
             logger.warning(
                 "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
-                where,
+                position,
                 " and ".join(unused),
             )
 

@@ -30,7 +30,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 class CogRow:
     """A clip and its caption, from one line of the lists."""
 
-    where: str  # position for messages: "videos.txt, line 3"
+    position: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token
     video: Path
 
@@ -87,11 +87,11 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     for row in clips.rows:
         try:
             caption = _text_in(row, clips.caption_column)
-            path = locate(_text_in(row, clips.video_column), root, row.where)
+            path = locate(_text_in(row, clips.video_column), root, row.position)
         except DatasetError as error:
             faults.append(Fault(f"lines of {name} cannot be used", str(error)))
         else:
-            yield CogRow(row.where, f"{keys.id_token} {caption}".lstrip(), path)
+            yield CogRow(row.position, f"{keys.id_token} {caption}".lstrip(), path)
 
 
 def _text_in(row: TableRow, column: str) -> str:
@@ -101,11 +101,11 @@ def _text_in(row: TableRow, column: str) -> str:
         DatasetError: If the row has a fault, or has no text in the column.
     """
     if row.fault is not None:
-        raise DatasetError(f"{row.where}: {row.fault}")
+        raise DatasetError(f"{row.position}: {row.fault}")
     text = row.values.get(column, "")
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{row.where}: {column} is missing, or not a text")
-    check_text(text, f"{row.where}: {column}")
+        raise DatasetError(f"{row.position}: {column} is missing, or not a text")
+    check_text(text, f"{row.position}: {column}")
     return text.strip()
 
 
@@ -113,7 +113,7 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
     """Return an error for each clip that does not exist; `name` is the dataset's name."""
     kind = f"clips of {name} do not exist"
     return [
-        Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
+        Fault(kind, f"{row.video} ({row.position})", row.video.stem) for row in rows if not row.video.exists()
     ]
 
 
@@ -265,7 +265,7 @@ def _find_tensors(
         if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
             file = f"{folder.path / subfolder / stem}.pt"
-            faults.append(Fault(kind, f"{file} ({row.where})", stem))
+            faults.append(Fault(kind, f"{file} ({row.position})", stem))
             return None
     return CogVideoXTensors(folder.path, stem, has_embeds=folder.embeds is not None)
 

@@ -30,7 +30,7 @@ class TableRow:
     fault: str | None = None  # why the row has no values: "it has 3 cells, the header has 2"
 
     @property
-    def where(self) -> str:
+    def position(self) -> str:
         """Return `data.csv, line 3` for messages."""
         return f"{self.file}, {self.unit} {self.number}"
 
@@ -70,7 +70,7 @@ class SourceFormat:
         """Describe a conflict between the fields of a table; None if there is none."""
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Adapt fields that depend on others, with a warning; `where` is the table's position in the file."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":

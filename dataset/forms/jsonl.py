@@ -40,12 +40,12 @@ class JsonLists(SourceFormat):
             return "mask_directory cannot be used here; give mask_path in the lines of the list"
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Remove `control_directory` with a warning: lines of the list name control files themselves."""
         if fields["control_directory"]:
             logger.warning(
                 "%s: control_directory is ignored because a list itself names control files (control_path)",
-                where,
+                position,
             )
             fields["control_directory"] = None
 

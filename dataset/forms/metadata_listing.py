@@ -103,8 +103,8 @@ def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
     if path.name not in listed[parent]:
-        where = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{where}: correct the key or remove the entry")
+        position = "" if folder is None else f" in {folder}"
+        raise ValueError(f"there is no such picture{position}: correct the key or remove the entry")
     return listed[parent][path.name]
 
 

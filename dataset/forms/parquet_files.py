@@ -60,10 +60,10 @@ def parquet_parts(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
+def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
-    `repeating` are columns whose equal texts are stored only once in memory.
+    Equal texts of `dictionary_columns` are stored only once in memory.
 
     Raises:
         DatasetError: If the file cannot be opened, or if reading it in the block fails.
@@ -74,7 +74,7 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
         raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     try:
         require_regular_file(path)
-        with parquet.ParquetFile(path, read_dictionary=repeating) as file:
+        with parquet.ParquetFile(path, read_dictionary=dictionary_columns) as file:
             yield file
     except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -88,7 +88,7 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
 
 
 @dataclass
-class Unpacking:
+class UnpackedBytesLimit:
     """Counter of the bytes unpacked from a file."""
 
     path: Path
@@ -96,13 +96,13 @@ class Unpacking:
     num_bytes: int = 0
 
     @staticmethod
-    def of(path: Path) -> "Unpacking":
+    def of(path: Path) -> "UnpackedBytesLimit":
         """Return a counter for a file, whose limit depends on the size of the file.
 
         Raises:
             OSError: If the file does not exist.
         """
-        return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
+        return UnpackedBytesLimit(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
         """Count bytes that are about to be unpacked.
@@ -119,7 +119,7 @@ class Unpacking:
             )
 
 
-def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
+def largest_value(file: Any, pages: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
     """Return an upper limit for the size of a value in some columns of a row group, in bytes.
 
     Values may refer to pages with dictionaries or prefixes, so that in a damaged or malicious file each row
@@ -155,7 +155,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     return largest
 
 
-def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
+def _count_pages(content: Any, chunk: Any, pages: UnpackedBytesLimit) -> int:
     """Add the unpacked bytes of a column in a row group (`chunk`) to `pages`, which raises at too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
@@ -304,13 +304,14 @@ def cell_column(path: Path, name: str) -> str | None:
         schema = file.schema_arrow
         if name not in schema.names:
             return None
-        kind = schema.field(name).type
-        if types.is_struct(kind):
-            inner_names = [field.name for field in kind]
+        arrow_type = schema.field(name).type
+        if types.is_struct(arrow_type):
+            inner_names = [field.name for field in arrow_type]
             if "bytes" in inner_names:
                 name = f"{name}.bytes"
-                kind = kind.field(inner_names.index("bytes")).type
-        return name if types.is_binary(kind) or types.is_large_binary(kind) else None
+                arrow_type = arrow_type.field(inner_names.index("bytes")).type
+        is_of_bytes = types.is_binary(arrow_type) or types.is_large_binary(arrow_type)
+        return name if is_of_bytes else None
 
 
 def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
@@ -385,15 +386,15 @@ def read_cell(origin: ParquetCell) -> bytes:
     Raises:
         MediaError: If the cell is empty or cannot be read.
     """
-    where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
+    position = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
         content = _column(origin.container, origin.group, origin.column)[origin.row].as_py()
     except OSError as error:
-        raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
+        raise MediaError(f"{position}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:
-        raise MediaError(f"{where}: it cannot be read: {error}") from error
+        raise MediaError(f"{position}: it cannot be read: {error}") from error
     if not content:
-        raise MediaError(f"{where}: {origin.column} is empty there")
+        raise MediaError(f"{position}: {origin.column} is empty there")
     return bytes(content)
 
 
@@ -411,7 +412,7 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """
     with open_parquet(path, [column]) as file:
-        pages = Unpacking.of(path)
+        pages = UnpackedBytesLimit.of(path)
         pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
         largest_value(file, pages, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)

@@ -19,10 +19,10 @@ from dataset.sources.frames import (
     MAX_CHECKED_FILES,
     TOLERANCE,
     Mask,
-    frames_wanted,
     keep_pattern,
-    read_moving,
-    read_still,
+    max_decoded_frames,
+    read_mask_clip,
+    read_mask_image,
 )
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
@@ -34,13 +34,13 @@ from modules.media.decoding import animation_durations, is_animation
 from modules.media.reading import is_still
 
 # a frame, its index in the file, and the time in seconds at which companions show the same moment
-KeptFrame = tuple[reading.Frame, int, float]
+SampledFrame = tuple[reading.Frame, int, float]
 SAME_RATE = 1e-4  # relative difference of rates that count as equal
 UNEVEN = 0.011  # seconds; durations of frames that differ by less are equal, but rounded to 10 ms
 MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many frames it has
 
 
-def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
+def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[SampledFrame]:
     """Yield the frames of a clip that training uses at the frame rate `fps`, in their original size.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
@@ -51,9 +51,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     if table.is_of_audio:
         from dataset.sources.audio import black_frames  # only with sounds
 
-        return itertools.islice(black_frames(path, fps), frames_wanted(table))
+        return itertools.islice(black_frames(path, fps), max_decoded_frames(table))
     rate = table.declared_fps or fps
-    frames: Iterable[KeptFrame]
+    frames: Iterable[SampledFrame]
     if _is_timed(path, table):
         frames = reading.frames_at(path, reading.slots(rate), alpha)
     elif path.is_dir():
@@ -62,10 +62,10 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = _all_frames(path, alpha)
     if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
-    return itertools.islice(frames, frames_wanted(table))
+    return itertools.islice(frames, max_decoded_frames(table))
 
 
-def _all_frames(path: Path, alpha: bool) -> Iterator[KeptFrame]:
+def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
     """Yield all frames of a clip; times count from the first frame."""
     first_start = None
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
@@ -98,7 +98,7 @@ def companion_frames(
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    if _Pair(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
+    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
         indices = [index for index, _ in frame_times]
         return _select_frames(reading.video_frames(path, alpha), indices)
     seconds = [second for _, second in frame_times]
@@ -133,11 +133,11 @@ def read_mask(
     size, bucket = sizes
     fit_image = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
-        return read_still(path, fit_image, size, count)
+        return read_mask_image(path, fit_image, size, count)
     frames = companion_frames(
         path, local.path, table=local.table, fps=fps, frame_times=frame_times, alpha=True
     )
-    return read_moving(path, frames, fit_image=fit_image, size=size, num_frames=count)
+    return read_mask_clip(path, frames, fit_image=fit_image, size=size, num_frames=count)
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
@@ -171,15 +171,19 @@ class _Timing:
     seconds: float  # duration; 0: unknown
 
     @property
-    def likely(self) -> int:
+    def estimated_frames(self) -> int:
         """Number of frames, computed from the duration if the header does not have it; 0 if unknown."""
         if self.frames:
             return self.frames
         return round(self.seconds * self.rate) if self.rate > 0 else 0  # False for NaN
 
+    def describe(self) -> str:
+        """Return the length for a message: `48 frames, 2.00 s`."""
+        return f"{self.estimated_frames} frames, {self.seconds:.2f} s"
 
-class _Pair:
-    """Comparison of a clip with its control clip or mask, by their headers."""
+
+class _TimingComparison:
+    """Comparison of the timing of a clip and its companion (control clip or mask), by their headers."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -220,16 +224,22 @@ class _Pair:
         former_ratio = companion_rate / clip_rate
         current_ratio = 1.0 if self.is_matched_by_index else self.companion.rate / self.clip.rate
         drift = abs(former_ratio / current_ratio - 1)
-        frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip
+        frames_apart = drift * (self.clip.estimated_frames or MANY_FRAMES)  # at the end of the clip
         return frames_apart < reading.PLACE_IN_FRAME  # False for NaN, too
 
     @property
-    def differs(self) -> bool:
+    def differs_in_length(self) -> bool:
         """Return whether both the numbers of frames and the durations in the headers differ."""
         companion, clip = self.companion, self.clip
-        if not companion.likely or not clip.likely or companion.likely in (1, clip.likely):
+        if (
+            not companion.estimated_frames
+            or not clip.estimated_frames
+            or companion.estimated_frames in (1, clip.estimated_frames)
+        ):
             return False
-        frame_seconds = max(companion.seconds / companion.likely, clip.seconds / clip.likely)
+        frame_seconds = max(
+            companion.seconds / companion.estimated_frames, clip.seconds / clip.estimated_frames
+        )
         # durations in headers may be wrong by one frame, and are rounded
         tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)
         return abs(companion.seconds - clip.seconds) > tolerance
@@ -260,7 +270,9 @@ def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
     """
     with fetch(source) as local:
         paths = _list_moving_companions(local)
-        return all(_Pair(path, local.path, local.table, fps).matched_earlier_versions for path in paths)
+        return all(
+            _TimingComparison(path, local.path, local.table, fps).matched_earlier_versions for path in paths
+        )
 
 
 OTHER_LENGTHS = (
@@ -280,10 +292,8 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):
-                pair = _Pair(path, source.path, source.table, fps)
-                if pair.differs:  # neither as many frames nor as many seconds
-                    companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
-                    clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
-                    text = f"{path}: {companion}; its clip {clip}"
+                timing = _TimingComparison(path, source.path, source.table, fps)
+                if timing.differs_in_length:
+                    text = f"{path}: {timing.companion.describe()}; its clip {timing.clip.describe()}"
                     warnings.append(Fault(OTHER_LENGTHS, text, source.stem, is_fatal=False))
     return warnings

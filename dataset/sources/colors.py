@@ -43,14 +43,15 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) ->
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as local:
-        # pairs of a file and whether its transparency is kept
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-        parts = [(local.path, source_keeps)]
-        parts += [(path, control_keeps) for path in local.control]
-        parts += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
-        parts += [(path, False) for path in local.references]
-        parts += [(path, source_keeps) for path in (local.rejected, *local.layers) if path is not None]
-        return _find_changed(parts, as_shown)
+        keeps_by_file = [(local.path, source_keeps)]
+        keeps_by_file += [(path, control_keeps) for path in local.control]
+        keeps_by_file += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
+        keeps_by_file += [(path, False) for path in local.references]
+        keeps_by_file += [
+            (path, source_keeps) for path in (local.rejected, *local.layers) if path is not None
+        ]
+        return _find_changed(keeps_by_file, as_shown)
 
 
 def find_changed_reading(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
@@ -80,14 +81,14 @@ def _may_differ(path: Path, as_shown: int) -> bool:
     return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
 
 
-def _find_changed(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
+def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
     """Describe the first file that an earlier version read differently; None if there is none.
 
     Args:
-        parts: Path of each file, and whether the colors of its transparent pixels are used.
+        keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
         as_shown: Version of the decoding that the cache records; 0 in caches without one.
     """
-    for path, keeps_transparent in parts:
+    for path, keeps_transparent in keeps_by_file:
         if not _may_differ(path, as_shown):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
@@ -128,32 +129,32 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
     At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """
-    warnings: dict[tuple[Path, str], Fault] = {}
-    read: dict[Path, Colors] = {}
+    warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
+    colors_of_files: dict[Path, Colors] = {}
     for source in sources:
         if source.remote_or_packed or source.tensors is not None:
             continue
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         for path in (source.path, *source.control):
-            if len(read) == MAX_CHECKED_FILES and path not in read:
+            if len(colors_of_files) == MAX_CHECKED_FILES and path not in colors_of_files:
                 return list(warnings.values())
             try:
-                colors = read.get(path) or media_colors(path)
+                colors = colors_of_files.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
-            read[path] = colors
-            kinds = _describe(colors, source_keeps if path is source.path else control_keeps)
+            colors_of_files[path] = colors
+            problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
             # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
-                kinds[MOVING] = ""
-            for kind, text in kinds.items():
-                warnings.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+                problems[MOVING] = ""
+            for kind, detail in problems.items():
+                warnings.setdefault((path, kind), Fault(kind, f"{path}{detail}", source.stem))
     return list(warnings.values())
 
 
-def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return the kinds of warnings about the colors of a file, each with the text that follows the path."""
+def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
+    """Return the problems with a file's colors: kind of the warning -> detail after the path, or ""."""
     warnings = {}
     if colors.is_transparent and not keeps_transparency:
         warnings["are transparent and filled with white"] = ""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,10 @@ Clip = NDArray[np.uint8]  # F H W C
 
 logger = logging.getLogger(__name__)
 REFERENCE, MASK = "reference_directory", "control_mask_directory"
-NONE = {REFERENCE: "have no reference, while others have", MASK: "have no control mask, while others have"}
+LACKS_COMPANION = {
+    REFERENCE: "have no reference, while others have",
+    MASK: "have no control mask, while others have",
+}
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
@@ -51,18 +54,18 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         if folder is None:
             continue
         try:
-            paired, alone = pair_by_name(table, folder, key, stems)
-            if not paired:
+            companions, unmatched = pair_by_name(table, folder, key, stems)
+            if not companions:
                 raise DatasetError(explain_unpaired(table, folder, key, stems))  # caught below
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             continue
-        lacking = [source.path for source in sources if source.stem not in paired]
-        warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
+        lacking = [source.path for source in sources if source.stem not in companions]
+        warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
         completed = []
         for source in sources:
-            paths = paired.get(source.stem, ())
+            paths = companions.get(source.stem, ())
             if key == REFERENCE:
                 completed.append(replace(source, references=paths))
             else:
@@ -106,29 +109,24 @@ def pair_by_name(
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}  # stem -> (number -> path)
-    alone = []
+    unmatched = []
     for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        owner = _parse_name(entry.name if is_folder else path.stem, key, stems)
-        if owner is None:
-            alone.append(path)
+        stem_and_number = _parse_name(entry.name if is_folder else path.stem, key, stems)
+        if stem_and_number is None:
+            unmatched.append(path)
             continue
-        stem, number = owner
+        stem, number = stem_and_number
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
             raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
-    return _in_order(numbered), alone
-
-
-def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Return the paths of each stem, ordered by number."""
-    paths: dict[str, tuple[Path, ...]] = {}
+    companions: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
-        paths[stem] = tuple(by_number[number] for number in sorted(by_number))
-    return paths
+        companions[stem] = tuple(by_number[number] for number in sorted(by_number))
+    return companions, unmatched
 
 
 def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
@@ -209,7 +207,7 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
         yield f"{title}: {', '.join(parts)}"
         for source, count in zip(sources, counts, strict=True):
             if not count:
-                faults.append(Fault(NONE[key], str(source.path), source.stem))
+                faults.append(Fault(LACKS_COMPANION[key], str(source.path), source.stem))
 
 
 def read_companions(
@@ -249,16 +247,12 @@ def read_companions(
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
     reference_size = width // factor, height // factor
+    on_white = rules is not None and rules.on_white
     references: list[Clip] = []
     size_changes: list[str] = []
     for path in local.references:
-        if rules is not None and rules.on_white:
-            from modules.media.canvas import on_white  # only few models need white canvases
-
-            references.append(pixels_to_uint8(on_white(first_frame(path), *reference_size)))
-            continue
-        if is_still(path) or local.table.kind == "image":
-            references.append(resize_cover(read_image(path), reference_size)[None])
+        if on_white or is_still(path) or local.table.kind == "image":
+            references.append(_read_reference_image(path, reference_size, on_white))
             continue
         sizes = FrameSizes()
         frames = sizes.watch(
@@ -274,6 +268,15 @@ def read_companions(
         )
     references += [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
     return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
+
+
+def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
+    """Read a reference image, 1 H W 3: cropped to a size, or padded with white to it."""
+    if not on_white:
+        return resize_cover(read_image(path), size)[None]
+    from modules.media.canvas import on_white as put_on_white  # only few models need white canvases
+
+    return pixels_to_uint8(put_on_white(first_frame(path), *size))
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:

@@ -84,7 +84,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
     return f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
 
 
-def frames_wanted(table: DatasetTable) -> int | None:
+def max_decoded_frames(table: DatasetTable) -> int | None:
     """Return the number of kept frames after which decoding can stop; None if all frames are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
@@ -298,7 +298,7 @@ class ClipCompanions(NamedTuple):
 FitImage = Callable[[Frame], Frame]  # resizes and crops an image
 
 
-def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
+def read_mask_image(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames.
 
     Args:
@@ -311,7 +311,7 @@ def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: 
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
-def read_moving(
+def read_mask_clip(
     path: Path, frames: Iterator[Frame], fit_image: FitImage, size: buckets.Size, num_frames: int
 ) -> Mask:
     """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks, F H W in 0..255.
@@ -325,17 +325,18 @@ def read_moving(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    look = MaskLook()  # finds out whether the mask is in the colors or in the alpha of the frames
-    masks: list[Frame] = []
-    opacities: list[Frame] = []
+    # only after the last frame it is known whether the mask is in the colors or in the alpha channel
+    mask_look = MaskLook()
+    color_masks: list[Frame] = []
+    alpha_masks: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
-        on_white, opacity = look.add(frame)
-        masks.append(_gray(path, on_white, fit_image, size))
-        opacities.append(fit_image(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
-    if look.is_drawn:  # the mask is in the alpha
-        masks = opacities
-    masks += [masks[-1]] * (num_frames - len(masks))
-    return np.stack(masks)
+        frame_on_white, alpha = mask_look.add(frame)
+        color_masks.append(_gray(path, frame_on_white, fit_image, size))
+        has_alpha = frame.shape[2] == 4
+        alpha_masks.append(fit_image(alpha) if has_alpha else np.full_like(color_masks[-1], 255))
+    masks = alpha_masks if mask_look.is_drawn else color_masks
+    num_missing = num_frames - len(masks)
+    return np.stack([*masks, *[masks[-1]] * num_missing])
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
@@ -380,20 +381,20 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     if not table.enable_bucket:
         _check_multiple(table, step)
         return table.resolution
-    rule = table.buckets
-    if rule is not None and rule.step % step:
+    sd_scripts_buckets = table.buckets
+    if sd_scripts_buckets is not None and sd_scripts_buckets.step % step:
         raise DatasetError(
-            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
-            f"needs. Use {round_up(rule.step, step)}."
+            f"{table.name}: bucket_reso_steps = {sd_scripts_buckets.step} is not a multiple of {step}, which "
+            f"this model needs. Use {round_up(sd_scripts_buckets.step, step)}."
         )
     width, height = table.resolution
     area = width * height
     sizes = _sizes_of_buckets(table, step)
     try:
-        if rule is None:
+        if sd_scripts_buckets is None:
             return buckets.select_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
         if table.bucket_no_upscale:
-            return buckets.fit_without_enlarging(size, area, rule.step).bucket
+            return buckets.fit_without_enlarging(size, area, sd_scripts_buckets.step).bucket
         return buckets.select_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
@@ -418,14 +419,16 @@ def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...
 
     Raises DatasetError if the table's sizes are invalid.
     """
-    rule = table.buckets
+    sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
     width, height = table.resolution
     try:
-        if rule is None:
+        if sd_scripts_buckets is None:
             return _bucket_sizes(width, height, step)
         if table.bucket_no_upscale:
             return ()
-        return _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+        return _image_sizes(
+            table.resolution, sd_scripts_buckets.minimum, sd_scripts_buckets.maximum, sd_scripts_buckets.step
+        )
     except ValueError as error:
         raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
 

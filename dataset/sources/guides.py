@@ -25,13 +25,13 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     for guide in table.guides:
         key = KEYFRAMES if guide.is_keyframe else REPLACED
         try:
-            paired, alone = pair_by_name(table, guide.directory, key, stems)
+            paired, unmatched = pair_by_name(table, guide.directory, key, stems)
             if not paired:
                 raise DatasetError(explain_unpaired(table, guide.directory, key, stems))
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             return sources
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
         lacking = [source for source in sources if source.stem not in paired]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
         if lacking:

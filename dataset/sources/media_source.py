@@ -185,7 +185,7 @@ class ClipInfo:
 
 
 @contextlib.contextmanager
-def pause_collection() -> Iterator[None]:
+def pause_garbage_collection() -> Iterator[None]:
     """Pause Python's cycle collection during the block, unless it was off before.
 
     While a list of a million objects grows, the collector would visit all of them again and again, which
