@@ -37,8 +37,8 @@ from dataset.sources.remarks import (
     find_caption_warnings,
     find_media_warnings,
     log_warnings,
+    unvaried_captions,
     warn_cut_captions,
-    whole_texts,
 )
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size, quiet
@@ -357,7 +357,7 @@ def _warn_of_live(
     sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
-        (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
+        (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
     ]
     for text_encoder in encoders:
         warn_cut_captions(text_encoder, captions)

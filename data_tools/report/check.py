@@ -574,13 +574,13 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
     """Add a fault for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
-        "text caches are missing": (*cached.missing_text, *cached.missing_empty),
+        "text caches are missing": (*cached.missing_text, *cached.missing_empty_prompts),
         "text caches are unfinished": cached.unfinished_text,
         'caches of sound are missing, and audio = "required"': cached.missing_audio,
     }
     for kind, paths in missing.items():
         findings.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
-    for table, line in cached.unsound:
+    for table, line in cached.incomplete_tables:
         if table is findings.table:
             findings.faults.append(Fault("caches may be incomplete", line))
 

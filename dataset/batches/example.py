@@ -34,19 +34,23 @@ class ExampleItem:
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the source files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
-    cached: frozenset[str] = frozenset()
+    cached_keys: frozenset[str] = frozenset()
     if item.cache_info.live_buckets is None:  # its latents are cached, not encoded while training
         with contextlib.suppress(UserError, OSError):
-            cached = stores.of(table).read(item.file_name, is_full=False).keys
+            cached_keys = stores.of(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
         _read_caption(item, stores),
-        cached=cached,
+        cached=cached_keys,
         places=one_frame_settings(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
-        # files that belong to an item; only a listing of the table finds their names
-        companions = (table.control_directory, table.control_mask_directory, table.reference_directory)
-        if table.directory is not None and not any(companions):
+        # only a listing of the table finds the files in these folders that belong to an item
+        companion_folders = (
+            table.control_directory,
+            table.control_mask_directory,
+            table.reference_directory,
+        )
+        if table.directory is not None and not any(companion_folders):
             if table.kind == "video":  # a clip without such files has nothing to show
                 return example
             image = _recorded_image(item, stores)

@@ -53,18 +53,18 @@ class FoundItems:
     # text caches that some of the text encoders have not written yet
     unfinished_text: dict[Path, None] = field(default_factory=dict)
     # missing caches of the empty prompt, for tables that need it
-    missing_empty: list[Path] = field(default_factory=list)
+    missing_empty_prompts: list[Path] = field(default_factory=list)
     # tables whose caches cannot be trusted to be complete, each with the reason
-    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)
+    incomplete_tables: list[tuple[DatasetTable, str]] = field(default_factory=list)
     missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
-    needs_audio: str = 'audio = "required"'  # why missing audio is an error
+    why_audio_is_needed: str = 'audio = "required"'  # why missing audio is an error
     silent: AudioSpec | None = None  # set if the run trains audio, but no item has any
     # folder without text caches for this model -> name of a text cache of another model in that folder
-    texts_of_others: dict[Path, str] = field(default_factory=dict)
+    texts_of_other_models: dict[Path, str] = field(default_factory=dict)
     # stems of current sources, by folder because several tables may share one
     listed: dict[Path, set[str]] = field(default_factory=dict)
     # (folder, stem) of caches whose table does not list the source
-    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
+    unlisted_caches: dict[tuple[Path, str], None] = field(default_factory=dict)
     # index of a table -> sources without latents; only if the items were taken from the index of its caches
     left_out: dict[int, list[str]] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ def find_items(
             trusts_index=trusts_index,
         )
     if audio is not None and audio.is_alone:
-        listing.needs_audio = "sound alone is learned"
+        listing.why_audio_is_needed = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_inside
     has_audio = any(item.has_cached_audio for item in listing.items)
     # audio that is encoded while training is unknown here, so nothing can be said of it
@@ -231,7 +231,7 @@ def _leave_out_unlisted(
         if stem in stems:
             selected.append(name)
         else:
-            listing.unlisted[table.picture_folder, stem] = None
+            listing.unlisted_caches[table.picture_folder, stem] = None
     return selected
 
 
@@ -241,7 +241,7 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
     from dataset.cache.form import list_format_errors, list_shard_errors
 
     for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
-        listing.unsound.append((table, line))
+        listing.incomplete_tables.append((table, line))
 
 
 def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
@@ -363,7 +363,7 @@ class _TextCaches:
             # texts of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
-                listing.texts_of_others[table.cache_directory] = of_others
+                listing.texts_of_other_models[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
         self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
@@ -400,7 +400,7 @@ class _TextCaches:
             if self._table.texts_see_references:  # then each source has an empty prompt of its own
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
             if empty_name not in self._empty:
-                self._listing.missing_empty.append(folder / empty_name)
+                self._listing.missing_empty_prompts.append(folder / empty_name)
                 self._empty = None  # one is reported for each table
         return self._num_captions.get(stem, 1)
 
@@ -456,33 +456,33 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         CacheError: If a table has no usable cache, or text caching has not finished. The message has the
             commands that cache.
     """
-    if listing.unsound or listing.unfinished_text:
+    if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
     # everything that ends the run
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
     if listing.empty_tables or not listing.items:
-        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
+        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_other_models.items()]
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
     if listing.silent is not None:
         errors.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
-    for path in listing.missing_empty:
+    for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if errors:
         # only the commands that make what is missing
         text_command = commands.text
-        if listing.missing_empty:
+        if listing.missing_empty_prompts:
             text_command += " --empty_prompt"
         needed = []
         if listing.empty_tables or listing.silent is not None or listing.missing_audio:
             needed.append(commands.latents)
-        if listing.empty_tables or listing.missing_text or listing.missing_empty:
+        if listing.empty_tables or listing.missing_text or listing.missing_empty_prompts:
             needed.append(text_command)
         raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed]))
-    if listing.missing_text or listing.unlisted:
+    if listing.missing_text or listing.unlisted_caches:
         _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")
@@ -492,8 +492,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
 
 def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
     """Raise CacheError if caches may be missing, or if text caching has not finished."""
-    if listing.unsound:
-        lines = [line for _, line in listing.unsound]
+    if listing.incomplete_tables:
+        lines = [line for _, line in listing.incomplete_tables]
         if any("convert_cache" not in line for line in lines):
             lines += ["Shards are made whole by:", commands.latents, commands.text]
         raise CacheError("\n  ".join(lines))
@@ -538,7 +538,8 @@ def _audio_errors(listing: FoundItems) -> list[str]:
         example = next(path.name for path in listing.missing_audio if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
         errors.append(
-            f"{listing.needs_audio}, but {lacking} in {folder}, such as {example}. Take silent ones out"
+            f"{listing.why_audio_is_needed}, but {lacking} in {folder}, such as {example}. Take silent ones "
+            "out"
         )
     return errors
 
@@ -553,7 +554,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             commands.text,
         )
     # a cache that one table does not list may be of a source that another table of the folder lists
-    gone = [folder / stem for folder, stem in listing.unlisted if stem not in listing.listed[folder]]
+    gone = [folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.listed[folder]]
     if gone:
         logger.warning(
             "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",

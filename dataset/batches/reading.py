@@ -115,9 +115,9 @@ def read_batch(
         text_metadata=tuple(text.metadata for text in texts),
     )
     if any(item.table.gives_parts for item in items):
-        from dataset.batches.given_parts import add_given_parts  # few tables have them
+        from dataset.batches.given_parts import add_clean_conditions  # few tables have them
 
-        batch = add_given_parts(batch, items)
+        batch = add_clean_conditions(batch, items)
     return batch
 
 

@@ -81,11 +81,11 @@ def decode(
     missing = plan.missing or ()
     audios: SpanAudios | None = None
     if recipe.keeps_audio and recipe.audio is not None and missing and source.table.kind == "video":
-        from dataset.sources.audio import audios_of  # only of families with audio
+        from dataset.sources.audio import read_span_audios  # only of families with audio
 
         with fetch(source) as local:
-            audios = audios_of(local, missing, recipe.fps, recipe.audio)
-        plan = dataclasses.replace(plan, silent=audios.silent)
+            audios = read_span_audios(local, missing, recipe.fps, recipe.audio)
+        plan = dataclasses.replace(plan, silent=audios.silence_reason)
     # identities of the source files, for the record
     files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
@@ -102,7 +102,7 @@ def decode(
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
     """Yield the items of a clip with their audio added."""
     for item, samples in zip(items, audios.samples, strict=True):
-        yield dataclasses.replace(item, audio=samples, is_heard=audios.silent is None)
+        yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:

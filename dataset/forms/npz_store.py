@@ -4,8 +4,8 @@ Latents of an image are in `STEM_WWWWxHHHH_TAG.npz` (W, H: size of the image). F
 has the arrays `latents`, `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` with the suffix
 `_{h}x{w}` in latent pixels; without `NpzFormat.has_resolutions`, it has one resolution and no suffix. Files
 of older programs are called `STEM.npz` and are read if there is no other (`NpzFormat.reads_untagged_files`).
-Texts are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they fit,
-and never removed as stale. Our files have one more array for each resolution, the record of its sources,
+Texts are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they
+fit, and never removed as stale. Our files have one more array for each resolution, the record of its sources,
 which other programs ignore.
 """
 

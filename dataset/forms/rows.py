@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
-from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.sources.captions import complete_captions, lines_of, split_first_caption
 from dataset.sources.missing import explain_lookup
 from dataset.sources.numbering import GAPS, find_gap
 from dataset.table import FURTHER_TEXT, DatasetTable
@@ -109,9 +109,9 @@ class RowReader:
         )
         source = self._add_audio(source, values, position)
         if self.table.shows_media and values.get("references") is not None:
-            from dataset.sources.shown import read_shown  # few lists have references
+            from dataset.sources.shown import read_row_references  # few lists have references
 
-            source = replace(source, shown=read_shown(values["references"], self.file, position))
+            source = replace(source, shown=read_row_references(values["references"], self.file, position))
         if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
             source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
         self._identities.append(media.identity)  # `assign_unique_stems` uses it
@@ -413,7 +413,7 @@ def make_source(
     """Make a source from a row, or from a sample of a tar; `position` is for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
-    caption, more_captions = first_and_more(captions, position)
+    caption, more_captions = split_first_caption(captions, position)
     masks = [file for file in (mask, control_mask) if file is not None]
     all_rejected = [] if rejected is None else [rejected]
     # in the order of `MediaSource.parts`

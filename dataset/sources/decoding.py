@@ -246,25 +246,10 @@ def _decode_clip(
     if local.mask is not None:  # one image for all frames, or a clip
         mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times)
     found_spans, reason = spans_or_reason(table, count, lengths)
-    control: list[Clip] = []
     companions = ClipCompanions()
-    rejected: Clip | None = None
-    if found_spans:
-        if local.control:
-            control, control_changes = _read_control_clips(
-                local, bucket, count=count, fps=fps, frame_times=frame_times
-            )
-            size_changes += control_changes
-        if local.references or local.guides or local.control_mask is not None:
-            from dataset.sources.companions import read_companions  # few clips have any
-
-            companions = read_companions(
-                local, size, bucket=bucket, count=count, fps=fps, frame_times=frame_times
-            )
-        if local.rejected is not None:
-            from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
-
-            rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
+    has_companions = any((local.control, local.references, local.guides, local.control_mask, local.rejected))
+    if found_spans and has_companions:
+        companions = _read_clip_companions(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
     return DecodedMedia(
         source=source,
         size=size,
@@ -272,11 +257,11 @@ def _decode_clip(
         frames=frames,
         spans=found_spans,
         reason=reason,
-        control=tuple(control),
+        control=companions.control,
         mask=mask,
         references=companions.references,
         control_mask=companions.control_mask,
-        rejected=rejected,
+        rejected=companions.rejected,
         clip=ClipInfo(
             size,
             count,
@@ -284,6 +269,43 @@ def _decode_clip(
             complete=max_frames is None or count < max_frames,
             size_changes=(*size_changes, *companions.size_changes),
         ),
+    )
+
+
+def _read_clip_companions(
+    local: MediaSource,
+    size: Size,
+    bucket: Size,
+    count: int,
+    fps: float,
+    frame_times: Sequence[tuple[int, float]],
+) -> ClipCompanions:
+    """Read the control clips, references, guides, control mask and rejected clip of a fetched clip.
+
+    `count`, `fps` and `frame_times` are the number, the rate and the times of the clip's kept frames.
+    """
+    control: list[Clip] = []
+    control_changes: list[str] = []
+    if local.control:
+        control, control_changes = _read_control_clips(
+            local, bucket, count=count, fps=fps, frame_times=frame_times
+        )
+    companions = ClipCompanions()
+    if local.references or local.guides or local.control_mask is not None:
+        from dataset.sources.companions import read_companions  # few clips have any
+
+        companions = read_companions(
+            local, size, bucket=bucket, count=count, fps=fps, frame_times=frame_times
+        )
+    rejected: Clip | None = None
+    if local.rejected is not None:
+        from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
+
+        rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
+    return companions._replace(
+        control=tuple(control),
+        rejected=rejected,
+        size_changes=(*control_changes, *companions.size_changes),
     )
 
 

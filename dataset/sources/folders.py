@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.config_keys import IGNORE
-from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
+from dataset.sources.captions import captions_in, explain_captions, read_caption_file, split_first_caption
 from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.missing import explain_lookup
@@ -156,7 +156,7 @@ def _read_captions(path: Path, table: DatasetTable) -> _Captions:
         if file is not None:
             text, encoding = file.text, file.encoding
         captions = None if text is None else captions_in(text, table)
-        first, further = first_and_more(captions, path)
+        first, further = split_first_caption(captions, path)
     except DatasetError as error:
         return _Captions(encoding=encoding, error=str(error))
     return _Captions(first, further, encoding)

@@ -288,11 +288,14 @@ Mask = NDArray[np.uint8]  # F H W
 
 
 class ClipCompanions(NamedTuple):
-    """References and guides, and the control mask of a source, resized to their buckets."""
+    """Files that belong to a source, decoded and resized to their buckets."""
 
-    references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3
+    references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3; guides follow
     control_mask: Mask | None = None
-    size_changes: tuple[str, ...] = ()  # a line for each reference whose frames change size
+    size_changes: tuple[str, ...] = ()  # a line for each control clip or reference whose frames change size
+    # set only for clips
+    control: tuple[NDArray[np.uint8], ...] = ()  # each F H W 3
+    rejected: NDArray[np.uint8] | None = None  # F H W 3
 
 
 FitImage = Callable[[Frame], Frame]  # resizes and crops an image

@@ -9,7 +9,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 
-KEYFRAMES, REPLACED = "keyframe_guide_directory", "latent_idx_guide_directory"
+KEYFRAMES, LATENT_GUIDES = "keyframe_guide_directory", "latent_idx_guide_directory"
 LACKING = "clips without a guide, while their table has guides. Add these images, or use another table"
 
 
@@ -21,24 +21,24 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     file fits, are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
-    by_guide: list[Mapping[str, tuple[Path, ...]]] = []  # for each guide: its files by stem of the clip
+    files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
     for guide in table.guides:
-        key = KEYFRAMES if guide.is_keyframe else REPLACED
+        key = KEYFRAMES if guide.is_keyframe else LATENT_GUIDES
         try:
-            paired, unmatched = pair_by_name(table, guide.directory, key, stems)
-            if not paired:
+            files_by_stem, unmatched = pair_by_name(table, guide.directory, key, stems)
+            if not files_by_stem:
                 raise DatasetError(explain_unpaired(table, guide.directory, key, stems))
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             return sources
         warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
-        lacking = [source for source in sources if source.stem not in paired]
+        lacking = [source for source in sources if source.stem not in files_by_stem]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
         if lacking:
             return sources
-        by_guide.append(paired)
+        files_of_guides.append(files_by_stem)
     completed = []
     for source in sources:
-        guides = tuple(paired[source.stem][0] for paired in by_guide)
+        guides = tuple(files_by_stem[source.stem][0] for files_by_stem in files_of_guides)
         completed.append(replace(source, guides=guides))
     return completed

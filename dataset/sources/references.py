@@ -177,8 +177,12 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return how a reference of a size is resized and cropped; None if it is treated like its image.
 
-    `bucket` is the bucket of the image, or None if it is unknown yet. A reference that keeps its size loses
-    pixels only at the right and bottom, as in caches of other trainers.
+    1. With no_resize_control, a reference of at most control_resolution keeps its size, and only loses pixels
+       at the right and bottom, as in caches of other trainers.
+    2. Without control_resolution, the rules of the model decide.
+    3. Otherwise it gets a bucket of control_resolution.
+
+    `bucket` is the bucket of the image, or None if it is unknown yet.
 
     Raises:
         MediaError: If the reference is too small.
@@ -192,12 +196,10 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     is_small = resolution is None or width * height <= resolution[0] * resolution[1]
-    # the reference keeps its pixels; only surplus ones at the right and bottom are cut off
     if table.no_resize_control and is_small:
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
-        # control_resolution is not set: the model's rules decide
         if not rules.own_shape or bucket is None:
             return None
         area = bucket[0] * bucket[1] if rules.area is None else rules.area

@@ -26,11 +26,11 @@ from dataset.batches.checks import SameEncoders
 from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
-    RunPlace,
+    RunPosition,
     change_captions,
-    drops_references,
     select_captions,
-    select_sides,
+    select_mirrored,
+    should_drop_references,
 )
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
@@ -423,7 +423,7 @@ class Feed:
         captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
-            flips = select_sides(items, seed, number)
+            flips = select_mirrored(items, seed, number)
         undropped: Sequence[int] = ()
         if self.reads_dropped:
             undropped = select_captions(items, seed, number, epoch, drops=False)
@@ -437,13 +437,13 @@ class Feed:
             reads_empty=self.reads_empty,
             reads_rejected=self.reads_rejected,
         )
-        if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
+        if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         # tables with live captions: these are shuffled and dropped here, in a way that depends on the step
         if self.sources.tables:
             # the first micro-batch of this one's group: both belong to the same optimizer step
             step = plan.steps_until(epoch, index - index % plan.group_size)
-            place = RunPlace(seed, number, step, plan.total_steps)
+            place = RunPosition(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
         randomness, first_sample = self._make_randomness(key)
         return randomness.add(batch, number, first_sample)

@@ -11,7 +11,7 @@ import torch
 from data_tools.report.check import check_training
 from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands, TableCacheInfo, TrainingItem
-from dataset.batches.order import RunPlace, change_captions, changed_caption, select_captions
+from dataset.batches.order import RunPosition, change_captions, changed_caption, select_captions
 from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
@@ -96,12 +96,12 @@ def test_a_dropped_caption_stays_empty_and_another_is_a_function_of_its_place(tm
     ]
     texts = ["a, b, c, d, e, f"] * 3
 
-    first = change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 0, 10))
+    first = change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 1, 0, 10))
 
     assert first[1] == ""
     assert first[0] != first[2]
-    assert first == change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 5, 10))
-    assert first != change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 2, 0, 10))
+    assert first == change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 1, 5, 10))
+    assert first != change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 2, 0, 10))
 
 
 COMMANDS = CachingCommands(lambda: ("latents again", "texts again"))
