@@ -127,19 +127,19 @@ class _Clips(NamedTuple):
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of two text files: a line of the prompts with the same line of the videos."""
-    prompts = root / (table.caption_column or _find_prompts(root, name))
-    videos = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
-    _require_list(prompts, "caption_column", name)
-    _require_list(videos, "video_column", name)
-    captions = [line for line in table_lines(prompts) if line.strip()]
-    paths = [(number, line) for number, line in enumerate(table_lines(videos), 1) if line.strip()]
+    prompt_list = root / (table.caption_column or _find_prompts(root, name))
+    video_list = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
+    _require_list(prompt_list, "caption_column", name)
+    _require_list(video_list, "video_column", name)
+    captions = [line for line in table_lines(prompt_list) if line.strip()]
+    paths = [(number, line) for number, line in enumerate(table_lines(video_list), 1) if line.strip()]
     if len(captions) != len(paths):
         raise DatasetError(
-            f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
-            "prompt, in the same order. Blank lines are not counted."
+            f"{name}: {prompt_list} has {len(captions)} lines, {video_list} has {len(paths)}; each video has "
+            "one prompt, in the same order. Blank lines are not counted."
         )
     rows = (
-        TableRow(videos, "line", number, {"caption": caption, "video": video})
+        TableRow(video_list, "line", number, {"caption": caption, "video": video})
         for caption, (number, video) in zip(captions, paths, strict=True)
     )
     return _Clips(rows, "caption", "video")
@@ -233,8 +233,8 @@ class _TensorFolder(NamedTuple):
     """A folder that contains one folder for each kind of precomputed tensors."""
 
     path: Path
-    moments: frozenset[str] | None  # names of files in `video_latents`; None if that folder is missing
-    embeds: frozenset[str] | None  # names of files in `prompt_embeds`; None if that folder is missing
+    moment_files: frozenset[str] | None  # names in `video_latents`; None if that folder is missing
+    embed_files: frozenset[str] | None  # names in `prompt_embeds`; None if that folder is missing
 
 
 def _find_tensors(
@@ -256,18 +256,18 @@ def _find_tensors(
         path = Path(root)
         folder = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
         folders[root] = folder
-        if folder.moments is None:
+        if folder.moment_files is None:
             faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
-    if folder.moments is None:  # its fault was added with the first row
+    if folder.moment_files is None:  # its fault was added with the first row
         return None
     stem = row.video.stem
-    for subfolder, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+    for subfolder, names in ((MOMENTS, folder.moment_files), (EMBEDS, folder.embed_files)):
         if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
             file = f"{folder.path / subfolder / stem}.pt"
             faults.append(Fault(kind, f"{file} ({row.position})", stem))
             return None
-    return CogVideoXTensors(folder.path, stem, has_embeds=folder.embeds is not None)
+    return CogVideoXTensors(folder.path, stem, has_embeds=folder.embed_files is not None)
 
 
 def _names_in(folder: Path) -> frozenset[str] | None:

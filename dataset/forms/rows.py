@@ -353,17 +353,17 @@ def list_rows(
     reader: RowReader,
     rows: Iterable[TableRow],
     faults: list[media_source.Fault],
-    cells: Mapping[str, FindCell] = MappingProxyType({}),
+    cell_finders: Mapping[str, FindCell] = MappingProxyType({}),
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cells` has a function for each column with files, which locates the file in the cell of a row.
+    `cell_finders` has a function for each column with files, which locates the file in the cell of a row.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
     for row in rows:
         try:
-            sources.append(_read_row(reader, row, cells))
+            sources.append(_read_row(reader, row, cell_finders))
         except RejectedAddress as refused:
             faults.append(media_source.Fault(f"{kind}: {refused.reason}", refused.shown))
         except DatasetError as error:
@@ -371,19 +371,21 @@ def list_rows(
     return reader.assign_unique_stems(sources, faults)
 
 
-def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row; `cells` has a function for each column of files, which finds a row's file.
+def _read_row(
+    reader: RowReader, row: TableRow, cell_finders: Mapping[str, FindCell]
+) -> media_source.MediaSource:
+    """Return the source of a row, whose files may be in its own cells (`cell_finders`).
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
     """
     if row.fault is not None:
         raise DatasetError(f"{row.position}: {row.fault}")
-    if not cells:
+    if not cell_finders:
         return reader.read(row.values, row.position)
     media: tuple[str, FileLocation] | None = None
     values = {**row.values}
-    for column, find_cell in cells.items():
+    for column, find_cell in cell_finders.items():
         origin = find_cell(row)
         if origin is None:  # null: the row has no file in this column
             continue

@@ -121,9 +121,9 @@ def list_tars(
             faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
         if index.damage is not None:
             faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", is_fatal=False))
-        num_without_media += index.num_others
-        if index.others and not example_without_media:
-            example_without_media = str(name_parts(tar, index.others[0]))
+        num_without_media += index.num_without_media
+        if index.keys_without_media and not example_without_media:
+            example_without_media = str(name_parts(tar, index.keys_without_media[0]))
     if num_without_media:
         logger.warning(
             "%s: %d samples, such as %s, hold no %s and are not used.",
