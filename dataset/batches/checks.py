@@ -390,14 +390,15 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
     made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
-    num_now = _count_references(item)
-    if table.directory is None:
-        if num_now is not None and min(num_now, rules.maximum) != num_cached:
+    num_now = _count_references(item)  # None: unknown
+    num_expected = None if num_now is None else min(num_now, rules.maximum)
+    if table.directory is None:  # a list
+        if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, now {table.source} names {num_now}"
     elif num_cached and table.control_directory is None:
         yield f"it was made with reference pictures, {table.name} has no control_directory"
-    elif num_now is not None and num_cached < min(num_now, rules.maximum):
-        yield f"{made_with}, now its image has {min(num_now, rules.maximum)}"
+    elif num_expected is not None and num_cached < num_expected:
+        yield f"{made_with}, now its image has {num_expected}"
 
 
 def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:

@@ -56,22 +56,26 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():
                 return replace(example, picture=image)
-        if _is_large(table.directory):  # listing it would take long
-            return example
-        from dataset.listing import find_sources  # only for lists and companions
-
-        sources = find_sources(table, captions=False, faults=[])
-        source = next((source for source in sources if source.stem == item.source_stem), None)
-        # only files on disk: no member of a tar, no download, no tensors
-        if source is not None and not any(source.remote_or_packed) and source.tensors is None:
-            return replace(
-                example,
-                picture=source.path if table.kind == "image" else None,
-                controls=source.control,
-                control_mask=source.control_mask,
-                references=source.references,
-            )
+        if not _is_large(table.directory):  # listing it would take long
+            return _add_listed_files(example, item)
     return example
+
+
+def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
+    """Add an item's files on disk, found by listing its table; tars, downloads and tensors are left out."""
+    from dataset.listing import find_sources  # only for lists and companions
+
+    sources = find_sources(item.table, captions=False, faults=[])
+    source = next((source for source in sources if source.stem == item.source_stem), None)
+    if source is None or any(source.remote_or_packed) or source.tensors is not None:
+        return example
+    return replace(
+        example,
+        picture=source.path if item.table.kind == "image" else None,
+        controls=source.control,
+        control_mask=source.control_mask,
+        references=source.references,
+    )
 
 
 def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:

@@ -58,7 +58,7 @@ class FoundItems:
     incomplete_tables: list[tuple[DatasetTable, str]] = field(default_factory=list)
     missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
     why_audio_is_needed: str = 'audio = "required"'  # why missing audio is an error
-    silent: AudioSpec | None = None  # set if the run trains audio, but no item has any
+    missing_all_audio: AudioSpec | None = None  # set if the run trains audio, but no item has any
     # folder without text caches for this model -> name of a text cache of another model in that folder
     texts_of_other_models: dict[Path, str] = field(default_factory=dict)
     # stems of current sources, by folder because several tables may share one
@@ -112,10 +112,10 @@ def find_items(
     if audio is not None and audio.is_alone:
         listing.why_audio_is_needed = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_inside
-    has_audio = any(item.has_cached_audio for item in listing.items)
     # audio that is encoded while training is unknown here, so nothing can be said of it
-    if has_own_caches and listing.items and not live and not has_audio:
-        listing.silent = audio
+    expects_audio = has_own_caches and bool(listing.items) and not live
+    if expects_audio and not any(item.has_cached_audio for item in listing.items):
+        listing.missing_all_audio = audio
     return listing
 
 
@@ -182,7 +182,7 @@ def _add_table(
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, cache_info, file, num_captions)
             if audio_caches is not None:
-                item = audio_caches.add_to(item, store)
+                item = audio_caches.add_audio(item, store)
             listing.items.append(item)
     if is_empty:
         listing.empty_tables.append(table)
@@ -257,7 +257,7 @@ class _AudioCaches:
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """Find the audio caches in `names`; `add_to` reports missing ones in `listing`."""
+        """Find the audio caches in `names`; `add_audio` reports missing ones in `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.is_alone
@@ -266,7 +266,7 @@ class _AudioCaches:
         # each shape as its own key: items share one tuple, which saves memory
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def add_to(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
+    def add_audio(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
         """Return an item with the fields of its audio; the shape is () if batches do not depend on it."""
         shape: tuple[int, ...] = ()
         if item.table.batch_size > 1:
@@ -358,15 +358,15 @@ class _TextCaches:
         self._ending = cache_files.text_file_name("", tag)
         # A source may have several captions. Caches of first captions are named by the source alone; caches
         # of further captions and of the empty prompt have an additional part in their names
-        self._first = {name for name in names if name.endswith(self._ending)}
-        if not self._first:
+        self._first_captions = {name for name in names if name.endswith(self._ending)}
+        if not self._first_captions:
             # texts of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
                 listing.texts_of_other_models[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
-        self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
+        self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
         # unfinished caches of first captions are reported by `count_or_report`
         for name in unfinished:
             if self._is_used(name.removesuffix(cache_files.PART)):
@@ -374,9 +374,9 @@ class _TextCaches:
         # number of captions by stem, if there are several
         self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
-        self._empty: set[str] | None = None
+        self._empty_prompts: set[str] | None = None
         if table.caches_empty_prompt:
-            self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
+            self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this cache of a further caption or of the empty prompt."""
@@ -389,19 +389,19 @@ class _TextCaches:
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
-        if unfinished_name in self._unfinished_first:
+        if unfinished_name in self._unfinished_first_captions:
             self._listing.unfinished_text[folder / unfinished_name] = None
-        elif name not in self._first:
+        elif name not in self._first_captions:
             self._listing.missing_text[folder / name] = None
-        if name not in self._first:
+        if name not in self._first_captions:
             return 0
-        if self._empty is not None:
+        if self._empty_prompts is not None:
             empty_name = cache_files.empty_text_name(self._tag)
             if self._table.texts_see_references:  # then each source has an empty prompt of its own
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
-            if empty_name not in self._empty:
+            if empty_name not in self._empty_prompts:
                 self._listing.missing_empty_prompts.append(folder / empty_name)
-                self._empty = None  # one is reported for each table
+                self._empty_prompts = None  # one is reported for each table
         return self._num_captions.get(stem, 1)
 
 
@@ -458,7 +458,6 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """
     if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
-    # everything that ends the run
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
@@ -467,27 +466,34 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
-    if listing.silent is not None:
-        errors.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
+    if listing.missing_all_audio is not None:
+        advice = listing.missing_all_audio.without
+        errors.append(f"no clip of the dataset has cached sound. Give some, or {advice}")
     for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if errors:
-        # only the commands that make what is missing
-        text_command = commands.text
-        if listing.missing_empty_prompts:
-            text_command += " --empty_prompt"
-        needed = []
-        if listing.empty_tables or listing.silent is not None or listing.missing_audio:
-            needed.append(commands.latents)
-        if listing.empty_tables or listing.missing_text or listing.missing_empty_prompts:
-            needed.append(text_command)
-        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed]))
+        needed_commands = _list_needed_commands(listing, commands)
+        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
     if listing.missing_text or listing.unlisted_caches:
         _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")
     logger.info("In the caches: %s of %s", num_items, num_tables)
     return listing.items
+
+
+def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
+    """Return the caching commands that make the missing caches."""
+    needed_commands = []
+    lacks_all_audio = listing.missing_all_audio is not None
+    if listing.empty_tables or lacks_all_audio or listing.missing_audio:
+        needed_commands.append(commands.latents)
+    text_command = commands.text
+    if listing.missing_empty_prompts:
+        text_command += " --empty_prompt"
+    if listing.empty_tables or listing.missing_text or listing.missing_empty_prompts:
+        needed_commands.append(text_command)
+    return needed_commands
 
 
 def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:

@@ -44,11 +44,12 @@ class BatchOrder:
         # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
-        self._pools = repeat_items(self._items)
+        self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
-        self.num_items = sum(map(len, self._pools.values()))  # items of an epoch, including repeats
-        self.num_batches = sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in self._pools.values())
+        self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
+        group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
+        self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
         self._cached_epoch = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # for each batch: number of items of the epoch before it
@@ -57,7 +58,7 @@ class BatchOrder:
 
     def _warn_of_unused(self) -> None:
         """Warn about regularization images that no epoch contains."""
-        used = {id(item) for pool in self._pools.values() for item in pool}
+        used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
         unused = len(self._items) - len(used)
         if unused:
             logger.warning(
@@ -83,10 +84,10 @@ class BatchOrder:
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
             with pause_garbage_collection():
-                for _, pool in sorted(self._pools.items()):
-                    batch_size = pool[0].table.batch_size
-                    shuffled = _shuffle(pool, draw_bits)
-                    for start in range(0, len(pool), batch_size):
+                for _, group_items in sorted(self._repeated_items.items()):
+                    batch_size = group_items[0].table.batch_size
+                    shuffled = _shuffle(group_items, draw_bits)
+                    for start in range(0, len(shuffled), batch_size):
                         batches.append(tuple(shuffled[start : start + batch_size]))
                 self._batches = _shuffle(batches, draw_bits)
                 self._cached_epoch = number
@@ -112,7 +113,8 @@ class BatchOrder:
                 self._group_starts.append(counts[batch[0].table.batch_group])
                 counts[batch[0].table.batch_group] += len(batch)
         batch_group = batches[index][0].table.batch_group
-        items_per_epoch = sum(len(pool) for key, pool in self._pools.items() if key[0] == batch_group)
+        in_group = [items for key, items in self._repeated_items.items() if key[0] == batch_group]
+        items_per_epoch = sum(map(len, in_group))
         return epoch * items_per_epoch + self._group_starts[index]
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -238,12 +238,12 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
     return ()
 
 
-class _Difference(NamedTuple):
-    """Files or stems of a table that differ from its caches in the same way."""
+class _SourceDifferences(NamedTuple):
+    """Names of files or stems by which the sources of a table differ from its caches."""
 
-    names: list[str]
-    error: str
-    consequence: str
+    without_latents: list[str]
+    without_source: list[str]  # stems with latents, but without a file
+    uncached_audio: list[str]  # clips whose audio is not cached
 
 
 def compare_sources(
@@ -271,44 +271,65 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
-        without_source: list[str] = []
-        uncached_audio: list[str] = []
         if table.index in listing.left_out:  # the index of the caches has the answer
-            without_latents = listing.left_out[table.index]
+            differences = _SourceDifferences(listing.left_out[table.index], [], [])
         else:
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # sources without texts have latents, and `require_items` has warned of them
+            # `require_items` has warned of sources without texts
             missing_text_caches = {path.name for path in listing.missing_text}
-            without_latents = []
-            for stem, source in sources.items():
-                if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
-                    without_latents.append(str(source.path))
-            without_source = sorted(cached - sources.keys())
-            if trains_audio and table.kind == "video" and table.audio != IGNORE:
-                silent = {item.source_stem for item in items if not item.has_cached_audio}
-                uncached_audio = [*map(str, list_silent(sources.values(), silent))]
-        differences: list[_Difference] = []
-        if without_latents:
-            consequence = "not cached, too short or unreadable: left out"
-            differences.append(_Difference(without_latents, "no latents", consequence))
-        if without_source:
-            consequence = "trained on until the caches are made again"
-            differences.append(_Difference(without_source, "caches but no file any more", consequence))
-        if uncached_audio:
-            consequence = "only their pictures are learned"
-            differences.append(_Difference(uncached_audio, "sound that is not cached", consequence))
-        for difference in differences:
-            logger.warning(
-                "%s: %s with %s, such as %s: %s. Cache again: %s",
-                table.name,
-                count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
-                difference.error,
-                difference.names[0],
-                difference.consequence,
-                commands.latents,
+            differences = _find_differences(
+                sources,
+                items,
+                missing_text_caches,
+                tag,
+                finds_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
             )
+        warnings = (
+            (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
+            (
+                differences.without_source,
+                "caches but no file any more",
+                "trained on until the caches are made again",
+            ),
+            (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
+        )
+        for names, problem, consequence in warnings:
+            if names:
+                logger.warning(
+                    "%s: %s with %s, such as %s: %s. Cache again: %s",
+                    table.name,
+                    count_of(len(names), table.kind if table.kind == "image" else "clip"),
+                    problem,
+                    names[0],
+                    consequence,
+                    commands.latents,
+                )
+
+
+def _find_differences(
+    sources: Mapping[str, MediaSource],
+    items: Sequence[TrainingItem],
+    missing_text_caches: Collection[str],
+    tag: str,
+    finds_audio: bool,
+) -> _SourceDifferences:
+    """Compare the sources of a folder, by stem, with the training items from its caches.
+
+    `missing_text_caches` are names of files: their sources have latents, but no item. `finds_audio` says
+    whether clips with audio must have cached audio.
+    """
+    cached = {item.source_stem for item in items}
+    without_latents = []
+    for stem, source in sources.items():
+        if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
+            without_latents.append(str(source.path))
+    uncached_audio: list[str] = []
+    if finds_audio:
+        silent = {item.source_stem for item in items if not item.has_cached_audio}
+        uncached_audio = [*map(str, list_silent(sources.values(), silent))]
+    return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:

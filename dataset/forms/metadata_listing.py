@@ -110,8 +110,8 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
         images_of_folders[parent] = {image.stem: image for image in images}
     if path.name not in images_of_folders[parent]:
-        position = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{position}: correct the key or remove the entry")
+        in_folder = "" if folder is None else f" in {folder}"
+        raise ValueError(f"there is no such picture{in_folder}: correct the key or remove the entry")
     return images_of_folders[parent][path.name]
 
 

@@ -8,9 +8,9 @@ each page is read before pyarrow unpacks it. Source: github.com/apache/parquet-f
 import bisect
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -289,8 +289,8 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     column = cell_column(parts[0], name)
     if column is None:
         return None
-    finders = {part: cells_of(part, column, finds_nulls) for part in parts}
-    return lambda row: finders[row.file](row.number)
+    finders = {part: CellFinder(part, column, finds_nulls) for part in parts}
+    return lambda row: finders[row.file].find(row.number)
 
 
 def cell_column(path: Path, name: str) -> str | None:
@@ -314,51 +314,62 @@ def cell_column(path: Path, name: str) -> str | None:
         return name if is_of_bytes else None
 
 
-def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return a function that maps a row's number, from 1, to its cell in a Parquet file.
+class CellFinder:
+    """Finder of the cells in a column of files of a Parquet file, by the numbers of rows."""
 
-    Args:
-        path: A file, or one part of several.
-        column: Column, from `cell_column`.
-        finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
+    def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
+        """Read the row groups from the metadata of the file.
 
-    Raises:
-        DatasetError: If a row group is too large to be read at once.
-    """
-    may_be_null: list[bool] = []  # whether some cells may be null, by row group
-    starts = [0]  # number of rows before each row group; the last element is the number of all rows
-    leaves: set[str] = set()
-    with open_parquet(path) as file:
-        for index in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(index)
-            starts.append(starts[-1] + group.num_rows)
-            chunks = [group.column(column_index) for column_index in range(group.num_columns)]
-            leaves |= {chunk.path_in_schema for chunk in chunks}
-            cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
-            size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
-            _check_group_size(path, column, size_bytes)
-            may_be_null.append(finds_nulls and _may_have_nulls(cells))
-    # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
-    path_column = f"{column.rpartition('.')[0]}.path"
-    columns = [name for name in (column, path_column) if name in leaves]
+        Args:
+            path: A file, or one part of several.
+            column: Column, from `cell_column`.
+            finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
 
-    @cache
-    def is_filled(group: int) -> Sequence[bool]:
+        Raises:
+            DatasetError: If a row group is too large to be read at once.
+        """
+        self._path = path
+        self._column = column
+        self._may_be_null: list[bool] = []  # whether some cells may be null, by row group
+        # number of rows before each row group; the last element is the number of all rows
+        self._group_starts = [0]
+        leaf_columns: set[str] = set()
+        with open_parquet(path) as file:
+            for index in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(index)
+                self._group_starts.append(self._group_starts[-1] + group.num_rows)
+                chunks = [group.column(column_index) for column_index in range(group.num_columns)]
+                leaf_columns |= {chunk.path_in_schema for chunk in chunks}
+                cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
+                size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
+                _check_group_size(path, column, size_bytes)
+                self._may_be_null.append(finds_nulls and _may_have_nulls(cells))
+        # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
+        path_column = f"{column.rpartition('.')[0]}.path"
+        self._value_columns = [name for name in (column, path_column) if name in leaf_columns]
+        self._are_filled: dict[int, Sequence[bool]] = {}  # results of `_read_filled`, by row group
+
+    def find(self, number: int) -> ParquetCell | None:
+        """Return the cell of a row, numbered from 1; None if it has no value."""
+        # the last group that starts at or before the row
+        group = bisect.bisect_right(self._group_starts, number - 1) - 1
+        row = number - 1 - self._group_starts[group]
+        if self._may_be_null[group]:
+            if group not in self._are_filled:
+                self._are_filled[group] = self._read_filled(group)
+            if not self._are_filled[group][row]:
+                return None
+        return ParquetCell(self._path, group, row, self._column)
+
+    def _read_filled(self, group: int) -> Sequence[bool]:
         """Return for each row of a group whether its cell is not null."""
         try:
-            are_valid = [_column(path, group, name).is_valid().to_pylist() for name in columns]
+            are_valid = [
+                _column(self._path, group, name).is_valid().to_pylist() for name in self._value_columns
+            ]
             return [any(row) for row in zip(*are_valid, strict=True)]
         except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
-            return [True] * (starts[group + 1] - starts[group])
-
-    def find_cell(number: int) -> ParquetCell | None:
-        """Return the cell of a row, numbered from 1; None if it has no value."""
-        group = bisect.bisect_right(starts, number - 1) - 1  # the last one that starts at or before the row
-        row = number - 1 - starts[group]
-        has_value = not may_be_null[group] or is_filled(group)[row]
-        return ParquetCell(path, group, row, column) if has_value else None
-
-    return find_cell
+            return [True] * (self._group_starts[group + 1] - self._group_starts[group])
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:

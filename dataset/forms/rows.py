@@ -33,6 +33,10 @@ FIRST_ROWS = 100  # rows that are searched for the base folder of relative paths
 # `image` or `video`, which may also contain the files themselves
 PATH_COLUMNS = ("path", "file_name", "url")
 MULTI_CAPTION = "multi_caption = true"
+AMBIGUOUS_PATH = (
+    "%s: %s is both in the working folder and in %s: the first is used. Write absolute paths, or start in "
+    "another folder, if that is wrong."
+)
 DOWNLOADS = "downloads"  # subfolder of the cache directory, if the table has no download_directory
 
 # local path of a file, and where its bytes are; None: at that path
@@ -563,14 +567,9 @@ def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
                 continue
             next_to_list = expand_path(text, folder)
             if in_working_folder.exists():
-                if next_to_list.exists() and not in_working_folder.samefile(next_to_list):
-                    logger.warning(
-                        "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
-                        "paths, or start in another folder, if that is wrong.",
-                        path,
-                        text,
-                        folder,
-                    )
+                is_ambiguous = next_to_list.exists() and not in_working_folder.samefile(next_to_list)
+                if is_ambiguous:
+                    logger.warning(AMBIGUOUS_PATH, path, text, folder)
                 return None
             if next_to_list.exists():
                 return folder

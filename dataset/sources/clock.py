@@ -230,19 +230,17 @@ class _TimingComparison:
     @property
     def differs_in_length(self) -> bool:
         """Return whether both the numbers of frames and the durations in the headers differ."""
-        companion, clip = self.companion, self.clip
-        if (
-            not companion.estimated_frames
-            or not clip.estimated_frames
-            or companion.estimated_frames in (1, clip.estimated_frames)
-        ):
+        companion_frames = self.companion.estimated_frames
+        clip_frames = self.clip.estimated_frames
+        is_unknown = not companion_frames or not clip_frames
+        if is_unknown or companion_frames in (1, clip_frames):
             return False
-        frame_seconds = max(
-            companion.seconds / companion.estimated_frames, clip.seconds / clip.estimated_frames
-        )
+        companion_seconds = self.companion.seconds
+        clip_seconds = self.clip.seconds
+        longest_frame = max(companion_seconds / companion_frames, clip_seconds / clip_frames)
         # durations in headers may be wrong by one frame, and are rounded
-        tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)
-        return abs(companion.seconds - clip.seconds) > tolerance
+        tolerance = max(1.5 * longest_frame, TOLERANCE * clip_seconds)
+        return abs(companion_seconds - clip_seconds) > tolerance
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:

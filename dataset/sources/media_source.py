@@ -240,42 +240,48 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows still have equal stems, which the listing reports.
     """
-    rows_by_file = Counter((source.path, source.remote_or_packed[:1]) for source in sources)
-    if not rows_by_file or max(rows_by_file.values()) == 1:
+    num_rows = Counter((source.path, source.remote_or_packed[:1]) for source in sources)  # by file
+    if not num_rows or max(num_rows.values()) == 1:
         return list(sources)
-    used = {source.stem.casefold() for source in sources}
-    by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
+    used_stems = {source.stem.casefold() for source in sources}
+    stems_of_files: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
         file = source.path, source.remote_or_packed[:1]
-        row = (
-            source.caption,
-            source.more_captions,
-            source.control,
-            source.mask,
-            source.audio,
-            source.references,
-            source.control_mask,
-            source.rejected,
-            source.shown,
-            source.further_text,
-            source.layers,
-        )
-        stems: dict[object, str] = {}
-        if rows_by_file[file] > 1:
-            stems = by_file.setdefault(file, {})
-        if row not in stems:
+        if num_rows[file] == 1:
+            numbered.append(source)
+            continue
+        other_values = _list_other_values(source)
+        stems = stems_of_files.setdefault(file, {})
+        if other_values not in stems:
             stem = source.stem
             number = len(stems) + 1
             # the first row of a file keeps the file's stem, further rows get a free number
-            while stems and stem.casefold() in used:
+            while stems and stem.casefold() in used_stems:
                 stem = f"{source.stem}-{number}"
                 number += 1
-            used.add(stem.casefold())
-            stems[row] = stem
-        stem = stems[row]
+            used_stems.add(stem.casefold())
+            stems[other_values] = stem
+        stem = stems[other_values]
         numbered.append(source if stem == source.stem else replace(source, stem=stem))
     return numbered
+
+
+def _list_other_values(source: MediaSource) -> tuple[object, ...]:
+    """Return what a row says about a file in addition to its path."""
+    return (
+        source.caption,
+        source.more_captions,
+        source.control,
+        source.mask,
+        source.audio,
+        source.references,
+        source.control_mask,
+        source.rejected,
+        source.shown,
+        source.further_text,
+        source.layers,
+    )
 
 
 # suffixes of images, clips, audio and tars. Downloads get no other suffix, because it could make a system

@@ -45,7 +45,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
         elif piece.startswith("{"):
             open_choices.append(_OpenChoice(len(piece)))
         elif piece.startswith("}"):
-            num_lone += _close(open_choices, len(piece), generator)
+            num_lone += _close_choices(open_choices, len(piece), generator)
         else:
             open_choices[-1].pieces.append(piece)
     while len(open_choices) > 1:  # braces that are never closed: no choice is drawn
@@ -60,26 +60,26 @@ def has_choice(text: str) -> bool:
     return _CHOICE.search(text) is not None
 
 
-def _close(open_choices: list[_OpenChoice], closed: int, generator: random.Random) -> int:
-    """Draw the choices that `closed` closing braces end; return the number of braces left over."""
+def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator: random.Random) -> int:
+    """Draw the choices that `num_closing` closing braces end; return the number of braces left over."""
     # each run of opening braces takes as many of the closing ones as it has
-    while closed and len(open_choices) > 1:
+    while num_closing and len(open_choices) > 1:
         choice = open_choices[-1]
-        matched = min(choice.num_braces, closed)  # braces on both ends of this content
+        num_matched = min(choice.num_braces, num_closing)  # braces on both sides of the choice's content
         content = "".join(choice.pieces)
-        if matched % 2:  # each pair of braces is literal; the odd one encloses a choice
+        if num_matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))
         else:  # no choice: its bars must not divide a choice around it
             content = content.replace("|", _BAR)
-        num_pairs = matched // 2
+        num_pairs = num_matched // 2
         choice.pieces = ["{" * num_pairs, content, "}" * num_pairs]
-        choice.num_braces -= matched
-        closed -= matched
+        choice.num_braces -= num_matched
+        num_closing -= num_matched
         if not choice.num_braces:
             open_choices.pop()
             open_choices[-1].pieces += choice.pieces
-    open_choices[-1].pieces.append("}" * _count_literal(closed))
-    return closed % 2
+    open_choices[-1].pieces.append("}" * _count_literal(num_closing))
+    return num_closing % 2
 
 
 def _count_literal(num_braces: int) -> int:
