@@ -180,18 +180,18 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
     for item, count in zip(items, repeats, strict=True):
         items_by_group.setdefault(item.group, []).append(item)
         repeats_by_group.setdefault(item.group, []).append(count)
-    pools: dict[tuple[int, ...], list[G]] = {}
+    repeated: dict[tuple[int, ...], list[G]] = {}
     for key, group_items in items_by_group.items():
         group_repeats = repeats_by_group[key]
         if min(group_repeats) == max(group_repeats):
-            pool = group_items * group_repeats[0]
+            repeated_items = group_items * group_repeats[0]
         else:
-            pool = []
+            repeated_items = []
             for item, count in zip(group_items, group_repeats, strict=True):
-                pool += [item] * count
-        if pool:
-            pools[key] = pool
-    return pools
+                repeated_items += [item] * count
+        if repeated_items:
+            repeated[key] = repeated_items
+    return repeated
 
 
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:

@@ -418,9 +418,9 @@ class _Reader:
             part=origin_name,
             encoder=record.encoder,
             # records of early versions lack CLOCK: these timed companions apart from the clip
-            own_clocks=is_video and CLOCK not in record.options and has_companions,
+            has_separate_timing=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
-            as_shown=record.as_shown if is_older else None,
+            earlier_decoder_version=record.as_shown if is_older else None,
         )
 
 

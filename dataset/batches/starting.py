@@ -95,7 +95,7 @@ def check_caches(
         for origin in batch.made_by:
             if origin.part in trained_encoder_ids:
                 _require_trained_encoder(origin, trained_encoder_ids[origin.part], commands)
-            is_earlier = origin.own_clocks or origin.as_shown is not None
+            is_earlier = origin.has_separate_timing or origin.earlier_decoder_version is not None
             if is_earlier and caption_index == 0:  # further captions have the same latents
                 by_earlier_version.append((item, origin))
         clip = item.table.index, item.source_stem
@@ -154,10 +154,13 @@ def _warn_of_earlier(
 
     `origins` are pairs of an item and the origin of its latents.
     """
-    timed_separately = [item for item, origin in origins if origin.own_clocks]
+    timed_separately = [item for item, origin in origins if origin.has_separate_timing]
     if timed_separately:
         _compare_frame_selection(timed_separately, family.defaults.fps, commands)
-    decoded_otherwise = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
+    decoded_otherwise = []
+    for item, origin in origins:
+        if origin.earlier_decoder_version is not None:
+            decoded_otherwise.append((item, origin.earlier_decoder_version))
     if decoded_otherwise:
         _compare_decoding(decoded_otherwise, family.latent.keeps_alpha, commands)
 

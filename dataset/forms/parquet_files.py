@@ -119,7 +119,7 @@ class UnpackedBytesLimit:
             )
 
 
-def largest_value(file: Any, pages: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
+def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
     """Return an upper limit for the size of a value in some columns of a row group, in bytes.
 
     Values may refer to pages with dictionaries or prefixes, so that in a damaged or malicious file each row
@@ -127,7 +127,7 @@ def largest_value(file: Any, pages: UnpackedBytesLimit, group: int, columns: Col
 
     Args:
         file: A `ParquetFile`.
-        pages: Counter for the pages of this row group.
+        limit: Counter for the pages of this row group.
         group: Index of the row group.
         columns: Names of columns, including nested ones.
 
@@ -142,21 +142,21 @@ def largest_value(file: Any, pages: UnpackedBytesLimit, group: int, columns: Col
     chunks = file.metadata.row_group(group)
     largest = 0
     names = set(columns)
-    with pages.path.open("rb") as content:
+    with limit.path.open("rb") as content:
         for index in range(chunks.num_columns):
             chunk = chunks.column(index)
             # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
                 # each value takes memory in addition to its page
-                pages.add(chunk.num_values * VALUE_BYTES)
+                limit.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
-                largest = max(largest, fixed_length, _count_pages(content, chunk, pages))
+                largest = max(largest, fixed_length, _count_pages(content, chunk, limit))
     return largest
 
 
-def _count_pages(content: Any, chunk: Any, pages: UnpackedBytesLimit) -> int:
-    """Add the unpacked bytes of a column in a row group (`chunk`) to `pages`, which raises at too many.
+def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises at too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -174,14 +174,14 @@ def _count_pages(content: Any, chunk: Any, pages: UnpackedBytesLimit) -> int:
         header, header_size = _read_header(content, offset)
         unpacked_size = _read_size(header, _UNPACKED)
         packed_size = _read_size(header, _PACKED)
-        pages.add(unpacked_size)
+        limit.add(unpacked_size)
         # values refer to a dictionary, or to earlier texts of a page whose beginnings they repeat
         is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
             count = _read_size(header[data_page], _NUM_VALUES)
             # `largest_value` has counted chunk.num_values; a damaged page may have more
-            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+            limit.add(max(0, count - chunk.num_values) * VALUE_BYTES)
             num_values += count
             encoding = header[data_page].get(_ENCODINGS[data_page])
             is_referred_to = is_referred_to or encoding == _DELTA_BYTE_ARRAY
@@ -413,19 +413,19 @@ def _column(path: Path, group: int, column: str) -> Any:
     """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
     mtime_ns = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
-        return _group(path, group, column, mtime_ns)
+        return _read_column(path, group, column, mtime_ns)
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
-def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
+def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group as an Arrow array.
 
     `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """
     with open_parquet(path, [column]) as file:
-        pages = UnpackedBytesLimit.of(path)
-        pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
-        largest_value(file, pages, group, [column])  # raises DatasetError if the pages are too large
+        limit = UnpackedBytesLimit.of(path)
+        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
+        largest_value(file, limit, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field
     if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:

@@ -91,9 +91,17 @@ def list_tars(
     Raises:
         DatasetError: If no tar is named.
     """
-    samples: list[tuple[Path, TarSample]] = []  # each with its tar
+    tars = _find_tars(table, patterns, faults)
+    samples = _read_samples(table, tars, faults)
+    sources = _make_sources(table, samples, faults)
+    faults += find_missing_companions(table, sources, f"samples of {table.name}")
+    return sources
+
+
+def _make_rules(table: DatasetTable) -> TarRules:
+    """Return which files of a sample are its media, caption and companions, by the keys of a table."""
     suffixes, spare_suffixes = media_suffixes(table.kind)
-    rules = TarRules(
+    return TarRules(
         media=tuple(sorted(suffixes)),
         spare=tuple(sorted(spare_suffixes)),
         companions=tuple(sorted(mask_suffixes(table.kind))),
@@ -102,12 +110,20 @@ def list_tars(
         json_first=table.caption_column is not None,  # a key of the .json that the table names
         multi_caption=table.multi_caption,
     )
+
+
+def _read_samples(
+    table: DatasetTable, tars: Sequence[Path], faults: list[media_source.Fault]
+) -> list[tuple[Path, TarSample]]:
+    """Return the samples of tars, each with its tar; add errors to `faults`, log samples without media."""
+    rules = _make_rules(table)
+    samples: list[tuple[Path, TarSample]] = []
     num_without_media = 0
     example_without_media = ""
     unusable = f"tars of {table.name} cannot be used"
     incomplete = f"tars of {table.name} cannot be read to their end"
     unusable_sample = f"samples of {table.name} cannot be used"
-    for tar in _find_tars(table, patterns, faults):
+    for tar in tars:
         try:
             index = read_index(tar, rules, table.cache_directory)
         except DatasetError as error:
@@ -132,9 +148,7 @@ def list_tars(
             example_without_media,
             table.kind,
         )
-    sources = _make_sources(table, samples, faults)
-    faults += find_missing_companions(table, sources, f"samples of {table.name}")
-    return sources
+    return samples
 
 
 def _make_sources(

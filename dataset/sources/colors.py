@@ -32,13 +32,13 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     return for_family or source.table.alpha_mask, for_family
 
 
-def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
+def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    Files that still have to be downloaded count as equal. `as_shown` is the version of reading that the
-    cache's record states.
+    Files that still have to be downloaded count as equal. `decoder_version` is the version of the decoder
+    that the cache's record states.
     """
-    if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
+    if source.tensors is not None or not any(_may_differ(path, decoder_version) for path, _ in source.parts):
         return None
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
@@ -51,19 +51,21 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) ->
         keeps_by_file += [
             (path, source_keeps) for path in (local.rejected, *local.layers) if path is not None
         ]
-        return _find_changed(keeps_by_file, as_shown)
+        return _find_changed(keeps_by_file, decoder_version)
 
 
-def find_changed_reading(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
+def find_changed_reading(
+    references: Sequence[tuple[Path, Origin | None]], decoder_version: int
+) -> str | None:
     """Describe the first reference image that is decoded differently now than when it was cached.
 
     Only files on disk are checked. Returns None if there is no such image.
 
     Args:
         references: Path of each image, and its origin if it is not a file on disk.
-        as_shown: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
     """
-    return _find_changed([(path, False) for path, origin in references if origin is None], as_shown)
+    return _find_changed([(path, False) for path, origin in references if origin is None], decoder_version)
 
 
 def has_codes(path: Path) -> bool:
@@ -76,20 +78,20 @@ def has_codes(path: Path) -> bool:
     return suffix == ".avif" or suffix not in image_suffixes()
 
 
-def _may_differ(path: Path, as_shown: int) -> bool:
+def _may_differ(path: Path, decoder_version: int) -> bool:
     """Return whether a version may have read a file differently, without opening the file."""
-    return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
+    return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 
-def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
+def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: int) -> str | None:
     """Describe the first file that an earlier version read differently; None if there is none.
 
     Args:
         keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
-        as_shown: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in keeps_by_file:
-        if not _may_differ(path, as_shown):
+        if not _may_differ(path, decoder_version):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
             pair = reordered_images(path) if path.is_dir() else None
@@ -99,9 +101,11 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], as_shown: int) -> 
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
-            if as_shown > 1:  # since version 2, colors and pixel shapes are respected
+            if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
-            ignored = _formerly_ignored(media_colors(path), keeps_transparent, had_profiles=as_shown > 0)
+            ignored = _formerly_ignored(
+                media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
+            )
             if ignored is not None:
                 return f"{path.name} was read without {ignored}, now with it"
     return None

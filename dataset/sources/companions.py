@@ -53,13 +53,10 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         folder = getattr(table, key)
         if folder is None:
             continue
-        try:
-            companions, unmatched = pair_by_name(table, folder, key, stems)
-            if not companions:
-                raise DatasetError(explain_unpaired(table, folder, key, stems))  # caught below
-        except DatasetError as error:
-            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        paired = pair_or_report(table, folder, key, stems, faults)
+        if paired is None:
             continue
+        companions, unmatched = paired
         lacking = [source.path for source in sources if source.stem not in companions]
         warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
         warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
@@ -74,7 +71,21 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     return sources
 
 
-def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
+def pair_or_report(
+    table: DatasetTable, folder: Path, key: str, stems: Collection[str], faults: list[Fault]
+) -> tuple[dict[str, tuple[Path, ...]], list[Path]] | None:
+    """Return the result of `pair_by_name`; None, with an error in `faults`, if it fails or no file fits."""
+    try:
+        companions, unmatched = pair_by_name(table, folder, key, stems)
+        if not companions:
+            raise DatasetError(_explain_unpaired(table, folder, key, stems))  # caught below
+    except DatasetError as error:
+        faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        return None
+    return companions, unmatched
+
+
+def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
     """Explain how to name the files of a folder in which no file belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (

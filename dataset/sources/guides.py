@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.sources.companions import explain_unpaired, pair_by_name, warn_of_paths
+from dataset.sources.companions import pair_or_report, warn_of_paths
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-from modules.errors import DatasetError
 
 KEYFRAMES, LATENT_GUIDES = "keyframe_guide_directory", "latent_idx_guide_directory"
 LACKING = "clips without a guide, while their table has guides. Add these images, or use another table"
@@ -24,13 +23,10 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
     for guide in table.guides:
         key = KEYFRAMES if guide.is_keyframe else LATENT_GUIDES
-        try:
-            files_by_stem, unmatched = pair_by_name(table, guide.directory, key, stems)
-            if not files_by_stem:
-                raise DatasetError(explain_unpaired(table, guide.directory, key, stems))
-        except DatasetError as error:
-            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        paired = pair_or_report(table, guide.directory, key, stems, faults)
+        if paired is None:
             return sources
+        files_by_stem, unmatched = paired
         warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
         lacking = [source for source in sources if source.stem not in files_by_stem]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]

@@ -245,7 +245,7 @@ def pool() -> Iterator[pa.MemoryPool]:
     counted = pa.proxy_memory_pool(before)
     pa.set_memory_pool(counted)
     yield counted
-    parquet._group.cache_clear()  # what it holds is of this pool
+    parquet._read_column.cache_clear()  # what it holds is of this pool
     pa.set_memory_pool(before)
 
 
