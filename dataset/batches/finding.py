@@ -160,7 +160,35 @@ def _add_table(
     if audio is not None and has_audio_caches(table, audio):
         audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
     del names, text_names  # frees memory: there may be a million names, and they are not needed any more
-    is_empty = True
+    has_latents = _add_items(
+        listing,
+        table=table,
+        cache_info=cache_info,
+        latent_files=latent_files,
+        latent=latent,
+        store=store,
+        text_caches=text_caches,
+        audio_caches=audio_caches,
+    )
+    if not has_latents:
+        listing.empty_tables.append(table)
+
+
+def _add_items(
+    listing: FoundItems,
+    table: DatasetTable,
+    cache_info: TableCacheInfo,
+    latent_files: Sequence[str],
+    latent: LatentSpec,
+    store: CacheStore,
+    text_caches: "_TextCaches | None",
+    audio_caches: "_AudioCaches | None",
+) -> bool:
+    """Add an item to `listing` for each latent cache with a cached caption; return whether any latents exist.
+
+    `text_caches` is None if captions are encoded while training; `audio_caches` is None if there are none.
+    """
+    has_latents = False
     with pause_garbage_collection():
         for file in list_latent_files(
             table,
@@ -170,8 +198,8 @@ def _add_table(
             store=store,
             reads_references=depends_on_references(table) and cache_info.live_buckets is None,
         ):
-            is_empty = False
-            if text_caches is None:  # captions are encoded while training
+            has_latents = True
+            if text_caches is None:
                 num_captions = 1 + len(cache_info.live_sources[file.stem].more_captions)
             else:
                 num_captions = text_caches.count_or_report(file.stem)
@@ -184,8 +212,7 @@ def _add_table(
             if audio_caches is not None:
                 item = audio_caches.add_audio(item, store)
             listing.items.append(item)
-    if is_empty:
-        listing.empty_tables.append(table)
+    return has_latents
 
 
 def _item(
