@@ -396,7 +396,11 @@ def _fit_alpha_and_mask(
 def _decode_image(
     source: MediaSource, step: int, generator: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read an image and its control images.
+    """Read an image with its control images, mask, layers, references and rejected image.
+
+    1. Choose how the image is resized and cropped, at random if it is augmented.
+    2. Resize, crop and mirror its control images, mask and layers in the same way.
+    3. Resize references and the control mask to the bucket on their own.
 
     Args:
         source: The fetched source.

@@ -13,27 +13,27 @@ from modules.option_values import as_shape
 Layers = Mapping[Path, tuple[Path, ...]]  # layers of each full image, from back to front
 
 
-def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
+def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
     """Raise DatasetError if a model is trained on layers and a table has none, or the reverse.
 
-    `has_layers` says whether the model's latents have layers. `who` names the model in messages.
+    `has_layers` says whether the model's latents have layers. `model` is for messages.
     """
     errors = []
     for table in config.datasets:
         if table.multiple_target and not has_layers:
             errors.append(
-                f"{table.name}: multiple_target = true: {who} learns no layers. Leave it out, or train "
+                f"{table.name}: multiple_target = true: {model} learns no layers. Leave it out, or train "
                 "Qwen-Image with --model_version layered"
             )
         elif has_layers and not table.multiple_target:
             errors.append(
-                f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
+                f"{table.name}: {model} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
         elif has_layers and table.control_directory is not None:
             # without this message, missing control images would be reported
             errors.append(
-                f"{table.name}: control_directory: {who} takes no control images, as the picture itself is "
+                f"{table.name}: control_directory: {model} takes no control images, as the picture itself is "
                 "taken apart. Leave it out"
             )
     if errors:
